@@ -1,0 +1,5 @@
+"""Kernels for learning from and searching with large-vocabulary logits."""
+
+from slimkernels.sparse_logits import SparseLogits
+
+__all__ = ["SparseLogits"]

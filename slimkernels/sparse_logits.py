@@ -1,0 +1,172 @@
+"""The one type that flows from teacher to student: a few of a row's logits and its exact normaliser."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseLogits:
+    """The K kept logits of every row, with the log-sum-exp of the WHOLE row.
+
+    The teacher's exact probability of a kept id is ``exp(logits / T - lse_at(T))``, and the kept mass of a
+    row is their sum, at most 1. ``...`` stands for any leading dimensions, the same in every field.
+
+    Attributes:
+        ids: (..., K) int32. Kept vocabulary ids, ascending; rows that keep fewer than K end in ``-1``.
+        logits: (..., K) float32, bfloat16, float16 or float64. Raw logits at ``ids``, or log-probabilities
+            (then ``lse`` is 0). The values at padding are never read.
+        lse: (..., M) float32 (float64 with float64 logits). Log-sum-exp of the whole row divided by each of
+            the M temperatures.
+        temperatures: The temperature of each column of ``lse``. The first is 1.0.
+        target_logit: (...) float32 or None. The raw logit of the label token, also when the label is not
+            among ``ids``; NaN where a row has no label.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    lse: Tensor
+    temperatures: tuple[float, ...] = (1.0,)
+    target_logit: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if self.ids.dtype != torch.int32:
+            raise TypeError(f"ids must have dtype torch.int32, got {self.ids.dtype}: call ids.to(torch.int32)")
+        if not self.logits.is_floating_point():
+            raise TypeError(f"logits must have a floating-point dtype, got {self.logits.dtype}")
+        if self.ids.ndim < 1 or self.ids.shape != self.logits.shape:
+            raise ValueError(
+                f"ids and logits must have the same shape (..., K), got {_shape(self.ids)} and {_shape(self.logits)}"
+            )
+        lse_shape = (*self.leading_shape, len(self.temperatures))
+        if self.lse.shape != lse_shape:
+            raise ValueError(
+                f"lse must have shape {lse_shape}, a column for each of temperatures={self.temperatures}, "
+                f"got {_shape(self.lse)}"
+            )
+        if not self.temperatures or self.temperatures[0] != 1.0:
+            raise ValueError(f"temperatures must start with 1.0, got {self.temperatures}")
+        if not all(t > 0 and math.isfinite(t) for t in self.temperatures):
+            raise ValueError(f"temperatures must be positive and finite, got {self.temperatures}")
+        if self.target_logit is not None and self.target_logit.shape != self.leading_shape:
+            raise ValueError(f"target_logit must have shape {self.leading_shape}, got {_shape(self.target_logit)}")
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        """The shape without K: (N,) for flat rows."""
+        return tuple(self.ids.shape[:-1])
+
+    @property
+    def top_k(self) -> int:
+        """K, the number of entries a row can keep."""
+        return self.ids.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    def lse_at(self, temperature: float) -> Tensor:
+        """The whole row's log-sum-exp at one temperature, shape (...).
+
+        Raises:
+            ValueError: The teacher was not captured at this temperature.
+        """
+        for column, captured in enumerate(self.temperatures):
+            if math.isclose(captured, temperature, rel_tol=1e-6):
+                return self.lse[..., column]
+        raise ValueError(
+            f"temperature={temperature} is not among the teacher's temperatures={self.temperatures}; capture the "
+            f"teacher with temperatures=(1.0, {temperature}), or use a rest that does not need its lse "
+            "('renorm', 'renorm_both', 'zero_logit')"
+        )
+
+    def flatten(self) -> SparseLogits:
+        """The same rows with one leading dimension N."""
+        return self._map(lambda t: t.flatten(0, -2), lambda t: t.flatten())
+
+    def reshape(self, *leading_shape: int) -> SparseLogits:
+        """The same rows with another leading shape."""
+        return self._map(lambda t: t.reshape(*leading_shape, t.shape[-1]), lambda t: t.reshape(leading_shape))
+
+    def to(self, *args, **kwargs) -> SparseLogits:
+        """Moves every field to a device, like ``Tensor.to``; dtypes stay."""
+        return self._map(lambda t: t.to(*args, **kwargs), lambda t: t.to(*args, **kwargs))
+
+    def __getitem__(self, index) -> SparseLogits:
+        """Selects along the leading dimensions; an integer keeps none of them."""
+        return self._map(lambda t: t[index], lambda t: t[index])
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @staticmethod
+    def cat(parts: Sequence[SparseLogits]) -> SparseLogits:
+        """Concatenates flat rows (N_i, K_i) to (sum N_i, max K_i), padding with ``-1``.
+
+        Raises:
+            ValueError: No parts, or parts with other temperatures, or only some with a target_logit.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one SparseLogits, got none")
+        first = parts[0]
+        if any(part.temperatures != first.temperatures for part in parts):
+            raise ValueError(f"parts must share temperatures, got {sorted({p.temperatures for p in parts})}")
+        targets = [part.target_logit for part in parts if part.target_logit is not None]
+        if targets and len(targets) != len(parts):
+            raise ValueError("either every part or no part may have a target_logit")
+        top_k = max(part.top_k for part in parts)
+
+        def pad(tensor: Tensor, value: float) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, top_k - tensor.shape[-1]), value=value)
+
+        return SparseLogits(
+            ids=torch.cat([pad(part.ids, -1) for part in parts]),
+            logits=torch.cat([pad(part.logits, 0.0) for part in parts]),
+            lse=torch.cat([part.lse for part in parts]),
+            temperatures=first.temperatures,
+            target_logit=torch.cat(targets) if targets else None,
+        )
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Reads every row and checks what the kernels rely on.
+
+        Raises:
+            ValueError: An id outside [0, vocab_size), a row not strictly ascending (a duplicated id is not),
+                an entry after padding, or a kept mass above 1. The message names the first such row.
+        """
+        ids = self.ids.reshape(-1, self.top_k)
+        kept = ids >= 0
+        bad = (ids < -1).any(-1)
+        if vocab_size is not None:
+            bad |= (ids >= vocab_size).any(-1)
+        _raise_at(bad, f"holds an id outside [0, {vocab_size if vocab_size is not None else '2^31'})")
+        if self.top_k > 1:
+            _raise_at((kept[:, 1:] & ~kept[:, :-1]).any(-1), "holds an id after padding (-1)")
+            _raise_at((kept[:, 1:] & (ids[:, 1:] <= ids[:, :-1])).any(-1), "is not strictly ascending in ids")
+        logits = self.logits.reshape(-1, self.top_k).double().masked_fill(~kept, -math.inf)
+        log_mass = torch.logsumexp(logits, -1) - self.lse.reshape(-1, len(self.temperatures))[:, 0].double()
+        _raise_at(log_mass > 1e-3, "keeps more probability than its lse allows (logsumexp(logits) > lse)")
+
+    def _map(self, per_row, per_token) -> SparseLogits:
+        return SparseLogits(
+            ids=per_row(self.ids),
+            logits=per_row(self.logits),
+            lse=per_row(self.lse),
+            temperatures=self.temperatures,
+            target_logit=None if self.target_logit is None else per_token(self.target_logit),
+        )
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _raise_at(bad: Tensor, what: str) -> None:
+    if bad.any():
+        raise ValueError(f"row {int(bad.nonzero()[0])} of the SparseLogits {what}")
