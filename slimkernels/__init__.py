@@ -1,5 +1,47 @@
-"""Kernels for learning from and searching with large-vocabulary logits."""
+"""Kernels for learning from and searching with large-vocabulary logits.
 
+Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
+:func:`linear_slim_loss`, over :class:`SparseLogits`. The store and the trainer load on first use.
+"""
+
+from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.linear_slim_loss import linear_slim_loss
+from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.ops.slim_loss import slim_loss
+from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
+from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 
-__all__ = ["SparseLogits"]
+__version__ = "0.1.0"
+
+_LAZY = {
+    "SlimConfig": "slimkernels.trainer",
+    "SlimTrainer": "slimkernels.trainer",
+    "Store": "slimkernels.store",
+}
+
+__all__ = [
+    "SlimConfig",
+    "SlimLoss",
+    "SlimTrainer",
+    "SparseLogits",
+    "SparseProbs",
+    "Store",
+    "linear_slim_loss",
+    "linear_topk_logits",
+    "slim_loss",
+    "sparse_softmax",
+    "topk_logits",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slimkernels' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,101 @@
+// The table of CPU kernels: plain pointers in, plain pointers out, one table per instruction set.
+//
+// This header is seen by the per-ISA files, so it holds declarations and POD only: an inline function or a template
+// with external linkage, compiled for AVX-512 and merged by the linker, would crash an older machine.
+#pragma once
+
+#include <stdint.h>
+
+namespace slimkernels {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+enum Rest : int { kRenorm, kZero, kGhost, kZeroLogit, kRenormBoth };
+enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl };
+enum Weight : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
+
+// What a row can be refused for. A kernel returns kOk or the first fault it meets.
+enum Fault : int { kOk = 0, kBadTarget = 1, kBadIds = 2, kNoMemory = 3 };
+
+// Arrays marked "acc" hold float32, or float64 when `dtype` is kFloat64.
+struct TopkLogitsArgs {
+  const void* logits;  // (N, V) of dtype, rows `row_stride` elements apart
+  int64_t row_stride;
+  int dtype;
+  int64_t vocab_size;
+  int64_t top_k;
+  const int64_t* target;  // (N,) or null; negative: no label
+  const double* temperatures;
+  int64_t num_temperatures;
+  int32_t* ids;        // (N, K)
+  void* values;        // (N, K) of dtype
+  void* lse;           // (N, M) acc
+  void* target_logit;  // (N,) acc, written when target is not null
+};
+
+struct SparseSoftmaxArgs {
+  const int32_t* ids;  // (N, K)
+  const void* logits;  // (N, K) of dtype
+  int dtype;
+  const void* lse;  // (N,) acc, at the temperature; null where rest does not need it
+  int64_t top_k;
+  int64_t vocab_size;
+  double temperature;
+  int rest;
+  void* logprobs;      // (N, K) acc
+  void* tail_logprob;  // (N,) acc
+};
+
+struct SlimLossArgs {
+  const void* logits;  // (N, V) of dtype
+  int64_t logits_stride;
+  int dtype;
+  int64_t vocab_size;
+  void* dlogits;  // (N, V) of dtype, may be `logits` itself, or null: no gradient
+  int64_t dlogits_stride;
+  void* stats;  // (7, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse
+  int64_t num_rows;
+  const int64_t* target;       // (N,)
+  const int32_t* ids;          // (N, K) or null: no teacher
+  const void* teacher_logits;  // (N, K) of teacher_dtype
+  int teacher_dtype;
+  int64_t top_k;
+  const void* teacher_lse;      // (N,) acc at `temperature`, or null
+  const void* teacher_lse_one;  // (N,) acc at temperature 1
+  const void* target_logit;     // (N,) acc or null
+  const void* token_weight;     // (N,) acc or null
+  const void* row_scale;        // (N,) acc or null: the gradient of row n is multiplied by row_scale[n]
+  double temperature;
+  int rest;
+  int divergence;
+  int weight;
+  bool detach_weight;
+  double beta;
+  double alpha;
+  double ce_weight;
+  double kd_weight;
+  double label_smoothing;
+  double z_loss_weight;
+  double softcap;  // 0: none
+  double logit_scale;
+  int64_t ignore_index;
+};
+
+// Every kernel works on rows [begin, end) and is called from several threads at once.
+struct KernelTable {
+  const char* isa;
+  Fault (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
+  Fault (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
+  Fault (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
+};
+
+// The best table this machine can run, or the one SLIMKERNELS_CPU_ISA names. Chosen once.
+const KernelTable& kernels();
+
+// Why kernels() cannot be used (an ISA that is unknown or not supported here), or null.
+const char* kernels_error();
+
+// The ISAs this build holds and this machine can run, best first, separated by spaces.
+const char* supported_isas();
+
+}  // namespace slimkernels

@@ -1,0 +1,329 @@
+// Vectors for the CPU kernels, written once on GCC/Clang vector extensions and compiled per instruction set.
+//
+// A vector is always 64 bytes; on a narrower machine the compiler splits it. Everything has internal linkage, because
+// the same names are compiled for several instruction sets (see dispatch.h).
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace slimkernels {
+namespace SK_ISA {
+namespace {
+
+#define SK_INLINE inline __attribute__((always_inline))
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+typedef float VecF __attribute__((vector_size(64)));
+typedef int32_t VecI __attribute__((vector_size(64)));
+typedef uint32_t VecU __attribute__((vector_size(64)));
+typedef uint16_t VecH __attribute__((vector_size(32)));
+typedef double VecD __attribute__((vector_size(64)));
+typedef int64_t VecL __attribute__((vector_size(64)));
+
+// What each accumulation type works with: its vector, its order-preserving key, and as many lanes as fit.
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Vec = VecF;
+  using Key = uint32_t;
+  using SignedKey = int32_t;
+  static constexpr int kWidth = 16;
+};
+template <>
+struct Lanes<double> {
+  using Vec = VecD;
+  using Key = uint64_t;
+  using SignedKey = int64_t;
+  static constexpr int kWidth = 8;
+};
+
+template <class V>
+struct Element {
+  using type = double;
+};
+template <>
+struct Element<VecF> {
+  using type = float;
+};
+template <class V>
+using ElementOf = typename Element<V>::type;
+
+// The type a logit of type X is computed in.
+template <class X>
+struct Acc {
+  using type = float;
+};
+template <>
+struct Acc<double> {
+  using type = double;
+};
+
+template <class To, class From>
+SK_INLINE To bitcast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bitcast changes the type, not the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class T>
+constexpr T infinity() {
+  return T(__builtin_inf());
+}
+
+// ---- Conversion of stored logits to and from the accumulation type
+
+SK_INLINE VecF half_to_float(VecH half) {
+#if defined(__AVX512F__)
+  return bitcast<VecF>(_mm512_cvtph_ps(bitcast<__m256i>(half)));
+#else
+  const VecU bits = __builtin_convertvector(half, VecU);
+  // Shifting the exponent by 112 through a product also scales half denormals to normal floats.
+  VecF magnitude = bitcast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f;
+  const VecU special = VecU((bits & 0x7c00u) == 0x7c00u);
+  const VecU result = bitcast<VecU>(magnitude) | (special & 0x7f800000u) | ((bits & 0x8000u) << 16);
+  return bitcast<VecF>(result);
+#endif
+}
+
+SK_INLINE VecH float_to_half(VecF x) {
+#if defined(__AVX512F__)
+  return bitcast<VecH>(_mm512_cvtps_ph(bitcast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const VecU bits = bitcast<VecU>(x);
+  const VecU sign = bits & 0x80000000u;
+  const VecU magnitude = bits ^ sign;
+  const VecU normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 aligns a half denormal's last bit with the float's: the addition itself rounds to nearest even.
+  const VecF half = VecF{} + 0.5f;
+  const VecU denormal = bitcast<VecU>(bitcast<VecF>(magnitude) + half) - bitcast<VecU>(half);
+  const VecU special = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
+  const VecU finite = magnitude < 0x38800000u ? denormal : normal;
+  const VecU result = magnitude >= 0x47800000u ? special : finite;
+  return __builtin_convertvector(result | (sign >> 16), VecH);
+#endif
+}
+
+SK_INLINE VecF bf16_to_float(VecH raw) { return bitcast<VecF>(__builtin_convertvector(raw, VecU) << 16); }
+
+SK_INLINE VecH float_to_bf16(VecF x) {
+  const VecU bits = bitcast<VecU>(x);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x != x ? VecU{} + 0x7fc0u : rounded, VecH);
+}
+
+template <class V, class X>
+SK_INLINE V load_raw(const X* p) {
+  V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+SK_INLINE VecF load(const float* p) { return load_raw<VecF>(p); }
+SK_INLINE VecD load(const double* p) { return load_raw<VecD>(p); }
+SK_INLINE VecF load(const bf16* p) { return bf16_to_float(load_raw<VecH>(p)); }
+SK_INLINE VecF load(const f16* p) { return half_to_float(load_raw<VecH>(p)); }
+
+SK_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof(v)); }
+SK_INLINE void store(double* p, VecD v) { memcpy(p, &v, sizeof(v)); }
+SK_INLINE void store(bf16* p, VecF v) {
+  const VecH raw = float_to_bf16(v);
+  memcpy(p, &raw, sizeof(raw));
+}
+SK_INLINE void store(f16* p, VecF v) {
+  const VecH raw = float_to_half(v);
+  memcpy(p, &raw, sizeof(raw));
+}
+
+// Lanes at and past `count` are `fill`.
+template <class X, class A = typename Acc<X>::type>
+SK_INLINE typename Lanes<A>::Vec load_part(const X* p, int64_t count, A fill) {
+  X padded[Lanes<A>::kWidth] = {};
+  memcpy(padded, p, count * sizeof(X));
+  typename Lanes<A>::Vec v = load(padded);
+  for (int lane = 0; lane < Lanes<A>::kWidth; ++lane) v[lane] = lane < count ? v[lane] : fill;
+  return v;
+}
+
+template <class X, class V>
+SK_INLINE void store_part(X* p, V v, int64_t count) {
+  X whole[Lanes<typename Acc<X>::type>::kWidth];
+  store(whole, v);
+  memcpy(p, whole, count * sizeof(X));
+}
+
+template <class X>
+SK_INLINE typename Acc<X>::type load_one(const X* p) {
+  return load_part(p, 1, typename Acc<X>::type(0))[0];
+}
+
+template <class X>
+SK_INLINE void store_one(X* p, typename Acc<X>::type value) {
+  store_part(p, typename Lanes<typename Acc<X>::type>::Vec{} + value, 1);
+}
+
+// ---- Reductions (a fixed order: the same on every machine)
+
+template <class V>
+SK_INLINE double sum_lanes(V v) {
+  double sum = 0;
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += v[lane];
+  return sum;
+}
+
+template <class V>
+SK_INLINE V max(V a, V b) {
+  return a > b ? a : b;  // a NaN in `b` is kept out while `a` is a number, so a running maximum goes first
+}
+
+template <class V>
+SK_INLINE auto max_lanes(V v) {
+  auto best = v[0];
+  for (unsigned lane = 1; lane < sizeof(V) / sizeof(v[0]); ++lane) best = v[lane] > best ? v[lane] : best;
+  return best;
+}
+
+// ---- Elementary functions
+
+// exp to 1 unit in the last place; NaN stays NaN, -inf gives 0, +inf gives +inf.
+SK_INLINE VecF exp(VecF x) {
+  x = x < -104.0f ? VecF{} - 104.0f : x;
+  x = x > 89.0f ? VecF{} + 89.0f : x;
+#if defined(__AVX512F__)
+  const VecF n = bitcast<VecF>(
+      _mm512_roundscale_ps(bitcast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const VecF magic = VecF{} + 0x1.8p23f;
+  const VecF n = (x * 1.44269504f + magic) - magic;
+#endif
+  const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return bitcast<VecF>(_mm512_scalef_ps(bitcast<__m512>(p), bitcast<__m512>(n)));
+#else
+  // 2^n in two factors, because n reaches below the exponent of the smallest normal number.
+  const VecI whole = __builtin_convertvector(n, VecI);
+  const VecI half = whole >> 1;
+  const VecF low = bitcast<VecF>((half + 127) << 23);
+  const VecF high = bitcast<VecF>((whole - half + 127) << 23);
+  return (p * low) * high;
+#endif
+}
+
+SK_INLINE VecD exp(VecD x) {
+  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_exp(x[lane]);
+  return x;
+}
+
+SK_INLINE double exp(double x) { return __builtin_exp(x); }
+
+// log(1 + x) for x in [0, 1], the only range log_add_exp needs.
+SK_INLINE VecF log1p_unit(VecF x) {
+  const VecF y = x + 1.0f;
+  const VecF carry = x - (y - 1.0f);  // what the addition rounded away
+  const VecI upper = VecI(y > 1.41421356f);
+  const VecF m = upper ? y * 0.5f : y;
+  const VecF f = m - 1.0f;
+  const VecF s = f / (f + 2.0f);
+  const VecF z = s * s;
+  const VecF w = z * z;  // musl logf
+  const VecF r = z * (w * 0.28498786688f + 0.66666662693f) + w * (w * 0.24279078841f + 0.40000972152f);
+  const VecF half_square = f * f * 0.5f;
+  const VecF log_m = s * (half_square + r) - half_square + f;
+  return log_m + (upper ? VecF{} + 0.69314718f : VecF{}) + carry / y;
+}
+
+SK_INLINE VecD log1p_unit(VecD x) {
+  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_log1p(x[lane]);
+  return x;
+}
+
+SK_INLINE double log1p_unit(double x) { return __builtin_log1p(x); }
+
+// log(exp(a) + exp(b)); -inf stands for an absent term.
+template <class V>
+SK_INLINE V log_add_exp(V a, V b) {
+  const V high = a > b ? a : b;
+  const V low = a > b ? b : a;
+  const V sum = high + log1p_unit(exp(low - high));
+  return low == V{} - infinity<double>() ? high : sum;
+}
+
+// log(1 - exp(x)) for x <= 0; x >= 0, which rounding can produce, gives -inf.
+SK_INLINE double log1m_exp(double x) {
+  if (x >= 0) return -infinity<double>();
+  return x > -0.69314718055994531 ? __builtin_log(-__builtin_expm1(x)) : __builtin_log1p(-__builtin_exp(x));
+}
+
+// A sum of exp(x * inv_temperature), kept relative to the largest x.
+struct LogSum {
+  double inv_temperature = 1;
+  double max = -infinity<double>();
+  double sum = 0;
+
+  double log() const {
+    if (max == -infinity<double>() && sum == 0) return max;
+    return max * inv_temperature + __builtin_log(sum);
+  }
+};
+
+template <class A>
+SK_INLINE A max_of(const A* x, int64_t count) {
+  typename Lanes<A>::Vec best = {};
+  best -= infinity<A>();
+  for (int64_t i = 0; i < count; i += Lanes<A>::kWidth) best = max(best, load(x + i));
+  return max_lanes(best);
+}
+
+// Adds a block (a multiple of the vector width, at most kBlock so that float32 lanes stay accurate).
+template <class A>
+SK_INLINE void add_block(LogSum& total, const A* x, int64_t count, A block_max) {
+  if (block_max > total.max) {
+    total.sum *= __builtin_exp((total.max - block_max) * total.inv_temperature);
+    total.max = block_max;
+  }
+  const A shift = total.max == -infinity<double>() ? A(0) : A(total.max);
+  const A inv_temperature = A(total.inv_temperature);
+  typename Lanes<A>::Vec sum = {};
+  for (int64_t i = 0; i < count; i += Lanes<A>::kWidth) sum += exp((load(x + i) - shift) * inv_temperature);
+  total.sum += sum_lanes(sum);
+}
+
+constexpr int64_t kBlock = 1024;  // elements worked on while they are in the first-level cache
+
+// log(sum(exp(x * inv_temperature))) over an array padded to the vector width with -inf.
+template <class A>
+SK_INLINE double log_sum_exp(const A* x, int64_t count, double inv_temperature) {
+  LogSum total;
+  total.inv_temperature = inv_temperature;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t length = count - begin < kBlock ? count - begin : kBlock;
+    add_block(total, x + begin, length, max_of(x + begin, length));
+  }
+  return total.log();
+}
+
+template <class A>
+SK_INLINE int64_t padded(int64_t count) {
+  return (count + Lanes<A>::kWidth - 1) / Lanes<A>::kWidth * Lanes<A>::kWidth;
+}
+
+}  // namespace
+}  // namespace SK_ISA
+}  // namespace slimkernels

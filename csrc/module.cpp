@@ -1,0 +1,37 @@
+// The pybind11 module `slimkernels._C`: what was built, what this machine runs, and the store's codec. Importing it
+// also registers the CPU operators (ops.cpp).
+#include <pybind11/pybind11.h>
+
+#include "cpu/dispatch.h"
+#include "store_codec.h"
+
+#define SK_STRING_OF(x) #x
+#define SK_STRING(x) SK_STRING_OF(x)
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native code of slimkernels.";
+  m.def(
+      "cpu_isa",
+      [] {
+        if (const char* error = slimkernels::kernels_error()) throw py::value_error(error);
+        return slimkernels::kernels().isa;
+      },
+      "The instruction set the CPU kernels run on; SLIMKERNELS_CPU_ISA overrides the choice.");
+  m.def(
+      "supported_cpu_isas", [] { return py::str(slimkernels::supported_isas()).attr("split")(); },
+      "The instruction sets this build holds and this machine runs, best first.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["compiler"] = __VERSION__;
+        info["torch"] = SK_STRING(SK_TORCH_VERSION);
+        info["stable_abi"] = "2.10";
+        info["cuda"] = false;
+        return info;
+      },
+      "Compiler, the torch built against, the oldest torch served, and whether CUDA kernels were built.");
+  bind_store_codec(m);
+}

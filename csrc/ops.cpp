@@ -1,0 +1,207 @@
+// CPU implementations of the operators that slimkernels/ops/*.py define. The Python side checks user input and says
+// what is wrong with it; here are the checks that keep a direct call of torch.ops.slimkernels.* memory-safe.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace slimkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    case ScalarType::Double: return kFloat64;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+ScalarType acc_type(Dtype dtype) { return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+int index_of(const std::string& value, const char* name, std::initializer_list<const char*> names) {
+  int index = 0;
+  for (const char* candidate : names) {
+    if (value == candidate) return index;
+    ++index;
+  }
+  STD_TORCH_CHECK(false, name, " is unknown: '", value, "'");
+}
+
+int rest_of(const std::string& rest) {
+  return index_of(rest, "rest", {"renorm", "zero", "ghost", "zero_logit", "renorm_both"});
+}
+
+// A contiguous CPU tensor of the given type and number of elements; null for an absent one.
+const void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->numel() == numel, name,
+                  " must be a contiguous CPU tensor of the documented type with ", numel, " elements, got ",
+                  t->numel());
+  return t->const_data_ptr();
+}
+
+void check_rows(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
+                  " must be a CPU tensor of two dimensions whose last one is dense");
+}
+
+const KernelTable& checked_kernels() {
+  STD_TORCH_CHECK(kernels_error() == nullptr, kernels_error());
+  return kernels();
+}
+
+void raise(Fault fault) {
+  STD_TORCH_CHECK(fault != kNoMemory, "out of memory: the scratch row of a CPU kernel could not be allocated");
+  STD_TORCH_CHECK(fault != kBadTarget, "target holds an index outside [0, V) that is not ignore_index");
+  STD_TORCH_CHECK(fault != kBadIds,
+                  "teacher.ids has a row that is not strictly ascending inside [0, V) before its padding (-1): "
+                  "call teacher.validate(V) to find it");
+}
+
+template <class Args>
+void run(Fault (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t num_rows) {
+  std::atomic<int> fault{kOk};
+  torch::stable::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
+    const Fault found = kernel(args, begin, end);
+    if (found != kOk) fault = found;
+  });
+  raise(static_cast<Fault>(fault.load()));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_logits_cpu(Tensor logits, int64_t top_k, OptionalTensor target,
+                                                           std::vector<double> temperatures) {
+  check_rows(logits, "logits");
+  const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
+  const int64_t num_temperatures = static_cast<int64_t>(temperatures.size());
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= vocab_size && vocab_size <= INT32_MAX, "top_k must be in [1, V]");
+  const Dtype dtype = dtype_of(logits, "logits");
+  Tensor ids = torch::stable::new_empty(logits, {num_rows, top_k}, ScalarType::Int);
+  Tensor values = torch::stable::new_empty(logits, {num_rows, top_k});
+  Tensor lse = torch::stable::new_empty(logits, {num_rows, num_temperatures}, acc_type(dtype));
+  Tensor target_logit = torch::stable::new_empty(logits, {target.has_value() ? num_rows : 0}, acc_type(dtype));
+  TopkLogitsArgs args = {};
+  args.logits = logits.const_data_ptr();
+  args.row_stride = logits.stride(0);
+  args.dtype = dtype;
+  args.vocab_size = vocab_size;
+  args.top_k = top_k;
+  args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
+  args.temperatures = temperatures.data();
+  args.num_temperatures = num_temperatures;
+  args.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  args.values = values.mutable_data_ptr();
+  args.lse = lse.mutable_data_ptr();
+  args.target_logit = target_logit.mutable_data_ptr();
+  run(checked_kernels().topk_logits, args, num_rows);
+  return {ids, values, lse, target_logit};
+}
+
+std::tuple<Tensor, Tensor> sparse_softmax_cpu(Tensor ids, Tensor logits, OptionalTensor lse, double temperature,
+                                              std::string rest, int64_t vocab_size) {
+  check_rows(logits, "logits");
+  const int64_t num_rows = logits.size(0), top_k = logits.size(1);
+  const Dtype dtype = dtype_of(logits, "logits");
+  Tensor logprobs = torch::stable::new_empty(logits, {num_rows, top_k}, acc_type(dtype));
+  Tensor tail_logprob = torch::stable::new_empty(logits, {num_rows}, acc_type(dtype));
+  SparseSoftmaxArgs args = {};
+  args.ids = static_cast<const int32_t*>(data_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
+  args.logits = data_of(logits, logits.scalar_type(), num_rows * top_k, "logits");
+  args.dtype = dtype;
+  args.lse = data_of(lse, acc_type(dtype), num_rows, "lse");
+  args.top_k = top_k;
+  args.vocab_size = vocab_size;
+  args.temperature = temperature;
+  args.rest = rest_of(rest);
+  STD_TORCH_CHECK(args.lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest, "' needs lse");
+  args.logprobs = logprobs.mutable_data_ptr();
+  args.tail_logprob = tail_logprob.mutable_data_ptr();
+  run(checked_kernels().sparse_softmax, args, num_rows);
+  return {logprobs, tail_logprob};
+}
+
+// Writes the statistics (7, N) and, where asked, the gradient, which may overwrite the logits it is computed from.
+void slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
+                        OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
+                        OptionalTensor teacher_lse_one, OptionalTensor target_logit, OptionalTensor token_weight,
+                        double temperature, std::string rest, std::string divergence, std::string weight,
+                        bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
+                        double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
+                        int64_t ignore_index) {
+  check_rows(logits, "logits");
+  const int64_t num_rows = logits.size(0);
+  SlimLossArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
+  args.logits = logits.const_data_ptr();
+  args.logits_stride = logits.stride(0);
+  args.vocab_size = logits.size(1);
+  if (dlogits.has_value()) {
+    check_rows(*dlogits, "dlogits");
+    STD_TORCH_CHECK(dlogits->scalar_type() == logits.scalar_type() && dlogits->size(0) == num_rows &&
+                        dlogits->size(1) == args.vocab_size,
+                    "dlogits must have the shape and dtype of logits");
+    args.dlogits = dlogits->mutable_data_ptr();
+    args.dlogits_stride = dlogits->stride(0);
+  }
+  data_of(stats, acc, 7 * num_rows, "stats");
+  args.stats = stats.mutable_data_ptr();
+  args.num_rows = num_rows;
+  args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
+  args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");
+  args.rest = rest_of(rest);
+  args.divergence =
+      index_of(divergence, "divergence", {"forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl"});
+  args.weight = index_of(weight, "weight", {"teacher_over_student", "student_over_teacher", "none", "tensor"});
+  if (ids.has_value()) {
+    STD_TORCH_CHECK(ids->dim() == 2 && teacher_logits.has_value(), "ids must have shape (N, K) and come with logits");
+    args.top_k = ids->size(1);
+    args.ids = static_cast<const int32_t*>(data_of(ids, ScalarType::Int, num_rows * args.top_k, "ids"));
+    args.teacher_dtype = dtype_of(*teacher_logits, "teacher_logits");
+    args.teacher_logits =
+        data_of(teacher_logits, teacher_logits->scalar_type(), num_rows * args.top_k, "teacher_logits");
+    args.teacher_lse = data_of(teacher_lse, acc, num_rows, "teacher_lse");
+    args.teacher_lse_one = data_of(teacher_lse_one, acc, num_rows, "teacher_lse_one");
+    args.target_logit = data_of(target_logit, acc, num_rows, "target_logit");
+    args.token_weight = data_of(token_weight, acc, num_rows, "token_weight");
+    STD_TORCH_CHECK(args.teacher_lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest,
+                    "' needs teacher_lse");
+    STD_TORCH_CHECK(args.teacher_lse_one != nullptr || args.weight >= kWeightOne, "weight '", weight,
+                    "' needs teacher_lse_one");
+    STD_TORCH_CHECK(args.token_weight != nullptr || args.weight != kWeightTensor, "weight 'tensor' needs token_weight");
+  }
+  args.temperature = temperature;
+  args.detach_weight = detach_weight;
+  args.beta = beta;
+  args.alpha = alpha;
+  args.ce_weight = ce_weight;
+  args.kd_weight = kd_weight;
+  args.label_smoothing = label_smoothing;
+  args.z_loss_weight = z_loss_weight;
+  args.softcap = softcap;
+  args.logit_scale = logit_scale;
+  args.ignore_index = ignore_index;
+  run(checked_kernels().slim_loss, args, num_rows);
+}
+
+}  // namespace
+}  // namespace slimkernels
+
+STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
+  m.impl("topk_logits", TORCH_BOX(&slimkernels::topk_logits_cpu));
+  m.impl("sparse_softmax", TORCH_BOX(&slimkernels::sparse_softmax_cpu));
+  m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::slim_loss_rows_cpu));
+}

@@ -1,0 +1,96 @@
+"""Checks of user input: every message names the argument, what was expected, what was got, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
+RESTS_WITH_LSE = ("zero", "ghost")  # the teacher's own normaliser, not that of its kept entries
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_floating(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def has_vocabulary(logits: Tensor, name: str, shape: str) -> None:
+    is_floating(logits, name)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name} must have shape {shape} with at least one entry, got {tuple(logits.shape)}")
+
+
+def same_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, got {tensor.device}: move one of them")
+
+
+def is_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_name: str) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}: call target.long()")
+    if tuple(target.shape) != tuple(leading_shape):
+        raise ValueError(
+            f"target must have shape {tuple(leading_shape)}, one label for each row of {like_name}, "
+            f"got {tuple(target.shape)}"
+        )
+    same_device(target, "target", like, like_name)
+
+
+def is_positive(value: float, name: str) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def is_at_least_zero(value: float, name: str) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def is_one_of(value: str, name: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: int) -> int:
+    """K from exactly one of the two ways to give it."""
+    if (top_k is None) == (top_fraction is None):
+        raise ValueError(f"give exactly one of top_k and top_fraction, got top_k={top_k}, top_fraction={top_fraction}")
+    if top_k is None:
+        assert top_fraction is not None  # noqa: S101 -- the check above; here for the type checker
+        if not 0 < top_fraction <= 1:
+            raise ValueError(f"top_fraction must be in (0, 1], got {top_fraction}")
+        return math.ceil(top_fraction * vocab_size)
+    if not isinstance(top_k, int) or not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be an integer in [1, V = {vocab_size}], got {top_k}")
+    return top_k
+
+
+def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    """The temperatures as floats, 1.0 always the first."""
+    for temperature in temperatures:
+        is_positive(temperature, "temperatures")
+    return (1.0, *(float(t) for t in temperatures if t != 1.0))
+
+
+def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks hidden (..., D) against the lm_head's weight (V, D) and bias (V,)."""
+    is_floating(hidden, "hidden")
+    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        depth = hidden.shape[-1] if hidden.ndim else "D"
+        raise ValueError(
+            f"weight must have shape (V, {depth}) to match hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}: cast one of them")
+    same_device(weight, "weight", hidden, "hidden")
+    if bias is not None:
+        if bias.shape != (weight.shape[0],):
+            raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+        if bias.dtype != hidden.dtype:
+            raise TypeError(f"bias must have hidden's dtype {hidden.dtype}, got {bias.dtype}: cast one of them")
+        same_device(bias, "bias", hidden, "hidden")

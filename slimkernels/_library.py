@@ -1,0 +1,61 @@
+"""Where operators are defined, and how the native code behind them is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("slimkernels", "DEF")
+
+try:
+    from slimkernels import _C  # noqa: F401 -- importing it registers the CPU kernels
+except ImportError as error:
+    _missing: ImportError | None = error
+else:
+    _missing = None
+
+
+def define(schema: str, *, fake: Callable, implementation: Callable | None = None) -> None:
+    """Defines ``slimkernels::<schema>`` with its fake (shape-only) implementation.
+
+    Args:
+        schema: The operator's schema; the only place where it is written.
+        fake: Allocates outputs of the right shape and dtype from the same arguments.
+        implementation: For an operator that composes others on any device. Operators with kernels of their own
+            register them per device instead: CPU in ``csrc/ops.cpp``, CUDA in ``ops/<op>_triton.py``.
+    """
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"slimkernels::{name}", fake, lib=_library)
+    if implementation is not None:
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Registers the autograd formula of ``slimkernels::<name>``, kept for the life of the process."""
+    torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def check_kernels(tensor: torch.Tensor, argument: str) -> None:
+    """Raises where no kernel can work on ``tensor``'s device.
+
+    Raises:
+        RuntimeError: A CPU tensor, and the extension is not built.
+        NotImplementedError: A device without kernels.
+    """
+    if tensor.device.type == "cpu":
+        if _missing is not None:
+            raise RuntimeError(
+                "the native extension slimkernels._C is not built for this Python and torch "
+                f"({_missing}); install it with `pip install --no-build-isolation slimkernels`"
+            ) from _missing
+    elif tensor.device.type != "meta":
+        raise NotImplementedError(
+            f"{argument} is on {tensor.device}, but slimkernels has kernels for cpu only; move it with .cpu()"
+        )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels sum and report in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,188 @@
+"""What ``slim_loss`` and ``linear_slim_loss`` share: their options, checked once, and their result."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype
+from slimkernels.sparse_logits import SparseLogits
+
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+PROPER_ON_BOTH_SIDES = ("ghost", "renorm_both")
+WEIGHTS = ("teacher_over_student", "student_over_teacher", "none")
+NUM_STATS = 7
+
+
+class SlimLoss(NamedTuple):
+    """What a loss op returns; everything but ``loss`` is detached. Ignored tokens are 0 in every field.
+
+    Attributes:
+        loss: Scalar for "mean" and "sum", (...) for "none"; float32 (float64 for float64 logits), as all fields.
+        ce: (...) cross entropy of the label, natural log, label smoothing included.
+        kd: (...) T^2 times the divergence, before any weight.
+        weight: (...) w, the token's weight on ``kd``.
+        teacher_mass: (...) a, what the teacher gives to the kept ids at T. NaN where its lse at T is not known.
+        student_mass: (...) P, what the student gives to them.
+        lse: (...) the student's log-sum-exp at temperature 1.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    weight: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor
+    lse: Tensor
+
+
+class SlimOptions(NamedTuple):
+    """The operators' arguments after the operands, in the order of their schema (N rows, K entries)."""
+
+    ids: Tensor | None
+    teacher_logits: Tensor | None
+    teacher_lse: Tensor | None
+    teacher_lse_one: Tensor | None
+    target_logit: Tensor | None
+    token_weight: Tensor | None
+    temperature: float
+    rest: str
+    divergence: str
+    weight: str
+    detach_weight: bool
+    beta: float
+    alpha: float
+    ce_weight: float
+    kd_weight: float
+    label_smoothing: float
+    z_loss_weight: float
+    softcap: float
+    logit_scale: float
+    ignore_index: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that hold a value per row."""
+        return self[:6]
+
+    def rows(self, rows: slice) -> SlimOptions:
+        """The same options for some of the rows."""
+        return SlimOptions(*(None if t is None else t[rows] for t in self.tensors), *self[6:])
+
+
+OPTIONS_SCHEMA = (
+    "Tensor? ids, Tensor? teacher_logits, Tensor? teacher_lse, Tensor? teacher_lse_one, Tensor? target_logit,"
+    " Tensor? token_weight, float temperature, str rest, str divergence, str weight, bool detach_weight, float beta,"
+    " float alpha, float ce_weight, float kd_weight, float label_smoothing, float z_loss_weight, float softcap,"
+    " float logit_scale, int ignore_index"
+)
+
+
+def resolve_options(
+    like: Tensor,
+    like_name: str,
+    teacher: SparseLogits | None,
+    *,
+    weight: str | Tensor,
+    weight_name: str,
+    softcap: float | None,
+    **options,
+) -> SlimOptions:
+    """Checks the options against rows ``like`` (..., V or D) and brings the teacher's fields to flat rows."""
+    _checks.is_positive(options["temperature"], "temperature")
+    _checks.is_one_of(options["rest"], "rest", _checks.RESTS)
+    _checks.is_one_of(options["divergence"], "divergence", DIVERGENCES)
+    if options["divergence"] in ("reverse_kl", "jsd", "skew_kl") and options["rest"] not in PROPER_ON_BOTH_SIDES:
+        raise ValueError(
+            f"divergence={options['divergence']!r} needs a proper distribution on both sides: rest must be 'ghost' or "
+            f"'renorm_both', got {options['rest']!r}"
+        )
+    if not 0 < options["beta"] < 1:
+        raise ValueError(f"beta must be in (0, 1), got {options['beta']}")
+    if not 0 <= options["alpha"] < 1:
+        raise ValueError(f"alpha must be in [0, 1), got {options['alpha']}")
+    if not 0 <= options["label_smoothing"] < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {options['label_smoothing']}")
+    for name in ("ce_weight", "kd_weight", "z_loss_weight"):
+        _checks.is_at_least_zero(options[name], name)
+    _checks.is_positive(options["logit_scale"], "logit_scale")
+    if softcap is not None:
+        _checks.is_positive(softcap, "softcap")
+    leading_shape = tuple(like.shape[:-1])
+    token_weight = None
+    if isinstance(weight, Tensor):
+        if tuple(weight.shape) != leading_shape:
+            raise ValueError(f"{weight_name} must have shape {leading_shape}, got {tuple(weight.shape)}")
+        _checks.same_device(weight, weight_name, like, like_name)
+        token_weight, weight = weight, "tensor"
+    else:
+        _checks.is_one_of(weight, weight_name, WEIGHTS)
+    fields = _teacher_fields(teacher, like, like_name, options["rest"], options["temperature"])
+    dtype = accumulation_dtype(like.dtype)
+    return SlimOptions(
+        *fields[:2],
+        *(None if t is None else t.detach().to(dtype).reshape(-1).contiguous() for t in (*fields[2:], token_weight)),
+        weight=weight,
+        softcap=softcap or 0.0,
+        **options,
+    )
+
+
+def _teacher_fields(
+    teacher: SparseLogits | None, like: Tensor, like_name: str, rest: str, temperature: float
+) -> tuple[Tensor | None, ...]:
+    if teacher is None:
+        return (None,) * 5
+    if not isinstance(teacher, SparseLogits):
+        raise TypeError(f"teacher must be a SparseLogits, got {type(teacher).__name__}: make one with topk_logits")
+    if teacher.leading_shape != tuple(like.shape[:-1]):
+        raise ValueError(
+            f"teacher must hold one row for each row of {like_name}, {tuple(like.shape[:-1])}, "
+            f"got {teacher.leading_shape}"
+        )
+    _checks.same_device(teacher.ids, "teacher", like, like_name)
+    try:
+        lse = teacher.lse_at(temperature)
+    except ValueError:
+        if rest in _checks.RESTS_WITH_LSE:
+            raise
+        lse = None  # only reported, as teacher_mass
+    top_k = teacher.top_k
+    return (
+        teacher.ids.reshape(-1, top_k).contiguous(),
+        teacher.logits.detach().reshape(-1, top_k).contiguous(),
+        lse,
+        teacher.lse[..., 0],
+        teacher.target_logit,
+    )
+
+
+def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items, dtype: torch.dtype) -> Tensor | None:
+    """What each row's loss is multiplied by before the sum, (N,); None for "none". Never synchronises."""
+    _checks.is_one_of(reduction, "reduction", ("mean", "sum", "none"))
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items is what reduction='mean' divides by; got it with reduction={reduction!r}")
+    if reduction == "none":
+        return None
+    counted = (target != ignore_index).to(dtype)
+    if reduction == "sum":
+        return counted
+    return counted / (counted.sum().clamp(min=1) if num_items is None else num_items)
+
+
+def pack_result(loss: Tensor, stats: Tensor, leading_shape: torch.Size) -> SlimLoss:
+    """Names the rows of ``stats`` (7, N) and gives per-token results their leading shape."""
+    if loss.ndim:
+        loss = loss.reshape(leading_shape)
+    return SlimLoss(loss, *(row.reshape(leading_shape) for row in stats[1:].unbind()))
+
+
+def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Multiplies a gradient made in the forward pass by the loss's own, which is 1 in most training loops."""
+    if upstream.device.type == "cpu" and not torch.compiler.is_compiling() and type(upstream) is Tensor:
+        if upstream.item() == 1:
+            return gradient
+    return gradient * upstream.to(gradient.dtype)

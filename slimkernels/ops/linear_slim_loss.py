@@ -1,0 +1,263 @@
+"""``linear_slim_loss``: ``slim_loss`` of an lm_head's output that is never held whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._slim_options import (
+    NUM_STATS,
+    OPTIONS_SCHEMA,
+    SlimLoss,
+    SlimOptions,
+    pack_result,
+    reduction_scale,
+    resolve_options,
+    scale_gradient,
+)
+from slimkernels.sparse_logits import SparseLogits
+
+_VOCAB_BLOCK = 4096  # rows of the weight gradient brought to float32 at a time
+
+
+def linear_slim_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    teacher: SparseLogits | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    rest: str = "renorm",
+    divergence: str = "forward_kl",
+    token_weight: str | Tensor = "teacher_over_student",
+    detach_weight: bool = True,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    ce_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> SlimLoss:
+    """``slim_loss(hidden @ weight.T + bias, target, teacher, ...)`` without the (N, V) logits.
+
+    Equivalent to::
+
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return slim_loss(logits, target, teacher, weight=token_weight, ...)
+
+    Rows go through in chunks: a matrix product into one buffer, ``slim_loss`` over it with the gradient written in
+    place, and the products that make the gradients of ``hidden`` and ``weight``. O(chunk_rows * V) extra memory,
+    plus a float32 (V, D) accumulator when a half-precision ``weight`` needs a gradient over several chunks. What
+    needs no gradient is not computed: a frozen ``weight`` skips its product.
+
+    Args:
+        hidden: (..., D) float32, bfloat16, float16 or float64, the last hidden states.
+        weight: (V, D) of the same dtype, the lm_head weight.
+        target: (...) int64 labels in [0, V), or ``ignore_index``.
+        teacher: Rows (..., K); gets no gradient. None for cross entropy.
+        bias: (V,) of the same dtype, or None.
+        temperature: As in ``slim_loss``, and so are all options not listed here.
+        token_weight: What ``slim_loss`` calls ``weight``, which here is the lm_head's.
+        rest: See ``slim_loss``.
+        divergence: See ``slim_loss``.
+        detach_weight: See ``slim_loss``.
+        beta: See ``slim_loss``.
+        alpha: See ``slim_loss``.
+        ce_weight: See ``slim_loss``.
+        kd_weight: See ``slim_loss``.
+        label_smoothing: See ``slim_loss``.
+        z_loss_weight: See ``slim_loss``.
+        softcap: See ``slim_loss``; applied after the bias.
+        logit_scale: See ``slim_loss``; multiplies ``hidden @ weight.T + bias``.
+        ignore_index: See ``slim_loss``.
+        reduction: See ``slim_loss``.
+        num_items: See ``slim_loss``.
+        chunk_rows: Rows whose logits are held at a time; by default what 64 MiB hold.
+
+    Returns:
+        SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
+
+    Raises:
+        ValueError: What ``slim_loss`` raises, and a ``weight`` or ``bias`` that does not match ``hidden``.
+        TypeError: Dtypes that are not supported or differ.
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic.
+
+    Precision: matrix products are torch's, in hidden's dtype, so a chunk's share of a half-precision weight gradient
+    is rounded once to that dtype; the sum over chunks is float32.
+
+    References: as ``slim_loss``; chunking as in Liger Kernel (arXiv 2410.10989).
+
+    >>> hidden = torch.eye(2, requires_grad=True)
+    >>> result = linear_slim_loss(hidden, torch.zeros(4, 2), torch.tensor([1, 3]))
+    >>> round(result.loss.item(), 4)
+    1.3863
+    """
+    _checks.is_head(hidden, weight, bias)
+    leading_shape = hidden.shape[:-1]
+    _checks.is_target(target, leading_shape, hidden, "hidden")
+    options = resolve_options(
+        hidden,
+        "hidden",
+        teacher,
+        weight=token_weight,
+        weight_name="token_weight",
+        softcap=softcap,
+        temperature=temperature,
+        rest=rest,
+        divergence=divergence,
+        detach_weight=detach_weight,
+        beta=beta,
+        alpha=alpha,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+    )
+    check_kernels(hidden, "hidden")
+    target = target.reshape(-1).contiguous()
+    row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(hidden.dtype))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    grad_enabled = torch.is_grad_enabled()
+    needs = [grad_enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss, stats, *_ = torch.ops.slimkernels.linear_slim_loss_fwd(
+        rows,
+        weight,
+        bias,
+        target,
+        row_scale,
+        *needs,
+        resolve_chunk_rows(chunk_rows, rows.shape[0], weight.shape[0], rows.dtype),
+        *options,
+    )
+    return pack_result(loss, stats, leading_shape)
+
+
+def _linear_slim_loss_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_scale: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    chunk_rows: int,
+    *options,
+):
+    """The loss, the statistics, and the gradients asked for (empty where not, and without ``row_scale``)."""
+    outputs = _fake_fwd(
+        hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options
+    )
+    loss, stats, dhidden, dweight, dbias = outputs
+    options = SlimOptions(*options)
+    with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
+    dweight_sum = _accumulator(dweight, several=hidden.shape[0] > chunk_rows)
+    dbias_sum = torch.zeros_like(dbias, dtype=stats.dtype)
+    for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
+        chunk_stats = stats.new_empty(NUM_STATS, logits.shape[0])
+        scale = None if row_scale is None else row_scale[rows]
+        dlogits = logits if with_grad else None
+        torch.ops.slimkernels.slim_loss_rows(logits, dlogits, chunk_stats, target[rows], scale, *options.rows(rows))
+        stats[:, rows] = chunk_stats
+        if dhidden.numel():
+            torch.mm(logits, weight, out=dhidden[rows])
+        if dweight.numel():
+            _add_product(dweight_sum, logits, hidden[rows], first=rows.start == 0)
+        if dbias.numel():
+            dbias_sum += logits.sum(0, dtype=dbias_sum.dtype)
+    if dweight.numel() and dweight_sum is not dweight:
+        dweight.copy_(dweight_sum)
+    if hidden.shape[0] == 0:
+        dweight.zero_()
+    dbias.copy_(dbias_sum)
+    loss.copy_(stats[0] if row_scale is None else (stats[0] * row_scale).sum())
+    return outputs
+
+
+def _accumulator(dweight: Tensor, several: bool) -> Tensor:
+    """Where the chunks' products are summed: a half-precision gradient of several chunks is summed in float32."""
+    if several and dweight.dtype in (torch.bfloat16, torch.float16):
+        return torch.empty_like(dweight, dtype=torch.float32)
+    return dweight
+
+
+def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
+    """``total += dlogits.T @ hidden``, or ``=`` for the first chunk, with no second (V, D) tensor."""
+    if total.dtype == dlogits.dtype:
+        torch.addmm(total, dlogits.t(), hidden, beta=0 if first else 1, out=total)
+        return
+    for begin in range(0, total.shape[0], _VOCAB_BLOCK):
+        block = slice(begin, begin + _VOCAB_BLOCK)
+        product = torch.mm(dlogits[:, block].t(), hidden)
+        if first:
+            total[block] = product
+        else:
+            total[block] += product
+
+
+def _fake_fwd(
+    hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options
+):
+    dtype = accumulation_dtype(hidden.dtype)
+    num_rows = hidden.shape[0]
+    reduced = row_scale is not None
+    return (
+        hidden.new_empty(() if reduced else num_rows, dtype=dtype),
+        hidden.new_empty(NUM_STATS, num_rows, dtype=dtype),
+        hidden.new_empty(hidden.shape if reduced and needs_hidden else 0),
+        weight.new_empty(weight.shape if reduced and needs_weight else 0),
+        weight.new_empty(weight.shape[0] if reduced and needs_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, target, row_scale, *needs, chunk_rows = inputs[:9]
+    loss, stats, *gradients = output
+    ctx.mark_non_differentiable(stats, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.reduced = row_scale is not None
+    ctx.needs = needs
+    if ctx.reduced:
+        ctx.save_for_backward(*gradients)
+        return
+    options = SlimOptions(*inputs[9:])
+    ctx.save_for_backward(hidden, weight, bias, target, *options.tensors)
+    ctx.chunk_rows = chunk_rows
+    ctx.settings = options[len(options.tensors) :]
+
+
+def _backward(ctx, grad_loss: Tensor | None, *_unused):
+    absent = (None,) * (6 + len(SlimOptions._fields))
+    if grad_loss is None:
+        return None, None, None, *absent
+    if ctx.reduced:
+        gradients = [scale_gradient(g, grad_loss) for g in ctx.saved_tensors]
+    else:
+        hidden, weight, bias, target, *tensors = ctx.saved_tensors
+        gradients = torch.ops.slimkernels.linear_slim_loss_fwd(
+            hidden, weight, bias, target, grad_loss.contiguous(), *ctx.needs, ctx.chunk_rows, *tensors, *ctx.settings
+        )[2:]
+    return *(g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)), *absent
+
+
+define(
+    "linear_slim_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_scale,"
+    f" bool needs_hidden, bool needs_weight, bool needs_bias, int chunk_rows, {OPTIONS_SCHEMA})"
+    " -> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    fake=_fake_fwd,
+    implementation=_linear_slim_loss_fwd,
+)
+register_autograd("linear_slim_loss_fwd", _backward, _setup_context)

@@ -1,0 +1,143 @@
+"""``linear_topk_logits``: ``topk_logits`` of an lm_head's output that is never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.sparse_logits import SparseLogits
+
+
+def linear_topk_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    target: Tensor | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+) -> SparseLogits:
+    """``topk_logits(softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), ...)``.
+
+    Equivalent to::
+
+        logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return topk_logits(logits, top_k, top_fraction, target=target, temperatures=temperatures)
+
+    The (N, V) logits never exist: O(chunk_rows * V) extra memory. The teacher's side of distillation, so the result
+    carries no gradient.
+
+    Args:
+        hidden: (..., D) float32, bfloat16, float16 or float64, the last hidden states.
+        weight: (V, D) of the same dtype, the lm_head weight.
+        top_k: K, 1 to V. Give this or ``top_fraction``.
+        top_fraction: K as a share of the vocabulary, ``ceil(top_fraction * V)``.
+        bias: (V,) of the same dtype, or None.
+        target: (...) int64 labels whose raw logit is kept too; negative for no label.
+        temperatures: At which the log-sum-exp is taken; 1.0 is always the first.
+        softcap: Positive, or None for no cap.
+        logit_scale: Positive factor on the logits, before the cap.
+        chunk_rows: Rows whose logits are held at a time; by default what 64 MiB hold.
+
+    Returns:
+        SparseLogits (..., K), detached.
+
+    Raises:
+        ValueError: Shapes that do not match, and what ``topk_logits`` raises.
+        TypeError: Dtypes that are not supported or differ.
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x deterministic.
+
+    Precision: the matrix product is torch's, in hidden's dtype; the rest as ``topk_logits``.
+
+    >>> sparse = linear_topk_logits(torch.eye(2), torch.tensor([[1.0, 4.0], [2.0, 3.0], [3.0, 0.0]]), top_k=1)
+    >>> sparse.ids.tolist(), sparse.logits.tolist()
+    ([[2], [0]], [[3.0], [4.0]])
+    """
+    _checks.is_head(hidden, weight, bias)
+    vocab_size = weight.shape[0]
+    top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
+    temperatures = _checks.resolve_temperatures(temperatures)
+    _checks.is_positive(logit_scale, "logit_scale")
+    if softcap is not None:
+        _checks.is_positive(softcap, "softcap")
+    leading_shape = hidden.shape[:-1]
+    if target is not None:
+        _checks.is_target(target, leading_shape, hidden, "hidden")
+        target = target.reshape(-1).contiguous()
+    check_kernels(hidden, "hidden")
+    rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    ids, values, lse, target_logit = torch.ops.slimkernels.linear_topk_logits(
+        rows,
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        top_k,
+        target,
+        list(temperatures),
+        softcap or 0.0,
+        logit_scale,
+        resolve_chunk_rows(chunk_rows, rows.shape[0], vocab_size, rows.dtype),
+    )
+    return SparseLogits(
+        ids=ids.reshape(*leading_shape, top_k),
+        logits=values.reshape(*leading_shape, top_k),
+        lse=lse.reshape(*leading_shape, len(temperatures)),
+        temperatures=temperatures,
+        target_logit=None if target is None else target_logit.reshape(leading_shape),
+    )
+
+
+def _linear_topk_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    target: Tensor | None,
+    temperatures: Sequence[float],
+    softcap: float,
+    logit_scale: float,
+    chunk_rows: int,
+):
+    outputs = _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, chunk_rows)
+    for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
+        if logit_scale != 1:
+            logits.mul_(logit_scale)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        labels = None if target is None else target[rows]
+        kept = torch.ops.slimkernels.topk_logits(logits, top_k, labels, temperatures)
+        for output, part in zip(outputs, kept, strict=True):
+            if part.numel():
+                output[rows] = part
+    return outputs
+
+
+def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, chunk_rows):
+    num_rows = hidden.shape[0]
+    dtype = accumulation_dtype(hidden.dtype)
+    return (
+        hidden.new_empty(num_rows, top_k, dtype=torch.int32),
+        hidden.new_empty(num_rows, top_k),
+        hidden.new_empty(num_rows, len(temperatures), dtype=dtype),
+        hidden.new_empty(0 if target is None else num_rows, dtype=dtype),
+    )
+
+
+define(
+    "linear_topk_logits(Tensor hidden, Tensor weight, Tensor? bias, int top_k, Tensor? target, float[] temperatures,"
+    " float softcap, float logit_scale, int chunk_rows)"
+    " -> (Tensor ids, Tensor values, Tensor lse, Tensor target_logit)",
+    fake=_fake,
+    implementation=_linear_topk_logits,
+)

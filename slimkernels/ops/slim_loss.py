@@ -1,0 +1,206 @@
+"""``slim_loss``: cross entropy plus the adaptively weighted divergence from a sparse teacher, on logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._slim_options import (
+    NUM_STATS,
+    OPTIONS_SCHEMA,
+    SlimLoss,
+    SlimOptions,
+    pack_result,
+    reduction_scale,
+    resolve_options,
+    scale_gradient,
+)
+from slimkernels.sparse_logits import SparseLogits
+
+
+def slim_loss(
+    logits: Tensor,
+    target: Tensor,
+    teacher: SparseLogits | None = None,
+    *,
+    temperature: float = 1.0,
+    rest: str = "renorm",
+    divergence: str = "forward_kl",
+    weight: str | Tensor = "teacher_over_student",
+    detach_weight: bool = True,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    ce_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> SlimLoss:
+    """``loss = ce_weight * CE + kd_weight * w * T^2 * D(teacher, student) + z_loss_weight * lse^2`` per token.
+
+    With student logits z, s = softmax(z), p = softmax(z / T), the teacher's t_y and the student's s_y of the label::
+
+        CE = -log s_y
+        w  = 1 - exp(-t_y / s_y)
+
+    Equivalent to, for the defaults::
+
+        logprobs = torch.log_softmax(logits.float(), -1)
+        ce = -logprobs.gather(-1, target[..., None])[..., 0]
+        q = torch.softmax(teacher.logits.float(), -1)
+        kl = (q * (q.log() - logprobs.gather(-1, teacher.ids.long()))).sum(-1)
+        t_y = (teacher.target_logit - teacher.lse[..., 0]).exp()
+        w = 1 - torch.exp(-t_y / (-ce).exp())
+        loss = (ce + w.detach() * kl).mean()
+
+    Reads the logits once and, when they need a gradient, writes it once: no float32 copy of (N, V), no softmax of
+    it, nothing of size (K, K). O(V + K) scratch per thread. For "mean" and "sum" the gradient is made in the forward
+    pass; for "none" it is recomputed exactly in the backward pass. ``teacher=None`` is cross entropy.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, any stride.
+        target: (...) int64 labels in [0, V), or ``ignore_index``.
+        teacher: Rows (..., K) from ``topk_logits`` or a store; gets no gradient.
+        temperature: T > 0, of the divergence. CE and w are at 1.
+        rest: What the teacher says outside its kept ids: "renorm", "zero", "ghost", "zero_logit", "renorm_both"
+            (see ``sparse_softmax``).
+        divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy), and, with rest "ghost" or
+            "renorm_both": "reverse_kl" KL(p || q), "jsd", "skew_kl".
+        weight: "teacher_over_student" is the paper's text, w -> 1 where the teacher is the more confident.
+            "student_over_teacher" is its printed equation, 1 - exp(-s_y / t_y). "none" is w = 1. Or a (...) tensor.
+            A label that the teacher's ``target_logit`` does not cover and that is not kept has t_y = 0.
+        detach_weight: Whether w is a constant to the gradient.
+        beta: In (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
+        alpha: In [0, 1): skew_kl = KL(q || alpha q + (1 - alpha) p).
+        ce_weight: Of CE, at least 0.
+        kd_weight: Of the divergence, at least 0.
+        label_smoothing: In [0, 1), as in ``torch.nn.functional.cross_entropy``; w uses the unsmoothed s_y.
+        z_loss_weight: Of the squared log-sum-exp, at least 0.
+        softcap: z = softcap * tanh(logit_scale * logits / softcap); None for no cap.
+        logit_scale: Positive factor on the logits.
+        ignore_index: Label of rows that are skipped, with gradient exactly 0.
+        reduction: "mean" over the tokens not ignored, "sum" or "none".
+        num_items: What "mean" divides by instead, for gradient accumulation; a number or a scalar tensor.
+
+    Returns:
+        SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
+
+    Raises:
+        ValueError: Shapes that do not match, a label or teacher id outside the vocabulary, an illegal combination of
+            rest and divergence, a temperature not captured, an option out of its range.
+        TypeError: A dtype that is not supported.
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x backward x deterministic; a row's result does not depend
+    on the rows beside it.
+
+    Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
+    tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
+
+    References: Raman et al. 2023, "For Distillation, Tokens Are Not All You Need"; jsd as in arXiv 2306.13649;
+    skew_kl as in arXiv 2402.03898.
+
+    >>> from slimkernels import topk_logits
+    >>> target = torch.tensor([1])
+    >>> teacher = topk_logits(torch.tensor([[0.0, 3.0, 1.0, 0.0]]), top_k=2, target=target)
+    >>> result = slim_loss(torch.zeros(1, 4), target, teacher)
+    >>> round(result.ce.item(), 4), round(result.weight.item(), 4)
+    (1.3863, 0.9622)
+    """
+    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    leading_shape = logits.shape[:-1]
+    _checks.is_target(target, leading_shape, logits, "logits")
+    options = resolve_options(
+        logits,
+        "logits",
+        teacher,
+        weight=weight,
+        weight_name="weight",
+        softcap=softcap,
+        temperature=temperature,
+        rest=rest,
+        divergence=divergence,
+        detach_weight=detach_weight,
+        beta=beta,
+        alpha=alpha,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+    )
+    check_kernels(logits, "logits")
+    target = target.reshape(-1).contiguous()
+    row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(logits.dtype))
+    rows = logits.reshape(-1, logits.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    needs_grad = logits.requires_grad and torch.is_grad_enabled()
+    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, row_scale, needs_grad, *options)
+    return pack_result(loss, stats, leading_shape)
+
+
+def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
+    """The loss reduced by ``row_scale`` (per row without it), the statistics, and the gradient of the former."""
+    dtype = accumulation_dtype(logits.dtype)
+    stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=dtype)
+    with_grad = needs_grad and row_scale is not None
+    dlogits = logits.new_empty(logits.shape) if with_grad else None
+    torch.ops.slimkernels.slim_loss_rows(logits, dlogits, stats, target, row_scale, *options)
+    loss = stats[0].clone() if row_scale is None else (stats[0] * row_scale).sum()
+    return loss, stats, logits.new_empty(0) if dlogits is None else dlogits
+
+
+def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
+    dtype = accumulation_dtype(logits.dtype)
+    num_rows = logits.shape[0]
+    return (
+        logits.new_empty(num_rows if row_scale is None else (), dtype=dtype),
+        logits.new_empty(NUM_STATS, num_rows, dtype=dtype),
+        logits.new_empty(logits.shape if needs_grad and row_scale is not None else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, target, row_scale, _, *options = inputs
+    _, stats, dlogits = output
+    ctx.mark_non_differentiable(stats, dlogits)
+    ctx.set_materialize_grads(False)
+    ctx.reduced = row_scale is not None
+    if ctx.reduced:
+        ctx.save_for_backward(dlogits)
+    else:
+        options = SlimOptions(*options)
+        ctx.save_for_backward(logits, target, *options.tensors)
+        ctx.settings = options[len(options.tensors) :]
+
+
+def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
+    absent = (None,) * (3 + len(SlimOptions._fields))
+    if grad_loss is None:
+        return None, *absent
+    if ctx.reduced:
+        return scale_gradient(ctx.saved_tensors[0], grad_loss), *absent
+    logits, target, *tensors = ctx.saved_tensors
+    scale = grad_loss.contiguous()
+    return torch.ops.slimkernels.slim_loss_fwd(logits, target, scale, True, *tensors, *ctx.settings)[2], *absent
+
+
+define(
+    "slim_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor(b!) stats, Tensor target, Tensor? row_scale,"
+    f" {OPTIONS_SCHEMA}) -> ()",
+    fake=lambda *args: None,
+)
+define(
+    f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"
+    " -> (Tensor loss, Tensor stats, Tensor dlogits)",
+    fake=_fake_fwd,
+    implementation=_slim_loss_fwd,
+)
+register_autograd("slim_loss_fwd", _backward, _setup_context)

@@ -1,0 +1,130 @@
+"""``sparse_softmax``: what a sparse teacher says about its kept ids and about everything else together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.sparse_logits import SparseLogits
+
+
+
+class SparseProbs(NamedTuple):
+    """Natural-log probabilities of a sparse teacher.
+
+    Attributes:
+        logprobs: (..., K) float32 (float64 for float64 logits); ``-inf`` at padding.
+        tail_logprob: (...) of the same dtype. Of everything outside the kept ids together; ``-inf`` where the
+            teacher gives it nothing.
+    """
+
+    logprobs: Tensor
+    tail_logprob: Tensor
+
+
+def sparse_softmax(
+    sparse: SparseLogits, *, temperature: float = 1.0, rest: str = "renorm", vocab_size: int | None = None
+) -> SparseProbs:
+    """``logprobs = logits / T - log Z``, where ``rest`` says what happens to the mass outside the kept ids S.
+
+    ================ ========================= =======================================================
+    rest             on S                      outside S (``tail_logprob``)
+    ================ ========================= =======================================================
+    "renorm"         q / a                     0
+    "zero"           q                         0: the mass 1 - a is dropped
+    "ghost"          q                         one bucket of mass 1 - a
+    "zero_logit"     softmax of the row whose  (V - K) exp(0) / Z; not shift invariant: adding a constant
+                     unkept logits are 0       to every logit changes the result
+    "renorm_both"    q / a                     0; the student is renormalised on S too
+    ================ ========================= =======================================================
+
+    with q the teacher's exact probability ``exp(logits / T - lse_T)`` and ``a = sum_S q`` the kept mass.
+
+    Equivalent to, for "renorm"::
+
+        logprobs = torch.log_softmax(sparse.logits.float() / temperature, -1)
+
+    Args:
+        sparse: Rows (..., K).
+        temperature: T, positive. "zero" and "ghost" need the teacher's lse at it.
+        rest: See the table.
+        vocab_size: V; needed by "zero_logit" alone, otherwise used to check ids when given.
+
+    Returns:
+        SparseProbs(logprobs (..., K), tail_logprob (...)).
+
+    Raises:
+        ValueError: An unknown ``rest``, a temperature that is not positive or not captured, a missing vocab_size,
+            ids that are not ascending inside [0, V).
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x backward (to logits and lse) x deterministic.
+
+    Precision: the tail is ``log(-expm1(log a))``; a stored record does not hold the unkept logits.
+
+    >>> from slimkernels import topk_logits
+    >>> probs = sparse_softmax(topk_logits(torch.zeros(1, 4), top_k=2), rest="ghost")
+    >>> probs.logprobs.exp().tolist(), round(probs.tail_logprob.exp().item(), 6)
+    ([[0.25, 0.25]], 0.5)
+    """
+    _checks.is_one_of(rest, "rest", _checks.RESTS)
+    _checks.is_positive(temperature, "temperature")
+    if rest == "zero_logit" and vocab_size is None:
+        raise ValueError("vocab_size must be given with rest='zero_logit', which counts the unkept logits")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+    check_kernels(sparse.logits, "sparse.logits")
+    flat = sparse.flatten()
+    lse = None
+    if rest in _checks.RESTS_WITH_LSE:
+        lse = flat.lse_at(temperature).to(accumulation_dtype(flat.logits.dtype)).contiguous()
+    logprobs, tail_logprob = torch.ops.slimkernels.sparse_softmax(
+        flat.ids.contiguous(), flat.logits.contiguous(), lse, temperature, rest, vocab_size or 2**31 - 1
+    )
+    return SparseProbs(logprobs.reshape(sparse.ids.shape), tail_logprob.reshape(sparse.leading_shape))
+
+
+def _fake(ids: Tensor, logits: Tensor, lse: Tensor | None, temperature: float, rest: str, vocab_size: int):
+    dtype = accumulation_dtype(logits.dtype)
+    return torch.empty_like(logits, dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, logits, lse, ctx.temperature, ctx.rest, _ = inputs
+    ctx.save_for_backward(*output)
+    ctx.logits_dtype = logits.dtype
+    ctx.has_lse = lse is not None
+
+
+def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
+    logprobs, tail_logprob = ctx.saved_tensors
+    probs = logprobs.exp()
+    grad_logprobs = grad_logprobs.masked_fill(logprobs == -torch.inf, 0.0)
+    total = grad_logprobs.sum(-1, keepdim=True)
+    grad_lse = None
+    if ctx.rest in _checks.RESTS_WITH_LSE:
+        grad = grad_logprobs
+        grad_lse = -total[:, 0]
+        if ctx.rest == "ghost":
+            # tail = log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
+            has_tail = tail_logprob > -torch.inf
+            odds = torch.where(has_tail, grad_tail * (-tail_logprob.masked_fill(~has_tail, 0.0)).exp(), 0.0)
+            grad = grad - probs * odds[:, None]
+            grad_lse = grad_lse + odds * probs.sum(-1)
+    else:
+        # logprobs = x - log Z with dlog Z = sum_S probs dx, also for the tail of "zero_logit".
+        if ctx.rest == "zero_logit":
+            total = total + grad_tail.masked_fill(tail_logprob == -torch.inf, 0.0)[:, None]
+        grad = grad_logprobs - probs * total
+    return None, (grad / ctx.temperature).to(ctx.logits_dtype), grad_lse if ctx.has_lse else None, None, None, None
+
+
+define(
+    "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size)"
+    " -> (Tensor logprobs, Tensor tail_logprob)",
+    fake=_fake,
+)
+register_autograd("sparse_softmax", _backward, _setup_context)
