@@ -1,0 +1,234 @@
+"""The student's side of a step: the model, its decoder and head, and the batch that both read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimkernels.sparse_logits import SparseLogits
+
+if TYPE_CHECKING:
+    from slimkernels.store import Document
+
+
+def make_student(
+    config_or_path: PreTrainedConfig | str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    intermediate_size: int | None = None,
+    max_length: int = 2048,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Loads a student, or makes a small randomly initialised one over the teacher's vocabulary.
+
+    Args:
+        config_or_path: A folder or hub name to load, a configuration to initialise at random, or None for a
+            Llama-style model with tied embeddings of the sizes below.
+        tokenizer: The teacher's tokenizer; gives ``vocab_size`` and the special tokens of a new student.
+        vocab_size: V of a new student; wins over ``len(tokenizer)`` (a teacher's head may be padded).
+        hidden_size: D of a new student.
+        num_layers: Decoder layers of a new student.
+        num_heads: Attention heads of a new student; divides ``hidden_size``.
+        intermediate_size: Width of the feed-forward layers, by default ``3 * hidden_size``.
+        max_length: Longest sequence of a new student, in tokens.
+        seed: Of the random initialisation. The global generator is left as it was.
+        dtype: Of the parameters.
+
+    Returns:
+        A causal language model in training mode, on the CPU.
+
+    Raises:
+        ValueError: A new student without ``vocab_size`` and ``tokenizer``, or sizes that do not fit.
+    """
+    if isinstance(config_or_path, str):
+        return AutoModelForCausalLM.from_pretrained(config_or_path, dtype=dtype).train()
+    if config_or_path is None:
+        if vocab_size is None and tokenizer is None:
+            raise ValueError("a new student needs vocab_size or tokenizer: pass the teacher's, got neither")
+        if hidden_size % (2 * num_heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of 2 * num_heads={2 * num_heads} (rotary heads have an even "
+                f"width), got {hidden_size}"
+            )
+        config_or_path = LlamaConfig(
+            vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size if intermediate_size is None else intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            max_position_embeddings=max_length,
+            tie_word_embeddings=True,
+            bos_token_id=getattr(tokenizer, "bos_token_id", None),
+            eos_token_id=getattr(tokenizer, "eos_token_id", None),
+            pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config_or_path, dtype=dtype).train()
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelHead:
+    """What turns hidden states into logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,) or None.
+        softcap: None: no cap.
+        logit_scale: 1.0: no scale.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LanguageModelHead:
+        """Reads a causal language model's head and what its configuration does to the logits.
+
+        Raises:
+            ValueError: The model's output embeddings are not one ``torch.nn.Linear``.
+        """
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"the student's output embeddings must be one torch.nn.Linear, got {type(linear).__name__} in "
+                f"{type(model).__name__}; adapters on the head must be merged first"
+            )
+        config = model.config.get_text_config(decoder=True)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        return cls(
+            weight=linear.weight,
+            bias=linear.bias,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            logit_scale=float(scale) / float(getattr(config, "logits_scaling", None) or 1.0),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the weight."""
+        return self.weight.shape[0]
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The head as keyword arguments of ``linear_slim_loss``, its tensors in the dtype of the hidden states."""
+        return {
+            "weight": self.weight.to(dtype),
+            "bias": None if self.bias is None else self.bias.to(dtype),
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The dense logits (..., V) of a few rows, to compare with the model's own."""
+        logits = self.logit_scale * nn.functional.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def hidden_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """The decoder's last hidden state (N, D) of a collated batch's labelled rows; no logits are computed."""
+    output = model.get_decoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, batch["rows"])
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Runs two tokens through the model and checks that ``LanguageModelHead`` reproduces its logits.
+
+    Raises:
+        ValueError: The model does something else to its logits, or its decoder does not end in the head's input.
+    """
+    head, was_training = LanguageModelHead.of(model), model.training
+    ids = torch.tensor([[0, head.vocab_size - 1]], device=head.weight.device)
+    model.eval()
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        model.train(was_training)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
+    error = (head.logits(hidden.to(head.weight.dtype)).float() - expected).abs().max()
+    if not error <= tolerance * expected.abs().max().clamp(min=1.0):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not softcap(logit_scale * (hidden @ weight.T + bias)) of its "
+            f"decoder's last hidden state (they differ by {float(error):.3g}); train it with your own loop and "
+            "slimkernels.slim_loss on its logits"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SlimCollator:
+    """Makes one right-padded batch of store documents.
+
+    Attributes:
+        pad_token_id: Fills ``input_ids`` behind each document; never a label, never attended to.
+        vocab_size: V of the student; ids are checked against it. None: not checked.
+        max_length: Longest document the student can read. None: not checked.
+        with_teacher: False leaves the teacher out of the batch, as supervised training needs none.
+    """
+
+    pad_token_id: int = 0
+    vocab_size: int | None = None
+    max_length: int | None = None
+    with_teacher: bool = True
+
+    def __call__(self, documents: Sequence[Document]) -> dict[str, Any]:
+        """Collates B documents of at most T tokens with N labels in all.
+
+        Returns:
+            ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the place in B * T
+            of the hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` SparseLogits (N, K)
+            or None.
+
+        Raises:
+            ValueError: A document longer than ``max_length``, a position outside [1, T), or an id outside
+                [0, ``vocab_size``).
+        """
+        length = max(len(document.input_ids) for document in documents)
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"documents must have at most max_length={self.max_length} tokens for this student, got one of "
+                f"{length}; capture shorter documents or give the student more positions"
+            )
+        input_ids = torch.full((len(documents), length), self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros((len(documents), length), dtype=torch.int64)
+        rows, targets = [], []
+        for index, document in enumerate(documents):
+            tokens, positions = document.input_ids, document.positions
+            if len(positions) and not 1 <= int(positions.min()) <= int(positions.max()) < len(tokens):
+                raise ValueError(
+                    f"positions must lie in [1, {len(tokens)}), got {int(positions.min())} to {int(positions.max())}"
+                )
+            input_ids[index, : len(tokens)] = tokens
+            attention_mask[index, : len(tokens)] = 1
+            rows.append(index * length + positions - 1)
+            targets.append(tokens[positions])
+        teacher = SparseLogits.cat([document.teacher for document in documents]) if self.with_teacher else None
+        self._check_ids("input_ids", input_ids)
+        if teacher is not None:
+            self._check_ids("teacher.ids", teacher.ids)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "rows": torch.cat(rows),
+            "target": torch.cat(targets),
+            "teacher": teacher,
+        }
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        if self.vocab_size is not None and ids.numel() and int(ids.max()) >= self.vocab_size:
+            raise ValueError(
+                f"{name} must be below the student's vocabulary size {self.vocab_size}, got {int(ids.max())}; use "
+                "the teacher's tokenizer and a student with as many tokens as the teacher"
+            )

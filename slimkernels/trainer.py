@@ -1,0 +1,304 @@
+"""Trains a student on a store: ``transformers.Trainer`` with the loss taken from hidden states, never from logits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+import slimkernels as sk
+from slimkernels.evaluate.metrics import evaluate_store
+from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student
+from slimkernels.trainer_checkpoint import SlimRun, check_same_run, last_complete_checkpoint
+from slimkernels.trainer_config import METHODS, SlimConfig
+
+__all__ = ["METHODS", "SlimCollator", "SlimConfig", "SlimTrainer", "last_complete_checkpoint", "make_student", "train"]
+
+IGNORE_INDEX = -100
+_LOGGED = ("ce", "kd", "weight", "teacher_mass", "student_mass")
+
+
+class SlimTrainer(Trainer):
+    """A ``transformers.Trainer`` whose loss is ``linear_slim_loss`` of the decoder's hidden states.
+
+    Equivalent to, per step over all its micro-batches::
+
+        hidden = model.get_decoder()(input_ids, attention_mask).last_hidden_state[labelled rows]
+        loss = slim_loss(head(hidden), target, teacher, **args.loss_options, reduction="sum") / num_labels
+
+    but the student's (N, V) logits never exist: peak extra memory is that of ``linear_slim_loss``.
+
+    The loss is normalised by the number of labels in the whole accumulated batch, over all processes. With every
+    logged loss come ``ce``, ``kd`` (unweighted means per label), ``weight`` (mean w), ``teacher_mass`` and
+    ``student_mass`` (mean probability of the kept ids) since the last log; the device is not synchronised between
+    logs. ``evaluate`` reports ``eval_loss`` (mean -log s_y), ``eval_perplexity`` and ``eval_kl_ghost``.
+
+    Args:
+        model: A causal language model whose head is one linear layer, with softcap or scale as its config says.
+        args: A ``SlimConfig``.
+        data_collator: By default a ``SlimCollator`` for this model and method.
+        train_dataset: A ``Store``, or any map-style dataset of its documents.
+        eval_dataset: The same, to evaluate on.
+        processing_class: The student's tokenizer: saved with every checkpoint, and checked against the store's.
+        **kwargs: Passed on to ``transformers.Trainer``.
+
+    Raises:
+        TypeError: ``args`` is not a ``SlimConfig``.
+        ValueError: Student and store disagree on the vocabulary or the tokenizer, the model's logits cannot be
+            computed from its hidden states, or the process layout is not supported.
+
+    Supports: one process, or one process per device (DDP) under torchrun; float32, bfloat16 and fp16/bf16 mixed
+    precision. Not FSDP, DeepSpeed or ``DataParallel``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: SlimConfig | None = None,
+        data_collator: Callable[[Sequence], dict[str, Any]] | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ) -> None:
+        if not isinstance(args, SlimConfig):
+            raise TypeError(f"args must be a SlimConfig, got {type(args).__name__}: SlimConfig(output_dir=..., ...)")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # compute_loss divides by num_items_in_batch itself, so Trainer must not divide by the accumulation steps.
+        self.model_accepts_loss_kwargs = True
+        self._check_layout()
+        check_head(self.model)
+        evaluations = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for dataset in (self.train_dataset, *evaluations):
+            self._check_store(dataset)
+        if data_collator is None:
+            pad = getattr(self.processing_class, "pad_token_id", None)
+            self.data_collator = SlimCollator(
+                pad_token_id=0 if pad is None else pad,
+                vocab_size=LanguageModelHead.of(self.model).vocab_size,
+                max_length=getattr(self.model.config, "max_position_embeddings", None),
+                with_teacher=args.needs_teacher,
+            )
+        self._sums = torch.zeros(len(_LOGGED) + 1, device=args.device)
+        self._never = torch.iinfo(torch.int64).max
+        self._bad_step = torch.full((), self._never, device=args.device)
+        self.add_callback(SlimRun(self._settings, self.check_finite))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """``Trainer.train``; True resumes from the newest complete checkpoint, or starts where there is none.
+
+        A killed run can leave a checkpoint half written; ``True`` passes over it.
+
+        Raises:
+            ValueError: The checkpoint is of a run with another loss, data set, batch size or seed.
+            FloatingPointError: The loss became NaN or infinite; raised before the next log or checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_same_run(resume_from_checkpoint, self._settings())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step, and the number of labels in all of them (0-dim tensor)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        num_items = sum(batch["target"].ne(IGNORE_INDEX).sum() for batch in batches).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_items = self.accelerator.gather(num_items).sum()
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ):
+        """The micro-batch's share of the loss, a scalar; with ``return_outputs`` also the ``SlimLoss``."""
+        student = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            if student is model:
+                result = self._slim_loss(student, inputs, num_items_in_batch)
+            else:
+                # DDP prepares its gradient reduction in its own forward, so the loss has to pass through it.
+                with _forward_as(student, lambda *arguments: self._slim_loss(student, *arguments)):
+                    result = model(inputs, num_items_in_batch)
+        loss = result.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # DDP averages gradients over processes; num_items counts the labels of all of them.
+            loss = loss * self.accelerator.num_processes
+        if model.training:
+            self._record(result, inputs["target"])
+        return (loss, result) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means per label since the last log to every training log."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._sums, "sum").tolist()
+            self._sums.zero_()
+            names = _LOGGED if self.args.needs_teacher else _LOGGED[:1]
+            # A mass is NaN where the teacher was not captured at this temperature and nothing needs it.
+            means = {name: total / max(sums[-1], 1.0) for name, total in zip(names, sums, strict=False)}
+            logs = logs | {name: mean for name, mean in means.items() if mean == mean}
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """``evaluate_store`` on the dataloader's documents; every process measures all of them."""
+        metrics = evaluate_store(self.model, dataloader.dataset, batch_size=self.args.eval_batch_size)
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=len(dataloader.dataset),
+        )
+
+    def check_finite(self) -> None:
+        """Synchronises with the device and raises if any loss so far was NaN or infinite.
+
+        Raises:
+            FloatingPointError: Names the first such step.
+        """
+        step = int(self._bad_step)
+        if step != self._never:
+            raise FloatingPointError(
+                f"the loss became NaN or infinite at optimizer step {step} of {self.state.max_steps}; no checkpoint "
+                "was written since. Lower learning_rate or max_grad_norm, or look for damage with "
+                "slimkernels.store.verify"
+            )
+
+    def _slim_loss(self, student: PreTrainedModel, inputs: dict[str, Any], num_items: Tensor | None):
+        hidden = hidden_states(student, inputs)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        head = LanguageModelHead.of(student).arguments(hidden.dtype)
+        teacher = inputs["teacher"] if self.args.needs_teacher else None
+        return sk.linear_slim_loss(
+            hidden, target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
+        )
+
+    def _record(self, result, target: Tensor) -> None:
+        self._sums += torch.stack([*(getattr(result, name).sum() for name in _LOGGED), target.ne(IGNORE_INDEX).sum()])
+        step = torch.where(result.loss.detach().isfinite(), self._never, self.state.global_step + 1)
+        self._bad_step = torch.minimum(self._bad_step, step)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that continues it."""
+        args = self.args
+        return args.loss_options | {
+            "documents": len(self.train_dataset),
+            "documents_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+        }
+
+    def _check_layout(self) -> None:
+        for unsupported, name in (
+            (self.is_fsdp_enabled, "FSDP"),
+            (self.is_deepspeed_enabled, "DeepSpeed"),
+            (self.args.n_gpu > 1, f"DataParallel on {self.args.n_gpu} devices"),
+        ):
+            if unsupported:
+                raise ValueError(
+                    f"SlimTrainer runs in one process or with DDP, got {name}: start it with torchrun, one process "
+                    "per device, or set CUDA_VISIBLE_DEVICES to one device"
+                )
+
+    def _check_store(self, dataset) -> None:
+        rows = LanguageModelHead.of(self.model).vocab_size
+        vocab_size = getattr(dataset, "vocab_size", rows)
+        if vocab_size != rows:
+            raise ValueError(
+                f"the student's head must have as many rows as the teacher's vocabulary in the store, {vocab_size}, "
+                f"got {rows}; make the student with vocab_size={vocab_size} or call "
+                f"model.resize_token_embeddings({vocab_size})"
+            )
+        stored = getattr(dataset, "tokenizer_fingerprint", None)
+        if stored and self.processing_class is not None:
+            from slimkernels.teacher import tokenizer_fingerprint
+
+            own = tokenizer_fingerprint(self.processing_class)
+            if own != stored:
+                raise ValueError(
+                    f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got "
+                    f"{own}; load the teacher's tokenizer, or capture again with this one"
+                )
+
+
+def train(
+    store_path: str | os.PathLike,
+    student: PreTrainedModel | str | None,
+    method: str,
+    output_dir: str | os.PathLike,
+    *,
+    tokenizer=None,
+    eval_store_path: str | os.PathLike | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **options,
+) -> dict[str, float]:
+    """Trains a student on a store, continuing a run that was stopped, and saves it in ``output_dir``.
+
+    Args:
+        store_path: The store to learn from.
+        student: A model, the folder of one, or None for ``make_student(vocab_size=the store's)``.
+        method: "sft" | "kd" | "slim".
+        output_dir: Gets the checkpoints and, at the end, the student; a run of the same settings is continued.
+        tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
+        eval_store_path: A held-out store to measure the trained student on.
+        callbacks: Passed to the trainer.
+        **options: Fields of ``SlimConfig``.
+
+    Returns:
+        The trainer's metrics (``train_loss``, ``train_runtime``, ...) and, with ``eval_store_path``, the
+        ``eval_``-metrics of ``evaluate_store``.
+
+    Raises:
+        ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
+    """
+    store = sk.Store(store_path)
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if not isinstance(student, PreTrainedModel):
+        student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
+    trainer = SlimTrainer(
+        model=student,
+        args=SlimConfig(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
+        train_dataset=store,
+        eval_dataset=None if eval_store_path is None else sk.Store(eval_store_path),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    metrics = trainer.train(resume_from_checkpoint=True).metrics
+    trainer.save_model()
+    return metrics if eval_store_path is None else metrics | trainer.evaluate()
+
+
+@contextlib.contextmanager
+def _forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within the context, calls of a wrapper around ``module`` reach ``forward``."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
