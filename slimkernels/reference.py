@@ -1,0 +1,399 @@
+"""What every op means, in plain torch.
+
+The definitions: any float dtype (half types are computed in float32, float64 stays float64), any device,
+differentiable by autograd, O(N * V) memory. In float64 they are the truth the kernels are tested against, so
+no mass is computed as one minus another that may be close to one, and an outcome of probability zero
+contributes an exact zero to values and gradients. Tests and benchmarks import this module; the ops never do.
+
+``...`` stands for any leading dimensions, N for their product, V for the vocabulary, K for the kept entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels.sparse_logits import SparseLogits
+
+RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+WEIGHTS = ("teacher_over_student", "student_over_teacher", "none")
+
+
+class SparseProbs(NamedTuple):
+    """The teacher's distribution: ``logprobs`` (..., K) at its ids, ``tail_logprob`` (...) of all other ids."""
+
+    logprobs: Tensor
+    tail_logprob: Tensor
+
+
+class SlimLoss(NamedTuple):
+    """``loss`` is a scalar or (...); the others are per token (...), detached, 0 at ignored tokens."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    weight: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor
+    lse: Tensor
+
+
+def topk_logits(
+    logits: Tensor,
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    *,
+    target: Tensor | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+) -> SparseLogits:
+    """The K largest of every row, ordered by id, and the log-sum-exp of the whole row at every temperature.
+
+    NaN is larger than +inf, -0.0 equals +0.0, and of equal values the lowest index is kept.
+
+    Args:
+        logits: (..., V), any float dtype.
+        top_k: K, 1 <= K <= V.
+        top_fraction: K = ceil(top_fraction * V), instead of ``top_k``.
+        target: (...) int64. The label whose logit becomes ``target_logit``; NaN where negative.
+        temperatures: One column of ``lse`` each; 1.0 is the first, given or not.
+
+    Returns:
+        ids and logits (..., K), logits in the dtype of the input; lse (..., M) and target_logit (...) in
+        float32 (float64 for float64).
+    """
+    vocab_size = logits.shape[-1]
+    top_k = _resolve_top_k(top_k, top_fraction, vocab_size)
+    temperatures = (1.0, *(t for t in temperatures if t != 1.0))
+    # A stable descending sort puts NaN first and leaves equal values in the order of their index.
+    by_value = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
+    ids = by_value[..., :top_k].sort(dim=-1).values
+    wide = logits.to(_accumulate_dtype(logits))
+    target_logit = None
+    if target is not None:
+        if (target >= vocab_size).any():
+            raise ValueError(f"target must be below the vocabulary size {vocab_size}, got {int(target.max())}")
+        target_logit = wide.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(target < 0, math.nan)
+    return SparseLogits(
+        ids=ids.to(torch.int32),
+        logits=logits.gather(-1, ids),
+        lse=torch.stack([_logsumexp(wide / temperature) for temperature in temperatures], dim=-1),
+        temperatures=temperatures,
+        target_logit=target_logit,
+    )
+
+
+@torch.no_grad()
+def linear_topk_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    target: Tensor | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+) -> SparseLogits:
+    """``topk_logits`` of the effective logits of ``hidden`` (..., D) @ ``weight`` (V, D).T + ``bias`` (V,).
+
+    The product is taken in float32 (float64); only the kept logits are rounded to the dtype of ``hidden``.
+    ``chunk_rows`` bounds the memory of the op and means nothing here. No gradient flows through.
+    """
+    logits = _effective_logits(_linear(hidden, weight, bias), softcap, logit_scale)
+    sparse = topk_logits(logits, top_k, top_fraction, target=target, temperatures=temperatures)
+    return dataclasses.replace(sparse, logits=sparse.logits.to(hidden.dtype))
+
+
+def sparse_softmax(
+    sparse: SparseLogits, *, temperature: float = 1.0, rest: str = "renorm", vocab_size: int | None = None
+) -> SparseProbs:
+    """The teacher's distribution at ``temperature`` under a reading ``rest`` of what lies outside its ids.
+
+    With l = logits / T, q = exp(l - lse_T) and a = sum q:
+
+    - ``"renorm"``, ``"renorm_both"``: q / a, nothing outside; ``lse`` is not needed.
+    - ``"zero"``: q, nothing outside, so the row sums to a.
+    - ``"ghost"``: q, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1).
+    - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), the unkept logits being 0.
+
+    Padding has log-probability -inf. A row with no mass on its ids has -inf everywhere on them.
+    """
+    dtype = _accumulate_dtype(sparse.logits)
+    kept = sparse.ids >= 0
+    scaled = (sparse.logits.to(dtype) / temperature).masked_fill(~kept, -math.inf)
+    log_sum = _logsumexp(scaled)
+    nothing = torch.full_like(log_sum, -math.inf)
+    if rest in ("renorm", "renorm_both"):
+        return SparseProbs(scaled - _finite(log_sum).unsqueeze(-1), nothing)
+    if rest == "zero_logit":
+        if vocab_size is None:
+            raise ValueError("vocab_size is needed with rest='zero_logit': pass the width V of the teacher's rows")
+        log_unkept = (vocab_size - kept.sum(-1)).to(dtype).log()
+        log_z = _logsumexp(torch.stack([log_sum, log_unkept], dim=-1))
+        return SparseProbs(scaled - log_z.unsqueeze(-1), log_unkept - log_z)
+    if rest in ("zero", "ghost"):
+        lse = sparse.lse_at(temperature).to(dtype)
+        tail = _log1mexp(log_sum - lse) if rest == "ghost" else nothing
+        return SparseProbs(scaled - lse.unsqueeze(-1), tail)
+    raise ValueError(f"rest must be one of {RESTS}, got {rest!r}")
+
+
+def slim_loss(
+    logits: Tensor,
+    target: Tensor,
+    teacher: SparseLogits | None = None,
+    *,
+    temperature: float = 1.0,
+    rest: str = "renorm",
+    divergence: str = "forward_kl",
+    weight: str | Tensor = "teacher_over_student",
+    detach_weight: bool = True,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    ce_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> SlimLoss:
+    """ce_weight * CE + kd_weight * w * D * T^2 + z_loss_weight * lse^2 of every token, reduced.
+
+    With z = softcap * tanh(logit_scale * logits / softcap), s = softmax(z), p = softmax(z / T), y the label and
+    t_y the teacher's probability of it at T = 1:
+
+    - CE = -(1 - eps) * log s_y - eps / V * sum log s, eps = ``label_smoothing``.
+    - w = 1 - exp(-t_y / s_y) (``"teacher_over_student"``), 1 - exp(-s_y / t_y) (``"student_over_teacher"``),
+      1 (``"none"``) or the given (...) tensor. The log of the ratio is cut at 30. A label outside the teacher's
+      ids has t_y = 0 when the teacher has no ``target_logit``, which makes w 0 respectively 1.
+    - D = divergence(Q, P), where Q is ``sparse_softmax(teacher)`` and P the student on the same outcomes: the kept
+      ids, plus one bucket of mass 1 - sum_S p (``"ghost"``), or every id (``"zero_logit"``). P is renormalised
+      on the kept ids with ``"renorm_both"`` only.
+
+    ``logits`` (..., V); ``target`` (...) int64, a label or ``ignore_index``; ``teacher`` rows (..., K), or None for
+    CE and z-loss alone (kd, weight and masses are then 0). Everything returned is float32 (float64 for float64
+    logits); kd is D * T^2; teacher_mass is NaN when the teacher's lse at T is neither known nor needed.
+    """
+    _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, reduction, num_items)
+    leading_shape, vocab_size = tuple(target.shape), logits.shape[-1]
+    if logits.shape[:-1] != leading_shape:
+        raise ValueError(f"target must have shape {tuple(logits.shape[:-1])} like logits, got {leading_shape}")
+    labels = target.reshape(-1)
+    # Ignored rows are left out of the computation, not masked in its result: whatever they hold cannot leak.
+    active = labels != ignore_index
+    label = labels[active].unsqueeze(-1)
+    if ((label < 0) | (label >= vocab_size)).any():
+        raise ValueError(f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")
+    z = logits.reshape(-1, vocab_size)[active]
+    z = _effective_logits(z.to(_accumulate_dtype(z)), softcap, logit_scale)
+
+    lse = _logsumexp(z)
+    log_s = z - lse.unsqueeze(-1)
+    log_s_y = log_s.gather(-1, label).squeeze(-1)
+    ce = -log_s_y
+    if label_smoothing:
+        ce = (1 - label_smoothing) * ce - label_smoothing / vocab_size * log_s.sum(-1)
+    # A term of weight 0 is left out, so that an infinite one does not become NaN.
+    loss = ce_weight * ce if ce_weight else torch.zeros_like(ce)
+    if z_loss_weight:
+        loss = loss + z_loss_weight * lse.square()
+
+    kd = w = teacher_mass = student_mass = torch.zeros_like(ce)
+    if teacher is not None:
+        if teacher.leading_shape != leading_shape:
+            raise ValueError(f"teacher must have rows {leading_shape} like target, got {teacher.leading_shape}")
+        rows = _constant(teacher.reshape(labels.numel())[active], z.dtype)
+        log_q, log_p, log_kept = _outcomes(z / temperature, rows, temperature, rest)
+        kd = _divergence(log_q, log_p, divergence, beta, alpha) * temperature**2
+        if isinstance(weight, Tensor):
+            w = weight.detach().reshape(-1)[active].to(z.dtype)
+        else:
+            w = _token_weight(weight, _log_label_probability(rows, label), log_s_y)
+            w = w.detach() if detach_weight else w
+        teacher_mass, student_mass = _teacher_mass(rows, temperature), log_kept.exp()
+        if kd_weight:
+            loss = loss + kd_weight * w * kd
+
+    def per_token(values: Tensor) -> Tensor:
+        return values.new_zeros(labels.shape).index_put((active,), values).reshape(leading_shape)
+
+    loss = per_token(loss)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / (active.sum().clamp(min=1) if num_items is None else num_items)
+    return SlimLoss(loss, *(per_token(x.detach()) for x in (ce, kd, w, teacher_mass, student_mass, lse)))
+
+
+def linear_slim_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    teacher: SparseLogits | None = None,
+    *,
+    bias: Tensor | None = None,
+    token_weight: str | Tensor = "teacher_over_student",  # noqa: S107 -- a name of a weight, not a password
+    chunk_rows: int | None = None,
+    **options,
+) -> SlimLoss:
+    """``slim_loss`` of ``hidden`` (..., D) @ ``weight`` (V, D).T + ``bias`` (V,), with the same ``options``.
+
+    ``token_weight`` is the ``weight`` of ``slim_loss``. The product is taken in float32 (float64). ``chunk_rows``
+    bounds the memory of the op and means nothing here.
+    """
+    return slim_loss(_linear(hidden, weight, bias), target, teacher, weight=token_weight, **options)
+
+
+def _outcomes(scaled: Tensor, teacher: SparseLogits, temperature: float, rest: str) -> tuple[Tensor, Tensor, Tensor]:
+    """From z / T (N, V): log Q and log P (N, outcomes), and the log of the student's mass on the kept ids (N,)."""
+    num_rows, vocab_size = scaled.shape
+    kept = teacher.ids >= 0
+    # Padding points at a column V that does not exist in the vocabulary and is cut off again.
+    slots = teacher.ids.long().masked_fill(~kept, vocab_size)
+    on_support = kept.new_zeros(num_rows, vocab_size + 1).scatter(1, slots, True)[:, :vocab_size]
+
+    q = sparse_softmax(teacher, temperature=temperature, rest=rest, vocab_size=vocab_size)
+    log_p = scaled - _logsumexp(scaled).unsqueeze(-1)
+    log_p_kept = log_p.gather(1, slots.clamp(max=vocab_size - 1)).masked_fill(~kept, -math.inf)
+    log_kept = _logsumexp(log_p_kept)
+    if rest == "zero_logit":
+        num_unkept = (vocab_size - kept.sum(-1)).clamp(min=1)
+        log_q_unkept = (q.tail_logprob - num_unkept.to(q.tail_logprob.dtype).log()).unsqueeze(-1)
+        log_q = log_q_unkept.expand(-1, vocab_size + 1).scatter(1, slots, q.logprobs)[:, :vocab_size]
+        return log_q, log_p, log_kept
+    if rest == "ghost":
+        log_p_tail = _logsumexp(log_p.masked_fill(on_support, -math.inf))
+        log_q = torch.cat([q.logprobs, q.tail_logprob.unsqueeze(-1)], dim=-1)
+        return log_q, torch.cat([log_p_kept, log_p_tail.unsqueeze(-1)], dim=-1), log_kept
+    if rest == "renorm_both":
+        log_p_kept = log_p_kept - _finite(log_kept).unsqueeze(-1)
+    return q.logprobs, log_p_kept, log_kept
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
+    """divergence(Q, P) of every row (N, outcomes) -> (N,)."""
+    if divergence == "forward_kl":
+        return _expectation(log_q, log_q - log_p)
+    if divergence == "soft_ce":
+        return _expectation(log_q, -log_p)
+    if divergence == "reverse_kl":
+        # An outcome the teacher rules out contributes nothing: its true term is infinite, and a tail of mass
+        # below the rounding of the teacher's lse is ruled out only by that rounding.
+        return _expectation(log_p.masked_fill(log_q.exp() == 0, -math.inf), log_p - log_q)
+    share = beta if divergence == "jsd" else alpha
+    log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
+    log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
+    if divergence == "skew_kl":
+        return _expectation(log_q, log_q - log_m)
+    return beta * _expectation(log_q, log_q - log_m) + (1 - beta) * _expectation(log_p, log_p - log_m)
+
+
+def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
+    if kind == "none":
+        return torch.ones_like(log_s_y)
+    sign = 1.0 if kind == "teacher_over_student" else -1.0
+    # A teacher probability of 0 decides the ratio even where the student's is 0 as well.
+    log_ratio = torch.where(log_t_y == -math.inf, -sign * math.inf, sign * (log_t_y - log_s_y))
+    return -torch.expm1(-torch.exp(log_ratio.clamp(max=30.0)))
+
+
+def _log_label_probability(teacher: SparseLogits, label: Tensor) -> Tensor:
+    """The log of t_y (N,); -inf where the label (N, 1) is outside ids and there is no target_logit."""
+    if teacher.target_logit is not None:
+        return teacher.target_logit - teacher.lse_at(1.0)
+    return teacher.logits.masked_fill(teacher.ids != label, -math.inf).amax(-1) - teacher.lse_at(1.0)
+
+
+def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
+    if not any(math.isclose(temperature, captured, rel_tol=1e-6) for captured in teacher.temperatures):
+        return torch.full_like(teacher.lse[:, 0], math.nan)
+    lse = teacher.lse_at(temperature)
+    return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
+
+
+def _constant(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
+    floating = {name: getattr(teacher, name) for name in ("logits", "lse", "target_logit")}
+    floating = {name: None if field is None else field.detach().to(dtype) for name, field in floating.items()}
+    return dataclasses.replace(teacher, **floating)
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = _accumulate_dtype(hidden)
+    product = hidden.to(dtype) @ weight.to(dtype).T
+    return product if bias is None else product + bias.to(dtype)
+
+
+def _effective_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    z = logit_scale * logits
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
+    """The sum of exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
+    weight = log_weight.exp()
+    return (weight * value.masked_fill(weight == 0, 0.0)).sum(-1)
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """Over the last dimension; -inf, with gradient 0, where everything is -inf."""
+    peak = _finite(x.detach().amax(-1, keepdim=True))
+    total = (x - peak).exp().sum(-1)
+    empty = total == 0
+    return (total.masked_fill(empty, 1.0).log() + peak.squeeze(-1)).masked_fill(empty, -math.inf)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) without cancellation; -inf, with gradient 0, where x >= 0."""
+    full = x >= 0
+    near = x > -math.log(2.0)
+    small = torch.log1p(-x.masked_fill(near, -1.0).exp())
+    large = torch.log(-torch.expm1(x.masked_fill(full | ~near, -0.5)))
+    return torch.where(near, large, small).masked_fill(full, -math.inf)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Zero in place of what is not finite: a shift that cannot turn inf - inf into NaN."""
+    return x.masked_fill(~x.isfinite(), 0.0)
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: int) -> int:
+    if (top_k is None) == (top_fraction is None):
+        raise ValueError(f"exactly one of top_k and top_fraction must be given, got {top_k} and {top_fraction}")
+    if top_fraction is not None:
+        top_k = math.ceil(top_fraction * vocab_size) if 0 < top_fraction <= 1 else None
+    if top_k is None or not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must lie in [1, {vocab_size}], got {top_k} from top_fraction={top_fraction}")
+    return top_k
+
+
+def _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, reduction, num_items) -> None:
+    def require(legal: bool, name: str, expected: str, got) -> None:
+        if not legal:
+            raise ValueError(f"{name} must be {expected}, got {got!r}")
+
+    require(temperature > 0 and math.isfinite(temperature), "temperature", "positive and finite", temperature)
+    require(rest in RESTS, "rest", f"one of {RESTS}", rest)
+    require(divergence in DIVERGENCES, "divergence", f"one of {DIVERGENCES}", divergence)
+    if divergence in ("reverse_kl", "jsd", "skew_kl"):
+        # They weigh with the student, so it too must sum to 1 over the outcomes.
+        require(rest in ("ghost", "renorm_both"), "rest", f"'ghost' or 'renorm_both' with {divergence!r}", rest)
+    require(isinstance(weight, Tensor) or weight in WEIGHTS, "weight", f"one of {WEIGHTS} or a tensor", weight)
+    require(0 < beta < 1, "beta", "in (0, 1)", beta)
+    require(0 <= alpha < 1, "alpha", "in [0, 1)", alpha)
+    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
+    require(reduction in ("mean", "sum", "none"), "reduction", "'mean', 'sum' or 'none'", reduction)
+    require(num_items is None or reduction == "mean", "num_items", "None unless reduction='mean'", num_items)

@@ -1,0 +1,233 @@
+"""What every sampling op means, in plain torch: truncation, counter-based noise, and the draws made with it.
+
+The continuation of ``reference.py``. Scores and noise are computed in float64 whatever the dtype of the logits.
+
+Noise. Draw number ``draw`` (0 in ``sample_logits`` and ``sample_distinct``, the round in ``sample_targets``) gives
+every token id of a row one Gumbel variate, a function of (seed, position, draw, token id) alone:
+
+- Philox-4x32-10 (Salmon et al. 2011) with key ``(seed & 0xffffffff, seed >> 32)`` and counter
+  ``(token_id // 4, draw, position & 0xffffffff, position >> 32)``, seed and position being the 64 bits of an int64;
+  ``bits`` is word ``token_id % 4`` of the output. One call serves four neighbouring ids.
+- u = (bits + 0.5) / 2^32, inside (0, 1).
+- Gumbel = -log(-log(1 - u)). The finest steps of u, at 0, are the largest variates, the ones that win an argmax.
+  Float32 kernels take log1p(-u) where bits < 2^31 and log((0xffffffff - bits + 0.5) / 2^32) elsewhere, so that
+  1 - u is never rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels.sparse_logits import SparseLogits
+
+
+class Sampled(NamedTuple):
+    """``token`` int64, the others float32 (float64 for float64 logits).
+
+    ``logprob`` is under softmax(logits), ``truncated_logprob`` under the distribution drawn from, and ``entropy``
+    (nats) is that of softmax(logits).
+    """
+
+    token: Tensor
+    logprob: Tensor
+    truncated_logprob: Tensor
+    entropy: Tensor
+
+
+def sample_logits(
+    logits: Tensor,
+    *,
+    seed: int | Tensor,
+    position: int | Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Sampled:
+    """One token of every row: argmax of the truncated log-probabilities plus Gumbel noise, the lowest id on a tie.
+
+    Args:
+        logits: (..., V), any float dtype; -inf is never drawn.
+        seed: int64, a number or (...).
+        position: int64, a number or (...). Rows that share seed and position share their noise.
+        temperature: 0 takes the argmax, the lowest id on a tie.
+        top_k: Keeps what is not below the k-th largest score; 0 (or V and more) keeps everything.
+        top_p: Of what top-k left, renormalised, keeps the ids whose strictly likelier ids sum to less than this,
+            and always the likeliest; 1 keeps everything.
+        min_p: Keeps what is at least this share of the likeliest id's probability.
+
+    Equal scores stand or fall together in each of the three.
+
+    Returns:
+        Sampled, every field (...).
+    """
+    drawn = sample_distinct(
+        logits,
+        1,
+        seed=seed,
+        position=position,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
+    token, logprob, truncated_logprob = (field.squeeze(-1) for field in drawn[:3])
+    return Sampled(token, logprob, truncated_logprob, drawn.entropy)
+
+
+def sample_distinct(
+    logits: Tensor,
+    m: int,
+    *,
+    seed: int | Tensor,
+    position: int | Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Sampled:
+    """The ``m`` largest of the perturbed scores of ``sample_logits`` in falling order: m draws without replacement.
+
+    Returns:
+        Sampled with token, logprob and truncated_logprob (..., m), entropy (...). A row with fewer than m ids left
+        (temperature 0 leaves one) ends in token -1 with log-probabilities -inf.
+    """
+    if m < 1:
+        raise ValueError(f"m must be at least 1, got {m}")
+    rows = logits.detach().double()
+    logprobs = torch.log_softmax(rows, dim=-1)
+    truncated = _truncated_logprobs(
+        rows,
+        *(_per_row(option, rows).double() for option in (temperature, top_k, top_p, min_p)),
+    )
+    perturbed = truncated + gumbel_noise(_per_row(seed, rows), _per_row(position, rows), rows.shape[-1])
+    # Stable, so that the lowest id comes first among equals.
+    token = perturbed.sort(dim=-1, descending=True, stable=True).indices[..., :m]
+    possible = truncated.gather(-1, token) > -math.inf
+    logprob = logprobs.gather(-1, token).masked_fill(~possible, -math.inf)
+    entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(-1)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def widen(field: Tensor, padding: float) -> Tensor:
+        return torch.nn.functional.pad(field, (0, m - field.shape[-1]), value=padding)
+
+    return Sampled(
+        widen(token.masked_fill(~possible, -1), -1),
+        widen(logprob, -math.inf).to(dtype),
+        widen(truncated.gather(-1, token), -math.inf).to(dtype),
+        entropy.to(dtype),
+    )
+
+
+def sample_targets(
+    logits: Tensor,
+    rounds: int,
+    seed: int | Tensor,
+    *,
+    position: int | Tensor,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+) -> SparseLogits:
+    """``rounds`` draws with replacement from softmax(logits / T), as an unbiased sparse target.
+
+    The distinct ids of a row carry log(count / rounds) and lse 0: the record is a distribution of its own, to be used
+    at temperature 1. Draw r is ``sample_logits`` with the noise of draw number r.
+
+    Args:
+        logits: (..., V), any float dtype.
+        rounds: Number of draws.
+        seed: int64, a number or (...).
+        position: int64, a number or (...). Rows that share seed and position share their noise.
+        temperature: T, positive.
+        target: (...) int64. ``target_logit`` is then the label's exact log softmax(logits); NaN where negative.
+
+    Returns:
+        SparseLogits (..., K) with K = min(rounds, V), float32 (float64 for float64 logits).
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    rows = logits.detach().double()
+    vocab_size = rows.shape[-1]
+    scores = torch.log_softmax(rows / temperature, dim=-1)
+    counts = torch.zeros_like(rows)
+    for draw in range(rounds):
+        noise = gumbel_noise(_per_row(seed, rows), _per_row(position, rows), vocab_size, draw)
+        token = (scores + noise).argmax(-1, keepdim=True)
+        counts.scatter_add_(-1, token, torch.ones_like(token, dtype=counts.dtype))
+    ids = torch.arange(vocab_size, device=rows.device).expand(rows.shape)
+    ids = ids.masked_fill(counts == 0, vocab_size).sort(-1).values[..., : min(rounds, vocab_size)]
+    drawn = ids < vocab_size
+    share = counts.gather(-1, ids.clamp(max=vocab_size - 1)) / rounds
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    target_logit = None
+    if target is not None:
+        target_logit = torch.log_softmax(rows, -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        target_logit = target_logit.masked_fill(target < 0, math.nan).to(dtype)
+    return SparseLogits(
+        ids=ids.masked_fill(~drawn, -1).to(torch.int32),
+        logits=share.masked_fill(~drawn, 1.0).log().to(dtype),
+        lse=rows.new_zeros(*rows.shape[:-1], 1, dtype=dtype),
+        target_logit=target_logit,
+    )
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, draw: int = 0) -> Tensor:
+    """The float64 noise (..., V) of the module docstring; ``seed`` and ``position`` int64, broadcast to (..., 1)."""
+    token_id = torch.arange(vocab_size, device=seed.device)
+    counter = (token_id // 4, torch.full_like(token_id, draw), position & _WORD, (position >> 32) & _WORD)
+    words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    lane = (token_id % 4).expand(words[0].shape).unsqueeze(0)
+    bits = torch.stack(words).gather(0, lane).squeeze(0)
+    return -torch.log(-torch.log1p(-(bits.double() + 0.5) / 2**32))
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10: four int64 tensors holding 32-bit words, from a counter of four and a key of two."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter, *key)[:4]
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap: all 64 bits of the unsigned product survive, the sign bit included.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, high1 = (product0 >> 32) & _WORD, (product1 >> 32) & _WORD
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _WORD, high0 ^ c3 ^ k1, product0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _truncated_logprobs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Log-probabilities (..., V) of the distribution drawn from, -inf outside; options broadcast to (..., 1)."""
+    vocab_size = logits.shape[-1]
+    greedy = temperature == 0
+    scores = logits / temperature.masked_fill(greedy, 1.0)
+
+    top_k = top_k.long()
+    top_k = top_k.masked_fill((top_k < 1) | (top_k > vocab_size), vocab_size)
+    falling = scores.sort(-1, descending=True).values
+    scores = scores.masked_fill(scores < falling.gather(-1, top_k - 1), -math.inf)
+
+    falling = scores.sort(-1, descending=True).values
+    first_equal = torch.searchsorted(-falling, -scores)
+    likelier = torch.softmax(falling, -1).cumsum(-1).roll(1, -1)
+    likelier[..., 0] = 0.0
+    likelier = likelier.gather(-1, first_equal)
+    scores = scores.masked_fill((likelier >= top_p) & (top_p < 1) & (first_equal > 0), -math.inf)
+
+    peak = scores.amax(-1, keepdim=True)
+    scores = scores.masked_fill((scores - peak).exp() < min_p, -math.inf)
+
+    best = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, logits.argmax(-1, keepdim=True), True)
+    return torch.log_softmax(scores.masked_fill(greedy & ~best, -math.inf), -1)
+
+
+def _per_row(option: float | Tensor, rows: Tensor) -> Tensor:
+    """A number or a tensor (...) as (..., 1) beside the rows (..., V)."""
+    return torch.as_tensor(option, device=rows.device).expand(rows.shape[:-1]).unsqueeze(-1)

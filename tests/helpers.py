@@ -1,0 +1,249 @@
+"""What every test of an op shares: problems, hostile rows, and the rule that says when a result is right."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels import SparseLogits, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Every legal pair: the last three divergences need both sides to sum to 1.
+RESTS_AND_DIVERGENCES = tuple(
+    (rest, divergence)
+    for rest in ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
+    for divergence in ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+    if divergence in ("forward_kl", "soft_ce") or rest in ("ghost", "renorm_both")
+)
+
+# What a sum of a few hundred rounded terms may lose beyond what the same-dtype torch loses, relative to the largest
+# entry of the truth: a few units in the last place of the dtype the result is stored in.
+FLOORS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+_FACTOR = 2.0
+
+
+def assert_as_accurate(actual: Tensor, same_dtype_torch: Tensor, truth: Tensor, floor: float | None = None) -> None:
+    """Our error may be twice that of torch in the same dtype, plus a floor, both against float64.
+
+    Infinities and NaN must be where the truth has them, and errors are measured on the rest. ``floor`` is relative to
+    the largest magnitude of the truth; it defaults to the entry of ``FLOORS`` for the dtype of ``actual``.
+    """
+    assert actual.dtype == same_dtype_torch.dtype, f"dtype {actual.dtype}, torch has {same_dtype_torch.dtype}"
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    floor = FLOORS[actual.dtype] if floor is None else floor
+    wide, torch_wide = actual.detach().double(), same_dtype_torch.detach().double()
+    truth = truth.detach().double()
+    finite = truth.isfinite()
+    torch.testing.assert_close(wide[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
+    if not finite.any():
+        return
+    ours = (wide - truth)[finite].abs()
+    theirs = (torch_wide - truth)[finite].abs().nan_to_num(0.0, posinf=0.0)
+    scale = truth[finite].abs().max()
+    bound = _FACTOR * theirs.max() + floor * scale
+    assert ours.max() <= bound, (
+        f"error {ours.max():.3e} of {scale:.3e}, allowed {bound:.3e} (torch in this dtype: {theirs.max():.3e})"
+    )
+
+
+class Problem(NamedTuple):
+    """A student's logits (N, V), labels (N,) some of which are ignored, and a teacher (N, K)."""
+
+    logits: Tensor
+    target: Tensor
+    teacher: SparseLogits
+
+
+def random_problem(
+    num_rows: int = 7,
+    vocab_size: int = 203,
+    top_k: int = 13,
+    *,
+    dtype: torch.dtype = torch.float32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    ignored: tuple[int, ...] = (2,),
+    ragged: bool = False,
+    with_target_logit: bool = True,
+) -> Problem:
+    """The teacher is peaked and the student close to it, as in training; ``ragged`` pads some rows with -1.
+
+    The teacher's logits have the dtype of the student's, and their lse is the exact one of those rounded logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    teacher_logits = (3.0 * randn(num_rows, vocab_size)).to(dtype)
+    logits = (0.6 * teacher_logits.double() + randn(num_rows, vocab_size)).to(dtype)
+    target = torch.randint(vocab_size, (num_rows,), generator=generator)
+    # Every other label is the teacher's favourite, so that both small and large weights w occur.
+    target[::2] = teacher_logits[::2].argmax(-1) if num_rows else target[::2]
+    temperatures = (1.0,) if temperature == 1.0 else (1.0, temperature)
+    teacher = reference.topk_logits(teacher_logits, top_k, target=target, temperatures=temperatures)
+    if ragged:
+        keep = torch.arange(top_k) < torch.randint(1, top_k + 1, (num_rows, 1), generator=generator)
+        # What stands at padding must never be read.
+        teacher = SparseLogits(
+            ids=teacher.ids.masked_fill(~keep, -1),
+            logits=teacher.logits.masked_fill(~keep, math.nan),
+            lse=teacher.lse,
+            temperatures=temperatures,
+            target_logit=teacher.target_logit,
+        )
+    if not with_target_logit:
+        teacher = SparseLogits(teacher.ids, teacher.logits, teacher.lse, temperatures)
+    for row in ignored:
+        if row < num_rows:
+            target[row] = -100
+    return Problem(logits, target, teacher)
+
+
+def to_dtype(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
+    """The same record with its floating fields in another dtype."""
+    return SparseLogits(
+        ids=teacher.ids,
+        logits=teacher.logits.to(dtype),
+        lse=teacher.lse.to(dtype),
+        temperatures=teacher.temperatures,
+        target_logit=None if teacher.target_logit is None else teacher.target_logit.to(dtype),
+    )
+
+
+def loss_and_grads(function, operands: tuple[Tensor, ...], upstream: Tensor | float, /, *args, **options):
+    """Runs ``function(*operands, *args, **options)`` and its backward; returns the SlimLoss and the gradients."""
+    leaves = tuple(operand.detach().clone(memory_format=torch.preserve_format) for operand in operands)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = function(*leaves, *args, **options)
+    grads = torch.autograd.grad(out.loss, leaves, torch.as_tensor(upstream).to(out.loss).expand(out.loss.shape))
+    return out, grads
+
+
+def hostile_rows(vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Rows (V,) on which a top-k or a log-sum-exp goes wrong first, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
+    index = torch.arange(vocab_size)
+
+    def choose(share: float) -> Tensor:
+        return torch.rand(vocab_size, generator=generator) < share
+
+    tiny = torch.finfo(dtype).tiny
+    rows = {
+        "all equal": torch.full((vocab_size,), 0.75),
+        "all zero": torch.zeros(vocab_size),
+        "two valued": torch.where(choose(0.5), 2.0, -1.0),
+        "two valued, few large": torch.where(choose(0.01), 2.0, -1.0),
+        "one binade": 1.0 + torch.rand(vocab_size, generator=generator, dtype=torch.float64),
+        "one negative binade": -1.0 - torch.rand(vocab_size, generator=generator, dtype=torch.float64),
+        "some -inf": noise.masked_fill(choose(0.5), -math.inf),
+        "few finite": noise.masked_fill(index % (vocab_size // 2 + 1) != 0, -math.inf),
+        "one finite, last": noise.masked_fill(index != vocab_size - 1, -math.inf),
+        "all -inf": torch.full((vocab_size,), -math.inf),
+        "one +inf": noise.masked_fill(index == vocab_size // 2, math.inf),
+        "many +inf": noise.masked_fill(choose(0.5), math.inf),
+        "denormal": tiny / 4 * noise,
+        "signed zeros": torch.where(choose(0.5), 0.0, -0.0),
+        "signed zeros among negatives": torch.where(choose(0.5), -noise.abs(), torch.where(choose(0.5), 0.0, -0.0)),
+        "one NaN": noise.masked_fill(index == vocab_size // 3, math.nan),
+        "many NaN": noise.masked_fill(choose(0.5), math.nan),
+        "NaN and infinities": noise.masked_fill(choose(0.1), math.nan)
+        .masked_fill(choose(0.1), math.inf)
+        .masked_fill(choose(0.3), -math.inf),
+        "rising": noise.sort().values,
+        "falling": noise.sort(descending=True).values,
+        "periodic": (index % 7).double(),
+        "period of a vector": (index % 16).double(),
+        "large at the end": torch.where(index >= vocab_size - vocab_size // 8, 10.0, 0.0) + noise,
+        "one outlier": noise.masked_fill(index == vocab_size - 1, 1e4),
+        "large magnitude": 1e4 * noise,
+        "heavy tail": noise**5,
+    }
+    return {name: row.to(dtype) for name, row in rows.items()}
+
+
+def hand_worked_problem() -> Problem:
+    """One row small enough for paper: V = 4, ids {0, 1} kept, label 2.
+
+    Teacher (8, 4, 2, 2) / 16 = (1/2, 1/4, 1/8, 1/8), so a = 3/4 and t_y = 1/8; its raw logits are ln 8, ln 4, ln 2,
+    ln 2. Student (1/8, 1/2, 1/4, 1/8), so P = 5/8 and s_y = 1/4; its logits are shifted by 1, so lse = 1.
+    """
+    student = torch.tensor([[1 / 8, 1 / 2, 1 / 4, 1 / 8]], dtype=torch.float64).log() + 1.0
+    teacher = SparseLogits(
+        ids=torch.tensor([[0, 1]], dtype=torch.int32),
+        logits=torch.tensor([[math.log(8.0), math.log(4.0)]], dtype=torch.float64),
+        lse=torch.tensor([[math.log(16.0)]], dtype=torch.float64),
+        target_logit=torch.tensor([math.log(2.0)], dtype=torch.float64),
+    )
+    return Problem(student, torch.tensor([2]), teacher)
+
+
+_LN = math.log
+# rest, divergence, its own option, D of hand_worked_problem() at T = 1.
+HAND_WORKED = (
+    # q / a = (2/3, 1/3) against p = (1/8, 1/2): ratios 16/3 and 2/3.
+    ("renorm", "forward_kl", {}, 2 / 3 * _LN(16 / 3) + 1 / 3 * _LN(2 / 3)),
+    ("renorm", "soft_ce", {}, 2 / 3 * _LN(8) + 1 / 3 * _LN(2)),
+    # q = (1/2, 1/4): ratios 4 and 1/2, so ln 2 - (ln 2) / 4.
+    ("zero", "forward_kl", {}, 3 / 4 * _LN(2)),
+    ("zero", "soft_ce", {}, 1 / 2 * _LN(8) + 1 / 4 * _LN(2)),
+    # One more outcome: 1/4 against 3/8.
+    ("ghost", "forward_kl", {}, 3 / 4 * _LN(2) + 1 / 4 * _LN(2 / 3)),
+    ("ghost", "soft_ce", {}, 1 / 2 * _LN(8) + 1 / 4 * _LN(2) + 1 / 4 * _LN(8 / 3)),
+    # p / q = (1/4, 2, 3/2) weighed with p = (1/8, 1/2, 3/8).
+    ("ghost", "reverse_kl", {}, 1 / 8 * _LN(1 / 4) + 1 / 2 * _LN(2) + 3 / 8 * _LN(3 / 2)),
+    # m = (q + p) / 2 = (5/16, 3/8, 5/16): q / m = (8/5, 2/3, 4/5), p / m = (2/5, 4/3, 6/5).
+    (
+        "ghost",
+        "jsd",
+        {},
+        (1 / 2 * _LN(8 / 5) + 1 / 4 * _LN(2 / 3) + 1 / 4 * _LN(4 / 5)) / 2
+        + (1 / 8 * _LN(2 / 5) + 1 / 2 * _LN(4 / 3) + 3 / 8 * _LN(6 / 5)) / 2,
+    ),
+    # beta = 1/4: m = q / 4 + 3 p / 4 = (7/32, 7/16, 11/32): q / m = (16/7, 4/7, 8/11), p / m = (4/7, 8/7, 12/11).
+    (
+        "ghost",
+        "jsd",
+        {"beta": 0.25},
+        (1 / 2 * _LN(16 / 7) + 1 / 4 * _LN(4 / 7) + 1 / 4 * _LN(8 / 11)) / 4
+        + 3 * (1 / 8 * _LN(4 / 7) + 1 / 2 * _LN(8 / 7) + 3 / 8 * _LN(12 / 11)) / 4,
+    ),
+    ("ghost", "skew_kl", {"alpha": 0.25}, 1 / 2 * _LN(16 / 7) + 1 / 4 * _LN(4 / 7) + 1 / 4 * _LN(8 / 11)),
+    # alpha = 1/10: m = (13/80, 19/40, 29/80): q / m = (40/13, 10/19, 20/29).
+    ("ghost", "skew_kl", {}, 1 / 2 * _LN(40 / 13) + 1 / 4 * _LN(10 / 19) + 1 / 4 * _LN(20 / 29)),
+    # exp of the filled row is (8, 4, 1, 1), Z = 14, against (1/8, 1/2, 1/4, 1/8).
+    (
+        "zero_logit",
+        "forward_kl",
+        {},
+        4 / 7 * _LN(32 / 7) + 2 / 7 * _LN(4 / 7) + 1 / 14 * _LN(2 / 7) + 1 / 14 * _LN(4 / 7),
+    ),
+    ("zero_logit", "soft_ce", {}, 4 / 7 * _LN(8) + 2 / 7 * _LN(2) + 1 / 14 * _LN(4) + 1 / 14 * _LN(8)),
+    # (2/3, 1/3) against p / P = (1/5, 4/5): ratios 10/3 and 5/12.
+    ("renorm_both", "forward_kl", {}, 2 / 3 * _LN(10 / 3) + 1 / 3 * _LN(5 / 12)),
+    ("renorm_both", "soft_ce", {}, 2 / 3 * _LN(5) + 1 / 3 * _LN(5 / 4)),
+    ("renorm_both", "reverse_kl", {}, 1 / 5 * _LN(3 / 10) + 4 / 5 * _LN(12 / 5)),
+    # m = (13/30, 17/30): q / m = (20/13, 10/17), p / m = (6/13, 24/17).
+    (
+        "renorm_both",
+        "jsd",
+        {},
+        (2 / 3 * _LN(20 / 13) + 1 / 3 * _LN(10 / 17)) / 2 + (1 / 5 * _LN(6 / 13) + 4 / 5 * _LN(24 / 17)) / 2,
+    ),
+    ("renorm_both", "skew_kl", {"alpha": 0.5}, 2 / 3 * _LN(20 / 13) + 1 / 3 * _LN(10 / 17)),
+)
+
+# The label's ratio is t_y / s_y = (1/8) / (1/4) = 1/2.
+HAND_WORKED_WEIGHTS = (
+    ("teacher_over_student", 1 - math.exp(-1 / 2)),
+    ("student_over_teacher", 1 - math.exp(-2)),
+    ("none", 1.0),
+)
