@@ -1,0 +1,136 @@
+"""What a store holds (``info``), and whether every byte of it is accounted for (``verify``)."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkernels.store.codec import VALUE_BITS
+from slimkernels.store.errors import DuplicateDocumentError, ShardChecksumError, UnexpectedFileError
+from slimkernels.store.format import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    TEMPORARY_SUFFIX,
+    new_digest,
+    shard_name,
+)
+from slimkernels.store.reader import Store, load_manifest
+
+_ROWS_AT_ONCE = 256
+_READ_BYTES = 1 << 20
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Checks that every byte of a store is the one that was written and that all of it makes sense.
+
+    Reads every file once and decodes every row. What a killed writer may leave is passed over, because none of
+    it was reported written: the temporary files of the next shard and of the manifest, and, beside a temporary
+    manifest, the next shard itself. May run beside a writer.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        StoreError: The first fault found; its ``file``, ``document`` and ``row`` say where.
+    """
+    directory = Path(path)
+    # A writer may append between reading the manifest and listing the files.
+    while True:
+        manifest = load_manifest(directory)[0]
+        store = Store(directory)
+        names = set(os.listdir(directory))
+        if load_manifest(directory)[0] == manifest:
+            break
+    _check_files(store, names)
+    seen: dict[bytes, int] = {}
+    index = 0
+    for number, entry in enumerate(store.shards):
+        shard = store.shard(number)
+        for document, digest in enumerate(shard.hashes()):
+            if digest in seen:
+                raise DuplicateDocumentError(f"is document {seen[digest]} again", file=entry.file, document=index)
+            seen[digest] = index
+            shard.tokens(document, index)
+            start, stop = shard.rows_of(document)
+            for first in range(start, stop, _ROWS_AT_ONCE):
+                shard.teacher(first, min(stop, first + _ROWS_AT_ONCE), index)
+            index += 1
+        whole = new_digest()
+        with open(directory / entry.file, "rb") as file:
+            while data := file.read(_READ_BYTES):
+                whole.update(data)
+        if whole.hexdigest() != entry.checksum:
+            raise ShardChecksumError("its bytes are not those that were written", file=entry.file)
+
+
+def _check_files(store: Store, names: set[str]) -> None:
+    expected = {MANIFEST_NAME, LOCK_NAME} | {entry.file for entry in store.shards}
+    next_shard = shard_name(len(store.shards))
+    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX}
+    if MANIFEST_NAME + TEMPORARY_SUFFIX in names:
+        leftovers.add(next_shard)
+    for name in sorted(names - expected - leftovers):
+        raise UnexpectedFileError("is not part of the store: move it elsewhere", file=name)
+    for name in sorted(names & (leftovers | {LOCK_NAME})):
+        status = os.lstat(store.path / name)
+        if not stat.S_ISREG(status.st_mode) or (name == LOCK_NAME and status.st_size > 0):
+            raise UnexpectedFileError("is not what a writer makes under this name", file=name)
+
+
+def info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a store holds and what it costs.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        A dict that JSON can hold. ``tokens`` are those of the sequences, ``rows`` the labelled ones among them,
+        ``entries`` the kept (id, logit) pairs; ``bytes`` all files of the store, the manifest included, and
+        ``bits_per_entry`` and ``bytes_per_token`` those bytes over entries and tokens (0 for an empty store).
+        ``entropy_bound_bits_per_entry`` is what no coder of the same rows can beat when every set of K ids is
+        equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
+        for the ids, plus the bits of one stored value. It counts nothing else of a row.
+
+    Raises:
+        StoreError: The store cannot be opened.
+    """
+    store = Store(path)
+    settings, shards = store.settings, store.shards
+    entries = sum(entry.entries for entry in shards)
+    tokens = sum(entry.tokens for entry in shards)
+    total = (store.path / MANIFEST_NAME).stat().st_size + sum(entry.bytes for entry in shards)
+    id_bits = 0.0
+    for number, entry in enumerate(shards):
+        if entry.top_k is not None:
+            id_bits += entry.rows * _log2_choose(settings.vocab_size, entry.top_k)
+        else:
+            counts = np.diff(store.shard(number).arrays["entry_offsets"])
+            for count, rows in zip(*np.unique(counts, return_counts=True), strict=True):
+                id_bits += int(rows) * _log2_choose(settings.vocab_size, int(count))
+    value_bits = VALUE_BITS[settings.codec]
+    return {
+        "vocab_size": settings.vocab_size,
+        "documents": len(store),
+        "tokens": tokens,
+        "rows": store.num_rows,
+        "entries": entries,
+        "shards": len(shards),
+        "bytes": total,
+        "bits_per_entry": 8 * total / entries if entries else 0.0,
+        "bytes_per_token": total / tokens if tokens else 0.0,
+        "entropy_bound_bits_per_entry": id_bits / entries + value_bits if entries else 0.0,
+        "codec": settings.codec,
+        "temperatures": list(settings.temperatures),
+        "teacher": settings.teacher,
+        "selection": settings.selection,
+        "tokenizer_fingerprint": settings.tokenizer_fingerprint,
+    }
+
+
+def _log2_choose(n: int, k: int) -> float:
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)

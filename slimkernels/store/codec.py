@@ -1,0 +1,240 @@
+"""Rows of kept ids and logits to bytes and back, and the hash of a document: numpy in, numpy out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+
+import numpy as np
+
+from slimkernels.store.errors import (
+    ByteOrderError,
+    RowChecksumError,
+    RowDataError,
+    ShardIndexError,
+    StoreError,
+)
+
+try:
+    from slimkernels import _C
+except ImportError as error:
+    raise ImportError(
+        "slimkernels.store needs the compiled extension slimkernels._C, which this installation lacks: "
+        "run `pip install .` in the source tree"
+    ) from error
+
+# Bits of one stored logit.
+VALUE_BITS = {"affine8": 8, "bfloat16": 16, "float32": 32}
+HASH_BYTES = 16
+
+# The numbers of RowFault in csrc/store_elias_fano.h: what each says of a row.
+_FAULTS = {
+    1: "its offsets leave the shard or disagree with its number of entries",
+    2: "its bytes are not those that were written",
+    3: "its bitmap does not hold one bit per entry, or a padding bit is set",
+    4: "its ids are not strictly ascending",
+    5: "it holds an id outside [0, {vocab_size})",
+    6: "it holds an id after padding (-1)",
+    7: "it keeps no entry",
+    8: "it keeps a logit that is NaN or infinite",
+    9: "its logits are too large for codec {codec!r}",
+    10: "its scale or zero is not one an encoder writes",
+    11: "its lse is NaN or infinite",
+    12: "its target_logit is +inf",
+    13: "it keeps more probability than its lse allows (logsumexp(logits) > lse)",
+}
+_ADVICE = {
+    8: ": leave such entries out, padding the row with id -1",
+    9: ": use codec='float32'",
+    13: ": lse must be that of the whole row at temperature 1",
+}
+_OFFSETS_FAULT, _CHECKSUM_FAULT = 1, 2
+
+
+def require_little_endian() -> None:
+    """Raises on a host that cannot read the format in place.
+
+    Raises:
+        ByteOrderError: The host is big-endian.
+    """
+    if sys.byteorder != "little":
+        raise ByteOrderError(
+            "the store's files are little-endian and are read in place, but this host is big-endian: "
+            "read the store on a little-endian host"
+        )
+
+
+def document_hash(input_ids: np.ndarray) -> bytes:
+    """The 16 bytes that name a document: BLAKE2b-128 of its ids as little-endian int32."""
+    return hashlib.blake2b(np.ascontiguousarray(input_ids, dtype="<i4").tobytes(), digest_size=HASH_BYTES).digest()
+
+
+def row_words(vocab_size: int, top_k: int) -> int:
+    """The number of 32-bit words that hold the ids of a row of ``top_k`` entries."""
+    return _C.store_row_words(vocab_size, top_k)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedRows:
+    """Rows as a shard holds them.
+
+    Attributes:
+        counts: (R,) int64. The number of entries of each row.
+        id_words: (sum of words,) uint32.
+        values: (sum of counts * value bytes,) uint8.
+        affine: (R, 2) float32, scale and zero; (0,) unless the codec is affine8.
+        lse: (R, M) float32.
+        target_logit: (R,) float32.
+        checksums: (R,) uint64.
+    """
+
+    counts: np.ndarray
+    id_words: np.ndarray
+    values: np.ndarray
+    affine: np.ndarray
+    lse: np.ndarray
+    target_logit: np.ndarray
+    checksums: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the rows take in a shard, offsets aside."""
+        arrays = (self.id_words, self.values, self.affine, self.lse, self.target_logit, self.checksums)
+        return sum(array.nbytes for array in arrays)
+
+
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """(R,) counts to (R + 1,) int64 offsets starting with 0."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def words_of(vocab_size: int, counts: np.ndarray) -> np.ndarray:
+    """(R,) entries per row to (R,) int64 words per row."""
+    distinct, inverse = np.unique(counts, return_inverse=True)
+    words = np.array([row_words(vocab_size, int(count)) if count > 0 else 0 for count in distinct], np.int64)
+    return words[inverse.reshape(-1)]
+
+
+def encode_rows(
+    ids: np.ndarray,
+    logits: np.ndarray,
+    lse: np.ndarray,
+    target_logit: np.ndarray,
+    *,
+    vocab_size: int,
+    codec: str,
+    first_row: int,
+) -> EncodedRows:
+    """Encodes rows as rows ``first_row``, ``first_row + 1``, ... of a shard.
+
+    Args:
+        ids: (R, K) int32, C-contiguous, ascending, ``-1`` padding at the end.
+        logits: (R, K) float32, C-contiguous; the values at padding are not read.
+        lse: (R, M) float32, C-contiguous.
+        target_logit: (R,) float32.
+        vocab_size: V.
+        codec: A key of ``VALUE_BITS``.
+        first_row: The first row's place in its shard, which its checksum covers.
+
+    Returns:
+        The encoded rows.
+
+    Raises:
+        ValueError: A row that cannot be stored; the message names the first and says why.
+    """
+    counts = np.minimum((ids >= 0).sum(-1, dtype=np.int64), vocab_size)
+    entry_offsets, id_word_offsets = offsets_of(counts), offsets_of(words_of(vocab_size, counts))
+    rows = len(counts)
+    encoded = EncodedRows(
+        counts=counts,
+        id_words=np.empty(id_word_offsets[-1], np.uint32),
+        values=np.empty(entry_offsets[-1] * (VALUE_BITS[codec] // 8), np.uint8),
+        affine=np.empty((rows, 2) if codec == "affine8" else 0, np.float32),
+        lse=lse,
+        target_logit=target_logit,
+        checksums=np.empty(rows, np.uint64),
+    )
+    row, fault = _C.store_encode_rows(
+        vocab_size=vocab_size,
+        codec=codec,
+        first=first_row,
+        ids=ids,
+        logits=logits,
+        lse=lse,
+        target_logit=target_logit,
+        entry_offsets=entry_offsets,
+        id_word_offsets=id_word_offsets,
+        id_words=encoded.id_words,
+        values=encoded.values,
+        affine=encoded.affine,
+        checksums=encoded.checksums,
+    )
+    if row >= 0:
+        reason = _FAULTS[fault].format(vocab_size=vocab_size, codec=codec) + _ADVICE.get(fault, "")
+        raise ValueError(f"row {row} of the teacher's SparseLogits cannot be stored: {reason}")
+    return encoded
+
+
+def decode_rows(
+    *,
+    vocab_size: int,
+    codec: str,
+    top_k: int | None,
+    first_row: int,
+    num_rows: int,
+    width: int,
+    arrays: dict[str, np.ndarray],
+    file: str,
+    document: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes rows [first_row, first_row + num_rows) of a shard, checking every byte of them.
+
+    Args:
+        vocab_size: V.
+        codec: A key of ``VALUE_BITS``.
+        top_k: K of every row of the shard, or None when they differ.
+        first_row: The first row's place in the shard.
+        num_rows: R, at most the rows that follow.
+        width: The K of the result, at least the largest of the rows.
+        arrays: The shard's tensors by name, flat or as the format shapes them, whole.
+        file: The shard's name, for errors.
+        document: The document's place in the store, for errors.
+
+    Returns:
+        ids (R, width) int32, padded with -1, and logits (R, width) float32, padded with 0.
+
+    Raises:
+        RowChecksumError: A row whose bytes are not those that were written.
+        RowDataError: A row that is not one an encoder writes.
+        ShardIndexError: A row whose offsets lead nowhere.
+    """
+    ids = np.empty((num_rows, width), np.int32)
+    logits = np.empty((num_rows, width), np.float32)
+    none = np.empty(0, np.int64)
+    bad, fault = _C.store_decode_rows(
+        vocab_size=vocab_size,
+        codec=codec,
+        top_k=top_k or 0,
+        first=first_row,
+        entry_offsets=arrays.get("entry_offsets", none),
+        id_word_offsets=arrays.get("id_word_offsets", none),
+        id_words=arrays["id_words"],
+        values=arrays["values"],
+        affine=arrays["affine"] if codec == "affine8" else np.empty(0, np.float32),
+        lse=arrays["lse"],
+        target_logit=arrays["target_logit"],
+        checksums=arrays["row_checksums"],
+        out_ids=ids,
+        out_logits=logits,
+    )
+    if bad >= 0:
+        kind: type[StoreError] = {_OFFSETS_FAULT: ShardIndexError, _CHECKSUM_FAULT: RowChecksumError}.get(
+            fault, RowDataError
+        )
+        reason = _FAULTS[fault].format(vocab_size=vocab_size, codec=codec)
+        raise kind(reason, file=file, document=document, row=first_row + bad)
+    return ids, logits

@@ -1,0 +1,344 @@
+"""What the bytes of a store mean: the manifest and the layout of a shard (FORMAT.md is the normative text).
+
+Safetensors headers are built here and not by the safetensors package, because their bytes are part of the
+format: a manifest entry determines its shard's header completely, so a reader compares and never interprets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from typing import Any
+
+from slimkernels.store.codec import HASH_BYTES, VALUE_BITS, row_words
+from slimkernels.store.errors import (
+    ManifestChecksumError,
+    ManifestFieldError,
+    ManifestSyntaxError,
+    ShardNameError,
+    UnsupportedVersionError,
+)
+
+FORMAT = "slimkernels-store"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+LOCK_NAME = "writer.lock"
+TEMPORARY_SUFFIX = ".tmp"
+CHECKSUM_BYTES = 16
+MAX_MANIFEST_BYTES = 1 << 28
+MAX_TEMPERATURES = 64
+# No count of a store reaches this; it keeps products of two counts far from anything a reader would allocate.
+_MAX_COUNT = 1 << 48
+
+_CHECKSUM_PREFIX = b'{\n "checksum": "'
+_CHECKSUM_HOLE = b"0" * (2 * CHECKSUM_BYTES)
+_HEX = re.compile(f"[0-9a-f]{{{2 * CHECKSUM_BYTES}}}")
+_ITEM_BYTES = {"U8": 1, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8}
+_VALUE_DTYPES = {"affine8": "U8", "bfloat16": "BF16", "float32": "F32"}
+# The tensors that head_checksum covers; they come first.
+_HEAD_TENSORS = frozenset(
+    {
+        "document_row_offsets",
+        "document_token_offsets",
+        "entry_offsets",
+        "id_word_offsets",
+        "row_checksums",
+        "document_hashes",
+        "positions",
+    }
+)
+
+
+def shard_name(index: int) -> str:
+    """The only name the shard at this place in the manifest may have."""
+    return f"shard-{index:06d}.safetensors"
+
+
+def new_digest() -> hashlib.blake2b:
+    """The hash of every checksum in the manifest: BLAKE2b-128, written as 32 lower-case hexadecimal digits."""
+    return hashlib.blake2b(digest_size=CHECKSUM_BYTES)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSettings:
+    """What all documents of a store share, and what a writer that resumes it must ask for again.
+
+    Attributes:
+        vocab_size: V, in [1, 2^31).
+        tokenizer_fingerprint: Names the tokenizer; any text.
+        teacher: A JSON object about the teacher (name, revision, dtype, ...).
+        selection: A JSON object about how the kept ids were chosen.
+        temperatures: The temperatures of the stored lse; the first is 1.0.
+        codec: "affine8", "bfloat16" or "float32".
+    """
+
+    vocab_size: int
+    tokenizer_fingerprint: str
+    teacher: dict[str, Any]
+    selection: dict[str, Any]
+    temperatures: tuple[float, ...]
+    codec: str
+
+    def __post_init__(self) -> None:
+        if type(self.vocab_size) is not int or not 1 <= self.vocab_size < 1 << 31:
+            raise ValueError(f"vocab_size must be an int in [1, 2^31), got {self.vocab_size!r}")
+        if not isinstance(self.tokenizer_fingerprint, str):
+            raise ValueError(f"tokenizer_fingerprint must be a str, got {self.tokenizer_fingerprint!r}")
+        for name in ("teacher", "selection"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} must be a dict that JSON can hold, got {value!r}")
+            try:
+                plain = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{name} must be a dict that JSON can hold, got {value!r} ({error})") from error
+            object.__setattr__(self, name, plain)
+        try:
+            temperatures = tuple(float(t) for t in self.temperatures)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"temperatures must be numbers, got {self.temperatures!r}") from error
+        if not 1 <= len(temperatures) <= MAX_TEMPERATURES or temperatures[0] != 1.0:
+            raise ValueError(
+                f"temperatures must be 1 to {MAX_TEMPERATURES} numbers and start with 1.0, got {self.temperatures!r}"
+            )
+        if not all(t > 0 and math.isfinite(t) for t in temperatures):
+            raise ValueError(f"temperatures must be positive and finite, got {self.temperatures!r}")
+        object.__setattr__(self, "temperatures", temperatures)
+        if not isinstance(self.codec, str) or self.codec not in VALUE_BITS:
+            raise ValueError(f"codec must be one of {sorted(VALUE_BITS)}, got {self.codec!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEntry:
+    """One shard's line in the manifest.
+
+    Attributes:
+        file: Its name inside the store.
+        bytes: Its size.
+        documents, tokens, rows, entries: How many it holds; tokens are those of the sequences.
+        id_words: The 32-bit words of all its rows' ids.
+        top_k: The number of entries of every row, or None when rows differ or there are none.
+        head_checksum: Of its bytes up to the last of its index.
+        checksum: Of all its bytes.
+    """
+
+    file: str
+    bytes: int
+    documents: int
+    tokens: int
+    rows: int
+    entries: int
+    id_words: int
+    top_k: int | None
+    head_checksum: str = ""
+    checksum: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a shard: where it lies, counted from the start of the file, and what it is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardLayout:
+    """The header and the tensors of a shard; ``head_bytes`` ends its index, ``total_bytes`` the file."""
+
+    header: bytes
+    tensors: tuple[TensorSpec, ...]
+    head_bytes: int
+    total_bytes: int
+
+
+def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
+    """Lays out a shard from the counts of its manifest entry alone."""
+    documents, rows, top_k = entry.documents, entry.rows, entry.top_k
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [
+        ("document_row_offsets", "I64", (documents + 1,)),
+        ("document_token_offsets", "I64", (documents + 1,)),
+    ]
+    if top_k is None:
+        tensors += [("entry_offsets", "I64", (rows + 1,)), ("id_word_offsets", "I64", (rows + 1,))]
+    tensors += [
+        ("row_checksums", "U64", (rows,)),
+        ("document_hashes", "U8", (documents, HASH_BYTES)),
+        ("positions", "I32", (rows,)),
+        ("input_ids", "I32", (entry.tokens,)),
+        ("lse", "F32", (rows, len(settings.temperatures))),
+        ("target_logit", "F32", (rows,)),
+    ]
+    if settings.codec == "affine8":
+        tensors += [("affine", "F32", (rows, 2))]
+    id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
+    value_shape = (entry.entries,) if top_k is None else (rows, top_k)
+    tensors += [("id_words", "U32", id_shape), ("values", _VALUE_DTYPES[settings.codec], value_shape)]
+
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "vocab_size": str(settings.vocab_size),
+        "codec": settings.codec,
+        "top_k": "ragged" if top_k is None else str(top_k),
+    }
+    header: dict[str, Any] = {"__metadata__": metadata}
+    ends, offset = [], 0
+    for name, dtype, shape in tensors:
+        start, offset = offset, offset + math.prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, offset]}
+        ends.append((start, offset))
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    specs = tuple(
+        TensorSpec(name, dtype, shape, base + start, base + stop)
+        for (name, dtype, shape), (start, stop) in zip(tensors, ends, strict=True)
+    )
+    return ShardLayout(
+        header=len(text).to_bytes(8, "little") + text,
+        tensors=specs,
+        head_bytes=max(spec.stop for spec in specs if spec.name in _HEAD_TENSORS),
+        total_bytes=base + offset,
+    )
+
+
+def seal_manifest(content: dict[str, Any]) -> bytes:
+    """The bytes of a manifest with this content, its own checksum put first."""
+    blank = {"checksum": _CHECKSUM_HOLE.decode()} | {k: v for k, v in content.items() if k != "checksum"}
+    data = json.dumps(blank, indent=1, allow_nan=False).encode("ascii") + b"\n"
+    digest = new_digest()
+    digest.update(data)
+    start = len(_CHECKSUM_PREFIX)
+    return data[:start] + digest.hexdigest().encode() + data[start + len(_CHECKSUM_HOLE) :]
+
+
+def unseal_manifest(data: bytes) -> dict[str, Any]:
+    """Checks a manifest's own checksum, which covers every byte of it, and parses it.
+
+    Raises:
+        ManifestSyntaxError, ManifestChecksumError: As they say.
+    """
+    start, stop = len(_CHECKSUM_PREFIX), len(_CHECKSUM_PREFIX) + len(_CHECKSUM_HOLE)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestSyntaxError(f"holds more than {MAX_MANIFEST_BYTES} bytes", file=MANIFEST_NAME)
+    if not data.startswith(_CHECKSUM_PREFIX) or len(data) < stop:
+        raise ManifestSyntaxError("does not begin with its checksum", file=MANIFEST_NAME)
+    digest = new_digest()
+    digest.update(data[:start] + _CHECKSUM_HOLE + data[stop:])
+    if data[start:stop] != digest.hexdigest().encode():
+        raise ManifestChecksumError(
+            f"its bytes have checksum {digest.hexdigest()}, but it says {data[start:stop].decode('latin-1')!r}",
+            file=MANIFEST_NAME,
+        )
+    try:
+        content = json.loads(data.decode("ascii"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestSyntaxError(f"is not the JSON the format asks for: {error}", file=MANIFEST_NAME) from error
+    if not isinstance(content, dict):
+        raise ManifestSyntaxError("is not a JSON object", file=MANIFEST_NAME)
+    return content
+
+
+def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...]) -> dict[str, Any]:
+    """The manifest as a JSON object, without its checksum."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **dataclasses.asdict(settings),
+        "shards": [dataclasses.asdict(entry) for entry in shards],
+    }
+
+
+def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardEntry, ...]]:
+    """Checks every field of a manifest against its type, its range and the fields it depends on.
+
+    Raises:
+        UnsupportedVersionError, ManifestFieldError, ShardNameError: As they say.
+    """
+    if content.get("format") != FORMAT:
+        raise ManifestFieldError(f"format must be {FORMAT!r}, got {content.get('format')!r}", file=MANIFEST_NAME)
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UnsupportedVersionError(
+            f"version must be {VERSION}, got {version!r}: read the store with the release that wrote it",
+            file=MANIFEST_NAME,
+        )
+    settings_names = [field.name for field in dataclasses.fields(StoreSettings)]
+    _require_keys(content, ["checksum", "format", "version", *settings_names, "shards"], "the manifest")
+    temperatures = content["temperatures"]
+    if not isinstance(temperatures, list) or any(type(t) not in (int, float) for t in temperatures):
+        raise ManifestFieldError(f"temperatures must be a list of numbers, got {temperatures!r}", file=MANIFEST_NAME)
+    try:
+        settings = StoreSettings(**{name: content[name] for name in settings_names})
+    except ValueError as error:
+        raise ManifestFieldError(str(error), file=MANIFEST_NAME) from error
+    if not isinstance(content["shards"], list):
+        raise ManifestFieldError("shards must be a list", file=MANIFEST_NAME)
+    return settings, tuple(_parse_entry(settings, i, entry) for i, entry in enumerate(content["shards"]))
+
+
+def _parse_entry(settings: StoreSettings, index: int, content: Any) -> ShardEntry:
+    where = f"shards[{index}]"
+    if not isinstance(content, dict):
+        raise ManifestFieldError(f"{where} must be an object, got {content!r}", file=MANIFEST_NAME)
+    _require_keys(content, [field.name for field in dataclasses.fields(ShardEntry)], where)
+    if content["file"] != shard_name(index):
+        raise ShardNameError(f"{where}.file must be {shard_name(index)!r}, got {content['file']!r}", file=MANIFEST_NAME)
+    counts = ["bytes", "documents", "tokens", "rows", "entries", "id_words"]
+    for name in counts if content["top_k"] is None else [*counts, "top_k"]:
+        if type(content[name]) is not int or not 0 <= content[name] < _MAX_COUNT:
+            raise ManifestFieldError(
+                f"{where}.{name} must be an int in [0, 2^48), got {content[name]!r}", file=MANIFEST_NAME
+            )
+    for name in ("head_checksum", "checksum"):
+        if not isinstance(content[name], str) or not _HEX.fullmatch(content[name]):
+            raise ManifestFieldError(
+                f"{where}.{name} must be {2 * CHECKSUM_BYTES} hexadecimal digits, got {content[name]!r}",
+                file=MANIFEST_NAME,
+            )
+    entry = ShardEntry(**content)
+    if contradiction := _contradiction(settings, entry):
+        raise ManifestFieldError(f"{where} contradicts itself: {contradiction}", file=MANIFEST_NAME)
+    return entry
+
+
+def _contradiction(settings: StoreSettings, entry: ShardEntry) -> str | None:
+    if not 1 <= entry.documents <= entry.tokens - entry.rows:
+        return "it needs a document, a token per document, and a token before each document's first row"
+    if entry.top_k is None:
+        if not entry.rows <= entry.entries <= entry.rows * settings.vocab_size:
+            return f"{entry.rows} rows cannot hold {entry.entries} entries"
+    elif not 1 <= entry.top_k <= settings.vocab_size or entry.rows == 0:
+        return f"top_k={entry.top_k} needs rows and must lie in [1, {settings.vocab_size}]"
+    elif entry.entries != entry.rows * entry.top_k:
+        return f"{entry.rows} rows of {entry.top_k} entries are not {entry.entries}"
+    elif entry.id_words != entry.rows * row_words(settings.vocab_size, entry.top_k):
+        return f"id_words={entry.id_words} is not what {entry.rows} rows of {entry.top_k} ids take"
+    expected = shard_layout(settings, entry).total_bytes
+    return None if entry.bytes == expected else f"its counts make {expected} bytes, not {entry.bytes}"
+
+
+def _require_keys(content: dict[str, Any], names: list[str], where: str) -> None:
+    missing, unknown = set(names) - content.keys(), content.keys() - set(names)
+    if missing or unknown:
+        raise ManifestFieldError(
+            f"{where} lacks {sorted(missing)} and has unknown {sorted(unknown)}", file=MANIFEST_NAME
+        )
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("an object repeats a key")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

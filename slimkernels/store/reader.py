@@ -1,0 +1,347 @@
+"""Store: the documents of a store, decoded when they are asked for, every byte of them checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import operator
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store.codec import HASH_BYTES, decode_rows, document_hash, require_little_endian
+from slimkernels.store.errors import (
+    DocumentDamagedError,
+    ManifestSyntaxError,
+    MissingShardError,
+    NotAStoreError,
+    SettingsMismatchError,
+    ShardHeaderError,
+    ShardIndexError,
+    ShardSizeError,
+)
+from slimkernels.store.format import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    ShardEntry,
+    ShardLayout,
+    StoreSettings,
+    new_digest,
+    parse_manifest,
+    shard_layout,
+    unseal_manifest,
+)
+
+_DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
+# Each mapped shard holds a file descriptor; systems commonly allow 1024.
+_MAX_MAPPED = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """One sequence and what the teacher said about some of its tokens.
+
+    Attributes:
+        input_ids: (T,) int64.
+        positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
+        teacher: SparseLogits (R, K): ids int32, logits, lse and target_logit float32. K is the largest number
+            of entries one of its rows keeps; the others are padded with id -1.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    teacher: SparseLogits
+
+
+def load_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Reads a manifest and checks its checksum and its syntax; its bytes and its content."""
+    try:
+        with open(path / MANIFEST_NAME, "rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise NotAStoreError(f"{path} holds no {MANIFEST_NAME}: is it the directory of a store?") from error
+    except OSError as error:
+        raise ManifestSyntaxError(f"cannot be read: {error}", file=MANIFEST_NAME) from error
+    return data, unseal_manifest(data)
+
+
+def tokens_as_int32(input_ids: Any, vocab_size: int) -> np.ndarray:
+    """(T,) token ids of any integer type to int32, T >= 1, each in [0, vocab_size)."""
+    ids = torch.as_tensor(input_ids)
+    if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids must be at least one integer token id, shape (T,), got {tuple(ids.shape)} {ids.dtype}"
+        )
+    ids = ids.detach().cpu().to(torch.int64).numpy()
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
+
+
+class Shard:
+    """One mapped shard. Its size, header and index are checked here, documents and rows when they are read.
+
+    Attributes:
+        arrays: Its tensors by name, ``id_words`` and ``values`` flat, ``values`` as bytes. Those of the index
+            are a copy, so that what was checked cannot change; the others are mapped.
+    """
+
+    def __init__(self, path: Path, settings: StoreSettings, entry: ShardEntry) -> None:
+        self.settings = settings
+        self.entry = entry
+        layout = shard_layout(settings, entry)
+        with open_shard(path, entry, layout) as file:
+            head = layout.header + file.read(layout.head_bytes - len(layout.header))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.arrays: dict[str, np.ndarray] = {}
+        digest = new_digest()
+        digest.update(head)
+        if digest.hexdigest() != entry.head_checksum:
+            self._index_error("its bytes are not those that were written")
+        for spec in layout.tensors:
+            dtype = np.dtype(np.uint8 if spec.name == "values" else _DTYPES.get(spec.dtype, np.uint8))
+            count = (spec.stop - spec.start) // dtype.itemsize
+            array = np.frombuffer(head if spec.stop <= layout.head_bytes else self._map, dtype, count, spec.start)
+            self.arrays[spec.name] = array if spec.name in ("id_words", "values") else array.reshape(spec.shape)
+        self._check_index()
+
+    def _check_index(self) -> None:
+        entry, arrays = self.entry, self.arrays
+        rows, tokens = arrays["document_row_offsets"], arrays["document_token_offsets"]
+        self._check_offsets("document_row_offsets", entry.rows, 0)
+        self._check_offsets("document_token_offsets", entry.tokens, 1)
+        if entry.top_k is None:
+            self._check_offsets("entry_offsets", entry.entries, 1)
+            self._check_offsets("id_word_offsets", entry.id_words, 1)
+        positions = arrays["positions"]
+        rows_per_document = np.diff(rows)
+        if (positions < 1).any() or (positions >= np.repeat(np.diff(tokens), rows_per_document)).any():
+            self._index_error("a position lies outside its document")
+        document = np.repeat(np.arange(entry.documents), rows_per_document)
+        if ((np.diff(positions) <= 0) & (np.diff(document) == 0)).any():
+            self._index_error("the positions of a document are not ascending")
+
+    def _check_offsets(self, name: str, last: int, least: int) -> None:
+        offsets = self.arrays[name]
+        if offsets[0] != 0 or offsets[-1] != last or (np.diff(offsets) < least).any():
+            self._index_error(f"{name} does not lead from 0 to {last} in steps of at least {least}")
+
+    def _index_error(self, what: str) -> None:
+        raise ShardIndexError(f"its index is damaged: {what}", file=self.entry.file)
+
+    def hashes(self) -> list[bytes]:
+        """The hash of each document."""
+        data = self.arrays["document_hashes"].tobytes()
+        return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
+
+    def rows_of(self, document: int) -> tuple[int, int]:
+        """The rows [start, stop) of a document."""
+        start, stop = self.arrays["document_row_offsets"][document : document + 2].tolist()
+        return start, stop
+
+    def tokens(self, document: int, index: int) -> np.ndarray:
+        """(T,) int32 ids of a document, checked against its hash; ``index`` is its place in the store."""
+        self._require_size()
+        start, stop = self.arrays["document_token_offsets"][document : document + 2].tolist()
+        ids = self.arrays["input_ids"][start:stop]
+        place = {"file": self.entry.file, "document": index}
+        if document_hash(ids) != self.arrays["document_hashes"][document].tobytes():
+            raise DocumentDamagedError("its token ids are not those that were written", **place)
+        if ids.min() < 0 or ids.max() >= self.settings.vocab_size:
+            raise DocumentDamagedError(f"a token id lies outside [0, {self.settings.vocab_size})", **place)
+        return ids
+
+    def teacher(self, start: int, stop: int, index: int) -> SparseLogits:
+        """Decodes rows [start, stop), which belong to document ``index`` of the store."""
+        self._require_size()
+        top_k = self.entry.top_k
+        if top_k is None:
+            top_k = int(np.diff(self.arrays["entry_offsets"][start : stop + 1]).max(initial=1))
+        ids, logits = decode_rows(
+            vocab_size=self.settings.vocab_size,
+            codec=self.settings.codec,
+            top_k=self.entry.top_k,
+            first_row=start,
+            num_rows=stop - start,
+            width=top_k,
+            arrays=self.arrays,
+            file=self.entry.file,
+            document=index,
+        )
+        return SparseLogits(
+            ids=torch.from_numpy(ids),
+            logits=torch.from_numpy(logits),
+            lse=torch.from_numpy(self.arrays["lse"][start:stop].copy()),
+            temperatures=self.settings.temperatures,
+            target_logit=torch.from_numpy(self.arrays["target_logit"][start:stop].copy()),
+        )
+
+    def _require_size(self) -> None:
+        # Touching a page past the end of a file that shrank after it was mapped would kill the process.
+        if self._map.size() != self.entry.bytes:
+            raise ShardSizeError(f"holds {self._map.size()} bytes now, not {self.entry.bytes}", file=self.entry.file)
+
+
+def open_shard(path: Path, entry: ShardEntry, layout: ShardLayout) -> BinaryIO:
+    """Opens a shard for reading after checking its size and header against its manifest entry."""
+    try:
+        file = open(path / entry.file, "rb")  # noqa: SIM115 -- the caller closes it
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise MissingShardError(f"is not a file that can be read ({error.strerror})", file=entry.file) from error
+    try:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise MissingShardError("is not a regular file", file=entry.file)
+        if status.st_size != entry.bytes:
+            raise ShardSizeError(f"holds {status.st_size} bytes, not {entry.bytes}", file=entry.file)
+        if file.read(len(layout.header)) != layout.header:
+            raise ShardHeaderError("its header is not the one its manifest entry implies", file=entry.file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+class Store(Sequence[Document]):
+    """The documents of a store, in the order they were added; a map-style dataset for data loaders.
+
+    Opening reads the manifest and compares every shard's size and header with it. A document is decoded when
+    it is asked for; every byte that makes it up is checked then, so a damaged one raises and is never returned.
+    Shards are mapped, not read; instances can be pickled, forked and shared by threads.
+
+    Args:
+        path: The directory.
+        vocab_size: V expected by the caller, or None for any.
+        tokenizer_fingerprint: The tokenizer expected by the caller, or None for any.
+
+    Raises:
+        NotAStoreError: There is no manifest.
+        SettingsMismatchError: The store is for another vocabulary or tokenizer.
+        StoreError: Any other of its kinds: the store is damaged.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, vocab_size: int | None = None, tokenizer_fingerprint: str | None = None
+    ) -> None:
+        require_little_endian()
+        self.path = Path(path)
+        self._manifest = load_manifest(self.path)[1]
+        self.settings, self.shards = parse_manifest(self._manifest)
+        for name, expected in (("vocab_size", vocab_size), ("tokenizer_fingerprint", tokenizer_fingerprint)):
+            stored = getattr(self.settings, name)
+            if expected is not None and expected != stored:
+                raise SettingsMismatchError(
+                    f"{self.path} was captured with {name}={stored!r}, but {name}={expected!r} is asked for: "
+                    "capture the teacher again with this tokenizer, or use the student that belongs to the store"
+                )
+        for entry in self.shards:
+            open_shard(self.path, entry, shard_layout(self.settings, entry)).close()
+        self._first_documents = np.cumsum([0, *(entry.documents for entry in self.shards)])
+        self._mapped: dict[int, Shard] = {}
+        self._index_by_hash: dict[bytes, int] | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of manifest.json."""
+        return self._manifest
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.settings.vocab_size
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Names the tokenizer of the documents."""
+        return self.settings.tokenizer_fingerprint
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures of every document's lse."""
+        return self.settings.temperatures
+
+    @property
+    def num_rows(self) -> int:
+        """The number of teacher rows of all documents."""
+        return sum(entry.rows for entry in self.shards)
+
+    def __len__(self) -> int:
+        return int(self._first_documents[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Document]: ...
+
+    def __getitem__(self, index):
+        """Decodes one document, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index, shard, local = self._locate(index)
+        input_ids = shard.tokens(local, index)
+        start, stop = shard.rows_of(local)
+        return Document(
+            input_ids=torch.from_numpy(input_ids.astype(np.int64)),
+            positions=torch.from_numpy(shard.arrays["positions"][start:stop].astype(np.int64)),
+            teacher=shard.teacher(start, stop, index),
+        )
+
+    def row(self, index: int, position: int) -> SparseLogits:
+        """Decodes the single row of document ``index`` that predicts its token ``position``, shape (1, K).
+
+        Raises:
+            KeyError: The teacher has no row there.
+        """
+        index, shard, local = self._locate(index)
+        start, stop = shard.rows_of(local)
+        at = start + int(np.searchsorted(shard.arrays["positions"][start:stop], position))
+        if at == stop or shard.arrays["positions"][at] != position:
+            raise KeyError(f"document {index} has no row at position {position}")
+        return shard.teacher(at, at + 1, index)
+
+    def find(self, input_ids: Any) -> int | None:
+        """The index of the document with these token ids, or None when the store has none."""
+        if self._index_by_hash is None:
+            self._index_by_hash = {
+                digest: first + i
+                for number, first in enumerate(self._first_documents[:-1].tolist())
+                for i, digest in enumerate(self.shard(number).hashes())
+            }
+        return self._index_by_hash.get(document_hash(tokens_as_int32(input_ids, self.vocab_size)))
+
+    def __contains__(self, input_ids: object) -> bool:
+        """Whether a document with these token ids is stored."""
+        return self.find(input_ids) is not None
+
+    def shard(self, number: int) -> Shard:
+        """One shard, mapped and its index checked."""
+        shard = self._mapped.pop(number, None)
+        if shard is None:
+            shard = Shard(self.path, self.settings, self.shards[number])
+        # Reinserted last, so that the first is the one that was not used for the longest time.
+        self._mapped[number] = shard
+        if len(self._mapped) > _MAX_MAPPED:
+            self._mapped.pop(next(iter(self._mapped)), None)
+        return shard
+
+    def _locate(self, index: int) -> tuple[int, Shard, int]:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"document {index} is out of range: the store holds {len(self)}")
+        index %= len(self)
+        number = int(np.searchsorted(self._first_documents, index, side="right")) - 1
+        return index, self.shard(number), index - int(self._first_documents[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": {}}
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}: {len(self)} documents, {self.num_rows} rows, V={self.vocab_size})"

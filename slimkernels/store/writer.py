@@ -1,0 +1,356 @@
+"""StoreWriter: appends documents to a store so that a kill at any moment loses nothing that was reported written."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store.codec import (
+    EncodedRows,
+    document_hash,
+    encode_rows,
+    offsets_of,
+    require_little_endian,
+    words_of,
+)
+from slimkernels.store.errors import (
+    DuplicateDocumentError,
+    NotAStoreError,
+    SettingsMismatchError,
+    StoreLockedError,
+)
+from slimkernels.store.format import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    TEMPORARY_SUFFIX,
+    ShardEntry,
+    StoreSettings,
+    manifest_content,
+    new_digest,
+    seal_manifest,
+    shard_layout,
+    shard_name,
+)
+from slimkernels.store.reader import Store, tokens_as_int32
+
+_SHARD_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pending:
+    input_ids: np.ndarray
+    digest: bytes
+    positions: np.ndarray
+    rows: EncodedRows
+
+    @property
+    def nbytes(self) -> int:
+        return self.input_ids.nbytes + self.positions.nbytes + self.rows.nbytes
+
+
+class StoreWriter:
+    """Creates a store, or appends to one that was made with the same settings.
+
+    ``add`` buffers a document; ``flush`` (and ``close``, and leaving the ``with`` block, also by an exception)
+    writes the buffered ones as one shard. When ``flush`` returns they are on the disk and survive a kill or a
+    power cut; a kill before that leaves the store as it was. Documents are whole or absent. ``add`` flushes by
+    itself when a shard is full. One writer at a time may hold a store; readers are never in its way.
+
+    Args:
+        path: The directory; made when absent.
+        vocab_size: V, in [1, 2^31).
+        tokenizer_fingerprint: Names the tokenizer; any text.
+        teacher: A JSON object about the teacher (name, revision, dtype, ...).
+        selection: A JSON object about how the kept ids were chosen.
+        temperatures: The temperatures of every teacher's lse; the first is 1.0.
+        codec: How logits are stored: "affine8" (8 bits; half a step of (max - min) / 255 of error at most, the
+            row's kept probability preserved), "bfloat16" or "float32".
+        shard_rows: A shard is full at this many rows; None means at about 64 MiB.
+
+    Raises:
+        SettingsMismatchError: The store exists with other settings.
+        StoreLockedError: Another writer holds it.
+        NotAStoreError: The path holds other files.
+        StoreError: Any other of its kinds: the existing store is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        vocab_size: int,
+        tokenizer_fingerprint: str,
+        teacher: dict[str, Any],
+        selection: dict[str, Any],
+        temperatures: Sequence[float] = (1.0,),
+        codec: str = "affine8",
+        shard_rows: int | None = None,
+    ) -> None:
+        require_little_endian()
+        self.path = Path(path)
+        self.settings = StoreSettings(
+            vocab_size=vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            teacher=teacher,
+            selection=selection,
+            temperatures=tuple(temperatures),
+            codec=codec,
+        )
+        if shard_rows is not None and (type(shard_rows) is not int or shard_rows < 1):
+            raise ValueError(f"shard_rows must be an int of at least 1, or None for about 64 MiB, got {shard_rows!r}")
+        self._shard_rows = shard_rows
+        self._pending: list[_Pending] = []
+        _make_directory(self.path)
+        # Closes the lock's descriptor, and so gives up the lock, also when the writer is dropped without close().
+        self._release = weakref.finalize(self, os.close, _lock(self.path))
+        try:
+            self._shards, self._stored = self._resume()
+        except BaseException:
+            self._release()
+            raise
+
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits) -> None:
+        """Buffers one document.
+
+        Args:
+            input_ids: (T,) integers in [0, V), T >= 1; a tensor, an array or a list.
+            positions: (R,) integers, ascending in [1, T). Row r predicts ``input_ids[positions[r]]``.
+            teacher: SparseLogits (R, K) for V ids. Every row keeps at least one entry; kept logits are finite.
+                A NaN ``target_logit`` says that the teacher's logit of the label is not known; without a
+                ``target_logit`` it is taken from the kept logits, -inf where the label is not kept.
+
+        Raises:
+            DuplicateDocumentError: A document with these ids is stored or buffered already.
+            ValueError: Anything else that does not fit; nothing is buffered then.
+        """
+        self._require_open()
+        ids = tokens_as_int32(input_ids, self.settings.vocab_size)
+        digest = document_hash(ids)
+        if digest in self._stored:
+            raise DuplicateDocumentError(
+                f"a document of these {len(ids)} token ids is in the store already: skip it when `input_ids in writer`"
+            )
+        at = _positions_as_int32(positions, len(ids))
+        rows = self._encode(ids, at, teacher)
+        self._pending.append(_Pending(ids, digest, at, rows))
+        self._stored.add(digest)
+        full = (
+            sum(document.nbytes for document in self._pending) >= _SHARD_BYTES
+            if self._shard_rows is None
+            else self._pending_rows() >= self._shard_rows
+        )
+        if full:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the buffered documents; they are durable when this returns. Does nothing when there are none."""
+        self._require_open()
+        if not self._pending:
+            return
+        name = shard_name(len(self._shards))
+        shard_temporary = self.path / (name + TEMPORARY_SUFFIX)
+        manifest_temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
+        entry = self._write_shard(shard_temporary, name)
+        shards = (*self._shards, entry)
+        _write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
+        _sync_directory(self.path)
+        # The temporary manifest is there for as long as the shard is not in the manifest, and explains it.
+        os.replace(shard_temporary, self.path / name)
+        _sync_directory(self.path)
+        os.replace(manifest_temporary, self.path / MANIFEST_NAME)
+        _sync_directory(self.path)
+        self._shards = shards
+        self._pending = []
+
+    def close(self) -> None:
+        """Flushes and gives up the store; a second call does nothing."""
+        if self._release.alive:
+            try:
+                self.flush()
+            finally:
+                self._release()
+
+    def __contains__(self, input_ids: object) -> bool:
+        """Whether a document with these token ids is stored or buffered."""
+        return document_hash(tokens_as_int32(input_ids, self.settings.vocab_size)) in self._stored
+
+    def __len__(self) -> int:
+        """The number of documents, buffered ones included."""
+        return len(self._stored)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if not self._release.alive:
+            raise ValueError(f"the writer of {self.path} is closed: make a new StoreWriter to append")
+
+    def _pending_rows(self) -> int:
+        return sum(len(document.rows) for document in self._pending)
+
+    def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
+        manifest = self.path / MANIFEST_NAME
+        if not manifest.exists():
+            temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
+            _write_durably(temporary, [seal_manifest(manifest_content(self.settings, ()))])
+            os.replace(temporary, manifest)
+            _sync_directory(self.path)
+            return (), set()
+        store = Store(self.path)
+        for field in dataclasses.fields(StoreSettings):
+            stored, asked = getattr(store.settings, field.name), getattr(self.settings, field.name)
+            if stored != asked:
+                raise SettingsMismatchError(
+                    f"{self.path} was made with {field.name}={stored!r}, but {field.name}={asked!r} is asked for: "
+                    "use the same settings, or another directory"
+                )
+        # What a killed writer left. The manifest goes last: it explains the shard that it lists.
+        name = shard_name(len(store.shards))
+        for leftover in (name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
+            (self.path / leftover).unlink(missing_ok=True)
+        return store.shards, {digest for i in range(len(store.shards)) for digest in store.shard(i).hashes()}
+
+    def _encode(self, ids: np.ndarray, positions: np.ndarray, teacher: SparseLogits) -> EncodedRows:
+        if teacher.temperatures != self.settings.temperatures:
+            raise ValueError(
+                f"teacher must have the store's temperatures={self.settings.temperatures}, got {teacher.temperatures}"
+            )
+        if teacher.leading_shape != (len(positions),):
+            raise ValueError(
+                f"teacher must have a row for each of {len(positions)} positions, shape ({len(positions)}, K), "
+                f"got leading shape {teacher.leading_shape}"
+            )
+        kept, logits = _as_array(teacher.ids, torch.int32), _as_array(teacher.logits, torch.float32)
+        if teacher.target_logit is None:
+            is_label = kept == ids[positions][:, None]
+            target_logit = np.where(is_label, logits, -np.inf).max(-1, initial=-np.inf).astype(np.float32)
+        else:
+            target_logit = _as_array(teacher.target_logit, torch.float32)
+        return encode_rows(
+            kept,
+            logits,
+            _as_array(teacher.lse, torch.float32),
+            target_logit,
+            vocab_size=self.settings.vocab_size,
+            codec=self.settings.codec,
+            first_row=self._pending_rows(),
+        )
+
+    def _write_shard(self, path: Path, name: str) -> ShardEntry:
+        documents = self._pending
+        counts = np.concatenate([document.rows.counts for document in documents])
+        top_k = int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
+        tensors: dict[str, list[np.ndarray]] = {
+            "document_row_offsets": [offsets_of(np.array([len(document.rows) for document in documents]))],
+            "document_token_offsets": [offsets_of(np.array([len(document.input_ids) for document in documents]))],
+            "row_checksums": [document.rows.checksums for document in documents],
+            "document_hashes": [np.frombuffer(document.digest, np.uint8) for document in documents],
+            "positions": [document.positions for document in documents],
+            "input_ids": [document.input_ids for document in documents],
+            "lse": [document.rows.lse for document in documents],
+            "target_logit": [document.rows.target_logit for document in documents],
+            "affine": [document.rows.affine for document in documents],
+            "id_words": [document.rows.id_words for document in documents],
+            "values": [document.rows.values for document in documents],
+        }
+        if top_k is None:
+            tensors["entry_offsets"] = [offsets_of(counts)]
+            tensors["id_word_offsets"] = [offsets_of(words_of(self.settings.vocab_size, counts))]
+        entry = ShardEntry(
+            file=name,
+            bytes=0,
+            documents=len(documents),
+            tokens=sum(len(document.input_ids) for document in documents),
+            rows=len(counts),
+            entries=int(counts.sum()),
+            id_words=sum(len(document.rows.id_words) for document in documents),
+            top_k=top_k,
+        )
+        layout = shard_layout(self.settings, entry)
+        head, whole = new_digest(), new_digest()
+        chunks: list[Any] = [layout.header]
+        head.update(layout.header)
+        for spec in layout.tensors:
+            for array in tensors[spec.name]:
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                if spec.stop <= layout.head_bytes:
+                    head.update(data)
+                chunks.append(data)
+        for chunk in chunks:
+            whole.update(chunk)
+        _write_durably(path, chunks)
+        return dataclasses.replace(
+            entry, bytes=layout.total_bytes, head_checksum=head.hexdigest(), checksum=whole.hexdigest()
+        )
+
+
+def _as_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    return tensor.detach().to("cpu", dtype).contiguous().numpy()
+
+
+def _positions_as_int32(positions: Any, num_tokens: int) -> np.ndarray:
+    at = torch.as_tensor(positions)
+    if at.numel() == 0:
+        at = at.to(torch.int64)
+    if at.ndim != 1 or at.is_floating_point() or at.is_complex() or at.dtype == torch.bool:
+        raise ValueError(f"positions must be integers, shape (R,), got {tuple(at.shape)} {at.dtype}")
+    array = at.detach().cpu().to(torch.int64).numpy()
+    if len(array) and (array[0] < 1 or array[-1] >= num_tokens or (np.diff(array) <= 0).any()):
+        raise ValueError(
+            f"positions must be ascending in [1, {num_tokens}), the number of input_ids, got {array.tolist()[:8]}..."
+        )
+    return array.astype(np.int32)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        names = set(os.listdir(path))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotAStoreError(f"{path} is not a directory: choose another path for the store") from error
+    foreign = names - {LOCK_NAME, MANIFEST_NAME + TEMPORARY_SUFFIX}
+    if MANIFEST_NAME not in names and foreign:
+        raise NotAStoreError(
+            f"{path} holds {sorted(foreign)[:3]} but no {MANIFEST_NAME}: choose an empty or new directory"
+        )
+    _sync_directory(path.parent)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreLockedError(
+            f"{path} is held by another writer ({error.strerror}): wait until it is closed"
+        ) from error
+    return descriptor
+
+
+def _write_durably(path: Path, chunks: list[Any]) -> None:
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
