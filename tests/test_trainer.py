@@ -415,6 +415,45 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
     assert fresh.state.global_step == 1
 
 
+DDP_RUN = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from test_trainer import make_trainer, training_logs
+from slimkernels.store import Store
+
+torch.set_num_threads(1)
+trainer = make_trainer({output!r}, Store({store!r}), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4)
+trainer.train()
+metrics = trainer.evaluate(Store({store!r}))
+if trainer.is_world_process_zero():
+    logs = [(entry["loss"], entry["kd"]) for entry in training_logs(trainer)]
+    torch.save((trainer.model.state_dict(), logs, metrics["eval_loss"]), {output!r} + "/result.pt")
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two ranks of two micro-batches of one document against one rank with the same four documents a step."""
+    store_path = make_store(tmp_path / "store")
+    alone = make_trainer(tmp_path, Store(store_path), max_steps=4)
+    alone.train()
+
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP_RUN.format(tests=str(Path(__file__).parent), output=str(tmp_path), store=store_path))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    weights, logs, eval_loss = torch.load(tmp_path / "result.pt")
+    for (loss, kd), expected in zip(logs, training_logs(alone), strict=True):
+        assert (loss, kd) == pytest.approx((expected["loss"], expected["kd"]), rel=1e-4)
+    for name, parameter in alone.model.state_dict().items():
+        torch.testing.assert_close(
+            weights[name], parameter, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    assert eval_loss == pytest.approx(alone.evaluate(Store(store_path))["eval_loss"], rel=1e-4)
+
+
 def test_train_saves_a_student_that_loads(tmp_path):
     make_store(tmp_path / "train")
     make_store(tmp_path / "heldout", seed=1, num_documents=3)
