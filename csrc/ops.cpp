@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_logits_cpu(Tensor logits, int64_
   args.lse = lse.mutable_data_ptr();
   args.target_logit = target_logit.mutable_data_ptr();
   run(checked_kernels().topk_logits, args, num_rows);
-  return {ids, values, lse, target_logit};
+  return {values, ids, lse, target_logit};
 }
 
 std::tuple<Tensor, Tensor> sparse_softmax_cpu(Tensor ids, Tensor logits, OptionalTensor lse, double temperature,

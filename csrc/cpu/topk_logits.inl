@@ -59,35 +59,51 @@ Key select_key(Key* keys, int64_t count, int64_t rank) {
   }
 }
 
-// Appends the lanes of v that are not below the threshold, with their ids. Writes whole vectors: the arrays have room.
-SK_INLINE int64_t append_not_below(VecF v, float threshold, int32_t first_id, float* values, int32_t* ids) {
+// ---- Which lanes are not below a threshold (a NaN is not), and appending them with their ids. Appending writes whole
+// vectors, so the arrays have a vector of room behind their last entry; values and ids may be compacted in place.
+
 #if defined(__AVX512F__)
-  const __m512 x = bitcast<__m512>(v);
-  const __mmask16 mask = _mm512_cmp_ps_mask(x, _mm512_set1_ps(threshold), _CMP_NLT_UQ);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+using MaskF = __mmask16;
+SK_INLINE MaskF not_below(VecF v, float threshold) {
+  return _mm512_cmp_ps_mask(bitcast<__m512>(v), _mm512_set1_ps(threshold), _CMP_NLT_UQ);
+}
+SK_INLINE int64_t count(MaskF mask) { return __builtin_popcount(mask); }
+SK_INLINE int64_t append(MaskF mask, VecF v, VecI id, float* values, int32_t* ids) {
   // Compressing in registers and storing whole vectors: compress-to-memory is microcoded on some machines.
-  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, x));
-  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lane, _mm512_set1_epi32(first_id))));
-  return __builtin_popcount(mask);
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, bitcast<__m512>(v)));
+  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(mask, bitcast<__m512i>(id)));
+  return count(mask);
+}
 #else
-  int64_t count = 0;
+using MaskF = VecI;
+SK_INLINE MaskF not_below(VecF v, float threshold) { return ~(v < threshold); }
+SK_INLINE int64_t count(MaskF mask) { return int64_t(-sum_lanes(mask)); }
+SK_INLINE int64_t append(MaskF mask, VecF v, VecI id, float* values, int32_t* ids) {
+  int64_t found = 0;
   for (int lane = 0; lane < 16; ++lane) {
-    values[count] = v[lane];
-    ids[count] = first_id + lane;
-    count += !(v[lane] < threshold);
+    values[found] = v[lane];
+    ids[found] = id[lane];
+    found -= mask[lane];
   }
-  return count;
+  return found;
+}
 #endif
+
+SK_INLINE VecL not_below(VecD v, double threshold) { return ~(v < threshold); }
+SK_INLINE int64_t count(VecL mask) { return int64_t(-sum_lanes(mask)); }
+SK_INLINE int64_t append(VecL mask, VecD v, VecI id, double* values, int32_t* ids) {
+  int64_t found = 0;
+  for (int lane = 0; lane < 8; ++lane) {
+    values[found] = v[lane];
+    ids[found] = id[lane];
+    found -= mask[lane];
+  }
+  return found;
 }
 
-SK_INLINE int64_t append_not_below(VecD v, double threshold, int32_t first_id, double* values, int32_t* ids) {
-  int64_t count = 0;
-  for (int lane = 0; lane < 8; ++lane) {
-    values[count] = v[lane];
-    ids[count] = first_id + lane;
-    count += !(v[lane] < threshold);
-  }
-  return count;
+SK_INLINE VecI ids_from(int64_t first) {
+  const VecI lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane + int32_t(first);
 }
 
 template <class A>
@@ -100,6 +116,7 @@ struct TopkScratch {
   LogSum* sums;  // (M)
 };
 
+// Appends everything not below the threshold, in id order, and where asked sums the row's exponentials.
 template <class X, class A>
 int64_t collect(const X* row, const TopkLogitsArgs& args, A threshold, bool sum_too, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -109,28 +126,22 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, A threshold, bool sum_
     const int64_t length = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
     typename Lanes<A>::Vec best = {};
     best -= infinity<A>();
-    int64_t i = 0;
-    for (; i + kWidth <= length; i += kWidth) {
-      const auto v = load(row + begin + i);
-      found += append_not_below(v, threshold, int32_t(begin + i), scratch.values + found, scratch.ids + found);
+    for (int64_t i = 0; i < length; i += kWidth) {
+      const int64_t left = length - i;
+      const auto v = left >= kWidth ? load(row + begin + i) : load_part(row + begin + i, left, -infinity<A>());
+      const int64_t more =
+          append(not_below(v, threshold), v, ids_from(begin + i), scratch.values + found, scratch.ids + found);
       best = max(best, v);
       store(scratch.block + i, v);
-    }
-    if (i < length) {
-      const auto v = load_part(row + begin + i, length - i, -infinity<A>());
-      for (int64_t lane = 0; lane < length - i; ++lane) {
-        scratch.values[found] = v[lane];
-        scratch.ids[found] = int32_t(begin + i + lane);
-        found += !(v[lane] < threshold);
-      }
-      best = max(best, v);
-      store(scratch.block + i, v);
+      found += more;
     }
     if (!sum_too) continue;
     for (int64_t m = 0; m < args.num_temperatures; ++m) {
       add_block(scratch.sums[m], scratch.block, padded<A>(length), max_lanes(best));
     }
   }
+  // Padding lanes of the last vector pass a threshold of -inf; they carry the ids past the row's end.
+  while (found > 0 && scratch.ids[found - 1] >= vocab_size) --found;
   return found;
 }
 
@@ -149,10 +160,42 @@ A sampled_threshold(const X* row, const TopkLogitsArgs& args, const TopkScratch<
   return rank >= samples ? -infinity<A>() : value_of_key<A>(select_key(scratch.keys, samples, rank));
 }
 
+// Compacts the candidates in place to the top_k largest, still in id order, ties to the lowest id.
+template <class A>
+void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  for (int64_t i = 0; i < found; ++i) scratch.keys[i] = order_key(scratch.values[i]);
+  const auto kth = select_key(scratch.keys, found, top_k);
+  const A threshold = value_of_key<A>(kth);
+  for (int64_t i = found; i < padded<A>(found); ++i) scratch.values[i] = -infinity<A>();
+  int64_t reaching = 0;
+  for (int64_t i = 0; i < found; i += kWidth) reaching += count(not_below(load(scratch.values + i), threshold));
+
+  int64_t kept = 0;
+  if (reaching == top_k) {
+    for (int64_t i = 0; i < found; i += kWidth) {
+      VecI ids;
+      memcpy(&ids, scratch.ids + i, sizeof(ids));
+      const auto v = load(scratch.values + i);
+      kept += append(not_below(v, threshold), v, ids, scratch.values + kept, scratch.ids + kept);
+    }
+    return;
+  }
+  int64_t ties = top_k;
+  for (int64_t i = 0; i < found; ++i) ties -= order_key(scratch.values[i]) > kth;
+  for (int64_t i = 0; i < found && kept < top_k; ++i) {
+    const auto key = order_key(scratch.values[i]);
+    const bool tie = key == kth && ties > 0;
+    ties -= tie;
+    scratch.values[kept] = scratch.values[i];
+    scratch.ids[kept] = scratch.ids[i];
+    kept += key > kth || tie;
+  }
+}
+
 template <class X>
 void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename Acc<X>::type>& scratch) {
   using A = typename Acc<X>::type;
-  using Key = typename Lanes<A>::Key;
   const X* row = static_cast<const X*>(args.logits) + n * args.row_stride;
   const int64_t top_k = args.top_k;
 
@@ -164,22 +207,9 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
   int64_t found = collect(row, args, threshold, true, scratch);
   if (found < top_k) found = collect(row, args, -infinity<A>(), false, scratch);
 
-  for (int64_t i = 0; i < found; ++i) scratch.keys[i] = order_key(scratch.values[i]);
-  const Key kth = select_key(scratch.keys, found, top_k);
-  int64_t ties = top_k;
-  for (int64_t i = 0; i < found; ++i) ties -= order_key(scratch.values[i]) > kth;
-
+  keep_largest(found, top_k, scratch);
   X* values = static_cast<X*>(args.values) + n * top_k;
-  int32_t* ids = args.ids + n * top_k;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < found && kept < top_k; ++i) {
-    const Key key = order_key(scratch.values[i]);
-    const bool tie = key == kth && ties > 0;
-    ties -= tie;
-    scratch.values[kept] = scratch.values[i];
-    ids[kept] = scratch.ids[i];
-    kept += key > kth || tie;
-  }
+  memcpy(args.ids + n * top_k, scratch.ids, top_k * sizeof(int32_t));
   int64_t i = 0;
   for (; i + Lanes<A>::kWidth <= top_k; i += Lanes<A>::kWidth) store(values + i, load(scratch.values + i));
   if (i < top_k) store_part(values + i, load(scratch.values + i), top_k - i);

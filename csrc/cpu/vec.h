@@ -163,14 +163,16 @@ SK_INLINE void store_part(X* p, V v, int64_t count) {
   memcpy(p, whole, count * sizeof(X));
 }
 
-template <class X>
-SK_INLINE typename Acc<X>::type load_one(const X* p) {
-  return load_part(p, 1, typename Acc<X>::type(0))[0];
-}
+SK_INLINE float load_one(const float* p) { return *p; }
+SK_INLINE double load_one(const double* p) { return *p; }
+SK_INLINE float load_one(const bf16* p) { return bitcast<float>(uint32_t(p->bits) << 16); }
+SK_INLINE float load_one(const f16* p) { return load_part(p, 1, 0.0f)[0]; }
 
+SK_INLINE void store_one(float* p, float value) { *p = value; }
+SK_INLINE void store_one(double* p, double value) { *p = value; }
 template <class X>
-SK_INLINE void store_one(X* p, typename Acc<X>::type value) {
-  store_part(p, typename Lanes<typename Acc<X>::type>::Vec{} + value, 1);
+SK_INLINE void store_one(X* p, float value) {
+  store_part(p, VecF{} + value, 1);
 }
 
 // ---- Reductions (a fixed order: the same on every machine)

@@ -51,7 +51,7 @@ class SlimOptions(NamedTuple):
     temperature: float
     rest: str
     divergence: str
-    weight: str
+    weighting: str
     detach_weight: bool
     beta: float
     alpha: float
@@ -75,7 +75,7 @@ class SlimOptions(NamedTuple):
 
 OPTIONS_SCHEMA = (
     "Tensor? ids, Tensor? teacher_logits, Tensor? teacher_lse, Tensor? teacher_lse_one, Tensor? target_logit,"
-    " Tensor? token_weight, float temperature, str rest, str divergence, str weight, bool detach_weight, float beta,"
+    " Tensor? token_weight, float temperature, str rest, str divergence, str weighting, bool detach_weight, float beta,"
     " float alpha, float ce_weight, float kd_weight, float label_smoothing, float z_loss_weight, float softcap,"
     " float logit_scale, int ignore_index"
 )
@@ -125,7 +125,7 @@ def resolve_options(
     return SlimOptions(
         *fields[:2],
         *(None if t is None else t.detach().to(dtype).reshape(-1).contiguous() for t in (*fields[2:], token_weight)),
-        weight=weight,
+        weighting=weight,
         softcap=softcap or 0.0,
         **options,
     )

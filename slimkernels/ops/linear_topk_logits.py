@@ -78,7 +78,7 @@ def linear_topk_logits(
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    ids, values, lse, target_logit = torch.ops.slimkernels.linear_topk_logits(
+    values, ids, lse, target_logit = torch.ops.slimkernels.linear_topk_logits(
         rows,
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -127,8 +127,8 @@ def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scal
     num_rows = hidden.shape[0]
     dtype = accumulation_dtype(hidden.dtype)
     return (
-        hidden.new_empty(num_rows, top_k, dtype=torch.int32),
         hidden.new_empty(num_rows, top_k),
+        hidden.new_empty(num_rows, top_k, dtype=torch.int32),
         hidden.new_empty(num_rows, len(temperatures), dtype=dtype),
         hidden.new_empty(0 if target is None else num_rows, dtype=dtype),
     )
@@ -137,7 +137,7 @@ def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scal
 define(
     "linear_topk_logits(Tensor hidden, Tensor weight, Tensor? bias, int top_k, Tensor? target, float[] temperatures,"
     " float softcap, float logit_scale, int chunk_rows)"
-    " -> (Tensor ids, Tensor values, Tensor lse, Tensor target_logit)",
+    " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
     fake=_fake,
     implementation=_linear_topk_logits,
 )

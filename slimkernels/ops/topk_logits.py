@@ -70,7 +70,7 @@ def topk_logits(
     rows = logits.reshape(-1, vocab_size)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    ids, values, lse, target_logit = torch.ops.slimkernels.topk_logits(rows, top_k, target, list(temperatures))
+    values, ids, lse, target_logit = torch.ops.slimkernels.topk_logits(rows, top_k, target, list(temperatures))
     return SparseLogits(
         ids=ids.reshape(*leading_shape, top_k),
         logits=values.reshape(*leading_shape, top_k),
@@ -84,8 +84,8 @@ def _fake(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Seque
     num_rows = logits.shape[0]
     accumulated = accumulation_dtype(logits.dtype)
     return (
-        logits.new_empty(num_rows, top_k, dtype=torch.int32),
         logits.new_empty(num_rows, top_k),
+        logits.new_empty(num_rows, top_k, dtype=torch.int32),
         logits.new_empty(num_rows, len(temperatures), dtype=accumulated),
         logits.new_empty(0 if target is None else num_rows, dtype=accumulated),
     )
@@ -93,14 +93,14 @@ def _fake(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Seque
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, _, target, temperatures = inputs
-    ids, _, lse, _ = output
+    _, ids, lse, _ = output
     ctx.mark_non_differentiable(ids)
     ctx.save_for_backward(logits, ids, lse, *([] if target is None else [target]))
     ctx.temperatures = temperatures
     ctx.has_target = target is not None
 
 
-def _backward(ctx, _grad_ids, grad_values: Tensor, grad_lse: Tensor, grad_target_logit: Tensor):
+def _backward(ctx, grad_values: Tensor, _grad_ids, grad_lse: Tensor, grad_target_logit: Tensor):
     logits, ids, lse, *target = ctx.saved_tensors
     accumulated = logits.to(lse.dtype)
     grad = torch.zeros_like(accumulated)
@@ -118,7 +118,7 @@ def _backward(ctx, _grad_ids, grad_values: Tensor, grad_lse: Tensor, grad_target
 
 define(
     "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"
-    " -> (Tensor ids, Tensor values, Tensor lse, Tensor target_logit)",
+    " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
     fake=_fake,
 )
 register_autograd("topk_logits", _backward, _setup_context)
