@@ -1,7 +1,4 @@
-"""Builds `slimkernels._C`: one library on libtorch's stable ABI, with the CPU kernels compiled once per instruction set.
-
-CUDA C++ sources (csrc/cuda/*.cu) are compiled when SLIMKERNELS_CUDA=1 asks for them and nvcc is found.
-"""
+"""Builds `slimkernels._C`: one library on libtorch's stable ABI, with the CPU kernels compiled once per instruction set."""
 
 import os
 import platform
@@ -23,28 +20,6 @@ def stop(message: str) -> None:
     sys.exit(f"slimkernels: {message}")
 
 
-try:
-    import torch
-except ImportError:
-    stop("torch is needed to build; run `pip install torch==2.13.0`, then install again with --no-build-isolation")
-version = torch.__version__.split("+")[0]
-if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
-    stop(f"torch {version} is too old, 2.10 or later is needed; run `pip install 'torch>=2.10'`, then install again")
-
-from setuptools import Extension, setup  # noqa: E402 -- torch is checked first, for the one-sentence message
-from setuptools.command.build_ext import build_ext  # noqa: E402
-
-import pybind11  # noqa: E402
-
-
-def wants_cuda() -> bool:
-    if os.environ.get("SLIMKERNELS_CUDA") != "1":
-        return False
-    if shutil.which("nvcc") is None:
-        stop("SLIMKERNELS_CUDA=1 asks for CUDA kernels, but nvcc is not on PATH; install the CUDA toolkit or unset it")
-    return True
-
-
 def check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     if shutil.which(compiler.split()[0]) is None:
@@ -61,11 +36,27 @@ def check_compiler() -> None:
     os.environ["CXX"] = compiler
 
 
+try:
+    import torch
+except ImportError:
+    stop("torch is needed to build; run `pip install torch==2.13.0`, then install again with --no-build-isolation")
+version = torch.__version__.split("+")[0]
+if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
+    stop(f"torch {version} is too old, 2.10 or later is needed; run `pip install 'torch>=2.10'`, then install again")
+
+if "sdist" not in sys.argv:
+    check_compiler()
+
+from setuptools import Extension, setup  # noqa: E402 -- torch is checked first, for the one-sentence message
+from setuptools.command.build_ext import build_ext  # noqa: E402
+
+import pybind11  # noqa: E402
+
+
 class BuildPerIsa(build_ext):
     """Compiles csrc/cpu/isa.cpp once per instruction set with that set's flags, and links the objects in."""
 
     def build_extension(self, ext: Extension) -> None:
-        check_compiler()
         self.compiler.set_executable("compiler_so_cxx", [*os.environ["CXX"].split(), "-fPIC"])
         self.compiler.set_executable("compiler_so", [*os.environ["CXX"].split(), "-fPIC"])
         self.compiler.set_executable("linker_so", [*os.environ["CXX"].split(), "-shared"])
@@ -87,8 +78,6 @@ class BuildPerIsa(build_ext):
 
 
 torch_root = Path(torch.__file__).parent
-if wants_cuda() and not list(CSRC.glob("cuda/*.cu")):
-    stop("SLIMKERNELS_CUDA=1 asks for CUDA kernels, but this version has none yet; unset it")
 
 setup(
     ext_modules=[

