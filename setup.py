@@ -1,4 +1,4 @@
-"""Builds `slimkernels._C`: one library on libtorch's stable ABI, with the CPU kernels compiled once per instruction set."""
+"""Builds `slimkernels._C` on libtorch's stable ABI, with the CPU kernels compiled once per instruction set."""
 
 import os
 import platform
@@ -47,10 +47,9 @@ if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
 if "sdist" not in sys.argv:
     check_compiler()
 
+import pybind11  # noqa: E402
 from setuptools import Extension, setup  # noqa: E402 -- torch is checked first, for the one-sentence message
 from setuptools.command.build_ext import build_ext  # noqa: E402
-
-import pybind11  # noqa: E402
 
 
 class BuildPerIsa(build_ext):

@@ -22,11 +22,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    case ScalarType::Double: return kFloat64;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Double:
+      return kFloat64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
   }
 }
 
@@ -163,8 +168,7 @@ void slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Ten
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
   args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");
   args.rest = rest_of(rest);
-  args.divergence =
-      index_of(divergence, "divergence", {"forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl"});
+  args.divergence = index_of(divergence, "divergence", {"forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl"});
   args.weight = index_of(weight, "weight", {"teacher_over_student", "student_over_teacher", "none", "tensor"});
   if (ids.has_value()) {
     STD_TORCH_CHECK(ids->dim() == 2 && teacher_logits.has_value(), "ids must have shape (N, K) and come with logits");

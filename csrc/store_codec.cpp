@@ -1,5 +1,7 @@
 #include "store_codec.h"
 
+#include <pybind11/numpy.h>
+
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -7,8 +9,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <pybind11/numpy.h>
 
 namespace slimkernels::store {
 namespace {
@@ -270,9 +270,9 @@ int64_t decode_rows(const ShardRows& shard, Codec codec, int64_t vocab_size, int
   return -1;
 }
 
-int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit,
-                    int64_t first, int64_t count, int64_t width, int64_t num_temperatures, Codec codec,
-                    int64_t vocab_size, const EncodedRows& out, RowFault* fault) {
+int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit, int64_t first,
+                    int64_t count, int64_t width, int64_t num_temperatures, Codec codec, int64_t vocab_size,
+                    const EncodedRows& out, RowFault* fault) {
   Scratch scratch(width);
   const int64_t bytes = value_bytes(codec);
   for (int64_t r = 0; r < count; ++r) {
@@ -341,8 +341,8 @@ int64_t row_words(int64_t vocab_size, int64_t top_k) {
 py::tuple store_decode_rows(int64_t vocab_size, const std::string& codec_name, int64_t top_k, int64_t first,
                             const Array<int64_t>& entry_offsets, const Array<int64_t>& id_word_offsets,
                             const Array<uint32_t>& id_words, const Array<uint8_t>& values, const Array<float>& affine,
-                            const Array<float>& lse, const Array<float>& target_logit,
-                            const Array<uint64_t>& checksums, Array<int32_t>& out_ids, Array<float>& out_logits) {
+                            const Array<float>& lse, const Array<float>& target_logit, const Array<uint64_t>& checksums,
+                            Array<int32_t>& out_ids, Array<float>& out_logits) {
   const Codec codec = parse_codec(codec_name);
   require_vocab(vocab_size);
   require(top_k >= 0 && top_k <= vocab_size, "top_k must lie in [0, vocab_size]");
@@ -380,11 +380,11 @@ py::tuple store_decode_rows(int64_t vocab_size, const std::string& codec_name, i
   return py::make_tuple(bad, static_cast<int>(fault));
 }
 
-py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, int64_t first,
-                            const Array<int32_t>& ids, const Array<float>& logits, const Array<float>& lse,
-                            const Array<float>& target_logit, const Array<int64_t>& entry_offsets,
-                            const Array<int64_t>& id_word_offsets, Array<uint32_t>& id_words, Array<uint8_t>& values,
-                            Array<float>& affine, Array<uint64_t>& checksums) {
+py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, int64_t first, const Array<int32_t>& ids,
+                            const Array<float>& logits, const Array<float>& lse, const Array<float>& target_logit,
+                            const Array<int64_t>& entry_offsets, const Array<int64_t>& id_word_offsets,
+                            Array<uint32_t>& id_words, Array<uint8_t>& values, Array<float>& affine,
+                            Array<uint64_t>& checksums) {
   const Codec codec = parse_codec(codec_name);
   require_vocab(vocab_size);
   require(ids.ndim() == 2 && logits.ndim() == 2 && lse.ndim() == 2, "ids, logits and lse must be 2-D");
@@ -397,8 +397,8 @@ py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, i
   require(codec != Codec::kAffine8 || affine.size() == 2 * count, "affine must have shape (rows, 2)");
   require(entry_offsets.size() == count + 1 && id_word_offsets.size() == count + 1,
           "offsets must have shape (rows + 1,)");
-  EncodedRows out{entry_offsets.data(), id_word_offsets.data(), id_words.mutable_data(), id_words.size(),
-                  values.mutable_data(), values.size(), affine.mutable_data(), checksums.mutable_data()};
+  EncodedRows out{entry_offsets.data(),  id_word_offsets.data(), id_words.mutable_data(), id_words.size(),
+                  values.mutable_data(), values.size(),          affine.mutable_data(),   checksums.mutable_data()};
   const int32_t* ids_data = ids.data();
   const float *logits_data = logits.data(), *lse_data = lse.data(), *target_data = target_logit.data();
   const int64_t num_temperatures = lse.shape(1);

@@ -3,9 +3,9 @@
 // is reported as a fault and never read or written out of bounds.
 #pragma once
 
-#include <cstdint>
-
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
 
 #include "store_elias_fano.h"
 
@@ -27,10 +27,10 @@ struct ShardRows {
   int64_t num_id_words;
   const uint8_t* values;
   int64_t num_value_bytes;
-  const float* affine;         // (rows, 2) scale, zero; null unless kAffine8
-  const float* lse;            // (rows, num_temperatures)
-  const float* target_logit;   // (rows)
-  const uint64_t* checksums;   // (rows)
+  const float* affine;        // (rows, 2) scale, zero; null unless kAffine8
+  const float* lse;           // (rows, num_temperatures)
+  const float* target_logit;  // (rows)
+  const uint64_t* checksums;  // (rows)
 };
 
 // Decodes rows [first, first + count) into ids and logits (count, width), padded with -1 and 0. Returns the
@@ -52,9 +52,9 @@ struct EncodedRows {
 
 // Encodes ids and logits (count, width), rows ending in -1 padding; the first row is row `first` of its shard.
 // Returns the first row that cannot be stored and stores why in *fault, or -1.
-int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit,
-                    int64_t first, int64_t count, int64_t width, int64_t num_temperatures, Codec codec,
-                    int64_t vocab_size, const EncodedRows& out, RowFault* fault);
+int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit, int64_t first,
+                    int64_t count, int64_t width, int64_t num_temperatures, Codec codec, int64_t vocab_size,
+                    const EncodedRows& out, RowFault* fault);
 
 // Adds store_row_words, store_encode_rows and store_decode_rows to a module.
 void bind_store_codec(pybind11::module_& m);

@@ -72,16 +72,34 @@ inline int64_t merge_low_by_eight(const uint8_t* bytes, const uint8_t* end, int6
 inline void merge_low(const uint8_t* bytes, const uint8_t* end, int64_t n, int low_bits, int32_t* ids) {
   int64_t j = 0;
   switch (low_bits) {
-    case 0: return;
-    case 1: j = merge_low_by_eight<1>(bytes, end, n, ids); break;
-    case 2: j = merge_low_by_eight<2>(bytes, end, n, ids); break;
-    case 3: j = merge_low_by_eight<3>(bytes, end, n, ids); break;
-    case 4: j = merge_low_by_eight<4>(bytes, end, n, ids); break;
-    case 5: j = merge_low_by_eight<5>(bytes, end, n, ids); break;
-    case 6: j = merge_low_by_eight<6>(bytes, end, n, ids); break;
-    case 7: j = merge_low_by_eight<7>(bytes, end, n, ids); break;
-    case 8: j = merge_low_by_eight<8>(bytes, end, n, ids); break;
-    default: break;
+    case 0:
+      return;
+    case 1:
+      j = merge_low_by_eight<1>(bytes, end, n, ids);
+      break;
+    case 2:
+      j = merge_low_by_eight<2>(bytes, end, n, ids);
+      break;
+    case 3:
+      j = merge_low_by_eight<3>(bytes, end, n, ids);
+      break;
+    case 4:
+      j = merge_low_by_eight<4>(bytes, end, n, ids);
+      break;
+    case 5:
+      j = merge_low_by_eight<5>(bytes, end, n, ids);
+      break;
+    case 6:
+      j = merge_low_by_eight<6>(bytes, end, n, ids);
+      break;
+    case 7:
+      j = merge_low_by_eight<7>(bytes, end, n, ids);
+      break;
+    case 8:
+      j = merge_low_by_eight<8>(bytes, end, n, ids);
+      break;
+    default:
+      break;
   }
   for (; j < n; ++j) ids[j] |= static_cast<int32_t>(read_field(bytes, end, j * low_bits, low_bits));
 }

@@ -4,6 +4,8 @@ Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softma
 :func:`linear_slim_loss`, over :class:`SparseLogits`. The store and the trainer load on first use.
 """
 
+from typing import TYPE_CHECKING
+
 from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
@@ -11,6 +13,10 @@ from slimkernels.ops.slim_loss import slim_loss
 from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
+
+if TYPE_CHECKING:
+    from slimkernels.store import Store
+    from slimkernels.trainer import SlimConfig, SlimTrainer
 
 __version__ = "0.1.0"
 

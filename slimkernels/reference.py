@@ -242,7 +242,7 @@ def linear_slim_loss(
     teacher: SparseLogits | None = None,
     *,
     bias: Tensor | None = None,
-    token_weight: str | Tensor = "teacher_over_student",  # noqa: S107 -- a name of a weight, not a password
+    token_weight: str | Tensor = "teacher_over_student",
     chunk_rows: int | None = None,
     **options,
 ) -> SlimLoss:

@@ -69,6 +69,7 @@ class SparseLogits:
 
     @property
     def device(self) -> torch.device:
+        """Where every field is."""
         return self.ids.device
 
     def lse_at(self, temperature: float) -> Tensor:

@@ -143,16 +143,16 @@ SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, 
 }
 
 struct RowDivergence {
-  double value = 0;           // D, without T^2
-  double mean_slope = 0;      // sum of p * dD/dp over all outcomes
-  double off_coefficient = 0; // dD/d(z_v / T) off S is off_coefficient * exp(z_v / T - lse_off) + off_constant
+  double value = 0;            // D, without T^2
+  double mean_slope = 0;       // sum of p * dD/dp over all outcomes
+  double off_coefficient = 0;  // dD/d(z_v / T) off S is off_coefficient * exp(z_v / T - lse_off) + off_constant
   double off_constant = 0;
   double teacher_mass = 0, student_mass = 0;
 };
 
 template <class A>
 RowDivergence measure(int64_t n, int64_t kept, const StudentRow& student, const SlimLossArgs& args,
-                    const SlimScratch<A>& scratch) {
+                      const SlimScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   using Vec = typename Lanes<A>::Vec;
   const double log_kept = log_sum_exp(scratch.teacher, padded<A>(kept), 1);
@@ -241,7 +241,8 @@ void write_gradient(int64_t n, const int32_t* ids, int64_t kept, const StudentRo
   const A inv_temperature = A(1 / args.temperature);
   const double smoothing = -args.ce_weight * args.label_smoothing / vocab_size;
 
-  // At T = 1 both softmaxes are the same exponentials: s = exp(z - lse_off) * exp(lse_off - lse), which cannot overflow.
+  // At T = 1 both softmaxes are the same exponentials: s = exp(z - lse_off) * exp(lse_off - lse), which cannot
+  // overflow.
   const bool empty_off = student.off == -infinity<double>();
   const A shift = empty_off ? A(0) : A(student.off);
   const A shift_one = A(student.lse_one);
@@ -295,10 +296,14 @@ void load_teacher(const SlimLossArgs& args, int64_t n, int64_t kept, A* out) {
   const double inv_temperature = 1 / args.temperature;
   const int64_t offset = n * args.top_k;
   switch (args.teacher_dtype) {
-    case kFloat32: return load_scaled(static_cast<const float*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-    case kBFloat16: return load_scaled(static_cast<const bf16*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-    case kFloat16: return load_scaled(static_cast<const f16*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-    default: return load_scaled(static_cast<const double*>(args.teacher_logits) + offset, kept, inv_temperature, out);
+    case kFloat32:
+      return load_scaled(static_cast<const float*>(args.teacher_logits) + offset, kept, inv_temperature, out);
+    case kBFloat16:
+      return load_scaled(static_cast<const bf16*>(args.teacher_logits) + offset, kept, inv_temperature, out);
+    case kFloat16:
+      return load_scaled(static_cast<const f16*>(args.teacher_logits) + offset, kept, inv_temperature, out);
+    default:
+      return load_scaled(static_cast<const double*>(args.teacher_logits) + offset, kept, inv_temperature, out);
   }
 }
 
@@ -374,10 +379,14 @@ Fault slim_loss_rows(const SlimLossArgs& args, int64_t begin, int64_t end) {
 
 Fault slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
-    case kFloat32: return slim_loss_rows<float>(args, begin, end);
-    case kBFloat16: return slim_loss_rows<bf16>(args, begin, end);
-    case kFloat16: return slim_loss_rows<f16>(args, begin, end);
-    default: return slim_loss_rows<double>(args, begin, end);
+    case kFloat32:
+      return slim_loss_rows<float>(args, begin, end);
+    case kBFloat16:
+      return slim_loss_rows<bf16>(args, begin, end);
+    case kFloat16:
+      return slim_loss_rows<f16>(args, begin, end);
+    default:
+      return slim_loss_rows<double>(args, begin, end);
   }
 }
 

@@ -37,12 +37,14 @@ SK_INLINE void load_scaled(const X* logits, int64_t kept, double inv_temperature
 SK_INLINE double teacher_log_norm(int rest, double log_kept, double lse, int64_t kept, int64_t vocab_size) {
   switch (rest) {
     case kRenorm:
-    case kRenormBoth: return log_kept;
+    case kRenormBoth:
+      return log_kept;
     case kZeroLogit: {
       const double unkept = double(vocab_size - kept);
       return unkept > 0 ? log_add_exp(log_kept, __builtin_log(unkept)) : log_kept;
     }
-    default: return lse;
+    default:
+      return lse;
   }
 }
 
@@ -66,7 +68,8 @@ Fault sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t 
     for (int64_t k = 0; k < args.top_k; ++k) logprobs[k] = k < kept ? A(scaled[k] - log_norm) : -infinity<A>();
     double tail = -infinity<double>();
     if (args.rest == kGhost) tail = log1m_exp(log_kept - lse);
-    if (args.rest == kZeroLogit && args.vocab_size > kept) tail = __builtin_log(double(args.vocab_size - kept)) - log_norm;
+    if (args.rest == kZeroLogit && args.vocab_size > kept)
+      tail = __builtin_log(double(args.vocab_size - kept)) - log_norm;
     static_cast<A*>(args.tail_logprob)[n] = A(tail);
   }
   free(scaled);
@@ -75,10 +78,14 @@ Fault sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t 
 
 Fault sparse_softmax(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
-    case kFloat32: return sparse_softmax_rows<float>(args, begin, end);
-    case kBFloat16: return sparse_softmax_rows<bf16>(args, begin, end);
-    case kFloat16: return sparse_softmax_rows<f16>(args, begin, end);
-    default: return sparse_softmax_rows<double>(args, begin, end);
+    case kFloat32:
+      return sparse_softmax_rows<float>(args, begin, end);
+    case kBFloat16:
+      return sparse_softmax_rows<bf16>(args, begin, end);
+    case kFloat16:
+      return sparse_softmax_rows<f16>(args, begin, end);
+    default:
+      return sparse_softmax_rows<double>(args, begin, end);
   }
 }
 

@@ -232,8 +232,8 @@ template <class X>
 Fault topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
   const int64_t capacity = padded<A>(args.vocab_size) + Lanes<A>::kWidth;
-  const int64_t bytes = capacity * (2 * sizeof(A) + sizeof(int32_t)) + kBlock * sizeof(A) +
-                        args.num_temperatures * sizeof(LogSum);
+  const int64_t bytes =
+      capacity * (2 * sizeof(A) + sizeof(int32_t)) + kBlock * sizeof(A) + args.num_temperatures * sizeof(LogSum);
   char* memory = static_cast<char*>(malloc(bytes));
   if (memory == nullptr) return kNoMemory;
   TopkScratch<A> scratch;
@@ -263,10 +263,14 @@ Fault topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
 
 Fault topk_logits(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
-    case kFloat32: return topk_rows<float>(args, begin, end);
-    case kBFloat16: return topk_rows<bf16>(args, begin, end);
-    case kFloat16: return topk_rows<f16>(args, begin, end);
-    default: return topk_rows<double>(args, begin, end);
+    case kFloat32:
+      return topk_rows<float>(args, begin, end);
+    case kBFloat16:
+      return topk_rows<bf16>(args, begin, end);
+    case kFloat16:
+      return topk_rows<f16>(args, begin, end);
+    default:
+      return topk_rows<double>(args, begin, end);
   }
 }
 

@@ -70,7 +70,10 @@ class SlimOptions(NamedTuple):
 
     def rows(self, rows: slice) -> SlimOptions:
         """The same options for some of the rows."""
-        return SlimOptions(*(None if t is None else t[rows] for t in self.tensors), *self[6:])
+        names = self._fields[: len(self.tensors)]
+        return self._replace(
+            **{name: None if t is None else t[rows] for name, t in zip(names, self.tensors, strict=True)}
+        )
 
 
 OPTIONS_SCHEMA = (
@@ -120,22 +123,27 @@ def resolve_options(
         token_weight, weight = weight, "tensor"
     else:
         _checks.is_one_of(weight, weight_name, WEIGHTS)
-    fields = _teacher_fields(teacher, like, like_name, options["rest"], options["temperature"])
     dtype = accumulation_dtype(like.dtype)
+
+    def per_row(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach().to(dtype).reshape(-1).contiguous()
+
+    if teacher is not None:
+        _check_teacher(teacher, like, like_name)
     return SlimOptions(
-        *fields[:2],
-        *(None if t is None else t.detach().to(dtype).reshape(-1).contiguous() for t in (*fields[2:], token_weight)),
+        ids=None if teacher is None else teacher.ids.reshape(-1, teacher.top_k).contiguous(),
+        teacher_logits=None if teacher is None else teacher.logits.detach().reshape(-1, teacher.top_k).contiguous(),
+        teacher_lse=per_row(_lse_or_none(teacher, options["rest"], options["temperature"])),
+        teacher_lse_one=None if teacher is None else per_row(teacher.lse[..., 0]),
+        target_logit=None if teacher is None else per_row(teacher.target_logit),
+        token_weight=per_row(token_weight),
         weighting=weight,
         softcap=softcap or 0.0,
         **options,
     )
 
 
-def _teacher_fields(
-    teacher: SparseLogits | None, like: Tensor, like_name: str, rest: str, temperature: float
-) -> tuple[Tensor | None, ...]:
-    if teacher is None:
-        return (None,) * 5
+def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:
     if not isinstance(teacher, SparseLogits):
         raise TypeError(f"teacher must be a SparseLogits, got {type(teacher).__name__}: make one with topk_logits")
     if teacher.leading_shape != tuple(like.shape[:-1]):
@@ -144,20 +152,17 @@ def _teacher_fields(
             f"got {teacher.leading_shape}"
         )
     _checks.same_device(teacher.ids, "teacher", like, like_name)
+
+
+def _lse_or_none(teacher: SparseLogits | None, rest: str, temperature: float) -> Tensor | None:
+    if teacher is None:
+        return None
     try:
-        lse = teacher.lse_at(temperature)
+        return teacher.lse_at(temperature)
     except ValueError:
         if rest in _checks.RESTS_WITH_LSE:
             raise
-        lse = None  # only reported, as teacher_mass
-    top_k = teacher.top_k
-    return (
-        teacher.ids.reshape(-1, top_k).contiguous(),
-        teacher.logits.detach().reshape(-1, top_k).contiguous(),
-        lse,
-        teacher.lse[..., 0],
-        teacher.target_logit,
-    )
+        return None  # it would only be reported, as teacher_mass
 
 
 def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items, dtype: torch.dtype) -> Tensor | None:
@@ -182,7 +187,7 @@ def pack_result(loss: Tensor, stats: Tensor, leading_shape: torch.Size) -> SlimL
 
 def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
     """Multiplies a gradient made in the forward pass by the loss's own, which is 1 in most training loops."""
-    if upstream.device.type == "cpu" and not torch.compiler.is_compiling() and type(upstream) is Tensor:
-        if upstream.item() == 1:
-            return gradient
+    can_look = upstream.device.type == "cpu" and not torch.compiler.is_compiling() and type(upstream) is Tensor
+    if can_look and upstream.item() == 1:
+        return gradient
     return gradient * upstream.to(gradient.dtype)

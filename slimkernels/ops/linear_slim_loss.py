@@ -208,9 +208,7 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) ->
             total[block] += product
 
 
-def _fake_fwd(
-    hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options
-):
+def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options):
     dtype = accumulation_dtype(hidden.dtype)
     num_rows = hidden.shape[0]
     reduced = row_scale is not None
@@ -225,7 +223,7 @@ def _fake_fwd(
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, target, row_scale, *needs, chunk_rows = inputs[:9]
-    loss, stats, *gradients = output
+    _, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
     ctx.set_materialize_grads(False)
     ctx.reduced = row_scale is not None

@@ -12,7 +12,6 @@ from slimkernels._library import accumulation_dtype, check_kernels, define, regi
 from slimkernels.sparse_logits import SparseLogits
 
 
-
 class SparseProbs(NamedTuple):
     """Natural-log probabilities of a sparse teacher.
 

@@ -1,0 +1,1 @@
+"""Benchmarks: the public ops beside what one would use without them."""
