@@ -62,11 +62,12 @@ class Document:
 
 def load_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
     """Reads a manifest and checks its checksum and its syntax; its bytes and its content."""
+    # Looked at before it is opened: opening a pipe for reading would wait for its writer.
+    if not (path / MANIFEST_NAME).is_file():
+        raise NotAStoreError(f"{path} holds no {MANIFEST_NAME}: is it the directory of a store?")
     try:
         with open(path / MANIFEST_NAME, "rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise NotAStoreError(f"{path} holds no {MANIFEST_NAME}: is it the directory of a store?") from error
     except OSError as error:
         raise ManifestSyntaxError(f"cannot be read: {error}", file=MANIFEST_NAME) from error
     return data, unseal_manifest(data)
@@ -192,15 +193,15 @@ class Shard:
 def open_shard(path: Path, entry: ShardEntry, layout: ShardLayout) -> BinaryIO:
     """Opens a shard for reading after checking its size and header against its manifest entry."""
     try:
-        file = open(path / entry.file, "rb")  # noqa: SIM115 -- the caller closes it
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise MissingShardError(f"is not a file that can be read ({error.strerror})", file=entry.file) from error
-    try:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.stat(path / entry.file).st_mode):
             raise MissingShardError("is not a regular file", file=entry.file)
-        if status.st_size != entry.bytes:
-            raise ShardSizeError(f"holds {status.st_size} bytes, not {entry.bytes}", file=entry.file)
+        file = open(path / entry.file, "rb")  # noqa: SIM115 -- the caller closes it
+    except OSError as error:
+        raise MissingShardError(f"cannot be read ({error.strerror})", file=entry.file) from error
+    try:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise ShardSizeError(f"holds {size} bytes, not {entry.bytes}", file=entry.file)
         if file.read(len(layout.header)) != layout.header:
             raise ShardHeaderError("its header is not the one its manifest entry implies", file=entry.file)
     except BaseException:

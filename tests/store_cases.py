@@ -1,0 +1,107 @@
+"""Teachers, documents and stores for the tests of the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels import SparseLogits
+from slimkernels.store import Document, StoreWriter
+
+SETTINGS = {
+    "vocab_size": 97,
+    "tokenizer_fingerprint": "tokenizer-1",
+    "teacher": {"name": "teacher", "revision": "main", "dtype": "bfloat16"},
+    "selection": {"kind": "top_k", "value": 6, "top_k": 6},
+    "temperatures": (1.0, 2.0),
+}
+
+
+class Case(NamedTuple):
+    """What is given to ``StoreWriter.add``."""
+
+    input_ids: Tensor
+    positions: Tensor
+    teacher: SparseLogits
+
+
+def random_teacher(
+    num_rows: int,
+    vocab_size: int,
+    top_k: int,
+    generator: torch.Generator,
+    *,
+    ragged: bool = False,
+    temperatures: tuple[float, ...] = (1.0, 2.0),
+    spread: float = 3.0,
+) -> SparseLogits:
+    """Rows of normal logits with their top_k kept, or between 1 and top_k of them when ragged."""
+    row = torch.randn(num_rows, vocab_size, generator=generator) * spread
+    logits, ids = row.topk(top_k)
+    if ragged:
+        kept = torch.randint(1, top_k + 1, (num_rows, 1), generator=generator)
+        ids = ids.masked_fill(torch.arange(top_k) >= kept, vocab_size)
+    ids, order = ids.sort(-1)
+    return SparseLogits(
+        ids=ids.masked_fill(ids == vocab_size, -1).int(),
+        logits=logits.gather(-1, order),
+        lse=torch.stack([(row / t).logsumexp(-1) for t in temperatures], -1),
+        temperatures=temperatures,
+        target_logit=row[:, 0].clone(),
+    )
+
+
+def random_case(
+    num_tokens: int, num_rows: int, generator: torch.Generator, *, vocab_size: int = 97, top_k: int = 6, **options
+) -> Case:
+    """A document of random ids with rows at random positions."""
+    positions = torch.randperm(num_tokens - 1, generator=generator)[:num_rows].sort().values + 1
+    return Case(
+        torch.randint(0, vocab_size, (num_tokens,), generator=generator),
+        positions,
+        random_teacher(num_rows, vocab_size, top_k, generator, **options),
+    )
+
+
+def write_store(path: Path, shards: list[list[Case]], **settings) -> None:
+    """Writes each list of cases as one shard."""
+    with StoreWriter(path, **SETTINGS | settings) as writer:
+        for cases in shards:
+            for case in cases:
+                writer.add(*case)
+            writer.flush()
+
+
+def assert_stored(document: Document, case: Case, codec: str = "affine8") -> None:
+    """The document is the case: ids exactly, logits as closely as the codec promises."""
+    assert torch.equal(document.input_ids, case.input_ids.long())
+    assert torch.equal(document.positions, case.positions.long())
+    width = document.teacher.top_k
+    kept = case.teacher.ids >= 0
+    assert width == int(kept.sum(-1).max()) if len(case.positions) else width >= 1
+    assert torch.equal(document.teacher.ids, case.teacher.ids[:, :width])
+    assert torch.equal(document.teacher.lse, case.teacher.lse.float())
+    if case.teacher.target_logit is not None:
+        torch.testing.assert_close(
+            document.teacher.target_logit, case.teacher.target_logit.float(), rtol=0, atol=0, equal_nan=True
+        )
+    assert document.teacher.temperatures == case.teacher.temperatures
+    assert_logits(document.teacher.logits, case.teacher.logits[:, :width].float(), kept[:, :width], codec)
+
+
+def assert_logits(actual: Tensor, expected: Tensor, kept: Tensor, codec: str) -> None:
+    """Exact, rounded to bfloat16, or within half a step of (max - min) / 255 and the rounding of float32."""
+    assert (actual[~kept] == 0).all()
+    if codec == "float32":
+        assert torch.equal(actual[kept], expected[kept])
+    elif codec == "bfloat16":
+        assert torch.equal(actual[kept], expected.bfloat16().float()[kept])
+    elif expected.numel():
+        span = expected.masked_fill(~kept, -torch.inf).amax(-1) - expected.masked_fill(~kept, torch.inf).amin(-1)
+        # 2^-16: the scale is rounded to 16 bits. 2^-23: zero and the sum are each rounded to float32.
+        bound = span / 510 * (1 + 2.0**-16) + expected.abs().masked_fill(~kept, 0).amax(-1) * 2.0**-23
+        error = (actual - expected).abs().masked_fill(~kept, 0).amax(-1)
+        assert (error <= bound).all(), f"error {error.max()} is above {bound[error.argmax()]}"
