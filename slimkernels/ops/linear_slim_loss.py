@@ -82,7 +82,8 @@ def linear_slim_loss(
         ignore_index: See ``slim_loss``.
         reduction: See ``slim_loss``.
         num_items: See ``slim_loss``.
-        chunk_rows: Rows whose logits are held at a time; by default what 64 MiB hold.
+        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold (64 in half
+            precision).
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
