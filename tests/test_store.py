@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import math
 import pickle
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from store_cases import SETTINGS, Case, assert_stored, random_case, random_teacher, write_store
 from torch.utils.data import DataLoader
 
-import slimkernels
+import slimkernels.store
 from slimkernels import SparseLogits
 from slimkernels.store import Store, StoreWriter, errors, info, verify, writer
 from slimkernels.store.format import (
@@ -321,7 +322,7 @@ def test_store_writer_refuses_bad_documents_and_goes_on(tmp_path, generator):
         ((ids, positions[:2], teacher), "a row for each of 2 positions"),
         ((ids, positions, teacher.reshape(3, 1)), "a row for each of 3 positions"),
         ((ids, positions, dataclasses.replace(teacher, temperatures=(1.0, 3.0))), "temperatures"),
-        ((ids, positions, dataclasses.replace(teacher, ids=broken_ids)), "row 1 .* ascending|row 1 .* outside"),
+        ((ids, positions, dataclasses.replace(teacher, ids=broken_ids)), "row 1 .* outside|row 1 .* ascending"),
         ((ids, positions, dataclasses.replace(teacher, ids=teacher.ids.flip(-1))), "row 0 .* ascending"),
         ((ids, positions, dataclasses.replace(teacher, logits=broken_logits)), "row 2 .* infinite"),
         ((ids, positions, dataclasses.replace(teacher, lse=teacher.lse - 9)), "row 0 .* more probability"),
@@ -507,3 +508,7 @@ def test_store_in_data_loader_workers(tmp_path, generator):
     shard.write_bytes(data)
     with pytest.raises(errors.RowChecksumError, match=r"shard-000001\.safetensors, document 5, row 8"):
         list(loader)
+
+
+def test_store_example_in_the_docstring():
+    assert doctest.testmod(slimkernels.store) == (0, 5)

@@ -188,7 +188,7 @@ def test_store_codec_affine8_constant_row_is_exact():
         ([[1, 3, 3]], [[0, 0, 0]], {}, "not strictly ascending"),
         ([[1, 4, 2]], [[0, 0, 0]], {}, "not strictly ascending"),
         ([[1, 2, 10]], [[0, 0, 0]], {}, r"outside \[0, 10\)"),
-        ([[-2, 2, 3]], [[0, 0, 0]], {}, r"outside \[0, 10\)|padding|offsets"),
+        ([[-2, 2, 3]], [[0, 0, 0]], {}, r"outside \[0, 10\)"),
         ([[1, -1, 3]], [[0, 0, 0]], {}, "after padding"),
         ([[-1, -1, -1]], [[0, 0, 0]], {}, "keeps no entry"),
         ([list(range(11))], [[0.0] * 11], {}, "ascending|outside"),

@@ -1,4 +1,16 @@
-"""The teacher's kept logits on disk: written once, checked always, decoded row by row (FORMAT.md)."""
+"""The teacher's kept logits on disk: written once, checked always, decoded row by row (FORMAT.md).
+
+>>> import tempfile, torch
+>>> from slimkernels import SparseLogits
+>>> row = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+>>> teacher = SparseLogits(torch.tensor([[1, 3]], dtype=torch.int32), row[:, [1, 3]], row.logsumexp(-1, keepdim=True))
+>>> with tempfile.TemporaryDirectory() as path:
+...     with StoreWriter(path, vocab_size=4, tokenizer_fingerprint="", teacher={}, selection={}) as writer:
+...         writer.add(input_ids=[2, 3], positions=[1], teacher=teacher)
+...     verify(path)
+...     Store(path)[0].teacher.ids.tolist()
+[[1, 3]]
+"""
 
 from slimkernels.store import errors
 from slimkernels.store.audit import info, verify

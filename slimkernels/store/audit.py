@@ -77,7 +77,11 @@ def _check_files(store: Store, names: set[str]) -> None:
     for name in sorted(names - expected - leftovers):
         raise UnexpectedFileError("is not part of the store: move it elsewhere", file=name)
     for name in sorted(names & (leftovers | {LOCK_NAME})):
-        status = os.lstat(store.path / name)
+        try:
+            status = os.lstat(store.path / name)
+        except FileNotFoundError:
+            # A writer beside us has given it its final name.
+            continue
         if not stat.S_ISREG(status.st_mode) or (name == LOCK_NAME and status.st_size > 0):
             raise UnexpectedFileError("is not what a writer makes under this name", file=name)
 

@@ -146,7 +146,7 @@ def encode_rows(
     Raises:
         ValueError: A row that cannot be stored; the message names the first and says why.
     """
-    counts = np.minimum((ids >= 0).sum(-1, dtype=np.int64), vocab_size)
+    counts = np.minimum((ids != -1).sum(-1, dtype=np.int64), vocab_size)
     entry_offsets, id_word_offsets = offsets_of(counts), offsets_of(words_of(vocab_size, counts))
     rows = len(counts)
     encoded = EncodedRows(

@@ -52,7 +52,7 @@ class Document:
         input_ids: (T,) int64.
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
         teacher: SparseLogits (R, K): ids int32, logits, lse and target_logit float32. K is the largest number
-            of entries one of its rows keeps; the others are padded with id -1.
+            of entries one of its rows keeps (at least 1); the others are padded with id -1 and logit 0.
     """
 
     input_ids: Tensor

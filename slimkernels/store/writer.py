@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,10 +51,6 @@ class _Pending:
     digest: bytes
     positions: np.ndarray
     rows: EncodedRows
-
-    @property
-    def nbytes(self) -> int:
-        return self.input_ids.nbytes + self.positions.nbytes + self.rows.nbytes
 
 
 class StoreWriter:
@@ -102,13 +98,15 @@ class StoreWriter:
             tokenizer_fingerprint=tokenizer_fingerprint,
             teacher=teacher,
             selection=selection,
-            temperatures=tuple(temperatures),
+            # StoreSettings makes it a tuple, or says what is wrong with it.
+            temperatures=cast(tuple[float, ...], temperatures),
             codec=codec,
         )
         if shard_rows is not None and (type(shard_rows) is not int or shard_rows < 1):
             raise ValueError(f"shard_rows must be an int of at least 1, or None for about 64 MiB, got {shard_rows!r}")
         self._shard_rows = shard_rows
         self._pending: list[_Pending] = []
+        self._pending_rows = self._pending_bytes = 0
         _make_directory(self.path)
         # Closes the lock's descriptor, and so gives up the lock, also when the writer is dropped without close().
         self._release = weakref.finalize(self, os.close, _lock(self.path))
@@ -143,11 +141,12 @@ class StoreWriter:
         rows = self._encode(ids, at, teacher)
         self._pending.append(_Pending(ids, digest, at, rows))
         self._stored.add(digest)
-        full = (
-            sum(document.nbytes for document in self._pending) >= _SHARD_BYTES
-            if self._shard_rows is None
-            else self._pending_rows() >= self._shard_rows
-        )
+        self._pending_rows += len(rows)
+        self._pending_bytes += ids.nbytes + at.nbytes + rows.nbytes
+        if self._shard_rows is None:
+            full = self._pending_bytes >= _SHARD_BYTES
+        else:
+            full = self._pending_rows >= self._shard_rows
         if full:
             self.flush()
 
@@ -170,6 +169,7 @@ class StoreWriter:
         _sync_directory(self.path)
         self._shards = shards
         self._pending = []
+        self._pending_rows = self._pending_bytes = 0
 
     def close(self) -> None:
         """Flushes and gives up the store; a second call does nothing."""
@@ -196,9 +196,6 @@ class StoreWriter:
     def _require_open(self) -> None:
         if not self._release.alive:
             raise ValueError(f"the writer of {self.path} is closed: make a new StoreWriter to append")
-
-    def _pending_rows(self) -> int:
-        return sum(len(document.rows) for document in self._pending)
 
     def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
         manifest = self.path / MANIFEST_NAME
@@ -245,7 +242,7 @@ class StoreWriter:
             target_logit,
             vocab_size=self.settings.vocab_size,
             codec=self.settings.codec,
-            first_row=self._pending_rows(),
+            first_row=self._pending_rows,
         )
 
     def _write_shard(self, path: Path, name: str) -> ShardEntry:
@@ -284,7 +281,7 @@ class StoreWriter:
         head.update(layout.header)
         for spec in layout.tensors:
             for array in tensors[spec.name]:
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 if spec.stop <= layout.head_bytes:
                     head.update(data)
                 chunks.append(data)
@@ -315,6 +312,7 @@ def _positions_as_int32(positions: Any, num_tokens: int) -> np.ndarray:
 
 
 def _make_directory(path: Path) -> None:
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = set(os.listdir(path))
@@ -325,7 +323,8 @@ def _make_directory(path: Path) -> None:
         raise NotAStoreError(
             f"{path} holds {sorted(foreign)[:3]} but no {MANIFEST_NAME}: choose an empty or new directory"
         )
-    _sync_directory(path.parent)
+    for folder in made:
+        _sync_directory(folder.parent)
 
 
 def _lock(path: Path) -> int:
