@@ -1,5 +1,6 @@
-// CPU implementations of the operators that slimkernels/ops/*.py define. The Python side checks user input and says
-// what is wrong with it; here are the checks that keep a direct call of torch.ops.slimkernels.* memory-safe.
+// CPU implementations of the row operators that slimkernels/ops/*.py define: they fill outputs that the Python side
+// allocates, and return 0 or the first fault of the data as row * kFaults + fault. The Python side checks user input
+// and says what is wrong with it; the checks here keep a direct call of torch.ops.slimkernels.* memory-safe.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +9,6 @@
 #include <atomic>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -59,6 +59,10 @@ const void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, con
   return t->const_data_ptr();
 }
 
+void* out_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
+  return const_cast<void*>(data_of(t, type, numel, name));
+}
+
 void check_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
                   " must be a CPU tensor of two dimensions whose last one is dense");
@@ -69,85 +73,76 @@ const KernelTable& checked_kernels() {
   return kernels();
 }
 
-void raise(Fault fault) {
-  STD_TORCH_CHECK(fault != kNoMemory, "out of memory: the scratch row of a CPU kernel could not be allocated");
-  STD_TORCH_CHECK(fault != kBadTarget, "target holds an index outside [0, V) that is not ignore_index");
-  STD_TORCH_CHECK(fault != kBadIds,
-                  "teacher.ids has a row that is not strictly ascending inside [0, V) before its padding (-1): "
-                  "call teacher.validate(V) to find it");
-}
-
+// Runs the rows on torch's threads; returns the fault of the first row that has one, or 0.
 template <class Args>
-void run(Fault (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t num_rows) {
-  std::atomic<int> fault{kOk};
+int64_t run(int64_t (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t num_rows) {
+  std::atomic<int64_t> fault{kOk};
   torch::stable::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
-    const Fault found = kernel(args, begin, end);
-    if (found != kOk) fault = found;
+    const int64_t found = kernel(args, begin, end);
+    int64_t known = fault;
+    while (found != kOk && (known == kOk || found < known) && !fault.compare_exchange_weak(known, found)) {
+    }
   });
-  raise(static_cast<Fault>(fault.load()));
+  return fault;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> topk_logits_cpu(Tensor logits, int64_t top_k, OptionalTensor target,
-                                                           std::vector<double> temperatures) {
+int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target, std::vector<double> temperatures,
+                             Tensor values, Tensor ids, Tensor lse, OptionalTensor target_logit) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
+  if (num_rows == 0) return kOk;
   const int64_t num_temperatures = static_cast<int64_t>(temperatures.size());
   STD_TORCH_CHECK(top_k >= 1 && top_k <= vocab_size && vocab_size <= INT32_MAX, "top_k must be in [1, V]");
-  const Dtype dtype = dtype_of(logits, "logits");
-  Tensor ids = torch::stable::new_empty(logits, {num_rows, top_k}, ScalarType::Int);
-  Tensor values = torch::stable::new_empty(logits, {num_rows, top_k});
-  Tensor lse = torch::stable::new_empty(logits, {num_rows, num_temperatures}, acc_type(dtype));
-  Tensor target_logit = torch::stable::new_empty(logits, {target.has_value() ? num_rows : 0}, acc_type(dtype));
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
   TopkLogitsArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
   args.logits = logits.const_data_ptr();
   args.row_stride = logits.stride(0);
-  args.dtype = dtype;
   args.vocab_size = vocab_size;
   args.top_k = top_k;
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
   args.temperatures = temperatures.data();
   args.num_temperatures = num_temperatures;
-  args.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
-  args.values = values.mutable_data_ptr();
-  args.lse = lse.mutable_data_ptr();
-  args.target_logit = target_logit.mutable_data_ptr();
-  run(checked_kernels().topk_logits, args, num_rows);
-  return {values, ids, lse, target_logit};
+  args.values = out_of(values, logits.scalar_type(), num_rows * top_k, "values");
+  args.ids = static_cast<int32_t*>(out_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
+  args.lse = out_of(lse, acc, num_rows * num_temperatures, "lse");
+  args.target_logit = out_of(target_logit, acc, num_rows, "target_logit");
+  return run(checked_kernels().topk_logits, args, num_rows);
 }
 
-std::tuple<Tensor, Tensor> sparse_softmax_cpu(Tensor ids, Tensor logits, OptionalTensor lse, double temperature,
-                                              std::string rest, int64_t vocab_size) {
+int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, double temperature, std::string rest,
+                                int64_t vocab_size, Tensor logprobs, Tensor tail_logprob) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0), top_k = logits.size(1);
-  const Dtype dtype = dtype_of(logits, "logits");
-  Tensor logprobs = torch::stable::new_empty(logits, {num_rows, top_k}, acc_type(dtype));
-  Tensor tail_logprob = torch::stable::new_empty(logits, {num_rows}, acc_type(dtype));
+  if (num_rows == 0) return kOk;
   SparseSoftmaxArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
   args.ids = static_cast<const int32_t*>(data_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
   args.logits = data_of(logits, logits.scalar_type(), num_rows * top_k, "logits");
-  args.dtype = dtype;
-  args.lse = data_of(lse, acc_type(dtype), num_rows, "lse");
+  args.lse = data_of(lse, acc, num_rows, "lse");
   args.top_k = top_k;
   args.vocab_size = vocab_size;
   args.temperature = temperature;
   args.rest = rest_of(rest);
   STD_TORCH_CHECK(args.lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest, "' needs lse");
-  args.logprobs = logprobs.mutable_data_ptr();
-  args.tail_logprob = tail_logprob.mutable_data_ptr();
-  run(checked_kernels().sparse_softmax, args, num_rows);
-  return {logprobs, tail_logprob};
+  args.logprobs = out_of(logprobs, acc, num_rows * top_k, "logprobs");
+  args.tail_logprob = out_of(tail_logprob, acc, num_rows, "tail_logprob");
+  return run(checked_kernels().sparse_softmax, args, num_rows);
 }
 
 // Writes the statistics (7, N) and, where asked, the gradient, which may overwrite the logits it is computed from.
-void slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
-                        OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
-                        OptionalTensor teacher_lse_one, OptionalTensor target_logit, OptionalTensor token_weight,
-                        double temperature, std::string rest, std::string divergence, std::string weight,
-                        bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
-                        double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
-                        int64_t ignore_index) {
+int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
+                           OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
+                           OptionalTensor teacher_lse_one, OptionalTensor target_logit, OptionalTensor token_weight,
+                           double temperature, std::string rest, std::string divergence, std::string weight,
+                           bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
+                           double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
+                           int64_t ignore_index) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0);
+  if (num_rows == 0) return kOk;
   SlimLossArgs args = {};
   args.dtype = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
@@ -162,8 +157,7 @@ void slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Ten
     args.dlogits = dlogits->mutable_data_ptr();
     args.dlogits_stride = dlogits->stride(0);
   }
-  data_of(stats, acc, 7 * num_rows, "stats");
-  args.stats = stats.mutable_data_ptr();
+  args.stats = out_of(stats, acc, 7 * num_rows, "stats");
   args.num_rows = num_rows;
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
   args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");
@@ -198,14 +192,14 @@ void slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Ten
   args.softcap = softcap;
   args.logit_scale = logit_scale;
   args.ignore_index = ignore_index;
-  run(checked_kernels().slim_loss, args, num_rows);
+  return run(checked_kernels().slim_loss, args, num_rows);
 }
 
 }  // namespace
 }  // namespace slimkernels
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
-  m.impl("topk_logits", TORCH_BOX(&slimkernels::topk_logits_cpu));
-  m.impl("sparse_softmax", TORCH_BOX(&slimkernels::sparse_softmax_cpu));
+  m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::topk_logits_rows_cpu));
+  m.impl("sparse_softmax_rows", TORCH_BOX(&slimkernels::sparse_softmax_rows_cpu));
   m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::slim_loss_rows_cpu));
 }

@@ -77,6 +77,21 @@ def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     return (1.0, *(float(t) for t in temperatures if t != 1.0))
 
 
+def raise_fault(fault: int, first_row: int = 0) -> None:
+    """Raises what a row kernel found in the data: 0 for nothing, else 4 * row + the number of the fault."""
+    if fault == 0:
+        return
+    row = fault // 4 + first_row
+    if fault % 4 == 1:
+        raise ValueError(f"target[{row}] must be a label in [0, V) or ignored, got an index outside the vocabulary")
+    if fault % 4 == 2:
+        raise ValueError(
+            f"teacher.ids[{row}] must be strictly ascending inside [0, V) and end in padding (-1); an id is duplicated, "
+            "unsorted or outside the vocabulary: teacher.validate(V) tells which"
+        )
+    raise MemoryError("a CPU kernel could not allocate its scratch row")
+
+
 def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks hidden (..., D) against the lm_head's weight (V, D) and bias (V,)."""
     is_floating(hidden, "hidden")

@@ -14,8 +14,9 @@ enum Rest : int { kRenorm, kZero, kGhost, kZeroLogit, kRenormBoth };
 enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl };
 enum Weight : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
 
-// What a row can be refused for. A kernel returns kOk or the first fault it meets.
-enum Fault : int { kOk = 0, kBadTarget = 1, kBadIds = 2, kNoMemory = 3 };
+// What a row can be refused for. A kernel stops at its first fault and returns it with the row; 0 is none.
+enum Fault : int64_t { kOk = 0, kBadTarget = 1, kBadIds = 2, kNoMemory = 3 };
+constexpr int64_t kFaults = 4;  // returned: row * kFaults + fault
 
 // Arrays marked "acc" hold float32, or float64 when `dtype` is kFloat64.
 struct TopkLogitsArgs {
@@ -84,9 +85,9 @@ struct SlimLossArgs {
 // Every kernel works on rows [begin, end) and is called from several threads at once.
 struct KernelTable {
   const char* isa;
-  Fault (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
-  Fault (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
-  Fault (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
+  int64_t (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
+  int64_t (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
+  int64_t (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
 };
 
 // The best table this machine can run, or the one SLIMKERNELS_CPU_ISA names. Chosen once.

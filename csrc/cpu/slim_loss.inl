@@ -109,6 +109,7 @@ StudentRow read_student(const X* row, const int32_t* ids, int64_t kept, int64_t 
 // One outcome's share of D, and p * dD/dp. Works on vectors and on the ghost bucket's doubles alike.
 template <class V>
 SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, double alpha, V* share, V* p_slope) {
+  using A = ElementOf<V>;
   const V zero = V{};
   switch (divergence) {
     case kForwardKl:
@@ -120,11 +121,11 @@ SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, 
       *p_slope = -q;
       return;
     case kReverseKl:
-      *share = p == zero ? zero : p * (log_p - log_q);
-      *p_slope = *share + p;
+      // An outcome the teacher excludes would make D infinite, and a rounded-away tail with it: it is left out.
+      *share = (p == zero) | (log_q == zero - infinity<A>()) ? zero : p * (log_p - log_q);
+      *p_slope = log_q == zero - infinity<A>() ? zero : *share + p;
       return;
     case kJsd: {
-      using A = ElementOf<V>;
       const V log_m = log_add_exp(log_q + A(__builtin_log(beta)), log_p + A(__builtin_log1p(-beta)));
       const V from_p = p == zero ? zero : p * (log_p - log_m) * A(1 - beta);
       *share = (q == zero ? zero : q * (log_q - log_m) * A(beta)) + from_p;
@@ -132,7 +133,6 @@ SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, 
       return;
     }
     default: {
-      using A = ElementOf<V>;
       const V log_m = log_add_exp(log_q + A(__builtin_log(alpha)), log_p + A(__builtin_log1p(-alpha)));
       *share = q == zero ? zero : q * (log_q - log_m);
       const V slope = exp(log_p + log_q - log_m) * A(alpha - 1);
@@ -182,19 +182,21 @@ RowDivergence measure(int64_t n, int64_t kept, const StudentRow& student, const 
   d.student_mass = __builtin_exp(student.on - student.lse);
   const double log_tail = student.off - student.lse;
   const double tail = __builtin_exp(log_tail);
+  const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
   if (args.rest == kGhost) {
     const double log_q = log1m_exp(log_kept - lse);
     double share, slope;
     diverge(args.divergence, log_q, log_tail, __builtin_exp(log_q), tail, args.beta, args.alpha, &share, &slope);
     d.value += share;
-    d.mean_slope += slope;
+    // The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
+    d.mean_slope = forward ? -1 : d.mean_slope + slope;
     d.off_coefficient = slope - tail * d.mean_slope;
   } else if (args.rest == kZeroLogit) {
     const double unkept = double(args.vocab_size - kept);
     const double each = __builtin_exp(-log_norm);
     const double entropy = args.divergence == kForwardKl ? -unkept * log_norm : 0;
     if (unkept > 0) d.value += each * (entropy - (student.sum_off / args.temperature - unkept * student.lse));
-    d.mean_slope -= unkept * each;
+    d.mean_slope = -1;
     d.off_coefficient = -tail * d.mean_slope;
     d.off_constant = -each;
   } else if (args.rest != kRenormBoth) {
@@ -365,19 +367,22 @@ Fault slim_loss_row(const SlimLossArgs& args, int64_t n, const SlimScratch<A>& s
 }
 
 template <class X>
-Fault slim_loss_rows(const SlimLossArgs& args, int64_t begin, int64_t end) {
+int64_t slim_loss_rows(const SlimLossArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
   const int64_t vocab = padded<A>(args.vocab_size), kept = padded<A>(args.top_k);
   A* memory = static_cast<A*>(malloc((vocab + 3 * kept) * sizeof(A)));
   if (memory == nullptr) return kNoMemory;
   const SlimScratch<A> scratch = {memory, memory + vocab, memory + vocab + kept, memory + vocab + 2 * kept};
-  Fault fault = kOk;
-  for (int64_t n = begin; n < end && fault == kOk; ++n) fault = slim_loss_row<X, A>(args, n, scratch);
+  int64_t fault = kOk;
+  for (int64_t n = begin; n < end && fault == kOk; ++n) {
+    const Fault found = slim_loss_row<X, A>(args, n, scratch);
+    if (found != kOk) fault = n * kFaults + found;
+  }
   free(memory);
   return fault;
 }
 
-Fault slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
+int64_t slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case kFloat32:
       return slim_loss_rows<float>(args, begin, end);

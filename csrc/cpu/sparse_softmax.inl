@@ -49,15 +49,15 @@ SK_INLINE double teacher_log_norm(int rest, double log_kept, double lse, int64_t
 }
 
 template <class X>
-Fault sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
+int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
   A* scaled = static_cast<A*>(malloc((padded<A>(args.top_k) + 1) * sizeof(A)));
   if (scaled == nullptr) return kNoMemory;
-  Fault fault = kOk;
+  int64_t fault = kOk;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t kept = count_kept(args.ids + n * args.top_k, args.top_k, args.vocab_size);
     if (kept < 0) {
-      fault = kBadIds;
+      fault = n * kFaults + kBadIds;
       break;
     }
     load_scaled(static_cast<const X*>(args.logits) + n * args.top_k, kept, 1 / args.temperature, scaled);
@@ -76,7 +76,7 @@ Fault sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t 
   return fault;
 }
 
-Fault sparse_softmax(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
+int64_t sparse_softmax(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case kFloat32:
       return sparse_softmax_rows<float>(args, begin, end);

@@ -229,7 +229,7 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
 }
 
 template <class X>
-Fault topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
+int64_t topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
   const int64_t capacity = padded<A>(args.vocab_size) + Lanes<A>::kWidth;
   const int64_t bytes =
@@ -243,13 +243,13 @@ Fault topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   scratch.block = reinterpret_cast<A*>(scratch.keys + capacity);
   scratch.ids = reinterpret_cast<int32_t*>(scratch.block + kBlock);
 
-  Fault fault = kOk;
-  for (int64_t n = begin; n < end && fault == kOk; ++n) {
+  int64_t fault = kOk;
+  for (int64_t n = begin; n < end; ++n) {
     if (args.target != nullptr) {
       const int64_t target = args.target[n];
       A* target_logit = static_cast<A*>(args.target_logit) + n;
       if (target >= args.vocab_size) {
-        fault = kBadTarget;
+        fault = n * kFaults + kBadTarget;
         break;
       }
       const X* row = static_cast<const X*>(args.logits) + n * args.row_stride;
@@ -261,7 +261,7 @@ Fault topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   return fault;
 }
 
-Fault topk_logits(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
+int64_t topk_logits(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case kFloat32:
       return topk_rows<float>(args, begin, end);

@@ -178,10 +178,20 @@ def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items
     return counted / (counted.sum().clamp(min=1) if num_items is None else num_items)
 
 
-def pack_result(loss: Tensor, stats: Tensor, leading_shape: torch.Size) -> SlimLoss:
-    """Names the rows of ``stats`` (7, N) and gives per-token results their leading shape."""
-    if loss.ndim:
+def scale_in_forward(row_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The scale an operator reduces with, and makes the gradient with, in its forward pass.
+
+    None for float16: its gradients underflow unless the loss scale, known in the backward pass, comes before rounding.
+    """
+    return None if dtype == torch.float16 else row_scale
+
+
+def pack_result(loss: Tensor, stats: Tensor, row_scale: Tensor | None, leading_shape: torch.Size) -> SlimLoss:
+    """Reduces what the operator left per row, names the rows of ``stats`` (7, N), restores the leading shape."""
+    if row_scale is None:
         loss = loss.reshape(leading_shape)
+    elif loss.ndim:
+        loss = (loss * row_scale).sum()
     return SlimLoss(loss, *(row.reshape(leading_shape) for row in stats[1:].unbind()))
 
 

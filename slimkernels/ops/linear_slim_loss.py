@@ -17,6 +17,7 @@ from slimkernels.ops._slim_options import (
     reduction_scale,
     resolve_options,
     scale_gradient,
+    scale_in_forward,
 )
 from slimkernels.sparse_logits import SparseLogits
 
@@ -138,12 +139,12 @@ def linear_slim_loss(
         weight,
         bias,
         target,
-        row_scale,
+        scale_in_forward(row_scale, hidden.dtype),
         *needs,
         resolve_chunk_rows(chunk_rows, rows.shape[0], weight.shape[0], rows.dtype),
         *options,
     )
-    return pack_result(loss, stats, leading_shape)
+    return pack_result(loss, stats, row_scale, leading_shape)
 
 
 def _linear_slim_loss_fwd(
@@ -171,7 +172,10 @@ def _linear_slim_loss_fwd(
         chunk_stats = stats.new_empty(NUM_STATS, logits.shape[0])
         scale = None if row_scale is None else row_scale[rows]
         dlogits = logits if with_grad else None
-        torch.ops.slimkernels.slim_loss_rows(logits, dlogits, chunk_stats, target[rows], scale, *options.rows(rows))
+        fault = torch.ops.slimkernels.slim_loss_rows(
+            logits, dlogits, chunk_stats, target[rows], scale, *options.rows(rows)
+        )
+        _checks.raise_fault(fault, first_row=rows.start)
         stats[:, rows] = chunk_stats
         if dhidden.numel():
             torch.mm(logits, weight, out=dhidden[rows])

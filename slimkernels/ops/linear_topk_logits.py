@@ -116,11 +116,15 @@ def _linear_topk_logits(
             logits.mul_(logit_scale)
         if softcap:
             logits.div_(softcap).tanh_().mul_(softcap)
-        labels = None if target is None else target[rows]
-        kept = torch.ops.slimkernels.topk_logits(logits, top_k, labels, temperatures)
-        for output, part in zip(outputs, kept, strict=True):
-            if part.numel():
-                output[rows] = part
+        fault = torch.ops.slimkernels.topk_logits_rows(
+            logits,
+            top_k,
+            None if target is None else target[rows],
+            temperatures,
+            *(output[rows] for output in outputs[:3]),
+            None if target is None else outputs[3][rows],
+        )
+        _checks.raise_fault(fault, first_row=rows.start)
     return outputs
 
 

@@ -16,6 +16,7 @@ from slimkernels.ops._slim_options import (
     reduction_scale,
     resolve_options,
     scale_gradient,
+    scale_in_forward,
 )
 from slimkernels.sparse_logits import SparseLogits
 
@@ -61,7 +62,8 @@ def slim_loss(
 
     Reads the logits once and, when they need a gradient, writes it once: no float32 copy of (N, V), no softmax of
     it, nothing of size (K, K). O(V + K) scratch per thread. For "mean" and "sum" the gradient is made in the forward
-    pass; for "none" it is recomputed exactly in the backward pass. ``teacher=None`` is cross entropy.
+    pass; for "none", and for float16, which needs the loss scale first, it is recomputed exactly in the backward pass.
+    ``teacher=None`` is cross entropy.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
@@ -71,7 +73,8 @@ def slim_loss(
         rest: What the teacher says outside its kept ids: "renorm", "zero", "ghost", "zero_logit", "renorm_both"
             (see ``sparse_softmax``).
         divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy), and, with rest "ghost" or
-            "renorm_both": "reverse_kl" KL(p || q), "jsd", "skew_kl".
+            "renorm_both": "reverse_kl" KL(p || q), "jsd", "skew_kl". "reverse_kl" leaves out what the teacher gives
+            nothing at all, where it would be infinite.
         weight: "teacher_over_student" is the paper's text, w -> 1 where the teacher is the more confident.
             "student_over_teacher" is its printed equation, 1 - exp(-s_y / t_y). "none" is w = 1. Or a (...) tensor.
             A label that the teacher's ``target_logit`` does not cover and that is not kept has t_y = 0.
@@ -142,8 +145,9 @@ def slim_loss(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, row_scale, needs_grad, *options)
-    return pack_result(loss, stats, leading_shape)
+    scale = scale_in_forward(row_scale, logits.dtype)
+    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, *options)
+    return pack_result(loss, stats, row_scale, leading_shape)
 
 
 def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
@@ -152,7 +156,7 @@ def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, nee
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=dtype)
     with_grad = needs_grad and row_scale is not None
     dlogits = logits.new_empty(logits.shape) if with_grad else None
-    torch.ops.slimkernels.slim_loss_rows(logits, dlogits, stats, target, row_scale, *options)
+    _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, dlogits, stats, target, row_scale, *options))
     loss = stats[0].clone() if row_scale is None else (stats[0] * row_scale).sum()
     return loss, stats, logits.new_empty(0) if dlogits is None else dlogits
 
@@ -194,8 +198,8 @@ def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
 
 define(
     "slim_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor(b!) stats, Tensor target, Tensor? row_scale,"
-    f" {OPTIONS_SCHEMA}) -> ()",
-    fake=lambda *args: None,
+    f" {OPTIONS_SCHEMA}) -> int",
+    fake=lambda *_args: 0,
 )
 define(
     f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"

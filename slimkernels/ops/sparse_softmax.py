@@ -86,6 +86,14 @@ def sparse_softmax(
     return SparseProbs(logprobs.reshape(sparse.ids.shape), tail_logprob.reshape(sparse.leading_shape))
 
 
+def _sparse_softmax(ids: Tensor, logits: Tensor, lse: Tensor | None, temperature: float, rest: str, vocab_size: int):
+    outputs = _fake(ids, logits, lse, temperature, rest, vocab_size)
+    _checks.raise_fault(
+        torch.ops.slimkernels.sparse_softmax_rows(ids, logits, lse, temperature, rest, vocab_size, *outputs)
+    )
+    return outputs
+
+
 def _fake(ids: Tensor, logits: Tensor, lse: Tensor | None, temperature: float, rest: str, vocab_size: int):
     dtype = accumulation_dtype(logits.dtype)
     return torch.empty_like(logits, dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
@@ -122,8 +130,14 @@ def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
 
 
 define(
+    "sparse_softmax_rows(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size,"
+    " Tensor(a!) logprobs, Tensor(b!) tail_logprob) -> int",
+    fake=lambda *_args: 0,
+)
+define(
     "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size)"
     " -> (Tensor logprobs, Tensor tail_logprob)",
     fake=_fake,
+    implementation=_sparse_softmax,
 )
 register_autograd("sparse_softmax", _backward, _setup_context)

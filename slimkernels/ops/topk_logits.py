@@ -65,7 +65,7 @@ def topk_logits(
     leading_shape = logits.shape[:-1]
     if target is not None:
         _checks.is_target(target, leading_shape, logits, "logits")
-        target = target.reshape(-1)
+        target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
     rows = logits.reshape(-1, vocab_size)
     if rows.stride(-1) != 1:
@@ -78,6 +78,14 @@ def topk_logits(
         temperatures=temperatures,
         target_logit=None if target is None else target_logit.reshape(leading_shape),
     )
+
+
+def _topk_logits(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
+    values, ids, lse, target_logit = outputs = _fake(logits, top_k, target, temperatures)
+    wanted = None if target is None else target_logit
+    fault = torch.ops.slimkernels.topk_logits_rows(logits, top_k, target, temperatures, values, ids, lse, wanted)
+    _checks.raise_fault(fault)
+    return outputs
 
 
 def _fake(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
@@ -117,8 +125,14 @@ def _backward(ctx, grad_values: Tensor, _grad_ids, grad_lse: Tensor, grad_target
 
 
 define(
+    "topk_logits_rows(Tensor logits, int top_k, Tensor? target, float[] temperatures, Tensor(a!) values,"
+    " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!)? target_logit) -> int",
+    fake=lambda *_args: 0,
+)
+define(
     "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"
     " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
     fake=_fake,
+    implementation=_topk_logits,
 )
 register_autograd("topk_logits", _backward, _setup_context)
