@@ -1,0 +1,26 @@
+"""The teacher's side: load it, let it write its own text or read yours, and capture its logits into a store.
+
+Each step is a module of its own; this one names what is public.
+"""
+
+from slimkernels.teacher_capture import CaptureReport, capture
+from slimkernels.teacher_checks import TeacherSanityError, check_teacher_sanity, tokenizer_fingerprint
+from slimkernels.teacher_corpus import read_documents, read_prompts, shipped_prompts
+from slimkernels.teacher_generation import GeneratedCorpus, generate_documents
+from slimkernels.teacher_model import EMBEDDED_TEACHERS, TeacherNotFoundError, load_teacher
+
+__all__ = [
+    "EMBEDDED_TEACHERS",
+    "CaptureReport",
+    "GeneratedCorpus",
+    "TeacherNotFoundError",
+    "TeacherSanityError",
+    "capture",
+    "check_teacher_sanity",
+    "generate_documents",
+    "load_teacher",
+    "read_documents",
+    "read_prompts",
+    "shipped_prompts",
+    "tokenizer_fingerprint",
+]
