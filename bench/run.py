@@ -1,6 +1,10 @@
 """Times every case's providers in turn, round by round, and appends one JSON line per figure.
 
 python -m bench.run --out bench/results/cpu.jsonl [--quick] [--rounds 7] [--threads 2]
+
+Times are taken in a process whose allocator keeps its pages: a fresh page costs more than the arithmetic on it, and
+whether an output of tens of megabytes gets fresh ones depends on what ran before. Peak memory is taken in a second
+process with the allocator as it comes.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
 import re
 import subprocess
@@ -115,13 +120,22 @@ def matmul_flops_per_second(dtype: torch.dtype) -> float:
     return 2 * 1024 * 2048 * 4096 / best
 
 
+KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of every provider (default 7)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="the smallest shape of every op only")
+    parser.add_argument("--metric", choices=("time", "memory"), help="one of the two, in this process")
     args = parser.parse_args()
+    if args.metric is None:
+        for metric, environment in (("time", KEEP_PAGES), ("memory", {})):
+            command = [sys.executable, "-m", "bench.run", *sys.argv[1:], "--metric", metric]
+            subprocess.run(command, env=os.environ | environment, check=True)
+        return
     torch.set_num_threads(args.threads)
     bandwidth = copy_bytes_per_second()
     rates = {dtype: matmul_flops_per_second(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
@@ -143,13 +157,15 @@ def main() -> None:
             except AssertionError as error:
                 print(f"{case.name}: not timed, {error}", file=sys.stderr)
                 continue
+            if args.metric == "memory":
+                for provider, run in case.providers.items() if case.grads else ():
+                    run()
+                    write(case, provider, "peak_extra_memory", "bytes", {"p50": peak_extra_bytes(case, run)})
+                continue
             floor_ms = 1e3 * max(case.floor_bytes / bandwidth, case.floor_flops / rates[case.dtype])
             times = time_ms(case, args.rounds)
             for provider, figures in times.items():
                 write(case, provider, "time", "ms", figures | {"floor_ms": floor_ms})
-            if case.grads and Path("/proc/self/clear_refs").exists():
-                for provider, run in case.providers.items():
-                    write(case, provider, "peak_extra_memory", "bytes", {"p50": peak_extra_bytes(case, run)})
             ours, peer = times["slimkernels"]["p50"], times[case.peer]["p50"]
             print(f"{case.name}: {ours:.2f} ms, {peer / ours:.1f}x {case.peer}, {ours / floor_ms:.1f}x floor")
 

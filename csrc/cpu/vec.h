@@ -200,12 +200,15 @@ SK_INLINE auto max_lanes(V v) {
 
 // exp to 1 unit in the last place; NaN stays NaN, -inf gives 0, +inf gives +inf.
 SK_INLINE VecF exp(VecF x) {
-  x = x < -104.0f ? VecF{} - 104.0f : x;
-  x = x > 89.0f ? VecF{} + 89.0f : x;
 #if defined(__AVX512F__)
+  // min and max return their second operand where one is NaN.
+  x = bitcast<VecF>(_mm512_max_ps(_mm512_set1_ps(-104.0f), bitcast<__m512>(x)));
+  x = bitcast<VecF>(_mm512_min_ps(_mm512_set1_ps(89.0f), bitcast<__m512>(x)));
   const VecF n = bitcast<VecF>(
       _mm512_roundscale_ps(bitcast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
+  x = x < -104.0f ? VecF{} - 104.0f : x;
+  x = x > 89.0f ? VecF{} + 89.0f : x;
   const VecF magic = VecF{} + 0x1.8p23f;
   const VecF n = (x * 1.44269504f + magic) - magic;
 #endif
