@@ -123,26 +123,26 @@ def sparse_softmax(
     - ``"ghost"``: q, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1).
     - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), the unkept logits being 0.
 
-    Padding has log-probability -inf. A row with no mass on its ids has -inf everywhere on them.
+    Padding has log-probability -inf. A row with no mass on its ids has -inf everywhere on them. A log-probability of
+    -inf is a constant: it passes no gradient on.
     """
+    if rest not in RESTS:
+        raise ValueError(f"rest must be one of {RESTS}, got {rest!r}")
     dtype = _accumulate_dtype(sparse.logits)
     kept = sparse.ids >= 0
     scaled = (sparse.logits.to(dtype) / temperature).masked_fill(~kept, -math.inf)
     log_sum = _logsumexp(scaled)
-    nothing = torch.full_like(log_sum, -math.inf)
-    if rest in ("renorm", "renorm_both"):
-        return SparseProbs(scaled - _finite(log_sum).unsqueeze(-1), nothing)
+    log_z, tail = _finite(log_sum), torch.full_like(log_sum, -math.inf)
     if rest == "zero_logit":
         if vocab_size is None:
             raise ValueError("vocab_size is needed with rest='zero_logit': pass the width V of the teacher's rows")
         log_unkept = (vocab_size - kept.sum(-1)).to(dtype).log()
         log_z = _logsumexp(torch.stack([log_sum, log_unkept], dim=-1))
-        return SparseProbs(scaled - log_z.unsqueeze(-1), log_unkept - log_z)
+        tail = (log_unkept - log_z).masked_fill(log_unkept == -math.inf, -math.inf)
     if rest in ("zero", "ghost"):
-        lse = sparse.lse_at(temperature).to(dtype)
-        tail = _log1mexp(log_sum - lse) if rest == "ghost" else nothing
-        return SparseProbs(scaled - lse.unsqueeze(-1), tail)
-    raise ValueError(f"rest must be one of {RESTS}, got {rest!r}")
+        log_z = sparse.lse_at(temperature).to(dtype)
+        tail = _log1mexp(log_sum - log_z) if rest == "ghost" else tail
+    return SparseProbs((scaled - log_z.unsqueeze(-1)).masked_fill(scaled == -math.inf, -math.inf), tail)
 
 
 def slim_loss(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from slimkernels import SparseLogits, reference
 
@@ -20,17 +23,26 @@ RESTS_AND_DIVERGENCES = tuple(
     if divergence in ("forward_kl", "soft_ce") or rest in ("ghost", "renorm_both")
 )
 
-# What a sum of a few hundred rounded terms may lose beyond what the same-dtype torch loses, relative to the largest
-# entry of the truth: a few units in the last place of the dtype the result is stored in.
-FLOORS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# What may be lost beyond twice what torch loses in the same dtype, relative to the largest entry of the truth: a few
+# units in the last place of the dtype the result is stored in. In float64 torch is the truth itself, so the floor is
+# all there is; it leaves room for what an ill-conditioned tail 1 - a does to the last places.
+FLOORS = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 _FACTOR = 2.0
 
 
-def assert_as_accurate(actual: Tensor, same_dtype_torch: Tensor, truth: Tensor, floor: float | None = None) -> None:
+def assert_as_accurate(
+    actual: Tensor,
+    same_dtype_torch: Tensor,
+    truth: Tensor,
+    floor: float | None = None,
+    *,
+    at_least: float = 0.0,
+) -> None:
     """Our error may be twice that of torch in the same dtype, plus a floor, both against float64.
 
     Infinities and NaN must be where the truth has them, and errors are measured on the rest. ``floor`` is relative to
-    the largest magnitude of the truth; it defaults to the entry of ``FLOORS`` for the dtype of ``actual``.
+    the largest magnitude of the truth, or to ``at_least`` where that is larger because the truth is a small difference
+    of large terms; it defaults to the entry of ``FLOORS`` for the dtype of ``actual``.
     """
     assert actual.dtype == same_dtype_torch.dtype, f"dtype {actual.dtype}, torch has {same_dtype_torch.dtype}"
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
@@ -45,7 +57,7 @@ def assert_as_accurate(actual: Tensor, same_dtype_torch: Tensor, truth: Tensor, 
         return
     ours = (wide - truth)[finite].abs()
     theirs = (torch_wide - truth)[finite].abs().nan_to_num(0.0, posinf=0.0)
-    scale = truth[finite].abs().max()
+    scale = truth[finite].abs().max().clamp(min=at_least)
     bound = _FACTOR * theirs.max() + floor * scale
     assert ours.max() <= bound, (
         f"error {ours.max():.3e} of {scale:.3e}, allowed {bound:.3e} (torch in this dtype: {theirs.max():.3e})"
@@ -117,14 +129,117 @@ def to_dtype(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
     )
 
 
-def loss_and_grads(function, operands: tuple[Tensor, ...], upstream: Tensor | float, /, *args, **options):
+def loss_and_grads(function: Callable, operands: tuple[Tensor, ...], upstream: Tensor | float, /, *args, **options):
     """Runs ``function(*operands, *args, **options)`` and its backward; returns the SlimLoss and the gradients."""
-    leaves = tuple(operand.detach().clone(memory_format=torch.preserve_format) for operand in operands)
-    for leaf in leaves:
-        leaf.requires_grad_()
+    leaves = tuple(operand.detach().clone().requires_grad_() for operand in operands)
     out = function(*leaves, *args, **options)
     grads = torch.autograd.grad(out.loss, leaves, torch.as_tensor(upstream).to(out.loss).expand(out.loss.shape))
     return out, grads
+
+
+def assert_slim_loss_matches(
+    function: Callable,
+    same_dtype_torch: Callable,
+    truth: Callable,
+    operands: tuple[Tensor, ...],
+    target: Tensor,
+    teacher: SparseLogits | None,
+    *,
+    upstream: Tensor | float = 1.0,
+    **options,
+) -> None:
+    """Every field of the loss and the gradient of every operand, by ``assert_as_accurate``.
+
+    The functions take (*operands, target, teacher, **options); ``truth`` gets everything in float64.
+    """
+    actual = loss_and_grads(function, operands, upstream, target, teacher, **options)
+    theirs = loss_and_grads(same_dtype_torch, operands, upstream, target, teacher, **options)
+    wide = tuple(operand.double() for operand in operands)
+    teacher = None if teacher is None else to_dtype(teacher, torch.float64)
+    expected = loss_and_grads(truth, wide, upstream, target, teacher, **options)
+    for name in reference.SlimLoss._fields:
+        with explain(name):
+            # Sums of logarithms and of probabilities: terms of order 1 even where the sum is not.
+            assert_as_accurate(*(getattr(out, name) for out, _ in (actual, theirs, expected)), at_least=1.0)
+    for index, grads in enumerate(zip(actual[1], theirs[1], expected[1], strict=True)):
+        with explain(f"gradient of operand {index}"):
+            assert_as_accurate(*grads)
+    ignored = target == options.get("ignore_index", -100)
+    assert not actual[1][0][ignored].any(), "an ignored row has a gradient"
+
+
+@contextlib.contextmanager
+def explain(what: str):
+    """Adds ``what`` to the message of an assertion that fails inside."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error
+
+
+def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
+    """Two tensors, or two sequences of them, are equal bit for bit: -0.0 is not 0.0, any NaN is NaN."""
+    if not isinstance(actual, Tensor):
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_bits(one, other)
+        return
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    nan = expected.isnan()
+    assert torch.equal(actual.isnan(), nan)
+    one, other = (tensor.detach().masked_fill(nan, 0).contiguous() for tensor in (actual, expected))
+    assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
+
+
+def sparse_fields(sparse: SparseLogits) -> list[Tensor]:
+    """The tensors of a record."""
+    fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit]
+    return [field for field in fields if field is not None]
+
+
+def row_strided(rows: Tensor) -> Tensor:
+    """The same rows (N, V) inside wider ones that hold NaN."""
+    wide = rows.new_full((rows.shape[0], rows.shape[1] + 13), math.nan)
+    wide[:, 5 : 5 + rows.shape[1]] = rows
+    return wide[:, 5 : 5 + rows.shape[1]]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """A contiguous copy that starts one element after an aligned address."""
+    flat = tensor.new_empty(tensor.numel() + 1)
+    flat[1:] = tensor.reshape(-1)
+    return flat[1:].view(tensor.shape)
+
+
+def column_major(rows: Tensor) -> Tensor:
+    """The same values with the rows, not the columns, next to each other in memory."""
+    return rows.t().contiguous().t()
+
+
+LAYOUTS = {"row strided": row_strided, "misaligned": misaligned, "column major": column_major}
+
+
+class recorded_ops(TorchFunctionMode):  # noqa: N801 -- used like a function
+    """A context that keeps every call of an operator of this package, for ``torch.library.opcheck``."""
+
+    def __enter__(self):
+        self.calls: list[tuple] = []
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.OpOverloadPacket) and str(func).startswith("slimkernels."):
+            self.calls.append((func.default, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def opcheck_calls_of(function: Callable, *args, **options) -> list[str]:
+    """Runs ``torch.library.opcheck`` on every operator that ``function`` calls; returns their names."""
+    with recorded_ops() as mode:
+        function(*args, **options)
+    for op, op_args, op_kwargs in mode.calls:
+        # The public functions hand over views of their arguments; opcheck reads .grad and wants leaves.
+        leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in op_args]
+        torch.library.opcheck(op, leaves, op_kwargs)
+    return [op.name() for op, _, _ in mode.calls]
 
 
 def hostile_rows(vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -164,6 +279,11 @@ def hostile_rows(vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str
         "period of a vector": (index % 16).double(),
         "large at the end": torch.where(index >= vocab_size - vocab_size // 8, 10.0, 0.0) + noise,
         "one outlier": noise.masked_fill(index == vocab_size - 1, 1e4),
+        # What a sample of the row at a fixed stride sees, or misses.
+        "comb of 16": torch.where(index % 16 == 0, 5.0, 0.0) + 0.1 * noise,
+        "comb of 64": torch.where(index % 64 == 0, 5.0, 0.0) + 0.1 * noise,
+        "low comb of 64": torch.where(index % 64 == 0, -5.0, 0.0) + 0.1 * noise,
+        "comb of 63": torch.where(index % 63 == 0, 5.0, 0.0),
         "large magnitude": 1e4 * noise,
         "heavy tail": noise**5,
     }
@@ -247,3 +367,11 @@ HAND_WORKED_WEIGHTS = (
     ("student_over_teacher", 1 - math.exp(-2)),
     ("none", 1.0),
 )
+
+
+def largest_allocation(function: Callable, *args, **options) -> int:
+    """The bytes of the largest single tensor that ``function`` allocates."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function(*args, **options)
+    return max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty")

@@ -1,0 +1,273 @@
+"""The sampling oracle: published vectors of its generator, paper, and statistics of a fixed seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import assert_same_bits, loss_and_grads
+
+from slimkernels import reference
+from slimkernels import reference_sampling as sampling
+
+F64 = torch.float64
+WORD = 0xFFFFFFFF
+# Quantiles of the chi-square distribution at 99.9 %, by degrees of freedom.
+CHI_SQUARE = {2: 13.82, 3: 16.27, 5: 20.52, 11: 31.26}
+
+
+def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
+    """Philox-4x32-10 once more, in Python's integers."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & WORD, (first >> 32) ^ c3 ^ k1, first & WORD
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        # The known answers of Random123's kat_vectors.
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([WORD] * 4, [WORD] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    assert philox_in_integers(counter, key) == words
+    actual = sampling.philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert [int(word) for word in actual] == words
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, -5])
+@pytest.mark.parametrize("position", [0, 2**33 + 1, -1])
+@pytest.mark.parametrize("draw", [0, 12])
+def test_gumbel_noise_is_the_documented_map(seed, position, draw):
+    noise = sampling.gumbel_noise(torch.tensor([[seed]]), torch.tensor([[position]]), 11, draw)
+    for token_id, actual in enumerate(noise[0].tolist()):
+        counter = [token_id // 4, draw, position & WORD, (position >> 32) & WORD]
+        bits = philox_in_integers(counter, [seed & WORD, (seed >> 32) & WORD])[token_id % 4]
+        expected = -math.log(-math.log1p(-(bits + 0.5) / 2**32))
+        assert math.isclose(actual, expected, rel_tol=1e-12, abs_tol=1e-12)
+
+
+def test_gumbel_noise_has_the_moments_of_a_gumbel_variate():
+    noise = sampling.gumbel_noise(torch.full((200, 1), 3), torch.arange(200)[:, None], 1000)
+    # Mean is Euler's constant and the variance pi^2 / 6; five standard errors of 200,000 draws.
+    assert abs(noise.mean() - 0.57721566) < 5 * math.sqrt(math.pi**2 / 6 / noise.numel())
+    assert abs(noise.var() - math.pi**2 / 6) < 0.03
+    for other in (noise[:, 1:], noise[:, 2:], noise[:, 4:]):
+        first = noise[:, : other.shape[1]]
+        assert abs(torch.corrcoef(torch.stack([first.reshape(-1), other.reshape(-1)]))[0, 1]) < 0.015
+    assert abs(torch.corrcoef(torch.stack([noise[:-1].reshape(-1), noise[1:].reshape(-1)]))[0, 1]) < 0.015
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    expected = probs * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_sample_logits_draws_from_the_softmax(temperature):
+    num_rows = 20000
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -0.5], dtype=F64)
+    drawn = sampling.sample_logits(
+        logits.expand(num_rows, 6), seed=11, position=torch.arange(num_rows), temperature=temperature
+    )
+    counts = torch.bincount(drawn.token, minlength=6).double()
+    assert chi_square(counts, torch.softmax(logits / temperature, -1)) < CHI_SQUARE[5]
+    logprobs = torch.log_softmax(logits, -1)
+    torch.testing.assert_close(drawn.logprob, logprobs[drawn.token])
+    torch.testing.assert_close(drawn.truncated_logprob, torch.log_softmax(logits / temperature, -1)[drawn.token])
+    torch.testing.assert_close(drawn.entropy, -(logprobs.exp() * logprobs).sum().expand(num_rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_k": 4}, [0, 1, 2, 3]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        # In front of id 1 lies 0.4, in front of id 2 0.7, in front of id 3 0.9.
+        ({"top_p": 0.65}, [0, 1]),
+        ({"top_p": 0.75}, [0, 1, 2]),
+        ({"top_p": 0.0}, [0]),
+        # After top-k the rest is (4, 3, 2) / 9: in front of id 2 lies 7 / 9.
+        ({"top_k": 3, "top_p": 0.75}, [0, 1]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 1, 2]),
+        # The ratios to the likeliest are 1, 0.75, 0.5, 0.25.
+        ({"min_p": 0.6}, [0, 1]),
+        ({"min_p": 0.4}, [0, 1, 2]),
+        ({"min_p": 1.0}, [0]),
+        # T = 1/2 squares: (16, 9, 4, 1) / 30, ratios 1, 0.5625, 0.25, 0.0625.
+        ({"temperature": 0.5, "min_p": 0.5}, [0, 1]),
+        ({"temperature": 0.5, "top_p": 0.5}, [0]),
+        ({"temperature": 0.0}, [0]),
+        ({"temperature": 0.0, "top_k": 3, "min_p": 0.1}, [0]),
+    ],
+)
+def test_sample_logits_truncation_hand_worked(options, kept):
+    num_rows = 3000
+    probs = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=F64)
+    drawn = sampling.sample_logits(probs.log().expand(num_rows, 4), seed=5, position=torch.arange(num_rows), **options)
+    temperature = options.get("temperature", 1.0) or 1.0
+    truncated = torch.zeros(4, dtype=F64)
+    truncated[kept] = probs[kept] ** (1.0 / temperature)
+    truncated /= truncated.sum()
+    counts = torch.bincount(drawn.token, minlength=4)
+    assert counts.nonzero().flatten().tolist() == kept
+    if len(kept) > 2:
+        assert chi_square(counts[kept].double(), truncated[kept]) < CHI_SQUARE[len(kept) - 1]
+    torch.testing.assert_close(drawn.truncated_logprob, truncated[drawn.token].log())
+    torch.testing.assert_close(drawn.logprob, probs[drawn.token].log())
+
+
+def test_sample_logits_equal_scores_stand_or_fall_together():
+    logits = torch.tensor([1.0, 0.0, 1.0, 1.0, -1.0])
+    rows, positions = logits.expand(500, 5), torch.arange(500)
+    for options in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9}):
+        drawn = sampling.sample_logits(rows, seed=1, position=positions, **options)
+        assert drawn.token.unique().tolist() == [0, 2, 3]
+    greedy = sampling.sample_logits(rows, seed=1, position=positions, temperature=0.0)
+    assert greedy.token.unique().tolist() == [0]
+    assert not greedy.truncated_logprob.any()
+
+
+@pytest.mark.slow
+def test_sample_logits_truncates_like_transformers():
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = 3.0 * torch.randn(40, 97, dtype=F64)
+    expected = logits
+    for warper in (TemperatureLogitsWarper(0.8), TopKLogitsWarper(30), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)):
+        expected = warper(None, expected)
+    options = (torch.full((40, 1), value, dtype=F64) for value in (0.8, 30, 0.9, 0.05))
+    actual = sampling._truncated_logprobs(logits, *options)
+    torch.testing.assert_close(actual, torch.log_softmax(expected, -1))
+
+
+def test_sample_logits_of_a_row_depends_on_nothing_but_the_row():
+    num_rows = 40
+    logits, seed = torch.randn(num_rows, 33), torch.arange(num_rows) * 17
+    position = torch.arange(num_rows) + 100
+    options = {
+        "temperature": torch.rand(num_rows) * 2,
+        "top_k": torch.randint(0, 20, (num_rows,)),
+        "top_p": torch.rand(num_rows) * 0.5 + 0.5,
+        "min_p": torch.rand(num_rows) * 0.1,
+    }
+    options["temperature"][::7] = 0.0
+    whole = sampling.sample_logits(logits, seed=seed, position=position, **options)
+    order = torch.randperm(num_rows)[:13]
+    some = sampling.sample_logits(
+        logits[order], seed=seed[order], position=position[order], **{name: o[order] for name, o in options.items()}
+    )
+    assert_same_bits(some, [field[order] for field in whole])
+    row = 9
+    alone = sampling.sample_logits(
+        logits[row],
+        seed=int(seed[row]),
+        position=int(position[row]),
+        **{name: option[row].item() for name, option in options.items()},
+    )
+    assert alone.token == whole.token[row]
+    assert len({int(t) for t in sampling.sample_logits(logits[:1].expand(40, 33), seed=seed, position=0).token}) > 5
+
+
+def test_sample_logits_never_draws_what_is_impossible():
+    logits = torch.full((200, 9), -math.inf)
+    logits[:, 4], logits[:, 7] = 0.0, 1.0
+    drawn = sampling.sample_logits(logits, seed=0, position=torch.arange(200))
+    assert drawn.token.unique().tolist() == [4, 7]
+    assert drawn.entropy.isfinite().all()
+    assert drawn.logprob.isfinite().all()
+
+
+def test_sample_distinct_draws_without_replacement():
+    num_rows = 20000
+    probs = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=F64)
+    rows, position = probs.log().expand(num_rows, 4), torch.arange(num_rows)
+    pairs = sampling.sample_distinct(rows, 2, seed=3, position=position).token
+    # P(i, then j) = p_i p_j / (1 - p_i), twelve ordered pairs.
+    expected = probs[:, None] * probs[None, :] / (1 - probs)[:, None]
+    distinct = ~torch.eye(4, dtype=torch.bool)
+    counts = torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16).reshape(4, 4)
+    assert not counts[~distinct].any()
+    assert chi_square(counts[distinct].double(), expected[distinct]) < CHI_SQUARE[11]
+    assert torch.equal(pairs[:, 0], sampling.sample_logits(rows, seed=3, position=position).token)
+
+
+def test_sample_distinct_ends_in_padding_where_too_few_are_left():
+    logits = torch.randn(5, 6)
+    drawn = sampling.sample_distinct(logits, 8, seed=0, position=torch.arange(5), top_k=3)
+    assert drawn.token.shape == (5, 8)
+    assert (drawn.token[:, 3:] == -1).all()
+    assert [sorted(row[:3].tolist()) for row in drawn.token] == [sorted(row.topk(3).indices.tolist()) for row in logits]
+    assert (drawn.logprob[:, 3:] == -math.inf).all()
+    assert (drawn.truncated_logprob[:, 3:] == -math.inf).all()
+    greedy = sampling.sample_distinct(logits, 2, seed=0, position=0, temperature=0.0)
+    assert torch.equal(greedy.token[:, 0], logits.argmax(-1))
+    assert (greedy.token[:, 1] == -1).all()
+
+
+def test_sample_targets_is_a_legal_record_of_counts():
+    logits, target = torch.randn(3, 5, 40), torch.randint(40, (3, 5))
+    target[0, 0] = -100
+    rounds, position = 12, torch.arange(15).reshape(3, 5)
+    sparse = sampling.sample_targets(logits, rounds, 7, position=position, target=target)
+    sparse.validate(40)
+    assert (sparse.leading_shape, sparse.top_k) == ((3, 5), rounds)
+    counts = (sparse.logits.exp() * rounds).masked_fill(sparse.ids < 0, 0.0)
+    torch.testing.assert_close(counts, counts.round(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(counts.sum(-1), torch.full((3, 5), float(rounds)))
+    expected = torch.log_softmax(logits, -1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(sparse.target_logit, expected.masked_fill(target < 0, math.nan), equal_nan=True)
+    # Round 0 is the draw of sample_logits.
+    first = sampling.sample_targets(logits, 1, 7, position=position)
+    assert torch.equal(first.ids[..., 0].long(), sampling.sample_logits(logits, seed=7, position=position).token)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sample_targets_give_the_dense_gradient_on_average(temperature):
+    num_rows, rounds, vocab_size = 8000, 6, 5
+    teacher = torch.tensor([1.0, -0.5, 2.0, 0.0, -2.0], dtype=F64)
+    student = torch.tensor([0.3, 0.1, -0.4, 1.0, 0.2], dtype=F64)
+    sparse = sampling.sample_targets(
+        teacher.expand(num_rows, vocab_size), rounds, 1, position=torch.arange(num_rows), temperature=temperature
+    )
+    options = {"weight": "none", "ce_weight": 0.0}
+    target = torch.zeros(num_rows, dtype=torch.int64)
+    for rest in ("renorm", "zero"):
+        # "mean" over rows that differ in nothing but the draw.
+        _, (grad,) = loss_and_grads(
+            reference.slim_loss, (student.expand(num_rows, vocab_size),), 1.0, target, sparse, rest=rest, **options
+        )
+        q, p = torch.softmax(teacher / temperature, -1), torch.softmax(student, -1)
+        standard_error = (q * (1 - q) / (rounds * num_rows)).sqrt()
+        assert ((grad.sum(0) - (p - q)).abs() < 4 * standard_error).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("rounds", lambda: sampling.sample_targets(torch.zeros(2, 3), 0, 1, position=0)),
+        ("temperature", lambda: sampling.sample_targets(torch.zeros(2, 3), 2, 1, position=0, temperature=0.0)),
+        ("m must", lambda: sampling.sample_distinct(torch.zeros(2, 3), 0, seed=1, position=0)),
+    ],
+)
+def test_sampling_refuses(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,564 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    HAND_WORKED,
+    HAND_WORKED_WEIGHTS,
+    LAYOUTS,
+    RESTS_AND_DIVERGENCES,
+    assert_as_accurate,
+    assert_same_bits,
+    assert_slim_loss_matches,
+    hand_worked_problem,
+    loss_and_grads,
+    misaligned,
+    opcheck_calls_of,
+    random_problem,
+    to_dtype,
+)
+
+import slimkernels as sk
+from slimkernels import SparseLogits, reference
+
+F64 = torch.float64
+INF, NAN = math.inf, math.nan
+WEIGHTS = ("teacher_over_student", "student_over_teacher", "none", "tensor")
+CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def assert_matches(logits, target, teacher, **options):
+    """``sk.slim_loss`` against the reference in the same dtype, both against the reference in float64."""
+    assert_slim_loss_matches(
+        sk.slim_loss, reference.slim_loss, reference.slim_loss, (logits,), target, teacher, **options
+    )
+
+
+@pytest.mark.parametrize(("rest", "divergence", "options", "expected"), HAND_WORKED)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_slim_loss_divergence_hand_worked(rest, divergence, options, expected, dtype):
+    logits, target, teacher = hand_worked_problem()
+    out = sk.slim_loss(logits.to(dtype), target, to_dtype(teacher, dtype), rest=rest, divergence=divergence, **options)
+    tolerance = {"rtol": 3e-6, "atol": 1e-7} if dtype == torch.float32 else CLOSE
+    torch.testing.assert_close(out.kd, torch.tensor([expected], dtype=dtype), **tolerance)
+
+
+@pytest.mark.parametrize(("weight", "expected"), HAND_WORKED_WEIGHTS)
+def test_slim_loss_terms_hand_worked(weight, expected):
+    logits, target, teacher = hand_worked_problem()
+    out = sk.slim_loss(
+        logits, target, teacher, weight=weight, rest="zero", ce_weight=3.0, kd_weight=5.0, z_loss_weight=7.0
+    )
+    kd = 3 / 4 * math.log(2)
+    fields = {"ce": math.log(4), "kd": kd, "weight": expected, "teacher_mass": 3 / 4, "student_mass": 5 / 8, "lse": 1}
+    for name, value in fields.items():
+        torch.testing.assert_close(getattr(out, name), torch.tensor([value], dtype=F64), **CLOSE, msg=name)
+    torch.testing.assert_close(
+        out.loss, torch.tensor(3 * math.log(4) + 5 * expected * kd + 7 * 1.0, dtype=F64), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slim_loss_matches_the_reference(dtype, rest, divergence, weight):
+    logits, target, teacher = random_problem(dtype=dtype, temperature=1.7, ragged=weight == "tensor")
+    options = {"rest": rest, "divergence": divergence, "temperature": 1.7}
+    options["weight"] = torch.rand(7) if weight == "tensor" else weight
+    assert_matches(logits, target, teacher, upstream=1.5, **options)
+
+
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+@pytest.mark.parametrize("weight", ["teacher_over_student", "student_over_teacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_slim_loss_through_the_weight(dtype, rest, divergence, weight):
+    logits, target, teacher = random_problem(dtype=dtype, seed=1)
+    options = {"rest": rest, "divergence": divergence, "weight": weight, "detach_weight": False}
+    assert_matches(logits, target, teacher, reduction="sum", **options)
+
+
+OPTIONS = {
+    "no teacher": {"teacher": None},
+    "no teacher, z-loss": {"teacher": None, "z_loss_weight": 0.1, "label_smoothing": 0.2},
+    "ce alone": {"kd_weight": 0.0},
+    "kd alone": {"ce_weight": 0.0},
+    "weights": {"ce_weight": 0.3, "kd_weight": 2.5},
+    "z-loss alone": {"ce_weight": 0.0, "kd_weight": 0.0, "z_loss_weight": 0.5},
+    "label smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss_weight": 1e-2},
+    "softcap": {"softcap": 4.0},
+    "logit scale": {"logit_scale": 0.125},
+    "softcap and scale": {"softcap": 7.0, "logit_scale": 1.5, "temperature": 1.7},
+    "temperature below 1": {"temperature": 0.6},
+    "temperature": {"temperature": 4.0},
+    "beta": {"divergence": "jsd", "beta": 0.9},
+    "alpha": {"divergence": "skew_kl", "alpha": 0.6},
+    "alpha of 0": {"divergence": "skew_kl", "alpha": 0.0},
+    "ignore_index": {"ignore_index": 5},
+    "num_items": {"num_items": 20},
+    "num_items tensor": {"num_items": torch.tensor(20)},
+    "sum": {"reduction": "sum", "upstream": -2.5},
+    "none": {"reduction": "none", "upstream": torch.linspace(-1.0, 2.0, 7)},
+    "mean, upstream": {"upstream": 12.0},
+    "upstream of 0": {"upstream": 0.0},
+    "all": {
+        "divergence": "jsd",
+        "detach_weight": False,
+        "label_smoothing": 0.1,
+        "z_loss_weight": 1e-2,
+        "softcap": 9.0,
+        "logit_scale": 0.7,
+        "temperature": 1.7,
+        "num_items": 9,
+        "ce_weight": 0.4,
+        "upstream": 3.0,
+    },
+    "all, none": {
+        "divergence": "reverse_kl",
+        "detach_weight": False,
+        "label_smoothing": 0.1,
+        "z_loss_weight": 1e-2,
+        "softcap": 9.0,
+        "logit_scale": 0.7,
+        "temperature": 1.7,
+        "reduction": "none",
+        "upstream": torch.linspace(-1.0, 2.0, 7),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slim_loss_options(dtype, name):
+    options = {"rest": "ghost", **OPTIONS[name]}
+    logits, target, teacher = random_problem(dtype=dtype, temperature=options.get("temperature", 1.0))
+    if "ignore_index" in options:
+        target[target == -100] = 5
+        target[3] = 5
+    assert_matches(logits, target, options.pop("teacher", teacher), **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_slim_loss_without_teacher_is_cross_entropy(reduction):
+    logits, target, _ = random_problem(dtype=F64)
+    leaf = logits.clone().requires_grad_()
+    expected = F.cross_entropy(leaf, target, reduction=reduction, label_smoothing=0.1)
+    upstream = torch.randn(expected.shape, dtype=F64)
+    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), upstream, target, reduction=reduction, label_smoothing=0.1)
+    torch.testing.assert_close(out.loss, expected, **CLOSE)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, leaf, upstream)[0], **CLOSE)
+    assert not any(field.any() for field in (out.kd, out.weight, out.teacher_mass, out.student_mass))
+
+
+SHAPES = (
+    *((0, 11, 3), (1, 1, 1), (1, 2, 1), (2, 2, 2), (3, 7, 7), (2, 63, 1), (2, 127, 127), (5, 129, 64)),
+    *((3, 1023, 51), (3, 1025, 1024), (2, 4099, 205), (2, 9001, 9001), (2, 32003, 1601)),
+)
+
+
+@pytest.mark.parametrize(("num_rows", "vocab_size", "top_k"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slim_loss_shapes(dtype, num_rows, vocab_size, top_k):
+    pairs = RESTS_AND_DIVERGENCES
+    if vocab_size > 1000:
+        # What the walk over a long row shares: one pair with the tail, one without, one that fills it, one on S alone.
+        pairs = (("renorm", "forward_kl"), ("ghost", "jsd"), ("zero_logit", "forward_kl"), ("renorm_both", "skew_kl"))
+    logits, target, teacher = random_problem(num_rows, vocab_size, top_k, dtype=dtype, ignored=())
+    for rest, divergence in pairs:
+        assert_matches(logits, target, teacher, rest=rest, divergence=divergence)
+
+
+@pytest.mark.parametrize("with_target_logit", [True, False])
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16, F64])
+@pytest.mark.parametrize("teacher", DTYPES)
+def test_slim_loss_of_other_teacher_dtypes(student, teacher, with_target_logit):
+    logits, target, record = random_problem(dtype=teacher, with_target_logit=with_target_logit)
+    assert_matches(logits.to(student), target, record, rest="ghost")
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[:2])
+def test_slim_loss_label_outside_the_ids_without_target_logit(weight):
+    logits, target, teacher = random_problem(9, 203, 5, with_target_logit=False, ignored=(), seed=3)
+    outside = (teacher.ids != target[:, None]).all(-1)
+    assert 0 < outside.sum() < 9
+    out = sk.slim_loss(logits, target, teacher, weight=weight)
+    assert (out.weight[outside] == (0.0 if weight == "teacher_over_student" else 1.0)).all()
+    assert ((out.weight[~outside] > 0.0) & (out.weight[~outside] < 1.0)).all()
+    assert_matches(logits, target, teacher, weight=weight, detach_weight=False)
+
+
+@pytest.mark.parametrize("gap", [5.0, 20.0, 80.0])
+def test_slim_loss_tails_do_not_cancel(gap):
+    # Float32 knows nothing of a student tail of exp(-20) that is computed as 1 - P.
+    logits = torch.tensor([[gap, 0.0, 0.5, 1.0]])
+    lse = torch.tensor([[math.log1p(2 * math.exp(-5.0))]])
+    teacher = SparseLogits(torch.tensor([[0]], dtype=torch.int32), torch.zeros(1, 1), lse)
+    options = {"rest": "ghost", "weight": "none", "ce_weight": 0.0}
+    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, torch.tensor([0]), teacher, **options)
+    truth, (true_grad,) = loss_and_grads(
+        reference.slim_loss, (logits.double(),), 1.0, torch.tensor([0]), to_dtype(teacher, F64), **options
+    )
+    torch.testing.assert_close(out.kd.double(), truth.kd, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad[:, 1:].double(), true_grad[:, 1:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+@pytest.mark.parametrize("shape", ["-inf off the support", "one kept", "empty row", "q = 0 in ids", "full mass"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slim_loss_edges(rest, divergence, shape, dtype):
+    logits, target, teacher = random_problem(3, 45, 6, dtype=dtype, ignored=())
+    options = {"rest": rest, "divergence": divergence, "reduction": "sum"}
+    if shape == "-inf off the support":
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids.long(), False)
+        # All but one, on which the bucket of "ghost" still has something.
+        outside.scatter_(1, outside.int().argmax(-1, keepdim=True), False)
+        logits = logits.masked_fill(outside, -INF)
+        target = teacher.ids[:, 1].long()
+        _, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
+        if rest == "zero_logit":
+            # The teacher expects something of every id, so the loss is infinite.
+            assert (sk.slim_loss(logits, target, teacher, **options).kd == INF).all()
+            return
+        assert not grad[outside].any()
+    elif shape == "one kept":
+        _, _, teacher = random_problem(3, 45, 1, dtype=dtype)
+    elif shape == "empty row":
+        teacher.ids[1] = -1
+    elif shape == "q = 0 in ids":
+        teacher.logits[1, 2] = -INF
+    else:
+        # A record whose lse says that nothing lies outside: 1 - a = 0, while the student has a tail.
+        teacher = SparseLogits(teacher.ids, teacher.logits, torch.logsumexp(teacher.logits.float(), -1, keepdim=True))
+        teacher.lse.sub_(1e-6)
+    assert_matches(logits, target, teacher, **options)
+
+
+def test_slim_loss_of_infinite_student_logits_on_the_support():
+    # The student rules out what the teacher allows: D is +inf where it weighs with the teacher, finite elsewhere.
+    logits, target, teacher = random_problem(2, 31, 5, ignored=())
+    target = teacher.ids[:, 0].long()
+    logits[0, teacher.ids[0, 3].item()] = -INF
+    for rest, divergence in RESTS_AND_DIVERGENCES:
+        options = {"rest": rest, "divergence": divergence}
+        out, truth = (f(logits, target, teacher, **options) for f in (sk.slim_loss, reference.slim_loss))
+        assert_as_accurate(out.kd, truth.kd, truth.kd.double())
+        assert out.kd.isinf().tolist() == [divergence in ("forward_kl", "soft_ce"), False]
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 80.0, 3e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slim_loss_of_small_and_large_logits(magnitude, dtype):
+    generator = torch.Generator().manual_seed(5)
+    logits = (magnitude * torch.rand(4, 301, generator=generator, dtype=F64)).to(dtype)
+    teacher = reference.topk_logits(torch.randn(4, 301, generator=generator).to(dtype), 15)
+    target = torch.tensor([0, 17, 300, -100])
+    for rest in reference.RESTS:
+        assert_matches(logits, target, teacher, rest=rest, z_loss_weight=1e-4)
+
+
+@pytest.mark.parametrize("leading_shape", [(), (1,), (2, 3), (2, 0, 3), (2, 1, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slim_loss_keeps_leading_dimensions(leading_shape, reduction):
+    num_rows = math.prod(leading_shape)
+    logits, target, teacher = random_problem(num_rows, 53, 6, ignored=(2,))
+    token_weight = torch.rand(num_rows)
+    flat, (flat_grad,) = loss_and_grads(
+        sk.slim_loss, (logits,), 1.0, target, teacher, weight=token_weight, reduction=reduction
+    )
+    out, (grad,) = loss_and_grads(
+        sk.slim_loss,
+        (logits.reshape(*leading_shape, 53),),
+        1.0,
+        target.reshape(leading_shape),
+        teacher.reshape(*leading_shape),
+        weight=token_weight.reshape(leading_shape),
+        reduction=reduction,
+    )
+    assert grad.shape == (*leading_shape, 53)
+    assert_same_bits(grad.reshape(-1, 53), flat_grad)
+    for name, field, wanted in zip(out._fields, out, flat, strict=True):
+        assert field.shape == (() if name == "loss" and reduction == "mean" else leading_shape)
+        assert_same_bits(field.reshape(-1), wanted.reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slim_loss_of_any_layout(dtype, layout, reduction):
+    logits, target, teacher = random_problem(dtype=dtype)
+    expected = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, rest="ghost", reduction=reduction)
+    strided = LAYOUTS[layout](logits).requires_grad_()
+    strange_teacher = SparseLogits(
+        LAYOUTS[layout](teacher.ids.double()).int() if layout == "row strided" else LAYOUTS[layout](teacher.ids),
+        LAYOUTS[layout](teacher.logits),
+        misaligned(teacher.lse),
+        teacher.temperatures,
+        torch.stack([teacher.target_logit] * 2, -1)[:, 0],
+    )
+    strange_target = torch.stack([target, target], -1)[:, 0]
+    out = sk.slim_loss(strided, strange_target, strange_teacher, rest="ghost", reduction=reduction)
+    grads = torch.autograd.grad(out.loss, strided, torch.ones_like(out.loss))
+    assert_same_bits([*out, *grads], [*expected[0], *expected[1]])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slim_loss_gradient_through_views(reduction):
+    logits, target, teacher = random_problem()
+    wide = torch.zeros(7, 300).requires_grad_()
+    expected = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, reduction=reduction)[1][0]
+    loss = sk.slim_loss(wide[:, 40:243] + logits, target, teacher, reduction=reduction).loss
+    (grad,) = torch.autograd.grad(loss, wide, torch.ones_like(loss))
+    assert_same_bits(grad[:, 40:243], expected)
+    assert not grad[:, :40].any()
+    assert not grad[:, 243:].any()
+    one = torch.zeros(1, 203, requires_grad=True)
+    logits, target = torch.zeros(7, 203), torch.arange(7)
+    expected = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, reduction=reduction)[1][0]
+    loss = sk.slim_loss(one.expand(7, 203), target, teacher, reduction=reduction).loss
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), one)[0], expected.sum(0, keepdim=True))
+
+
+def test_slim_loss_addresses_past_two_to_the_31():
+    # Only the touched pages of the buffer exist.
+    stride = 2**30 + 7
+    logits, target, teacher = random_problem(3, 203, dtype=torch.bfloat16)
+    far = torch.empty(2 * stride + 203, dtype=torch.bfloat16).as_strided((3, 203), (stride, 1))
+    far.copy_(logits)
+    assert_same_bits(sk.slim_loss(far, target, teacher), sk.slim_loss(logits, target, teacher))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slim_loss_second_backward(reduction, dtype):
+    logits, target, teacher = random_problem(dtype=dtype)
+    leaf = logits.clone().requires_grad_()
+    loss = sk.slim_loss(leaf, target, teacher, rest="ghost", reduction=reduction).loss
+    upstream = torch.ones_like(loss)
+    (first,) = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)
+    kept = first.clone()
+    (tripled,) = torch.autograd.grad(loss, leaf, 3.0 * upstream, retain_graph=True)
+    tolerance = {"rtol": 2e-2, "atol": 0.0} if dtype == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(tripled, 3.0 * kept, **tolerance)
+    loss.backward(upstream, retain_graph=True)
+    assert_same_bits(leaf.grad, kept)
+    # Autograd may refuse once the caller has changed a gradient that the graph keeps; it may not be wrong.
+    leaf.grad.zero_()
+    first.mul_(1e3)
+    with contextlib.suppress(RuntimeError):
+        assert_same_bits(torch.autograd.grad(loss, leaf, upstream)[0], kept)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slim_loss_float16_takes_the_default_loss_scale(reduction):
+    # torch.amp.GradScaler starts at 2^16, which float16 itself cannot hold.
+    logits, target, teacher = random_problem(dtype=torch.float16)
+    assert_matches(logits, target, teacher, upstream=2.0**16 if reduction == "mean" else 2.0**13, reduction=reduction)
+
+
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slim_loss_ignored_rows_cannot_leak(rest, divergence, dtype):
+    logits, target, teacher = random_problem(6, 59, 5, dtype=dtype, ignored=(0, 3))
+    options = {"rest": rest, "divergence": divergence, "detach_weight": False}
+    for reduction in ("mean", "none"):
+        expected = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, reduction=reduction, **options)
+        hostile = logits.clone()
+        hostile[0], hostile[3] = NAN, INF
+        wrong = SparseLogits(
+            teacher.ids, teacher.logits.clone(), teacher.lse.clone(), target_logit=teacher.target_logit.clone()
+        )
+        wrong.logits[[0, 3]] = NAN
+        wrong.lse[[0, 3]] = INF
+        wrong.target_logit[[0, 3]] = NAN
+        actual = loss_and_grads(sk.slim_loss, (hostile,), 1.0, target, wrong, reduction=reduction, **options)
+        assert_same_bits([*actual[0], *actual[1]], [*expected[0], *expected[1]])
+        assert not actual[1][0][[0, 3]].any()
+        assert not any(field[[0, 3]].any() for field in actual[0][1:])
+
+
+@pytest.mark.parametrize("num_rows", [0, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_slim_loss_without_a_label_is_zero(num_rows, reduction):
+    logits, target, teacher = random_problem(num_rows, 17, 3, ignored=(0, 1, 2))
+    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, reduction=reduction, z_loss_weight=1.0)
+    assert grad.shape == logits.shape
+    assert not any(tensor.any() for tensor in (*out, grad))
+
+
+def test_slim_loss_detaches_all_but_the_loss():
+    logits, target, teacher = random_problem()
+    teacher.logits.requires_grad_()
+    teacher.lse.requires_grad_()
+    weight = torch.rand(7, requires_grad=True)
+    before = [logits.clone(), target.clone(), teacher.logits.detach().clone()]
+    logits.requires_grad_()
+    out = sk.slim_loss(logits, target, teacher, weight=weight)
+    assert [field.requires_grad for field in out] == [True] + [False] * 6
+    out.loss.backward()
+    assert teacher.logits.grad is None
+    assert teacher.lse.grad is None
+    assert weight.grad is None
+    assert_same_bits([logits, target, teacher.logits], before)
+
+
+def test_slim_loss_is_the_same_without_gradient():
+    logits, target, teacher = random_problem(dtype=torch.bfloat16)
+    for reduction in ("mean", "none"):
+        expected = sk.slim_loss(logits.clone().requires_grad_(), target, teacher, reduction=reduction)
+        assert_same_bits(sk.slim_loss(logits, target, teacher, reduction=reduction), expected)
+        with torch.no_grad():
+            out = sk.slim_loss(logits.clone().requires_grad_(), target, teacher, reduction=reduction)
+        assert not out.loss.requires_grad
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rest", "divergence"), [("renorm", "forward_kl"), ("ghost", "jsd"), ("zero_logit", "soft_ce")]
+)
+def test_slim_loss_is_bitwise_repeatable_and_batch_invariant(dtype, rest, divergence):
+    logits, target, teacher = random_problem(9, 2051, 103, dtype=dtype)
+    options = {"rest": rest, "divergence": divergence, "reduction": "none"}
+    whole, (whole_grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
+    again, (again_grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
+    assert_same_bits([*again, again_grad], [*whole, whole_grad])
+    for row in (0, 2, 8):
+        one = slice(row, row + 1)
+        alone, (alone_grad,) = loss_and_grads(sk.slim_loss, (logits[one],), 1.0, target[one], teacher[one], **options)
+        assert_same_bits([*alone, alone_grad], [field[one] for field in (*whole, whole_grad)])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slim_loss_does_not_depend_on_the_number_of_threads(dtype, reduction, set_threads):
+    logits, target, teacher = random_problem(67, 2051, 103, dtype=dtype)
+    options = {"rest": "ghost", "reduction": reduction}
+    expected = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
+    for count in (2, 5):
+        set_threads(count)
+        actual = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
+        assert_same_bits([*actual[0], *actual[1]], [*expected[0], *expected[1]])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+def test_slim_loss_gradcheck(rest, divergence, reduction):
+    logits, target, teacher = random_problem(4, 11, 5, dtype=F64, temperature=1.3, ragged=True)
+    options = {"rest": rest, "divergence": divergence, "temperature": 1.3, "reduction": reduction}
+    options |= {"softcap": 9.0, "logit_scale": 0.8, "label_smoothing": 0.1, "z_loss_weight": 1e-2}
+
+    def loss(logits):
+        return sk.slim_loss(logits, target, teacher, detach_weight=False, **options).loss
+
+    assert torch.autograd.gradcheck(loss, (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slim_loss_opcheck(reduction):
+    logits, target, teacher = random_problem(4, 21, 5, ragged=True)
+    # NaN at padding would pass through opcheck's comparisons as a difference.
+    teacher.logits.nan_to_num_(0.0)
+    options = {"rest": "ghost", "reduction": reduction}
+    names = opcheck_calls_of(sk.slim_loss, logits.requires_grad_(), target, teacher, **options)
+    assert names == ["slimkernels::slim_loss_fwd"]
+    opcheck_calls_of(sk.slim_loss, logits, target, None, reduction=reduction)
+
+
+# Inductor itself imports what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_slim_loss_compiles_whole(backend, reduction):
+    logits, target, teacher = random_problem(4, 41, 5)
+
+    def loss(logits, target, ids, values, lse, target_logit):
+        record = SparseLogits(ids, values, lse, target_logit=target_logit)
+        out = sk.slim_loss(logits * 1.5, target, record, rest="ghost", reduction=reduction)
+        return out.loss, out.kd, out.weight
+
+    operands = (target, teacher.ids, teacher.logits, teacher.lse, teacher.target_logit)
+    eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = loss(eager, *operands)
+    actual = torch.compile(loss, fullgraph=True, backend=backend)(compiled, *operands)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    expected[0].sum().backward()
+    actual[0].sum().backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_slim_loss_fake_has_the_shapes_and_dtypes_of_the_real():
+    for dtype, reduction in itertools.product(DTYPES, ("mean", "none")):
+        logits, target, teacher = random_problem(4, 21, 5, dtype=dtype)
+        real = sk.slim_loss(logits, target, teacher, reduction=reduction)
+        fake = sk.slim_loss(logits.to("meta"), target.to("meta"), teacher.to("meta"), reduction=reduction)
+        for one, other in zip(fake, real, strict=True):
+            assert (one.shape, one.dtype, one.device.type) == (other.shape, other.dtype, "meta")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "rest", {"rest": "other"}),
+        (ValueError, "divergence", {"divergence": "other"}),
+        (ValueError, "weight", {"weight": "other"}),
+        (ValueError, "weight", {"weight": torch.ones(3)}),
+        (ValueError, "reduction", {"reduction": "other"}),
+        (ValueError, "temperature", {"temperature": 0.0}),
+        (ValueError, "temperature", {"temperature": -1.0}),
+        (ValueError, "temperature", {"temperature": NAN}),
+        (ValueError, "temperature", {"temperature": 2.0, "rest": "ghost"}),
+        (ValueError, "temperature", {"temperature": 2.0, "rest": "zero"}),
+        (ValueError, "softcap", {"softcap": -1.0}),
+        (ValueError, "logit_scale", {"logit_scale": NAN}),
+        (ValueError, "label_smoothing", {"label_smoothing": 1.5}),
+        (ValueError, "beta", {"beta": 1.5}),
+        (ValueError, "alpha", {"alpha": -0.5}),
+        (ValueError, "num_items", {"num_items": 3, "reduction": "sum"}),
+        (ValueError, "num_items", {"num_items": 3, "reduction": "none"}),
+        (TypeError, "logits", {"logits": torch.zeros(7, 203, dtype=torch.int64)}),
+        (TypeError, "target", {"target": torch.zeros(7, dtype=torch.int32)}),
+        (ValueError, "target", {"target": torch.zeros(6, dtype=torch.int64)}),
+        (ValueError, "target", {"target": torch.zeros(7, 1, dtype=torch.int64)}),
+        (ValueError, "target", {"target": torch.full((7,), 203)}),
+        (ValueError, "target", {"target": torch.full((7,), -1)}),
+        (ValueError, "target", {"target": torch.zeros(7, dtype=torch.int64, device="meta")}),
+        (TypeError, "teacher", {"teacher": torch.zeros(7, 5)}),
+        (ValueError, "teacher", {"teacher": random_problem(6).teacher}),
+        (ValueError, "teacher", {"teacher": random_problem(7).teacher.to("meta")}),
+        (ValueError, "ids", {"teacher": random_problem(7, 500, 400).teacher}),
+    ],
+)
+def test_slim_loss_refuses(error, message, options):
+    logits, target, teacher = random_problem()
+    arguments = {"logits": logits, "target": target, "teacher": teacher, **options}
+    with pytest.raises(error, match=message):
+        sk.slim_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("rest", "divergence"),
+    [
+        pair
+        for pair in itertools.product(reference.RESTS, ("reverse_kl", "jsd", "skew_kl"))
+        if pair not in RESTS_AND_DIVERGENCES
+    ],
+)
+def test_slim_loss_refuses_improper_distributions(rest, divergence):
+    with pytest.raises(ValueError, match="rest"):
+        sk.slim_loss(*random_problem(), rest=rest, divergence=divergence)
+
+
+@pytest.mark.parametrize("bad", [[3, 3], [5, 2], [-1, 4], [-2, 4], [4, 203]])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_slim_loss_refuses_bad_ids(bad, with_grad):
+    logits, target, teacher = random_problem(top_k=2)
+    teacher.ids[4] = torch.tensor(bad, dtype=torch.int32)
+    with pytest.raises(ValueError, match="ids"):
+        sk.slim_loss(logits.requires_grad_(with_grad), target, teacher)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    LAYOUTS,
+    assert_as_accurate,
+    assert_same_bits,
+    explain,
+    hand_worked_problem,
+    misaligned,
+    opcheck_calls_of,
+    random_problem,
+    to_dtype,
+)
+
+import slimkernels as sk
+from slimkernels import SparseLogits, reference
+
+F64 = torch.float64
+INF, NAN = math.inf, math.nan
+CLOSE = {"rtol": 1e-13, "atol": 1e-14}
+
+
+def probs_and_grads(function, sparse: SparseLogits, **options):
+    """The two outputs and the gradients of logits and lse under fixed random upstream gradients."""
+    logits, lse = (field.detach().clone().requires_grad_() for field in (sparse.logits, sparse.lse))
+    out = function(SparseLogits(sparse.ids, logits, lse, sparse.temperatures), **options)
+    generator = torch.Generator().manual_seed(9)
+    upstream = [torch.randn(field.shape, generator=generator, dtype=F64).to(field) for field in out]
+    # "renorm" and others have a constant tail, to torch.
+    live = [index for index, field in enumerate(out) if field.requires_grad]
+    grads = torch.autograd.grad(
+        [out[i] for i in live], (logits, lse), [upstream[i] for i in live], allow_unused=True, materialize_grads=True
+    )
+    return out, grads
+
+
+def assert_matches(sparse: SparseLogits, **options) -> None:
+    actual = probs_and_grads(sk.sparse_softmax, sparse, **options)
+    theirs = probs_and_grads(reference.sparse_softmax, sparse, **options)
+    truth = probs_and_grads(reference.sparse_softmax, to_dtype(sparse, F64), **options)
+    for name in reference.SparseProbs._fields:
+        with explain(name):
+            assert_as_accurate(*(getattr(out, name) for out, _ in (actual, theirs, truth)), at_least=1.0)
+    for index, grads in enumerate(zip(actual[1], theirs[1], truth[1], strict=True)):
+        with explain(f"gradient of {('logits', 'lse')[index]}"):
+            assert_as_accurate(*grads)
+
+
+@pytest.mark.parametrize(
+    ("rest", "probs", "tail"),
+    [
+        ("renorm", [2 / 3, 1 / 3], 0.0),
+        ("renorm_both", [2 / 3, 1 / 3], 0.0),
+        ("zero", [1 / 2, 1 / 4], 0.0),
+        ("ghost", [1 / 2, 1 / 4], 1 / 4),
+        ("zero_logit", [8 / 14, 4 / 14], 2 / 14),
+    ],
+)
+def test_sparse_softmax_hand_worked(rest, probs, tail):
+    actual = sk.sparse_softmax(hand_worked_problem().teacher, rest=rest, vocab_size=4)
+    torch.testing.assert_close(actual.logprobs.exp(), torch.tensor([probs], dtype=F64), **CLOSE)
+    torch.testing.assert_close(actual.tail_logprob.exp(), torch.tensor([tail], dtype=F64), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_matches_the_reference(rest, dtype):
+    for num_rows, vocab_size, top_k in ((1, 19, 1), (3, 7, 4), (5, 203, 17), (3, 301, 129), (2, 9001, 1601)):
+        for temperature in (1.0, 1.7):
+            sparse = random_problem(num_rows, vocab_size, top_k, dtype=dtype, temperature=temperature).teacher
+            with explain(f"V={vocab_size}, K={top_k}, T={temperature}"):
+                assert_matches(sparse, rest=rest, temperature=temperature, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_softmax_of_the_whole_vocabulary(dtype):
+    sparse = random_problem(5, 31, 31, dtype=dtype).teacher
+    expected = torch.log_softmax(sparse.logits.double(), -1)
+    for rest in reference.RESTS:
+        out = sk.sparse_softmax(sparse, rest=rest, vocab_size=31)
+        assert_as_accurate(out.logprobs, expected.to(out.logprobs.dtype), expected)
+        # Nothing is left but what the rounding of lse leaves in "ghost".
+        assert (out.tail_logprob.exp() < 2e-6).all()
+        assert rest == "ghost" or (out.tail_logprob == -INF).all()
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_never_reads_padding(rest):
+    # The records of random_problem(ragged=True) hold NaN at padding.
+    sparse = random_problem(9, 53, 12, ragged=True).teacher
+    assert (sparse.ids < 0).any()
+    assert_matches(sparse, rest=rest, vocab_size=53)
+    out, (grad, _) = probs_and_grads(sk.sparse_softmax, sparse, rest=rest, vocab_size=53)
+    assert (out.logprobs[sparse.ids < 0] == -INF).all()
+    assert not grad[sparse.ids < 0].any()
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_edges(rest):
+    sparse = random_problem(3, 53, 6).teacher
+    sparse.logits[0, 2] = -INF
+    sparse.ids[1] = -1
+    sparse.lse[2] = torch.logsumexp(sparse.logits[2], -1) - 1e-6
+    assert_matches(sparse, rest=rest, vocab_size=53)
+    if rest == "ghost":
+        assert sk.sparse_softmax(sparse, rest=rest).tail_logprob[1:].tolist() == [0.0, -INF]
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_of_ids_without_mass(rest):
+    sparse = random_problem(3, 53, 6).teacher
+    sparse.logits[1] = -INF
+    assert_matches(sparse, rest=rest, vocab_size=53)
+    assert (sk.sparse_softmax(sparse, rest=rest, vocab_size=53).logprobs[1] == -INF).all()
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_of_no_rows(rest):
+    out, grads = probs_and_grads(sk.sparse_softmax, random_problem(0, 9, 2).teacher, rest=rest, vocab_size=9)
+    assert [tuple(tensor.shape) for tensor in (*out, *grads)] == [(0, 2), (0,), (0, 2), (0, 1)]
+
+
+@pytest.mark.parametrize("tail_mass", [1e-14, 1e-3, 0.3, 0.9, 1 - 1e-9])
+def test_sparse_softmax_tail_does_not_cancel(tail_mass):
+    lse = torch.tensor([[-math.log1p(-tail_mass)]], dtype=F64)
+    sparse = SparseLogits(torch.tensor([[3]], dtype=torch.int32), torch.zeros(1, 1, dtype=F64), lse)
+    expected = reference.sparse_softmax(sparse, rest="ghost").tail_logprob
+    torch.testing.assert_close(sk.sparse_softmax(sparse, rest="ghost").tail_logprob, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_gradcheck(rest):
+    teacher = to_dtype(random_problem(3, 19, 5, ragged=True, temperature=1.7).teacher, F64)
+
+    def probs(logits, lse):
+        sparse = SparseLogits(teacher.ids, logits, lse, teacher.temperatures)
+        out = sk.sparse_softmax(sparse, temperature=1.7, rest=rest, vocab_size=19)
+        return out.logprobs[teacher.ids >= 0], out.tail_logprob.masked_fill(out.tail_logprob == -INF, 0.0)
+
+    logits = teacher.logits.nan_to_num(0.0).requires_grad_()
+    assert torch.autograd.gradcheck(probs, (logits, teacher.lse.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("leading_shape", [(), (0,), (2, 3), (2, 0, 3)])
+def test_sparse_softmax_keeps_leading_dimensions(leading_shape):
+    flat = random_problem(math.prod(leading_shape), 31, 4).teacher
+    expected = sk.sparse_softmax(flat, rest="ghost")
+    out = sk.sparse_softmax(flat.reshape(*leading_shape), rest="ghost")
+    assert out.logprobs.shape == (*leading_shape, 4)
+    assert out.tail_logprob.shape == leading_shape
+    assert_same_bits(out.logprobs.reshape(-1, 4), expected.logprobs)
+    assert_same_bits(out.tail_logprob.reshape(-1), expected.tail_logprob)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sparse_softmax_of_any_layout(dtype, layout):
+    sparse = random_problem(5, 203, 17, dtype=dtype).teacher
+    logits = LAYOUTS[layout](sparse.logits)
+    ids = misaligned(sparse.ids) if layout == "misaligned" else sparse.ids.t().contiguous().t()
+    strange = SparseLogits(ids, logits, torch.cat([sparse.lse, sparse.lse], -1)[:, :1])
+    assert_same_bits(sk.sparse_softmax(strange, rest="ghost"), sk.sparse_softmax(sparse, rest="ghost"))
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
+def test_sparse_softmax_is_bitwise_repeatable_and_batch_invariant(rest):
+    sparse = random_problem(9, 2051, 103).teacher
+    whole = sk.sparse_softmax(sparse, rest=rest, vocab_size=2051)
+    assert_same_bits(sk.sparse_softmax(sparse, rest=rest, vocab_size=2051), whole)
+    for row in (0, 8):
+        one = slice(row, row + 1)
+        alone = sk.sparse_softmax(sparse[one], rest=rest, vocab_size=2051)
+        assert_same_bits(alone, [field[one] for field in whole])
+
+
+def test_sparse_softmax_opcheck():
+    for rest in ("ghost", "zero_logit"):
+        sparse = random_problem(3, 21, 4).teacher
+        sparse.logits.requires_grad_()
+        names = opcheck_calls_of(sk.sparse_softmax, sparse, rest=rest, vocab_size=21)
+        assert names == ["slimkernels::sparse_softmax"]
+
+
+def test_sparse_softmax_compiles_whole():
+    teacher = random_problem(3, 21, 4).teacher
+
+    def tail(logits):
+        sparse = SparseLogits(teacher.ids, logits * 0.5, teacher.lse)
+        out = sk.sparse_softmax(sparse, rest="ghost")
+        return out.logprobs, out.tail_logprob
+
+    eager, compiled = teacher.logits.clone().requires_grad_(), teacher.logits.clone().requires_grad_()
+    expected, actual = tail(eager), torch.compile(tail, fullgraph=True, backend="aot_eager")(compiled)
+    assert_same_bits(actual, expected)
+    sum(field.sum() for field in expected).backward()
+    sum(field.sum() for field in actual).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("rest", {"rest": "other"}),
+        ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": NAN}),
+        ("temperature", {"temperature": 2.0, "rest": "ghost"}),
+        ("temperature", {"temperature": 2.0, "rest": "zero"}),
+        ("vocab_size", {"rest": "zero_logit"}),
+        ("vocab_size", {"rest": "zero_logit", "vocab_size": 0}),
+        ("ids", {"rest": "zero_logit", "vocab_size": 20}),
+    ],
+)
+def test_sparse_softmax_refuses(message, options):
+    sparse = random_problem().teacher
+    with pytest.raises(ValueError, match=message):
+        sk.sparse_softmax(sparse, **options)
+
+
+@pytest.mark.parametrize("bad", [[3, 3], [5, 2], [-1, 4], [-2, 4]])
+def test_sparse_softmax_refuses_bad_ids(bad):
+    sparse = random_problem(top_k=2).teacher
+    sparse.ids[4] = torch.tensor(bad, dtype=torch.int32)
+    with pytest.raises(ValueError, match="ids"):
+        sk.sparse_softmax(sparse)
