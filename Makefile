@@ -29,8 +29,8 @@ lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 bench: $(installed)  ## time the ops beside their peers, append to bench/results/cpu.jsonl
 	$(py) -m bench.run --out bench/results/cpu.jsonl
 
-plots: $(installed)  ## redraw the README's table from bench/results
-	$(py) -m bench.table --results bench/results/cpu.jsonl --readme README.md
+plots: $(installed)  ## rewrite the README's tables from bench/results
+	$(py) -m bench.table --results bench/results --readme README.md
 
 wheel: $(installed)  ## build a wheel for this Python; it serves torch 2.10 and later
 	$(pip) install build

@@ -1,0 +1,36 @@
+"""Appends what a finished `make demo` measured to a JSONL file, with the machine it ran on.
+
+python -m bench.record_demo demo-output --out bench/results/demo.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from bench.run import machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path, help="the demo's output folder")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    results = json.loads((args.demo / "results.json").read_text())
+    store, heldout = results["store"], results["heldout"]
+    with args.out.open("a") as out:
+        for method, student in results["students"].items():
+            row = {"op": "demo", "method": method, "curve": student["curve"]}
+            row["train_tokens_per_second"] = student["train_tokens_per_second"]
+            row["teacher_perplexity"] = results["teacher_perplexity"]
+            row["store_bytes_per_token"] = store["bytes_per_token"]
+            row["store_bits_per_entry"] = store["bits_per_entry"]
+            row["train_rows"], row["heldout_rows"] = store["rows"], heldout["rows"]
+            out.write(json.dumps(row | machine()) + "\n")
+    shutil.copy(args.demo / "learning_curves.png", args.out.parent / "learning_curves.png")
+
+
+if __name__ == "__main__":
+    main()
