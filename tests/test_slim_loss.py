@@ -16,6 +16,7 @@ from helpers import (
     assert_as_accurate,
     assert_same_bits,
     assert_slim_loss_matches,
+    explain,
     hand_worked_problem,
     loss_and_grads,
     misaligned,
@@ -193,6 +194,23 @@ def test_slim_loss_label_outside_the_ids_without_target_logit(weight):
     assert_matches(logits, target, teacher, weight=weight, detach_weight=False)
 
 
+@pytest.mark.parametrize(("weight", "expected"), [("teacher_over_student", 0.0), ("student_over_teacher", 1.0)])
+def test_slim_loss_of_a_label_that_both_rule_out(weight, expected):
+    logits, target, teacher = random_problem(3, 59, 5, with_target_logit=False, ignored=(), seed=3)
+    target[1] = next(token for token in range(59) if token not in teacher.ids[1])
+    logits[1, target[1]] = -INF
+    out = sk.slim_loss(logits, target, teacher, weight=weight, ce_weight=0.0)
+    assert out.weight[1] == expected
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("weight", WEIGHTS[:2])
+def test_slim_loss_looks_the_label_up_at_temperature_one(weight):
+    logits, _, teacher = random_problem(with_target_logit=False, temperature=1.7)
+    target = teacher.ids[:, 4].long()
+    assert_matches(logits, target, teacher, weight=weight, temperature=1.7)
+
+
 @pytest.mark.parametrize("gap", [5.0, 20.0, 80.0])
 def test_slim_loss_tails_do_not_cancel(gap):
     # Float32 knows nothing of a student tail of exp(-20) that is computed as 1 - P.
@@ -237,6 +255,22 @@ def test_slim_loss_edges(rest, divergence, shape, dtype):
         teacher = SparseLogits(teacher.ids, teacher.logits, torch.logsumexp(teacher.logits.float(), -1, keepdim=True))
         teacher.lse.sub_(1e-6)
     assert_matches(logits, target, teacher, **options)
+
+
+def test_slim_loss_of_a_student_without_anything_off_the_support():
+    logits, _, teacher = random_problem(3, 45, 6)
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids.long(), False)
+    logits, target = logits.masked_fill(outside, -INF), teacher.ids[:, 1].long()
+    for rest, divergence in RESTS_AND_DIVERGENCES:
+        options = {"rest": rest, "divergence": divergence}
+        if rest == "zero_logit" or (rest == "ghost" and divergence in ("forward_kl", "soft_ce")):
+            # The teacher expects something there.
+            assert (sk.slim_loss(logits, target, teacher, **options).kd == INF).all()
+            continue
+        with explain(f"{rest}, {divergence}"):
+            assert_matches(logits, target, teacher, **options)
+        _, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
+        assert not grad[outside].any()
 
 
 def test_slim_loss_of_infinite_student_logits_on_the_support():
