@@ -86,7 +86,7 @@ def raise_fault(fault: int, first_row: int = 0) -> None:
         raise ValueError(f"target[{row}] must be a label in [0, V) or ignored, got an index outside the vocabulary")
     if fault % 4 == 2:
         raise ValueError(
-            f"teacher.ids[{row}] must be strictly ascending inside [0, V) and end in padding (-1); an id is duplicated, "
+            f"teacher.ids[{row}] must ascend strictly inside [0, V) and end in padding (-1); an id is duplicated, "
             "unsorted or outside the vocabulary: teacher.validate(V) tells which"
         )
     raise MemoryError("a CPU kernel could not allocate its scratch row")

@@ -89,7 +89,7 @@ class SparseLogits:
 
     def flatten(self) -> SparseLogits:
         """The same rows with one leading dimension N."""
-        return self._map(lambda t: t.flatten(0, -2), lambda t: t.flatten())
+        return self._map(lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(-1))
 
     def reshape(self, *leading_shape: int) -> SparseLogits:
         """The same rows with another leading shape."""

@@ -38,7 +38,7 @@ SK_INLINE double teacher_log_norm(int rest, double log_kept, double lse, int64_t
   switch (rest) {
     case kRenorm:
     case kRenormBoth:
-      return log_kept;
+      return log_kept == -infinity<double>() ? 0 : log_kept;  // nothing kept has mass, and so it stays
     case kZeroLogit: {
       const double unkept = double(vocab_size - kept);
       return unkept > 0 ? log_add_exp(log_kept, __builtin_log(unkept)) : log_kept;
