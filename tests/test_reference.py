@@ -549,7 +549,7 @@ def test_linear_slim_loss_is_slim_loss_of_the_product():
     hidden, weight, bias = torch.randn(7, 5, dtype=F64), torch.randn(203, 5, dtype=F64), torch.randn(203, dtype=F64)
     options = {"rest": "ghost", "softcap": 3.0, "z_loss_weight": 0.1}
     out, grads = loss_and_grads(
-        lambda h, w, b: reference.linear_slim_loss(h, w, target, teacher, bias=b, token_weight="none", **options),  # noqa: S106
+        lambda h, w, b: reference.linear_slim_loss(h, w, target, teacher, bias=b, token_weight="none", **options),
         (hidden, weight, bias),
         1.0,
     )
