@@ -53,15 +53,17 @@ def make_student(
     if isinstance(config_or_path, str):
         return AutoModelForCausalLM.from_pretrained(config_or_path, dtype=dtype).train()
     if config_or_path is None:
-        if vocab_size is None and tokenizer is None:
-            raise ValueError("a new student needs vocab_size or tokenizer: pass the teacher's, got neither")
+        if vocab_size is None:
+            if tokenizer is None:
+                raise ValueError("a new student needs vocab_size or tokenizer: pass the teacher's, got neither")
+            vocab_size = len(tokenizer)
         if hidden_size % (2 * num_heads):
             raise ValueError(
                 f"hidden_size must be a multiple of 2 * num_heads={2 * num_heads} (rotary heads have an even "
                 f"width), got {hidden_size}"
             )
         config_or_path = LlamaConfig(
-            vocab_size=len(tokenizer) if vocab_size is None else vocab_size,
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=3 * hidden_size if intermediate_size is None else intermediate_size,
             num_hidden_layers=num_layers,

@@ -1,5 +1,8 @@
 """Trains a student on a store: ``transformers.Trainer`` with the loss taken from hidden states, never from logits."""
 
+# transformers.Trainer declares its attributes (args, model, datasets) wider than they are in this subclass.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import contextlib

@@ -64,14 +64,17 @@ class SlimRun(TrainerCallback):
         self.check_finite = check_finite
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Looks at the loss where the trainer is about to read or keep something."""
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.check_finite()
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Looks at the loss once an epoch."""
         self.check_finite()
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        """Marks the checkpoint as complete, with the settings it belongs to."""
+        checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if args.should_save and checkpoint.is_dir():
             partial = checkpoint / f"{SETTINGS_NAME}.tmp"
             partial.write_text(json.dumps(self.settings(), indent=2))
