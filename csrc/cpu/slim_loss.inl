@@ -220,7 +220,9 @@ TokenWeight weigh(int64_t n, double log_student, double label_logit, const SlimL
   }
   const double log_teacher = label_logit - static_cast<const A*>(args.teacher_lse_one)[n];
   const double sign = args.weight == kTeacherOverStudent ? 1 : -1;
-  const double log_ratio = sign * (log_teacher - log_student);
+  // A label the teacher gives nothing decides alone, also where the student gives it nothing either.
+  const bool impossible = log_teacher == -infinity<double>();
+  const double log_ratio = sign * (impossible ? log_teacher : log_teacher - log_student);
   const double ratio = __builtin_exp(log_ratio > 30 ? 30 : log_ratio);
   w.value = -__builtin_expm1(-ratio);
   if (!args.detach_weight && log_ratio <= 30) w.slope = -sign * ratio * __builtin_exp(-ratio);
