@@ -5,9 +5,15 @@ Each step is a module of its own; this one names what is public.
 
 from slimkernels.teacher_capture import CaptureReport, capture
 from slimkernels.teacher_checks import TeacherSanityError, check_teacher_sanity, tokenizer_fingerprint
-from slimkernels.teacher_corpus import read_documents, read_prompts, shipped_prompts
+from slimkernels.teacher_corpus import check_corpus_file, read_documents, read_prompts, shipped_prompts
 from slimkernels.teacher_generation import GeneratedCorpus, generate_documents
-from slimkernels.teacher_model import EMBEDDED_TEACHERS, TeacherNotFoundError, load_teacher
+from slimkernels.teacher_model import (
+    EMBEDDED_TEACHERS,
+    TeacherNotFoundError,
+    load_model,
+    load_teacher,
+    load_tokenizer,
+)
 
 __all__ = [
     "EMBEDDED_TEACHERS",
@@ -16,9 +22,12 @@ __all__ = [
     "TeacherNotFoundError",
     "TeacherSanityError",
     "capture",
+    "check_corpus_file",
     "check_teacher_sanity",
     "generate_documents",
+    "load_model",
     "load_teacher",
+    "load_tokenizer",
     "read_documents",
     "read_prompts",
     "shipped_prompts",

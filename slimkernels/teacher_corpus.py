@@ -44,7 +44,7 @@ def read_documents(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text_field: str = "text",
-    max_length: int = 1024,
+    max_length: int | None = 1024,
 ) -> Iterator[list[int]]:
     """Reads a corpus as token ids, one document after the other; the file is streamed, never held whole.
 
@@ -57,10 +57,10 @@ def read_documents(
         path: The file.
         tokenizer: The teacher's.
         text_field: The name of the field or column; "text" for ``.txt``.
-        max_length: Longer documents are split into pieces of this many tokens, at least 2.
+        max_length: Longer documents are split into pieces of this many tokens, at least 2; None keeps them whole.
 
     Returns:
-        An iterator of token id lists. Empty texts, and pieces of less than 2 tokens, are left out: they have no
+        An iterator of token id lists. Blank texts, and pieces of less than 2 tokens, are left out: they have no
         label.
 
     Raises:
@@ -68,27 +68,40 @@ def read_documents(
         ValueError: The ending is not one of the four, the field is missing, a value is neither text nor token ids,
             or no document has 2 tokens. The first is raised at once, the others when the iterator gets there.
     """
-    _require_file(path, "corpus")
-    if max_length < 2:
+    check_corpus_file(path)
+    if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, a token and its label, got {max_length}")
-    suffix = Path(path).suffix.lower()
-    if suffix not in _LOADERS:
-        raise ValueError(f"the corpus file must end in one of {', '.join(_LOADERS)}, got {path}")
     return _documents(Path(path), tokenizer, text_field, max_length)
 
 
-def _documents(path: Path, tokenizer: PreTrainedTokenizerBase, text_field: str, max_length: int) -> Iterator[list[int]]:
+def check_corpus_file(path: str | os.PathLike[str]) -> None:
+    """Checks that ``read_documents`` will find a file of a kind it reads, before a teacher is loaded for it.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``read_documents``.
+    """
+    _require_file(path, "corpus")
+    if Path(path).suffix.lower() not in _LOADERS:
+        raise ValueError(f"the corpus file must end in one of {', '.join(_LOADERS)}, got {path}")
+
+
+def _documents(
+    path: Path, tokenizer: PreTrainedTokenizerBase, text_field: str, max_length: int | None
+) -> Iterator[list[int]]:
     found = False
     values = _values(path, text_field)
     while batch := list(itertools.islice(values, _TEXTS_AT_ONCE)):
         for ids in _encode(batch, tokenizer):
-            for start in range(0, len(ids), max_length):
-                piece = ids[start : start + max_length]
+            for piece in [ids] if max_length is None else _split(ids, max_length):
                 if len(piece) >= 2:
                     found = True
                     yield piece
     if not found:
         raise ValueError(f"the corpus {path} must hold at least one document of 2 tokens, got none")
+
+
+def _split(ids: list[int], max_length: int) -> list[list[int]]:
+    return [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
 
 
 def _values(path: Path, text_field: str) -> Iterator[str | list[int]]:
@@ -125,7 +138,11 @@ def _encode(batch: list[str | list[int]], tokenizer: PreTrainedTokenizerBase) ->
     texts = [value for value in batch if isinstance(value, str)]
     encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
     for value in batch:
-        yield next(encoded) if isinstance(value, str) else value
+        if isinstance(value, str):
+            ids = next(encoded)
+            yield ids if value.strip() else []
+        else:
+            yield value
 
 
 def _require_file(path: str | os.PathLike[str], what: str) -> None:

@@ -28,7 +28,7 @@ _LINE_FIELDS = {"document", "batch", "batch_documents", "prompt", "text", "input
 
 
 class GeneratedCorpus(NamedTuple):
-    """A file of generated documents; read it with ``read_documents(path, tokenizer, text_field="input_ids")``.
+    """A file of generated documents, for ``read_documents(path, tokenizer, text_field="input_ids", max_length=None)``.
 
     Attributes:
         path: The .jsonl file.

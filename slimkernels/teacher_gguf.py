@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from slimkernels.teacher_checks import check_teacher_sanity
@@ -19,6 +20,7 @@ from slimkernels.teacher_checks import check_teacher_sanity
 # Part of every cached folder's name: raise it when the conversion changes.
 _CONVERSION_VERSION = 1
 _HASHED_BYTES = 1 << 20
+_NUM_TOKENS = "tokenizer.ggml.tokens"
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -86,7 +88,8 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         fields = gguf.GGUFReader(path).fields
         names = ["tokenizer.ggml.add_bos_token", *(_token_field(name) for name in _SPECIAL_TOKENS.values())]
-        return {name: fields[name].contents() for name in names if name in fields}
+        metadata = {name: fields[name].contents() for name in names if name in fields}
+        return metadata | {_NUM_TOKENS: len(fields[_NUM_TOKENS].data)}
     # What numpy and the reader raise on bytes that mean nothing.
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a GGUF file, but cannot be read as one ({error}); get it again") from error
@@ -122,13 +125,13 @@ def _plain_tokenizer(tokenizer, metadata: dict[str, Any]) -> PreTrainedTokenizer
     }
     if "eos_token" in tokens:
         tokens.setdefault("pad_token", tokens["eos_token"])
-    backend = tokenizer.backend_tokenizer
-    if not metadata.get("tokenizer.ggml.add_bos_token", True) and len(backend.encode("a").ids) > len(
-        backend.encode("a", add_special_tokens=False).ids
-    ):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Tokens that the file does not have, and the model no embedding for.
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < metadata[_NUM_TOKENS]]
+    backend = Tokenizer.from_str(json.dumps(content))
+    adds_special_tokens = len(backend.encode("a").ids) > len(backend.encode("a", add_special_tokens=False).ids)
+    if adds_special_tokens and not metadata.get("tokenizer.ggml.add_bos_token", True):
         # An empty sequence of processors: adds nothing.
-        from tokenizers import processors
-
         backend.post_processor = processors.Sequence([])
     plain = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **tokens)
     plain.chat_template = tokenizer.chat_template

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimkernels.teacher_gguf import convert_gguf, default_cache_dir
@@ -50,45 +53,90 @@ def load_teacher(
         ValueError: The folder or the file is there, but is not a model that can be loaded.
         TeacherSanityError: A converted GGUF file does not read English.
     """
-    path = Path(name_or_path).expanduser()
-    label = path.resolve().name if path.exists() else str(name_or_path)
-    if str(name_or_path) in EMBEDDED_TEACHERS and not path.exists():
-        source = _embedded_file(str(name_or_path))
+    source = _find(name_or_path, gguf_file, revision, cache_dir, sanity_check)
+    # The tokenizer first: it is the smaller of the two, and a missing one is found out early.
+    tokenizer = _from_pretrained(AutoTokenizer, source)
+    return _load_model(source, dtype), tokenizer
+
+
+def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """``load_teacher`` without the tokenizer, which a student's folder need not have.
+
+    Raises:
+        TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+    """
+    return _load_model(_find(name_or_path, None, None, None, True), dtype)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """``load_teacher`` without the model.
+
+    Raises:
+        TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+    """
+    return _from_pretrained(AutoTokenizer, _find(name_or_path, None, None, None, True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where transformers finds a model: a local folder, or a name and a revision on the hub."""
+
+    location: str | Path
+    label: str
+    revision: str | None = None
+
+
+def _find(
+    name_or_path: str | os.PathLike[str],
+    gguf_file: str | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    sanity_check: bool,
+) -> _Source:
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    label = path.resolve().name if path.exists() else name
+    if name in EMBEDDED_TEACHERS and not path.exists():
+        found = _embedded_file(name)
     elif gguf_file is not None:
-        source = path / gguf_file if path.is_dir() else _from_hub(str(name_or_path), gguf_file, revision)
+        found = path / gguf_file if path.is_dir() else _from_hub(name, gguf_file, revision)
         label = f"{label}/{gguf_file}"
     elif path.is_dir() or path.suffix == ".gguf":
-        source = path
+        found = path
     elif path.exists():
-        raise ValueError(f"name_or_path must be a model folder or a .gguf file, got the file {path}")
-    elif _looks_local(str(name_or_path)):
-        raise TeacherNotFoundError(f"teacher not found: there is no folder or .gguf file {name_or_path}")
+        raise ValueError(f"a model must be a folder, a .gguf file or a name, got the file {path}")
+    elif _looks_local(name):
+        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
     else:
-        source = None
-    if source is not None and source.suffix == ".gguf" and not source.is_dir():
-        if not source.is_file():
-            raise TeacherNotFoundError(f"teacher not found: there is no file {source}")
-        cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-        source = convert_gguf(source, cache, sanity_check=sanity_check)
-    elif source is not None and not (source / "config.json").is_file():
-        raise ValueError(f"the folder {source} must hold a model, but has no config.json; for GGUF name the file")
-    model, tokenizer = _load(str(source or name_or_path), revision if source is None else None, dtype)
-    model.config.name_or_path = model.name_or_path = label
-    return model.eval(), tokenizer
+        return _Source(name, label, revision)
+    if found.is_dir():
+        if not (found / "config.json").is_file():
+            raise ValueError(f"the folder {found} must hold a model, but has no config.json")
+        return _Source(found, label)
+    if not found.is_file():
+        raise TeacherNotFoundError(f"model not found: there is no file {found}")
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    return _Source(convert_gguf(found, cache, sanity_check=sanity_check), label)
 
 
-def _load(source: str, revision: str | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    options = {} if revision is None else {"revision": revision}
+def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
+    model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype)
+    model.config.name_or_path = model.name_or_path = source.label
+    return model.eval()
+
+
+def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
+    if source.revision is not None:
+        options["revision"] = source.revision
+    what = "tokenizer" if auto_class is AutoTokenizer else "model"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer
-    except OSError as error:
-        if os.path.isdir(source):
-            raise ValueError(f"the model in {source} cannot be loaded: {_first_line(error)}") from error
-        embedded = ", ".join(EMBEDDED_TEACHERS)
+        return auto_class.from_pretrained(source.location, **options)
+    # What transformers and safetensors raise for files that are missing, damaged or of an unknown kind.
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(source.location, Path):
+            raise ValueError(f"the {what} in {source.location} cannot be loaded: {_first_line(error)}") from error
         raise TeacherNotFoundError(
-            f"teacher not found: {source!r} is no local folder or .gguf file, is not shipped by a package ({embedded} "
-            f"is), and the hub did not give it ({_first_line(error)})"
+            f"model not found: {source.label!r} is no local folder or .gguf file, is not shipped by a package "
+            f"({', '.join(EMBEDDED_TEACHERS)} is), and the hub did not give its {what} ({_first_line(error)})"
         ) from error
 
 
@@ -100,12 +148,12 @@ def _embedded_file(name: str) -> Path:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise TeacherNotFoundError(
-            f"teacher not found: {name} is shipped by the package {package}, which is not installed: {install}"
+            f"model not found: {name} is shipped by the package {package}, which is not installed: {install}"
         ) from error
     for file in distribution.files or ():
         if file.suffix == ".gguf":
             return Path(str(distribution.locate_file(file)))
-    raise TeacherNotFoundError(f"teacher not found: the installed {package} holds no .gguf file: {install}")
+    raise TeacherNotFoundError(f"model not found: the installed {package} holds no .gguf file: {install}")
 
 
 def _from_hub(name: str, file: str, revision: str | None) -> Path:
@@ -116,7 +164,7 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
     # The hub's errors are OSErrors; a name that cannot be a repository's is a ValueError.
     except (OSError, ValueError) as error:
         raise TeacherNotFoundError(
-            f"teacher not found: the hub did not give {file} of {name!r} ({_first_line(error)})"
+            f"model not found: the hub did not give {file} of {name!r} ({_first_line(error)})"
         ) from error
 
 

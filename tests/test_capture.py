@@ -1,0 +1,266 @@
+"""What capture stores is what the teacher says, whatever stops it on the way."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import teachers
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, PhiConfig
+
+from slimkernels.store import Document, Store, verify
+from slimkernels.store.errors import SettingsMismatchError
+from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
+from slimkernels.teacher_capture import _batches
+
+TOP_K = 17
+
+
+def make_documents(count: int = 12, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest, (count,), generator=generator).tolist()
+    return [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return teachers.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return teachers.make_teacher()
+
+
+def assert_is_what_the_teacher_says(document: Document, model, *, atol: float = 1e-4) -> None:
+    """Every kept logit, label logit and normaliser of a document, beside the model's own dense logits."""
+    ids, teacher = document.input_ids, document.teacher
+    assert document.positions.tolist() == list(range(1, len(ids)))
+    with torch.inference_mode():
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+    kept = teacher.ids.long()
+    close = {"atol": atol, "rtol": 1e-4}
+    torch.testing.assert_close(teacher.logits, logits.gather(1, kept), **close)
+    torch.testing.assert_close(teacher.target_logit, logits.gather(1, ids[1:, None])[:, 0], **close)
+    for temperature in teacher.temperatures:
+        torch.testing.assert_close(teacher.lse_at(temperature), (logits / temperature).logsumexp(-1), **close)
+    # As sets the ids may differ where logits tie within rounding; as values they are the largest.
+    largest = logits.topk(teacher.top_k).values.sort().values
+    torch.testing.assert_close(teacher.logits.sort().values, largest, **close)
+    captured = (teacher.logits - teacher.lse_at(1.0)[:, None]).exp()
+    torch.testing.assert_close(captured, logits.softmax(-1).gather(1, kept), atol=1e-5, rtol=1e-3)
+
+
+def test_capture_stores_what_the_teacher_says(model, tokenizer, tmp_path) -> None:
+    documents = make_documents()
+    report = capture(
+        model, tokenizer, documents, tmp_path, top_k=TOP_K, temperatures=(1.0, 2.5), codec="float32", batch_tokens=90
+    )
+    verify(tmp_path)
+    store = Store(tmp_path)
+    assert report == (12, sum(map(len, documents)), 0)
+    assert sorted(document.input_ids.tolist() for document in store) == sorted(documents)
+    assert (store.vocab_size, store.tokenizer_fingerprint) == (300, tokenizer_fingerprint(tokenizer))
+    assert store.temperatures == (1.0, 2.5)
+    assert store.manifest["selection"] == {"kind": "top_k", "value": 17, "top_k": 17}
+    for document in store:
+        assert_is_what_the_teacher_says(document, model)
+
+
+def test_capture_keeps_a_twentieth_by_default(model, tokenizer, tmp_path) -> None:
+    capture(model, tokenizer, make_documents(2), tmp_path)
+    store = Store(tmp_path)
+    assert store.manifest["selection"] == {"kind": "top_fraction", "value": 0.05, "top_k": 15}
+    assert store[0].teacher.top_k == 15
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (Gemma2Config, {"final_logit_softcapping": 3.0, "head_dim": 8, "query_pre_attn_scalar": 8}),
+        (CohereConfig, {"logit_scale": 0.37}),
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (PhiConfig, {}),  # Its head has a bias.
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_capture_follows_the_architecture(config_class, options, tokenizer, tmp_path) -> None:
+    model = teachers.make_teacher(config_class=config_class, **options)
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    capture(model, tokenizer, make_documents(4), tmp_path, top_k=TOP_K, codec="float32")
+    for document in Store(tmp_path):
+        assert_is_what_the_teacher_says(document, model)
+
+
+class DoubledLogits(LlamaForCausalLM):
+    """Does to its logits what no configuration tells."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_capture_refuses_a_head_it_does_not_know(model, tokenizer, tmp_path) -> None:
+    other = DoubledLogits(model.config).eval()
+    with pytest.raises(ValueError, match=r"the logits of DoubledLogits are not softcap\(logit_scale"):
+        capture(other, tokenizer, make_documents(2), tmp_path)
+    assert len(Store(tmp_path)) == 0
+
+
+def test_capture_of_a_bfloat16_teacher(tokenizer, tmp_path) -> None:
+    model = teachers.make_teacher(dtype=torch.bfloat16)
+    capture(model, tokenizer, make_documents(4), tmp_path, top_k=TOP_K, codec="bfloat16")
+    store = Store(tmp_path)
+    assert store.manifest["teacher"]["dtype"] == "bfloat16"
+    for document in store:
+        with torch.inference_mode():
+            logits = model(document.input_ids[None]).logits[0, :-1].float()
+        kept = logits.gather(1, document.teacher.ids.long())
+        torch.testing.assert_close(document.teacher.logits, kept, atol=0.05 * float(kept.abs().max()), rtol=0)
+
+
+def test_capture_skips_what_is_stored_or_has_no_label(model, tokenizer, tmp_path) -> None:
+    documents = make_documents(6)
+    assert capture(model, tokenizer, documents[:4], tmp_path, top_k=TOP_K).documents == 4
+    report = capture(model, tokenizer, [*documents, documents[5], [7], []], tmp_path, top_k=TOP_K)
+    assert report == (2, len(documents[4]) + len(documents[5]), 7)
+    verify(tmp_path)
+    assert len(Store(tmp_path)) == 6
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+CAPTURE = """
+    import os, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import teachers
+    from test_capture import OPTIONS, make_documents
+    from slimkernels.teacher import capture
+
+    def stop(documents, tokens):
+        if documents >= 8:
+            os.kill(os.getpid(), {signal})
+
+    capture(teachers.make_teacher(), teachers.make_tokenizer(), make_documents(), {path!r}, progress=stop, **OPTIONS)
+"""
+OPTIONS = {"top_k": TOP_K, "batch_tokens": 90, "window": 5, "shard_rows": 40}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_capture_that_was_killed_continues_to_the_same_store(model, tokenizer, tmp_path, stop) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tests = str(Path(__file__).parent)
+    script = textwrap.dedent(CAPTURE).format(tests=tests, path=str(killed), signal=int(stop))
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, timeout=120)
+    assert process.returncode == -stop, process.stderr.decode()
+    stored = len(Store(killed))
+    assert 0 < stored < 12
+    assert capture(model, tokenizer, make_documents(), killed, **OPTIONS).documents == 12 - stored
+    capture(model, tokenizer, make_documents(), whole, **OPTIONS)
+    verify(killed)
+    if stop == signal.SIGKILL:
+        assert contents(killed) == contents(whole)
+    for one, other in zip(Store(killed), Store(whole), strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        for field in ("ids", "logits", "lse", "target_logit"):
+            assert torch.equal(getattr(one.teacher, field), getattr(other.teacher, field)), field
+
+
+@given(st.lists(st.integers(2, 60), max_size=40), st.integers(1, 10), st.integers(2, 100))
+def test_batches_hold_every_document_once_within_bounds(lengths, window, batch_tokens) -> None:
+    documents = [[number] * length for number, length in enumerate(lengths)]
+    batches = list(_batches(iter(documents), window, batch_tokens))
+    assert sorted(itertools.chain(*batches)) == sorted(documents)
+    for batch in batches:
+        longest, shortest = len(batch[0]), len(batch[-1])
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+        assert longest <= 1.25 * shortest
+        numbers = [ids[0] // window for ids in batch]
+        assert len(set(numbers)) == 1
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "message"),
+    [
+        ([[1, 300]], {}, r"token ids must lie in \[0, 300\).*got 1 to 300 in document 1"),
+        ([[1, 2], [-1, 2]], {}, r"got -1 to 2 in document 2"),
+        ([[1] * 129], {}, "document 1 has 129 tokens, but the teacher reads 128: split it"),
+        ([], {}, "at least one document of 2 tokens, got none"),
+        ([[3]], {}, "at least one document of 2 tokens, got none"),
+        ([[1, 2]], {"top_k": 301}, "top_k must be an integer in"),
+        ([[1, 2]], {"top_fraction": 1.5}, "top_fraction must be in"),
+        ([[1, 2]], {"top_k": 3, "top_fraction": 0.1}, "exactly one of top_k and top_fraction"),
+        ([[1, 2]], {"temperatures": (1.0, 0.0)}, "temperatures must be"),
+        ([[1, 2]], {"codec": "int4"}, "codec must be"),
+        ([[1, 2]], {"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ([[1, 2]], {"window": 0}, "window must be at least 1"),
+    ],
+)
+def test_capture_refuses_bad_input(model, tokenizer, tmp_path, documents, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        capture(model, tokenizer, documents, tmp_path / "store", **options)
+
+
+def test_capture_refuses_the_store_of_another_teacher(model, tokenizer, tmp_path) -> None:
+    capture(model, tokenizer, make_documents(2), tmp_path, top_k=TOP_K)
+    before = contents(tmp_path)
+    other_tokenizer = teachers.make_tokenizer()
+    other_tokenizer.eos_token = other_tokenizer.bos_token
+    for name, arguments, options in (
+        ("teacher", (teachers.make_teacher(seed=1), tokenizer), {"top_k": TOP_K}),
+        ("tokenizer_fingerprint", (model, other_tokenizer), {"top_k": TOP_K}),
+        ("selection", (model, tokenizer), {"top_k": TOP_K + 1}),
+        ("codec", (model, tokenizer), {"top_k": TOP_K, "codec": "float32"}),
+    ):
+        # Nothing is computed first: the documents are not even asked for.
+        with pytest.raises(SettingsMismatchError, match=f"was made with {name}="):
+            capture(*arguments, iter(lambda: pytest.fail("read a document"), None), tmp_path, **options)
+    assert contents(tmp_path) == before
+
+
+def test_capture_refuses_a_tokenizer_larger_than_the_model(model, tmp_path) -> None:
+    longer = teachers.make_tokenizer()
+    longer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match="the tokenizer has 301 tokens, but the teacher 300"):
+        capture(model, longer, make_documents(2), tmp_path)
+
+
+def test_capture_stops_at_logits_that_are_not_finite(tokenizer, tmp_path) -> None:
+    model = teachers.make_teacher()
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"not finite in torch.float32"):
+        capture(model, tokenizer, make_documents(2), tmp_path)
+    assert len(Store(tmp_path)) == 0
+
+
+def test_capture_of_the_real_teacher(tmp_path) -> None:
+    model, tokenizer = teachers.smollm2()
+    path = tmp_path / "a.jsonl"
+    generate_documents(model, tokenizer, shipped_prompts(), path, num_documents=4, max_new_tokens=24)
+    capture(
+        model, tokenizer, read_documents(path, tokenizer, text_field="input_ids"), tmp_path / "store", codec="float32"
+    )
+    store = Store(tmp_path / "store")
+    assert store.manifest["selection"]["top_k"] == 2458
+    assert len(store) == 4
+    for document in store:
+        # Logits are around 20; batches round differently from single documents.
+        assert_is_what_the_teacher_says(document, model, atol=2e-3)
+        mass = (document.teacher.logits - document.teacher.lse_at(1.0)[:, None]).exp().sum(-1)
+        assert 0.9 < float(mass.mean()) <= 1.0 + 1e-5
