@@ -1,0 +1,281 @@
+"""The command line: arguments in, one sentence out on bad input; all work is done elsewhere, and loaded on use."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimkernels.cli_arguments import SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_EXIT_FAILED = 1
+_EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
+_PATH_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    BlockingIOError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code is 0, 1 (a failed run or a damaged store), 2 (bad input) or 130 (Ctrl-C)."""
+    args = make_parser().parse_args(argv)
+    try:
+        _COMMANDS[args.command](args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was reported written is kept", _EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has left. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_FAILED
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None or args.traceback:
+            raise
+        return _fail(_sentence(error), code)
+    return 0
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code for an error whose message tells the user what to do; None for a defect of this program."""
+    from slimkernels.store import errors
+
+    usage = (errors.NotAStoreError, errors.SettingsMismatchError, errors.StoreLockedError)
+    if isinstance(error, errors.StoreError):
+        return _EXIT_USAGE if isinstance(error, usage) else _EXIT_FAILED
+    if isinstance(error, (ValueError, ImportError, *_PATH_ERRORS)):
+        return _EXIT_USAGE
+    # A run that failed though its input was good: the loss became NaN, the disk is full.
+    return _EXIT_FAILED if isinstance(error, (FloatingPointError, OSError)) else None
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is not installed: pip install 'slimkernels[demo]'"
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"slimkernels: {message}", file=sys.stderr)
+    return code
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from slimkernels.demo import run_demo
+
+    run_demo(args.out, quick=args.quick, seed=args.seed)
+
+
+def _capture(args: argparse.Namespace) -> None:
+    if args.prompts is None and (args.tokens, args.documents, args.generated) != (None, None, None):
+        raise ValueError("--tokens, --documents and --generated say what to generate: give --prompts, not --text")
+    if args.prompts is not None and (args.tokens is None) == (args.documents is None):
+        raise ValueError("--prompts needs to know how much to generate: give --tokens N or --documents N")
+    _be_quiet()
+    import torch
+
+    from slimkernels import store, teacher
+
+    if args.text is not None:
+        teacher.check_corpus_file(args.text)
+    prompts = None
+    if args.prompts is not None:
+        prompts = teacher.shipped_prompts() if args.prompts == SHIPPED_PROMPTS else teacher.read_prompts(args.prompts)
+    model, tokenizer = teacher.load_teacher(
+        args.teacher, gguf_file=args.gguf_file, revision=args.revision, dtype=getattr(torch, args.dtype)
+    )
+    with _progress() as progress:
+
+        def documents() -> Iterator[list[int]]:
+            """Starts when the store is open: what does not fit the store is found out before hours of generation."""
+            if prompts is None:
+                yield from teacher.read_documents(
+                    args.text, tokenizer, text_field=args.text_field, max_length=args.max_length
+                )
+                return
+            corpus = teacher.generate_documents(
+                model,
+                tokenizer,
+                prompts,
+                args.generated or f"{args.out.rstrip('/')}.jsonl",
+                num_tokens=args.tokens,
+                num_documents=args.documents,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.sample_top_k,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                progress=_task(progress, "generated " + ("documents" if args.tokens is None else "tokens")),
+            )
+            yield from teacher.read_documents(corpus.path, tokenizer, text_field="input_ids", max_length=None)
+
+        captured = _task(progress, "captured tokens")
+        report = teacher.capture(
+            model,
+            tokenizer,
+            documents(),
+            args.out,
+            top_k=args.top_k,
+            top_fraction=args.top_fraction,
+            temperatures=args.temperatures,
+            codec=args.codec,
+            batch_tokens=args.batch_tokens,
+            progress=lambda _, tokens: captured(tokens, None),
+        )
+    print(f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}")
+    _print_table({name: _show(value) for name, value in store.info(args.out).items()})
+
+
+def _train(args: argparse.Namespace) -> None:
+    options = {name: getattr(args, name) for name in TRAIN_FIELDS if getattr(args, name) is not None}
+    _be_quiet()
+    from slimkernels import teacher
+    from slimkernels.store import Store
+    from slimkernels.trainer import SlimConfig, train
+
+    known = {field.name for field in dataclasses.fields(SlimConfig)} - {"method", "output_dir"}
+    for name, value in args.option:
+        if name not in known:
+            raise ValueError(f"--option must name a field of SlimConfig that has no flag of its own, got {name!r}")
+        options[name] = value
+    # Opened before the student is loaded: a path that holds no store is found out at once.
+    for path in filter(None, (args.store, args.eval_store)):
+        Store(path)
+    student: Any = None
+    if args.student is not None and args.student.endswith(".json"):
+        from transformers import AutoConfig
+
+        if not Path(args.student).is_file():
+            raise FileNotFoundError(f"student not found: there is no configuration file {args.student}")
+        student = AutoConfig.from_pretrained(args.student)
+    elif args.student is not None:
+        student = teacher.load_model(args.student)
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    has_bar = sys.stderr.isatty()
+    try:
+        metrics = train(
+            args.store,
+            student,
+            args.method,
+            args.out,
+            tokenizer=tokenizer,
+            eval_store_path=args.eval_store,
+            **{"report_to": "none", "disable_tqdm": not has_bar} | options,
+        )
+    finally:
+        # The trainer's bar leaves the cursor behind it.
+        if has_bar:
+            print(file=sys.stderr)
+    _print_table({name: _show(value) for name, value in metrics.items()})
+    print(f"student saved in {args.out}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    _be_quiet()
+    from slimkernels import teacher
+    from slimkernels.evaluate.metrics import evaluate_store
+    from slimkernels.store import Store
+
+    store = Store(args.store)
+    results = {}
+    with _progress() as progress:
+        for name in args.model:
+            model = teacher.load_model(name)
+            update = _task(progress, f"documents, {name}")
+            results[name] = evaluate_store(
+                model, store, batch_size=args.batch_size, on_batch=lambda done, update=update: update(done, len(store))
+            )
+    if args.json:
+        print(json.dumps(results, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    table.add_column("")
+    for name in results:
+        table.add_column(name, overflow="fold")
+    for metric in next(iter(results.values())):
+        table.add_row(metric, *(_show(metrics[metric]) for metrics in results.values()))
+    Console().print(table)
+
+
+def _store_info(args: argparse.Namespace) -> None:
+    from slimkernels import store
+
+    content = store.info(args.dir)
+    if args.json:
+        print(json.dumps(content, indent=2))
+    else:
+        _print_table({name: _show(value) for name, value in content.items()})
+
+
+def _store_verify(args: argparse.Namespace) -> None:
+    from slimkernels import store
+
+    store.verify(args.dir)
+    content = store.info(args.dir)
+    print(f"{args.dir}: every byte of {content['documents']} documents, {content['rows']} rows, is as written")
+
+
+def _be_quiet() -> None:
+    """Silences what the libraries below say about each file they read; errors come through as exceptions."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
+
+
+def _task(progress: Progress, description: str) -> Callable[[int, int | None], None]:
+    task = progress.add_task(description, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_table(content: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    for name, value in content.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _show(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "demo": _demo,
+    "capture": _capture,
+    "train": _train,
+    "eval": _eval,
+    "store info": _store_info,
+    "store verify": _store_verify,
+}

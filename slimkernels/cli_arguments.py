@@ -1,0 +1,163 @@
+"""The arguments of the command line, and its help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+SHIPPED_PROMPTS = "shipped"
+_DTYPES = ("float32", "bfloat16", "float16")
+
+_EXAMPLES = """\
+examples:
+  slimkernels demo --out demo-output
+  slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
+  slimkernels train --store runs/store --method slim --out runs/student
+  slimkernels eval --store runs/held-out --model runs/student runs/other-student
+  slimkernels store info runs/store
+"""
+_CAPTURE_EXAMPLES = """\
+examples:
+  the teacher's own text, 100000 tokens of it, from the prompts that come with the package:
+    slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
+  your text, one JSON object with a field "text" per line:
+    slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --top-k 64 --temperatures 1 2
+The same command continues after it was stopped.
+"""
+_TRAIN_EXAMPLES = """\
+examples:
+  a new small student:
+    slimkernels train --store runs/store --method slim --out runs/student --epochs 3
+  your own, with the tail of the teacher's distribution as one more outcome:
+    slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
+The same command continues from the newest checkpoint after it was stopped.
+"""
+_EVAL_EXAMPLES = """\
+examples:
+  slimkernels eval --store runs/held-out --model runs/slim runs/kd runs/sft
+  slimkernels eval --store runs/held-out --model runs/slim --json
+"""
+# Options of `train` that are fields of SlimConfig.
+TRAIN_FIELDS: dict[str, tuple[str, type, str]] = {
+    "num_train_epochs": ("--epochs", float, "passes over the store"),
+    "max_steps": ("--max-steps", int, "optimizer steps, instead of epochs"),
+    "learning_rate": ("--learning-rate", float, "peak learning rate"),
+    "per_device_train_batch_size": ("--batch-size", int, "documents per step and device"),
+    "gradient_accumulation_steps": ("--accumulation-steps", int, "batches per optimizer step"),
+    "seed": ("--seed", int, "of the order of the documents"),
+    "rest": ("--rest", str, "the teacher outside its kept ids: renorm, zero, ghost, zero_logit, renorm_both"),
+    "divergence": ("--divergence", str, "forward_kl, soft_ce, reverse_kl, jsd, skew_kl"),
+    "temperature": ("--temperature", float, "of the divergence"),
+    "kd_weight": ("--kd-weight", float, "factor of the divergence"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command; it sets ``command`` to the command's words, as in "store info"."""
+    parser = _Parser(prog="slimkernels", description="Distil a teacher's kept logits into a student.", epilog=_EXAMPLES)
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    demo = _command(commands, "demo", "a teacher writes, a student learns it three ways", "")
+    demo.add_argument("--out", default="demo-output", metavar="DIR", help="gets everything (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="a much smaller run that only shows that it works")
+    demo.add_argument("--seed", type=int, default=0, metavar="N")
+    _add_capture(_command(commands, "capture", "a teacher's kept logits into a store", _CAPTURE_EXAMPLES))
+    _add_train(_command(commands, "train", "a student on a store", _TRAIN_EXAMPLES))
+    evaluate = _command(commands, "eval", "students on a held-out store", _EVAL_EXAMPLES)
+    evaluate.add_argument("--store", required=True, metavar="DIR")
+    evaluate.add_argument("--model", required=True, nargs="+", metavar="MODEL", help="folders or names of models")
+    evaluate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="documents at a time")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    store = commands.add_parser("store", help="look into a store", description="Look into a store.")
+    actions = store.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    info = _command(actions, "info", "what a store holds, and what it costs", "")
+    info.add_argument("dir", metavar="DIR")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    verify = _command(actions, "verify", "check every byte; exit code 1 when damaged", "")
+    verify.add_argument("dir", metavar="DIR")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps the line breaks of the examples, and takes no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
+
+
+def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=examples
+    )
+    parser.set_defaults(command=parser.prog.removeprefix("slimkernels "))
+    return parser
+
+
+def _add_capture(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="MODEL", help="folder, .gguf file, smollm2-135m-instruct, or a hub's name")
+    add("--gguf-file", metavar="NAME", help="the .gguf file inside the teacher's folder or repository")
+    add("--revision", metavar="REV", help="of a teacher from the hub")
+    add("--dtype", choices=_DTYPES, default="float32", help="of the teacher's weights (default: %(default)s)")
+    add("--out", required=True, metavar="DIR", help="the store; appended to when it is there")
+    text = parser.add_argument_group("text: the teacher's own, from --prompts, or yours, from --text")
+    source = text.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text", metavar="FILE", help=".jsonl, .json, .parquet, or .txt (a blank line between documents)"
+    )
+    source.add_argument(
+        "--prompts",
+        nargs="?",
+        const=SHIPPED_PROMPTS,
+        metavar="FILE",
+        help="a prompt per line; without FILE the shipped ones",
+    )
+    add = text.add_argument
+    add("--text-field", default="text", metavar="NAME", help="of text or of token ids (default: %(default)s)")
+    add("--max-length", type=_positive, default=1024, metavar="N", help="longer texts are split (default: %(default)s)")
+    add("--tokens", type=_positive, metavar="N", help="generate this many tokens")
+    add("--documents", type=_positive, metavar="N", help="generate this many documents")
+    add("--max-new-tokens", type=_positive, default=128, metavar="N", help="of a document (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the draws (default: %(default)s)")
+    add("--sample-top-k", type=_positive, metavar="K", help="draw among the K most probable tokens (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    add("--batch-size", type=_positive, default=128, metavar="N", help="documents at a time (default: %(default)s)")
+    add("--generated", metavar="FILE", help="gets the generated documents (default: DIR.jsonl)")
+    logits = parser.add_argument_group("logits")
+    kept = logits.add_mutually_exclusive_group()
+    kept.add_argument("--top-fraction", type=float, metavar="F", help="share of the vocabulary kept (default: 0.05)")
+    kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row")
+    add = logits.add_argument
+    add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
+    add("--codec", choices=("affine8", "bfloat16", "float32"), default="affine8", help="(default: %(default)s)")
+    add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--store", required=True, metavar="DIR")
+    add("--method", required=True, choices=("slim", "kd", "sft"))
+    add("--out", required=True, metavar="DIR", help="gets the checkpoints and the student")
+    add("--student", metavar="MODEL", help="a model, or the .json configuration of a new one (default: a small Llama)")
+    add("--tokenizer", metavar="MODEL", help="checked against the store's, and saved with the student")
+    add("--eval-store", metavar="DIR", help="a held-out store to measure the student on")
+    for field, (flag, kind, text) in TRAIN_FIELDS.items():
+        add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
+    add("--option", type=_key_value, action="append", default=[], metavar="NAME=VALUE", help="any field of SlimConfig")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    name, found, value = text.partition("=")
+    if not found or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

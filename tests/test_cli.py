@@ -1,0 +1,258 @@
+"""The command line: what it does, what it says, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import teachers
+
+from slimkernels.cli import main
+from slimkernels.store import Store
+from slimkernels.store.errors import NotAStoreError
+from slimkernels.teacher import capture, read_documents
+
+CORPUS = [
+    "When the rain stopped, Anna put on her boots.",
+    "The apple trees were still wet.",
+    "A black cat was sleeping on the wooden bench.",
+    "She thought about the long summer that was coming.",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    return str(teachers.save_teacher(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def corpus(tmp_path) -> str:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
+    return str(path)
+
+
+@pytest.fixture
+def store(tmp_path, corpus) -> str:
+    path = tmp_path / "store"
+    tokenizer = teachers.make_tokenizer()
+    capture(teachers.make_teacher(), tokenizer, read_documents(corpus, tokenizer), path, top_k=17)
+    return str(path)
+
+
+def run(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "slimkernels", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def test_help_is_quick_and_loads_no_library() -> None:
+    code = """if True:
+        import sys, time
+        import slimkernels
+        before, start = set(sys.modules), time.perf_counter()
+        from slimkernels.cli import main
+        try:
+            main(["--help"])
+        except SystemExit as stop:
+            assert stop.code == 0
+        heavy = {"torch", "numpy", "transformers", "datasets", "rich", "slimkernels.trainer", "slimkernels.teacher"}
+        assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
+        assert time.perf_counter() - start < 0.5
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    for command in ("demo", "capture", "train", "eval", "store"):
+        assert command in process.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["capture"], ["train"], ["eval"], ["store", "info"]])
+def test_help_of_every_command(command, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith("usage: " + " ".join(["slimkernels", *command]))
+    if command and command[0] in ("capture", "train", "eval"):
+        assert f"slimkernels {command[0]} --" in output.partition("examples:")[2]
+
+
+def test_capture_of_a_text_file(teacher, corpus, tmp_path, capsys) -> None:
+    out = str(tmp_path / "store")
+    arguments = ["capture", "--teacher", teacher, "--text", corpus, "--out", out, "--top-fraction", "0.1"]
+    assert main([*arguments, "--temperatures", "1", "2"]) == 0
+    assert "added 4 documents" in capsys.readouterr().out
+    assert (Store(out).temperatures, Store(out)[0].teacher.top_k) == ((1.0, 2.0), 30)
+    assert main([*arguments, "--temperatures", "1", "2"]) == 0
+    assert "added 0 documents, 0 tokens; skipped 4" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "was made with temperatures=(1.0, 2.0)" in capsys.readouterr().err
+
+
+def test_capture_of_the_teachers_own_text(teacher, tmp_path, capsys) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(teachers.PROMPTS))
+    out = tmp_path / "runs" / "store"
+    arguments = ["capture", "--teacher", teacher, "--prompts", str(prompts), "--out", str(out), "--batch-size", "4"]
+    assert main([*arguments, "--tokens", "150", "--max-new-tokens", "10"]) == 0
+    lines = (tmp_path / "runs" / "store.jsonl").read_text().splitlines()
+    documents = [json.loads(line)["input_ids"] for line in lines]
+    assert sum(map(len, documents)) >= 150
+    assert sorted(document.input_ids.tolist() for document in Store(out)) == sorted(documents)
+    assert main([*arguments, "--tokens", "300", "--max-new-tokens", "10"]) == 0
+    assert f"skipped {len(documents)}" in capsys.readouterr().out
+
+
+def test_train_then_eval(store, tmp_path, capsys) -> None:
+    config = tmp_path / "student.json"
+    teachers.make_teacher().config.to_json_file(config)
+    students = []
+    for method, student in (("slim", ["--student", str(config)]), ("sft", [])):
+        out = str(tmp_path / method)
+        students.append(out)
+        arguments = ["train", "--store", store, "--method", method, "--out", out, *student, "--max-steps", "2"]
+        assert main([*arguments, "--batch-size", "2", "--option", "use_cpu=true", "--eval-store", store]) == 0
+        output = capsys.readouterr().out
+        assert f"student saved in {out}" in output
+        assert "eval_kl_ghost" in output
+    assert main(["eval", "--store", store, "--model", *students, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == students
+    assert all(result["perplexity"] > 1 and result["kl_ghost"] > 0 for result in results.values())
+    assert results[students[0]]["tokens"] == Store(store).num_rows
+    assert main(["eval", "--store", store, "--model", students[0]]) == 0
+    assert "kl_ghost" in capsys.readouterr().out
+
+
+def test_store_info_and_verify(store, capsys) -> None:
+    assert main(["store", "info", store, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["vocab_size"], content["documents"]) == (300, 4)
+    assert {"rows", "entries", "bytes", "bits_per_entry", "bytes_per_token"} <= set(content)
+    assert main(["store", "info", store]) == 0
+    assert "bits_per_entry" in capsys.readouterr().out
+    assert main(["store", "verify", store]) == 0
+    assert "every byte of 4 documents" in capsys.readouterr().out
+
+
+def test_a_damaged_store_exits_1_and_names_the_place(store) -> None:
+    (shard,) = Path(store).glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    process = run("store", "verify", store)
+    assert process.returncode == 1
+    assert shard.name in process.stderr
+    assert "row " in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("store verify {tmp}", "holds no manifest.json: is it the directory of a store?"),
+        ("store info {tmp}/absent", "holds no manifest.json"),
+        ("capture --teacher {teacher} --text {tmp}/absent.jsonl --out {tmp}/s", "there is no file"),
+        ("capture --teacher {tmp}/absent.gguf --text {corpus} --out {tmp}/s", "there is no file"),
+        ("capture --teacher {tmp} --text {corpus} --out {tmp}/s", "has no config.json"),
+        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --top-k 301", "top_k must be an integer in"),
+        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --text-field body", "no field 'body' in record 1"),
+        ("capture --teacher {teacher} --text {corpus} --out {corpus}", "is not a directory"),
+        ("capture --teacher {teacher} --text {corpus} --out {tmp}", "choose an empty or new directory"),
+        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --tokens 5", "give --prompts, not --text"),
+        ("capture --teacher {teacher} --prompts --out {tmp}/s", "give --tokens N or --documents N"),
+        ("capture --teacher {teacher} --prompts {tmp}/no.txt --tokens 5 --out {tmp}/s", "prompts file not found"),
+        ("train --store {tmp} --method slim --out {tmp}/o", "holds no manifest.json"),
+        ("train --store {store} --method slim --out {tmp}/o --student {tmp}/no", "there is no folder or .gguf file"),
+        ("train --store {store} --method slim --out {tmp}/o --student no.json", "no configuration file no.json"),
+        ("train --store {store} --method slim --out {tmp}/o --option colour=red", "a field of SlimConfig"),
+        ("train --store {store} --method slim --out {tmp}/o --rest ghosts", "rest"),
+        ("eval --store {store} --model {tmp}", "has no config.json"),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence(arguments, message, teacher, corpus, store, tmp_path, capsys) -> None:
+    words = arguments.format(teacher=teacher, corpus=corpus, store=store, tmp=tmp_path).split()
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("slimkernels: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("decode", "invalid choice: 'decode'"),
+        ("capture --teacher x --out y", "one of the arguments --text --prompts is required"),
+        ("capture --teacher x --text a --prompts --out y", "not allowed with argument"),
+        ("capture --teacher x --text a --out y --batch-tokens 0", "must be a whole number of at least 1, got '0'"),
+        ("capture --teacher x --text a --out y --top-k 5 --top-fraction 0.5", "not allowed with argument"),
+        ("train --store x --out y --method dpo", "invalid choice: 'dpo'"),
+        ("train --store x --out y --method kd --option novalue", "must be NAME=VALUE"),
+    ],
+)
+def test_bad_usage_exits_2(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_traceback_can_be_asked_for(tmp_path) -> None:
+    with pytest.raises(NotAStoreError):
+        main(["--traceback", "store", "info", str(tmp_path)])
+
+
+def test_an_unknown_teacher_is_one_sentence_without_a_traceback(corpus, tmp_path) -> None:
+    arguments = ["capture", "--teacher", "nobody/no-such-model", "--text", corpus, "--out", tmp_path / "store"]
+    process = run(*arguments, HF_HUB_OFFLINE="1")
+    assert process.returncode == 2
+    assert process.stderr.startswith("slimkernels: model not found: 'nobody/no-such-model' is no local folder")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_exits_130_and_the_same_command_continues(teacher, tmp_path, capsys) -> None:
+    out = tmp_path / "store"
+    arguments = ["capture", "--teacher", teacher, "--prompts", "--out", str(out), "--batch-size", "4"]
+    arguments += ["--max-new-tokens", "8", "--documents"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slimkernels", *arguments, "1000000"], stderr=subprocess.PIPE, text=True
+    )
+    generated = tmp_path / "store.jsonl"
+    deadline = time.monotonic() + 60
+    while not (generated.exists() and generated.stat().st_size):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "slimkernels: interrupted" in error
+    assert "Traceback" not in error
+    count = len(generated.read_text().splitlines())
+    assert count % 4 == 0
+    assert main([*arguments, str(count + 2)]) == 0
+    assert f"added {count + 2} documents" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_is_no_error(store) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slimkernels", "store", "info", store],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait(timeout=60)
