@@ -12,15 +12,6 @@ from slimkernels.evaluate import evaluate_store
 from slimkernels.store import Store
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small spend their time waiting for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
     return Store(make_store(tmp_path_factory.mktemp("store") / "heldout", num_documents=7))
@@ -84,7 +75,8 @@ def test_model_keeps_its_mode_and_needs_no_gradient(store):
     model.model.layers[0].self_attn.attention_dropout = 0.5
     done = []
     first = evaluate_store(model.train(), store, batch_size=3, on_batch=done.append)
-    assert model.training and done == [3, 6, 7]
+    assert model.training
+    assert done == [3, 6, 7]
     assert all(parameter.grad is None for parameter in model.parameters())
     second = evaluate_store(model.eval(), store, batch_size=3)
     assert not model.training

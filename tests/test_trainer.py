@@ -35,15 +35,6 @@ RECIPE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small spend their time waiting for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
     return Store(make_store(tmp_path_factory.mktemp("store") / "train"))
@@ -231,7 +222,7 @@ def test_collator_points_each_row_at_the_label_before(store):
     assert batch["target"].tolist() == [8, 9, 2]
     assert batch["teacher"].ids.shape == (3, TOP_K)
     assert SlimCollator(with_teacher=False)(documents)["teacher"] is None
-    with pytest.raises(ValueError, match="at most max_length=4 tokens.*5"):
+    with pytest.raises(ValueError, match=r"at most max_length=4 tokens.*5"):
         SlimCollator(max_length=4)(documents)
     with pytest.raises(ValueError, match="input_ids must be below the student's vocabulary size 9, got 9"):
         SlimCollator(vocab_size=9)(documents)
@@ -407,7 +398,7 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
         assert torch.equal(parameter, expected)
 
     with pytest.raises(
-        ValueError, match="checkpoint of the same run.*token_weight='teacher_over_student' there, 'none' here"
+        ValueError, match=r"checkpoint of the same run.*token_weight='teacher_over_student' there, 'none' here"
     ):
         resumable_trainer(str(killed), store_path, method="kd").train(resume_from_checkpoint=True)
     fresh = resumable_trainer(str(tmp_path / "fresh"), store_path, max_steps=1)
@@ -423,7 +414,8 @@ from test_trainer import make_trainer, training_logs
 from slimkernels.store import Store
 
 torch.set_num_threads(1)
-trainer = make_trainer({output!r}, Store({store!r}), per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4)
+options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4)
+trainer = make_trainer({output!r}, Store({store!r}), **options)
 trainer.train()
 metrics = trainer.evaluate(Store({store!r}))
 if trainer.is_world_process_zero():
@@ -460,7 +452,8 @@ def test_train_saves_a_student_that_loads(tmp_path):
     options = RECIPE | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     arguments = (str(tmp_path / "train"), make_model(), "kd", tmp_path / "out")
     metrics = train(*arguments, eval_store_path=str(tmp_path / "heldout"), tokenizer=make_tokenizer(), **options)
-    assert math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["eval_kl_ghost"])
+    assert math.isfinite(metrics["train_loss"])
+    assert math.isfinite(metrics["eval_kl_ghost"])
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert student.config.vocab_size == VOCAB_SIZE
     assert (tmp_path / "out" / "tokenizer.json").exists()

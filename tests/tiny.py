@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from slimkernels.teacher import tokenizer_fingerprint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import slimkernels as sk
 from slimkernels.store import StoreWriter
 from slimkernels.student import make_student
+from slimkernels.teacher import tokenizer_fingerprint
 
 VOCAB_SIZE = 97
 TOP_K = 11

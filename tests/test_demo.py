@@ -1,0 +1,154 @@
+"""The demonstration from end to end with a tiny teacher, and what a second run does."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from teachers import save_teacher
+from transformers import AutoModelForCausalLM
+
+from slimkernels.demo import DemoSettings, run_demo
+from slimkernels.evaluate import evaluate_store
+from slimkernels.store import Store, verify
+from slimkernels.teacher import shipped_prompts
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> DemoSettings:
+    teacher = save_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+    return DemoSettings(
+        teacher=str(teacher),
+        teacher_dtype="float32",
+        prompts=12,
+        heldout_every=4,
+        documents=24,
+        max_new_tokens=12,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        epochs=3,
+        evaluations=3,
+    )
+
+
+def run(output_dir, settings) -> tuple[dict, str]:
+    output = io.StringIO()
+    results = run_demo(output_dir, settings=settings, console=Console(file=output, width=150))
+    return results, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, settings):
+    output_dir = tmp_path_factory.mktemp("demo") / "out"
+    return output_dir, *run(output_dir, settings)
+
+
+def test_demo_writes_measured_numbers(first, settings):
+    output_dir, results, printed = first
+    assert json.loads((output_dir / "results.json").read_text()) == results
+    assert (output_dir / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(results["students"]) == ["sft", "kd", "slim"]
+    tokens = results["store"]["tokens"] * settings.epochs
+    for method, student in results["students"].items():
+        curve = student["curve"]
+        assert [point["tokens_seen"] for point in (curve[0], curve[-1])] == [0, tokens], method
+        assert len(curve) == 1 + settings.evaluations
+        assert all(math.isfinite(value) for point in curve for value in point.values())
+        assert student["train_tokens_per_second"] == pytest.approx(tokens / student["train_seconds"])
+        assert curve[-1]["perplexity"] < curve[0]["perplexity"]
+    starts = [student["curve"][0]["perplexity"] for student in results["students"].values()]
+    assert len(set(starts)) == 1, "the three students start from the same weights"
+    ends = [student["curve"][-1]["perplexity"] for student in results["students"].values()]
+    assert len(set(ends)) == 3, "and end elsewhere"
+    for words in ("perplexity", "KL to teacher", "tokens/s", "bytes/token", "SLIM", "slimkernels train --store"):
+        assert words in printed, words
+
+
+def test_saved_students_are_those_that_were_measured(first):
+    output_dir, results, _ = first
+    heldout = Store(output_dir / "store" / "heldout")
+    for method, student in results["students"].items():
+        model = AutoModelForCausalLM.from_pretrained(output_dir / "students" / method)
+        metrics = evaluate_store(model, heldout, batch_size=16)
+        assert metrics["kl_ghost"] == pytest.approx(student["curve"][-1]["kl_ghost"], rel=1e-5)
+        assert (output_dir / "students" / method / "tokenizer.json").exists()
+
+
+def test_heldout_documents_come_from_prompts_not_trained_on(first, settings):
+    output_dir, results, _ = first
+    lines = [json.loads(line) for line in (output_dir / "text" / "documents.jsonl").read_text().splitlines()]
+    prompt_of = {tuple(line["input_ids"]): line["prompt"] for line in lines}
+    stores = {split: Store(output_dir / "store" / split) for split in ("train", "heldout")}
+    prompts = {split: {prompt_of[tuple(d.input_ids.tolist())] for d in stores[split]} for split in stores}
+    assert prompts["heldout"] == set(shipped_prompts()[: settings.prompts : settings.heldout_every])
+    assert len(prompts["train"]) == settings.prompts - len(prompts["heldout"])
+    assert not prompts["train"] & prompts["heldout"]
+    assert len(stores["train"]) + len(stores["heldout"]) == settings.documents
+    for split, store in stores.items():
+        verify(output_dir / "store" / split)
+        assert store[0].teacher.top_k == math.ceil(settings.top_fraction * store.vocab_size)
+    assert results["heldout"]["documents"] == len(stores["heldout"])
+
+
+def test_second_run_reuses_what_is_done_and_redoes_what_changed(first, settings):
+    output_dir, results, _ = first
+    stamps = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.safetensors")}
+    assert len(stamps) == 5
+    again, printed = run(output_dir, settings)
+    assert again == results
+    assert printed.count("reused from an earlier run") == 5
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+    slower, printed = run(output_dir, dataclasses.replace(settings, learning_rate=1e-4))
+    assert printed.count("reused from an earlier run") == 2
+    stores = [path for path in stamps if "store" in path.parts]
+    assert {path: path.stat().st_mtime_ns for path in stores} == {path: stamps[path] for path in stores}
+    assert slower["students"]["kd"]["curve"][0]["loss"] == results["students"]["kd"]["curve"][0]["loss"]
+    assert slower["students"]["kd"]["curve"][-1]["loss"] > results["students"]["kd"]["curve"][-1]["loss"]
+
+
+def test_interrupted_phases_are_continued(tmp_path, settings, first, monkeypatch):
+    """A run that is stopped between the two stores goes on with the text it has."""
+    from slimkernels import demo
+
+    original, calls = demo.capture, []
+
+    def stop_at_the_second(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(demo, "capture", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, settings)
+    monkeypatch.setattr(demo, "capture", original)
+    results, printed = run(tmp_path, settings)
+    assert "text: reused" in printed
+    assert "store: reused" not in printed
+    expected = first[1]["students"]["slim"]["curve"][-1]
+    assert results["students"]["slim"]["curve"][-1]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_demo_leaves_other_peoples_folders_alone(tmp_path, settings):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "novel.txt").write_text("chapter one")
+    with pytest.raises(ValueError, match="holds files that the demo did not write"):
+        run(tmp_path, settings)
+    assert (tmp_path / "text" / "novel.txt").read_text() == "chapter one"
+    with pytest.raises(ValueError, match="give quick or settings, got both"):
+        run_demo(tmp_path, quick=True, settings=settings)
+
+
+def test_student_has_the_size_that_was_asked_for(first, settings):
+    output_dir, results, _ = first
+    model = AutoModelForCausalLM.from_pretrained(output_dir / "students" / "slim")
+    assert model.config.hidden_size == settings.hidden_size
+    assert results["students"]["slim"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert model.dtype == torch.float32
