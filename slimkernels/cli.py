@@ -262,6 +262,8 @@ def _print_table(content: dict[str, str]) -> None:
     from rich.table import Table
 
     table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in content.items():
         table.add_row(name, value)
     Console().print(table)

@@ -75,8 +75,8 @@ def generate_documents(
     float32 twice.
 
     Args:
-        model: A causal language model. On a CPU with bfloat16 instructions, loading it in bfloat16 makes
-            this half again as fast.
+        model: A causal language model. SmolLM2-135M writes 1.4 times as fast in bfloat16 as in float32 on an AVX-512
+            core with bfloat16 instructions.
         tokenizer: Its tokenizer.
         prompts: Openings; ``shipped_prompts()`` for English text of many kinds.
         path: The .jsonl file.
@@ -257,7 +257,7 @@ def _noise(seed: int, document: int, count: int) -> np.ndarray:
 def _draw(logits: Tensor, noise: Tensor, options: _Options) -> Tensor:
     """Inverts the cumulative distribution of softmax(logits / temperature) (B, V) at noise (B,) in [0, 1).
 
-    Sums of blocks first, then one block: several times as fast as ``torch.multinomial`` at V = 49152 on a CPU.
+    Sums of blocks first, then one block: (128, 49152) take 19 ms on two cores, and 125 ms in ``torch.multinomial``.
     """
     if options.temperature == 0:
         return logits.argmax(-1)
