@@ -51,7 +51,7 @@ $(VENV)/bin/python:
 
 $(installed): $(sources) | $(VENV)/bin/python
 	@$(py) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH)'; $(pip) install '$(TORCH)'; }
-	@$(pip) install 'setuptools>=77' 'pybind11>=2.13'
+	@$(pip) install 'setuptools>=77' 'pybind11>=2.13' 'numpy>=1.26'
 	@$(py) setup.py --name >/dev/null
 	@echo 'building slimkernels'
 	@$(pip) install --no-build-isolation -e '.[test]'
