@@ -120,11 +120,10 @@ def sparse_softmax(
 
     - ``"renorm"``, ``"renorm_both"``: q / a, nothing outside; ``lse`` is not needed.
     - ``"zero"``: q, nothing outside, so the row sums to a.
-    - ``"ghost"``: q, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1).
+    - ``"ghost"``: q, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1 or every id is kept).
     - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), the unkept logits being 0.
 
-    Padding has log-probability -inf. A row with no mass on its ids has -inf everywhere on them. A log-probability of
-    -inf is a constant: it passes no gradient on.
+    Padding, and a row with no mass on its ids, has log-probability -inf, which passes no gradient on.
     """
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {RESTS}, got {rest!r}")
@@ -141,7 +140,8 @@ def sparse_softmax(
         tail = (log_unkept - log_z).masked_fill(log_unkept == -math.inf, -math.inf)
     if rest in ("zero", "ghost"):
         log_z = sparse.lse_at(temperature).to(dtype)
-        tail = _log1mexp(log_sum - log_z) if rest == "ghost" else tail
+    if rest == "ghost":
+        tail = _log1mexp(log_sum - log_z).masked_fill(kept.sum(-1) == (vocab_size or -1), -math.inf)
     return SparseProbs((scaled - log_z.unsqueeze(-1)).masked_fill(scaled == -math.inf, -math.inf), tail)
 
 

@@ -184,7 +184,7 @@ RowDivergence measure(int64_t n, int64_t kept, const StudentRow& student, const 
   const double tail = __builtin_exp(log_tail);
   const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
   if (args.rest == kGhost) {
-    const double log_q = log1m_exp(log_kept - lse);
+    const double log_q = log_ghost(log_kept - lse, kept, args.vocab_size);
     double share, slope;
     diverge(args.divergence, log_q, log_tail, __builtin_exp(log_q), tail, args.beta, args.alpha, &share, &slope);
     d.value += share;

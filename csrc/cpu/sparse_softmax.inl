@@ -48,6 +48,11 @@ SK_INLINE double teacher_log_norm(int rest, double log_kept, double lse, int64_t
   }
 }
 
+// The log of what the teacher leaves outside its kept ids; nothing where it keeps every id, whatever rounding says.
+SK_INLINE double log_ghost(double log_mass, int64_t kept, int64_t vocab_size) {
+  return kept == vocab_size ? -infinity<double>() : log1m_exp(log_mass);
+}
+
 template <class X>
 int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
@@ -67,7 +72,7 @@ int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_
     A* logprobs = static_cast<A*>(args.logprobs) + n * args.top_k;
     for (int64_t k = 0; k < args.top_k; ++k) logprobs[k] = k < kept ? A(scaled[k] - log_norm) : -infinity<A>();
     double tail = -infinity<double>();
-    if (args.rest == kGhost) tail = log1m_exp(log_kept - lse);
+    if (args.rest == kGhost) tail = log_ghost(log_kept - lse, kept, args.vocab_size);
     if (args.rest == kZeroLogit && args.vocab_size > kept)
       tail = __builtin_log(double(args.vocab_size - kept)) - log_norm;
     static_cast<A*>(args.tail_logprob)[n] = A(tail);

@@ -170,9 +170,10 @@ SK_INLINE float load_one(const f16* p) { return load_part(p, 1, 0.0f)[0]; }
 
 SK_INLINE void store_one(float* p, float value) { *p = value; }
 SK_INLINE void store_one(double* p, double value) { *p = value; }
-template <class X>
-SK_INLINE void store_one(X* p, float value) {
-  store_part(p, VecF{} + value, 1);
+SK_INLINE void store_one(f16* p, float value) { store_part(p, VecF{} + value, 1); }
+SK_INLINE void store_one(bf16* p, float value) {
+  const uint32_t bits = bitcast<uint32_t>(value);
+  p->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // ---- Reductions (a fixed order: the same on every machine)
@@ -198,38 +199,43 @@ SK_INLINE auto max_lanes(V v) {
 
 // ---- Elementary functions
 
-// exp to 1 unit in the last place; NaN stays NaN, -inf gives 0, +inf gives +inf.
-SK_INLINE VecF exp(VecF x) {
+// exp for x <= 88, which is all a softmax asks for. NaN stays NaN, -inf gives 0. The relative error stays below 2e-7
+// for x > -2 and grows with |x| to 4e-7 at -20, as that of a float32 x itself does.
 #if defined(__AVX512F__)
-  // min and max return their second operand where one is NaN.
+SK_INLINE VecF exp(VecF x) {
+  // max returns its second operand where one is NaN.
   x = bitcast<VecF>(_mm512_max_ps(_mm512_set1_ps(-104.0f), bitcast<__m512>(x)));
-  x = bitcast<VecF>(_mm512_min_ps(_mm512_set1_ps(89.0f), bitcast<__m512>(x)));
   const VecF n = bitcast<VecF>(
       _mm512_roundscale_ps(bitcast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const VecF r = bitcast<VecF>(_mm512_fmsub_ps(bitcast<__m512>(x), _mm512_set1_ps(1.44269504f), bitcast<__m512>(n)));
+  VecF p = r * 0x1.5bba14p-10f + 0x1.3cea88p-7f;  // minimax of (2^r - 1) / r on [-1/2, 1/2], relative to 2^r
+  p = p * r + 0x1.c6b752p-5f;
+  p = p * r + 0x1.ebf9bcp-3f;
+  p = p * r + 0x1.62e42ap-1f;
+  p = p * r + 1.0f;
+  return bitcast<VecF>(_mm512_scalef_ps(bitcast<__m512>(p), bitcast<__m512>(n)));
+}
 #else
+SK_INLINE VecF exp(VecF x) {
   x = x < -104.0f ? VecF{} - 104.0f : x;
   x = x > 89.0f ? VecF{} + 89.0f : x;
   const VecF magic = VecF{} + 0x1.8p23f;
   const VecF n = (x * 1.44269504f + magic) - magic;
-#endif
-  const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
+  const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // Cody and Waite: there may be no fused multiply-add
+  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;             // Cephes expf
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-#if defined(__AVX512F__)
-  return bitcast<VecF>(_mm512_scalef_ps(bitcast<__m512>(p), bitcast<__m512>(n)));
-#else
   // 2^n in two factors, because n reaches below the exponent of the smallest normal number.
   const VecI whole = __builtin_convertvector(n, VecI);
   const VecI half = whole >> 1;
   const VecF low = bitcast<VecF>((half + 127) << 23);
   const VecF high = bitcast<VecF>((whole - half + 127) << 23);
   return (p * low) * high;
-#endif
 }
+#endif
 
 SK_INLINE VecD exp(VecD x) {
   for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_exp(x[lane]);
