@@ -24,7 +24,7 @@ def main() -> None:
         for method, student in results["students"].items():
             row = {"op": "demo", "method": method, "curve": student["curve"]}
             row["train_tokens_per_second"] = student["train_tokens_per_second"]
-            row["teacher_perplexity"] = results["teacher_perplexity"]
+            row["teacher_perplexity"] = student["curve"][-1]["teacher_perplexity"]
             row["store_bytes_per_token"] = store["bytes_per_token"]
             row["store_bits_per_entry"] = store["bits_per_entry"]
             row["train_rows"], row["heldout_rows"] = store["rows"], heldout["rows"]

@@ -32,10 +32,10 @@ def results_table(results: dict[str, Any]) -> Table:
     heldout = results["heldout"]
     table = Table(
         title=f"Held-out: {heldout['documents']} documents, {heldout['rows']:,} labels, from prompts not trained on",
-        caption="best: lowest along the curve, chosen on the same held-out labels for every method",
+        caption="KL: to the teacher, nats per token. At best: lowest along the curve, on these labels.",
     )
-    table.add_column("method")
-    for name in ("perplexity", "best (after tokens)", "KL to teacher", "best", "train tokens/s", "store bytes/token"):
+    table.add_column("method", no_wrap=True)
+    for name in ("perplexity", "at best\n(after)", "KL", "at best\n(after)", "tokens\nper s", "store\nB/token"):
         table.add_column(name, justify="right")
     for method, student in results["students"].items():
         curve = student["curve"]

@@ -66,7 +66,7 @@ def test_demo_writes_measured_numbers(first, settings):
     assert len(set(starts)) == 1, "the three students start from the same weights"
     ends = [student["curve"][-1]["perplexity"] for student in results["students"].values()]
     assert len(set(ends)) == 3, "and end elsewhere"
-    for words in ("perplexity", "KL to teacher", "tokens/s", "bytes/token", "SLIM", "slimkernels train --store"):
+    for words in ("perplexity", "KL: to the teacher", "per s", "B/token", "SLIM", "slimkernels train --store"):
         assert words in printed, words
 
 
