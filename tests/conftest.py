@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ def pytest_configure() -> None:
     # The tensors are small: threads that wait for each other cost several times what they save. Tests that are about
     # threads ask for them.
     torch.set_num_threads(1)
+    # The same for the commands that tests start; threads that spin while they wait starve each other on a busy machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
