@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ def pytest_configure() -> None:
     # The tensors are small: threads that wait for each other cost several times what they save. Tests that are about
     # threads ask for them.
     torch.set_num_threads(1)
-    # The same for the commands that tests start; threads that spin while they wait starve each other on a busy machine.
+    # A shell starts its background jobs deaf to Ctrl-C; the commands that tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Few threads for the commands that tests start, too: spinning threads starve each other on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
