@@ -17,6 +17,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 #endif
 
 namespace {
@@ -30,12 +33,15 @@ struct Choice {
 // __builtin_cpu_supports asks cpuid and xgetbv: an ISA whose registers the system does not save is not reported.
 Choice choose() {
   Choice choice;
-  const KernelTable* candidates[3];
+  const KernelTable* candidates[4];
   int count = 0;
 #ifdef SK_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
+    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16")) {
+      candidates[count++] = &avx512_bf16::table;
+    }
     candidates[count++] = &avx512::table;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {

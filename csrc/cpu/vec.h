@@ -36,16 +36,23 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   using Vec = VecF;
-  using Key = uint32_t;
-  using SignedKey = int32_t;
+  using Key = int32_t;
   static constexpr int kWidth = 16;
 };
 template <>
 struct Lanes<double> {
   using Vec = VecD;
-  using Key = uint64_t;
-  using SignedKey = int64_t;
+  using Key = int64_t;
   static constexpr int kWidth = 8;
+};
+
+template <class T>
+struct UnsignedOf {
+  using type = uint64_t;
+};
+template <>
+struct UnsignedOf<int32_t> {
+  using type = uint32_t;
 };
 
 template <class V>
@@ -161,6 +168,16 @@ SK_INLINE void store_part(X* p, V v, int64_t count) {
   X whole[Lanes<typename Acc<X>::type>::kWidth];
   store(whole, v);
   memcpy(p, whole, count * sizeof(X));
+}
+
+// The same for a value that the type holds exactly: no rounding, and a denormal survives.
+template <class X, class V>
+SK_INLINE void store_exact(X* p, V v) {
+  store(p, v);
+}
+SK_INLINE void store_exact(bf16* p, VecF v) {
+  const VecH raw = __builtin_convertvector(bitcast<VecU>(v) >> 16, VecH);
+  memcpy(p, &raw, sizeof(raw));
 }
 
 SK_INLINE float load_one(const float* p) { return *p; }
@@ -329,6 +346,41 @@ SK_INLINE double log_sum_exp(const A* x, int64_t count, double inv_temperature) 
   }
   return total.log();
 }
+
+// sum(exp((x - level) * inv_temperature)) over a block that need not be padded.
+template <class X, class A = typename Acc<X>::type>
+SK_INLINE double sum_exp(const X* x, int64_t count, A level, A inv_temperature) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  typename Lanes<A>::Vec sum = {};
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) sum += exp((load(x + i) - level) * inv_temperature);
+  if (i < count) sum += exp((load_part(x + i, count - i, -infinity<A>()) - level) * inv_temperature);
+  return sum_lanes(sum);
+}
+
+// Whether a sum of exponentials relative to a guessed level lost nothing to overflow; false for NaN. The level is at
+// most the row's maximum, so nothing that counts can underflow.
+constexpr bool is_sound(double sum) { return sum < 1e25; }
+
+// log(sum(exp(x * inv_temperature))) of a row, from that sum relative to a guessed level where it is sound.
+template <class X, class A>
+double log_sum_exp_of_row(const X* row, int64_t count, double inv_temperature, A level, double sum) {
+  if (is_sound(sum)) return double(level) * inv_temperature + __builtin_log(sum);
+  A best = -infinity<A>();
+  for (int64_t i = 0; i < count; ++i) {
+    const A x = load_one(row + i);
+    if (x != x) return x;
+    best = x > best ? x : best;
+  }
+  if (best == infinity<A>() || best == -infinity<A>()) return best;
+  sum = 0;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    sum += sum_exp(row + i, count - i < kBlock ? count - i : kBlock, best, A(inv_temperature));
+  }
+  return double(best) * inv_temperature + __builtin_log(sum);
+}
+
+constexpr int64_t kMaxWidth = 16;  // lanes of the widest vector
 
 template <class A>
 SK_INLINE int64_t padded(int64_t count) {

@@ -1,0 +1,187 @@
+// Exact selection without a sort: order-preserving integer keys, counting bisection, ordered compaction.
+#pragma once
+
+#include "vec.h"
+
+namespace slimkernels {
+namespace SK_ISA {
+namespace {
+
+// ---- Keys: larger key, larger logit; -0.0 equals 0.0, every NaN is the largest. No logit has the lowest key, which
+// therefore pads arrays of keys to the vector width.
+
+template <class A, class Key = typename Lanes<A>::Key>
+SK_INLINE Key order_key(A value) {
+  constexpr Key magnitude = ~(Key(1) << (sizeof(Key) * 8 - 1));
+  if (value != value) return magnitude;
+  const Key bits = bitcast<Key>(value + A(0));  // -0.0 + 0.0 is 0.0
+  return bits < 0 ? bits ^ magnitude : bits;
+}
+
+SK_INLINE VecI order_keys(VecF v) {
+  const VecI bits = bitcast<VecI>(v + 0.0f);
+  const VecI key = bits ^ ((bits >> 31) & 0x7fffffff);
+  return v != v ? VecI{} + 0x7fffffff : key;
+}
+
+SK_INLINE VecL order_keys(VecD v) {
+  const VecL bits = bitcast<VecL>(v + 0.0);
+  const VecL key = bits ^ ((bits >> 63) & INT64_MAX);
+  return v != v ? VecL{} + INT64_MAX : key;
+}
+
+template <class A, class Key = typename Lanes<A>::Key>
+SK_INLINE A value_of_key(Key key) {
+  constexpr Key magnitude = ~(Key(1) << (sizeof(Key) * 8 - 1));
+  return bitcast<A>(key < 0 ? key ^ magnitude : key);
+}
+
+template <class Key>
+constexpr Key lowest_key() {
+  return Key(1) << (sizeof(Key) * 8 - 1);
+}
+
+// ---- Masks of lanes, and appending the lanes they name. Appending writes whole vectors, so the arrays have a vector
+// of room behind their last entry; they may be compacted in place.
+
+#if defined(__AVX512F__)
+using MaskF = __mmask16;
+SK_INLINE MaskF not_below(VecF v, float threshold) {  // a NaN is not
+  return _mm512_cmp_ps_mask(bitcast<__m512>(v), _mm512_set1_ps(threshold), _CMP_NLT_UQ);
+}
+SK_INLINE MaskF above(VecI keys, int32_t pivot) {
+  return _mm512_cmpgt_epi32_mask(bitcast<__m512i>(keys), _mm512_set1_epi32(pivot));
+}
+SK_INLINE MaskF equal(VecI keys, int32_t pivot) {
+  return _mm512_cmpeq_epi32_mask(bitcast<__m512i>(keys), _mm512_set1_epi32(pivot));
+}
+SK_INLINE int64_t count(MaskF mask) { return __builtin_popcount(mask); }
+SK_INLINE MaskF first_lanes(MaskF mask, int64_t lanes) {
+  return MaskF(_pdep_u32((1u << lanes) - 1, mask));
+}
+// Compressing in registers and storing whole vectors: compress-to-memory is microcoded on some machines.
+SK_INLINE void append(MaskF mask, VecI v, int32_t* out) {
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, bitcast<__m512i>(v)));
+}
+#else
+using MaskF = VecI;
+SK_INLINE MaskF not_below(VecF v, float threshold) { return ~(v < threshold); }
+SK_INLINE MaskF above(VecI keys, int32_t pivot) { return keys > pivot; }
+SK_INLINE MaskF equal(VecI keys, int32_t pivot) { return keys == pivot; }
+SK_INLINE int64_t count(MaskF mask) { return int64_t(-sum_lanes(mask)); }
+SK_INLINE MaskF first_lanes(MaskF mask, int64_t lanes) {
+  for (int lane = 0; lane < 16; ++lane) {
+    if (lanes == 0) mask[lane] = 0;
+    lanes += mask[lane];
+  }
+  return mask;
+}
+SK_INLINE void append(MaskF mask, VecI v, int32_t* out) {
+  for (int lane = 0; lane < 16; ++lane) {
+    *out = v[lane];
+    out -= mask[lane];
+  }
+}
+#endif
+SK_INLINE void append(MaskF mask, VecF v, float* out) {
+  append(mask, bitcast<VecI>(v), reinterpret_cast<int32_t*>(out));
+}
+
+SK_INLINE VecL not_below(VecD v, double threshold) { return ~(v < threshold); }
+SK_INLINE VecL above(VecL keys, int64_t pivot) { return keys > pivot; }
+SK_INLINE VecL equal(VecL keys, int64_t pivot) { return keys == pivot; }
+SK_INLINE int64_t count(VecL mask) { return int64_t(-sum_lanes(mask)); }
+SK_INLINE VecL first_lanes(VecL mask, int64_t lanes) {
+  for (int lane = 0; lane < 8; ++lane) {
+    if (lanes == 0) mask[lane] = 0;
+    lanes += mask[lane];
+  }
+  return mask;
+}
+template <class V, class T>
+SK_INLINE void append(VecL mask, V v, T* out) {
+  for (int lane = 0; lane < 8; ++lane) {
+    *out = v[lane];
+    out -= mask[lane];
+  }
+}
+
+template <class Key>
+struct KeyVec {
+  using type = VecI;
+};
+template <>
+struct KeyVec<int64_t> {
+  using type = VecL;
+};
+
+// How many keys are at least `pivot`, over whole vectors.
+template <class Key>
+SK_INLINE int64_t count_reaching(const Key* keys, int64_t length, Key pivot) {
+  using Vec = typename KeyVec<Key>::type;
+  constexpr int kWidth = sizeof(Vec) / sizeof(Key);
+  Vec reaching = {};
+  for (int64_t i = 0; i < length; i += kWidth) reaching -= Vec(load_raw<Vec>(keys + i) >= pivot);
+  return int64_t(sum_lanes(reaching));
+}
+
+// The rank-th largest of `keys` (rank 1 is the largest). `keys` has room to be padded to the vector width and is
+// overwritten. A bisection over the bits of the range that is really there: each step counts, and whatever fell out of
+// the range is dropped once it is half of the array, so that well-spread keys cost a few passes and the worst input
+// as many passes as a key has bits.
+template <class Key>
+Key select_key(Key* keys, int64_t length, int64_t rank) {
+  using Vec = typename KeyVec<Key>::type;
+  constexpr int kWidth = sizeof(Vec) / sizeof(Key);
+  const auto pad = [&] {
+    for (int64_t i = length; i % kWidth != 0; ++i) keys[i] = lowest_key<Key>();
+  };
+  pad();
+  Vec low_lanes = {}, high_lanes = {};
+  low_lanes += ~lowest_key<Key>();
+  high_lanes += lowest_key<Key>();
+  for (int64_t i = 0; i < length; i += kWidth) {
+    const Vec key = load_raw<Vec>(keys + i);
+    const Vec real = key == lowest_key<Key>() ? low_lanes : key;
+    low_lanes = real < low_lanes ? real : low_lanes;
+    high_lanes = key > high_lanes ? key : high_lanes;
+  }
+  Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
+  int64_t inside = length;  // of the array's keys, how many are in [low, high]
+  int64_t over = 0;         // and how many are above high
+  while (low < high) {
+    using Bits = typename UnsignedOf<Key>::type;
+    const Key middle = Key(Bits(low) + (Bits(high) - Bits(low)) / 2 + 1);
+    const int64_t upper = count_reaching(keys, length, middle) - over;
+    if (upper >= rank) {
+      low = middle;
+      inside = upper;
+    } else {
+      high = middle - 1;
+      rank -= upper;
+      over += upper;
+      inside -= upper;
+    }
+    if (2 * inside > length || length <= kWidth) continue;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < length; i += kWidth) {
+      const Vec key = load_raw<Vec>(keys + i);
+      const auto in_range = above(key, Key(low - 1)) & ~above(key, high);
+      append(in_range, key, keys + kept);
+      kept += count(in_range);
+    }
+    length = kept;
+    over = 0;
+    pad();
+  }
+  return low;
+}
+
+SK_INLINE VecI ids_from(int64_t first) {
+  const VecI lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane + int32_t(first);
+}
+
+}  // namespace
+}  // namespace SK_ISA
+}  // namespace slimkernels
