@@ -12,7 +12,7 @@ import pytest
 from slimkernels import _C
 
 HERE = Path(__file__).parent
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 # The tests that compare an op with the oracle over dtypes, sizes and values; the others do not depend on the kernel.
 CORE = (
     "test_topk_logits.py::test_topk_logits_hand_worked",

@@ -187,7 +187,7 @@ SK_INLINE float load_one(const f16* p) { return load_part(p, 1, 0.0f)[0]; }
 
 SK_INLINE void store_one(float* p, float value) { *p = value; }
 SK_INLINE void store_one(double* p, double value) { *p = value; }
-SK_INLINE void store_one(f16* p, float value) { store_part(p, VecF{} + value, 1); }
+SK_INLINE void store_one(f16* p, float value) { store_part(p, VecF{value}, 1); }
 SK_INLINE void store_one(bf16* p, float value) {
   const uint32_t bits = bitcast<uint32_t>(value);
   p->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
