@@ -86,6 +86,17 @@ int64_t run(int64_t (*kernel)(const Args&, int64_t, int64_t), const Args& args, 
   return fault;
 }
 
+void run_tasks(int64_t tasks, void* context, void (*task)(void*, int64_t)) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(context, i);
+  });
+}
+
+// A gradient this large leaves the caches before anybody reads it.
+constexpr int64_t kStreamedBytes = 4 << 20;
+// A row this long is worth several threads where there are fewer rows than those.
+constexpr int64_t kSplitVocabulary = 16384;
+
 int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target, std::vector<double> temperatures,
                              Tensor values, Tensor ids, Tensor lse, OptionalTensor target_logit) {
   check_rows(logits, "logits");
@@ -192,7 +203,16 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
   args.softcap = softcap;
   args.logit_scale = logit_scale;
   args.ignore_index = ignore_index;
-  return run(checked_kernels().slim_loss, args, num_rows);
+  args.streams = args.dlogits != nullptr && args.dlogits != args.logits &&
+                 num_rows * args.vocab_size * static_cast<int64_t>(logits.element_size()) >= kStreamedBytes;
+  const KernelTable& table = checked_kernels();
+  const int64_t num_threads = torch::stable::get_num_threads();
+  if (num_rows >= num_threads || args.vocab_size < kSplitVocabulary) return run(table.slim_loss, args, num_rows);
+  for (int64_t n = 0; n < num_rows; ++n) {
+    const int64_t fault = table.slim_loss_split(args, n, num_threads, run_tasks);
+    if (fault != kOk) return fault;
+  }
+  return kOk;
 }
 
 }  // namespace

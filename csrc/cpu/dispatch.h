@@ -80,7 +80,11 @@ struct SlimLossArgs {
   double softcap;  // 0: none
   double logit_scale;
   int64_t ignore_index;
+  bool streams;  // the gradient is written past the caches; only where it does not overwrite the logits
 };
+
+// Calls task(context, i) for i in [0, tasks), on several threads.
+typedef void (*RunTasks)(int64_t tasks, void* context, void (*task)(void* context, int64_t i));
 
 // Every kernel works on rows [begin, end) and is called from several threads at once.
 struct KernelTable {
@@ -88,6 +92,7 @@ struct KernelTable {
   int64_t (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
   int64_t (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
+  int64_t (*slim_loss_split)(const SlimLossArgs&, int64_t n, int64_t parts, RunTasks);  // one row, in parts
 };
 
 // The best table this machine can run, or the one SLIMKERNELS_CPU_ISA names. Chosen once.

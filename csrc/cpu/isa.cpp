@@ -11,7 +11,7 @@ namespace slimkernels {
 namespace SK_ISA {
 
 extern const KernelTable table;
-constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits, sparse_softmax, slim_loss};
+constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits, sparse_softmax, slim_loss, slim_loss_split};
 
 }  // namespace SK_ISA
 }  // namespace slimkernels

@@ -1,8 +1,8 @@
 // Cross entropy plus the weighted divergence from a sparse teacher, and its gradient, in one visit to each row.
 //
-// The row is read once into scratch, with the kept ids S taken out and set to -inf: what is summed afterwards is the
-// off-support log-sum-exp itself, never 1 minus the rest. The gradient off S is then one scalar per row times
-// exp(z - lse_off) plus a constant, whatever the divergence; the K entries on S and the label are overwritten.
+// The row is read once. What is kept of it is e = exp((z - level) / T), with the kept ids S taken out and set to 0: what
+// is summed is the off-support mass itself, never 1 minus the rest. The gradient off S is then one scalar per row times
+// e plus a constant, whatever the divergence; the K entries on S and the label are overwritten.
 //
 // Names: z student logits, s = softmax(z), p = softmax(z / T), q the teacher, w the token's weight; D the divergence.
 #pragma once
@@ -11,38 +11,19 @@
 
 #include "dispatch.h"
 #include "sparse_softmax.inl"
+#include "stream.h"
 #include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-template <class A>
-struct SlimScratch {
-  A* z;        // (padded V) effective logits, -inf at S
-  A* kept_z;   // (padded K) effective logits at S
-  A* teacher;  // (padded K) teacher logits / T, later p * dD/dp
-  A* p;        // (padded K) student on S, later the gradient
-};
-
-// What the student's row sums to. `off` is outside S, `on` inside; `_one` is at temperature 1.
-struct StudentRow {
-  double target_z;
-  double off, off_one, on, on_one, lse, lse_one;
-  double sum_off = 0, sum_all = 0;  // of z: only for zero_logit and label smoothing
-};
-
 // logits -> effective logits, softcap * tanh(logit_scale * x / softcap).
 template <class V>
 SK_INLINE V transformed(V x, const SlimLossArgs& args) {
   using A = ElementOf<V>;
   x *= A(args.logit_scale);
-  if (args.softcap > 0) {
-    for (unsigned lane = 0; lane < sizeof(V) / sizeof(A); ++lane) {
-      x[lane] = A(args.softcap * __builtin_tanh(double(x[lane]) / args.softcap));
-    }
-  }
-  return x;
+  return args.softcap > 0 ? tanh(x * A(1 / args.softcap)) * A(args.softcap) : x;
 }
 
 // d effective / d logits, from the effective logit.
@@ -51,59 +32,6 @@ SK_INLINE V transform_slope(V z, const SlimLossArgs& args) {
   using A = ElementOf<V>;
   const V capped = z * A(args.softcap > 0 ? 1 / args.softcap : 0);
   return (V{} + A(1) - capped * capped) * A(args.logit_scale);
-}
-
-template <class X, class A>
-StudentRow read_student(const X* row, const int32_t* ids, int64_t kept, int64_t target, const SlimLossArgs& args,
-                        const SlimScratch<A>& scratch) {
-  constexpr int kWidth = Lanes<A>::kWidth;
-  using Vec = typename Lanes<A>::Vec;
-  const int64_t vocab_size = args.vocab_size;
-  const bool transform = args.logit_scale != 1 || args.softcap > 0;
-  const bool two_temperatures = args.temperature != 1;
-  const bool sum_logits = args.label_smoothing > 0 || args.rest == kZeroLogit;
-  StudentRow student;
-  LogSum off, off_one;
-  off.inv_temperature = 1 / args.temperature;
-  int64_t k = 0;
-  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const int64_t length = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
-    A* z = scratch.z + begin;
-    for (int64_t i = 0; i < length; i += kWidth) {
-      Vec x = i + kWidth <= length ? load(row + begin + i) : load_part(row + begin + i, length - i, -infinity<A>());
-      if (transform) x = transformed(x, args);
-      store(z + i, x);
-    }
-    for (int64_t i = length; i < padded<A>(length); ++i) z[i] = -infinity<A>();
-    if (target >= begin && target < begin + length) student.target_z = z[target - begin];
-    if (sum_logits) {
-      for (int64_t i = 0; i < length; ++i) student.sum_all += z[i];
-    }
-    const int64_t first = k;
-    for (; k < kept && ids[k] < begin + length; ++k) {
-      scratch.kept_z[k] = z[ids[k] - begin];
-      z[ids[k] - begin] = -infinity<A>();
-    }
-    if (sum_logits) {
-      int64_t next = first;
-      for (int64_t i = 0; i < length; ++i) {
-        const bool on_support = next < k && ids[next] == begin + i;
-        next += on_support;
-        student.sum_off += on_support ? 0 : z[i];
-      }
-    }
-    const A best = max_of(z, padded<A>(length));
-    add_block(off, z, padded<A>(length), best);
-    if (two_temperatures) add_block(off_one, z, padded<A>(length), best);
-  }
-  for (int64_t i = kept; i < padded<A>(kept); ++i) scratch.kept_z[i] = -infinity<A>();
-  student.off = off.log();
-  student.on = log_sum_exp(scratch.kept_z, padded<A>(kept), 1 / args.temperature);
-  student.off_one = two_temperatures ? off_one.log() : student.off;
-  student.on_one = two_temperatures ? log_sum_exp(scratch.kept_z, padded<A>(kept), 1) : student.on;
-  student.lse = log_add_exp(student.off, student.on);
-  student.lse_one = log_add_exp(student.off_one, student.on_one);
-  return student;
 }
 
 // One outcome's share of D, and p * dD/dp. Works on vectors and on the ghost bucket's doubles alike.
@@ -142,69 +70,6 @@ SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, 
   }
 }
 
-struct RowDivergence {
-  double value = 0;            // D, without T^2
-  double mean_slope = 0;       // sum of p * dD/dp over all outcomes
-  double off_coefficient = 0;  // dD/d(z_v / T) off S is off_coefficient * exp(z_v / T - lse_off) + off_constant
-  double off_constant = 0;
-  double teacher_mass = 0, student_mass = 0;
-};
-
-template <class A>
-RowDivergence measure(int64_t n, int64_t kept, const StudentRow& student, const SlimLossArgs& args,
-                      const SlimScratch<A>& scratch) {
-  constexpr int kWidth = Lanes<A>::kWidth;
-  using Vec = typename Lanes<A>::Vec;
-  const double log_kept = log_sum_exp(scratch.teacher, padded<A>(kept), 1);
-  const bool has_lse = args.teacher_lse != nullptr;
-  const double lse = has_lse ? double(static_cast<const A*>(args.teacher_lse)[n]) : __builtin_nan("");
-  const double log_norm = teacher_log_norm(args.rest, log_kept, lse, kept, args.vocab_size);
-  const double student_norm = args.rest == kRenormBoth ? student.on : student.lse;
-  const A inv_temperature = A(1 / args.temperature);
-
-  Vec share_sum = {}, slope_sum = {};
-  for (int64_t k = 0; k < kept; k += kWidth) {
-    const Vec log_q = load(scratch.teacher + k) - A(log_norm);
-    const Vec log_p = load(scratch.kept_z + k) * inv_temperature - A(student_norm);
-    const Vec p = exp(log_p);
-    Vec share, slope;
-    diverge(args.divergence, log_q, log_p, exp(log_q), p, args.beta, args.alpha, &share, &slope);
-    share_sum += share;
-    slope_sum += slope;
-    store(scratch.teacher + k, slope);
-    store(scratch.p + k, p);
-  }
-
-  RowDivergence d;
-  d.value = sum_lanes(share_sum);
-  d.mean_slope = sum_lanes(slope_sum);
-  d.teacher_mass = __builtin_exp(log_kept - lse);
-  d.student_mass = __builtin_exp(student.on - student.lse);
-  const double log_tail = student.off - student.lse;
-  const double tail = __builtin_exp(log_tail);
-  const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
-  if (args.rest == kGhost) {
-    const double log_q = log_ghost(log_kept - lse, kept, args.vocab_size);
-    double share, slope;
-    diverge(args.divergence, log_q, log_tail, __builtin_exp(log_q), tail, args.beta, args.alpha, &share, &slope);
-    d.value += share;
-    // The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
-    d.mean_slope = forward ? -1 : d.mean_slope + slope;
-    d.off_coefficient = slope - tail * d.mean_slope;
-  } else if (args.rest == kZeroLogit) {
-    const double unkept = double(args.vocab_size - kept);
-    const double each = __builtin_exp(-log_norm);
-    const double entropy = args.divergence == kForwardKl ? -unkept * log_norm : 0;
-    if (unkept > 0) d.value += each * (entropy - (student.sum_off / args.temperature - unkept * student.lse));
-    d.mean_slope = -1;
-    d.off_coefficient = -tail * d.mean_slope;
-    d.off_constant = -each;
-  } else if (args.rest != kRenormBoth) {
-    d.off_coefficient = -tail * d.mean_slope;
-  }
-  return d;
-}
-
 struct TokenWeight {
   double value = 1;
   double slope = 0;  // d value / d log s_y, 0 when detached
@@ -229,71 +94,6 @@ TokenWeight weigh(int64_t n, double log_student, double label_logit, const SlimL
   return w;
 }
 
-// The gradient of the row: off S a scalar times exp(z - lse_off) plus a constant, then S and the label.
-template <class X, class A>
-void write_gradient(int64_t n, const int32_t* ids, int64_t kept, const StudentRow& student, const RowDivergence& d,
-                    double kd_scale, double softmax_scale, double label_slope, const SlimLossArgs& args,
-                    const SlimScratch<A>& scratch) {
-  constexpr int kWidth = Lanes<A>::kWidth;
-  using Vec = typename Lanes<A>::Vec;
-  const int64_t vocab_size = args.vocab_size;
-  const int64_t target = args.target[n];
-  X* gradient = static_cast<X*>(args.dlogits) + n * args.dlogits_stride;
-  const double row_scale = args.row_scale == nullptr ? 1 : double(static_cast<const A*>(args.row_scale)[n]);
-  const bool transform = args.logit_scale != 1 || args.softcap > 0;
-  const bool two_temperatures = args.temperature != 1;
-  const A inv_temperature = A(1 / args.temperature);
-  const double smoothing = -args.ce_weight * args.label_smoothing / vocab_size;
-
-  // At T = 1 both softmaxes are the same exponentials: s = exp(z - lse_off) * exp(lse_off - lse), which cannot
-  // overflow.
-  const bool empty_off = student.off == -infinity<double>();
-  const A shift = empty_off ? A(0) : A(student.off);
-  const A shift_one = A(student.lse_one);
-  double coefficient = kd_scale * d.off_coefficient;
-  if (!two_temperatures) coefficient += softmax_scale * __builtin_exp(student.off - student.lse_one);
-  if (empty_off) coefficient = 0;
-  const A off_scale = A(row_scale * coefficient);
-  const A one_scale = A(two_temperatures ? row_scale * softmax_scale : 0);
-  const A constant = A(row_scale * (smoothing + kd_scale * d.off_constant));
-  for (int64_t i = 0; i < vocab_size; i += kWidth) {
-    const Vec z = load(scratch.z + i);
-    Vec dz = exp(z * inv_temperature - shift) * off_scale + constant;
-    if (two_temperatures) dz += exp(z - shift_one) * one_scale;
-    if (transform) dz *= transform_slope(z, args);
-    if (i + kWidth <= vocab_size) {
-      store(gradient + i, dz);
-    } else {
-      store_part(gradient + i, dz, vocab_size - i);
-    }
-  }
-
-  int64_t target_entry = -1;
-  const A kd = A(row_scale * kd_scale), on_scale = A(row_scale * softmax_scale), mean_slope = A(d.mean_slope);
-  for (int64_t k = 0; k < kept; k += kWidth) {
-    const Vec z = load(scratch.kept_z + k);
-    Vec dz = exp(z - shift_one) * on_scale + A(row_scale * smoothing);
-    dz += (load(scratch.teacher + k) - load(scratch.p + k) * mean_slope) * kd;
-    store(scratch.p + k, transform ? dz * transform_slope(z, args) : dz);
-  }
-  for (int64_t k = 0; k < kept; ++k) {
-    store_one(gradient + ids[k], scratch.p[k]);
-    if (ids[k] == target) target_entry = k;
-  }
-
-  double slope = args.logit_scale;
-  if (args.softcap > 0) slope *= 1 - student.target_z * student.target_z / (args.softcap * args.softcap);
-  double at_label = row_scale * label_slope * slope;
-  if (target_entry >= 0) {
-    at_label += scratch.p[target_entry];
-  } else {
-    double dz = coefficient * (empty_off ? 0 : __builtin_exp(student.target_z / args.temperature - student.off));
-    if (two_temperatures) dz += softmax_scale * __builtin_exp(student.target_z - student.lse_one);
-    at_label += row_scale * (dz + smoothing + kd_scale * d.off_constant) * slope;
-  }
-  store_one(gradient + target, A(at_label));
-}
-
 // Reads the teacher's row in whatever type it is stored; `out` is padded with -inf.
 template <class A>
 void load_teacher(const SlimLossArgs& args, int64_t n, int64_t kept, A* out) {
@@ -311,77 +111,453 @@ void load_teacher(const SlimLossArgs& args, int64_t n, int64_t kept, A* out) {
   }
 }
 
-template <class X, class A>
-Fault slim_loss_row(const SlimLossArgs& args, int64_t n, const SlimScratch<A>& scratch) {
-  const int64_t target = args.target[n];
-  A* stats = static_cast<A*>(args.stats) + n;
-  if (target == args.ignore_index) {
-    for (int column = 0; column < 7; ++column) stats[column * args.num_rows] = 0;
-    if (args.dlogits != nullptr) {
-      memset(static_cast<X*>(args.dlogits) + n * args.dlogits_stride, 0, args.vocab_size * sizeof(X));
-    }
+// One row on its way through the kernel: read its blocks, measure it, write the blocks of its gradient. Blocks may be
+// read and written by several threads; every sum is taken per block and added up in the order of the blocks, so that
+// the result is the same bit for bit.
+template <class X>
+struct SlimRow {
+  using A = typename Acc<X>::type;
+  using Vec = typename Lanes<A>::Vec;
+  static constexpr int kWidth = Lanes<A>::kWidth;
+
+  const SlimLossArgs& args;
+  const int64_t n;
+  const X* const row;
+  const int64_t target;
+  const int32_t* const ids;
+  int64_t kept = 0;
+
+  // Whether z differs from the logits, T from 1, and whether z itself is needed after it was read.
+  const bool transform, two_temperatures, keeps_z;
+  const int64_t num_blocks;
+  A level = 0;  // what the exponentials are relative to: at most the row's maximum
+
+  double* off_sums;      // (blocks) of e
+  double* off_one_sums;  // (blocks) of e_one
+  double* z_sums;        // (blocks) of z off S
+  A* e;                  // (padded V) exp((z - level) / T) off S, 0 on S
+  A* e_one;              // (padded V) the same at temperature 1, where T is not 1
+  A* z;                  // (padded V) effective logits, 0 on S, where keeps_z
+  A* kept_z;             // (padded K) effective logits at S
+  A* teacher;            // (padded K) teacher logits / T, later p * dD/dp
+  A* q;                  // (padded K) teacher on S
+  A* p;                  // (padded K) student on S, later the gradient
+
+  // What the student's row sums to. `off` is outside S, `on` inside; `_one` is at temperature 1.
+  double target_z = 0, off = 0, off_one = 0, lse = 0, lse_one = 0;
+  ExpSum on;
+  double off_total = 0;             // the sum of e
+  double sum_off = 0, sum_all = 0;  // of z: only where keeps_z
+
+  // What the gradient off S is made of: e * off_scale + e_one * one_scale + constant.
+  A off_scale = 0, one_scale = 0, constant = 0;
+  A label_change = 0;  // what a label off S adds to that
+
+  static int64_t blocks_of(const SlimLossArgs& args) { return (args.vocab_size + kBlock - 1) / kBlock; }
+
+  static bool transforms(const SlimLossArgs& args) { return args.logit_scale != 1 || args.softcap > 0; }
+
+  static bool keeps_logits(const SlimLossArgs& args) {
+    return transforms(args) || args.label_smoothing > 0 || args.rest == kZeroLogit;
+  }
+
+  static int64_t scratch_bytes(const SlimLossArgs& args) {
+    const int64_t rows = 1 + (args.temperature != 1) + keeps_logits(args);
+    return 3 * blocks_of(args) * sizeof(double) +
+           (rows * padded<A>(args.vocab_size) + 4 * padded<A>(args.top_k)) * sizeof(A);
+  }
+
+  SlimRow(const SlimLossArgs& arguments, int64_t row_index, void* scratch)
+      : args(arguments),
+        n(row_index),
+        row(static_cast<const X*>(args.logits) + n * args.logits_stride),
+        target(args.target[n]),
+        ids(args.ids == nullptr ? nullptr : args.ids + n * args.top_k),
+        transform(transforms(args)),
+        two_temperatures(args.temperature != 1),
+        keeps_z(keeps_logits(args)),
+        num_blocks(blocks_of(args)) {
+    const int64_t vocab = padded<A>(args.vocab_size), entries = padded<A>(args.top_k);
+    off_sums = static_cast<double*>(scratch);
+    off_one_sums = off_sums + num_blocks;
+    z_sums = off_one_sums + num_blocks;
+    e = reinterpret_cast<A*>(z_sums + num_blocks);
+    e_one = e + vocab;
+    z = e_one + (two_temperatures ? vocab : 0);
+    kept_z = z + (keeps_z ? vocab : 0);
+    teacher = kept_z + entries;
+    q = teacher + entries;
+    p = q + entries;
+  }
+
+  bool ignored() const { return target == args.ignore_index; }
+
+  // Checks the row's label and ids, and guesses a level for its exponentials from a sample.
+  Fault prepare() {
+    if (ignored()) return kOk;
+    if (target < 0 || target >= args.vocab_size) return kBadTarget;
+    kept = ids == nullptr ? 0 : count_kept(ids, args.top_k, args.vocab_size);
+    if (kept < 0) return kBadIds;
+    level = sampled_max(row, args.vocab_size);
+    if (transform) level = transformed(Vec{} + level, args)[0];
     return kOk;
   }
-  if (target < 0 || target >= args.vocab_size) return kBadTarget;
-  const bool has_teacher = args.ids != nullptr;
-  const int32_t* ids = has_teacher ? args.ids + n * args.top_k : nullptr;
-  const int64_t kept = has_teacher ? count_kept(ids, args.top_k, args.vocab_size) : 0;
-  if (kept < 0) return kBadIds;
 
-  const X* row = static_cast<const X*>(args.logits) + n * args.logits_stride;
-  const StudentRow student = read_student<X, A>(row, ids, kept, target, args, scratch);
-  const double log_student = student.target_z - student.lse_one;
-  const double smoothing = args.label_smoothing;
-  double ce = -log_student;
-  if (smoothing > 0) ce = (1 - smoothing) * ce + smoothing * (student.lse_one - student.sum_all / args.vocab_size);
-
-  RowDivergence d;
-  TokenWeight w;
-  double kd = 0, kd_scale = 0;
-  if (has_teacher) {
-    load_teacher(args, n, kept, scratch.teacher);
-    double label_logit = -infinity<double>();
-    if (args.target_logit != nullptr) {
-      label_logit = static_cast<const A*>(args.target_logit)[n];
-    } else {
-      for (int64_t k = 0; k < kept; ++k) {
-        if (ids[k] == target) label_logit = double(scratch.teacher[k]) * args.temperature;
+  int64_t first_entry(int64_t id) const {
+    int64_t low = 0, high = kept;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (ids[middle] < id) {
+        low = middle + 1;
+      } else {
+        high = middle;
       }
     }
-    w = weigh<A>(n, log_student, label_logit, args);
-    d = measure<A>(n, kept, student, args, scratch);
-    kd = d.value * args.temperature * args.temperature;
-    kd_scale = args.kd_weight * w.value * args.temperature;
+    return low;
   }
-  double loss = args.ce_weight == 0 ? 0 : args.ce_weight * ce;
-  if (has_teacher && args.kd_weight != 0) loss += args.kd_weight * w.value * kd;
-  if (args.z_loss_weight != 0) loss += args.z_loss_weight * student.lse_one * student.lse_one;
-  const double columns[7] = {loss, ce, kd, has_teacher ? w.value : 0, d.teacher_mass, d.student_mass, student.lse_one};
-  for (int column = 0; column < 7; ++column) stats[column * args.num_rows] = A(columns[column]);
 
-  if (args.dlogits != nullptr) {
-    const double through_weight = w.slope == 0 ? 0 : args.kd_weight * kd * w.slope;
-    const double softmax_scale = args.ce_weight + 2 * args.z_loss_weight * student.lse_one - through_weight;
-    const double label_slope = -args.ce_weight * (1 - smoothing) + through_weight;
-    write_gradient<X, A>(n, ids, kept, student, d, kd_scale, softmax_scale, label_slope, args, scratch);
+  // Lanes past the row's end are -inf.
+  Vec effective(int64_t i) const {
+    const int64_t left = args.vocab_size - i;
+    Vec x = left >= kWidth ? load(row + i) : load_part(row + i, left, -infinity<A>());
+    if (!transform) return x;
+    x = transformed(x, args);
+    for (int64_t lane = left; lane < kWidth; ++lane) x[lane] = -infinity<A>();
+    return x;
   }
-  return kOk;
-}
+
+  A effective_at(int64_t id) const {
+    const A x = load_one(row + id);
+    return transform ? transformed(Vec{} + x, args)[0] : x;
+  }
+
+  void read(int64_t first_block, int64_t last_block) {
+    if (ignored()) return;
+    int64_t k = first_entry(first_block * kBlock);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t begin = block * kBlock, end = end_of(block);
+      exponentiate(begin, end);
+      for (; k < kept && ids[k] < end; ++k) {
+        kept_z[k] = keeps_z ? z[ids[k]] : load_one(row + ids[k]);
+        e[ids[k]] = 0;
+        if (two_temperatures) e_one[ids[k]] = 0;
+        if (keeps_z) z[ids[k]] = 0;
+      }
+      // A block is summed after the next one was read: a vector load stalls on single elements stored just before it.
+      if (block > first_block) sum_block(block - 1);
+    }
+    if (last_block > first_block) sum_block(last_block - 1);
+  }
+
+  int64_t end_of(int64_t block) const {
+    const int64_t end = (block + 1) * kBlock;
+    return end < args.vocab_size ? end : args.vocab_size;
+  }
+
+  void exponentiate(int64_t begin, int64_t end) {
+    const A inv_temperature = A(1 / args.temperature);
+    int64_t i = begin;
+    if (!two_temperatures && !keeps_z) {
+      for (; i + kWidth <= end; i += kWidth) store(e + i, exp(load(row + i) - level));
+    }
+    for (; i < end; i += kWidth) {
+      const Vec logit = effective(i);
+      store(e + i, exp((logit - level) * inv_temperature));
+      if (two_temperatures) store(e_one + i, exp(logit - level));
+      if (keeps_z) store(z + i, logit);
+    }
+    if (keeps_z) {
+      for (; i > end; --i) z[i - 1] = 0;
+    }
+  }
+
+  void sum_block(int64_t block) {
+    const int64_t begin = block * kBlock, length = padded<A>(end_of(block) - begin);
+    off_sums[block] = sum_of(e + begin, length);
+    if (two_temperatures) off_one_sums[block] = sum_of(e_one + begin, length);
+    if (keeps_z) z_sums[block] = sum_of(z + begin, length);
+  }
+
+  // The largest effective logit off S.
+  A exact_level() const {
+    A best = -infinity<A>();
+    int64_t k = 0;
+    for (int64_t id = 0; id < args.vocab_size; ++id) {
+      if (k < kept && ids[k] == id) {
+        ++k;
+        continue;
+      }
+      const A logit = effective_at(id);
+      if (logit != logit) return logit;
+      best = logit > best ? logit : best;
+    }
+    return best;
+  }
+
+  void total() {
+    off_total = 0;
+    double one = 0;
+    sum_off = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      off_total += off_sums[block];
+      if (two_temperatures) one += off_one_sums[block];
+      if (keeps_z) sum_off += z_sums[block];
+    }
+    off = level / args.temperature + __builtin_log(off_total);
+    off_one = two_temperatures ? level + __builtin_log(one) : off;
+  }
+
+  bool sound() const {
+    // Far from the level, exponentials overflow or lose digits to denormals.
+    return off_total > 1e-20 && off_total < 1e20 && __builtin_fabs(off_one - level) < 46;
+  }
+
+  void sum_student() {
+    total();
+    if (!sound()) {
+      level = exact_level();
+      if (level == -infinity<A>()) {
+        memset(e, 0, padded<A>(args.vocab_size) * sizeof(A) * (two_temperatures ? 2 : 1));
+        off = off_one = -infinity<double>();
+        off_total = 1;
+      } else {
+        read(0, num_blocks);
+        total();
+      }
+    }
+    for (int64_t k = kept; k < padded<A>(kept); ++k) kept_z[k] = -infinity<A>();
+    lse_one = log_add_exp(off_one, exponentials(kept_z, padded<A>(kept), 1, p).log());
+    on = exponentials(kept_z, padded<A>(kept), 1 / args.temperature, p);
+    lse = log_add_exp(off, on.log());
+    target_z = effective_at(target);
+    sum_all = sum_off;
+    if (keeps_z) {
+      for (int64_t k = 0; k < kept; ++k) sum_all += kept_z[k];
+    }
+  }
+
+  struct Divergence {
+    double value = 0;            // D, without T^2
+    double mean_slope = 0;       // sum of p * dD/dp over all outcomes
+    double off_coefficient = 0;  // dD/d(z_v / T) off S is off_coefficient * exp(z_v / T - off) + off_constant
+    double off_constant = 0;
+    double teacher_mass = 0, student_mass = 0;
+  };
+
+  // D from the teacher's kept logits / T; leaves p * dD/dp in `teacher` and the student in `p`.
+  Divergence diverge_from_teacher() {
+    const ExpSum on_teacher = exponentials(teacher, padded<A>(kept), 1, q);
+    const double log_kept = on_teacher.log();
+    const bool has_lse = args.teacher_lse != nullptr;
+    const double teacher_lse = has_lse ? double(static_cast<const A*>(args.teacher_lse)[n]) : __builtin_nan("");
+    const double log_norm = teacher_log_norm(args.rest, log_kept, teacher_lse, kept, args.vocab_size);
+    const double student_norm = args.rest == kRenormBoth ? on.log() : lse;
+    const A inv_temperature = A(1 / args.temperature);
+    const A q_scale = on_teacher.scale(log_norm), p_scale = on.scale(student_norm);
+
+    Vec share_sum = {}, slope_sum = {};
+    for (int64_t k = 0; k < kept; k += kWidth) {
+      const Vec log_q = load(teacher + k) - A(log_norm);
+      const Vec log_p = load(kept_z + k) * inv_temperature - A(student_norm);
+      const Vec student = load(p + k) * p_scale;
+      Vec share, slope;
+      diverge(args.divergence, log_q, log_p, load(q + k) * q_scale, student, args.beta, args.alpha, &share, &slope);
+      share_sum += share;
+      slope_sum += slope;
+      store(teacher + k, slope);
+      store(p + k, student);
+    }
+
+    Divergence d;
+    d.value = sum_lanes(share_sum);
+    d.mean_slope = sum_lanes(slope_sum);
+    d.teacher_mass = __builtin_exp(log_kept - teacher_lse);
+    d.student_mass = __builtin_exp(on.log() - lse);
+    const double log_tail = off - lse;
+    const double tail = __builtin_exp(log_tail);
+    const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
+    if (args.rest == kGhost) {
+      const double log_q = log_ghost(log_kept - teacher_lse, kept, args.vocab_size);
+      double share, slope;
+      diverge(args.divergence, log_q, log_tail, __builtin_exp(log_q), tail, args.beta, args.alpha, &share, &slope);
+      d.value += share;
+      // The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
+      d.mean_slope = forward ? -1 : d.mean_slope + slope;
+      d.off_coefficient = slope - tail * d.mean_slope;
+    } else if (args.rest == kZeroLogit) {
+      const double unkept = double(args.vocab_size - kept);
+      const double each = __builtin_exp(-log_norm);
+      const double entropy = args.divergence == kForwardKl ? -unkept * log_norm : 0;
+      if (unkept > 0) d.value += each * (entropy - (sum_off / args.temperature - unkept * lse));
+      d.mean_slope = -1;
+      d.off_coefficient = -tail * d.mean_slope;
+      d.off_constant = -each;
+    } else if (args.rest != kRenormBoth) {
+      d.off_coefficient = -tail * d.mean_slope;
+    }
+    return d;
+  }
+
+  // Sums the row up, writes its statistics, and prepares what its gradient is made of.
+  void measure() {
+    A* stats = static_cast<A*>(args.stats) + n;
+    if (ignored()) {
+      for (int column = 0; column < 7; ++column) stats[column * args.num_rows] = 0;
+      return;
+    }
+    sum_student();
+    const double log_student = target_z - lse_one;
+    const double smoothing = args.label_smoothing;
+    double ce = -log_student;
+    if (smoothing > 0) ce = (1 - smoothing) * ce + smoothing * (lse_one - sum_all / args.vocab_size);
+
+    Divergence d;
+    TokenWeight w;
+    double kd = 0, kd_scale = 0;
+    const int64_t entry = first_entry(target);
+    const bool label_kept = entry < kept && ids[entry] == target;
+    if (ids != nullptr) {
+      load_teacher(args, n, kept, teacher);
+      double label_logit = label_kept ? double(teacher[entry]) * args.temperature : -infinity<double>();
+      if (args.target_logit != nullptr) label_logit = static_cast<const A*>(args.target_logit)[n];
+      w = weigh<A>(n, log_student, label_logit, args);
+      d = diverge_from_teacher();
+      kd = d.value * args.temperature * args.temperature;
+      kd_scale = args.kd_weight * w.value * args.temperature;
+    }
+    double loss = args.ce_weight == 0 ? 0 : args.ce_weight * ce;
+    if (ids != nullptr && args.kd_weight != 0) loss += args.kd_weight * w.value * kd;
+    if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse_one * lse_one;
+    const double columns[7] = {
+        loss, ce, kd, ids != nullptr ? w.value : 0, d.teacher_mass, d.student_mass, lse_one};
+    for (int column = 0; column < 7; ++column) stats[column * args.num_rows] = A(columns[column]);
+    if (args.dlogits == nullptr) return;
+
+    const double through_weight = w.slope == 0 ? 0 : args.kd_weight * kd * w.slope;
+    const double softmax_scale = args.ce_weight + 2 * args.z_loss_weight * lse_one - through_weight;
+    const double label_slope = -args.ce_weight * (1 - smoothing) + through_weight;
+    const double row_scale = args.row_scale == nullptr ? 1 : double(static_cast<const A*>(args.row_scale)[n]);
+    const double everywhere = -args.ce_weight * smoothing / args.vocab_size;
+    scale_gradient(d, row_scale, kd_scale, softmax_scale, everywhere);
+
+    double at_label = row_scale * label_slope;
+    if (transform) at_label *= transform_slope(Vec{} + A(target_z), args)[0];
+    if (label_kept) p[entry] += A(at_label);
+    label_change = label_kept ? 0 : A(at_label);
+  }
+
+  // The gradient of a row is `softmax_scale` * s + `everywhere` + `kd_scale` * dD/d(z / T), but for the label.
+  void scale_gradient(const Divergence& d, double row_scale, double kd_scale, double softmax_scale, double everywhere) {
+    const bool empty_off = off == -infinity<double>();
+    // At T = 1 both softmaxes are the same exponentials.
+    double coefficient = kd_scale * d.off_coefficient;
+    if (!two_temperatures) coefficient += softmax_scale * __builtin_exp(off - lse_one);
+    off_scale = empty_off ? A(0) : A(row_scale * coefficient / off_total);
+    one_scale = two_temperatures && !empty_off ? A(row_scale * softmax_scale * __builtin_exp(level - lse_one)) : A(0);
+    constant = A(row_scale * (everywhere + kd_scale * d.off_constant));
+
+    const A kd = A(row_scale * kd_scale), on_scale = A(row_scale * softmax_scale), mean_slope = A(d.mean_slope);
+    // s on S is p at T = 1, but for the norm of p.
+    const double student_norm = args.rest == kRenormBoth ? on.log() : lse;
+    const A p_to_s = A(__builtin_exp(student_norm - lse_one));
+    for (int64_t k = 0; k < kept; k += kWidth) {
+      const Vec logit = load(kept_z + k), student = load(p + k);
+      const Vec softmax = two_temperatures ? exp(logit - A(lse_one)) : student * p_to_s;
+      Vec dz = softmax * on_scale + A(row_scale * everywhere);
+      dz += (load(teacher + k) - student * mean_slope) * kd;
+      store(p + k, transform ? dz * transform_slope(logit, args) : dz);
+    }
+  }
+
+  Vec gradient_at(int64_t i) const {
+    Vec dz = load(e + i) * off_scale + constant;
+    if (two_temperatures) dz += load(e_one + i) * one_scale;
+    return transform ? dz * transform_slope(load(z + i), args) : dz;
+  }
+
+  void write(int64_t first_block, int64_t last_block) const {
+    if (args.dlogits == nullptr) return;
+    X* const gradient = static_cast<X*>(args.dlogits) + n * args.dlogits_stride;
+    const bool streams = args.streams;
+    // A block is streamed after the next one was finished, for the reason given in `read`.
+    X finished[2][kBlock];
+    int64_t k = first_entry(first_block * kBlock);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t begin = block * kBlock, length = end_of(block) - begin;
+      if (ignored()) {
+        memset(gradient + begin, 0, length * sizeof(X));
+        continue;
+      }
+      X* const out = streams ? finished[block % 2] : gradient + begin;
+      int64_t i = 0;
+      if (!two_temperatures && !transform) {
+        for (; i + kWidth <= length; i += kWidth) store(out + i, load(e + begin + i) * off_scale + constant);
+      }
+      for (; i + kWidth <= length; i += kWidth) store(out + i, gradient_at(begin + i));
+      if (i < length) store_part(out + i, gradient_at(begin + i), length - i);
+      for (; k < kept && ids[k] < begin + length; ++k) store_one(out + ids[k] - begin, p[k]);
+      if (label_change != 0 && target >= begin && target < begin + length) {
+        store_one(out + target - begin, gradient_at(target / kWidth * kWidth)[target % kWidth] + label_change);
+      }
+      if (streams && block > first_block) stream_block(gradient, block - 1, finished[(block - 1) % 2]);
+    }
+    if (streams && last_block > first_block && !ignored()) {
+      stream_block(gradient, last_block - 1, finished[(last_block - 1) % 2]);
+    }
+  }
+
+  void stream_block(X* gradient, int64_t block, const X* finished) const {
+    const int64_t begin = block * kBlock;
+    stream(gradient + begin, finished, (end_of(block) - begin) * sizeof(X));
+  }
+};
 
 template <class X>
 int64_t slim_loss_rows(const SlimLossArgs& args, int64_t begin, int64_t end) {
-  using A = typename Acc<X>::type;
-  const int64_t vocab = padded<A>(args.vocab_size), kept = padded<A>(args.top_k);
-  A* memory = static_cast<A*>(malloc((vocab + 3 * kept) * sizeof(A)));
-  if (memory == nullptr) return kNoMemory;
-  const SlimScratch<A> scratch = {memory, memory + vocab, memory + vocab + kept, memory + vocab + 2 * kept};
+  void* scratch = malloc(SlimRow<X>::scratch_bytes(args));
+  if (scratch == nullptr) return kNoMemory;
   int64_t fault = kOk;
   for (int64_t n = begin; n < end && fault == kOk; ++n) {
-    const Fault found = slim_loss_row<X, A>(args, n, scratch);
-    if (found != kOk) fault = n * kFaults + found;
+    SlimRow<X> row(args, n, scratch);
+    const Fault found = row.prepare();
+    if (found != kOk) {
+      fault = n * kFaults + found;
+      break;
+    }
+    row.read(0, row.num_blocks);
+    row.measure();
+    row.write(0, row.num_blocks);
   }
-  free(memory);
+  stream_fence();
+  free(scratch);
   return fault;
+}
+
+// One row in `parts` tasks, for fewer rows than threads.
+template <class X>
+int64_t slim_loss_split_row(const SlimLossArgs& args, int64_t n, int64_t parts, RunTasks run_tasks) {
+  void* scratch = malloc(SlimRow<X>::scratch_bytes(args));
+  if (scratch == nullptr) return kNoMemory;
+  struct Context {
+    SlimRow<X> row;
+    int64_t parts;
+    int64_t edge(int64_t part) const { return row.num_blocks * part / parts; }
+  } context = {SlimRow<X>(args, n, scratch), parts};
+  const Fault found = context.row.prepare();
+  if (found == kOk) {
+    run_tasks(parts, &context, [](void* opaque, int64_t part) {
+      Context& task = *static_cast<Context*>(opaque);
+      task.row.read(task.edge(part), task.edge(part + 1));
+    });
+    context.row.measure();
+    run_tasks(parts, &context, [](void* opaque, int64_t part) {
+      const Context& task = *static_cast<Context*>(opaque);
+      task.row.write(task.edge(part), task.edge(part + 1));
+      stream_fence();
+    });
+  }
+  free(scratch);
+  return found == kOk ? kOk : n * kFaults + found;
 }
 
 int64_t slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
@@ -394,6 +570,19 @@ int64_t slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
       return slim_loss_rows<f16>(args, begin, end);
     default:
       return slim_loss_rows<double>(args, begin, end);
+  }
+}
+
+int64_t slim_loss_split(const SlimLossArgs& args, int64_t n, int64_t parts, RunTasks run_tasks) {
+  switch (args.dtype) {
+    case kFloat32:
+      return slim_loss_split_row<float>(args, n, parts, run_tasks);
+    case kBFloat16:
+      return slim_loss_split_row<bf16>(args, n, parts, run_tasks);
+    case kFloat16:
+      return slim_loss_split_row<f16>(args, n, parts, run_tasks);
+    default:
+      return slim_loss_split_row<double>(args, n, parts, run_tasks);
   }
 }
 

@@ -12,9 +12,9 @@ namespace {
 
 // The ids that come before the padding (-1), or -1 where the row is not strictly ascending inside [0, vocab_size).
 SK_INLINE int64_t count_kept(const int32_t* ids, int64_t top_k, int64_t vocab_size) {
-  int64_t kept = 0;
+  int64_t kept = top_k > 0 && ids[top_k - 1] >= 0 ? top_k : 0;
   while (kept < top_k && ids[kept] >= 0) ++kept;
-  bool bad = kept > 0 && ids[kept - 1] >= vocab_size;
+  bool bad = kept > 0 && (ids[0] < 0 || ids[kept - 1] >= vocab_size);
   for (int64_t k = 1; k < kept; ++k) bad |= ids[k] <= ids[k - 1];
   for (int64_t k = kept; k < top_k; ++k) bad |= ids[k] != -1;
   return bad ? -1 : kept;
@@ -56,7 +56,7 @@ SK_INLINE double log_ghost(double log_mass, int64_t kept, int64_t vocab_size) {
 template <class X>
 int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
-  A* scaled = static_cast<A*>(malloc((padded<A>(args.top_k) + 1) * sizeof(A)));
+  A* scaled = static_cast<A*>(malloc((2 * padded<A>(args.top_k) + 1) * sizeof(A)));
   if (scaled == nullptr) return kNoMemory;
   int64_t fault = kOk;
   for (int64_t n = begin; n < end; ++n) {
@@ -66,7 +66,7 @@ int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_
       break;
     }
     load_scaled(static_cast<const X*>(args.logits) + n * args.top_k, kept, 1 / args.temperature, scaled);
-    const double log_kept = log_sum_exp(scaled, padded<A>(kept), 1);
+    const double log_kept = exponentials(scaled, padded<A>(kept), 1, scaled + padded<A>(args.top_k)).log();
     const double lse = args.lse == nullptr ? 0 : double(static_cast<const A*>(args.lse)[n]);
     const double log_norm = teacher_log_norm(args.rest, log_kept, lse, kept, args.vocab_size);
     A* logprobs = static_cast<A*>(args.logprobs) + n * args.top_k;

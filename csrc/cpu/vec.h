@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512F__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -124,11 +124,15 @@ SK_INLINE VecH float_to_half(VecF x) {
 
 SK_INLINE VecF bf16_to_float(VecH raw) { return bitcast<VecF>(__builtin_convertvector(raw, VecU) << 16); }
 
+#if defined(__AVX512BF16__)
+SK_INLINE VecH float_to_bf16(VecF x) { return bitcast<VecH>(_mm512_cvtneps_pbh(bitcast<__m512>(x))); }
+#else
 SK_INLINE VecH float_to_bf16(VecF x) {
   const VecU bits = bitcast<VecU>(x);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x != x ? VecU{} + 0x7fc0u : rounded, VecH);
 }
+#endif
 
 template <class V, class X>
 SK_INLINE V load_raw(const X* p) {
@@ -183,11 +187,19 @@ SK_INLINE void store_exact(bf16* p, VecF v) {
 SK_INLINE float load_one(const float* p) { return *p; }
 SK_INLINE double load_one(const double* p) { return *p; }
 SK_INLINE float load_one(const bf16* p) { return bitcast<float>(uint32_t(p->bits) << 16); }
+#if defined(__F16C__)
+SK_INLINE float load_one(const f16* p) { return _cvtsh_ss(p->bits); }
+#else
 SK_INLINE float load_one(const f16* p) { return load_part(p, 1, 0.0f)[0]; }
+#endif
 
 SK_INLINE void store_one(float* p, float value) { *p = value; }
 SK_INLINE void store_one(double* p, double value) { *p = value; }
+#if defined(__F16C__)
+SK_INLINE void store_one(f16* p, float value) { p->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
 SK_INLINE void store_one(f16* p, float value) { store_part(p, VecF{value}, 1); }
+#endif
 SK_INLINE void store_one(bf16* p, float value) {
   const uint32_t bits = bitcast<uint32_t>(value);
   p->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -261,6 +273,25 @@ SK_INLINE VecD exp(VecD x) {
 
 SK_INLINE double exp(double x) { return __builtin_exp(x); }
 
+// The relative error stays below 2e-7.
+SK_INLINE VecF tanh(VecF x) {
+  const VecF square = x * x;
+  VecF p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes tanhf, for |x| < 0.625
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const VecF small = p * square * x + x;
+  const VecU sign = bitcast<VecU>(x) & 0x80000000u;
+  const VecF magnitude = bitcast<VecF>(bitcast<VecU>(x) ^ sign);
+  const VecF large = 1.0f - 2.0f / (exp(magnitude * 2.0f) + 1.0f);
+  return magnitude < 0.625f ? small : bitcast<VecF>(bitcast<VecU>(large) | sign);
+}
+
+SK_INLINE VecD tanh(VecD x) {
+  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_tanh(x[lane]);
+  return x;
+}
+
 // log(1 + x) for x in [0, 1], the only range log_add_exp needs.
 SK_INLINE VecF log1p_unit(VecF x) {
   const VecF y = x + 1.0f;
@@ -299,17 +330,20 @@ SK_INLINE double log1m_exp(double x) {
   return x > -0.69314718055994531 ? __builtin_log(-__builtin_expm1(x)) : __builtin_log1p(-__builtin_exp(x));
 }
 
-// A sum of exp(x * inv_temperature), kept relative to the largest x.
-struct LogSum {
-  double inv_temperature = 1;
-  double max = -infinity<double>();
-  double sum = 0;
+constexpr int64_t kBlock = 1024;  // elements summed in float32 lanes, and worked on in the first-level cache
 
-  double log() const {
-    if (max == -infinity<double>() && sum == 0) return max;
-    return max * inv_temperature + __builtin_log(sum);
+// Over an array of whole vectors.
+template <class A>
+SK_INLINE double sum_of(const A* x, int64_t count) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  typename Lanes<A>::Vec sums[4] = {};  // independent, so that they overlap
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * kWidth);
   }
-};
+  for (; i < count; i += kWidth) sums[0] += load(x + i);
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
 
 template <class A>
 SK_INLINE A max_of(const A* x, int64_t count) {
@@ -319,32 +353,34 @@ SK_INLINE A max_of(const A* x, int64_t count) {
   return max_lanes(best);
 }
 
-// Adds a block (a multiple of the vector width, at most kBlock so that float32 lanes stay accurate).
-template <class A>
-SK_INLINE void add_block(LogSum& total, const A* x, int64_t count, A block_max) {
-  if (block_max > total.max) {
-    total.sum *= __builtin_exp((total.max - block_max) * total.inv_temperature);
-    total.max = block_max;
-  }
-  const A shift = total.max == -infinity<double>() ? A(0) : A(total.max);
-  const A inv_temperature = A(total.inv_temperature);
-  typename Lanes<A>::Vec sum = {};
-  for (int64_t i = 0; i < count; i += Lanes<A>::kWidth) sum += exp((load(x + i) - shift) * inv_temperature);
-  total.sum += sum_lanes(sum);
-}
+// Exponentials relative to a level, and their sum.
+struct ExpSum {
+  double level = 0;
+  double sum = 0;
 
-constexpr int64_t kBlock = 1024;  // elements worked on while they are in the first-level cache
+  double log() const { return sum == 0 ? -infinity<double>() : level + __builtin_log(sum); }
+  // What turns the exponentials into exp(x - norm).
+  double scale(double norm) const { return sum == 0 ? 0 : __builtin_exp(level - norm); }
+};
 
-// log(sum(exp(x * inv_temperature))) over an array padded to the vector width with -inf.
+// Writes exp(x / T - level) of an array padded to the vector width with -inf, the level being the largest x / T.
 template <class A>
-SK_INLINE double log_sum_exp(const A* x, int64_t count, double inv_temperature) {
-  LogSum total;
-  total.inv_temperature = inv_temperature;
+SK_INLINE ExpSum exponentials(const A* x, int64_t count, double inv_temperature, A* out) {
+  const A best = max_of(x, count);
+  const A shift = best == -infinity<A>() ? A(0) : best;
+  ExpSum total;
+  total.level = double(shift) * inv_temperature;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t length = count - begin < kBlock ? count - begin : kBlock;
-    add_block(total, x + begin, length, max_of(x + begin, length));
+    const int64_t end = count - begin < kBlock ? count : begin + kBlock;
+    typename Lanes<A>::Vec sum = {};
+    for (int64_t i = begin; i < end; i += Lanes<A>::kWidth) {
+      const auto power = exp((load(x + i) - shift) * A(inv_temperature));
+      store(out + i, power);
+      sum += power;
+    }
+    total.sum += sum_lanes(sum);
   }
-  return total.log();
+  return total;
 }
 
 // sum(exp((x - level) * inv_temperature)) over a block that need not be padded.
@@ -378,6 +414,19 @@ double log_sum_exp_of_row(const X* row, int64_t count, double inv_temperature, A
     sum += sum_exp(row + i, count - i < kBlock ? count - i : kBlock, best, A(inv_temperature));
   }
   return double(best) * inv_temperature + __builtin_log(sum);
+}
+
+// The largest of a sample of the row: every stride-th vector. NaN may be left out.
+template <class X, class A = typename Acc<X>::type>
+SK_INLINE A sampled_max(const X* row, int64_t count) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  const int64_t vectors = count / kWidth;
+  if (vectors == 0) return max_lanes(load_part(row, count, -infinity<A>()));
+  const int64_t samples = vectors < 32 ? vectors : 32;
+  typename Lanes<A>::Vec best = {};
+  best -= infinity<A>();
+  for (int64_t i = 0; i < samples; ++i) best = max(best, load(row + vectors * i / samples * kWidth));
+  return max_lanes(best);
 }
 
 constexpr int64_t kMaxWidth = 16;  // lanes of the widest vector
