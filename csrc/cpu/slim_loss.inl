@@ -142,6 +142,7 @@ struct SlimRow {
   A* teacher;            // (padded K) teacher logits / T, later p * dD/dp
   A* q;                  // (padded K) teacher on S
   A* p;                  // (padded K) student on S, later the gradient
+  X* kept_gradient;      // (padded K) the gradient on S
 
   // What the student's row sums to. `off` is outside S, `on` inside; `_one` is at temperature 1.
   double target_z = 0, off = 0, off_one = 0, lse = 0, lse_one = 0;
@@ -164,7 +165,7 @@ struct SlimRow {
   static int64_t scratch_bytes(const SlimLossArgs& args) {
     const int64_t rows = 1 + (args.temperature != 1) + keeps_logits(args);
     return 3 * blocks_of(args) * sizeof(double) +
-           (rows * padded<A>(args.vocab_size) + 4 * padded<A>(args.top_k)) * sizeof(A);
+           (rows * padded<A>(args.vocab_size) + 5 * padded<A>(args.top_k)) * sizeof(A);
   }
 
   SlimRow(const SlimLossArgs& arguments, int64_t row_index, void* scratch)
@@ -188,6 +189,7 @@ struct SlimRow {
     teacher = kept_z + entries;
     q = teacher + entries;
     p = q + entries;
+    kept_gradient = reinterpret_cast<X*>(p + entries);
   }
 
   bool ignored() const { return target == args.ignore_index; }
@@ -233,15 +235,25 @@ struct SlimRow {
 
   void read(int64_t first_block, int64_t last_block) {
     if (ignored()) return;
+    // Local, or the compiler loads them again after every vector that is stored.
+    const X* const from = row;
+    const int32_t* const id = ids;
+    A* const power = e;
+    A* const out = kept_z;
+    const int64_t kept_here = kept;
     int64_t k = first_entry(first_block * kBlock);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * kBlock, end = end_of(block);
       exponentiate(begin, end);
-      for (; k < kept && ids[k] < end; ++k) {
-        kept_z[k] = keeps_z ? z[ids[k]] : load_one(row + ids[k]);
-        e[ids[k]] = 0;
-        if (two_temperatures) e_one[ids[k]] = 0;
-        if (keeps_z) z[ids[k]] = 0;
+      const int64_t first = k;
+      for (; k < kept_here && id[k] < end; ++k) {
+        out[k] = load_one(from + id[k]);
+        power[id[k]] = 0;
+      }
+      for (int64_t j = first; two_temperatures && j < k; ++j) e_one[id[j]] = 0;
+      for (int64_t j = first; keeps_z && j < k; ++j) {
+        out[j] = z[id[j]];
+        z[id[j]] = 0;
       }
       // A block is summed after the next one was read: a vector load stalls on single elements stored just before it.
       if (block > first_block) sum_block(block - 1);
@@ -258,7 +270,13 @@ struct SlimRow {
     const A inv_temperature = A(1 / args.temperature);
     int64_t i = begin;
     if (!two_temperatures && !keeps_z) {
-      for (; i + kWidth <= end; i += kWidth) store(e + i, exp(load(row + i) - level));
+      const X* const from = row;
+      A* const to = e;
+      const A shift = level;
+      for (; i + kWidth <= end; i += kWidth) {
+        prefetch(from + i + kBlock);
+        store(to + i, exp(load(from + i) - shift));
+      }
     }
     for (; i < end; i += kWidth) {
       const Vec logit = effective(i);
@@ -444,6 +462,7 @@ struct SlimRow {
     if (transform) at_label *= transform_slope(Vec{} + A(target_z), args)[0];
     if (label_kept) p[entry] += A(at_label);
     label_change = label_kept ? 0 : A(at_label);
+    for (int64_t k = 0; k < kept; k += kWidth) store(kept_gradient + k, load(p + k));
   }
 
   // The gradient of a row is `softmax_scale` * s + `everywhere` + `kd_scale` * dD/d(z / T), but for the label.
@@ -481,6 +500,9 @@ struct SlimRow {
     const bool streams = args.streams;
     // A block is streamed after the next one was finished, for the reason given in `read`.
     X finished[2][kBlock];
+    const int32_t* const id = ids;
+    const X* const on_support = kept_gradient;
+    const int64_t kept_here = kept;
     int64_t k = first_entry(first_block * kBlock);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * kBlock, length = end_of(block) - begin;
@@ -491,11 +513,13 @@ struct SlimRow {
       X* const out = streams ? finished[block % 2] : gradient + begin;
       int64_t i = 0;
       if (!two_temperatures && !transform) {
-        for (; i + kWidth <= length; i += kWidth) store(out + i, load(e + begin + i) * off_scale + constant);
+        const A* const power = e + begin;
+        const A scale = off_scale, shift = constant;
+        for (; i + kWidth <= length; i += kWidth) store(out + i, load(power + i) * scale + shift);
       }
       for (; i + kWidth <= length; i += kWidth) store(out + i, gradient_at(begin + i));
       if (i < length) store_part(out + i, gradient_at(begin + i), length - i);
-      for (; k < kept && ids[k] < begin + length; ++k) store_one(out + ids[k] - begin, p[k]);
+      for (; k < kept_here && id[k] < begin + length; ++k) out[id[k] - begin] = on_support[k];
       if (label_change != 0 && target >= begin && target < begin + length) {
         store_one(out + target - begin, gradient_at(target / kWidth * kWidth)[target % kWidth] + label_change);
       }

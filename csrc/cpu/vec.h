@@ -89,6 +89,9 @@ constexpr T infinity() {
   return T(__builtin_inf());
 }
 
+// Asks for a line that will be needed soon; an address past the end of an array is harmless.
+SK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
 // ---- Conversion of stored logits to and from the accumulation type
 
 SK_INLINE VecF half_to_float(VecH half) {
@@ -122,7 +125,13 @@ SK_INLINE VecH float_to_half(VecF x) {
 #endif
 }
 
-SK_INLINE VecF bf16_to_float(VecH raw) { return bitcast<VecF>(__builtin_convertvector(raw, VecU) << 16); }
+SK_INLINE VecF bf16_to_float(VecH raw) {
+#if defined(__AVX512F__)
+  return bitcast<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bitcast<__m256i>(raw)), 16));
+#else
+  return bitcast<VecF>(__builtin_convertvector(raw, VecU) << 16);
+#endif
+}
 
 #if defined(__AVX512BF16__)
 SK_INLINE VecH float_to_bf16(VecF x) { return bitcast<VecH>(_mm512_cvtneps_pbh(bitcast<__m512>(x))); }
