@@ -274,7 +274,7 @@ struct SlimRow {
       A* const to = e;
       const A shift = level;
       for (; i + kWidth <= end; i += kWidth) {
-        prefetch(from + i + kBlock);
+        prefetch_ahead(from + i);
         store(to + i, exp(load(from + i) - shift));
       }
     }

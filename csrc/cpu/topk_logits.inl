@@ -78,7 +78,10 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
       found += count(mask);
       sum += exp(v - guess.level);
     };
-    for (; i + kWidth <= length; i += kWidth) visit(load(row + begin + i));
+    for (; i + kWidth <= length; i += kWidth) {
+      prefetch_ahead(row + begin + i);
+      visit(load(row + begin + i));
+    }
     if (i < length) visit(load_part(row + begin + i, length - i, -infinity<A>()));
     scratch.sums[0] += sum_lanes(sum);
     for (int64_t m = 1; m < args.num_temperatures; ++m) {
