@@ -56,9 +56,7 @@ SK_INLINE MaskF equal(VecI keys, int32_t pivot) {
   return _mm512_cmpeq_epi32_mask(bitcast<__m512i>(keys), _mm512_set1_epi32(pivot));
 }
 SK_INLINE int64_t count(MaskF mask) { return __builtin_popcount(mask); }
-SK_INLINE MaskF first_lanes(MaskF mask, int64_t lanes) {
-  return MaskF(_pdep_u32((1u << lanes) - 1, mask));
-}
+SK_INLINE MaskF first_lanes(MaskF mask, int64_t lanes) { return MaskF(_pdep_u32((1u << lanes) - 1, mask)); }
 // Compressing in registers and storing whole vectors: compress-to-memory is microcoded on some machines.
 SK_INLINE void append(MaskF mask, VecI v, int32_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, bitcast<__m512i>(v)));

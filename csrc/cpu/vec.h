@@ -89,9 +89,12 @@ constexpr T infinity() {
   return T(__builtin_inf());
 }
 
-// Asks for what a pass over a row will need soon: twice the bandwidth of what the hardware asks for alone, on one core of
-// a Zen 5. An address past the end of an array is harmless.
-SK_INLINE void prefetch_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 8192, 0, 3); }
+// Asks for a line that will be needed soon; an address past the end of an array is harmless.
+SK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Asks for what a pass over a row will need soon. A pass that computes as it reads gains a third from it on one core of
+// a Zen 5, whose own prefetching stays too close.
+SK_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + 8192); }
 
 // ---- Conversion of stored logits to and from the accumulation type
 
