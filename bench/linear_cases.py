@@ -64,7 +64,7 @@ def linear_topk_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
             require(bool((values > least - slack).all()), "an id far below the k-th largest")
             require(bool((ids.sort(-1).values.diff() > 0).all()), "an id twice")
             if provider == OURS:
-                require_close(result.lse[:, 0], lse, 1e-3, "lse")
+                require_close(result.lse[:, 0], lse, 5e-3, "lse")  # half a unit in the last place of bfloat16
                 require_close(result.logits, values, 1e-2, "kept logits")
 
         providers = {
