@@ -34,7 +34,8 @@ def compare(ref: str, threads: list[int], options: list[str]) -> str:
         pairs = [
             tuple(records.read(Path(folder, f"{side}{pair}.jsonl")) for side in ("old", "new")) for pair in range(PAIRS)
         ]
-        return report(pairs, old=commit(base), new=commit(ROOT))
+        # Only its benchmarks were replaced.
+        return report(pairs, old=commit(base).removesuffix("-dirty"), new=commit(ROOT))
 
 
 def report(pairs: list[tuple[list[dict], list[dict]]], old: str, new: str) -> str:
@@ -70,7 +71,9 @@ def built_worktree(ref: str) -> Iterator[Path]:
         try:
             print(f"building {ref}", file=sys.stderr, flush=True)
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            subprocess.run(build, cwd=root, check=True, stdout=subprocess.DEVNULL)
+            built = subprocess.run(build, cwd=root, capture_output=True, text=True, check=False)
+            if built.returncode != 0:
+                sys.exit(f"{ref} does not build here:\n{built.stderr}")
             shutil.rmtree(root / "bench", ignore_errors=True)
             shutil.copytree(ROOT / "bench", root / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
             yield root

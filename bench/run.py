@@ -29,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSONL file to append to")
     parser.add_argument("--base", metavar="REF", help="compare this checkout with that commit, instead of writing rows")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of every provider, at least 5 (default 7)")
+    parser.add_argument(
+        "--rounds", type=int, help="timed runs of every provider, at least 5 (default 7; with --base 31)"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=default_threads(), help="one process each")
     parser.add_argument("--only", default="", help="the cases whose name contains this, such as slim_loss-256x32000")
     parser.add_argument("--quick", action="store_true", help="the smallest shape of every op only")
@@ -37,6 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.out is None) == (args.base is None):
         parser.error("one of --out and --base is needed")
+    # A ratio between processes has no turns within a round to lean on, and only ours to time.
+    args.rounds = args.rounds or (31 if args.base else 7)
     if args.rounds < 5:
         parser.error(f"--rounds must be at least 5 for percentiles that mean something, got {args.rounds}")
     options = ["--rounds", str(args.rounds), "--only", args.only, *(["--quick"] if args.quick else [])]

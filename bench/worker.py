@@ -40,12 +40,10 @@ def main() -> None:
     limits = Limits() if todo and args.metric == "time" else None
     for case in todo:
         try:
-            work = case.gated_work()
+            work = case.gated_work(args.ours)
         except AssertionError as error:
             print(f"{case.name}: not timed, {error}", file=sys.stderr, flush=True)
             continue
-        if args.ours:
-            work.providers = {OURS: work.providers[OURS]}
         figures = times(case, work, args.rounds, limits) if limits else peaks(work)
         append(args.out, [row_of(case, provider, where, fields) for provider, fields in figures.items()])
         print(summary(case, figures), flush=True)
