@@ -81,9 +81,9 @@ def _best_seconds(run: Callable[[], object], rounds: int) -> float:
 
 def copy_bytes_per_second() -> float:
     """What this process's threads copy between tensors far larger than any cache, reads and writes counted."""
-    source = torch.ones(2**26)
+    source = torch.ones(2**25)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), 6)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), 8)
 
 
 def matmul_flops_per_second(dtype: torch.dtype) -> float:

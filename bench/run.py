@@ -33,7 +33,9 @@ def main() -> None:
         "--rounds", type=int, help="timed runs of every provider, at least 5 (default 7; with --base 31)"
     )
     parser.add_argument("--threads", type=int, nargs="+", default=default_threads(), help="one process each")
-    parser.add_argument("--only", default="", help="the cases whose name contains this, such as slim_loss-256x32000")
+    parser.add_argument(
+        "--only", default="", help="the cases whose name contains this, such as slim_loss-256x32000 or -float16"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest shape of every op only")
     parser.add_argument("--again", action="store_true", help="also what the file already has")
     args = parser.parse_args()

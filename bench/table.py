@@ -52,8 +52,8 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
     )
     dates = sorted({case.row["date"][:10] for case in cases})
     floor = (
-        "Floor: the bytes that must move over the measured copy bandwidth, or the flops over the measured matrix rate, "
-        "whichever takes longer. "
+        "Floor: the bytes that must move over the copy bandwidth, or the flops over the matrix rate, both measured "
+        "beside the case, whichever takes longer. "
     )
     lines += [
         "",

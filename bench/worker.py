@@ -37,14 +37,13 @@ def main() -> None:
     cases = selected(all_cases(), args.only, args.quick, args.metric, args.threads)
     todo = pending(cases, rows, where, args.metric)
     print(f"{args.metric} on {args.threads} threads: {len(todo)} cases, {len(cases) - len(todo)} skipped", flush=True)
-    limits = Limits() if todo and args.metric == "time" else None
     for case in todo:
         try:
             work = case.gated_work(args.ours)
         except AssertionError as error:
             print(f"{case.name}: not timed, {error}", file=sys.stderr, flush=True)
             continue
-        figures = times(case, work, args.rounds, limits) if limits else peaks(work)
+        figures = times(case, work, args.rounds) if args.metric == "time" else peaks(work)
         append(args.out, [row_of(case, provider, where, fields) for provider, fields in figures.items()])
         print(summary(case, figures), flush=True)
 
@@ -68,27 +67,18 @@ def pending(cases: list[Case], rows: list[dict], where: dict, metric: str) -> li
     return [case for case in cases if records.case_of(row_of(case, OURS, {}, {})) not in done]
 
 
-class Limits:
-    """What the machine can do at best, measured once per process."""
-
-    def __init__(self) -> None:
-        self.bandwidth = copy_bytes_per_second()
-        self.rates = {dtype: matmul_flops_per_second(dtype) for dtype in (torch.float32, torch.bfloat16)}
-
-    def floor_seconds(self, case: Case) -> float:
-        """The least a case can take."""
-        arithmetic = case.floor_flops / self.rates[case.dtype] if case.floor_flops else 0.0
-        return max(case.floor_bytes / self.bandwidth, arithmetic)
-
-
-def times(case: Case, work: Work, rounds: int, limits: Limits) -> dict[str, dict]:
+def times(case: Case, work: Work, rounds: int) -> dict[str, dict]:
     """The fields of every provider's row."""
+    # Measured beside every case: on a shared host they may change twofold within minutes.
+    bandwidth = copy_bytes_per_second()
+    flop_rate = matmul_flops_per_second(case.dtype) if case.floor_flops else None
+    floor_seconds = max(case.floor_bytes / bandwidth, case.floor_flops / flop_rate if flop_rate else 0)
     shared = {
-        "floor": case.figure(limits.floor_seconds(case)),
+        "floor": case.figure(floor_seconds),
         "floor_bytes": case.floor_bytes,
         "floor_flops": case.floor_flops,
-        "copy_bytes_per_s": limits.bandwidth,
-        "matmul_flops_per_s": limits.rates.get(case.dtype) if case.floor_flops else None,
+        "copy_bytes_per_s": bandwidth,
+        "matmul_flops_per_s": flop_rate,
     }
     figures = {}
     for provider, seconds in time_providers(case, work, rounds).items():
