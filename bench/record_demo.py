@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from bench.run import machine
+from bench.machine import machine
 
 
 def main() -> None:

@@ -6,56 +6,94 @@ python -m bench.table --results bench/results --readme README.md [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+from bench import records
+from bench.case import OURS
+
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
+FIGURES = {
+    "speedup.png": "Speed-up over every peer, per case",
+    "roofline.png": "Achieved bytes and flops per second beside what the machine was measured to reach",
+    "growth.png": "Time over N, V and K, with fitted exponents",
+}
 
 
-def newest(rows: list[dict], keys: tuple[str, ...]) -> dict[tuple, dict]:
-    """The last row of every figure."""
-    latest: dict[tuple, dict] = {}
-    for row in rows:
-        latest[tuple(row[key] for key in keys)] = row
-    return latest
-
-
-def speed_table(rows: list[dict]) -> str:
-    """One line per case, ratios to the peer measured in the same run."""
-    latest = newest(rows, ("op", "shape", "dtype", "mode", "provider", "metric", "threads"))
-    lines = [
-        "| op | shape | dtype | time | peer | speed-up | peak extra memory, ours / peer |",
-        "|---|---|---|---:|---|---:|---:|",
-    ]
-    for (op, shape, dtype, mode, provider, metric, threads), row in latest.items():
-        if provider != "slimkernels" or metric != "time":
-            continue
-        peer = latest[op, shape, dtype, mode, row["peer"], "time", threads]
-        memory = ""
-        ours = latest.get((op, shape, dtype, mode, provider, "peak_extra_memory", threads))
-        if ours is not None:
-            theirs = latest[op, shape, dtype, mode, row["peer"], "peak_extra_memory", threads]
-            memory = f"{ours['p50'] / 2**20:.0f} / {theirs['p50'] / 2**20:.0f} MiB"
-        lines.append(
-            f"| `{op}` {mode} | {shape} | {dtype} | {row['p50']:.1f} ms | {row['peer']} {peer['p50']:.1f} ms | "
-            f"{peer['p50'] / row['p50']:.1f}x | {memory} |"
-        )
-    row = rows[-1]
+def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
+    """One line per case, each from one commit on one machine; ratios are to the peer measured in the same run."""
+    cases = [case for case in records.newest_cases(rows) if case.row.get("sweep") is None]
+    threads = sorted({count for case in cases for count in case.threads})
+    # The title and alignment of every column, and its cell in every line.
+    columns = {
+        ("op", "---"): [f"`{case.row['op']}` {case.row['mode']}" for case in cases],
+        ("shape", "---"): [case.row["shape"] for case in cases],
+        ("dtype", "---"): [case.row["dtype"] for case in cases],
+        (f"on {' / '.join(map(str, threads))} threads", "---:"): [_figures(case, threads) for case in cases],
+        ("peer", "---"): [case.row["peer"] or "" for case in cases],
+        ("speed-up", "---:"): [
+            _per_threads([case.speedup(case.row["peer"], count) for count in threads], "x") for case in cases
+        ],
+        ("times the floor", "---:"): [
+            _per_threads([case.over_floor(count) for count in threads], "x") for case in cases
+        ],
+        ("peak extra memory, ours / peer", "---:"): [_memory(case) for case in cases],
+    }
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    lines = [_line(title for title, _ in columns), f"|{'|'.join(rule for _, rule in columns)}|"]
+    lines += [_line(cells) for cells in zip(*columns.values(), strict=True)]
+    commits = Counter(case.row["commit"] for case in cases)
+    several = len(commits) > 1
+    named = ", ".join(commit + (f" ({count} cases)" if several else "") for commit, count in commits.items())
+    machines = "; ".join(
+        dict.fromkeys(f"{case.row['device']}, {case.row['isa']}, torch {case.row['torch']}" for case in cases)
+    )
+    dates = sorted({case.row["date"][:10] for case in cases})
+    floor = (
+        "Floor: the bytes that must move over the copy bandwidth, or the flops over the matrix rate, both measured "
+        "beside the case, whichever takes longer. "
+    )
     lines += [
         "",
-        f"Medians on {row['threads']} threads of {row['device']}, {row['isa']}, torch {row['torch']}, commit "
-        f"{row['commit']}, {row['date'][:10]}; providers take turns in one run. Every figure, with spread and floor, "
-        "is in [bench/results](bench/results).",
+        f"Medians on {machines}; {'commits' if several else 'commit'} {named}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; providers take turns in one run. "
+        f"{floor if ('times the floor', '---:') in columns else ''}"
+        "Every figure, with its spread, is in [bench/results](bench/results).",
     ]
+    for name in figures:
+        lines += ["", f"![{FIGURES[name]}](bench/results/{name})"]
     return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figures(case: records.CaseRecord, threads: list[int]) -> str:
+    timings = [case.timing(OURS, count) for count in threads]
+    return _per_threads([timing and timing["p50"] for timing in timings], f" {case.row['unit']}")
+
+
+def _per_threads(values: list[float | None], unit: str) -> str:
+    """5.0 / 2.6 ms; a dash for a thread count that was not measured, nothing where none was."""
+    if all(value is None for value in values):
+        return ""
+    return " / ".join("-" if value is None else f"{value:.{0 if value >= 100 else 1}f}" for value in values) + unit
+
+
+def _memory(case: records.CaseRecord) -> str:
+    ours = case.peak_bytes(OURS)
+    theirs = case.peak_bytes(case.row["peer"])
+    return "" if ours is None or theirs is None else f"{ours / 2**20:.0f} / {theirs / 2**20:.0f} MiB"
 
 
 def demo_table(rows: list[dict]) -> str:
     """What the demo's students reached on documents that none of them was trained on."""
-    latest = newest(rows, ("method",))
+    latest = {row["method"]: row for row in rows}
     lines = ["| student | held-out perplexity | KL to the teacher | at its best |", "|---|---:|---:|---:|"]
-    for (method,), row in latest.items():
+    for method, row in latest.items():
         last = row["curve"][-1]
         best = min(row["curve"], key=lambda point: point["perplexity"])
         lines.append(
@@ -90,10 +128,9 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where the README is not what the results say")
     args = parser.parse_args()
     text = args.readme.read_text()
-    updated = text
-    for name, file, draw in (("bench", "cpu.jsonl", speed_table), ("demo", "demo.jsonl", demo_table)):
-        rows = [json.loads(line) for line in (args.results / file).read_text().splitlines()]
-        updated = replace_block(updated, name, draw(rows))
+    figures = tuple(name for name in FIGURES if (args.results / name).exists())
+    updated = replace_block(text, "bench", speed_table(records.read(args.results / "cpu.jsonl"), figures))
+    updated = replace_block(updated, "demo", demo_table(records.read(args.results / "demo.jsonl")))
     if args.check:
         sys.exit(updated != text and f"{args.readme} does not show {args.results}: run `make plots`")
     args.readme.write_text(updated)

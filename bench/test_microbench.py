@@ -1,15 +1,38 @@
-"""The same cases under pytest-benchmark: ``pytest bench --benchmark-json out.json``."""
+"""The short cases under pytest-benchmark: ``pytest bench --benchmark-json out.json``."""
+
+from __future__ import annotations
 
 import pytest
 
+from bench.case import OURS
 from bench.cases import all_cases
 
-CASES = list(all_cases(quick=True))
+CASES = {case.name: case for case in all_cases() if case.quick}
+PAIRS = [(name, provider) for name, case in CASES.items() for provider in (OURS, *case.peers)]
 
 
-@pytest.mark.parametrize("index", range(len(CASES)))
-def test_case(index, benchmark):
-    case = CASES[index]()
-    case.check()
-    benchmark.extra_info.update(op=case.op, shape=case.shape, dtype=case.dtype, floor_bytes=case.floor_bytes)
-    benchmark(case.providers["slimkernels"])
+@pytest.fixture(scope="module")
+def gated_work(request):
+    """The tensors of a case, shared by its providers; none is timed unless all gave the right result."""
+    return CASES[request.param].gated_work()
+
+
+@pytest.mark.parametrize(
+    ("gated_work", "name", "provider"),
+    [(name, name, provider) for name, provider in PAIRS],
+    ids=[f"{name}-{provider.replace(' ', '_')}" for name, provider in PAIRS],
+    indirect=["gated_work"],
+)
+def test_provider(gated_work, name, provider, benchmark):
+    case = CASES[name]
+    benchmark.group = name
+    benchmark.extra_info.update(
+        op=case.op,
+        provider=provider,
+        mode=case.mode,
+        shape=case.shape,
+        dtype=case.dtype_name,
+        floor_bytes=case.floor_bytes,
+        floor_flops=case.floor_flops,
+    )
+    benchmark(gated_work.providers[provider])

@@ -1,0 +1,92 @@
+"""The machine: what a figure depends on besides the code, and what no code can be faster than."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import slimkernels
+from slimkernels import _C
+
+ROOT = Path(__file__).parents[1]
+
+
+def machine() -> dict:
+    """The fields of a row that say where and of what it was measured."""
+    require_own_package()
+    return {
+        "device": _cpu_name(),
+        "isa": _C.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "commit": commit(ROOT),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def require_own_package() -> None:
+    """Stops where another checkout's package would be measured under this one's commit."""
+    package = Path(slimkernels.__file__).parents[1]
+    if package != ROOT:
+        sys.exit(f"slimkernels is imported from {package}, not from {ROOT}: run `python -m bench...` in {ROOT}")
+
+
+def commit(root: Path) -> str:
+    """The commit checked out at ``root``, marked where anything but results differs from it."""
+    git = ["git", "-C", str(root)]
+    described = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if described.returncode != 0:
+        return "unknown"
+    results = (":(exclude)bench/results", ":(exclude)README.md")
+    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *results], check=False).returncode == 0
+    return described.stdout.strip() + ("" if clean else "-dirty")
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    text = cpuinfo.read_text()
+    found = (re.search(rf"^{key}\s*:\s*(.*)$", text, re.M) for key in ("model name", "cpu family", "model"))
+    name, family, model = (match.group(1) if match else "?" for match in found)
+    return f"{name} (family {family}, model {model})"
+
+
+def _best_seconds(run: Callable[[], object], rounds: int) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def copy_bytes_per_second() -> float:
+    """What this process's threads copy between tensors far larger than any cache, reads and writes counted."""
+    source = torch.ones(2**25)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), 8)
+
+
+def matmul_flops_per_second(dtype: torch.dtype) -> float:
+    """What this process's threads reach in the product that an lm_head takes: (N, D) by (V, D) transposed."""
+    left, right = torch.randn(1024, 2048).to(dtype), torch.randn(4096, 2048).to(dtype)
+    return 2 * 1024 * 2048 * 4096 / _best_seconds(lambda: left @ right.T, 5)

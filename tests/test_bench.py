@@ -1,0 +1,229 @@
+"""The benchmark suite itself: its cases are right and its arithmetic is, and what it skips, compares and draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, machine, records, table, worker
+from bench.case import OURS, Case, Work
+from bench.cases import all_cases
+from bench.measure import peak_extra_bytes, percentiles, rounds_for, time_providers
+
+ROOT = Path(__file__).parents[1]
+SMALL = all_cases(shrink=32)
+WHERE = {"device": "cpu", "isa": "avx512", "threads": 1, "torch": "2.13.0", "commit": "abc", "date": "2026-01-02T03"}
+
+
+def row(provider=OURS, p50=2.0, **fields) -> dict:
+    base = {"op": "op", "mode": "fwd", "shape": "4x8", "dtype": "float32", "sizes": {"N": 4, "V": 8}, "sweep": None}
+    base |= {"provider": provider, "metric": "time", "unit": "ms", "p20": p50, "p50": p50, "p80": p50, "floor": 1.0}
+    return base | {"peer": "peer"} | WHERE | fields
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_bench_case_builds_and_passes_its_check(case):
+    work = case.build()
+    assert tuple(work.providers) == (OURS, *case.peers)
+    for provider, run in work.providers.items():
+        if provider != "torch.compile":  # compiling takes longer than all the rest
+            work.check(provider, run())
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.sweep is None], ids=lambda case: case.name)
+def test_bench_check_finds_a_wrong_result(case):
+    work = case.build()
+    result = work.providers[OURS]()
+    for leaf in work.leaves:
+        leaf.grad.mul_(1.5)
+    with pytest.raises(AssertionError, match="wrong result"):
+        work.check(OURS, _spoilt(result))
+
+
+def _spoilt(result):
+    if isinstance(result, torch.Tensor):  # a loss, whose gradient was spoilt
+        return result
+    if isinstance(result, tuple) and hasattr(result, "token"):
+        return result._replace(token=result.token.flip(0).roll(1))
+    if isinstance(result, tuple):
+        return result[0], result[1] + 1
+    ids = result.ids.clone()
+    ids[:, 0] = result.ids[:, 1]
+    return dataclasses.replace(result, ids=ids)
+
+
+def test_bench_names_are_unique_and_sweeps_have_three_points():
+    cases = all_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    points: dict[tuple, set] = {}
+    for case in cases:
+        if case.sweep:
+            points.setdefault((case.op, case.sweep), set()).add(case.sizes[case.sweep])
+    assert {letter for _, letter in points} == {"N", "V", "K"}
+    assert all(len(sizes) == 3 for sizes in points.values())
+
+
+def test_bench_percentiles_by_hand():
+    assert percentiles([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == {"p20": 2.0, "p50": 3.0, "p80": 5.0}
+    assert percentiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "compared", "expected"),
+    [(0.5, True, 9), (0.5, False, 9), (2, True, 5), (2, False, 3), (4, True, 3), (4, False, 2)],
+)
+def test_bench_slow_providers_get_fewer_rounds(seconds, compared, expected):
+    assert rounds_for(seconds, 9, compared) == expected
+
+
+def test_bench_providers_take_turns():
+    order = []
+    case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: None, peers=("peer",))
+    slow = {name: lambda name=name: (order.append(name), sum(range(200_000))) for name in (OURS, "peer")}
+    times = time_providers(case, Work(slow, lambda *_: None), rounds=5)
+    assert [len(values) for values in times.values()] == [5, 5]
+    assert order[:2] == [OURS, "peer"]
+    timed = [name for i, name in enumerate(order[2:]) if i == 0 or name != order[1 + i]]
+    assert timed == [OURS, "peer"] * 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_bench_peak_memory_counts_what_is_not_a_gradient():
+    leaf = torch.ones(2**20, requires_grad=True)
+
+    def run():
+        held = torch.ones(2**24)
+        leaf.grad = torch.ones_like(leaf)
+        return held
+
+    work = Work({OURS: run}, lambda *_: None, (leaf,))
+    assert 60 * 2**20 < peak_extra_bytes(work, run) < 68 * 2**20
+
+
+def test_bench_rate_and_time_are_the_same_figure():
+    case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: None)
+    assert case.figure(0.002) == 2.0
+    assert dataclasses.replace(case, rate_bytes=4_000_000).figure(0.002) == 2.0
+
+
+def test_bench_gate_stops_a_wrong_provider():
+    def check(provider, result):
+        if result != 4:
+            raise AssertionError("wrong result: not 4")
+
+    case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: Work({OURS: lambda: 5}, check))
+    with pytest.raises(AssertionError, match="slimkernels: wrong result: not 4"):
+        case.gated_work()
+
+
+@pytest.mark.parametrize(
+    ("change", "skipped"),
+    [
+        ({}, True),
+        ({"commit": "def"}, False),
+        ({"threads": 2}, False),
+        ({"device": "other"}, False),
+        ({"isa": "avx2"}, False),
+        ({"commit": "abc-dirty"}, False),
+    ],
+)
+def test_bench_resume_skips_what_is_measured(change, skipped):
+    case = SMALL[0]
+    where = WHERE | change
+    measured = worker.row_of(case, OURS, WHERE, {"metric": "time"})
+    if change.get("commit") == "abc-dirty":
+        measured |= change
+    assert (worker.pending([case], [measured], where, "time") == []) == skipped
+
+
+def test_bench_resume_goes_by_case_and_metric():
+    measured = worker.row_of(SMALL[0], OURS, WHERE, {"metric": "time"})
+    assert worker.pending(SMALL[:2], [measured], WHERE, "time") == SMALL[1:2]
+    assert worker.pending(SMALL[:2], [measured], WHERE, "memory") == SMALL[:2]
+
+
+def test_bench_selection():
+    def names(*options):
+        return {case.op for case in worker.selected(SMALL, *options)}
+
+    assert names("linear", False, "time", 2) == {case.op for case in SMALL if case.op.startswith("linear")}
+    assert "store decode" in names("", True, "time", 1)
+    assert "store decode" not in names("", True, "time", 2)
+    assert "store decode" not in names("", True, "memory", 1)
+    assert not any(case.sweep for case in worker.selected(SMALL, "", False, "memory", 2))
+
+
+def test_bench_commit_ignores_results_and_sees_code(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = [shutil.which("git"), "-C", str(tmp_path), *identity, *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+
+    (tmp_path / "bench/results").mkdir(parents=True)
+    for name in ("code.py", "README.md", "bench/results/cpu.jsonl"):
+        (tmp_path / name).write_text("one")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    first = machine.commit(tmp_path)
+    assert len(first) == 12
+    (tmp_path / "bench/results/cpu.jsonl").write_text("two")
+    (tmp_path / "README.md").write_text("two")
+    assert machine.commit(tmp_path) == first
+    (tmp_path / "code.py").write_text("two")
+    assert machine.commit(tmp_path) == f"{first}-dirty"
+
+
+def test_bench_exponent_of_a_power_law():
+    assert records.fitted_exponent([(n, 3 * n**1.5) for n in (16, 64, 256)]) == pytest.approx(1.5)
+    assert records.fitted_exponent([(1, 2.0), (10, 2.0), (100, 2.0)]) == pytest.approx(0)
+
+
+def test_bench_table_by_hand():
+    rows = [
+        row(p50=9.0, commit="old"),
+        row(provider="peer", p50=90.0, commit="old", threads=2),
+        row(p50=4.0),
+        row(p50=2.0),
+        row(provider="peer", p50=5.0),
+        row(p50=1.0, threads=2, floor=0.5),
+        row(provider="peer", p50=3.0, threads=2),
+        row(p50=2**20, metric=records.MEMORY, unit="bytes", threads=2),
+        row(provider="peer", p50=2**23, metric=records.MEMORY, unit="bytes", threads=2),
+        row(op="decode", p50=2.0, metric="throughput", unit="GB/s", floor=20.0, peer=None, commit="old"),
+        row(p50=7.0, sweep="N"),
+    ]
+    lines = table.speed_table(rows).splitlines()
+    assert lines[2] == "| `op` fwd | 4x8 | float32 | 2.0 / 1.0 ms | peer | 2.5 / 3.0x | 2.0 / 2.0x | 1 / 8 MiB |"
+    assert lines[3] == "| `decode` fwd | 4x8 | float32 | 2.0 / - GB/s |  |  | 10.0 / -x |  |"
+    assert lines[4] == ""
+    assert "commits abc (1 cases), old (1 cases)" in lines[5]
+
+
+def test_bench_table_check_finds_another_number(tmp_path):
+    (tmp_path / "cpu.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row("peer", 6.0)) + "\n")
+    (tmp_path / "demo.jsonl").write_bytes((ROOT / "bench/results/demo.jsonl").read_bytes())
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:begin --><!-- bench:end -->\n<!-- demo:begin --><!-- demo:end -->\n")
+    command = [sys.executable, "-m", "bench.table", "--results", str(tmp_path), "--readme", str(readme)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert "| 3.0x |" in readme.read_text()
+    subprocess.run([*command, "--check"], cwd=ROOT, check=True)
+    readme.write_text(readme.read_text().replace("3.0x", "4.0x"))
+    done = subprocess.run([*command, "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "run `make plots`" in done.stderr
+
+
+def test_bench_comparison_of_commits_by_hand():
+    pairs = [([row(p50=old), row(op="gone")], [row(p50=2.0), row(op="new")]) for old in (6.0, 2.0, 4.0)]
+    lines = compare.report(pairs, "old", "new").splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("  2.00x [1.00, 3.00]  op 4x8 float32, 1 threads: 2 ms now")
