@@ -8,17 +8,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Half precision gets more: every chunk after the first costs the float32 accumulator of the weight's gradient.
-_CHUNK_BYTES = {2: 64 * 2**20, 4: 32 * 2**20, 8: 32 * 2**20}
+# (bytes of logits, least rows) by the size of an entry: what keeps a chunk in the last-level cache, and the matrix
+# products at their full rate (bfloat16, V = 32000, D = 2048 on a Zen 5: 256 rows 1.01 TFLOP/s, 128 rows 0.92).
+_CHUNKS = {2: (16 * 2**20, 256), 4: (32 * 2**20, 128), 8: (32 * 2**20, 128)}
 
 
 def resolve_chunk_rows(chunk_rows: int | None, num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Rows per chunk: as asked, or what 32 MiB of logits hold (64 in half precision), spread evenly over the chunks."""
+    """Rows per chunk: as asked, or what the bytes of ``_CHUNKS`` hold, spread evenly over the chunks."""
     if chunk_rows is not None:
         if not isinstance(chunk_rows, int) or chunk_rows < 1:
             raise ValueError(f"chunk_rows must be a positive integer, got {chunk_rows}")
         return chunk_rows
-    fitting = max(_CHUNK_BYTES[dtype.itemsize] // (vocab_size * dtype.itemsize), 1)
+    chunk_bytes, least_rows = _CHUNKS[dtype.itemsize]
+    fitting = max(chunk_bytes // (vocab_size * dtype.itemsize), least_rows)
     return max(math.ceil(num_rows / max(math.ceil(num_rows / fitting), 1)), 1)
 
 

@@ -19,9 +19,8 @@ from slimkernels.ops._slim_options import (
     scale_gradient,
     scale_in_forward,
 )
+from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.sparse_logits import SparseLogits
-
-_VOCAB_BLOCK = 4096  # rows of the weight gradient brought to float32 at a time
 
 
 def linear_slim_loss(
@@ -58,7 +57,7 @@ def linear_slim_loss(
 
     Rows go through in chunks: a matrix product into one buffer, ``slim_loss`` over it with the gradient written in
     place, and the products that make the gradients of ``hidden`` and ``weight``. O(chunk_rows * V) extra memory,
-    plus a float32 (V, D) accumulator when a half-precision ``weight`` needs a gradient over several chunks. What
+    plus a float32 (V, D) accumulator when a half-precision ``weight`` needs a gradient over more than D rows. What
     needs no gradient is not computed: a frozen ``weight`` skips its product.
 
     Args:
@@ -83,8 +82,8 @@ def linear_slim_loss(
         ignore_index: See ``slim_loss``.
         reduction: See ``slim_loss``.
         num_items: See ``slim_loss``.
-        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold (64 in half
-            precision).
+        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold and at least 128 (16 MiB and
+            256 in half precision).
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
@@ -95,8 +94,8 @@ def linear_slim_loss(
 
     Supports: cpu x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic.
 
-    Precision: matrix products are torch's, in hidden's dtype, so a chunk's share of a half-precision weight gradient
-    is rounded once to that dtype; the sum over chunks is float32.
+    Precision: matrix products are torch's, in hidden's dtype. A half-precision weight gradient is one product over up
+    to D rows, summed in float32 and rounded once; each further D rows add one such product in float32.
 
     References: as ``slim_loss``; chunking as in Liger Kernel (arXiv 2410.10989).
 
@@ -166,7 +165,7 @@ def _linear_slim_loss_fwd(
     loss, stats, dhidden, dweight, dbias = outputs
     options = SlimOptions(*options)
     with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
-    dweight_sum = _accumulator(dweight, several=hidden.shape[0] > chunk_rows)
+    weight_gradient = WeightGradient(dweight, hidden, chunk_rows) if dweight.numel() else None
     dbias_sum = torch.zeros_like(dbias, dtype=stats.dtype)
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
         chunk_stats = stats.new_empty(NUM_STATS, logits.shape[0])
@@ -179,38 +178,15 @@ def _linear_slim_loss_fwd(
         stats[:, rows] = chunk_stats
         if dhidden.numel():
             torch.mm(logits, weight, out=dhidden[rows])
-        if dweight.numel():
-            _add_product(dweight_sum, logits, hidden[rows], first=rows.start == 0)
+        if weight_gradient is not None:
+            weight_gradient.add(rows, logits)
         if dbias.numel():
             dbias_sum += logits.sum(0, dtype=dbias_sum.dtype)
-    if dweight.numel() and dweight_sum is not dweight:
-        dweight.copy_(dweight_sum)
-    if hidden.shape[0] == 0:
-        dweight.zero_()
+    if weight_gradient is not None:
+        weight_gradient.finish()
     dbias.copy_(dbias_sum)
     loss.copy_(stats[0] if row_scale is None else (stats[0] * row_scale).sum())
     return outputs
-
-
-def _accumulator(dweight: Tensor, several: bool) -> Tensor:
-    """Where the chunks' products are summed: a half-precision gradient of several chunks is summed in float32."""
-    if several and dweight.dtype in (torch.bfloat16, torch.float16):
-        return torch.empty_like(dweight, dtype=torch.float32)
-    return dweight
-
-
-def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, first: bool) -> None:
-    """``total += dlogits.T @ hidden``, or ``=`` for the first chunk, with no second (V, D) tensor."""
-    if total.dtype == dlogits.dtype:
-        torch.addmm(total, dlogits.t(), hidden, beta=0 if first else 1, out=total)
-        return
-    for begin in range(0, total.shape[0], _VOCAB_BLOCK):
-        block = slice(begin, begin + _VOCAB_BLOCK)
-        product = torch.mm(dlogits[:, block].t(), hidden)
-        if first:
-            total[block] = product
-        else:
-            total[block] += product
 
 
 def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options):

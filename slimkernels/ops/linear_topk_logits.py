@@ -48,8 +48,8 @@ def linear_topk_logits(
         temperatures: At which the log-sum-exp is taken; 1.0 is always the first.
         softcap: Positive, or None for no cap.
         logit_scale: Positive factor on the logits, before the cap.
-        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold (64 in half
-            precision).
+        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold and at least 128 (16 MiB and
+            256 in half precision).
 
     Returns:
         SparseLogits (..., K), detached.
