@@ -1,0 +1,270 @@
+// The race that counter-based Gumbel noise decides: which ids of a row have the largest score plus noise.
+//
+// Every id has random bits of its own (Philox-4x32-10, reference_sampling.py says which). An upper bound of score plus
+// noise takes a few instructions, because -log(u) bounds the noise and the exponent of u bounds -log(u). The few ids
+// whose bound reaches what has been found already are evaluated in float64: the outcome does not depend on the
+// instruction set.
+#pragma once
+
+#include "select.h"
+#include "vec.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace slimkernels {
+namespace SK_ISA {
+namespace {
+
+constexpr int kGroup = 64;  // ids whose noise comes from 16 counters side by side
+
+struct NoiseKey {
+  uint32_t key[2];       // seed
+  uint32_t position[2];  // the upper half of the counter
+};
+
+SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
+  const uint64_t s = uint64_t(seed), p = uint64_t(position);
+  return {{uint32_t(s), uint32_t(s >> 32)}, {uint32_t(p), uint32_t(p >> 32)}};
+}
+
+#if defined(__AVX512F__)
+SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
+  const __m512i m = _mm512_set1_epi32(int32_t(factor));
+  const __m512i even = _mm512_mul_epu32(bitcast<__m512i>(a), m);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(bitcast<__m512i>(a), 32), m);
+  *high = bitcast<VecU>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
+  *low = bitcast<VecU>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA));
+}
+#else
+SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
+  // Arrays, because a loop over the lanes of a vector is not vectorised.
+  uint32_t in[16], top[16], bottom[16];
+  memcpy(in, &a, sizeof(in));
+  for (int lane = 0; lane < 16; ++lane) {
+    const uint64_t product = uint64_t(in[lane]) * factor;
+    top[lane] = uint32_t(product >> 32);
+    bottom[lane] = uint32_t(product);
+  }
+  memcpy(high, top, sizeof(top));
+  memcpy(low, bottom, sizeof(bottom));
+}
+#endif
+
+// bits[j] are those of ids first_id + 16 j + lane; first_id is a multiple of kGroup.
+SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id, VecU bits[4]) {
+#if defined(__AVX512F__)
+  // In this order the four words of each counter come out next to each other after a transpose within 128-bit lanes.
+  const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+#else
+  const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
+  VecU c0 = order + uint32_t(first_id / 4), c1 = VecU{} + draw;
+  VecU c2 = VecU{} + key.position[0], c3 = VecU{} + key.position[1];
+  uint32_t k0 = key.key[0], k1 = key.key[1];
+  for (int round = 0; round < 10; ++round) {
+    VecU high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, &high0, &low0);
+    multiply(c2, 0xCD9E8D57u, &high1, &low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+#if defined(__AVX512F__)
+  const __m512i w0 = bitcast<__m512i>(c0), w1 = bitcast<__m512i>(c1);
+  const __m512i w2 = bitcast<__m512i>(c2), w3 = bitcast<__m512i>(c3);
+  const __m512i low01 = _mm512_unpacklo_epi32(w0, w1), high01 = _mm512_unpackhi_epi32(w0, w1);
+  const __m512i low23 = _mm512_unpacklo_epi32(w2, w3), high23 = _mm512_unpackhi_epi32(w2, w3);
+  bits[0] = bitcast<VecU>(_mm512_unpacklo_epi64(low01, low23));
+  bits[1] = bitcast<VecU>(_mm512_unpackhi_epi64(low01, low23));
+  bits[2] = bitcast<VecU>(_mm512_unpacklo_epi64(high01, high23));
+  bits[3] = bitcast<VecU>(_mm512_unpackhi_epi64(high01, high23));
+#else
+  uint32_t words[4][16], by_id[kGroup];
+  memcpy(words[0], &c0, sizeof(c0));
+  memcpy(words[1], &c1, sizeof(c1));
+  memcpy(words[2], &c2, sizeof(c2));
+  memcpy(words[3], &c3, sizeof(c3));
+  for (int counter = 0; counter < 16; ++counter) {
+    for (int word = 0; word < 4; ++word) by_id[4 * counter + word] = words[word][counter];
+  }
+  memcpy(bits, by_id, sizeof(by_id));
+#endif
+}
+
+SK_INLINE double gumbel(uint32_t bits) {
+  const double u = (double(bits) + 0.5) * 0x1p-32;
+  return -__builtin_log(-__builtin_log1p(-u));
+}
+
+constexpr float kLargestNoise = 22.9f;  // of bits = 0, rounded up
+
+// Not below gumbel(bits): -log(1 - u) >= u, and log2 of a float is at least what its bits say, read as an integer.
+SK_INLINE VecF noise_bound(VecU bits) {
+  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // 2^31 u, rounded down
+  const VecF log2_u = __builtin_convertvector(bitcast<VecI>(u), VecF) * 0x1p-23f;
+  return (158.0f - log2_u) * 0.69314718f;
+}
+
+// One bit for each lane that is not below the bound.
+SK_INLINE uint32_t lanes_reaching(VecF v, float bound) {
+#if defined(__AVX512F__)
+  return not_below(v, bound);
+#else
+  const VecI mask = not_below(v, bound);
+  uint32_t lanes = 0;
+#if defined(__SSE2__)
+  __m128 quarter[4];
+  memcpy(quarter, &mask, sizeof(mask));
+  for (int i = 0; i < 4; ++i) lanes |= uint32_t(_mm_movemask_ps(quarter[i])) << (4 * i);
+#else
+  for (int lane = 0; lane < 16; ++lane) lanes |= uint32_t(mask[lane] & 1) << lane;
+#endif
+  return lanes;
+#endif
+}
+
+template <class A>
+constexpr A largest_finite() {
+  return sizeof(A) == 4 ? A(__FLT_MAX__) : A(__DBL_MAX__);
+}
+
+// Who takes part in the race, and with which scores: (z - max) / T of every logit z >= threshold.
+template <class A>
+struct Field {
+  A max;        // finite: the largest finite number stands for +inf
+  A threshold;  // at least -largest_finite, so that a logit of -inf never takes part
+  double temperature;
+
+  // 1 / T within what float32 can hold and multiply with any difference.
+  A inv_temperature() const {
+    const double inverse = 1 / temperature;
+    return A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse);
+  }
+  // A difference above 0 is that of +inf.
+  double score(double z) const { return (z < double(max) ? z - double(max) : 0) / temperature; }
+};
+
+template <class A, class V>
+SK_INLINE V scores_of(V z, const Field<A>& field, A inv_temperature) {
+  V score = (z - field.max) * inv_temperature;
+  score = score < 0 ? score : V{};
+  score = score > -__FLT_MAX__ ? score : V{} - A(__FLT_MAX__);
+  return z >= field.threshold ? score : V{} - infinity<A>();
+}
+
+template <class X>
+SK_INLINE VecF scores_at(const X* z, const Field<float>& field, float inv_temperature) {
+  return scores_of(load(z), field, inv_temperature);
+}
+SK_INLINE VecF scores_at(const double* z, const Field<double>& field, double inv_temperature) {
+  VecF scores;
+  for (int half = 0; half < 2; ++half) {
+    const VecD wide = scores_of(load(z + 8 * half), field, inv_temperature);
+    for (int lane = 0; lane < 8; ++lane) scores[8 * half + lane] = float(wide[lane]);
+  }
+  return scores;
+}
+
+struct Runner {
+  double score;
+  int64_t id;
+};
+
+SK_INLINE bool is_ahead(const Runner& a, const Runner& b) {
+  return a.score > b.score || (a.score == b.score && a.id < b.id);
+}
+
+// The `room` runners that are ahead of all others: a heap whose root is the last of them.
+struct Leaders {
+  Runner* runners;
+  int64_t room;
+  int64_t size;
+  float bound;  // what a score must reach to be worth looking at; below the last leader's by more than rounding errs
+
+  void clear() {
+    size = 0;
+    bound = -__FLT_MAX__;
+  }
+
+  void sift_down(int64_t at) {
+    const Runner moving = runners[at];
+    for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+      if (child + 1 < size && is_ahead(runners[child], runners[child + 1])) ++child;
+      if (!is_ahead(moving, runners[child])) break;
+      runners[at] = runners[child];
+    }
+    runners[at] = moving;
+  }
+
+  void enter(Runner runner) {
+    if (size < room) {
+      int64_t at = size++;
+      for (int64_t parent; at > 0 && is_ahead(runners[parent = (at - 1) / 2], runner); at = parent) {
+        runners[at] = runners[parent];
+      }
+      runners[at] = runner;
+    } else if (is_ahead(runner, runners[0])) {
+      runners[0] = runner;
+      sift_down(0);
+    } else {
+      return;
+    }
+    if (size < room) return;
+    const double last = runners[0].score;
+    const double reach = last - 1e-4 - 1e-6 * (last < 0 ? -last : last);
+    bound = reach > -double(__FLT_MAX__) ? float(reach) : -__FLT_MAX__;
+  }
+
+  // Leaves the best first.
+  void sort() {
+    const int64_t all = size;
+    while (size > 1) {
+      const Runner last = runners[0];
+      runners[0] = runners[--size];
+      runners[size] = last;
+      sift_down(0);
+    }
+    size = all;
+  }
+};
+
+// Runs `num_draws` races over one row; leaders[draw] collects the outcome of the race with the noise of that draw.
+template <class X, class A>
+void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKey& key, int64_t num_draws,
+          Leaders* leaders) {
+  const A inv_temperature = field.inv_temperature();
+  X padded_group[kGroup];
+  for (int64_t first = 0; first < vocab_size; first += kGroup) {
+    const X* z = row + first;
+    if (vocab_size - first < kGroup) {
+      for (int i = 0; i < kGroup; ++i) store_one(padded_group + i, -infinity<A>());
+      memcpy(padded_group, z, (vocab_size - first) * sizeof(X));
+      z = padded_group;
+    }
+    VecF scores[4];
+    for (int j = 0; j < 4; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
+    const VecF best = max(max(scores[0], scores[1]), max(scores[2], scores[3]));
+    for (int64_t draw = 0; draw < num_draws; ++draw) {
+      Leaders& leading = leaders[draw];
+      if (!lanes_reaching(best + kLargestNoise, leading.bound)) continue;
+      VecU bits[4];
+      random_bits(key, uint32_t(draw), first, bits);
+      for (int j = 0; j < 4; ++j) {
+        uint32_t lanes = lanes_reaching(scores[j] + noise_bound(bits[j]), leading.bound);
+        for (; lanes != 0; lanes &= lanes - 1) {
+          const int lane = __builtin_ctz(lanes);
+          const double score = field.score(double(load_one(z + 16 * j + lane)));
+          leading.enter({score + gumbel(bits[j][lane]), first + 16 * j + lane});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace SK_ISA
+}  // namespace slimkernels
