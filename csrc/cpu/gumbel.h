@@ -18,14 +18,23 @@ namespace {
 
 constexpr int kGroup = 64;  // ids whose noise comes from 16 counters side by side
 
+constexpr int kRounds = 10;
+constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
+
 struct NoiseKey {
-  uint32_t key[2];       // seed
-  uint32_t position[2];  // the upper half of the counter
+  uint32_t key[kRounds][2];  // of every round, from the seed
+  uint32_t position[2];      // the upper half of the counter
 };
 
 SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
-  const uint64_t s = uint64_t(seed), p = uint64_t(position);
-  return {{uint32_t(s), uint32_t(s >> 32)}, {uint32_t(p), uint32_t(p >> 32)}};
+  NoiseKey noise;
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    noise.key[round][0] = uint32_t(uint64_t(seed)) + round * 0x9E3779B9u;
+    noise.key[round][1] = uint32_t(uint64_t(seed) >> 32) + round * 0xBB67AE85u;
+  }
+  noise.position[0] = uint32_t(uint64_t(position));
+  noise.position[1] = uint32_t(uint64_t(position) >> 32);
+  return noise;
 }
 
 #if defined(__AVX512F__)
@@ -59,19 +68,22 @@ SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id,
 #else
   const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #endif
-  VecU c0 = order + uint32_t(first_id / 4), c1 = VecU{} + draw;
-  VecU c2 = VecU{} + key.position[0], c3 = VecU{} + key.position[1];
-  uint32_t k0 = key.key[0], k1 = key.key[1];
-  for (int round = 0; round < 10; ++round) {
-    VecU high0, low0, high1, low1;
-    multiply(c0, 0xD2511F53u, &high0, &low0);
-    multiply(c2, 0xCD9E8D57u, &high1, &low1);
-    c0 = high1 ^ c1 ^ k0;
+  // Two rounds in which only the id differs between lanes: half of their products are the same in all of them.
+  const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
+  const uint32_t same = uint32_t(same1 >> 32) ^ draw ^ key.key[0][0];
+  VecU high0, low0, high1, low1;
+  multiply(order + uint32_t(first_id / 4), kFactor0, &high0, &low0);
+  multiply(high0 ^ (key.position[1] ^ key.key[0][1]), kFactor1, &high1, &low1);
+  const uint64_t same2 = uint64_t(same) * kFactor0;
+  VecU c0 = high1 ^ (uint32_t(same1) ^ key.key[1][0]), c1 = low1;
+  VecU c2 = low0 ^ (uint32_t(same2 >> 32) ^ key.key[1][1]), c3 = VecU{} + uint32_t(same2);
+  for (int round = 2; round < kRounds; ++round) {
+    multiply(c0, kFactor0, &high0, &low0);
+    multiply(c2, kFactor1, &high1, &low1);
+    c0 = high1 ^ c1 ^ key.key[round][0];
     c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
+    c2 = high0 ^ c3 ^ key.key[round][1];
     c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
 #if defined(__AVX512F__)
   const __m512i w0 = bitcast<__m512i>(c0), w1 = bitcast<__m512i>(c1);
@@ -156,6 +168,15 @@ SK_INLINE V scores_of(V z, const Field<A>& field, A inv_temperature) {
   return z >= field.threshold ? score : V{} - infinity<A>();
 }
 
+// Whether one of kGroup logits takes part.
+template <class X, class A>
+SK_INLINE bool any_in_field(const X* z, const Field<A>& field) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  auto best = load(z);
+  for (int i = kWidth; i < kGroup; i += kWidth) best = max(best, load(z + i));
+  return count(not_below(best, field.threshold)) != 0;
+}
+
 template <class X>
 SK_INLINE VecF scores_at(const X* z, const Field<float>& field, float inv_temperature) {
   return scores_of(load(z), field, inv_temperature);
@@ -232,6 +253,19 @@ struct Leaders {
   }
 };
 
+// Evaluates the ids of a group whose bounds reach what leads. Rare, and kept out of the loop that is not.
+template <class X, class A>
+__attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const VecF bounds[4], const VecU bits[4],
+                                           const Field<A>& field, Leaders& leading) {
+  for (int j = 0; j < 4; ++j) {
+    for (uint32_t lanes = lanes_reaching(bounds[j], leading.bound); lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      const double score = field.score(double(load_one(z + 16 * j + lane)));
+      leading.enter({score + gumbel(bits[j][lane]), first_id + 16 * j + lane});
+    }
+  }
+}
+
 // Runs `num_draws` races over one row; leaders[draw] collects the outcome of the race with the noise of that draw.
 template <class X, class A>
 void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKey& key, int64_t num_draws,
@@ -245,6 +279,7 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
       memcpy(padded_group, z, (vocab_size - first) * sizeof(X));
       z = padded_group;
     }
+    if (!any_in_field(z, field)) continue;
     VecF scores[4];
     for (int j = 0; j < 4; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
     const VecF best = max(max(scores[0], scores[1]), max(scores[2], scores[3]));
@@ -253,14 +288,11 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
       if (!lanes_reaching(best + kLargestNoise, leading.bound)) continue;
       VecU bits[4];
       random_bits(key, uint32_t(draw), first, bits);
-      for (int j = 0; j < 4; ++j) {
-        uint32_t lanes = lanes_reaching(scores[j] + noise_bound(bits[j]), leading.bound);
-        for (; lanes != 0; lanes &= lanes - 1) {
-          const int lane = __builtin_ctz(lanes);
-          const double score = field.score(double(load_one(z + 16 * j + lane)));
-          leading.enter({score + gumbel(bits[j][lane]), first + 16 * j + lane});
-        }
-      }
+      VecF bounds[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
+      const VecF highest = max(max(bounds[0], bounds[1]), max(bounds[2], bounds[3]));
+      if (lanes_reaching(highest, leading.bound)) enter_group(z, first, bounds, bits, field, leading);
     }
   }
 }

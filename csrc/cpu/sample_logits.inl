@@ -176,66 +176,71 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
   return found;
 }
 
-// The sum of the masses whose keys are above the pivot; both arrays cover whole vectors.
+struct Above {
+  double mass;
+  int64_t entries;
+};
+
+// What the keys above the pivot have together; both arrays cover whole vectors.
 template <class A, class Key>
-double mass_above(const Key* keys, const A* masses, int64_t length, Key pivot) {
+Above sum_above(const Key* keys, const A* masses, int64_t length, Key pivot) {
   constexpr int kWidth = Lanes<A>::kWidth;
   using KeyVector = typename KeyVec<Key>::type;
   using Vec = typename Lanes<A>::Vec;
-  VecD total = {};
+  VecD mass = {};
+  KeyVector entries = {};
   for (int64_t begin = 0; begin < length; begin += kBlock) {
     const int64_t end = length - begin < kBlock ? length : begin + kBlock;
     Vec sum = {};
     for (int64_t i = begin; i < end; i += kWidth) {
       const KeyVector mask = load_raw<KeyVector>(keys + i) > pivot;
       sum += bitcast<Vec>(bitcast<KeyVector>(load(masses + i)) & mask);
+      entries -= mask;
     }
-    total += widened_sum(sum);
+    mass += widened_sum(sum);
   }
-  return sum_lanes(total);
-}
-
-// Pads to whole vectors with entries without mass that are below every other.
-template <class A, class Key>
-SK_INLINE void pad_candidates(Key* keys, A* masses, int64_t length) {
-  for (int64_t i = length; i % Lanes<A>::kWidth != 0; ++i) {
-    keys[i] = lowest_key<Key>();
-    masses[i] = 0;
-  }
+  return {sum_lanes(mass), int64_t(sum_lanes(entries))};
 }
 
 // The lowest key above which there is less than `target`, and the mass from it on. Overwrites the arrays: a bisection
-// that drops what is out of reach once that is half of them.
+// like that of select_key, which drops what is out of reach once that is half of them.
 template <class A, class Key>
 Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, double* mass) {
   using KeyVector = typename KeyVec<Key>::type;
   using Bits = typename UnsignedOf<Key>::type;
   constexpr int kWidth = Lanes<A>::kWidth;
-  pad_candidates(keys, masses, length);
-  Key low = keys[0], high = keys[0];
-  for (int64_t i = 1; i < length; ++i) {
-    low = keys[i] < low ? keys[i] : low;
-    high = keys[i] > high ? keys[i] : high;
+  constexpr Key kLowest = lowest_key<Key>();
+  KeyVector low_lanes = KeyVector{} + ~kLowest, high_lanes = KeyVector{} + kLowest;
+  const auto pad = [&] {
+    for (int64_t i = length; i % kWidth != 0; ++i) {
+      keys[i] = kLowest;
+      masses[i] = 0;
+    }
+  };
+  pad();
+  for (int64_t i = 0; i < length; i += kWidth) {
+    const KeyVector key = load_raw<KeyVector>(keys + i);
+    const KeyVector real = key == kLowest ? low_lanes : key;
+    low_lanes = real < low_lanes ? real : low_lanes;
+    high_lanes = key > high_lanes ? key : high_lanes;
   }
-  double dropped = 0;                                                // mass above `high`
-  *mass = mass_above(keys, masses, length, Key(lowest_key<Key>()));  // from `low` on
+  Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
+  Above over_high = {0, 0};  // what the arrays hold above `high`
+  double dropped = 0;        // and what they once did
+  Above from_low = sum_above(keys, masses, length, kLowest);
+  *mass = from_low.mass;
   while (low < high) {
     const Key middle = Key(Bits(low) + (Bits(high) - Bits(low)) / 2);
-    const double over = dropped + mass_above(keys, masses, length, middle);
-    if (over < target) {
+    const Above over = sum_above(keys, masses, length, middle);
+    if (dropped + over.mass < target) {
       high = middle;
+      over_high = over;
     } else {
       low = middle + 1;
-      *mass = over;
+      from_low = over;
+      *mass = dropped + over.mass;
     }
-    if (length <= kWidth) continue;
-    int64_t inside = 0;
-    for (int64_t i = 0; i < length; i += kWidth) {
-      const KeyVector key = load_raw<KeyVector>(keys + i);
-      inside += count(above(key, Key(low - 1)) & ~above(key, high));
-    }
-    if (2 * inside > length) continue;
-    dropped += mass_above(keys, masses, length, high);
+    if (2 * (from_low.entries - over_high.entries) > length || length <= kWidth) continue;
     int64_t kept = 0;
     for (int64_t i = 0; i < length; i += kWidth) {
       const KeyVector key = load_raw<KeyVector>(keys + i);
@@ -246,7 +251,10 @@ Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, d
       kept += count(in_range);
     }
     length = kept;
-    pad_candidates(keys, masses, length);
+    dropped += over_high.mass;
+    over_high = {0, 0};
+    from_low.entries = kept;
+    pad();
   }
   return low;
 }
