@@ -16,7 +16,10 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-constexpr int kGroup = 64;  // ids whose noise comes from 16 counters side by side
+// Ids whose noise is computed together. A vector of counters serves 64 ids; two of them hide each other's latency.
+constexpr int kStreams = 2;
+constexpr int kVectors = 4 * kStreams;
+constexpr int kGroup = 16 * kVectors;
 
 constexpr int kRounds = 10;
 constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
@@ -60,31 +63,8 @@ SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
 }
 #endif
 
-// bits[j] are those of ids first_id + 16 j + lane; first_id is a multiple of kGroup.
-SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id, VecU bits[4]) {
-#if defined(__AVX512F__)
-  // In this order the four words of each counter come out next to each other after a transpose within 128-bit lanes.
-  const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-#else
-  const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#endif
-  // Two rounds in which only the id differs between lanes: half of their products are the same in all of them.
-  const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
-  const uint32_t same = uint32_t(same1 >> 32) ^ draw ^ key.key[0][0];
-  VecU high0, low0, high1, low1;
-  multiply(order + uint32_t(first_id / 4), kFactor0, &high0, &low0);
-  multiply(high0 ^ (key.position[1] ^ key.key[0][1]), kFactor1, &high1, &low1);
-  const uint64_t same2 = uint64_t(same) * kFactor0;
-  VecU c0 = high1 ^ (uint32_t(same1) ^ key.key[1][0]), c1 = low1;
-  VecU c2 = low0 ^ (uint32_t(same2 >> 32) ^ key.key[1][1]), c3 = VecU{} + uint32_t(same2);
-  for (int round = 2; round < kRounds; ++round) {
-    multiply(c0, kFactor0, &high0, &low0);
-    multiply(c2, kFactor1, &high1, &low1);
-    c0 = high1 ^ c1 ^ key.key[round][0];
-    c1 = low1;
-    c2 = high0 ^ c3 ^ key.key[round][1];
-    c3 = low0;
-  }
+// The words of 16 counters, in the order of the ids they belong to.
+SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
 #if defined(__AVX512F__)
   const __m512i w0 = bitcast<__m512i>(c0), w1 = bitcast<__m512i>(c1);
   const __m512i w2 = bitcast<__m512i>(c2), w3 = bitcast<__m512i>(c3);
@@ -95,16 +75,50 @@ SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id,
   bits[2] = bitcast<VecU>(_mm512_unpacklo_epi64(high01, high23));
   bits[3] = bitcast<VecU>(_mm512_unpackhi_epi64(high01, high23));
 #else
-  uint32_t words[4][16], by_id[kGroup];
-  memcpy(words[0], &c0, sizeof(c0));
-  memcpy(words[1], &c1, sizeof(c1));
-  memcpy(words[2], &c2, sizeof(c2));
-  memcpy(words[3], &c3, sizeof(c3));
+  const VecU words[4] = {c0, c1, c2, c3};
+  uint32_t by_word[4][16], by_id[64];
+  memcpy(by_word, words, sizeof(words));
   for (int counter = 0; counter < 16; ++counter) {
-    for (int word = 0; word < 4; ++word) by_id[4 * counter + word] = words[word][counter];
+    for (int word = 0; word < 4; ++word) by_id[4 * counter + word] = by_word[word][counter];
   }
   memcpy(bits, by_id, sizeof(by_id));
 #endif
+}
+
+// bits[j] are those of ids first_id + 16 j + lane; first_id is a multiple of kGroup.
+SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id, VecU bits[kVectors]) {
+#if defined(__AVX512F__)
+  const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // what interleave() turns into ids
+#else
+  const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
+  // Two rounds in which only the id differs between lanes: half of their products are the same in all of them.
+  const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
+  const uint32_t same = uint32_t(same1 >> 32) ^ draw ^ key.key[0][0];
+  const uint64_t same2 = uint64_t(same) * kFactor0;
+  VecU c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams], high0, low0, high1, low1;
+#pragma GCC unroll 2
+  for (int s = 0; s < kStreams; ++s) {
+    multiply(order + uint32_t(first_id / 4 + 16 * s), kFactor0, &high0, &low0);
+    multiply(high0 ^ (key.position[1] ^ key.key[0][1]), kFactor1, &high1, &low1);
+    c0[s] = high1 ^ (uint32_t(same1) ^ key.key[1][0]);
+    c1[s] = low1;
+    c2[s] = low0 ^ (uint32_t(same2 >> 32) ^ key.key[1][1]);
+    c3[s] = VecU{} + uint32_t(same2);
+  }
+#pragma GCC unroll 8
+  for (int round = 2; round < kRounds; ++round) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kStreams; ++s) {
+      multiply(c0[s], kFactor0, &high0, &low0);
+      multiply(c2[s], kFactor1, &high1, &low1);
+      c0[s] = high1 ^ c1[s] ^ key.key[round][0];
+      c1[s] = low1;
+      c2[s] = high0 ^ c3[s] ^ key.key[round][1];
+      c3[s] = low0;
+    }
+  }
+  for (int s = 0; s < kStreams; ++s) interleave(c0[s], c1[s], c2[s], c3[s], bits + 4 * s);
 }
 
 SK_INLINE double gumbel(uint32_t bits) {
@@ -116,7 +130,7 @@ constexpr float kLargestNoise = 22.9f;  // of bits = 0, rounded up
 
 // Not below gumbel(bits): -log(1 - u) >= u, and log2 of a float is at least what its bits say, read as an integer.
 SK_INLINE VecF noise_bound(VecU bits) {
-  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // 2^31 u, rounded down
+  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // not above 2^31 u but for float32 rounding
   const VecF log2_u = __builtin_convertvector(bitcast<VecI>(u), VecF) * 0x1p-23f;
   return (158.0f - log2_u) * 0.69314718f;
 }
@@ -253,11 +267,17 @@ struct Leaders {
   }
 };
 
+SK_INLINE VecF highest_of(const VecF scores[kVectors]) {
+  VecF highest = scores[0];
+  for (int j = 1; j < kVectors; ++j) highest = max(highest, scores[j]);
+  return highest;
+}
+
 // Evaluates the ids of a group whose bounds reach what leads. Rare, and kept out of the loop that is not.
 template <class X, class A>
-__attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const VecF bounds[4], const VecU bits[4],
-                                           const Field<A>& field, Leaders& leading) {
-  for (int j = 0; j < 4; ++j) {
+__attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const VecF bounds[kVectors],
+                                           const VecU bits[kVectors], const Field<A>& field, Leaders& leading) {
+  for (int j = 0; j < kVectors; ++j) {
     for (uint32_t lanes = lanes_reaching(bounds[j], leading.bound); lanes != 0; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
       const double score = field.score(double(load_one(z + 16 * j + lane)));
@@ -275,24 +295,24 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
   for (int64_t first = 0; first < vocab_size; first += kGroup) {
     const X* z = row + first;
     if (vocab_size - first < kGroup) {
-      for (int i = 0; i < kGroup; ++i) store_one(padded_group + i, -infinity<A>());
+      store_one(padded_group, -infinity<A>());
+      for (int i = 1; i < kGroup; ++i) padded_group[i] = padded_group[0];
       memcpy(padded_group, z, (vocab_size - first) * sizeof(X));
       z = padded_group;
     }
     if (!any_in_field(z, field)) continue;
-    VecF scores[4];
-    for (int j = 0; j < 4; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
-    const VecF best = max(max(scores[0], scores[1]), max(scores[2], scores[3]));
+    VecF scores[kVectors];
+    for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
+    const VecF best = highest_of(scores);
     for (int64_t draw = 0; draw < num_draws; ++draw) {
       Leaders& leading = leaders[draw];
       if (!lanes_reaching(best + kLargestNoise, leading.bound)) continue;
-      VecU bits[4];
+      VecU bits[kVectors];
       random_bits(key, uint32_t(draw), first, bits);
-      VecF bounds[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
-      const VecF highest = max(max(bounds[0], bounds[1]), max(bounds[2], bounds[3]));
-      if (lanes_reaching(highest, leading.bound)) enter_group(z, first, bounds, bits, field, leading);
+      VecF bounds[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
+      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, field, leading);
     }
   }
 }
