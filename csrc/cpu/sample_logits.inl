@@ -155,7 +155,10 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
         if (kTempered) block_tempered += exp(difference * inv_temperature);
       };
       int64_t i = 0;
-      for (; i + kWidth <= length; i += kWidth) visit(load(row + begin + i));
+      for (; i + kWidth <= length; i += kWidth) {
+        prefetch_ahead(row + begin + i);
+        visit(load(row + begin + i));
+      }
       if (i < length) visit(load_part(row + begin + i, length - i, -infinity<A>()));
       if (level < -kLowest && any_above(best, level + slack)) {
         flush();
@@ -367,10 +370,15 @@ RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const
   if (options.top_k < 0 || options.top_k >= vocab_size) options.top_k = 0;
   const bool truncates = options.top_k > 0 || options.top_p < 1 || options.min_p > 0;
 
-  TopkLogitsArgs sampling = {};
-  sampling.vocab_size = vocab_size;
-  sampling.top_k = options.top_k > 0 ? options.top_k : vocab_size;
-  const RowGuess<A> guess = guess_row<X, A>(row, sampling, {scratch.values, nullptr, scratch.keys, nullptr});
+  RowGuess<A> guess;
+  if (options.top_k > 0) {
+    TopkLogitsArgs sampling = {};
+    sampling.vocab_size = vocab_size;
+    sampling.top_k = options.top_k;
+    guess = guess_row<X, A>(row, sampling, {scratch.values, nullptr, scratch.keys, nullptr});
+  } else {
+    guess = {-infinity<A>(), sampled_max(row, vocab_size)};
+  }
   const Collecting collecting = !truncates ? kNothing : options.top_k > 0 ? kSampledThreshold : kRisingThreshold;
   RowSums sums;
   int64_t found = options.temperature == 1 || options.top_k > 0
