@@ -215,11 +215,80 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
   return kOk;
 }
 
+// An option with one value for all rows, or a tensor (N,) that takes its place.
+RowInts option_of(const OptionalTensor& values, const int64_t& value, int64_t num_rows, const char* name) {
+  if (!values.has_value()) return {&value, 0};
+  return {static_cast<const int64_t*>(data_of(values, ScalarType::Long, num_rows, name)), 1};
+}
+
+RowFloats option_of(const OptionalTensor& values, const double& value, int64_t num_rows, const char* name) {
+  if (!values.has_value()) return {&value, 0};
+  return {static_cast<const double*>(data_of(values, ScalarType::Double, num_rows, name)), 1};
+}
+
+int64_t sample_logits_rows_cpu(Tensor logits, int64_t num_distinct, int64_t seed, OptionalTensor seeds,
+                               int64_t position, OptionalTensor positions, double temperature,
+                               OptionalTensor temperatures, int64_t top_k, OptionalTensor top_ks, double top_p,
+                               OptionalTensor top_ps, double min_p, OptionalTensor min_ps, Tensor token, Tensor logprob,
+                               Tensor truncated_logprob, Tensor entropy) {
+  check_rows(logits, "logits");
+  const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
+  if (num_rows == 0) return kOk;
+  STD_TORCH_CHECK(num_distinct >= 1 && vocab_size >= 1 && vocab_size <= INT32_MAX, "m and V must be at least 1");
+  SampleLogitsArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
+  args.logits = logits.const_data_ptr();
+  args.row_stride = logits.stride(0);
+  args.vocab_size = vocab_size;
+  args.num_distinct = num_distinct;
+  args.seed = option_of(seeds, seed, num_rows, "seed");
+  args.position = option_of(positions, position, num_rows, "position");
+  args.temperature = option_of(temperatures, temperature, num_rows, "temperature");
+  args.top_k = option_of(top_ks, top_k, num_rows, "top_k");
+  args.top_p = option_of(top_ps, top_p, num_rows, "top_p");
+  args.min_p = option_of(min_ps, min_p, num_rows, "min_p");
+  args.token = static_cast<int64_t*>(out_of(token, ScalarType::Long, num_rows * num_distinct, "token"));
+  args.logprob = out_of(logprob, acc, num_rows * num_distinct, "logprob");
+  args.truncated_logprob = out_of(truncated_logprob, acc, num_rows * num_distinct, "truncated_logprob");
+  args.entropy = out_of(entropy, acc, num_rows, "entropy");
+  return run(checked_kernels().sample_logits, args, num_rows);
+}
+
+int64_t sample_targets_rows_cpu(Tensor logits, int64_t rounds, int64_t seed, OptionalTensor seeds, int64_t position,
+                                OptionalTensor positions, double temperature, OptionalTensor target, Tensor ids,
+                                Tensor log_shares, OptionalTensor target_logit) {
+  check_rows(logits, "logits");
+  const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
+  if (num_rows == 0) return kOk;
+  STD_TORCH_CHECK(rounds >= 1 && rounds <= INT32_MAX && vocab_size >= 1 && vocab_size <= INT32_MAX,
+                  "rounds and V must be at least 1");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
+  SampleTargetsArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
+  const int64_t top_k = rounds < vocab_size ? rounds : vocab_size;
+  args.logits = logits.const_data_ptr();
+  args.row_stride = logits.stride(0);
+  args.vocab_size = vocab_size;
+  args.rounds = rounds;
+  args.seed = option_of(seeds, seed, num_rows, "seed");
+  args.position = option_of(positions, position, num_rows, "position");
+  args.temperature = temperature;
+  args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
+  args.ids = static_cast<int32_t*>(out_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
+  args.log_shares = out_of(log_shares, acc, num_rows * top_k, "log_shares");
+  args.target_logit = out_of(target_logit, acc, num_rows, "target_logit");
+  return run(checked_kernels().sample_targets, args, num_rows);
+}
+
 }  // namespace
 }  // namespace slimkernels
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::topk_logits_rows_cpu));
   m.impl("sparse_softmax_rows", TORCH_BOX(&slimkernels::sparse_softmax_rows_cpu));
+  m.impl("sample_logits_rows", TORCH_BOX(&slimkernels::sample_logits_rows_cpu));
+  m.impl("sample_targets_rows", TORCH_BOX(&slimkernels::sample_targets_rows_cpu));
   m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::slim_loss_rows_cpu));
 }

@@ -1,7 +1,8 @@
 """Kernels for learning from and searching with large-vocabulary logits.
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
-:func:`linear_slim_loss`, over :class:`SparseLogits`. The store and the trainer load on first use.
+:func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`sample_logits`, :func:`sample_distinct`,
+:func:`sample_targets`. The store and the trainer load on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
+from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.ops.slim_loss import slim_loss
 from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
 from slimkernels.ops.topk_logits import topk_logits
@@ -27,6 +30,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Sampled",
     "SlimConfig",
     "SlimLoss",
     "SlimTrainer",
@@ -35,6 +39,9 @@ __all__ = [
     "Store",
     "linear_slim_loss",
     "linear_topk_logits",
+    "sample_distinct",
+    "sample_logits",
+    "sample_targets",
     "slim_loss",
     "sparse_softmax",
     "topk_logits",

@@ -10,8 +10,11 @@ every token id of a row one Gumbel variate, a function of (seed, position, draw,
   ``bits`` is word ``token_id % 4`` of the output. One call serves four neighbouring ids.
 - u = (bits + 0.5) / 2^32, inside (0, 1).
 - Gumbel = -log(-log(1 - u)). The finest steps of u, at 0, are the largest variates, the ones that win an argmax.
-  Float32 kernels take log1p(-u) where bits < 2^31 and log((0xffffffff - bits + 0.5) / 2^32) elsewhere, so that
+  A kernel in float32 takes log1p(-u) where bits < 2^31 and log((0xffffffff - bits + 0.5) / 2^32) elsewhere, so that
   1 - u is never rounded.
+
+Rows that softmax has no answer for. Logits of +inf share the mass equally, the limit of ever larger ones. A row with a
+NaN, or with nothing but -inf, has no distribution: nothing is drawn (token -1) and every number about it is NaN.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ def sample_distinct(
     """
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
-    rows = logits.detach().double()
+    rows, lawless = _limit_rows(logits)
     logprobs = torch.log_softmax(rows, dim=-1)
     truncated = _truncated_logprobs(
         rows,
@@ -107,9 +110,10 @@ def sample_distinct(
     perturbed = truncated + gumbel_noise(_per_row(seed, rows), _per_row(position, rows), rows.shape[-1])
     # Stable, so that the lowest id comes first among equals.
     token = perturbed.sort(dim=-1, descending=True, stable=True).indices[..., :m]
-    possible = truncated.gather(-1, token) > -math.inf
+    possible = (truncated.gather(-1, token) > -math.inf) & ~lawless
     logprob = logprobs.gather(-1, token).masked_fill(~possible, -math.inf)
     entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(-1)
+    entropy = entropy.masked_fill(lawless.squeeze(-1), math.nan)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     def widen(field: Tensor, padding: float) -> Tensor:
@@ -117,8 +121,8 @@ def sample_distinct(
 
     return Sampled(
         widen(token.masked_fill(~possible, -1), -1),
-        widen(logprob, -math.inf).to(dtype),
-        widen(truncated.gather(-1, token), -math.inf).to(dtype),
+        widen(logprob, -math.inf).masked_fill(lawless, math.nan).to(dtype),
+        widen(truncated.gather(-1, token), -math.inf).masked_fill(lawless, math.nan).to(dtype),
         entropy.to(dtype),
     )
 
@@ -152,7 +156,7 @@ def sample_targets(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    rows = logits.detach().double()
+    rows, lawless = _limit_rows(logits)
     vocab_size = rows.shape[-1]
     scores = torch.log_softmax(rows / temperature, dim=-1)
     counts = torch.zeros_like(rows)
@@ -161,14 +165,14 @@ def sample_targets(
         token = (scores + noise).argmax(-1, keepdim=True)
         counts.scatter_add_(-1, token, torch.ones_like(token, dtype=counts.dtype))
     ids = torch.arange(vocab_size, device=rows.device).expand(rows.shape)
-    ids = ids.masked_fill(counts == 0, vocab_size).sort(-1).values[..., : min(rounds, vocab_size)]
+    ids = ids.masked_fill((counts == 0) | lawless, vocab_size).sort(-1).values[..., : min(rounds, vocab_size)]
     drawn = ids < vocab_size
     share = counts.gather(-1, ids.clamp(max=vocab_size - 1)) / rounds
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target_logit = None
     if target is not None:
         target_logit = torch.log_softmax(rows, -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        target_logit = target_logit.masked_fill(target < 0, math.nan).to(dtype)
+        target_logit = target_logit.masked_fill((target < 0) | lawless.squeeze(-1), math.nan).to(dtype)
     return SparseLogits(
         ids=ids.masked_fill(~drawn, -1).to(torch.int32),
         logits=share.masked_fill(~drawn, 1.0).log().to(dtype),
@@ -203,6 +207,16 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
     return c0, c1, c2, c3
 
 
+def _limit_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 rows (..., V) that softmax has an answer for, and (..., 1) where the given row has no distribution."""
+    rows = logits.detach().double()
+    lawless = rows.isnan().any(-1, keepdim=True) | (rows == -math.inf).all(-1, keepdim=True)
+    infinite = rows == math.inf
+    limit = torch.zeros_like(rows).masked_fill(~infinite, -math.inf)
+    rows = torch.where(infinite.any(-1, keepdim=True), limit, rows)
+    return rows.masked_fill(lawless, 0.0), lawless
+
+
 def _truncated_logprobs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Log-probabilities (..., V) of the distribution drawn from, -inf outside; options broadcast to (..., 1)."""
     vocab_size = logits.shape[-1]
@@ -230,4 +244,5 @@ def _truncated_logprobs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_
 
 def _per_row(option: float | Tensor, rows: Tensor) -> Tensor:
     """A number or a tensor (...) as (..., 1) beside the rows (..., V)."""
-    return torch.as_tensor(option, device=rows.device).expand(rows.shape[:-1]).unsqueeze(-1)
+    dtype = torch.float64 if isinstance(option, float) else None
+    return torch.as_tensor(option, dtype=dtype, device=rows.device).expand(rows.shape[:-1]).unsqueeze(-1)

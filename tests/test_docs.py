@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPS = ["topk_logits", "linear_topk_logits", "sparse_softmax", "slim_loss", "linear_slim_loss"]
+OPS = [
+    "topk_logits",
+    "linear_topk_logits",
+    "sparse_softmax",
+    "slim_loss",
+    "linear_slim_loss",
+    "sample_logits",
+    "sample_targets",
+]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -196,6 +196,42 @@ def test_sample_logits_never_draws_what_is_impossible():
     assert drawn.logprob.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "kept"),
+    [
+        ([math.inf, 0.0, -math.inf, math.inf], {}, [0, 3]),
+        ([math.inf, 0.0, -math.inf, math.inf], {"top_k": 1, "top_p": 0.1}, [0, 3]),
+        ([0.0, math.inf, math.inf, 1.0], {"temperature": 0.0}, [1]),
+        ([-math.inf] * 3, {}, [-1]),
+        ([0.0, math.nan, math.inf], {}, [-1]),
+        ([0.0, math.nan, 1.0], {"temperature": 0.0}, [-1]),
+    ],
+)
+def test_sampling_of_rows_that_softmax_has_no_answer_for(row, options, kept):
+    rows, position = torch.tensor(row).expand(200, len(row)), torch.arange(200)
+    drawn = sampling.sample_logits(rows, seed=1, position=position, **options)
+    pairs = sampling.sample_distinct(rows, 2, seed=1, position=position, **options)
+    targets = sampling.sample_targets(rows, 2, 1, position=position, target=torch.zeros(200, dtype=torch.int64))
+    assert drawn.token.unique().tolist() == kept
+    assert torch.equal(pairs.token[:, 0], drawn.token)
+    if kept == [-1]:
+        assert all(field.isnan().all() for field in (*drawn[1:], *pairs[1:], targets.target_logit))
+        assert (targets.ids == -1).all()
+        return
+    infinite = row.count(math.inf)
+    for name, share in (("truncated_logprob", len(kept)), ("logprob", infinite), ("entropy", 1 / infinite)):
+        torch.testing.assert_close(getattr(drawn, name).exp(), torch.full((200,), 1 / share))
+    assert targets.ids.unique().tolist() == [-1, *(v for v, z in enumerate(row) if z == math.inf)]
+    torch.testing.assert_close(targets.target_logit.exp(), torch.full((200,), float(row[0] == math.inf) / infinite))
+
+
+def test_sample_logits_takes_options_in_float64():
+    # 0.7 and its float32 neighbour give other probabilities from the eighth digit on.
+    drawn = sampling.sample_logits(torch.tensor([[0.0, 1.0]], dtype=F64), seed=0, position=0, temperature=0.7)
+    expected = torch.log_softmax(torch.tensor([0.0, 1.0], dtype=F64) / 0.7, -1)[drawn.token]
+    torch.testing.assert_close(drawn.truncated_logprob, expected, rtol=1e-14, atol=0)
+
+
 def test_sample_distinct_draws_without_replacement():
     num_rows = 20000
     probs = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=F64)

@@ -86,6 +86,49 @@ struct SlimLossArgs {
 // Calls task(context, i) for i in [0, tasks), on several threads.
 typedef void (*RunTasks)(int64_t tasks, void* context, void (*task)(void* context, int64_t i));
 
+// An option with one value for all rows (step 0) or one value a row (step 1).
+struct RowInts {
+  const int64_t* values;
+  int64_t step;
+};
+struct RowFloats {
+  const double* values;
+  int64_t step;
+};
+
+struct SampleLogitsArgs {
+  const void* logits;  // (N, V) of dtype, rows `row_stride` elements apart
+  int64_t row_stride;
+  int dtype;
+  int64_t vocab_size;
+  int64_t num_distinct;  // m
+  RowInts seed;
+  RowInts position;
+  RowFloats temperature;
+  RowInts top_k;
+  RowFloats top_p;
+  RowFloats min_p;
+  int64_t* token;           // (N, m)
+  void* logprob;            // (N, m) acc
+  void* truncated_logprob;  // (N, m) acc
+  void* entropy;            // (N,) acc
+};
+
+struct SampleTargetsArgs {
+  const void* logits;  // (N, V) of dtype, rows `row_stride` elements apart
+  int64_t row_stride;
+  int dtype;
+  int64_t vocab_size;
+  int64_t rounds;
+  RowInts seed;
+  RowInts position;
+  double temperature;
+  const int64_t* target;  // (N,) or null; negative: no label
+  int32_t* ids;           // (N, min(rounds, V))
+  void* log_shares;       // (N, min(rounds, V)) acc
+  void* target_logit;     // (N,) acc, written when target is not null
+};
+
 // Every kernel works on rows [begin, end) and is called from several threads at once.
 struct KernelTable {
   const char* isa;
@@ -93,6 +136,8 @@ struct KernelTable {
   int64_t (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss_split)(const SlimLossArgs&, int64_t n, int64_t parts, RunTasks);  // one row, in parts
+  int64_t (*sample_logits)(const SampleLogitsArgs&, int64_t begin, int64_t end);
+  int64_t (*sample_targets)(const SampleTargetsArgs&, int64_t begin, int64_t end);
 };
 
 // The best table this machine can run, or the one SLIMKERNELS_CPU_ISA names. Chosen once.

@@ -1,5 +1,7 @@
 // Compiled once per instruction set, with -DSK_ISA=<namespace> and that set's flags.
 #include "dispatch.h"
+#include "sample_logits.inl"
+#include "sample_targets.inl"
 #include "slim_loss.inl"
 #include "sparse_softmax.inl"
 #include "topk_logits.inl"
@@ -11,7 +13,8 @@ namespace slimkernels {
 namespace SK_ISA {
 
 extern const KernelTable table;
-constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits, sparse_softmax, slim_loss, slim_loss_split};
+constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits,   sparse_softmax, slim_loss,
+                               slim_loss_split,   sample_logits, sample_targets};
 
 }  // namespace SK_ISA
 }  // namespace slimkernels

@@ -1,0 +1,322 @@
+// The race that counter-based Gumbel noise decides: which ids of a row have the largest score plus noise.
+//
+// Every id has random bits of its own (Philox-4x32-10, reference_sampling.py says which). An upper bound of score plus
+// noise takes a few instructions, because -log(u) bounds the noise and the exponent of u bounds -log(u). The few ids
+// whose bound reaches what has been found already are evaluated in float64: the outcome does not depend on the
+// instruction set.
+#pragma once
+
+#include "select.h"
+#include "vec.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace slimkernels {
+namespace SK_ISA {
+namespace {
+
+// Ids whose noise is computed together. A vector of counters serves 64 ids; two of them hide each other's latency.
+constexpr int kStreams = 2;
+constexpr int kVectors = 4 * kStreams;
+constexpr int kGroup = 16 * kVectors;
+
+constexpr int kRounds = 10;
+constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
+
+struct NoiseKey {
+  uint32_t key[kRounds][2];  // of every round, from the seed
+  uint32_t position[2];      // the upper half of the counter
+};
+
+SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
+  NoiseKey noise;
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    noise.key[round][0] = uint32_t(uint64_t(seed)) + round * 0x9E3779B9u;
+    noise.key[round][1] = uint32_t(uint64_t(seed) >> 32) + round * 0xBB67AE85u;
+  }
+  noise.position[0] = uint32_t(uint64_t(position));
+  noise.position[1] = uint32_t(uint64_t(position) >> 32);
+  return noise;
+}
+
+#if defined(__AVX512F__)
+SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
+  const __m512i m = _mm512_set1_epi32(int32_t(factor));
+  const __m512i even = _mm512_mul_epu32(bitcast<__m512i>(a), m);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(bitcast<__m512i>(a), 32), m);
+  *high = bitcast<VecU>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
+  *low = bitcast<VecU>(_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA));
+}
+#else
+SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
+  // Arrays, because a loop over the lanes of a vector is not vectorised.
+  uint32_t in[16], top[16], bottom[16];
+  memcpy(in, &a, sizeof(in));
+  for (int lane = 0; lane < 16; ++lane) {
+    const uint64_t product = uint64_t(in[lane]) * factor;
+    top[lane] = uint32_t(product >> 32);
+    bottom[lane] = uint32_t(product);
+  }
+  memcpy(high, top, sizeof(top));
+  memcpy(low, bottom, sizeof(bottom));
+}
+#endif
+
+// The words of 16 counters, in the order of the ids they belong to.
+SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
+#if defined(__AVX512F__)
+  const __m512i w0 = bitcast<__m512i>(c0), w1 = bitcast<__m512i>(c1);
+  const __m512i w2 = bitcast<__m512i>(c2), w3 = bitcast<__m512i>(c3);
+  const __m512i low01 = _mm512_unpacklo_epi32(w0, w1), high01 = _mm512_unpackhi_epi32(w0, w1);
+  const __m512i low23 = _mm512_unpacklo_epi32(w2, w3), high23 = _mm512_unpackhi_epi32(w2, w3);
+  bits[0] = bitcast<VecU>(_mm512_unpacklo_epi64(low01, low23));
+  bits[1] = bitcast<VecU>(_mm512_unpackhi_epi64(low01, low23));
+  bits[2] = bitcast<VecU>(_mm512_unpacklo_epi64(high01, high23));
+  bits[3] = bitcast<VecU>(_mm512_unpackhi_epi64(high01, high23));
+#else
+  const VecU words[4] = {c0, c1, c2, c3};
+  uint32_t by_word[4][16], by_id[64];
+  memcpy(by_word, words, sizeof(words));
+  for (int counter = 0; counter < 16; ++counter) {
+    for (int word = 0; word < 4; ++word) by_id[4 * counter + word] = by_word[word][counter];
+  }
+  memcpy(bits, by_id, sizeof(by_id));
+#endif
+}
+
+// bits[j] are those of ids first_id + 16 j + lane; first_id is a multiple of kGroup.
+SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id, VecU bits[kVectors]) {
+#if defined(__AVX512F__)
+  const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // what interleave() turns into ids
+#else
+  const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
+  // Two rounds in which only the id differs between lanes: half of their products are the same in all of them.
+  const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
+  const uint32_t same = uint32_t(same1 >> 32) ^ draw ^ key.key[0][0];
+  const uint64_t same2 = uint64_t(same) * kFactor0;
+  VecU c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams], high0, low0, high1, low1;
+#pragma GCC unroll 2
+  for (int s = 0; s < kStreams; ++s) {
+    multiply(order + uint32_t(first_id / 4 + 16 * s), kFactor0, &high0, &low0);
+    multiply(high0 ^ (key.position[1] ^ key.key[0][1]), kFactor1, &high1, &low1);
+    c0[s] = high1 ^ (uint32_t(same1) ^ key.key[1][0]);
+    c1[s] = low1;
+    c2[s] = low0 ^ (uint32_t(same2 >> 32) ^ key.key[1][1]);
+    c3[s] = VecU{} + uint32_t(same2);
+  }
+#pragma GCC unroll 8
+  for (int round = 2; round < kRounds; ++round) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kStreams; ++s) {
+      multiply(c0[s], kFactor0, &high0, &low0);
+      multiply(c2[s], kFactor1, &high1, &low1);
+      c0[s] = high1 ^ c1[s] ^ key.key[round][0];
+      c1[s] = low1;
+      c2[s] = high0 ^ c3[s] ^ key.key[round][1];
+      c3[s] = low0;
+    }
+  }
+  for (int s = 0; s < kStreams; ++s) interleave(c0[s], c1[s], c2[s], c3[s], bits + 4 * s);
+}
+
+SK_INLINE double gumbel(uint32_t bits) {
+  const double u = (double(bits) + 0.5) * 0x1p-32;
+  return -__builtin_log(-__builtin_log1p(-u));
+}
+
+constexpr float kLargestNoise = 22.9f;  // of bits = 0, rounded up
+
+// Not below gumbel(bits): -log(1 - u) >= u, and log2 of a float is at least what its bits say, read as an integer.
+SK_INLINE VecF noise_bound(VecU bits) {
+  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // not above 2^31 u but for float32 rounding
+  const VecF log2_u = __builtin_convertvector(bitcast<VecI>(u), VecF) * 0x1p-23f;
+  return (158.0f - log2_u) * 0.69314718f;
+}
+
+// One bit for each lane that is not below the bound.
+SK_INLINE uint32_t lanes_reaching(VecF v, float bound) {
+#if defined(__AVX512F__)
+  return not_below(v, bound);
+#else
+  const VecI mask = not_below(v, bound);
+  uint32_t lanes = 0;
+#if defined(__SSE2__)
+  __m128 quarter[4];
+  memcpy(quarter, &mask, sizeof(mask));
+  for (int i = 0; i < 4; ++i) lanes |= uint32_t(_mm_movemask_ps(quarter[i])) << (4 * i);
+#else
+  for (int lane = 0; lane < 16; ++lane) lanes |= uint32_t(mask[lane] & 1) << lane;
+#endif
+  return lanes;
+#endif
+}
+
+template <class A>
+constexpr A largest_finite() {
+  return sizeof(A) == 4 ? A(__FLT_MAX__) : A(__DBL_MAX__);
+}
+
+// Who takes part in the race, and with which scores: (z - max) / T of every logit z >= threshold.
+template <class A>
+struct Field {
+  A max;        // finite: the largest finite number stands for +inf
+  A threshold;  // at least -largest_finite, so that a logit of -inf never takes part
+  double temperature;
+
+  // 1 / T within what float32 can hold and multiply with any difference.
+  A inv_temperature() const {
+    const double inverse = 1 / temperature;
+    return A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse);
+  }
+  // A difference above 0 is that of +inf.
+  double score(double z) const { return (z < double(max) ? z - double(max) : 0) / temperature; }
+};
+
+template <class A, class V>
+SK_INLINE V scores_of(V z, const Field<A>& field, A inv_temperature) {
+  V score = (z - field.max) * inv_temperature;
+  score = score < 0 ? score : V{};
+  score = score > -__FLT_MAX__ ? score : V{} - A(__FLT_MAX__);
+  return z >= field.threshold ? score : V{} - infinity<A>();
+}
+
+// Whether one of kGroup logits takes part.
+template <class X, class A>
+SK_INLINE bool any_in_field(const X* z, const Field<A>& field) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  auto best = load(z);
+  for (int i = kWidth; i < kGroup; i += kWidth) best = max(best, load(z + i));
+  return count(not_below(best, field.threshold)) != 0;
+}
+
+template <class X>
+SK_INLINE VecF scores_at(const X* z, const Field<float>& field, float inv_temperature) {
+  return scores_of(load(z), field, inv_temperature);
+}
+SK_INLINE VecF scores_at(const double* z, const Field<double>& field, double inv_temperature) {
+  VecF scores;
+  for (int half = 0; half < 2; ++half) {
+    const VecD wide = scores_of(load(z + 8 * half), field, inv_temperature);
+    for (int lane = 0; lane < 8; ++lane) scores[8 * half + lane] = float(wide[lane]);
+  }
+  return scores;
+}
+
+struct Runner {
+  double score;
+  int64_t id;
+};
+
+SK_INLINE bool is_ahead(const Runner& a, const Runner& b) {
+  return a.score > b.score || (a.score == b.score && a.id < b.id);
+}
+
+// The `room` runners that are ahead of all others: a heap whose root is the last of them.
+struct Leaders {
+  Runner* runners;
+  int64_t room;
+  int64_t size;
+  float bound;  // what a score must reach to be worth looking at; below the last leader's by more than rounding errs
+
+  void clear() {
+    size = 0;
+    bound = -__FLT_MAX__;
+  }
+
+  void sift_down(int64_t at) {
+    const Runner moving = runners[at];
+    for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+      if (child + 1 < size && is_ahead(runners[child], runners[child + 1])) ++child;
+      if (!is_ahead(moving, runners[child])) break;
+      runners[at] = runners[child];
+    }
+    runners[at] = moving;
+  }
+
+  void enter(Runner runner) {
+    if (size < room) {
+      int64_t at = size++;
+      for (int64_t parent; at > 0 && is_ahead(runners[parent = (at - 1) / 2], runner); at = parent) {
+        runners[at] = runners[parent];
+      }
+      runners[at] = runner;
+    } else if (is_ahead(runner, runners[0])) {
+      runners[0] = runner;
+      sift_down(0);
+    } else {
+      return;
+    }
+    if (size < room) return;
+    const double last = runners[0].score;
+    const double reach = last - 1e-4 - 1e-6 * (last < 0 ? -last : last);
+    bound = reach > -double(__FLT_MAX__) ? float(reach) : -__FLT_MAX__;
+  }
+
+  // Leaves the best first.
+  void sort() {
+    const int64_t all = size;
+    while (size > 1) {
+      const Runner last = runners[0];
+      runners[0] = runners[--size];
+      runners[size] = last;
+      sift_down(0);
+    }
+    size = all;
+  }
+};
+
+SK_INLINE VecF highest_of(const VecF scores[kVectors]) {
+  VecF highest = scores[0];
+  for (int j = 1; j < kVectors; ++j) highest = max(highest, scores[j]);
+  return highest;
+}
+
+// Evaluates the ids of a group whose bounds reach what leads. Rare, and kept out of the loop that is not.
+template <class X, class A>
+__attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const VecF bounds[kVectors],
+                                           const VecU bits[kVectors], const Field<A>& field, Leaders& leading) {
+  for (int j = 0; j < kVectors; ++j) {
+    for (uint32_t lanes = lanes_reaching(bounds[j], leading.bound); lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      const double score = field.score(double(load_one(z + 16 * j + lane)));
+      leading.enter({score + gumbel(bits[j][lane]), first_id + 16 * j + lane});
+    }
+  }
+}
+
+// Runs `num_draws` races over one row; leaders[draw] collects the outcome of the race with the noise of that draw.
+template <class X, class A>
+void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKey& key, int64_t num_draws,
+          Leaders* leaders) {
+  const A inv_temperature = field.inv_temperature();
+  X padded_group[kGroup];
+  for (int64_t first = 0; first < vocab_size; first += kGroup) {
+    const X* z = row + first;
+    if (vocab_size - first < kGroup) {
+      store_one(padded_group, -infinity<A>());
+      for (int i = 1; i < kGroup; ++i) padded_group[i] = padded_group[0];
+      memcpy(padded_group, z, (vocab_size - first) * sizeof(X));
+      z = padded_group;
+    }
+    if (!any_in_field(z, field)) continue;
+    VecF scores[kVectors];
+    for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
+    const VecF best = highest_of(scores);
+    for (int64_t draw = 0; draw < num_draws; ++draw) {
+      Leaders& leading = leaders[draw];
+      if (!lanes_reaching(best + kLargestNoise, leading.bound)) continue;
+      VecU bits[kVectors];
+      random_bits(key, uint32_t(draw), first, bits);
+      VecF bounds[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
+      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, field, leading);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace SK_ISA
+}  // namespace slimkernels

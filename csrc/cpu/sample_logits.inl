@@ -1,0 +1,482 @@
+// Draws from the truncated softmax of a row, without a sort of the row.
+//
+// Equal logits stand or fall together in top-k, top-p and min-p, so what a truncation keeps is everything not below one
+// threshold. A first read of the row sums its exponentials and collects what may lie above the threshold; the threshold
+// is found among these; a second read runs the race of score plus noise over what it keeps.
+#pragma once
+
+#include <stdlib.h>
+
+#include "dispatch.h"
+#include "gumbel.h"
+#include "select.h"
+#include "topk_logits.inl"
+#include "vec.h"
+
+namespace slimkernels {
+namespace SK_ISA {
+namespace {
+
+struct RowOptions {
+  double temperature;
+  int64_t top_k;  // 0: all
+  double top_p;
+  double min_p;
+};
+
+// The sums of a row relative to a level: of e = exp(z - level), of (z - level) e, and of exp((z - level) / T).
+struct RowSums {
+  double level = 0;
+  double exps = 0;
+  double moments = 0;
+  double tempered = 0;
+
+  void move_level(double new_level, double inv_temperature) {
+    const double shift = level - new_level;
+    const double factor = __builtin_exp(shift);
+    moments = factor > 0 ? factor * (moments + shift * exps) : 0;  // never infinity times 0
+    exps *= factor;
+    tempered *= __builtin_exp(shift * inv_temperature);
+    level = new_level;
+  }
+};
+
+// softmax(z) and what is drawn from a row. Log-probabilities are relative to `field.max`, the largest logit.
+template <class A>
+struct RowLaw {
+  bool exists;    // no: a NaN, or nothing but -inf
+  bool infinite;  // the logits of +inf share the mass equally, the limit of ever larger ones
+  double log_sum;
+  double entropy;
+  double log_kept;  // log of the sum of exp((z - max) / T) over what is kept
+  Field<A> field;
+
+  double logprob(double z) const {
+    if (infinite) return z == infinity<double>() ? -log_sum : -infinity<double>();
+    return z - double(field.max) - log_sum;
+  }
+  double truncated_logprob(double z) const { return field.score(z) - log_kept; }
+};
+
+template <class A>
+struct SampleScratch {
+  using Key = typename Lanes<A>::Key;
+  A* values;  // (V + width) candidates, later what truncation kept
+  A* masses;  // (V + width) exp((value - max) / T)
+  Key* keys;  // (V + width)
+};
+
+SK_INLINE VecD widened_sum(VecD v) { return v; }
+SK_INLINE VecD widened_sum(VecF v) {
+  typedef float HalfF __attribute__((vector_size(32)));
+  HalfF half[2];
+  memcpy(half, &v, sizeof(v));
+  return __builtin_convertvector(half[0], VecD) + __builtin_convertvector(half[1], VecD);
+}
+
+// A NaN is above nothing.
+#if defined(__AVX512F__)
+SK_INLINE bool any_above(VecF v, float bound) {
+  return _mm512_cmp_ps_mask(bitcast<__m512>(v), _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+}
+#else
+SK_INLINE bool any_above(VecF v, float bound) { return count(VecI(v > bound)) != 0; }
+#endif
+SK_INLINE bool any_above(VecD v, double bound) { return count(VecL(v > bound)) != 0; }
+
+// What no candidate for top-p and min-p can lie below, given a level not above the largest logit and a part of the sum
+// over the row of exp((z - level) / T).
+template <class A>
+A least_candidate(const RowOptions& options, int64_t vocab_size, double level, double partial_sum) {
+  partial_sum = partial_sum < 1 ? 1 : partial_sum;  // the level itself is in the row
+  double share = options.min_p;
+  if (options.top_p < 1) {
+    // All logits with weights of at most w together have at most V w; once that is 1 - p of the sum, top-p drops them.
+    const double weight = 0.999 * (1 - options.top_p) * partial_sum / double(vocab_size);
+    share = weight > share ? weight : share;
+  }
+  const double offset = options.temperature * __builtin_log(share);
+  const double magnitude = (level < 0 ? -level : level) - offset;
+  const double least = level + offset - 4 * (sizeof(A) == 4 ? __FLT_EPSILON__ : __DBL_EPSILON__) * magnitude;
+  return least > -double(largest_finite<A>()) ? A(least) : -largest_finite<A>();
+}
+
+enum Collecting { kNothing, kSampledThreshold, kRisingThreshold };
+
+// Reads the row once: its sums relative to its largest logit and its candidates. Returns how many those are.
+template <bool kTempered, class X, class A>
+int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, RowGuess<A> guess, Collecting collecting,
+                 const SampleScratch<A>& scratch, RowSums* sums) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  using Vec = typename Lanes<A>::Vec;
+  constexpr A kLowest = -largest_finite<A>();
+  constexpr A kNoMass = sizeof(A) == 4 ? -104 : -750;
+  const double inverse = 1 / options.temperature;
+  const A inv_temperature = kTempered ? A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse) : A(1);
+  // How far above its level a block may reach: a few units, whatever the temperature.
+  const A slack = 4 / (inv_temperature > 1 ? inv_temperature : A(1));
+  A threshold = guess.threshold > kLowest ? guess.threshold : kLowest;
+  A level = kLowest > guess.level ? kLowest : guess.level > -kLowest ? -kLowest : guess.level;
+  Vec best = {};
+  best += level;
+  VecD exps = {}, moments = {}, tempered = {};
+  int64_t found = 0;
+  *sums = RowSums();
+  sums->level = level;
+  const auto flush = [&] {
+    sums->exps += sum_lanes(exps);
+    sums->moments += sum_lanes(moments);
+    sums->tempered += sum_lanes(kTempered ? tempered : exps);
+    exps = moments = tempered = VecD{};
+  };
+  for (int64_t begin = 0, block = 0; begin < vocab_size; begin += kBlock, ++block) {
+    if (collecting == kRisingThreshold && (block & (block - 1)) == 0) {
+      flush();
+      const A least = least_candidate<A>(options, vocab_size, level, sums->tempered);
+      threshold = least > threshold ? least : threshold;
+    }
+    const int64_t length = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+    const int64_t found_before = found;
+    for (;;) {
+      Vec block_exps = {}, block_moments = {}, block_tempered = {};
+      found = found_before;
+      const auto visit = [&](Vec z) {
+        if (collecting != kNothing) {
+          const auto mask = not_below(z, threshold);
+          append(mask, z, scratch.values + found);
+          found += count(mask);
+        }
+        best = max(best, z);
+        const Vec difference = z - level;
+        const Vec d = kNoMass > difference ? Vec{} + kNoMass : difference;  // a NaN stays
+        const Vec e = exp(d);
+        block_exps += e;
+        block_moments += d * e;
+        if (kTempered) block_tempered += exp(difference * inv_temperature);
+      };
+      int64_t i = 0;
+      for (; i + kWidth <= length; i += kWidth) {
+        prefetch_ahead(row + begin + i);
+        visit(load(row + begin + i));
+      }
+      if (i < length) visit(load_part(row + begin + i, length - i, -infinity<A>()));
+      if (level < -kLowest && any_above(best, level + slack)) {
+        flush();
+        const A highest = max_lanes(best);
+        level = highest > -kLowest ? -kLowest : highest;
+        sums->move_level(level, inv_temperature);
+        continue;
+      }
+      exps += widened_sum(block_exps);
+      moments += widened_sum(block_moments);
+      if (kTempered) tempered += widened_sum(block_tempered);
+      break;
+    }
+  }
+  flush();
+  const A highest = max_lanes(best);
+  if (highest < infinity<A>()) sums->move_level(highest, inv_temperature);
+  return found;
+}
+
+struct Above {
+  double mass;
+  int64_t entries;
+};
+
+// What the keys above the pivot have together; both arrays cover whole vectors.
+template <class A, class Key>
+Above sum_above(const Key* keys, const A* masses, int64_t length, Key pivot) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  using KeyVector = typename KeyVec<Key>::type;
+  using Vec = typename Lanes<A>::Vec;
+  VecD mass = {};
+  KeyVector entries = {};
+  for (int64_t begin = 0; begin < length; begin += kBlock) {
+    const int64_t end = length - begin < kBlock ? length : begin + kBlock;
+    Vec sum = {};
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const KeyVector mask = load_raw<KeyVector>(keys + i) > pivot;
+      sum += bitcast<Vec>(bitcast<KeyVector>(load(masses + i)) & mask);
+      entries -= mask;
+    }
+    mass += widened_sum(sum);
+  }
+  return {sum_lanes(mass), int64_t(sum_lanes(entries))};
+}
+
+// The lowest key above which there is less than `target`, and the mass from it on. Overwrites the arrays: a bisection
+// like that of select_key, which drops what is out of reach once that is half of them.
+template <class A, class Key>
+Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, double* mass) {
+  using KeyVector = typename KeyVec<Key>::type;
+  using Bits = typename UnsignedOf<Key>::type;
+  constexpr int kWidth = Lanes<A>::kWidth;
+  constexpr Key kLowest = lowest_key<Key>();
+  KeyVector low_lanes = KeyVector{} + ~kLowest, high_lanes = KeyVector{} + kLowest;
+  const auto pad = [&] {
+    for (int64_t i = length; i % kWidth != 0; ++i) {
+      keys[i] = kLowest;
+      masses[i] = 0;
+    }
+  };
+  pad();
+  for (int64_t i = 0; i < length; i += kWidth) {
+    const KeyVector key = load_raw<KeyVector>(keys + i);
+    const KeyVector real = key == kLowest ? low_lanes : key;
+    low_lanes = real < low_lanes ? real : low_lanes;
+    high_lanes = key > high_lanes ? key : high_lanes;
+  }
+  Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
+  Above over_high = {0, 0};  // what the arrays hold above `high`
+  double dropped = 0;        // and what they once did
+  Above from_low = sum_above(keys, masses, length, kLowest);
+  *mass = from_low.mass;
+  while (low < high) {
+    const Key middle = Key(Bits(low) + (Bits(high) - Bits(low)) / 2);
+    const Above over = sum_above(keys, masses, length, middle);
+    if (dropped + over.mass < target) {
+      high = middle;
+      over_high = over;
+    } else {
+      low = middle + 1;
+      from_low = over;
+      *mass = dropped + over.mass;
+    }
+    if (2 * (from_low.entries - over_high.entries) > length || length <= kWidth) continue;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < length; i += kWidth) {
+      const KeyVector key = load_raw<KeyVector>(keys + i);
+      const auto in_range = above(key, Key(low - 1)) & ~above(key, high);
+      const auto mass_vector = load(masses + i);
+      append(in_range, key, keys + kept);
+      append(in_range, mass_vector, masses + kept);
+      kept += count(in_range);
+    }
+    length = kept;
+    dropped += over_high.mass;
+    over_high = {0, 0};
+    from_low.entries = kept;
+    pad();
+  }
+  return low;
+}
+
+// Compacts values, and masses where given, to what is not below the threshold.
+template <class A>
+int64_t keep_reaching(A threshold, int64_t length, A* values, A* masses) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  for (int64_t i = length; i % kWidth != 0; ++i) values[i] = -infinity<A>();
+  int64_t kept = 0;
+  for (int64_t i = 0; i < length; i += kWidth) {
+    const auto v = load(values + i);
+    const auto mask = not_below(v, threshold);
+    append(mask, v, values + kept);
+    if (masses != nullptr) {
+      const auto mass = load(masses + i);
+      append(mask, mass, masses + kept);
+    }
+    kept += count(mask);
+  }
+  return kept;
+}
+
+// The lowest number whose exp((z - max) / T) is at least min_p, as float64 sees it.
+template <class A>
+A min_p_threshold(const Field<A>& field, double min_p) {
+  using Key = typename Lanes<A>::Key;
+  using Bits = typename UnsignedOf<Key>::type;
+  const auto reaches = [&](Key key) { return __builtin_exp(field.score(double(value_of_key<A>(key)))) >= min_p; };
+  Key low = order_key(-largest_finite<A>()), high = order_key(field.max);
+  if (reaches(low)) return -largest_finite<A>();
+  const double estimate = double(field.max) + field.temperature * __builtin_log(min_p);
+  if (estimate > -double(largest_finite<A>())) {
+    const Key key = order_key(A(estimate));
+    if (key - 4 > low && !reaches(key - 4)) low = key - 4;
+    if (key + 4 < high && reaches(key + 4)) high = key + 4;
+  }
+  while (Bits(high) - Bits(low) > 1) {
+    const Key middle = Key(Bits(low) + (Bits(high) - Bits(low)) / 2);
+    (reaches(middle) ? high : low) = middle;
+  }
+  return value_of_key<A>(high);
+}
+
+template <class A>
+void keys_of(const A* values, int64_t length, typename Lanes<A>::Key* keys) {
+  for (int64_t i = 0; i < length; i += Lanes<A>::kWidth) {
+    const auto vector = order_keys(load(values + i));
+    memcpy(keys + i, &vector, sizeof(vector));
+  }
+}
+
+// Finds the threshold of the field and the sum of what it keeps. `total` is that of the whole row at T.
+template <class A>
+void truncate(const RowOptions& options, int64_t found, double total, const SampleScratch<A>& scratch, RowLaw<A>* law) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  Field<A>& field = law->field;
+  if (options.top_k > 0 && found > options.top_k) {
+    keys_of(scratch.values, found, scratch.keys);
+    field.threshold = value_of_key<A>(select_key(scratch.keys, found, options.top_k));
+    found = keep_reaching<A>(field.threshold, found, scratch.values, nullptr);
+  }
+  for (int64_t i = found; i % kWidth != 0; ++i) scratch.values[i] = -infinity<A>();
+  const A inv_temperature = field.inv_temperature();
+  VecD sum = {};
+  for (int64_t i = 0; i < found; i += kWidth) {
+    const auto mass = exp((load(scratch.values + i) - field.max) * inv_temperature);
+    store(scratch.masses + i, mass);
+    sum += widened_sum(mass);
+  }
+  double kept = sum_lanes(sum);
+  if (options.top_k > 0) total = kept;
+  if (options.min_p > 0) {
+    const A threshold = min_p_threshold(field, options.min_p);
+    field.threshold = threshold > field.threshold ? threshold : field.threshold;
+    found = keep_reaching(field.threshold, found, scratch.values, scratch.masses);
+    kept = 0;
+    for (int64_t i = 0; i < found; ++i) kept += double(scratch.masses[i]);
+  }
+  if (options.top_p < 1) {
+    keys_of(scratch.values, found, scratch.keys);
+    const auto key = lowest_key_of_nucleus(scratch.keys, scratch.masses, found, options.top_p * total, &kept);
+    field.threshold = value_of_key<A>(key);
+  }
+  law->log_kept = __builtin_log(kept);
+}
+
+// A row with a NaN, a +inf, or nothing but -inf.
+template <class X, class A>
+RowLaw<A> law_without_sums(const X* row, int64_t vocab_size, bool greedy) {
+  int64_t infinite = 0;
+  for (int64_t v = 0; v < vocab_size; ++v) {
+    const A z = load_one(row + v);
+    if (z != z) return {};
+    infinite += z == infinity<A>();
+  }
+  RowLaw<A> law = {};
+  law.exists = law.infinite = infinite > 0;
+  law.log_sum = law.entropy = __builtin_log(double(infinite));
+  law.log_kept = greedy ? 0 : law.log_sum;
+  law.field = {largest_finite<A>(), infinity<A>(), 1};
+  return law;
+}
+
+// Temperature 0 stands for the argmax: the field's threshold is then the largest logit.
+template <class X, class A>
+RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const SampleScratch<A>& scratch) {
+  const bool greedy = options.temperature == 0;
+  if (greedy) options = {1, 0, 1, 0};
+  if (options.top_k < 0 || options.top_k >= vocab_size) options.top_k = 0;
+  const bool truncates = options.top_k > 0 || options.top_p < 1 || options.min_p > 0;
+
+  RowGuess<A> guess;
+  if (options.top_k > 0) {
+    TopkLogitsArgs sampling = {};
+    sampling.vocab_size = vocab_size;
+    sampling.top_k = options.top_k;
+    guess = guess_row<X, A>(row, sampling, {scratch.values, nullptr, scratch.keys, nullptr});
+  } else {
+    guess = {-infinity<A>(), sampled_max(row, vocab_size)};
+  }
+  const Collecting collecting = !truncates ? kNothing : options.top_k > 0 ? kSampledThreshold : kRisingThreshold;
+  RowSums sums;
+  int64_t found = options.temperature == 1 || options.top_k > 0
+                      ? read_row<false>(row, vocab_size, options, guess, collecting, scratch, &sums)
+                      : read_row<true>(row, vocab_size, options, guess, collecting, scratch, &sums);
+  if (!(sums.exps > 0.5 && sums.exps < 1e300)) return law_without_sums<X, A>(row, vocab_size, greedy);
+  if (found < options.top_k && guess.threshold > -largest_finite<A>()) {
+    found = 0;
+    for (int64_t v = 0; v < vocab_size; ++v) {
+      scratch.values[found] = load_one(row + v);
+      found += scratch.values[found] > -infinity<A>();
+    }
+  }
+
+  RowLaw<A> law = {};
+  law.exists = true;
+  law.log_sum = __builtin_log(sums.exps);
+  law.entropy = law.log_sum - sums.moments / sums.exps;
+  law.entropy = law.entropy > 0 ? law.entropy : 0;
+  law.log_kept = __builtin_log(sums.tempered);
+  law.field = {A(sums.level), -largest_finite<A>(), options.temperature};
+  if (truncates) truncate(options, found, sums.tempered, scratch, &law);
+  if (greedy) {
+    law.field.threshold = law.field.max;
+    law.log_kept = 0;
+  }
+  return law;
+}
+
+template <class X, class A>
+int64_t first_reaching(const X* row, int64_t vocab_size, A threshold) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  int64_t v = 0;
+  while (v + kWidth <= vocab_size && count(not_below(load(row + v), threshold)) == 0) v += kWidth;
+  while (load_one(row + v) < threshold) ++v;
+  return v;
+}
+
+template <class X>
+int64_t sample_logits_rows(const SampleLogitsArgs& args, int64_t begin, int64_t end) {
+  using A = typename Acc<X>::type;
+  const int64_t capacity = padded<A>(args.vocab_size) + kMaxWidth;
+  const int64_t num_distinct = args.num_distinct;
+  const int64_t room = num_distinct < args.vocab_size ? num_distinct : args.vocab_size;
+  char* memory = static_cast<char*>(malloc(room * sizeof(Runner) + 3 * capacity * sizeof(A)));
+  if (memory == nullptr) return kNoMemory;
+  Leaders leaders;
+  leaders.runners = reinterpret_cast<Runner*>(memory);
+  leaders.room = room;
+  SampleScratch<A> scratch;
+  scratch.values = reinterpret_cast<A*>(leaders.runners + room);
+  scratch.masses = scratch.values + capacity;
+  scratch.keys = reinterpret_cast<typename Lanes<A>::Key*>(scratch.masses + capacity);
+
+  for (int64_t n = begin; n < end; ++n) {
+    const X* row = static_cast<const X*>(args.logits) + n * args.row_stride;
+    const RowOptions options = {args.temperature.values[n * args.temperature.step],
+                                args.top_k.values[n * args.top_k.step], args.top_p.values[n * args.top_p.step],
+                                args.min_p.values[n * args.min_p.step]};
+    const RowLaw<A> law = law_of_row<X, A>(row, args.vocab_size, options, scratch);
+    leaders.clear();
+    if (law.exists && options.temperature == 0) {
+      leaders.enter({0, first_reaching(row, args.vocab_size, law.field.threshold)});
+    } else if (law.exists) {
+      const NoiseKey key =
+          noise_key(args.seed.values[n * args.seed.step], args.position.values[n * args.position.step]);
+      race(row, args.vocab_size, law.field, key, 1, &leaders);
+      leaders.sort();
+    }
+    const A absent = law.exists ? -infinity<A>() : A(__builtin_nan(""));
+    int64_t* token = args.token + n * num_distinct;
+    A* logprob = static_cast<A*>(args.logprob) + n * num_distinct;
+    A* truncated_logprob = static_cast<A*>(args.truncated_logprob) + n * num_distinct;
+    for (int64_t i = 0; i < num_distinct; ++i) {
+      token[i] = i < leaders.size ? leaders.runners[i].id : -1;
+      const double z = token[i] >= 0 ? double(load_one(row + token[i])) : 0;
+      logprob[i] = token[i] >= 0 ? A(law.logprob(z)) : absent;
+      truncated_logprob[i] = token[i] >= 0 ? A(law.truncated_logprob(z)) : absent;
+    }
+    static_cast<A*>(args.entropy)[n] = law.exists ? A(law.entropy) : absent;
+  }
+  free(memory);
+  return kOk;
+}
+
+int64_t sample_logits(const SampleLogitsArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case kFloat32:
+      return sample_logits_rows<float>(args, begin, end);
+    case kBFloat16:
+      return sample_logits_rows<bf16>(args, begin, end);
+    case kFloat16:
+      return sample_logits_rows<f16>(args, begin, end);
+    default:
+      return sample_logits_rows<double>(args, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace SK_ISA
+}  // namespace slimkernels

@@ -1,0 +1,209 @@
+"""``sample_logits`` and ``sample_distinct``: draws from the truncated softmax, reproducible row by row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops import _sample_options
+
+
+class Sampled(NamedTuple):
+    """What a sampling op drew; nothing has a gradient.
+
+    Attributes:
+        token: (...) int64, from ``sample_distinct`` (..., m); -1 where nothing was left to draw.
+        logprob: The token's natural-log probability under softmax(logits); float32 (float64 for float64 logits), as
+            the fields below.
+        truncated_logprob: The same under the distribution drawn from: at the temperature, renormalised over what the
+            truncation keeps.
+        entropy: (...) of softmax(logits), in nats.
+    """
+
+    token: Tensor
+    logprob: Tensor
+    truncated_logprob: Tensor
+    entropy: Tensor
+
+
+def sample_logits(
+    logits: Tensor,
+    *,
+    seed: int | Tensor,
+    position: int | Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Sampled:
+    """Draws ``argmax_v(truncated_logprob_v + gumbel(seed, position, v))`` from every row.
+
+    Equivalent to, in distribution::
+
+        scores = MinP(min_p)(TopP(top_p)(TopK(top_k)(logits / temperature)))  # the rest at -inf
+        truncated = torch.log_softmax(scores, -1)
+        token = torch.multinomial(truncated.exp(), 1)
+        logprob = torch.log_softmax(logits, -1).gather(-1, token)
+        truncated_logprob = truncated.gather(-1, token)
+
+    Equal logits stand or fall together in all three truncations. The noise is Philox-4x32-10 of (seed, position, id): a
+    row's draw depends on nothing but its own logits, options, seed and position, so that neither the batch around it
+    nor the number of threads changes it. A row is read twice; nothing of it is sorted, and beside the results there
+    are O(V) bytes of scratch for each thread.
+
+    A logit of ``-inf`` is never drawn. Logits of ``+inf`` share the whole mass equally, the limit of ever larger ones.
+    A row with a NaN, or with nothing but ``-inf``, has no distribution: its token is -1, its other fields are NaN.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, any stride.
+        seed: int64, a number or a tensor (...).
+        position: int64, a number or a tensor (...); rows that share seed and position share their noise, so give every
+            row and step of a text its own.
+        temperature: At least 0, a number or a floating-point tensor (...). 0 takes the argmax, the lowest id on a tie,
+            and leaves nothing for the other options to do.
+        top_k: Keeps what is not below the k-th largest logit; a number or an int64 tensor (...). 0, or V and more,
+            keeps everything.
+        top_p: Of what top-k left, renormalised, keeps the ids whose strictly likelier ids sum to less than this, and
+            always the likeliest; in [0, 1], a number or a tensor (...). 1 keeps everything.
+        min_p: Keeps what has at least this share of the likeliest id's probability; in [0, 1], a number or a tensor
+            (...). 0 keeps everything.
+
+    Returns:
+        Sampled(token, logprob, truncated_logprob, entropy), each (...).
+
+    Raises:
+        ValueError: An option outside its range (also inside a tensor), or a tensor of another shape or device.
+        TypeError: A dtype that is not supported.
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x no backward x deterministic.
+
+    Precision: perturbed scores are compared in float64; sums are accumulated in float64 over float32 blocks of 1024. An
+    id whose likelier ids sum to top_p within float32 rounding may fall on either side.
+
+    References: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox); Holtzman et al. 2020,
+    arXiv 1904.09751 (top-p); Nguyen et al. 2024, arXiv 2407.01082 (min-p).
+
+    >>> logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 2.0]])
+    >>> sample_logits(logits, seed=0, position=torch.arange(2), temperature=0).token.tolist()
+    [1, 0]
+    >>> sample_logits(logits, seed=0, position=torch.arange(2), top_k=1).truncated_logprob.exp().tolist()
+    [1.0, 0.5]
+    """
+    outputs = _sample(logits, 1, seed, position, temperature, top_k, top_p, min_p)
+    return Sampled(*(field.reshape(logits.shape[:-1]) for field in outputs))
+
+
+def sample_distinct(
+    logits: Tensor,
+    m: int,
+    *,
+    seed: int | Tensor,
+    position: int | Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+) -> Sampled:
+    """Draws m different ids a row: the m largest ``truncated_logprob_v + gumbel(seed, position, v)``, falling.
+
+    Equivalent to, in distribution, m draws without replacement::
+
+        token = torch.multinomial(truncated.exp(), m, replacement=False)  # truncated as in sample_logits
+
+    The first of them is the draw of ``sample_logits``. Log-probabilities are those of a first draw. Memory is O(V + m)
+    for each thread.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, any stride.
+        m: Draws a row, at least 1.
+        seed: As in ``sample_logits``, like every option below.
+        position: See there.
+        temperature: See there.
+        top_k: See there.
+        top_p: See there.
+        min_p: See there.
+
+    Returns:
+        Sampled with token, logprob and truncated_logprob (..., m), entropy (...). A row with fewer than m ids left
+        (temperature 0 leaves one) ends in token -1 with log-probabilities -inf.
+
+    Raises:
+        ValueError: m below 1, and as in ``sample_logits``.
+        TypeError: A dtype that is not supported.
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x no backward x deterministic.
+
+    Precision: as ``sample_logits``.
+
+    References: Kool et al. 2019, "Stochastic beams and where to find them", arXiv 1903.06059 (Gumbel top-k).
+
+    >>> sample_distinct(torch.zeros(1, 3), 4, seed=0, position=0).token.sort().values.tolist()
+    [[-1, 0, 1, 2]]
+    """
+    if isinstance(m, bool) or not isinstance(m, int):
+        raise TypeError(f"m must be an integer, got {type(m).__name__} {m!r}")
+    if m < 1:
+        raise ValueError(f"m must be at least 1, got {m}")
+    *drawn, entropy = _sample(logits, m, seed, position, temperature, top_k, top_p, min_p)
+    leading_shape = logits.shape[:-1]
+    return Sampled(*(field.reshape(*leading_shape, m) for field in drawn), entropy.reshape(leading_shape))
+
+
+def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, min_p):
+    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    options = (
+        *_sample_options.resolve_integer(seed, "seed", logits),
+        *_sample_options.resolve_integer(position, "position", logits),
+        *_sample_options.resolve_float(temperature, "temperature", "finite and at least 0", logits),
+        *_sample_options.resolve_top_k(top_k, logits),
+        *_sample_options.resolve_float(top_p, "top_p", "in [0, 1]", logits),
+        *_sample_options.resolve_float(min_p, "min_p", "in [0, 1]", logits),
+    )
+    check_kernels(logits, "logits")
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return torch.ops.slimkernels.sample_logits(rows, m, *options)
+
+
+def _sample_logits(logits: Tensor, m: int, *options):
+    _, _, _, _, _, temperatures, _, top_ks, _, top_ps, _, min_ps = options
+    _sample_options.check_values(temperatures, "temperature", "finite and at least 0")
+    _sample_options.check_values(top_ks, "top_k", "at least 0")
+    _sample_options.check_values(top_ps, "top_p", "in [0, 1]")
+    _sample_options.check_values(min_ps, "min_p", "in [0, 1]")
+    outputs = _fake(logits, m)
+    _checks.raise_fault(torch.ops.slimkernels.sample_logits_rows(logits, m, *options, *outputs))
+    return outputs
+
+
+def _fake(logits: Tensor, m: int, *_options):
+    num_rows = logits.shape[0]
+    dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty(num_rows, m, dtype=torch.int64),
+        logits.new_empty(num_rows, m, dtype=dtype),
+        logits.new_empty(num_rows, m, dtype=dtype),
+        logits.new_empty(num_rows, dtype=dtype),
+    )
+
+
+# Every option is a number and, in its place where given, a tensor (N,).
+_OPTIONS = (
+    "Tensor logits, SymInt m, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, float temperature,"
+    " Tensor? temperatures, SymInt top_k, Tensor? top_ks, float top_p, Tensor? top_ps, float min_p, Tensor? min_ps"
+)
+define(
+    f"sample_logits_rows({_OPTIONS}, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) truncated_logprob,"
+    " Tensor(d!) entropy) -> int",
+    fake=lambda *_args: 0,
+)
+define(
+    f"sample_logits({_OPTIONS}) -> (Tensor token, Tensor logprob, Tensor truncated_logprob, Tensor entropy)",
+    fake=_fake,
+    implementation=_sample_logits,
+)

@@ -1,0 +1,124 @@
+"""``sample_targets``: an unbiased sparse teacher from draws with replacement."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops import _sample_options
+from slimkernels.sparse_logits import SparseLogits
+
+
+def sample_targets(
+    logits: Tensor,
+    rounds: int,
+    seed: int | Tensor,
+    *,
+    position: int | Tensor,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+) -> SparseLogits:
+    """Keeps the distinct ids of ``rounds`` draws from softmax(logits / T), with ``logits = log(count / rounds)``.
+
+    Equivalent to, in distribution::
+
+        drawn = torch.multinomial(torch.softmax(logits / temperature, -1), rounds, replacement=True)
+        count = torch.zeros_like(logits).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=logits.dtype))
+        # ids where count > 0, logits = log(count / rounds), lse = 0
+
+    A record is a distribution of its own (lse 0), to be learned from at temperature 1. Its expectation over the draws
+    is softmax(logits / T), so that the gradient of ``slim_loss`` on it is on average the dense one, whereas the K
+    largest logits alone are biased. Draw r of a row takes its noise from Philox-4x32-10 of (seed, position, id, r), so
+    that it depends on nothing but the row; the first is that of ``sample_logits``. Memory is O(V + rounds) for each
+    thread.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, any stride.
+        rounds: Draws a row, at least 1.
+        seed: int64, a number or a tensor (...).
+        position: int64, a number or a tensor (...); rows that share seed and position share their noise.
+        temperature: T, positive.
+        target: (...) int64 labels. ``target_logit`` is then the label's exact log softmax(logits) at temperature 1; a
+            negative label stands for none (NaN).
+
+    Returns:
+        SparseLogits with K = min(rounds, V): ids (..., K) int32 ascending, padded with -1, logits (..., K), lse
+        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN, or with nothing but
+        ``-inf``, keeps no id. Logits of ``+inf`` share the whole mass equally.
+
+    Raises:
+        ValueError: rounds below 1, a temperature that is not positive, a tensor of another shape or device, a target
+            at or past V.
+        TypeError: A dtype that is not supported.
+
+    Supports: cpu x (float32, bfloat16, float16, float64) x no backward x deterministic.
+
+    Precision: perturbed scores are compared in float64.
+
+    References: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870.
+
+    >>> sparse = sample_targets(torch.tensor([[5.0, 5.0, -20.0]]), 64, 0, position=0)
+    >>> sparse.ids[0, :3].tolist(), round(sparse.logits[0, :2].exp().sum().item(), 6)
+    ([0, 1, -1], 1.0)
+    """
+    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    if isinstance(rounds, bool) or not isinstance(rounds, int):
+        raise TypeError(f"rounds must be an integer, got {type(rounds).__name__} {rounds!r}")
+    if not 1 <= rounds < 2**31:
+        raise ValueError(f"rounds must be at least 1 and below 2**31, got {rounds}")
+    _checks.is_positive(temperature, "temperature")
+    leading_shape = logits.shape[:-1]
+    seed, seeds = _sample_options.resolve_integer(seed, "seed", logits)
+    position, positions = _sample_options.resolve_integer(position, "position", logits)
+    if target is not None:
+        _checks.is_target(target, leading_shape, logits, "logits")
+        target = target.reshape(-1).contiguous()
+    check_kernels(logits, "logits")
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    ids, log_shares, target_logit = torch.ops.slimkernels.sample_targets(
+        rows, rounds, seed, seeds, position, positions, temperature, target
+    )
+    return SparseLogits(
+        ids=ids.reshape(*leading_shape, ids.shape[-1]),
+        logits=log_shares.reshape(*leading_shape, ids.shape[-1]),
+        lse=log_shares.new_zeros(*leading_shape, 1),
+        target_logit=None if target is None else target_logit.reshape(leading_shape),
+    )
+
+
+def _sample_targets(logits: Tensor, rounds: int, seed, seeds, position, positions, temperature, target):
+    options = (logits, rounds, seed, seeds, position, positions, temperature, target)
+    ids, log_shares, target_logit = outputs = _fake(*options)
+    wanted = None if target is None else target_logit
+    _checks.raise_fault(torch.ops.slimkernels.sample_targets_rows(*options, ids, log_shares, wanted))
+    return outputs
+
+
+def _fake(logits: Tensor, rounds: int, _seed, _seeds, _position, _positions, _temperature, target: Tensor | None):
+    num_rows, vocab_size = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    top_k = min(rounds, vocab_size)
+    return (
+        logits.new_empty(num_rows, top_k, dtype=torch.int32),
+        logits.new_empty(num_rows, top_k, dtype=dtype),
+        logits.new_empty(0 if target is None else num_rows, dtype=dtype),
+    )
+
+
+_OPTIONS = (
+    "Tensor logits, int rounds, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, float temperature,"
+    " Tensor? target"
+)
+define(
+    f"sample_targets_rows({_OPTIONS}, Tensor(a!) ids, Tensor(b!) log_shares, Tensor(c!)? target_logit) -> int",
+    fake=lambda *_args: 0,
+)
+define(
+    f"sample_targets({_OPTIONS}) -> (Tensor ids, Tensor log_shares, Tensor target_logit)",
+    fake=_fake,
+    implementation=_sample_targets,
+)
