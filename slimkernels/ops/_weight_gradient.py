@@ -41,8 +41,8 @@ class WeightGradient:
                 parked[rows.start - begin : rows.stop - begin] = panel
                 if rows.stop < end:
                     continue
-                panel = parked
-            self._multiply(vocab, panel.t().contiguous(), hidden[begin:end], first=begin == 0)
+                panel = parked.clone()  # the product overwrites where it was
+            self._multiply(vocab, panel.t(), hidden[begin:end], first=begin == 0)
 
     def finish(self) -> None:
         """Leaves the sum in ``dweight``."""
