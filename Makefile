@@ -16,7 +16,7 @@ pip := $(py) -m pip --disable-pip-version-check -q
 installed := $(VENV)/.slimkernels-installed
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint bench plots wheel clean help
+.PHONY: demo test test-isa lint bench plots wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(installed)  ## train one student three ways on a real teacher's logits
@@ -24,6 +24,9 @@ demo: $(installed)  ## train one student three ways on a real teacher's logits
 
 test: $(installed)  ## run the default tests: CPU, no network
 	$(py) -m pytest
+
+test-isa: $(installed)  ## run every test of every op on every instruction set of this machine
+	$(py) -m pytest tests/test_isa.py -m slow
 
 lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 	$(py) -m pre_commit run --all-files
@@ -43,7 +46,7 @@ clean:  ## remove what the build made (not the virtual environment)
 	rm -rf build *.egg-info slimkernels/*.so
 
 help:  ## show this list
-	@awk -F '[:#]+' '/^[a-z]+:.*##/ {printf "  make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
+	@awk -F '[:#]+' '/^[a-z-]+:.*##/ {printf "  make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
 
 # A torch that the base Python already has is used as it is.
 $(VENV)/bin/python:

@@ -300,6 +300,27 @@ def test_linear_slim_loss_weight_gradient_sums_chunks_in_float32():
     assert grad.tolist() == [[-4.5], [4.5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_rows", "chunk_rows"),
+    # One chunk; a round of several; rounds with a short last one, of one chunk and of several; chunks of more than D.
+    [(16, 16), (24, 7), (30, 24), (61, 8), (61, 7), (61, 30)],
+)
+def test_linear_slim_loss_weight_gradient_in_rounds(dtype, num_rows, chunk_rows):
+    problem = random_problem(num_rows, 2500, 30, dtype=dtype)  # three panels of the vocabulary
+    operands = random_head(num_rows, 2500, dtype)[:2]
+    assert_slim_loss_matches(
+        with_operands(sk.linear_slim_loss),
+        with_operands(reference.slim_loss, product=True),
+        with_operands(reference.slim_loss, product=True),
+        operands,
+        problem.target,
+        problem.teacher,
+        chunk_rows=chunk_rows,
+        reduction="sum",
+    )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_linear_slim_loss_never_holds_all_logits(reduction):
     hidden, weight, bias = (operand.requires_grad_() for operand in random_head(256, 1000, depth=8))

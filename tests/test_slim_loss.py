@@ -480,6 +480,57 @@ def test_slim_loss_does_not_depend_on_the_number_of_threads(dtype, reduction, se
         assert_same_bits([*actual[0], *actual[1]], [*expected[0], *expected[1]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 2.0, "rest": "ghost"}, {"softcap": 5.0, "rest": "zero_logit", "label_smoothing": 0.1}],
+    ids=str,
+)
+def test_slim_loss_splits_a_lone_row_over_threads(dtype, options, set_threads):
+    # Long enough to be split, and no multiple of a block or a vector.
+    problem = random_problem(1, 20011, 300, dtype=dtype, temperature=options.get("temperature", 1.0), ignored=())
+    results = []
+    for threads in (1, 3):
+        set_threads(threads)
+        out, grads = loss_and_grads(sk.slim_loss, problem[:1], 1.0, *problem[1:], **options)
+        results.append([*out, *grads])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [16384, 16411])
+def test_slim_loss_writes_a_large_gradient_like_a_small_one(dtype, vocab_size):
+    num_rows = 2 * 2**22 // (vocab_size * dtype.itemsize)  # together past the size from which caches are passed by
+    problem = random_problem(num_rows, vocab_size, 100, dtype=dtype)
+    together = loss_and_grads(sk.slim_loss, problem[:1], 1.0, *problem[1:], reduction="sum")[1][0]
+    for n in range(num_rows):
+        row = slice(n, n + 1)
+        alone = loss_and_grads(
+            sk.slim_loss, (problem.logits[row],), 1.0, problem.target[row], problem.teacher[row], reduction="sum"
+        )[1][0]
+        assert_same_bits(together[row], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rest", ["renorm", "ghost", "zero_logit"])
+@pytest.mark.parametrize("height", [300.0, 60.0, -60.0, -300.0])
+def test_slim_loss_of_a_row_that_no_sample_tells(dtype, rest, height):
+    # A few entries far above all others, and nearly all far below a few: whatever is read first misleads.
+    problem = random_problem(6, 3001, 40, dtype=dtype, ignored=())
+    logits = problem.logits.clone()
+    lone = torch.tensor([1234, 1235, 2999])
+    if height > 0:
+        logits[:, lone] += height
+    else:
+        others = torch.ones(3001, dtype=torch.bool)
+        others[[0, 17, *lone.tolist()]] = False
+        logits[:, others] += height
+    # float32 exponentials of large arguments carry the rounding of the arguments.
+    assert_slim_loss_matches(
+        sk.slim_loss, reference.slim_loss, reference.slim_loss, (logits,), problem.target, problem.teacher, rest=rest
+    )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
 def test_slim_loss_gradcheck(rest, divergence, reduction):
