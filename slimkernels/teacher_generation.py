@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -228,8 +229,10 @@ class _Sampler:
         inputs = ids[:, :length]
         cache = DynamicCache(config=self.model.config)
         decoder = self.model.get_decoder()
+        # transformers renamed the argument in 5.24.
+        cache_name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         while len(rows):
-            hidden = decoder(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            hidden = decoder(input_ids=inputs, use_cache=True, **{cache_name: cache}).last_hidden_state[:, -1]
             if not torch.isfinite(hidden).all():
                 raise FloatingPointError(f"the teacher is not finite at token {length}: load it in float32")
             step = (length - prompt_lengths[rows]).clamp(0, self.options.max_new_tokens - 1)

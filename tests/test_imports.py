@@ -205,7 +205,7 @@ def write_tree(root: Path, files: dict[str, str]) -> None:
 # a process without AVX-512 could end up in code that was compiled for it.
 FORBIDDEN_IN_KERNELS = re.compile(
     r'#include\s*[<"](?!(?:stdint|stdlib|string|math|stddef|float|limits|immintrin|arm_neon)\.h>'
-    r'|(?:dispatch|gumbel|select|stream|vec)\w*\.h"|\w+\.inl")|\bstd::|\bprintf\b|\babort\b|\bassert\s*\('
+    r'|(?:dispatch|gumbel|select|slim_row|slim_terms|stream|vec)\w*\.h"|\w+\.inl")|\bstd::|\bprintf\b|\babort\b|\bassert\s*\('
 )
 
 
