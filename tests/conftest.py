@@ -9,7 +9,11 @@ import pytest
 import torch
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", choices=("cpu", "triton", "cuda"), default="cpu", help="see tests/kernel_override.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     # The tensors are small: threads that wait for each other cost several times what they save. Tests that are about
     # threads ask for them.
     torch.set_num_threads(1)
@@ -18,12 +22,18 @@ def pytest_configure() -> None:
     # Few threads for the commands that tests start, too: spinning threads starve each other on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if config.getoption("--kernels") != "cpu":
+        import kernel_override
+
+        kernel_override.install(config.getoption("--kernels"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("cpu_kernels") and config.getoption("--kernels") != "cpu":
+            item.add_marker(pytest.mark.skip(reason="is about the CPU kernels"))
         if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 

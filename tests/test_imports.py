@@ -37,7 +37,7 @@ _FOUNDATION = tuple(f"{PACKAGE}.{name}" for name in ("sparse_logits", "_checks",
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",
-        own=("slimkernels.triton_util", "slimkernels.ops.triton_util"),
+        own=("slimkernels.triton_util", "slimkernels.ops._*_triton"),
         packages=("torch", "triton"),
     ),
     Room(

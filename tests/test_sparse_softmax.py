@@ -212,7 +212,7 @@ def test_sparse_softmax_compiles_whole():
         ("temperature", {"temperature": 2.0, "rest": "zero"}),
         ("vocab_size", {"rest": "zero_logit"}),
         ("vocab_size", {"rest": "zero_logit", "vocab_size": 0}),
-        ("ids", {"rest": "zero_logit", "vocab_size": 20}),
+        pytest.param("ids", {"rest": "zero_logit", "vocab_size": 20}, marks=pytest.mark.cpu_kernels),
     ],
 )
 def test_sparse_softmax_refuses(message, options):
@@ -221,6 +221,7 @@ def test_sparse_softmax_refuses(message, options):
         sk.sparse_softmax(sparse, **options)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("bad", [[3, 3], [5, 2], [-1, 4], [-2, 4]])
 def test_sparse_softmax_refuses_bad_ids(bad):
     sparse = random_problem(top_k=2).teacher

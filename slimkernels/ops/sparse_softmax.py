@@ -133,6 +133,7 @@ define(
     "sparse_softmax_rows(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size,"
     " Tensor(a!) logprobs, Tensor(b!) tail_logprob) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.sparse_softmax_triton",
 )
 define(
     "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size)"

@@ -1,0 +1,55 @@
+"""Runs the tests of the ops on other kernels than the CPU's: ``pytest --kernels=triton`` or ``--kernels=cuda``.
+
+Every row operator's CPU implementation is replaced, so that the public functions, their autograd and every test go
+through the other kernels unchanged. ``triton`` is the Triton launchers under the interpreter (TRITON_INTERPRET=1),
+``cuda`` moves the operands to the GPU, calls the CUDA implementation, and moves the results back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimkernels import _library
+
+# Small, so that a short row takes several of them, and not a divisor of the tests' shapes.
+INTERPRETED_BLOCK = 64
+
+
+def install(kernels: str) -> None:
+    """Replaces the CPU kernels for the life of the process."""
+    if kernels == "triton":
+        from slimkernels import triton_util
+
+        np.seterr(all="ignore")  # the interpreter computes with numpy, where log(0) warns
+        triton_util.launch_settings = lambda *_args: triton_util.Launch(INTERPRETED_BLOCK, 4)
+    for name, module in _library.triton_launchers.items():
+        if kernels == "triton":
+            function = getattr(importlib.import_module(module), name)
+        else:
+            function = functools.partial(on_cuda, getattr(torch.ops.slimkernels, name).default)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is overridden is the point
+            _library._library.impl(name, function, "CPU")
+
+
+def on_cuda(op: torch._ops.OpOverload, *arguments):
+    """Calls ``op`` on copies of the arguments that keep their layout, and copies what it wrote back."""
+    moved = [to_cuda(a) if isinstance(a, Tensor) else a for a in arguments]
+    result = op(*moved)
+    for before, after, argument in zip(arguments, moved, op._schema.arguments, strict=True):
+        if argument.alias_info is not None and argument.alias_info.is_write and before is not None:
+            before.copy_(after)
+    return result
+
+
+def to_cuda(tensor: Tensor) -> Tensor:
+    """The same view of a copy of the whole storage: strides and misalignment stay."""
+    storage = tensor.untyped_storage().cuda()
+    view = torch.empty(0, dtype=tensor.dtype, device="cuda")
+    return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

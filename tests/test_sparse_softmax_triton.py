@@ -1,0 +1,42 @@
+"""The Triton kernel of sparse_softmax, without a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import DTYPES
+from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+
+import slimkernels as sk
+
+
+@pytest.mark.interpret
+def test_sparse_softmax_passes_its_tests_interpreted():
+    assert_tests_pass_interpreted("test_sparse_softmax.py", "test_sparse_softmax_triton.py::test_bad_ids_make_nan")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rest", ["renorm", "ghost", "zero_logit"])
+def test_sparse_softmax_compiles_for(architecture, dtype, rest):
+    from slimkernels.ops.sparse_softmax_triton import sparse_softmax_rows
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    ids = torch.zeros(2, 1600, dtype=torch.int32)
+    lse = torch.zeros(2, dtype=wide) if rest == "ghost" else None
+    out = torch.zeros(2, 1600, dtype=wide), torch.zeros(2, dtype=wide)
+    assert_compiles(
+        lambda: sparse_softmax_rows(ids, torch.zeros(2, 1600, dtype=dtype), lse, 1.5, rest, 32000, *out), architecture
+    )
+
+
+@pytest.mark.parametrize("bad", [[3, 1, 2], [1, 1, 2], [1, 2, 9], [1, -1, 2], [-2, 1, 2]])
+def test_bad_ids_make_nan(bad, request):
+    if request.config.getoption("--kernels") == "cpu":
+        pytest.skip("the CPU kernels raise")
+    sparse = sk.SparseLogits(torch.tensor([bad, [1, 2, 3]], dtype=torch.int32), torch.zeros(2, 3), torch.ones(2, 1))
+    probs = sk.sparse_softmax(sparse, vocab_size=9)
+    assert probs.logprobs[0].isnan().all()
+    torch.testing.assert_close(probs.logprobs[1], torch.full((3,), -math.log(3)))
