@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
-from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
 from slimkernels.ops._slim_options import (
     NUM_STATS,
     OPTIONS_SCHEMA,
@@ -82,8 +82,8 @@ def linear_slim_loss(
         ignore_index: See ``slim_loss``.
         reduction: See ``slim_loss``.
         num_items: See ``slim_loss``.
-        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold and at least 128 (16 MiB and
-            256 in half precision).
+        chunk_rows: Rows whose logits are held at a time. By default on a CPU what 32 MiB hold and at least 128 (16 MiB
+            and 256 in half precision); on CUDA 4096, halved down to 256 until they take a quarter of the free memory.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
@@ -140,7 +140,7 @@ def linear_slim_loss(
         target,
         scale_in_forward(row_scale, hidden.dtype),
         *needs,
-        resolve_chunk_rows(chunk_rows, rows.shape[0], weight.shape[0], rows.dtype),
+        checked_chunk_rows(chunk_rows),
         *options,
     )
     return pack_result(loss, stats, row_scale, leading_shape)
@@ -164,6 +164,7 @@ def _linear_slim_loss_fwd(
     )
     loss, stats, dhidden, dweight, dbias = outputs
     options = SlimOptions(*options)
+    chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
     weight_gradient = WeightGradient(dweight, hidden, chunk_rows) if dweight.numel() else None
     dbias_sum = torch.zeros_like(dbias, dtype=stats.dtype)
