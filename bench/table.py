@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import records
 from bench.case import OURS
+from bench.ops_table import ops_table
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
 FIGURES = {
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where the README is not what the results say")
     args = parser.parse_args()
     text = args.readme.read_text()
-    updated = text
+    updated = replace_block(text, "ops", ops_table())
     for device, block, prefix in (("cpu", "bench", ""), ("cuda", "bench-cuda", CUDA_PREFIX)):
         rows = records.read(args.results / f"{device}.jsonl")
         if rows:

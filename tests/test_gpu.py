@@ -136,7 +136,7 @@ def test_linear_slim_loss_holds_one_chunk_and_no_float32_copy():
 
 
 def test_another_device_and_another_stream():
-    (hidden, weight), target, teacher = problem()
+    (hidden, weight), target, _ = problem()
     logits = (hidden @ weight.T).detach()
     expected = sk.topk_logits(logits, 100, target=target)
     stream = torch.cuda.Stream()

@@ -92,7 +92,8 @@ def linear_slim_loss(
         ValueError: What ``slim_loss`` raises, and a ``weight`` or ``bias`` that does not match ``hidden``.
         TypeError: Dtypes that are not supported or differ.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic. On
+    CUDA the default ``chunk_rows``, and with it the rounding of the weight's gradient, depends on the free memory.
 
     Precision: matrix products are torch's, in hidden's dtype. A half-precision weight gradient is one product over up
     to D rows, summed in float32 and rounded once; each further D rows add one such product in float32.

@@ -58,7 +58,7 @@ def linear_topk_logits(
         ValueError: Shapes that do not match, and what ``topk_logits`` raises.
         TypeError: Dtypes that are not supported or differ.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: the matrix product is torch's, in hidden's dtype; the rest as ``topk_logits``.
 
