@@ -16,10 +16,10 @@ from slimkernels.ops._slim_options import (
     pack_result,
     reduction_scale,
     resolve_options,
-    scale_gradient,
     scale_in_forward,
 )
 from slimkernels.ops._weight_gradient import WeightGradient
+from slimkernels.ops.scale_gradient import scale_gradients
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -225,7 +225,7 @@ def _backward(ctx, grad_loss: Tensor | None, *_unused):
     if grad_loss is None:
         return None, None, None, *absent
     if ctx.reduced:
-        gradients = [scale_gradient(g, grad_loss) for g in ctx.saved_tensors]
+        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss)
     else:
         hidden, weight, bias, target, *tensors = ctx.saved_tensors
         gradients = torch.ops.slimkernels.linear_slim_loss_fwd(

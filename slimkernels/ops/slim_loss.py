@@ -15,9 +15,9 @@ from slimkernels.ops._slim_options import (
     pack_result,
     reduction_scale,
     resolve_options,
-    scale_gradient,
     scale_in_forward,
 )
+from slimkernels.ops.scale_gradient import scale_gradients
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -190,7 +190,7 @@ def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
     if grad_loss is None:
         return None, *absent
     if ctx.reduced:
-        return scale_gradient(ctx.saved_tensors[0], grad_loss), *absent
+        return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), *absent
     logits, target, *tensors = ctx.saved_tensors
     scale = grad_loss.contiguous()
     return torch.ops.slimkernels.slim_loss_fwd(logits, target, scale, True, *tensors, *ctx.settings)[2], *absent
