@@ -134,7 +134,11 @@ def _generation_distance(one: str, other: str) -> float:
     """How far apart two architectures are; infinitely where their makers differ."""
     if one[:2] != other[:2]:
         return math.inf
-    return abs(int(one.split("_")[1]) - int(other.split("_")[1])) if one[:2] == "sm" else one != other
+    if one[:2] != "sm":
+        return one != other
+    one_version, other_version = int(one.removeprefix("sm_")), int(other.removeprefix("sm_"))
+    # sm_86 is nearer to sm_80 than to sm_90: the tens are the generation.
+    return abs(one_version // 10 - other_version // 10) + abs(one_version - other_version) / 1000
 
 
 @functools.cache
