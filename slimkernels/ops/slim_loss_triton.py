@@ -207,7 +207,8 @@ def slim_row(
         BLOCK_V,
     )
     # Far above the level exponentials overflow, and before that carry the rounding of their arguments.
-    if (total > 1e9) | (total_one > 1e9) | (level == float("-inf")):
+    sound = (total < 1e9) & (total_one < 1e9) & (level > float("-inf"))
+    if ~sound:
         level = highest_below(row_ptr, vocab_size, float("inf"), float("inf"), inner, SOFTCAP, ACC, BLOCK_V)
         level = tl.where(level == float("-inf"), 0.0, level)
         total, total_one, sum_y, gone = sum_row(
@@ -373,7 +374,7 @@ def store_stats(stats_ptr, num_rows, loss, ce, kd, weight, teacher_mass, student
 
 @triton.jit
 def fill_row(dlogits_ptr, vocab_size, value, BLOCK_V: tl.constexpr):
-    for begin in range(0, vocab_size, BLOCK_V):
+    for begin in tl.range(0, vocab_size, BLOCK_V, num_stages=3):
         v = begin + tl.arange(0, BLOCK_V)
         tl.store(dlogits_ptr + v, tl.zeros((BLOCK_V,), tl.float32) + value, mask=v < vocab_size)
 
@@ -399,7 +400,7 @@ def sum_row(
     one = tl.zeros((BLOCK_V,), ACC)
     y_sum = tl.zeros((BLOCK_V,), ACC)
     num_gone = tl.zeros((BLOCK_V,), tl.int32)
-    for begin in range(0, vocab_size, BLOCK_V):
+    for begin in tl.range(0, vocab_size, BLOCK_V, num_stages=3):
         v = begin + tl.arange(0, BLOCK_V)
         mask_v = v < vocab_size
         y = unit_logits(row_ptr, v, mask_v, inner, SOFTCAP, ACC, "evict_last")
@@ -426,7 +427,7 @@ def highest_below(
 ):
     """The largest y of a row that is at most ``cap`` and less than ``below``; -inf where there is none."""
     best = tl.full((BLOCK_V,), float("-inf"), ACC)
-    for begin in range(0, vocab_size, BLOCK_V):
+    for begin in tl.range(0, vocab_size, BLOCK_V, num_stages=3):
         v = begin + tl.arange(0, BLOCK_V)
         y = unit_logits(row_ptr, v, v < vocab_size, inner, SOFTCAP, ACC, "evict_last")
         best = tl.where((y <= cap) & (y < below) & (y > best), y, best)
@@ -448,7 +449,7 @@ def sum_row_up_to(
     """The exact sum of the exponentials of every y <= highest."""
     high = tl.full((BLOCK_V,), 1.0, ACC)
     low = tl.zeros((BLOCK_V,), ACC)
-    for begin in range(0, vocab_size, BLOCK_V):
+    for begin in tl.range(0, vocab_size, BLOCK_V, num_stages=3):
         v = begin + tl.arange(0, BLOCK_V)
         y = unit_logits(row_ptr, v, v < vocab_size, inner, SOFTCAP, ACC, "evict_last")
         high, low = add_exactly(high, low, tl.where(y <= highest, powers(y, level, exponent), 0.0))
@@ -724,7 +725,7 @@ def write_row(
     BLOCK_V: tl.constexpr,
 ):
     """The whole row as if it were outside S; what is inside may overflow and is overwritten."""
-    for begin in range(0, vocab_size, BLOCK_V):
+    for begin in tl.range(0, vocab_size, BLOCK_V, num_stages=3):
         v = begin + tl.arange(0, BLOCK_V)
         y = unit_logits(row_ptr, v, v < vocab_size, inner, SOFTCAP, ACC, "evict_first")
         dy = gradient_of(y, level, exponent, off_scale, exponent_one, one_scale, constant, TWO_TEMPERATURES, SOFTCAP)
@@ -816,6 +817,6 @@ def slim_loss_rows(
         SOFTCAP=softcap > 0,
         ACC=triton_util.row_scalar_dtype(logits.dtype),
         BLOCK_V=triton_util.block_of(settings, vocab_size),
-        BLOCK_K=triton_util.block_of(settings, top_k),
+        BLOCK_K=max(triton_util.block_of(settings, top_k) // 4, 16),
     )
     return 0
