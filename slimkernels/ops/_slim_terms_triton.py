@@ -7,6 +7,8 @@ import triton.language as tl
 
 from slimkernels.triton_util import double, expm1, log_add_exp
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def unit_logits(row_ptr, index, mask, inner, SOFTCAP: tl.constexpr, ACC: tl.constexpr, HINT: tl.constexpr):
@@ -42,7 +44,7 @@ def tanh(x):
 
 @triton.jit
 def powers(y, level, exponent):
-    """exp of (y - level) * exponent / log2(e), the same bits wherever it is called with the same values."""
+    """The exponential of (y - level) * exponent / log2(e), the same bits wherever it is called with the same values."""
     return tl.exp2((y - level) * exponent)
 
 
