@@ -200,6 +200,7 @@ define(
     "slim_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor(b!) stats, Tensor target, Tensor? row_scale,"
     f" {OPTIONS_SCHEMA}) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.slim_loss_triton",
 )
 define(
     f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"
