@@ -69,7 +69,7 @@ def topk_logits_kernel(
             guess = _guess_key(
                 row_ptr, vocab_size, found_ptr, lowest, sample_rank, sample_most, SAMPLE, ACC, BLOCK_V
             )
-            threshold = _value_of_key(guess, dtype).to(ACC)
+            threshold = _wide(_value_of_key(guess, dtype), ACC)
             found, below, below_second = _collect(
                 row_ptr,
                 vocab_size,
@@ -90,7 +90,7 @@ def topk_logits_kernel(
             low = tl.where(sufficient, guess, low)
 
         high = _largest_key(x_ptr, length, lowest, BLOCK_V)
-        level = _value_of_key(high, dtype).to(ACC)
+        level = _wide(_value_of_key(high, dtype), ACC)
         total = _sum_exp(x_ptr, length, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
             total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
@@ -146,7 +146,7 @@ def topk_logits_lse_kernel(
     row_ptr = logits_ptr + row * row_stride
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     high = _largest_key(row_ptr, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
-    level = _value_of_key(high, dtype).to(ACC)
+    level = _wide(_value_of_key(high, dtype), ACC)
     total = _sum_exp(row_ptr, vocab_size, level, inv_temperature, ACC, BLOCK_V)
     tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
 
@@ -156,7 +156,7 @@ def _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, A
     if target_ptr is not None:
         target = tl.load(target_ptr + row)
         inside = (target >= 0) & (target < vocab_size)
-        x = tl.load(row_ptr + target, mask=inside, other=0.0).to(ACC)
+        x = _wide(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
         tl.store(target_logit_ptr + row, tl.where(inside, x, float("nan")))
 
 
@@ -211,7 +211,7 @@ def _collect(
     for begin in range(0, vocab_size, BLOCK_V):
         v = begin + offs_v
         x = tl.load(row_ptr + v, mask=v < vocab_size, other=float("-inf"))
-        wide = x.to(ACC)
+        wide = _wide(x, ACC)
         reaches = (v < vocab_size) & _reaches(wide, threshold)
         counts = reaches.to(tl.int32)
         place = found + tl.cumsum(counts) - counts
@@ -248,11 +248,11 @@ def _select_key(x_ptr, length, low, high, rank, most, ACC: tl.constexpr, BLOCK_V
 @triton.jit
 def _count_reaching(x_ptr, length, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     offs_v = tl.arange(0, BLOCK_V)
-    threshold = _value_of_key(key, x_ptr.dtype.element_ty).to(ACC)
+    threshold = _wide(_value_of_key(key, x_ptr.dtype.element_ty), ACC)
     counts = tl.zeros((BLOCK_V,), tl.int32)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = tl.load(x_ptr + i, mask=i < length, other=float("-inf")).to(ACC)
+        x = _wide(tl.load(x_ptr + i, mask=i < length, other=float("-inf")), ACC)
         counts += (_reaches(x, threshold) & (i < length)).to(tl.int32)
     return tl.sum(counts)
 
@@ -274,7 +274,7 @@ def _sum_exp(x_ptr, length, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: 
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = tl.load(x_ptr + i, mask=i < length, other=float("-inf")).to(ACC)
+        x = _wide(tl.load(x_ptr + i, mask=i < length, other=float("-inf")), ACC)
         sums += _exp(x - level, inv_temperature, ACC)
     return tl.sum(sums.to(tl.float64))
 
@@ -297,6 +297,17 @@ def _exp(x, inv_temperature, ACC: tl.constexpr):
 def _reaches(x, threshold):
     """x >= threshold in the order of keys: a NaN reaches everything, and only a NaN reaches a NaN."""
     return (x >= threshold) | (x != x)
+
+
+@triton.jit
+def _wide(x, ACC: tl.constexpr):
+    """x.to(ACC), exactly: the interpreter of Triton 3.9 loses denormals of bfloat16."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        wide = bits.to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(ACC)
+    return wide
 
 
 @triton.jit
