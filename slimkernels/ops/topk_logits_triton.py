@@ -62,6 +62,7 @@ def topk_logits_kernel(
         # What the rest is selected from: (length,) entries, none of which is below the key low.
         x_ptr = row_ptr
         length = vocab_size + tl.zeros((), tl.int32)
+        readable = length
         low = lowest
         if SAMPLE > 0:
             found_ptr = scratch_values_ptr + tl.program_id(0).to(tl.int64) * capacity
@@ -87,21 +88,22 @@ def topk_logits_kernel(
             sufficient = (found >= top_k) & (found <= capacity)
             x_ptr = tl.where(sufficient, found_ptr, row_ptr)
             length = tl.where(sufficient, found, length)
+            readable = tl.where(sufficient, (found + 15) // 16 * 16, readable)
             low = tl.where(sufficient, guess, low)
 
-        high = _largest_key(x_ptr, length, lowest, BLOCK_V)
+        high = _largest_key(x_ptr, length, readable, lowest, BLOCK_V)
         level = _wide(_value_of_key(high, dtype), ACC)
-        total = _sum_exp(x_ptr, length, level, inv_temperature, ACC, BLOCK_V)
+        total = _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
             total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
         tl.store(lse_ptr + far_row * num_temperatures, _log_sum_exp(level, total, inv_temperature))
         if TWO:
-            total = _sum_exp(x_ptr, length, level, inv_second, ACC, BLOCK_V)
+            total = _sum_exp(x_ptr, length, readable, level, inv_second, ACC, BLOCK_V)
             if SAMPLE > 0:
                 total += tl.where(sufficient, below_second * _exp(threshold - level, inv_second, ACC), 0.0)
             tl.store(lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
 
-        kth, reaching, above = _select_key(x_ptr, length, low, high, top_k, top_k, ACC, BLOCK_V)
+        kth, reaching, above = _select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
         # Where the bisection stopped at exactly K, all that equal the key are among them.
         ties = tl.where(reaching == top_k, top_k, top_k - above)
         kept = 0
@@ -109,10 +111,11 @@ def topk_logits_kernel(
         for begin in range(0, length, BLOCK_V):
             i = begin + offs_v
             mask = i < length
-            x = tl.load(x_ptr + i, mask=mask, other=0.0)
+            x = _load(x_ptr, i, length, readable)
             ids = i
             if SAMPLE > 0:
-                ids = tl.where(sufficient, tl.load(found_ids_ptr + i, mask=mask & sufficient, other=0), i)
+                candidate_ids = tl.load(found_ids_ptr + i, mask=(i < readable) & sufficient, other=0)
+                ids = tl.where(sufficient, candidate_ids, i)
             keys = order_keys(x)
             larger = mask & (keys > kth)
             tied = mask & (keys == kth)
@@ -145,9 +148,9 @@ def topk_logits_lse_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    high = _largest_key(row_ptr, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
+    high = _largest_key(row_ptr, vocab_size, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
     level = _wide(_value_of_key(high, dtype), ACC)
-    total = _sum_exp(row_ptr, vocab_size, level, inv_temperature, ACC, BLOCK_V)
+    total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
     tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
 
 
@@ -180,8 +183,8 @@ def _guess_key(
         x = tl.load(row_ptr + (i // _RUN) * stride + i % _RUN, mask=i < SAMPLE, other=0.0)
         tl.store(scratch_ptr + i, x, mask=i < SAMPLE)
     tl.debug_barrier()  # threads read what others sampled
-    high = _largest_key(scratch_ptr, SAMPLE, lowest, BLOCK_V)
-    key, _, _ = _select_key(scratch_ptr, SAMPLE, lowest, high, rank, most, ACC, BLOCK_V)
+    high = _largest_key(scratch_ptr, SAMPLE, SAMPLE, lowest, BLOCK_V)
+    key, _, _ = _select_key(scratch_ptr, SAMPLE, SAMPLE, lowest, high, rank, most, ACC, BLOCK_V)
     tl.debug_barrier()  # the scratch is overwritten
     return key
 
@@ -226,7 +229,7 @@ def _collect(
 
 
 @triton.jit
-def _select_key(x_ptr, length, low, high, rank, most, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+def _select_key(x_ptr, length, readable, low, high, rank, most, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     """Bisects [low, high] for the key of the rank-th largest, or one that at most ``most`` >= rank entries reach.
 
     Stopping there saves half of the steps where the values differ. Returns the key, how many entries reach it, and, if
@@ -236,7 +239,7 @@ def _select_key(x_ptr, length, low, high, rank, most, ACC: tl.constexpr, BLOCK_V
     above = tl.zeros((), tl.int32)
     while (low < high) & (reaching > most):
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        count = _count_reaching(x_ptr, length, middle, ACC, BLOCK_V)
+        count = _count_reaching(x_ptr, length, readable, middle, ACC, BLOCK_V)
         enough = count >= rank
         low = tl.where(enough, middle, low)
         reaching = tl.where(enough, count, reaching)
@@ -246,35 +249,45 @@ def _select_key(x_ptr, length, low, high, rank, most, ACC: tl.constexpr, BLOCK_V
 
 
 @triton.jit
-def _count_reaching(x_ptr, length, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+def _count_reaching(x_ptr, length, readable, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     offs_v = tl.arange(0, BLOCK_V)
     threshold = _wide(_value_of_key(key, x_ptr.dtype.element_ty), ACC)
     counts = tl.zeros((BLOCK_V,), tl.int32)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = _wide(tl.load(x_ptr + i, mask=i < length, other=float("-inf")), ACC)
+        x = _wide(_load(x_ptr, i, length, readable), ACC)
         counts += (_reaches(x, threshold) & (i < length)).to(tl.int32)
     return tl.sum(counts)
 
 
 @triton.jit
-def _largest_key(x_ptr, length, lowest, BLOCK_V: tl.constexpr):
+def _largest_key(x_ptr, length, readable, lowest, BLOCK_V: tl.constexpr):
     offs_v = tl.arange(0, BLOCK_V)
     largest = tl.zeros((BLOCK_V,), lowest.dtype) + lowest
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        largest = tl.maximum(largest, order_keys(tl.load(x_ptr + i, mask=i < length, other=float("-inf"))))
+        largest = tl.maximum(largest, order_keys(_load(x_ptr, i, length, readable)))
     return tl.max(largest)
 
 
 @triton.jit
-def _sum_exp(x_ptr, length, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+def _load(x_ptr, i, length, readable):
+    """Entries of which there are ``length``, -inf for others; memory is read up to ``readable``.
+
+    Vectors are loaded only where the end of what may be read is known to be a multiple of them.
+    """
+    x = tl.load(x_ptr + i, mask=i < readable, other=float("-inf"))
+    return tl.where(i < length, x, float("-inf"))
+
+
+@triton.jit
+def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     """The sum of exp((x - level) / T), float64, of a level that no x exceeds."""
     offs_v = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = _wide(tl.load(x_ptr + i, mask=i < length, other=float("-inf")), ACC)
+        x = _wide(_load(x_ptr, i, length, readable), ACC)
         sums += _exp(x - level, inv_temperature, ACC)
     return tl.sum(sums.to(tl.float64))
 
