@@ -31,7 +31,8 @@ def order_keys(x):
         keys = bits ^ ((bits >> 31) & 0x7FFF)
         largest = 0x7FFF
     wide = x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
-    return tl.where(wide != wide, largest, tl.where(wide == 0, 0, keys))
+    # Only -0.0 has the key -1. Compared as floats, denormals may count as zeros.
+    return tl.where(wide != wide, largest, tl.where(keys == -1, 0, keys))
 
 
 @triton.jit

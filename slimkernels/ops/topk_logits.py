@@ -128,6 +128,7 @@ define(
     "topk_logits_rows(Tensor logits, int top_k, Tensor? target, float[] temperatures, Tensor(a!) values,"
     " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!)? target_logit) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.topk_logits_triton",
 )
 define(
     "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"
