@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.case import OURS, Case, five_per_cent
-from bench.cases import sample_case, slim_loss_case, topk_case
+from bench.cases import slim_loss_case, topk_case
 from bench.clock import CudaClock
 from bench.machine import ROOT
 from slimkernels import triton_util
@@ -39,7 +39,6 @@ def cases() -> list[Case]:
             found += [
                 topk_case(num_rows, vocab_size, kept, dtype, sweep="V"),
                 slim_loss_case(num_rows, vocab_size, kept, dtype, sweep="V"),
-                sample_case(512, vocab_size, 40, dtype, sweep="V"),
             ]
     return found
 

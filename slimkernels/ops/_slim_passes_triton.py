@@ -201,7 +201,7 @@ def sum_kept(
     ACC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums over S: both exponentials at T, the student's finite y and -inf, entries that are the label and its logit."""
+    """Sums over S: both exponentials at T, the student's finite y and -inf, the label's entries and logit."""
     student = tl.full((), 0.0, tl.float64)
     teacher = tl.full((), 0.0, tl.float64)
     y_sum = tl.full((), 0.0, tl.float64)

@@ -99,8 +99,9 @@ def slim_loss(
             rest and divergence, a temperature not captured, an option out of its range.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x backward x deterministic; a row's result does not depend
-    on the rows beside it.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
+    whatever rows are beside it. On CUDA the host does not wait, so a row with a
+    label or an id outside the vocabulary raises nothing there: its results and its gradient are NaN.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.

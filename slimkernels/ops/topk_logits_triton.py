@@ -67,9 +67,7 @@ def topk_logits_kernel(
         if SAMPLE > 0:
             found_ptr = scratch_values_ptr + tl.program_id(0).to(tl.int64) * capacity
             found_ids_ptr = scratch_ids_ptr + tl.program_id(0).to(tl.int64) * capacity
-            guess = _guess_key(
-                row_ptr, vocab_size, found_ptr, lowest, sample_rank, sample_most, SAMPLE, ACC, BLOCK_V
-            )
+            guess = _guess_key(row_ptr, vocab_size, found_ptr, lowest, sample_rank, sample_most, SAMPLE, ACC, BLOCK_V)
             threshold = _wide(_value_of_key(guess, dtype), ACC)
             found, below, below_second = _collect(
                 row_ptr,
@@ -90,6 +88,7 @@ def topk_logits_kernel(
             length = tl.where(sufficient, found, length)
             readable = tl.where(sufficient, (found + 15) // 16 * 16, readable)
             low = tl.where(sufficient, guess, low)
+            readable_ids = tl.where(sufficient, readable, 0)
 
         high = _largest_key(x_ptr, length, readable, lowest, BLOCK_V)
         level = _wide(_value_of_key(high, dtype), ACC)
@@ -114,7 +113,7 @@ def topk_logits_kernel(
             x = _load(x_ptr, i, length, readable)
             ids = i
             if SAMPLE > 0:
-                candidate_ids = tl.load(found_ids_ptr + i, mask=(i < readable) & sufficient, other=0)
+                candidate_ids = tl.load(found_ids_ptr + i, mask=i < readable_ids, other=0)
                 ids = tl.where(sufficient, candidate_ids, i)
             keys = order_keys(x)
             larger = mask & (keys > kth)
@@ -308,7 +307,7 @@ def _exp(x, inv_temperature, ACC: tl.constexpr):
 
 @triton.jit
 def _reaches(x, threshold):
-    """x >= threshold in the order of keys: a NaN reaches everything, and only a NaN reaches a NaN."""
+    """Whether x >= threshold in the order of keys: a NaN reaches everything, and only a NaN reaches a NaN."""
     return (x >= threshold) | (x != x)
 
 
