@@ -230,9 +230,8 @@ def test_bench_table_check_finds_another_number(tmp_path):
     (tmp_path / "cpu.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row("peer", 6.0)) + "\n")
     (tmp_path / "demo.jsonl").write_bytes((ROOT / "bench/results/demo.jsonl").read_bytes())
     readme = tmp_path / "README.md"
-    readme.write_text(
-        "<!-- ops:begin --><!-- ops:end --><!-- bench:begin --><!-- bench:end -->\n<!-- demo:begin --><!-- demo:end -->\n"
-    )
+    blocks = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in ("ops", "bench", "demo"))
+    readme.write_text("\n".join(blocks))
     command = [sys.executable, "-m", "bench.table", "--results", str(tmp_path), "--readme", str(readme)]
     subprocess.run(command, cwd=ROOT, check=True)
     assert "| 3.0x |" in readme.read_text()
