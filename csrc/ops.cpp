@@ -295,9 +295,10 @@ int64_t decode_logits_rows_cpu(Tensor id_words, Tensor values, OptionalTensor af
       static_cast<const uint32_t*>(data_of(id_words, ScalarType::Int, num_rows * args.num_words, "id_words"));
   args.values = data_of(values, values.scalar_type(), num_rows * top_k, "values");
   args.affine = static_cast<const float*>(data_of(affine, ScalarType::Float, 2 * num_rows, "affine"));
+  STD_TORCH_CHECK((values.scalar_type() == ScalarType::Byte) == affine.has_value(),
+                  "affine must be given with uint8 values, and with no others");
   switch (values.scalar_type()) {
     case ScalarType::Byte:
-      STD_TORCH_CHECK(args.affine != nullptr, "affine must be given with uint8 values");
       args.decode = decode_values<uint8_t>;
       break;
     case ScalarType::BFloat16:

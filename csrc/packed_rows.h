@@ -1,4 +1,4 @@
-// The CPU kernel of decode_logits: rows of a store, side by side and padded to one width (slimkernels/packed_logits.py).
+// The CPU kernel of decode_logits: rows of a store side by side, padded to one width (slimkernels/packed_logits.py).
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ inline float logit_of(uint8_t value, const float* affine) { return affine[1] + a
 template <class Value>
 void decode_values(const DecodeLogitsArgs& args, int64_t row, int64_t count) {
   const Value* values = static_cast<const Value*>(args.values) + row * args.top_k;
-  const float* affine = args.affine + 2 * row;
+  const float* affine = args.affine == nullptr ? nullptr : args.affine + 2 * row;
   float* logits = args.logits + row * args.top_k;
   for (int64_t k = 0; k < count; ++k) logits[k] = logit_of(values[k], affine);
 }

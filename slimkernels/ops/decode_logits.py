@@ -19,8 +19,8 @@ def decode_logits(packed: PackedLogits) -> SparseLogits:
         ids = ((bits - torch.arange(top_k)) << low_bits) | low
         logits = zero + scale * values.float()
 
-    A row of K = 1600 ids out of 32000 takes 2.9 KB packed and 12.8 KB decoded, so packed rows are what a batch copies to
-    a GPU.
+    A row of K = 1600 ids out of 32000 takes 2.9 KB packed and 12.8 KB decoded, so packed rows are what a batch copies
+    to a GPU.
 
     Args:
         packed: N rows, of ``Store.packed`` or ``PackedLogits.cat``, on the device that is to hold the result.
