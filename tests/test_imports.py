@@ -34,9 +34,7 @@ class Room(NamedTuple):
 
 
 _RECORDS = (f"{PACKAGE}.sparse_logits", f"{PACKAGE}.packed_logits")
-_FOUNDATION = tuple(
-    f"{PACKAGE}.{name}" for name in ("sparse_logits", "packed_logits", "_checks", "_library", "ops", "ops.*")
-)
+_FOUNDATION = (*_RECORDS, *(f"{PACKAGE}.{name}" for name in ("_checks", "_library", "ops", "ops.*")))
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",

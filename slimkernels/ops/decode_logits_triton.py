@@ -61,13 +61,22 @@ def decode_logits_kernel(
 
     for begin in range(0, top_k, BLOCK):
         k = begin + offs
-        logits = tl.load(values_ptr + k, mask=k < count, other=0).to(tl.float32)
+        logits = as_float32(tl.load(values_ptr + k, mask=k < count, other=0))
         if affine_ptr is not None:
             logits = tl.load(affine_ptr + 2 * row + 1) + tl.load(affine_ptr + 2 * row) * logits
         logits = tl.where(k < count, logits, 0.0)
         # No host reads what is wrong with a row.
         tl.store(logits_ptr + k, tl.where(broken, float("nan"), logits), mask=k < top_k)
-        tl.store(ids_ptr + k, BROKEN_ID, mask=broken & (k < top_k))
+        tl.store(ids_ptr + k, BROKEN_ID, mask=k < tl.where(broken, top_k, 0))
+
+
+@triton.jit
+def as_float32(values):
+    """Exactly, bfloat16 denormals included, which the interpreter takes for 0."""
+    if values.dtype == tl.bfloat16:
+        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.float32)
 
 
 @triton.jit
@@ -113,10 +122,10 @@ def scatter_ids(
 
 @triton.jit
 def low_field(words_ptr, j, low_bits, mask):
-    """The j-th field of ``low_bits`` bits, which lies in one word or two."""
+    """The j-th field of ``low_bits`` bits, which lies in one word or two; 0 where it has none."""
     begin = j * low_bits
     offset = (begin & 31).to(tl.uint32)
-    word = tl.load(words_ptr + (begin >> 5), mask=mask & (low_bits > 0), other=0).to(tl.uint32, bitcast=True)
+    word = tl.load(words_ptr + (begin >> 5), mask=mask, other=0).to(tl.uint32, bitcast=True)
     straddles = offset + low_bits > 32
     following = tl.load(words_ptr + (begin >> 5) + 1, mask=mask & straddles, other=0).to(tl.uint32, bitcast=True)
     # In two steps, because a shift by 32 has no meaning.
