@@ -301,7 +301,9 @@ def test_decode_logits_feeds_the_ops():
     problem = random_problem(5, 301, 17)
     teacher = problem.teacher
     packed = pack(teacher.ids.tolist(), 301, "float32")
-    packed = dataclasses.replace(packed, values=teacher.logits.float(), lse=teacher.lse, target_logit=teacher.target_logit)
+    packed = dataclasses.replace(
+        packed, values=teacher.logits.float(), lse=teacher.lse, target_logit=teacher.target_logit
+    )
     options = {"target": problem.target, "divergence": "forward_kl"}
     expected = sk.slim_loss(problem.logits, teacher=teacher, **options)
     assert_same_bits(sk.slim_loss(problem.logits, teacher=sk.decode_logits(packed), **options), expected)

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OPS = [
+    "decode_logits",
     "topk_logits",
     "linear_topk_logits",
     "sparse_softmax",

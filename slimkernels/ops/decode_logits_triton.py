@@ -75,8 +75,7 @@ def as_float32(values):
     """Exactly, bfloat16 denormals included, which the interpreter takes for 0."""
     if values.dtype == tl.bfloat16:
         return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return values.to(tl.float32)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -153,6 +152,7 @@ def decode_logits_rows(
 ) -> int:
     """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, top_k = values.shape
+    # What decides is the number of entries, which stands where other ops have their vocabulary.
     settings = triton_util.launch_settings("decode_logits", logits)
     triton_util.launch(
         decode_logits_kernel,
