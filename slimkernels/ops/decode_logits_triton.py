@@ -74,8 +74,10 @@ def decode_logits_kernel(
 def as_float32(values):
     """Exactly, bfloat16 denormals included, which the interpreter takes for 0."""
     if values.dtype == tl.bfloat16:
-        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return values.to(tl.float32)
+        wide = (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = values.to(tl.float32)
+    return wide
 
 
 @triton.jit

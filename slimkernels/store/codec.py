@@ -246,7 +246,7 @@ class PackedRows:
 
     Attributes:
         id_words: (R, W) uint32.
-        values: (R, K * value bytes) uint8.
+        values: (R, K) unsigned integers of the codec's width, the bits of the values.
         counts: (R,) int32, or None where every row keeps K entries.
     """
 
@@ -259,27 +259,26 @@ def packed_rows(
     *, vocab_size: int, codec: str, top_k: int | None, first_row: int, num_rows: int, arrays: dict[str, np.ndarray]
 ) -> PackedRows:
     """Copies rows out of a shard; the arguments are those of ``decode_rows``, which must have checked the rows."""
-    value_bytes = VALUE_BITS[codec] // 8
     last_row = first_row + num_rows
+    values = arrays["values"].view(f"<u{VALUE_BITS[codec] // 8}")
     if top_k is not None:
-        words, size = row_words(vocab_size, top_k), top_k * value_bytes
+        words = row_words(vocab_size, top_k)
         return PackedRows(
             id_words=arrays["id_words"].reshape(-1, words)[first_row:last_row].copy(),
-            values=arrays["values"].reshape(-1, size)[first_row:last_row].copy(),
+            values=values.reshape(-1, top_k)[first_row:last_row].copy(),
             counts=None,
         )
     entry_offsets = arrays["entry_offsets"][first_row : last_row + 1]
-    word_offsets = arrays["id_word_offsets"][first_row : last_row + 1]
     return PackedRows(
-        id_words=_padded(arrays["id_words"], word_offsets),
-        values=_padded(arrays["values"], entry_offsets * value_bytes, least_width=value_bytes),
+        id_words=_padded(arrays["id_words"], arrays["id_word_offsets"][first_row : last_row + 1]),
+        values=_padded(values, entry_offsets),
         counts=np.diff(entry_offsets).astype(np.int32),
     )
 
 
-def _padded(flat: np.ndarray, offsets: np.ndarray, least_width: int = 1) -> np.ndarray:
-    """Ragged rows [offsets[r], offsets[r + 1]) of ``flat`` to (R, width of the widest), padded with 0."""
+def _padded(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Ragged rows [offsets[r], offsets[r + 1]) of ``flat`` to (R, width of the widest, at least 1), padded with 0."""
     sizes = np.diff(offsets)
-    rows = np.zeros((len(sizes), sizes.max(initial=least_width)), flat.dtype)
+    rows = np.zeros((len(sizes), sizes.max(initial=1)), flat.dtype)
     rows[np.arange(rows.shape[1]) < sizes[:, None]] = flat[offsets[0] : offsets[-1]]
     return rows

@@ -191,11 +191,10 @@ class Shard:
         for begin in range(start, stop, _CHECKED_ROWS):
             self.teacher(begin, min(begin + _CHECKED_ROWS, stop), index)
         rows = packed_rows(**self._rows(start, stop))
-        values = torch.from_numpy(rows.values).view(_VALUE_DTYPES[self.settings.codec])
         affine = self.arrays["affine"][start:stop].copy() if self.settings.codec == "affine8" else None
         return PackedLogits(
             id_words=torch.from_numpy(rows.id_words.view(np.int32)),
-            values=values,
+            values=torch.from_numpy(rows.values).view(_VALUE_DTYPES[self.settings.codec]),
             affine=None if affine is None else torch.from_numpy(affine),
             counts=None if rows.counts is None else torch.from_numpy(rows.counts),
             vocab_size=self.settings.vocab_size,
