@@ -194,6 +194,7 @@ def test_decode_logits_of_hostile_words(data):
         ([0x5E, 0x93], True),
         ([0x5E, 0x13], False),  # a bit too few
         ([0x5E, 0x97], False),  # a bit too many
+        ([0x5E, 0x193], False),  # one after the last
         ([0x5E, 0x93 | 1 << 9], False),  # one past the bitmap's end
         ([0x5E, 0x13 | 1 << 9], False),  # as many as there should be, one of them there
         ([0x5E | 1 << 8, 0x93], False),  # a bit past the low part's end
@@ -208,6 +209,38 @@ def test_decode_logits_of_broken_rows(words, decoded):
     values = torch.ones(2, 4)
     packed = PackedLogits(int32([[0x5E, 0x93], words]), values, torch.zeros(2, 1), 20)
     assert assert_as_the_oracle(packed) == [True, decoded]
+
+
+def test_decode_logits_of_a_missing_id_whose_place_holds_one():
+    ids, logits = torch.tensor([[0, 0, 0, 17]], dtype=torch.int32), torch.zeros(1, 4)
+    row = int32([[0x5E, 0x13]]), torch.ones(1, 4), None, None, 20
+    fault = torch.ops.slimkernels.decode_logits_rows(*row, ids, logits)
+    assert fault == 2 or ids.tolist() == [[-2] * 4]
+
+
+def test_decode_logits_of_counts_that_do_not_fit():
+    packed = pack([[5], [6, 7], [1, 2, 3, 4, 9]], 20, "affine8")
+    assert assert_as_the_oracle(packed) == [True] * 3
+    # The last row, so that what is written past it stays to be seen.
+    assert assert_as_the_oracle(dataclasses.replace(packed, values=packed.values[:, :4])) == [True, True, False]
+    # Of bits that are all 0, as many are set as there are entries.
+    packed.id_words[:2] = 0
+    packed.counts[:2] = torch.tensor([0, -1])
+    assert assert_as_the_oracle(packed) == [False, False, True]
+
+
+def test_decode_logits_of_a_row_that_would_end_in_the_next():
+    # The fifth word of the first row is the first of the second.
+    words = int32([[0, 0, 0x55555555, 0x55555555], [1, 0, 0, 0]])
+    counts = torch.full((2,), 33, dtype=torch.int32)
+    packed = PackedLogits(words, torch.ones(2, 33), torch.zeros(2, 1), 66, counts=counts)
+    assert assert_as_the_oracle(packed) == [False, False]
+
+
+def test_decode_logits_of_a_bit_that_wraps():
+    # l = 30 and 3 bits of bitmap: bit 4 would be the id 4 * 2^30 + 5, which is 5 in 32 bits.
+    packed = PackedLogits(int32([[5, 1], [5, 1 << 4]]), torch.ones(2, 1), torch.zeros(2, 1), 2**31 - 1)
+    assert assert_as_the_oracle(packed) == [True, False]
 
 
 def test_decode_logits_refuses_by_order_where_every_high_part_is_its_own():
