@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class PackedLogits:
             raise ValueError("either every part or no part may have a target_logit")
         uniform = all(part.counts is None and part.top_k == parts[0].top_k for part in parts)
 
-        def join(field: str) -> Tensor | None:
+        def join(field: str) -> Any:
             tensors = [getattr(part, field) for part in parts]
             if tensors[0] is None:
                 return None

@@ -65,7 +65,7 @@ def decode_logits_kernel(
         if affine_ptr is not None:
             logits = tl.load(affine_ptr + 2 * row + 1) + tl.load(affine_ptr + 2 * row) * logits
         logits = tl.where(k < count, logits, 0.0)
-        # No host reads what is wrong with a row.
+        # No host reads what is wrong with a row. That it is broken is known only when all of its ids have been read.
         tl.store(logits_ptr + k, tl.where(broken, float("nan"), logits), mask=k < top_k)
         tl.store(ids_ptr + k, BROKEN_ID, mask=k < tl.where(broken, top_k, 0))
 
