@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import slimkernels as sk
+from bench.ops_table import OPS as TABLE_OPS
+from bench.ops_table import support_of
 
 ROOT = Path(__file__).parent.parent
 OPS = [
@@ -55,3 +60,41 @@ def test_docs_readme_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def call(op: str, dtype: torch.dtype) -> torch.Tensor:
+    """Something that a call of the op returns, and that has a gradient where there is one."""
+    logits = torch.zeros(2, 8, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(8, 8, dtype=dtype, requires_grad=True)
+    target = torch.tensor([1, 2])
+    teacher = sk.topk_logits(torch.zeros(2, 8, dtype=dtype), 2, target=target)
+    calls = {
+        "topk_logits": lambda: sk.topk_logits(logits, 2).logits,
+        "linear_topk_logits": lambda: sk.linear_topk_logits(logits, weight, 2).logits,
+        "sparse_softmax": lambda: sk.sparse_softmax(sk.topk_logits(logits, 2)).logprobs,
+        "slim_loss": lambda: sk.slim_loss(logits, target, teacher).loss,
+        "linear_slim_loss": lambda: sk.linear_slim_loss(logits, weight, target, teacher).loss,
+        "sample_logits": lambda: sk.sample_logits(logits, seed=0, position=0).logprob,
+        "sample_distinct": lambda: sk.sample_distinct(logits, 2, seed=0, position=0).logprob,
+        "sample_targets": lambda: sk.sample_targets(logits, 2, 0, position=0).logits,
+    }
+    return calls[op]()
+
+
+ROW_OPERATORS = {
+    "linear_topk_logits": "topk_logits",
+    "linear_slim_loss": "slim_loss",
+    "sample_distinct": "sample_logits",
+}
+
+
+@pytest.mark.parametrize("op", TABLE_OPS)
+def test_docs_ops_table_is_true(op):
+    support = support_of(op)
+    operator = f"slimkernels::{ROW_OPERATORS.get(op, op)}_rows"
+    registered = [
+        device for device in ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
+    ]
+    assert list(support.devices) == registered
+    for name in support.dtypes:
+        assert call(op, getattr(torch, name)).requires_grad == (support.backward != "no")
