@@ -17,6 +17,7 @@ OPS = (
     "sample_logits",
     "sample_distinct",
     "sample_targets",
+    "decode_logits",
 )
 _SUPPORTS = re.compile(
     r"Supports: (?P<devices>[\w ]+) x \((?P<dtypes>[^)]*)\) x (?P<backward>no backward|backward(?: \([^)]*\))?) x"

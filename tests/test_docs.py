@@ -55,6 +55,11 @@ def test_docs_readme_commands_exist():
 
 def call(op: str, dtype: torch.dtype) -> torch.Tensor:
     """Something that a call of the op returns, and that has a gradient where there is one."""
+    if op == "decode_logits":  # uint8 is a dtype of its alone, and of no logits
+        words = torch.tensor([[0x5E, 0x93]], dtype=torch.int32)
+        affine = torch.ones(1, 2) if dtype == torch.uint8 else None
+        packed = sk.PackedLogits(words, torch.ones(1, 4).to(dtype), torch.ones(1, 1), vocab_size=20, affine=affine)
+        return sk.decode_logits(packed).logits
     logits = torch.zeros(2, 8, dtype=dtype, requires_grad=True)
     weight = torch.zeros(8, 8, dtype=dtype, requires_grad=True)
     target = torch.tensor([1, 2])

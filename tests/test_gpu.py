@@ -18,6 +18,7 @@ OP_TESTS = (
     "test_topk_logits.py",
     "test_sparse_softmax.py",
     "test_slim_loss.py",
+    "test_decode_logits.py",
 )
 
 pytestmark = pytest.mark.gpu
