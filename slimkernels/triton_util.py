@@ -106,6 +106,11 @@ def launch(kernel: Callable, num_programs: int, settings: Launch, like: torch.Te
         kernel[(num_programs,)](*arguments, **constants, num_warps=settings.num_warps, enable_fp_fusion=True)
 
 
+def num_processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; the interpreter stands for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def row_scalar_dtype(dtype: torch.dtype) -> tl.dtype:
     """What a kernel sums and reports in, as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -201,6 +201,7 @@ define(
     f"sample_logits_rows({_OPTIONS}, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) truncated_logprob,"
     " Tensor(d!) entropy) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.sample_logits_triton",
 )
 define(
     f"sample_logits({_OPTIONS}) -> (Tensor token, Tensor logprob, Tensor truncated_logprob, Tensor entropy)",
