@@ -41,11 +41,11 @@ def assert_targets_match(logits, rounds, seed, **options) -> None:
 def test_sample_targets_hand_worked():
     # Only id 1 can be drawn, then only ids 0 and 2, and equally often.
     logits = torch.tensor([[-INF, 3.0, -INF], [2.0, -INF, 2.0]])
-    sparse = sk.sample_targets(logits, 1000, 0, position=torch.arange(2), target=torch.tensor([1, -1]))
+    sparse = sk.sample_targets(logits, 400, 0, position=torch.arange(2), target=torch.tensor([1, -1]))
     assert sparse.ids.tolist() == [[1, -1, -1], [0, 2, -1]]
     share = sparse.logits.exp()
     assert share[0, 0] == 1.0
-    assert abs(share[1, 0] - 0.5) < 4 * math.sqrt(0.25 / 1000)
+    assert abs(share[1, 0] - 0.5) < 4 * math.sqrt(0.25 / 400)
     assert share[1, :2].sum() == pytest.approx(1.0)
     torch.testing.assert_close(sparse.target_logit, torch.tensor([0.0, NAN]), equal_nan=True)
 
@@ -178,7 +178,12 @@ def test_sample_targets_has_no_gradient():
         (ValueError, "seed must fit into 64 bits", {"seed": -(2**63) - 1}),
         (TypeError, "seed must have dtype torch.int64", {"seed": torch.zeros(2)}),
         (ValueError, r"position must .* shape \(2,\)", {"position": torch.arange(3)}),
-        (ValueError, r"target\[1\] must be a label in \[0, V\)", {"target": torch.tensor([0, 5])}),
+        pytest.param(
+            ValueError,
+            r"target\[1\] must be a label in \[0, V\)",
+            {"target": torch.tensor([0, 5])},
+            marks=pytest.mark.cpu_kernels,
+        ),
         (ValueError, "target must have shape", {"target": torch.tensor([0])}),
         (TypeError, "target must have dtype", {"target": torch.zeros(2)}),
         (TypeError, "logits must be float32", {"logits": torch.zeros(2, 5, dtype=torch.int64)}),
