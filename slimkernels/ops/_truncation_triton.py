@@ -45,23 +45,29 @@ def truncate(
     if min_p > 0:
         least_min_p = min_p_key(min_p, lowest, highest, top, temperature, ACC, X)
 
-    least = least_min_p
+    # A lower bound of what is kept: certain, or a guess.
+    certain = least_min_p
+    least = certain
     if vocab_size > BLOCK:
         if top_k > 0:
+            certain = lowest
             if top_k <= LANES:
                 # As many lanes as that have something at least as large. Whatever min-p drops of it counts for top-p.
-                least = lowest_key_under(
+                certain = lowest_key_under(
                     lanes_max_ptr, LANES, lowest, highest, top_k.to(tl.float64), top, inv_temperature, False, ACC, BLOCK
                 )
-            else:
-                least = lowest
+            least = certain
         elif top_p < 1:
-            guess = sampled_key(
-                row_ptr, vocab_size, values_ptr, highest, (1 - top_p) * total, top, inv_temperature, ACC, BLOCK
-            )
-            least = tl.maximum(least, guess)
+            allowed = (1 - top_p) * total
+            # What has less than this has less than what may go, even if it is nearly the whole row.
+            mass = 0.999 * allowed / vocab_size
+            value = tl.maximum(top + temperature * tl.log(mass), value_of(lowest, X).to(ACC).to(tl.float64))
+            certain = tl.maximum(certain, key_of(value, X) - 2)
+            guess = sampled_key(row_ptr, vocab_size, values_ptr, highest, allowed, top, inv_temperature, ACC, BLOCK)
+            least = tl.maximum(certain, guess)
     found = -1
-    if (vocab_size > BLOCK) & (least > lowest):
+    searching = (vocab_size > BLOCK) & (least > lowest)
+    while searching:
         found = collect_candidates(
             row_ptr,
             vocab_size,
@@ -75,13 +81,16 @@ def truncate(
             GROUP,
             BLOCK,
         )
+        searching = False
         if found > capacity:
             found = -1
-        elif (top_k == 0) & (top_p < 1) & (least > least_min_p):
-            # The sample may have misled; the margin is more than sums in another order differ by.
+        elif least > certain:
+            # The margin is more than sums in another order differ by.
             mass = amount_above(values_ptr, found, least - 1, top, inv_temperature, True, ACC, BLOCK)
             if not (mass > (1 + 1e-5) * top_p * total):
                 found = -1
+                least = certain
+                searching = True
     if found < 0:
         least = lowest
 
@@ -136,16 +145,17 @@ def amount_above(
 ):
     """How many values lie above a key, or their sum of exp((z - top) / T); float64."""
     offs = tl.arange(0, BLOCK)
-    amount = tl.full((), 0.0, tl.float64)
+    # Threads wait for each other once, at the end.
+    amounts = tl.zeros((BLOCK,), ACC if BY_MASS else tl.int32)
     for begin in range(0, num_values, BLOCK):
         z = tl.load(values_ptr + begin + offs, mask=begin + offs < num_values, other=float("-inf"))
         above = order_keys(z) > key
         if BY_MASS:
             masses = tl.exp((z.to(ACC) - top.to(ACC)) * inv_temperature.to(ACC))
-            amount += tl.sum(tl.where(above, masses, 0.0)).to(tl.float64)
+            amounts += tl.where(above, masses, 0.0)
         else:
-            amount += tl.sum(above.to(tl.int32)).to(tl.float64)
-    return amount
+            amounts += above.to(tl.int32)
+    return tl.sum(amounts.to(tl.float64))
 
 
 @triton.jit
@@ -176,7 +186,7 @@ def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl
     low = lowest - 1
     high = highest
     # A few keys around the estimate are enough, where it is right.
-    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of(lowest, X).to(tl.float64)), X)
+    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of(lowest, X).to(ACC).to(tl.float64)), X)
     below = tl.maximum(estimate - 4, low)
     if not reaches(below, min_p, lowest, top, temperature, X):
         low = below
@@ -224,7 +234,7 @@ def sampled_key(
     keys = order_keys(z)
     high = tl.minimum(tl.max(keys), highest)
     total = tl.sum(tl.exp((z.to(ACC) - top.to(ACC)) * inv_temperature.to(ACC))).to(tl.float64)
-    target = total - 0.8 * allowed * (BLOCK / vocab_size)
+    target = total - 0.7 * allowed * BLOCK / vocab_size
     lowest = key_of(tl.full((), float("-inf"), tl.float32), z.dtype) + 1
     return lowest_key_under(scratch_ptr, BLOCK, lowest, high, target, top, inv_temperature, True, ACC, BLOCK)
 

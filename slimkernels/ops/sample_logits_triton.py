@@ -280,11 +280,11 @@ def in_range(value, limit):
 def first_reaching(row_ptr, vocab_size, least_key, BLOCK: tl.constexpr):
     """The lowest id of the field."""
     offs = tl.arange(0, BLOCK)
-    first = tl.full((), NO_ID, tl.int32)
+    first = tl.full((BLOCK,), NO_ID, tl.int32)
     for begin in range(0, vocab_size, BLOCK):
         z = tl.load(row_ptr + begin + offs, mask=begin + offs < vocab_size, other=float("-inf"))
-        first = tl.minimum(first, tl.min(tl.where(order_keys(z) >= least_key, begin + offs, NO_ID)))
-    return first
+        first = tl.minimum(first, tl.where(order_keys(z) >= least_key, begin + offs, NO_ID))
+    return tl.min(first)
 
 
 def sample_logits_rows(
