@@ -18,6 +18,8 @@ OP_TESTS = (
     "test_topk_logits.py",
     "test_sparse_softmax.py",
     "test_slim_loss.py",
+    "test_sample_logits.py",
+    "test_sample_targets.py",
 )
 
 pytestmark = pytest.mark.gpu

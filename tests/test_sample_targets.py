@@ -67,7 +67,7 @@ def test_sample_targets_of_hostile_rows(dtype):
     batch = torch.stack(list(rows.values()))
     target = torch.arange(len(rows))
     for temperature in (1.0, 0.3):
-        assert_targets_match(batch, 9, 5, position=target, temperature=temperature, target=target)
+        assert_targets_match(batch, 4, 5, position=target, temperature=temperature, target=target)
 
 
 def test_sample_targets_first_round_is_the_draw_of_sample_logits():
@@ -119,6 +119,7 @@ def test_sample_targets_is_batch_invariant_and_keeps_leading_dimensions():
     assert [field.shape for field in sparse_fields(empty)] == [(0, 3, 20), (0, 3, 20), (0, 3, 1), (0, 3)]
 
 
+@pytest.mark.cpu_kernels
 def test_sample_targets_does_not_depend_on_the_number_of_threads(set_threads):
     logits = torch.randn(67, 300)
     expected = sparse_fields(sk.sample_targets(logits, 8, 1, position=torch.arange(67)))

@@ -154,7 +154,6 @@ def sample_row(
     """Truncates one row, draws from it, and writes what was drawn."""
     X: tl.constexpr = row_ptr.dtype.element_ty
     given_top = tl.load(law_ptr + TOP)
-    log_sum = tl.load(law_ptr + LOG_SUM)
     log_kept = tl.load(law_ptr + LOG_TEMPERED)
     sound = in_range(temperature, 1.7976931348623157e308) & in_range(top_p, 1.0) & in_range(min_p, 1.0) & (top_k >= 0)
     exists = sound & (given_top == given_top)
@@ -238,6 +237,7 @@ def sample_row(
                     BLOCK_ROOM,
                 )
 
+    log_sum = tl.load(law_ptr + LOG_SUM)
     absent = tl.where(exists, float("-inf"), float("nan"))
     tl.store(entropy_ptr, tl.where(exists, tl.load(law_ptr + ENTROPY), float("nan")))
     if scores_ptr is None:
