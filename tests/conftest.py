@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import kernel_override
 
         kernel_override.install(config.getoption("--kernels"))
+        # The interpreter takes maxima with numpy, which warns of rows of NaN.
+        config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
