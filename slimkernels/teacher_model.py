@@ -30,6 +30,8 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | os.PathLike[str] | None = None,
     sanity_check: bool = True,
+    device: torch.device | None = None,
+    tensor_parallel: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model in evaluation mode, and its tokenizer.
 
@@ -44,9 +46,12 @@ def load_teacher(
             bfloat16 instructions, time.
         cache_dir: Of converted GGUF files; by default ``$SLIMKERNELS_CACHE`` or ``~/.cache/slimkernels``.
         sanity_check: False converts a GGUF file without testing that its model reads English.
+        device: The model's; None is the CPU.
+        tensor_parallel: Splits every layer over this many processes, which must be the whole of the default process
+            group and load the same teacher (``Ranks.start``). Each takes the GPU of its LOCAL_RANK, if there are any.
 
     Returns:
-        The model, on the CPU, and the tokenizer. ``model.name_or_path`` is the name without local folders.
+        The model and the tokenizer. ``model.name_or_path`` is the name without local folders.
 
     Raises:
         TeacherNotFoundError: There is no such folder, file, package or hub model.
@@ -56,7 +61,13 @@ def load_teacher(
     source = _find(name_or_path, gguf_file, revision, cache_dir, sanity_check)
     # The tokenizer first: it is the smaller of the two, and a missing one is found out early.
     tokenizer = _from_pretrained(AutoTokenizer, source)
-    return _load_model(source, dtype), tokenizer
+    placement: dict[str, Any] = {}
+    if tensor_parallel > 1:
+        placement["distributed_config"] = _tensor_parallel_config(tensor_parallel)
+    elif device is not None and device.type != "cpu":
+        # Straight to the device: the processes of a machine would each need the memory of a whole model.
+        placement["device_map"] = str(device)
+    return _load_model(source, dtype, **placement), tokenizer
 
 
 def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -118,10 +129,20 @@ def _find(
     return _Source(convert_gguf(found, cache, sanity_check=sanity_check), label)
 
 
-def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype)
+def _load_model(source: _Source, dtype: torch.dtype, **placement: Any) -> PreTrainedModel:
+    model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
     model.config.name_or_path = model.name_or_path = source.label
     return model.eval()
+
+
+def _tensor_parallel_config(num_processes: int) -> Any:
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise ImportError(
+            "splitting a teacher over processes needs transformers 5.23 or later: pip install 'transformers>=5.23'"
+        ) from error
+    return DistributedConfig(tp_size=num_processes, tp_plan="auto")
 
 
 def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
