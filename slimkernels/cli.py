@@ -102,8 +102,9 @@ def _capture(args: argparse.Namespace) -> None:
     prompts = None
     if args.prompts is not None:
         prompts = teacher.shipped_prompts() if args.prompts == SHIPPED_PROMPTS else teacher.read_prompts(args.prompts)
-    # Launchers end the other processes with SIGTERM when one has died: they keep what they have, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if ranks.num_processes > 1:
+        # Launchers end the other processes with SIGTERM when one has died: they keep what they have, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     ranks.start(args.threads)
     model, tokenizer = teacher.load_teacher(
         args.teacher,
