@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -151,25 +153,25 @@ class StoppedError(Exception):
     """Stands for the moment of a kill."""
 
 
+def stopping(function, calls: Iterator[int], step: int):
+    """The function, until it and those that share ``calls`` have been called ``step`` times."""
+
+    def call(*arguments):
+        if next(calls) >= step:
+            raise StoppedError
+        return function(*arguments)
+
+    return call
+
+
 def test_making_the_store_survives_a_stop_at_every_system_call(tmp_path, monkeypatch) -> None:
     cases = make_cases()
     step = 0
     while True:
-        path, calls = tmp_path / str(step), 0
-
-        def stopping(function):
-            def call(*arguments):
-                nonlocal calls
-                calls += 1
-                if calls > step:
-                    raise StoppedError
-                return function(*arguments)
-
-            return call
-
+        path, calls = tmp_path / str(step), itertools.count()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", stopping(os.fsync))
-            patch.setattr(os, "replace", stopping(os.replace))
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, stopping(getattr(os, name), calls, step))
             try:
                 RankWriter(path, num_parts=2, **SETTINGS).close()
             except StoppedError:
@@ -325,18 +327,18 @@ def test_verify_looks_into_every_part(tmp_path) -> None:
         (path / name).write_bytes(b"")
         with pytest.raises(errors.UnexpectedFileError, match=f"^{name}: "):
             verify(path)
-    # A document where another part's writer would not look for it, and one that is in two parts.
+    # A document where its part's writer does not look for it, and one that is in its own part, too.
     extra = random_case(9, 4, torch.Generator().manual_seed(8))
-    right = part_of_case(extra, 3)
+    stored = next(case for case in cases if part_of_case(case, 3) == 0)
+    assert part_of_case(extra, 3) != 2
     for name, case, error in (
         ("misplaced", extra, errors.MisplacedDocumentError),
-        ("twice", next(case for case in cases if part_of_case(case, 3) == right), errors.DuplicateDocumentError),
+        ("twice", stored, errors.DuplicateDocumentError),
     ):
         path = damaged(name)
-        wrong = part_name(2 if right != 2 else 1)
-        with StoreWriter(path / wrong, **SETTINGS) as writer:
+        with StoreWriter(path / "part-00002", **SETTINGS) as writer:
             writer.add(*case)
-        with pytest.raises(error, match=f"^{wrong}"):
+        with pytest.raises(error, match="^part-00002"):
             verify(path)
 
 
