@@ -15,6 +15,7 @@ import teachers
 import torch
 from test_capture import OPTIONS, assert_is_what_the_teacher_says, contents, make_documents
 
+import slimkernels
 from slimkernels.cli import main
 from slimkernels.store import RankWriter, Store, errors, verify, verify_complete
 from slimkernels.store.codec import document_hash
@@ -22,6 +23,8 @@ from slimkernels.store.format import part_name
 from slimkernels.teacher import Ranks, capture, generate_documents, read_documents
 
 TOP_K = 17
+# For scripts, whose first place to import from is their own folder.
+SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(slimkernels.__file__).parents[1])}
 SIXTH_OF_EIGHT = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
 
@@ -217,7 +220,9 @@ def test_captures_that_are_killed_lose_nothing(tmp_path, kills) -> None:
     """SIGKILL of one rank or both at random moments: nothing reported written is lost, nothing is captured twice."""
     command = [sys.executable, capture_killed_ranks.__file__, str(tmp_path), "7", str(kills)]
     expected, seen = capture_killed_ranks.documents(), []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=SAME_PACKAGE
+    ) as process:
         reported: dict[str, set[str]] = {}
         for line in iter(process.stdout.readline, "{}\n"):
             assert line, "the ranks' parent died"
