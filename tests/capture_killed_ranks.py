@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import teachers
@@ -34,68 +35,79 @@ def documents() -> list[list[int]]:
     return make_documents(80, seed=5)
 
 
-def start(model, tokenizer, path: Path, rank: int, num_ranks: int) -> tuple[int, int]:
-    """Forks a rank; its process, and a pipe that gets the hashes of what it has written, after every shard."""
-    read, report = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(report)
-        return child, read
-    code = 1
-    try:
+class Rank:
+    """A forked rank, and what it has reported written: the hashes of the documents, a line for every shard."""
+
+    def __init__(self, model, tokenizer, path: Path, rank: int, num_ranks: int) -> None:
+        read, write = os.pipe()
+        self.process = os.fork()
+        if self.process == 0:
+            self._capture(write, model, tokenizer, documents(), path, rank=rank, num_ranks=num_ranks)
+        os.close(write)
+        self.report = os.fdopen(read)
+        self.reported: list[str] = []
+        self.is_killed = False
+
+    @staticmethod
+    def _capture(report: int, *arguments, **options) -> None:
         flush = StoreWriter.flush
 
         def flush_and_report(writer: StoreWriter) -> None:
             pending = [entry.digest.hex() for entry in writer._pending]
             flush(writer)
-            os.write(report, "".join(digest + "\n" for digest in pending).encode())
+            if pending:
+                os.write(report, (" ".join(pending) + "\n").encode())
 
-        StoreWriter.flush = flush_and_report
-        capture(model, tokenizer, documents(), path, rank=rank, num_ranks=num_ranks, **OPTIONS)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        code = 1
+        try:
+            StoreWriter.flush = flush_and_report
+            capture(*arguments, **options, **OPTIONS)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
+    def kill(self, shards: int, seconds: float) -> None:
+        """Kills it some seconds after it has reported some shards."""
+        for _ in range(shards):
+            self.reported += self.report.readline().split()
+        time.sleep(seconds)
+        os.kill(self.process, signal.SIGKILL)
+        self.is_killed = True
 
-def end(child: int, read: int, may_be_killed: bool) -> list[str]:
-    """Waits for a rank; the hashes that it reported."""
-    with os.fdopen(read) as file:
-        reported = file.read().split()
-    _, status = os.waitpid(child, 0)
-    if (os.WIFSIGNALED(status) and may_be_killed) or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0):
-        return reported
-    raise SystemExit(f"a rank failed by itself: {status}")
+    def end(self) -> list[str]:
+        """Waits for it; everything it reported."""
+        self.reported += self.report.read().split()
+        _, status = os.waitpid(self.process, 0)
+        if not (os.WIFSIGNALED(status) and self.is_killed) and status != 0:
+            raise SystemExit(f"a rank failed by itself: {status}")
+        self.report.close()
+        return self.reported
 
 
 def main(path: Path, seed: int, kills: int) -> None:
     torch.set_num_threads(1)
     model, tokenizer = teachers.make_teacher(), teachers.make_tokenizer()
     choose = random.Random(seed)
-    begun = time.monotonic()
-    for child, read in [start(model, tokenizer, path / "whole", rank, 2) for rank in range(2)]:
-        end(child, read, may_be_killed=False)
-    # Moments are spread over the time that a capture takes here.
-    longest = time.monotonic() - begun
+
+    def run(store: str, num_ranks: int, dying: Sequence[int] = ()) -> list[str]:
+        ranks = [Rank(model, tokenizer, path / store, rank, num_ranks) for rank in range(num_ranks)]
+        for rank in dying:
+            ranks[rank].kill(choose.randint(0, 6), choose.random() * 0.02)
+        return [*itertools.chain(*(rank.end() for rank in ranks))]
+
+    run("whole", 2)
     done, number = 0, 0
     while done < kills:
-        store = path / f"store-{number // 2}"
-        ranks = [start(model, tokenizer, store, rank, 2) for rank in range(2)]
-        dying = choose.choice(([0], [1], [0, 1]))
-        for rank in dying:
-            time.sleep(choose.random() * longest / len(dying))
-            os.kill(ranks[rank][0], signal.SIGKILL)
-        reported = [end(*ranks[rank], may_be_killed=rank in dying) for rank in range(2)]
+        store, dying = f"store-{number // 2}", choose.choice(([0], [1], [0, 1]))
+        reported = run(store, 2, dying)
         done, number = done + len(dying), number + 1
-        os.write(1, (json.dumps({"store": store.name, "reported": [*itertools.chain(*reported)]}) + "\n").encode())
+        os.write(1, (json.dumps({"store": store, "reported": reported}) + "\n").encode())
         # The test looks at the store before the next ranks repair it.
         sys.stdin.readline()
     for index in range((number + 1) // 2):
-        num_ranks = index % 3 + 1
-        ranks = [start(model, tokenizer, path / f"store-{index}", rank, num_ranks) for rank in range(num_ranks)]
-        for child, read in ranks:
-            end(child, read, may_be_killed=False)
+        run(f"store-{index}", index % 3 + 1)
     os.write(1, b"{}\n")
 
 

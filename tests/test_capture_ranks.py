@@ -238,6 +238,7 @@ def test_captures_that_are_killed_lose_nothing(tmp_path, kills) -> None:
             process.stdin.write("\n")
             process.stdin.flush()
     assert process.returncode == 0
+    print(seen)
     assert any(0 < count < len(expected) for count in seen), seen
     whole = parts_contents(tmp_path / "whole", 2)
     for name in reported:
