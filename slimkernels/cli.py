@@ -157,6 +157,7 @@ def _capture(args: argparse.Namespace) -> None:
             num_parts=args.parts,
             progress=lambda _, tokens: captured(tokens, None),
         )
+    ranks.finish()
     added = f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}"
     if ranks.num_processes == 1:
         print(added)

@@ -103,6 +103,11 @@ class Ranks:
                 world_size=self.tensor_parallel,
             )
 
+    def finish(self) -> None:
+        """Leaves the processes that hold the same teacher, once all of it is done; a failed process just ends."""
+        if self.tensor_parallel > 1:
+            dist.destroy_process_group()
+
 
 class TeacherProcesses:
     """The processes that hold one teacher together: its parameters are DTensors over them. Often it is one alone."""

@@ -153,6 +153,37 @@ def test_ranks_from_the_environment(environment, tensor_parallel, expected) -> N
         assert (ranks.rank, ranks.num_ranks, ranks.local_process) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "capture --teacher {teacher} --text {corpus} --out {tmp}/s --tensor-parallel 2",
+            "multiple of tensor_parallel=2",
+        ),
+        ("capture --teacher {teacher} --text {tmp}/no.txt --out {tmp}/s --parts 2", "there is no file"),
+        ("store verify {store} --complete {tmp}/no.jsonl", "there is no file"),
+        ("store verify {store} --complete {corpus}", "no field 'text' in record 1"),
+        ("store verify {store} --complete {text}", "the corpus holds text: give the tokenizer it was captured with"),
+        ("store verify {store} --complete {text} --tokenizer {other}", "captured with tokenizer_fingerprint="),
+    ],
+)
+def test_bad_input_exits_2_with_one_sentence(
+    arguments, message, model, tokenizer, teacher, corpus, tmp_path, capsys
+) -> None:
+    capture(model, tokenizer, make_documents(4), tmp_path / "store", num_parts=2, top_k=TOP_K)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "When the rain stopped"}) + "\n")
+    other = teachers.make_tokenizer()
+    other.eos_token = other.bos_token
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(Path(teacher, "config.json").read_text())
+    places = {"store": tmp_path / "store", "text": text, "other": tmp_path / "other", "tmp": tmp_path}
+    assert main(arguments.format(teacher=teacher, corpus=corpus, **places).split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("slimkernels: ")
+    assert message in error
+
+
 def torchrun(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
@@ -238,7 +269,6 @@ def test_captures_that_are_killed_lose_nothing(tmp_path, kills) -> None:
             process.stdin.write("\n")
             process.stdin.flush()
     assert process.returncode == 0
-    print(seen)
     assert any(0 < count < len(expected) for count in seen), seen
     whole = parts_contents(tmp_path / "whole", 2)
     for name in reported:
