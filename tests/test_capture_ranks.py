@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,27 +201,39 @@ def capture_command(teacher: str, corpus: str, out: Path, *options: object) -> l
     return [*command, "--batch-tokens", 200, "--shard-rows", 60, "--threads", 1, *options]
 
 
-def test_a_rank_that_is_killed_is_started_again_by_torchrun(teacher, corpus, tmp_path, capsys) -> None:
-    """One of two ranks dies in the middle: its documents are kept, and the restarted ranks capture the others once."""
+def test_a_killed_rank_ends_the_command_and_another_number_of_ranks_completes_it(
+    teacher, corpus, tmp_path, capsys
+) -> None:
+    """torchrun ends the survivor, what either has written is kept, and one process captures the rest."""
     out = tmp_path / "killed"
     verify_command = ["store", "verify", str(out), "--complete", corpus, "--text-field", "ids"]
     process = torchrun(capture_dying_rank.__file__, *capture_command(teacher, corpus, out))
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in process.stderr
+    verify(out)
     before = Store(out)
-    kept = len(Store(out / part_name(1)))
     with RankWriter(out, rank=1, num_ranks=2, **writer_settings(before)) as writer:
-        assert 0 < kept < sum(writer.part_of(ids) is not None for ids in make_documents(60, seed=2))
+        assert 0 < len(writer) < sum(writer.part_of(ids) is not None for ids in make_documents(60, seed=2))
     assert main(verify_command) == 1
     assert f"{60 - len(before)} of 60 documents are not in" in capsys.readouterr().err
-    # Both ranks again, one of which dies again and is restarted.
-    process = torchrun("--max-restarts", 1, capture_dying_rank.__file__, *capture_command(teacher, corpus, out))
-    assert process.returncode == 0, process.stderr
+    assert main([*map(str, capture_command(teacher, corpus, out))]) == 0
+    assert f"added {60 - len(before)} documents" in capsys.readouterr().out
     assert main(verify_command) == 0
     assert "holds all 60 documents of" in capsys.readouterr().out
-    for document in before:
-        assert document.input_ids in Store(out)
-    # The same rows as one process alone captures.
+    assert main([*map(str, capture_command(teacher, corpus, tmp_path / "alone", "--parts", 2))]) == 0
+    assert_same_documents(Store(out), Store(tmp_path / "alone"))
+
+
+def test_a_killed_rank_is_started_again_by_torchrun(teacher, corpus, tmp_path) -> None:
+    out = tmp_path / "killed"
+    process = torchrun("--max-restarts", 1, capture_dying_rank.__file__, *capture_command(teacher, corpus, out))
+    assert process.returncode == 0, process.stderr
+    # The second life of rank 1 finds what the first has written.
+    added, skipped = re.search(r"rank 1 of 2: added (\d+) documents.*skipped (\d+)", process.stdout).groups()
+    assert int(added) > 0
+    assert int(skipped) > 0
+    verify(out)
+    assert verify_complete(out, make_documents(60, seed=2)) == len(Store(out)) == 60
     assert main([*map(str, capture_command(teacher, corpus, tmp_path / "alone", "--parts", 2))]) == 0
     assert_same_documents(Store(out), Store(tmp_path / "alone"))
 
