@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slimkernels.teacher_gguf import convert_gguf, default_cache_dir
 
@@ -55,7 +62,9 @@ def load_teacher(
 
     Raises:
         TeacherNotFoundError: There is no such folder, file, package or hub model.
-        ValueError: The folder or the file is there, but is not a model that can be loaded.
+        ValueError: The folder or the file is there, but is not a model that can be loaded, or not one that can be
+            split over so many processes.
+        ImportError: ``tensor_parallel`` needs a later release of transformers.
         TeacherSanityError: A converted GGUF file does not read English.
     """
     source = _find(name_or_path, gguf_file, revision, cache_dir, sanity_check)
@@ -63,6 +72,7 @@ def load_teacher(
     tokenizer = _from_pretrained(AutoTokenizer, source)
     placement: dict[str, Any] = {}
     if tensor_parallel > 1:
+        _check_heads(_from_pretrained(AutoConfig, source), tensor_parallel)
         placement["distributed_config"] = _tensor_parallel_config(tensor_parallel)
     elif device is not None and device.type != "cpu":
         # Straight to the device: the processes of a machine would each need the memory of a whole model.
@@ -133,6 +143,17 @@ def _load_model(source: _Source, dtype: torch.dtype, **placement: Any) -> PreTra
     model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
     model.config.name_or_path = model.name_or_path = source.label
     return model.eval()
+
+
+def _check_heads(config: PreTrainedConfig, num_processes: int) -> None:
+    config = config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None) or num_processes
+        if count % num_processes:
+            raise ValueError(
+                f"tensor_parallel must divide the teacher's {name}={count}, as every process gets whole heads, got "
+                f"{num_processes}"
+            )
 
 
 def _tensor_parallel_config(num_processes: int) -> Any:

@@ -21,7 +21,7 @@ from slimkernels.cli import main
 from slimkernels.store import RankWriter, Store, errors, verify, verify_complete
 from slimkernels.store.codec import document_hash
 from slimkernels.store.format import part_name
-from slimkernels.teacher import Ranks, capture, generate_documents, read_documents
+from slimkernels.teacher import Ranks, capture, generate_documents, load_teacher, read_documents
 
 TOP_K = 17
 # For scripts, whose first place to import from is their own folder.
@@ -257,6 +257,11 @@ def test_a_teacher_that_is_split_over_two_processes(teacher, corpus, tmp_path) -
     assert_same_documents(Store(out), Store(tmp_path / "alone"), atol=0.1, rtol=0)
     for one, other in zip(Store(out), Store(tmp_path / "alone"), strict=True):
         torch.testing.assert_close(one.teacher.lse, other.teacher.lse, atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_is_not_split_into_parts_of_heads(teacher) -> None:
+    with pytest.raises(ValueError, match="must divide the teacher's num_key_value_heads=2, .* got 4"):
+        load_teacher(teacher, tensor_parallel=4)
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])

@@ -164,7 +164,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         A dict that JSON can hold. ``tokens`` are those of the sequences, ``rows`` the labelled ones among them,
-        ``entries`` the kept (id, logit) pairs; ``bytes`` all files of the store, the manifest included, and
+        ``entries`` the kept (id, logit) pairs; ``bytes`` all files of the store, its manifests included, and
         ``bits_per_entry`` and ``bytes_per_token`` those bytes over entries and tokens (0 for an empty store).
         ``entropy_bound_bits_per_entry`` is what no coder of the same rows can beat when every set of K ids is
         equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
