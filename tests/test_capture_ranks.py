@@ -260,7 +260,7 @@ def test_a_teacher_that_is_split_over_two_processes(teacher, corpus, tmp_path) -
 
 
 def test_a_teacher_is_not_split_into_parts_of_heads(teacher) -> None:
-    with pytest.raises(ValueError, match="must divide the teacher's num_key_value_heads=2, .* got 4"):
+    with pytest.raises(ValueError, match=r"must divide the teacher's num_key_value_heads=2, .* got 4"):
         load_teacher(teacher, tensor_parallel=4)
 
 
