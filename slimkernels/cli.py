@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,15 +91,30 @@ def _capture(args: argparse.Namespace) -> None:
 
     from slimkernels import store, teacher
 
+    ranks = teacher.Ranks.from_environment(args.tensor_parallel)
+    if args.prompts is not None and args.tensor_parallel > 1:
+        raise ValueError(
+            "--tensor-parallel captures a text that is there: generate it first, and give it as --text FILE "
+            "--text-field input_ids"
+        )
     if args.text is not None:
         teacher.check_corpus_file(args.text)
     prompts = None
     if args.prompts is not None:
         prompts = teacher.shipped_prompts() if args.prompts == SHIPPED_PROMPTS else teacher.read_prompts(args.prompts)
+    if ranks.num_processes > 1:
+        # Launchers end the other processes with SIGTERM when one has died: they keep what they have, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ranks.start(args.threads)
     model, tokenizer = teacher.load_teacher(
-        args.teacher, gguf_file=args.gguf_file, revision=args.revision, dtype=getattr(torch, args.dtype)
+        args.teacher,
+        gguf_file=args.gguf_file,
+        revision=args.revision,
+        dtype=getattr(torch, args.dtype),
+        device=ranks.device,
+        tensor_parallel=args.tensor_parallel,
     )
-    with _progress() as progress:
+    with _progress(is_shown=ranks.process == 0) as progress:
 
         def documents() -> Iterator[list[int]]:
             """Starts when the store is open: what does not fit the store is found out before hours of generation."""
@@ -119,6 +135,7 @@ def _capture(args: argparse.Namespace) -> None:
                 top_k=args.sample_top_k,
                 seed=args.seed,
                 batch_size=args.batch_size,
+                wait=ranks.num_ranks > 1,
                 progress=_task(progress, "generated " + ("documents" if args.tokens is None else "tokens")),
             )
             yield from teacher.read_documents(corpus.path, tokenizer, text_field="input_ids", max_length=None)
@@ -134,10 +151,20 @@ def _capture(args: argparse.Namespace) -> None:
             temperatures=args.temperatures,
             codec=args.codec,
             batch_tokens=args.batch_tokens,
+            shard_rows=args.shard_rows,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+            num_parts=args.parts,
             progress=lambda _, tokens: captured(tokens, None),
         )
-    print(f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}")
-    _print_table({name: _show(value) for name, value in store.info(args.out).items()})
+    ranks.finish()
+    added = f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}"
+    if ranks.num_processes == 1:
+        print(added)
+        _print_table({name: _show(value) for name, value in store.info(args.out).items()})
+    elif ranks.process % ranks.tensor_parallel == 0:
+        # In one piece: the lines of several processes would mix.
+        sys.stdout.write(f"rank {ranks.rank} of {ranks.num_ranks}: {added}\n")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -227,9 +254,24 @@ def _store_info(args: argparse.Namespace) -> None:
 def _store_verify(args: argparse.Namespace) -> None:
     from slimkernels import store
 
+    if args.complete is not None:
+        _verify_complete(args)
     store.verify(args.dir)
     content = store.info(args.dir)
     print(f"{args.dir}: every byte of {content['documents']} documents, {content['rows']} rows, is as written")
+
+
+def _verify_complete(args: argparse.Namespace) -> None:
+    _be_quiet()
+    from slimkernels import store, teacher
+
+    teacher.check_corpus_file(args.complete)
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    if tokenizer is not None:
+        store.Store(args.dir, tokenizer_fingerprint=teacher.tokenizer_fingerprint(tokenizer))
+    documents = teacher.read_documents(args.complete, tokenizer, text_field=args.text_field, max_length=args.max_length)
+    found = store.verify_complete(args.dir, documents)
+    print(f"{args.dir}: holds all {found} documents of {args.complete}")
 
 
 def _be_quiet() -> None:
@@ -243,12 +285,12 @@ def _be_quiet() -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress(*, is_shown: bool = True) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
         yield progress
 
 

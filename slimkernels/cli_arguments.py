@@ -16,6 +16,7 @@ examples:
   slimkernels train --store runs/store --method slim --out runs/student
   slimkernels eval --store runs/held-out --model runs/student runs/other-student
   slimkernels store info runs/store
+  slimkernels store verify runs/store --complete corpus.jsonl --tokenizer ./my-model
 """
 _CAPTURE_EXAMPLES = """\
 examples:
@@ -23,7 +24,10 @@ examples:
     slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
   your text, one JSON object with a field "text" per line:
     slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --top-k 64 --temperatures 1 2
-The same command continues after it was stopped.
+  on four GPUs, each with the whole teacher, or with the teacher split over all four:
+    torchrun --nproc-per-node 4 -m slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store
+    torchrun --nproc-per-node 4 -m slimkernels capture ... --tensor-parallel 4
+The same command continues after it was stopped, also with another number of processes.
 """
 _TRAIN_EXAMPLES = """\
 examples:
@@ -76,7 +80,15 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     verify = _command(actions, "verify", "check every byte; exit code 1 when damaged", "")
     verify.add_argument("dir", metavar="DIR")
+    verify.add_argument("--complete", metavar="FILE", help="check too that every document of this corpus is there")
+    verify.add_argument("--tokenizer", metavar="MODEL", help="of the corpus; not needed for a field of token ids")
+    _add_corpus_options(verify.add_argument)
     return parser
+
+
+def _add_corpus_options(add: Any) -> None:
+    add("--text-field", default="text", metavar="NAME", help="of text or of token ids (default: %(default)s)")
+    add("--max-length", type=_positive, default=1024, metavar="N", help="longer texts are split (default: %(default)s)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,8 +126,7 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
         help="a prompt per line; without FILE the shipped ones",
     )
     add = text.add_argument
-    add("--text-field", default="text", metavar="NAME", help="of text or of token ids (default: %(default)s)")
-    add("--max-length", type=_positive, default=1024, metavar="N", help="longer texts are split (default: %(default)s)")
+    _add_corpus_options(add)
     add("--tokens", type=_positive, metavar="N", help="generate this many tokens")
     add("--documents", type=_positive, metavar="N", help="generate this many documents")
     add("--max-new-tokens", type=_positive, default=128, metavar="N", help="of a document (default: %(default)s)")
@@ -132,6 +143,12 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
     add("--codec", choices=("affine8", "bfloat16", "float32"), default="affine8", help="(default: %(default)s)")
     add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")
+    add("--shard-rows", type=_positive, metavar="N", help="tokens that a kill loses at most (default: about 64 MiB)")
+    processes = parser.add_argument_group("processes, under torchrun or accelerate launch: each its GPU, or its CPUs")
+    add = processes.add_argument
+    add("--parts", type=_positive, metavar="N", help="of a new store, at most one process each (default: processes)")
+    add("--tensor-parallel", type=_positive, default=1, metavar="N", help="processes that hold one teacher together")
+    add("--threads", type=_positive, metavar="N", help="of each process on the CPU (default: the machine's, shared)")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -14,11 +14,13 @@ from slimkernels.teacher_model import (
     load_teacher,
     load_tokenizer,
 )
+from slimkernels.teacher_ranks import Ranks
 
 __all__ = [
     "EMBEDDED_TEACHERS",
     "CaptureReport",
     "GeneratedCorpus",
+    "Ranks",
     "TeacherNotFoundError",
     "TeacherSanityError",
     "capture",

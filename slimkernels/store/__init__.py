@@ -13,9 +13,21 @@
 """
 
 from slimkernels.store import errors
-from slimkernels.store.audit import info, verify
+from slimkernels.store.audit import info, verify, verify_complete
 from slimkernels.store.errors import StoreError
+from slimkernels.store.parts import RankWriter
 from slimkernels.store.reader import Document, PackedDocument, Store
 from slimkernels.store.writer import StoreWriter
 
-__all__ = ["Document", "PackedDocument", "Store", "StoreError", "StoreWriter", "errors", "info", "verify"]
+__all__ = [
+    "Document",
+    "PackedDocument",
+    "RankWriter",
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "errors",
+    "info",
+    "verify",
+    "verify_complete",
+]

@@ -30,6 +30,7 @@ TEMPORARY_SUFFIX = ".tmp"
 CHECKSUM_BYTES = 16
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_TEMPERATURES = 64
+MAX_PARTS = 1 << 16
 # No count of a store reaches this; it keeps products of two counts far from anything a reader would allocate.
 _MAX_COUNT = 1 << 48
 
@@ -55,6 +56,16 @@ _HEAD_TENSORS = frozenset(
 def shard_name(index: int) -> str:
     """The only name the shard at this place in the manifest may have."""
     return f"shard-{index:06d}.safetensors"
+
+
+def part_name(part: int) -> str:
+    """The directory of a part inside a store of parts."""
+    return f"part-{part:05d}"
+
+
+def part_of(digest: bytes, num_parts: int) -> int:
+    """The part that holds the document of this hash."""
+    return int.from_bytes(digest[:8], "little") % num_parts
 
 
 def new_digest() -> hashlib.blake2b:
@@ -256,12 +267,36 @@ def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...]) ->
     }
 
 
+def parts_content(settings: StoreSettings, num_parts: int) -> dict[str, Any]:
+    """The manifest of a store of parts as a JSON object, without its checksum."""
+    return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(settings), "parts": num_parts}
+
+
 def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardEntry, ...]]:
     """Checks every field of a manifest against its type, its range and the fields it depends on.
 
     Raises:
         UnsupportedVersionError, ManifestFieldError, ShardNameError: As they say.
     """
+    settings = _parse_settings(content, "shards")
+    if not isinstance(content["shards"], list):
+        raise ManifestFieldError("shards must be a list", file=MANIFEST_NAME)
+    return settings, tuple(_parse_entry(settings, i, entry) for i, entry in enumerate(content["shards"]))
+
+
+def parse_parts(content: dict[str, Any]) -> tuple[StoreSettings, int]:
+    """The same of the manifest of a store of parts; its settings and the number of parts.
+
+    Raises:
+        UnsupportedVersionError, ManifestFieldError: As they say.
+    """
+    settings, num_parts = _parse_settings(content, "parts"), content["parts"]
+    if type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS:
+        raise ManifestFieldError(f"parts must be an int in [1, {MAX_PARTS}], got {num_parts!r}", file=MANIFEST_NAME)
+    return settings, num_parts
+
+
+def _parse_settings(content: dict[str, Any], last_key: str) -> StoreSettings:
     if content.get("format") != FORMAT:
         raise ManifestFieldError(f"format must be {FORMAT!r}, got {content.get('format')!r}", file=MANIFEST_NAME)
     version = content.get("version")
@@ -271,17 +306,14 @@ def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardE
             file=MANIFEST_NAME,
         )
     settings_names = [field.name for field in dataclasses.fields(StoreSettings)]
-    _require_keys(content, ["checksum", "format", "version", *settings_names, "shards"], "the manifest")
+    _require_keys(content, ["checksum", "format", "version", *settings_names, last_key], "the manifest")
     temperatures = content["temperatures"]
     if not isinstance(temperatures, list) or any(type(t) not in (int, float) for t in temperatures):
         raise ManifestFieldError(f"temperatures must be a list of numbers, got {temperatures!r}", file=MANIFEST_NAME)
     try:
-        settings = StoreSettings(**{name: content[name] for name in settings_names})
+        return StoreSettings(**{name: content[name] for name in settings_names})
     except ValueError as error:
         raise ManifestFieldError(str(error), file=MANIFEST_NAME) from error
-    if not isinstance(content["shards"], list):
-        raise ManifestFieldError("shards must be a list", file=MANIFEST_NAME)
-    return settings, tuple(_parse_entry(settings, i, entry) for i, entry in enumerate(content["shards"]))
 
 
 def _parse_entry(settings: StoreSettings, index: int, content: Any) -> ShardEntry:
