@@ -23,6 +23,8 @@ examples:
     slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
   your text, one JSON object with a field "text" per line:
     slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --top-k 64 --temperatures 1 2
+  an unbiased teacher of 50 draws a row:
+    slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --select sample --rounds 50
 The same command continues after it was stopped.
 """
 _TRAIN_EXAMPLES = """\
@@ -129,8 +131,10 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--top-fraction", type=float, metavar="F", help="share of the vocabulary kept (default: 0.05)")
     kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row")
     add = logits.add_argument
+    add("--select", choices=("top-k", "sample", "mixed"), default="top-k", help="the largest, draws, or both")
+    add("--rounds", type=_positive, metavar="N", help="draws of every row, with --select sample or mixed (default: 50)")
     add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
-    add("--codec", choices=("affine8", "bfloat16", "float32"), default="affine8", help="(default: %(default)s)")
+    add("--codec", choices=("affine8", "bfloat16", "float32"), help="(default: affine8; float32 with draws)")
     add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")
 
 
