@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli_arguments import SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
+from slimkernels.cli_arguments import IMPORT_OPTIONS, SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -235,6 +236,31 @@ def _store_verify(args: argparse.Namespace) -> None:
     print(f"{args.dir}: every byte of {content['documents']} documents, {content['rows']} rows, is as written")
 
 
+def _store_import(args: argparse.Namespace) -> None:
+    _be_quiet()
+    from slimkernels import teacher
+    from slimkernels.exchange import IMPORTERS
+
+    importer = IMPORTERS[args.format]
+    given = {name: getattr(args, name) for name in IMPORT_OPTIONS if getattr(args, name) is not None}
+    for name in set(given) - set(inspect.signature(importer).parameters):
+        raise ValueError(f"--{name.replace('_', '-')} means nothing with --format {args.format}")
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    if tokenizer is None and args.format != "parquet":
+        raise ValueError(f"--format {args.format} needs --tokenizer: its files do not say what their ids mean")
+    report = importer(args.source, args.dir, tokenizer, **given)
+    print(
+        f"added {report.documents} documents, {report.rows} rows; skipped {report.skipped}; the label is among the "
+        f"kept ids of {report.label_share:.1%} of the rows"
+    )
+
+
+def _store_export(args: argparse.Namespace) -> None:
+    from slimkernels.exchange import export_parquet
+
+    print(f"wrote {export_parquet(args.dir, args.out)} documents to {args.out}")
+
+
 def _be_quiet() -> None:
     """Silences what the libraries below say about each file they read; errors come through as exceptions."""
     import datasets
@@ -283,4 +309,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": _eval,
     "store info": _store_info,
     "store verify": _store_verify,
+    "store import": _store_import,
+    "store export": _store_export,
 }

@@ -53,6 +53,30 @@ TRAIN_FIELDS: dict[str, tuple[str, type, str]] = {
     "temperature": ("--temperature", float, "of the divergence"),
     "kd_weight": ("--kd-weight", float, "factor of the divergence"),
 }
+_IMPORT_EXAMPLES = """\
+examples:
+  a vLLM server's log-probabilities, as axolotl is given them:
+    slimkernels store import --format axolotl data.jsonl runs/store --tokenizer ./teacher --logprobs-field logprobs
+  what DistillKit sampled, its compression_config.yaml beside the files:
+    slimkernels store import --format distillkit logits/ runs/store --tokenizer ./teacher
+  Megatron-LM's cached logits, with the samples of that run, in order, as token ids:
+    slimkernels store import --format megatron cache/ runs/store --tokenizer ./teacher --samples samples.parquet
+  a file of `slimkernels store export`:
+    slimkernels store import --format parquet store.parquet runs/store
+"""
+# Options of `store import` that are arguments of the importers, which take what belongs to their format.
+IMPORT_OPTIONS: dict[str, tuple[str, type, str]] = {
+    "vocab_size": ("--vocab-size", int, "of the teacher (default: the tokenizer's)"),
+    "teacher": ("--teacher", str, "its name, kept in the store"),
+    "codec": ("--codec", str, "affine8, bfloat16 or float32 (default: affine8, or the parquet file's)"),
+    "temperature": ("--temperature", float, "axolotl: of the log-probabilities (default: 1)"),
+    "logprobs_field": ("--logprobs-field", str, "axolotl: the raw column; without it, prepared columns are read"),
+    "messages_field": ("--messages-field", str, "axolotl: the conversation, where there are no input_ids"),
+    "alignment": ("--alignment", str, "axolotl: what prepared row j is about, token j + 1 (next) or j (same)"),
+    "compression_config": ("--compression-config", str, "distillkit: its file (default: the one beside the source)"),
+    "pad_token_id": ("--pad-token-id", int, "distillkit: rows with this label are left out"),
+    "samples": ("--samples", str, "megatron: .parquet, .arrow or .jsonl of input_ids"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,6 +102,10 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     verify = _command(actions, "verify", "check every byte; exit code 1 when damaged", "")
     verify.add_argument("dir", metavar="DIR")
+    _add_import(_command(actions, "import", "teacher files of other projects into a store", _IMPORT_EXAMPLES))
+    export = _command(actions, "export", "a store as one parquet file, for Hugging Face datasets", "")
+    export.add_argument("dir", metavar="DIR")
+    export.add_argument("out", metavar="FILE", help="ends in .parquet")
     return parser
 
 
@@ -149,6 +177,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     for field, (flag, kind, text) in TRAIN_FIELDS.items():
         add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
     add("--option", type=_key_value, action="append", default=[], metavar="NAME=VALUE", help="any field of SlimConfig")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--format", required=True, choices=("axolotl", "distillkit", "megatron", "parquet"))
+    add("source", metavar="SOURCE", help="a file, or a folder of them")
+    add("dir", metavar="DIR", help="the store; appended to when it is there")
+    add("--tokenizer", metavar="MODEL", help="the teacher's; needed but for parquet")
+    for field, (flag, kind, text) in IMPORT_OPTIONS.items():
+        add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 def _positive(text: str) -> int:

@@ -23,15 +23,11 @@ on it as on any other).
 """
 
 from slimkernels.exchange.axolotl import import_axolotl
-from slimkernels.exchange.distillkit import import_distillkit
-from slimkernels.exchange.megatron import import_megatron
 from slimkernels.exchange.parquet import export_parquet, import_parquet
 from slimkernels.exchange.writing import ImportReport
 
 IMPORTERS = {
     "axolotl": import_axolotl,
-    "distillkit": import_distillkit,
-    "megatron": import_megatron,
     "parquet": import_parquet,
 }
 
@@ -40,7 +36,5 @@ __all__ = [
     "ImportReport",
     "export_parquet",
     "import_axolotl",
-    "import_distillkit",
-    "import_megatron",
     "import_parquet",
 ]

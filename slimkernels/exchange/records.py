@@ -17,13 +17,13 @@ _RECORDS_AT_ONCE = 16
 
 
 def require_pyarrow() -> Any:
-    """The package pyarrow.
+    """The package pyarrow, its parquet module loaded.
 
     Raises:
         ImportError: It is not installed.
     """
     try:
-        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
             "teacher files of other projects are read and written by the package pyarrow, which is not installed: "
@@ -139,8 +139,6 @@ def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None) -> Iterato
             # What datasets' save_to_disk writes.
             yield from pyarrow.ipc.open_stream(file)
         return
-    import pyarrow.parquet
-
     with pyarrow.parquet.ParquetFile(path) as file:
         require_columns(file.schema_arrow.names, columns or (), str(path))
         yield from file.iter_batches(_RECORDS_AT_ONCE, columns=columns)
