@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def import_parquet(
     tokenizer: Any = None,
     *,
     vocab_size: int | None = None,
+    temperatures: Sequence[float] | None = None,
     teacher: str | None = None,
     codec: str | None = None,
 ) -> ImportReport:
@@ -87,13 +88,14 @@ def import_parquet(
     The values mean what they mean in a store: raw logits with the exact lse of the whole row at each temperature, or
     log-probabilities with lse 0. Under codec "float32" and "bfloat16" a store, its file and the store of the file hold
     the same numbers bit for bit; under "affine8" logits are quantised once more, to within a step. Files of another
-    origin can be read too, given a tokenizer; their only temperature is 1.
+    origin, or rewritten by ``datasets``, which drops the metadata, can be read too, given a tokenizer.
 
     Args:
         source: A .parquet or .arrow file, or a folder of them with the same settings.
         store_path: A new directory, or a store made with the same settings; documents that are in it are skipped.
         tokenizer: Checked against the file's; needed where the file says nothing about it.
         vocab_size: Instead of the file's, or of ``len(tokenizer)``.
+        temperatures: Those of the columns of ``lse``, instead of the file's, or of (1.0,).
         teacher: Its name, instead of what the file says.
         codec: Instead of the file's: "affine8", "bfloat16" or "float32".
 
@@ -106,12 +108,15 @@ def import_parquet(
             the arguments say what it is.
     """
     require_pyarrow()
-    settings = _settings(source, tokenizer, vocab_size, teacher, codec)
-    temperatures = tuple(settings["temperatures"])
+    settings = _settings(source, tokenizer)
+    given = {"vocab_size": vocab_size, "temperatures": temperatures, "codec": codec}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if teacher is not None:
+        settings["teacher"] = {"name": teacher}
 
     def documents() -> Iterator[Document]:
         for where, record in read_batches(source, _COLUMNS):
-            yield _document(where, record, temperatures)
+            yield _document(where, record, tuple(settings["temperatures"]))
 
     return write_documents(judged(documents()), store_path, settings)
 
@@ -168,10 +173,13 @@ def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...
         ("logits", len(logit_widths), num_rows),
         ("lse", len(lse_widths), num_rows),
         ("target_logit", len(target_logit), num_rows),
-        ("lse[0]", set(lse_widths.tolist()) | {len(temperatures)}, {len(temperatures)}),
     ):
         if got != expected:
             raise ValueError(f"{where}: {name} must have length {expected}, got {got}")
+    if wrong := set(lse_widths.tolist()) - {len(temperatures)}:
+        raise ValueError(
+            f"{where}: a row of lse must have a number for each of temperatures={temperatures}, got {wrong.pop()} numbers"
+        )
     if not np.array_equal(widths, logit_widths):
         raise ValueError(f"{where}: ids and logits must have the same length in every row")
     kept = np.arange(widths.max(initial=1)) < widths[:, None]
@@ -188,8 +196,8 @@ def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...
     return Document(where, input_ids.astype(np.int64), positions.astype(np.int64), teacher)
 
 
-def _settings(source: Any, tokenizer: Any, vocab_size: int | None, teacher: str | None, codec: str | None) -> dict:
-    """The keywords of ``StoreWriter``, from the file's metadata and the arguments."""
+def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
+    """The keywords of ``StoreWriter``, from the file's metadata and the tokenizer."""
     settings = _stored_settings(source)
     if tokenizer is not None:
         from slimkernels.teacher_checks import tokenizer_fingerprint
@@ -199,8 +207,6 @@ def _settings(source: Any, tokenizer: Any, vocab_size: int | None, teacher: str 
         if stored != own:
             raise ValueError(f"the tokenizer must be the file's, fingerprint {stored}, got {own}: load the teacher's")
         settings |= {"tokenizer_fingerprint": own, "vocab_size": settings.get("vocab_size", len(tokenizer))}
-    given = {"vocab_size": vocab_size, "codec": codec, "teacher": None if teacher is None else {"name": teacher}}
-    settings |= {name: value for name, value in given.items() if value is not None}
     if "tokenizer_fingerprint" not in settings:
         raise ValueError(
             f"{source} does not say which tokenizer its ids belong to, as files of export_parquet do: give a tokenizer"
