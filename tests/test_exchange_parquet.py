@@ -191,7 +191,7 @@ def test_import_parquet_refuses(tokenizer, tmp_path) -> None:
     record = table.to_pylist()[2]
     for change, message in (
         ({"ids": None}, "record 1: ids must be a list of lists, got null"),
-        ({"lse": [[1.0]] * len(record["lse"])}, r"record 1: a row of lse must .*=\(1.0, 2.0\), got 1 numbers"),
+        ({"lse": [[1.0]] * len(record["lse"])}, r"record 1: a row of lse must .*=\(1.0, 2.0\), got 1"),
         ({"logits": record["logits"][1:]}, "record 1: logits must have length 10, got 9"),
         ({"positions": record["positions"][::-1]}, "record 1: positions must be ascending"),
         ({"input_ids": [300, *record["input_ids"][1:]]}, r"record 1: input_ids must lie in \[0, 300\)"),

@@ -23,11 +23,13 @@ on it as on any other).
 """
 
 from slimkernels.exchange.axolotl import import_axolotl
+from slimkernels.exchange.distillkit import import_distillkit
 from slimkernels.exchange.parquet import export_parquet, import_parquet
 from slimkernels.exchange.writing import ImportReport
 
 IMPORTERS = {
     "axolotl": import_axolotl,
+    "distillkit": import_distillkit,
     "parquet": import_parquet,
 }
 
@@ -36,5 +38,6 @@ __all__ = [
     "ImportReport",
     "export_parquet",
     "import_axolotl",
+    "import_distillkit",
     "import_parquet",
 ]

@@ -199,7 +199,8 @@ class Compression:
 
 
 def _floats(packed: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(packed)).view(dtype)
+    num_rows, num_bytes = packed.shape
+    return torch.from_numpy(packed.flatten()).view(dtype).reshape(num_rows, num_bytes // dtype.itemsize)
 
 
 def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:

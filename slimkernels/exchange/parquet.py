@@ -178,7 +178,7 @@ def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...
             raise ValueError(f"{where}: {name} must have length {expected}, got {got}")
     if wrong := set(lse_widths.tolist()) - {len(temperatures)}:
         raise ValueError(
-            f"{where}: a row of lse must have a number for each of temperatures={temperatures}, got {wrong.pop()} numbers"
+            f"{where}: a row of lse must have a number for each of temperatures={temperatures}, got {wrong.pop()}"
         )
     if not np.array_equal(widths, logit_widths):
         raise ValueError(f"{where}: ids and logits must have the same length in every row")
