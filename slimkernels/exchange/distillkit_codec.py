@@ -199,8 +199,9 @@ class Compression:
 
 
 def _floats(packed: np.ndarray, dtype: torch.dtype) -> Tensor:
-    num_rows, num_bytes = packed.shape
-    return torch.from_numpy(packed.flatten()).view(dtype).reshape(num_rows, num_bytes // dtype.itemsize)
+    copied = torch.empty(packed.shape, dtype=torch.uint8)
+    copied.numpy()[:] = packed
+    return copied.view(dtype)
 
 
 def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
