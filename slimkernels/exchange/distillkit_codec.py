@@ -199,9 +199,11 @@ class Compression:
 
 
 def _floats(packed: np.ndarray, dtype: torch.dtype) -> Tensor:
-    copied = torch.empty(packed.shape, dtype=torch.uint8)
-    copied.numpy()[:] = packed
-    return copied.view(dtype)
+    num_rows, num_bytes = packed.shape
+    values = torch.empty(num_rows, num_bytes // dtype.itemsize, dtype=dtype)
+    if values.numel():
+        values.view(torch.uint8).numpy()[:] = packed
+    return values
 
 
 def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
