@@ -24,12 +24,14 @@ on it as on any other).
 
 from slimkernels.exchange.axolotl import import_axolotl
 from slimkernels.exchange.distillkit import import_distillkit
+from slimkernels.exchange.megatron import import_megatron
 from slimkernels.exchange.parquet import export_parquet, import_parquet
 from slimkernels.exchange.writing import ImportReport
 
 IMPORTERS = {
     "axolotl": import_axolotl,
     "distillkit": import_distillkit,
+    "megatron": import_megatron,
     "parquet": import_parquet,
 }
 
@@ -39,5 +41,6 @@ __all__ = [
     "export_parquet",
     "import_axolotl",
     "import_distillkit",
+    "import_megatron",
     "import_parquet",
 ]
