@@ -243,11 +243,13 @@ def _store_import(args: argparse.Namespace) -> None:
 
     importer = IMPORTERS[args.format]
     given = {name: getattr(args, name) for name in IMPORT_OPTIONS if getattr(args, name) is not None}
-    for name in set(given) - set(inspect.signature(importer).parameters):
-        raise ValueError(f"--{name.replace('_', '-')} means nothing with --format {args.format}")
+    taken = inspect.signature(importer).parameters
+    for name in set(given) - set(taken):
+        raise ValueError(f"{IMPORT_OPTIONS[name][0]} means nothing with --format {args.format}")
+    for name in ("tokenizer", "samples"):
+        if name in taken and taken[name].default is inspect.Parameter.empty and getattr(args, name) is None:
+            raise ValueError(f"--format {args.format} needs --{name}, which its files do not hold")
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
-    if tokenizer is None and args.format != "parquet":
-        raise ValueError(f"--format {args.format} needs --tokenizer: its files do not say what their ids mean")
     report = importer(args.source, args.dir, tokenizer, **given)
     print(
         f"added {report.documents} documents, {report.rows} rows; skipped {report.skipped}; the label is among the "

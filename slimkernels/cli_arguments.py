@@ -75,6 +75,7 @@ IMPORT_OPTIONS: dict[str, tuple[str, type, str]] = {
     "alignment": ("--alignment", str, "axolotl: what prepared row j is about, token j + 1 (next) or j (same)"),
     "compression_config": ("--compression-config", str, "distillkit: its file (default: the one beside the source)"),
     "pad_token_id": ("--pad-token-id", int, "distillkit: rows with this label are left out"),
+    "check_alignment": ("--no-alignment-check", bool, "import rows whatever tokens they seem to be about"),
     "samples": ("--samples", str, "megatron: .parquet, .arrow or .jsonl of input_ids"),
 }
 
@@ -186,7 +187,10 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add("dir", metavar="DIR", help="the store; appended to when it is there")
     add("--tokenizer", metavar="MODEL", help="the teacher's; needed but for parquet")
     for field, (flag, kind, text) in IMPORT_OPTIONS.items():
-        add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
+        if kind is bool:
+            add(flag, dest=field, action="store_const", const=False, help=text)
+        else:
+            add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 def _positive(text: str) -> int:

@@ -86,6 +86,16 @@ def test_import_of_raw_columns_of_a_whole_sequence(tokenizer, tmp_path) -> None:
     row = store[0].teacher[3]
     expected = 1 - math.fsum(math.exp(entry["logprob"]) for entry in records[0]["logprobs"][4])
     assert sk.sparse_softmax(row, rest="ghost").tail_logprob.exp().item() == pytest.approx(expected, abs=1e-6)
+    # Also where the label is not among the kept ids.
+    document = store[0]
+    student = torch.randn(len(document.teacher), 300, requires_grad=True)
+    for rest in ("ghost", "zero", "renorm"):
+        result = sk.slim_loss(student, document.input_ids[document.positions], document.teacher, rest=rest)
+        (grad,) = torch.autograd.grad(result.loss, student)
+        assert torch.isfinite(grad).all()
+        kept = document.teacher.target_logit > -torch.inf
+        assert not kept.all()
+        assert torch.equal(result.weight > 0, kept)
     again = import_axolotl(source, tmp_path / "store", tokenizer, logprobs_field="logprobs", codec="float32")
     assert again[:3] == (0, 0, 4)
 
@@ -250,7 +260,16 @@ def test_import_axolotl_command(tmp_path, capsys) -> None:
     assert main([*command, "--logprobs-field", "raw", "--teacher", "big", "--codec", "float32"]) == 0
     assert "added 1 documents, 19 rows; skipped 0; the label is among the kept ids of" in capsys.readouterr().out
     assert_is(Store(tmp_path / "store")[0], case, positions=list(range(1, 20)))
+    assert main([*command, "--logprobs-field", "raw", "--teacher", "big", "--codec", "float32"]) == 0
+    assert "added 0 documents, 0 rows; skipped 1" in capsys.readouterr().out
+    shifted = [prepared(case, 2, "same") for case in make_cases(8)]
+    source = write(tmp_path / "b.jsonl", shifted)
+    command[4:6] = [str(source), str(tmp_path / "other")]
+    assert main(command) == 2
+    assert "keep the one before it" in capsys.readouterr().err
+    assert main([*command, "--no-alignment-check"]) == 0
+    assert "added 8 documents" in capsys.readouterr().out
     assert main([*command, "--samples", "x"]) == 2
     assert "--samples means nothing with --format axolotl" in capsys.readouterr().err
-    assert main(command) == 2
-    assert "has no column target_logprobs" in capsys.readouterr().err
+    assert main([*command, "--logprobs-field", "raw"]) == 2
+    assert "has no column raw" in capsys.readouterr().err

@@ -30,6 +30,7 @@ def import_axolotl(
     vocab_size: int | None = None,
     teacher: str = "",
     codec: str = "affine8",
+    check_alignment: bool = True,
 ) -> ImportReport:
     """Streams axolotl's offline teacher data into a store.
 
@@ -63,6 +64,7 @@ def import_axolotl(
         vocab_size: V of the teacher; by default ``len(tokenizer)``.
         teacher: Its name, kept in the store.
         codec: "affine8", "bfloat16" or "float32".
+        check_alignment: False imports rows whatever tokens they seem to be about.
 
     Returns:
         ImportReport. The store's ``target_logit`` is the label's where it is kept, -inf elsewhere.
@@ -103,6 +105,7 @@ def import_axolotl(
         teacher=teacher,
         meaning=meaning,
         codec=codec,
+        check_alignment=check_alignment,
     )
 
 

@@ -29,6 +29,7 @@ def import_distillkit(
     vocab_size: int | None = None,
     teacher: str = "",
     codec: str = "affine8",
+    check_alignment: bool = True,
 ) -> ImportReport:
     """Streams what DistillKit's ``sample_logits_vllm`` writes into a store.
 
@@ -53,6 +54,7 @@ def import_distillkit(
         vocab_size: V of the teacher; by default ``len(tokenizer)``.
         teacher: Its name, kept in the store.
         codec: "affine8", "bfloat16" or "float32".
+        check_alignment: False imports rows whatever tokens they seem to be about.
 
     Returns:
         ImportReport. The store's ``target_logit`` is the label's where it is kept, -inf elsewhere.
@@ -91,6 +93,7 @@ def import_distillkit(
         teacher=teacher,
         meaning=_MEANING,
         codec=codec,
+        check_alignment=check_alignment,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -37,12 +38,13 @@ def import_megatron(
     vocab_size: int | None = None,
     teacher: str = "",
     codec: str = "affine8",
+    check_alignment: bool = True,
 ) -> ImportReport:
     """Streams a cache that Megatron-LM wrote with ``--logits-save-dir`` into a store.
 
     The cache has the teacher's rows and no tokens: a student of Megatron-LM reads them beside the same data in the same
-    order. So the ``samples`` of that run are needed here, in order, as token ids; what they are about is then checked
-    by how often a row keeps its own label. Row s of a sample is about its token s + 1.
+    order. So the ``samples`` of that run are needed here, in order, as token ids; that they are the right ones is
+    checked by how often a row keeps its own label. Row s of a sample is about its token s + 1.
 
     The values are log-probabilities at temperature 1, normalised over the vocabulary before the K largest were taken
     (and of those, with ``--logits-save-top-p``, a nucleus), in float16 by default: the tail mass is known, and rest
@@ -59,6 +61,7 @@ def import_megatron(
             where the padding can be among the kept ids.
         teacher: Its name, kept in the store.
         codec: "affine8", "bfloat16" or "float32".
+        check_alignment: False imports rows whatever tokens they seem to be about.
 
     Returns:
         ImportReport. The store's ``target_logit`` is the label's where it is kept, -inf elsewhere.
@@ -97,6 +100,7 @@ def import_megatron(
         teacher=teacher,
         meaning=_MEANING,
         codec=codec,
+        check_alignment=check_alignment,
     )
 
 
@@ -195,8 +199,9 @@ def _payload(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """Ids (T, B, K) int64, values (T, B, K) float32 and borders (B, n) of a compressed ``torch.save``."""
     pyarrow = require_pyarrow()
     try:
-        # Without a class of its own: weights_only refuses any other pickle.
-        content = torch.load(pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd"), weights_only=True)
+        # Tensors alone: a pickle of anything else is refused.
+        saved = pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
+        content = torch.load(io.BytesIO(saved), weights_only=True)
         values, low, high = (content[name] for name in ("values", "indices_low", "bit_17"))
         borders = content.get("cu_seqlens_padded")
         if not (isinstance(values, torch.Tensor) and values.ndim == 3 and low.shape == values.shape):
@@ -210,9 +215,13 @@ def _payload(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _samples(samples: Iterable[Sequence[int]] | str | os.PathLike[str]) -> Iterator[np.ndarray]:
-    if not isinstance(samples, (str, os.PathLike)):
-        yield from map(np.asarray, samples)
-        return
-    for where, record in read_records(samples):
+    if isinstance(samples, (str, os.PathLike)):
+        records = read_records(samples)
+    else:
+        records = ((f"sample {number}", {"input_ids": ids}) for number, ids in enumerate(samples))
+    for where, record in records:
         require_columns(list(record), ("input_ids",), where)
-        yield np.asarray(record["input_ids"])
+        input_ids = np.asarray(record["input_ids"])
+        if input_ids.ndim != 1 or input_ids.dtype.kind not in "iu":
+            raise ValueError(f"{where}: must be a list of token ids, got {str(record['input_ids'])[:60]}")
+        yield input_ids

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from slimkernels.exchange.records import flat_list, ragged_list, read_batches, require_pyarrow, source_files
-from slimkernels.exchange.writing import Document, ImportReport, judged, write_documents
+from slimkernels.exchange.writing import Document, ImportReport, write_documents
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.store.format import StoreSettings
@@ -118,7 +118,7 @@ def import_parquet(
         for where, record in read_batches(source, _COLUMNS):
             yield _document(where, record, tuple(settings["temperatures"]))
 
-    return write_documents(judged(documents()), store_path, settings)
+    return write_documents(documents(), store_path, settings)
 
 
 def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
