@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli_arguments import SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
+from slimkernels.cli_arguments import IMPORT_OPTIONS, SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -148,6 +149,9 @@ def _capture(args: argparse.Namespace) -> None:
             args.out,
             top_k=args.top_k,
             top_fraction=args.top_fraction,
+            select=args.select.replace("-", "_"),
+            rounds=args.rounds,
+            seed=args.seed,
             temperatures=args.temperatures,
             codec=args.codec,
             batch_tokens=args.batch_tokens,
@@ -274,6 +278,33 @@ def _verify_complete(args: argparse.Namespace) -> None:
     print(f"{args.dir}: holds all {found} documents of {args.complete}")
 
 
+def _store_import(args: argparse.Namespace) -> None:
+    _be_quiet()
+    from slimkernels import teacher
+    from slimkernels.exchange import IMPORTERS
+
+    importer = IMPORTERS[args.format]
+    given = {name: getattr(args, name) for name in IMPORT_OPTIONS if getattr(args, name) is not None}
+    taken = inspect.signature(importer).parameters
+    for name in set(given) - set(taken):
+        raise ValueError(f"{IMPORT_OPTIONS[name][0]} means nothing with --format {args.format}")
+    for name in ("tokenizer", "samples"):
+        if name in taken and taken[name].default is inspect.Parameter.empty and getattr(args, name) is None:
+            raise ValueError(f"--format {args.format} needs --{name}, which its files do not hold")
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    report = importer(args.source, args.dir, tokenizer, **given)
+    print(
+        f"added {report.documents} documents, {report.rows} rows; skipped {report.skipped}; the label is among the "
+        f"kept ids of {report.label_share:.1%} of the rows"
+    )
+
+
+def _store_export(args: argparse.Namespace) -> None:
+    from slimkernels.exchange import export_parquet
+
+    print(f"wrote {export_parquet(args.dir, args.out)} documents to {args.out}")
+
+
 def _be_quiet() -> None:
     """Silences what the libraries below say about each file they read; errors come through as exceptions."""
     import datasets
@@ -322,4 +353,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": _eval,
     "store info": _store_info,
     "store verify": _store_verify,
+    "store import": _store_import,
+    "store export": _store_export,
 }

@@ -27,6 +27,8 @@ examples:
   on four GPUs, each with the whole teacher, or with the teacher split over all four:
     torchrun --nproc-per-node 4 -m slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store
     torchrun --nproc-per-node 4 -m slimkernels capture ... --tensor-parallel 4
+  an unbiased teacher of 50 draws a row:
+    slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --select sample --rounds 50
 The same command continues after it was stopped, also with another number of processes.
 """
 _TRAIN_EXAMPLES = """\
@@ -54,6 +56,31 @@ TRAIN_FIELDS: dict[str, tuple[str, type, str]] = {
     "divergence": ("--divergence", str, "forward_kl, soft_ce, reverse_kl, jsd, skew_kl"),
     "temperature": ("--temperature", float, "of the divergence"),
     "kd_weight": ("--kd-weight", float, "factor of the divergence"),
+}
+_IMPORT_EXAMPLES = """\
+examples:
+  a vLLM server's log-probabilities, as axolotl is given them:
+    slimkernels store import --format axolotl data.jsonl runs/store --tokenizer ./teacher --logprobs-field logprobs
+  what DistillKit sampled, its compression_config.yaml beside the files:
+    slimkernels store import --format distillkit logits/ runs/store --tokenizer ./teacher
+  Megatron-LM's cached logits, with the samples of that run, in order, as token ids:
+    slimkernels store import --format megatron cache/ runs/store --tokenizer ./teacher --samples samples.parquet
+  a file of `slimkernels store export`:
+    slimkernels store import --format parquet store.parquet runs/store
+"""
+# Options of `store import` that are arguments of the importers, which take what belongs to their format.
+IMPORT_OPTIONS: dict[str, tuple[str, type, str]] = {
+    "vocab_size": ("--vocab-size", int, "of the teacher (default: the tokenizer's)"),
+    "teacher": ("--teacher", str, "its name, kept in the store"),
+    "codec": ("--codec", str, "affine8, bfloat16 or float32 (default: affine8, or the parquet file's)"),
+    "temperature": ("--temperature", float, "axolotl: of the log-probabilities (default: 1)"),
+    "logprobs_field": ("--logprobs-field", str, "axolotl: the raw column; without it, prepared columns are read"),
+    "messages_field": ("--messages-field", str, "axolotl: the conversation, where there are no input_ids"),
+    "alignment": ("--alignment", str, "axolotl: what prepared row j is about, token j + 1 (next) or j (same)"),
+    "compression_config": ("--compression-config", str, "distillkit: its file (default: the one beside the source)"),
+    "pad_token_id": ("--pad-token-id", int, "distillkit: rows with this label are left out"),
+    "check_alignment": ("--no-alignment-check", bool, "import rows whatever tokens they seem to be about"),
+    "samples": ("--samples", str, "megatron: .parquet, .arrow or .jsonl of input_ids"),
 }
 
 
@@ -83,6 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--complete", metavar="FILE", help="check too that every document of this corpus is there")
     verify.add_argument("--tokenizer", metavar="MODEL", help="of the corpus; not needed for a field of token ids")
     _add_corpus_options(verify.add_argument)
+    _add_import(_command(actions, "import", "teacher files of other projects into a store", _IMPORT_EXAMPLES))
+    export = _command(actions, "export", "a store as one parquet file, for Hugging Face datasets", "")
+    export.add_argument("dir", metavar="DIR")
+    export.add_argument("out", metavar="FILE", help="ends in .parquet")
     return parser
 
 
@@ -140,8 +171,10 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--top-fraction", type=float, metavar="F", help="share of the vocabulary kept (default: 0.05)")
     kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row")
     add = logits.add_argument
+    add("--select", choices=("top-k", "sample", "mixed"), default="top-k", help="the largest, draws, or both")
+    add("--rounds", type=_positive, metavar="N", help="draws of every row, with --select sample or mixed (default: 50)")
     add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
-    add("--codec", choices=("affine8", "bfloat16", "float32"), default="affine8", help="(default: %(default)s)")
+    add("--codec", choices=("affine8", "bfloat16", "float32"), help="(default: affine8; float32 with draws)")
     add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")
     add("--shard-rows", type=_positive, metavar="N", help="tokens that a kill loses at most (default: about 64 MiB)")
     processes = parser.add_argument_group("processes, under torchrun or accelerate launch: each its GPU, or its CPUs")
@@ -162,6 +195,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     for field, (flag, kind, text) in TRAIN_FIELDS.items():
         add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
     add("--option", type=_key_value, action="append", default=[], metavar="NAME=VALUE", help="any field of SlimConfig")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--format", required=True, choices=("axolotl", "distillkit", "megatron", "parquet"))
+    add("source", metavar="SOURCE", help="a file, or a folder of them")
+    add("dir", metavar="DIR", help="the store; appended to when it is there")
+    add("--tokenizer", metavar="MODEL", help="the teacher's; needed but for parquet")
+    for field, (flag, kind, text) in IMPORT_OPTIONS.items():
+        if kind is bool:
+            add(flag, dest=field, action="store_const", const=False, help=text)
+        else:
+            add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
 def _positive(text: str) -> int:

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels._checks import resolve_temperatures, resolve_top_k
-from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
 from slimkernels.student import LanguageModelHead
 from slimkernels.teacher_checks import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.teacher_ranks import TeacherProcesses, whole_tensor
+from slimkernels.teacher_selection import default_codec, resolve_selection
 
-DEFAULT_TOP_FRACTION = 0.05
 # A batch ends before a document that is this much longer than its shortest one: bounds the padding.
 _MAX_LENGTH_RATIO = 1.25
 _CHECKED_TOKENS = 16
@@ -49,8 +47,11 @@ def capture(
     *,
     top_k: int | None = None,
     top_fraction: float | None = None,
+    select: str = "top_k",
+    rounds: int | None = None,
+    seed: int = 0,
     temperatures: Sequence[float] = (1.0,),
-    codec: str = "affine8",
+    codec: str | None = None,
     batch_tokens: int = 4096,
     window: int = 512,
     shard_rows: int | None = None,
@@ -89,8 +90,15 @@ def capture(
         store_path: A new directory, or a store made with the same settings.
         top_k: K, the entries kept of every row.
         top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
-        temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first.
-        codec: Of the store: "affine8", "bfloat16" or "float32".
+        select: "top_k" keeps the largest logits. "sample" keeps the ids of ``rounds`` draws instead, as
+            ``sample_targets``, and "mixed" both, as ``mixed_targets``: unbiased teachers, for rest "zero" or "renorm"
+            at temperature 1.
+        rounds: Draws of every row, by default 50.
+        seed: Of the draws; beside it they depend on nothing but the document.
+        temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first, and with draws the
+            only one.
+        codec: Of the store: "affine8", "bfloat16" or "float32". By default "affine8", and "float32" with draws, whose
+            shares it keeps to seven digits.
         batch_tokens: Tokens of a batch, padding included; a longer document is a batch of its own.
         window: Documents that are sorted together.
         shard_rows: As in ``StoreWriter``; a kill loses the rows of an unfinished shard.
@@ -114,9 +122,16 @@ def capture(
     for name, value in (("batch_tokens", batch_tokens), ("window", window)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if top_k is None and top_fraction is None:
-        top_fraction = DEFAULT_TOP_FRACTION
-    teacher = _Teacher(model, tokenizer, top_k, top_fraction, resolve_temperatures(temperatures))
+    teacher = _Teacher(
+        model,
+        tokenizer,
+        select=select,
+        top_k=top_k,
+        top_fraction=top_fraction,
+        rounds=rounds,
+        seed=seed,
+        temperatures=temperatures,
+    )
     if not teacher.processes.is_first:
         teacher.follow()
         return CaptureReport(0, 0, 0)
@@ -129,9 +144,9 @@ def capture(
         vocab_size=teacher.head.vocab_size,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         teacher=teacher.description,
-        selection=teacher.selection,
-        temperatures=teacher.temperatures,
-        codec=codec,
+        selection=teacher.selection.description,
+        temperatures=teacher.selection.temperatures,
+        codec=default_codec(select) if codec is None else codec,
         shard_rows=shard_rows,
     ) as writer:
         for batch in _batches(teacher.checked(documents), window, batch_tokens, writer.part_of):
@@ -162,14 +177,11 @@ def capture(
 class _Teacher:
     """Turns batches of documents into kept logits."""
 
-    def __init__(self, model, tokenizer, top_k, top_fraction, temperatures) -> None:
+    def __init__(self, model, tokenizer, *, select, **options) -> None:
         self.model = model
         self.processes = TeacherProcesses.of(model)
         self.head = _whole_head(model)
-        self.top_k = resolve_top_k(top_k, top_fraction, self.head.vocab_size)
-        kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
-        self.selection = {"kind": kind, "value": value, "top_k": self.top_k}
-        self.temperatures = temperatures
+        self.selection = resolve_selection(select, self.head.vocab_size, **options)
         self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.short = self.labelled = 0
         # Computed once and by all processes of the teacher.
@@ -229,16 +241,7 @@ class _Teacher:
         # Without a mask: padding is at the right, where no causal model looks.
         hidden = self._hidden(padded)
         has_label = torch.arange(1, max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        kept = linear_topk_logits(
-            hidden[:, :-1][has_label],
-            self.head.weight,
-            self.top_k,
-            bias=self.head.bias,
-            target=padded[:, 1:][has_label],
-            temperatures=self.temperatures,
-            softcap=self.head.softcap,
-            logit_scale=self.head.logit_scale,
-        ).to("cpu")
+        kept = self.selection(self.head, hidden[:, :-1][has_label], padded[:, 1:][has_label], batch)
         if not torch.isfinite(kept.lse).all():
             raise FloatingPointError(
                 f"the teacher's logits are not finite in {self.model.dtype}: load it in float32 or bfloat16"

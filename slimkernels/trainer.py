@@ -233,6 +233,12 @@ class SlimTrainer(Trainer):
                 f"got {rows}; make the student with vocab_size={vocab_size} or call "
                 f"model.resize_token_embeddings({vocab_size})"
             )
+        kind = getattr(dataset, "manifest", {}).get("selection", {}).get("kind")
+        if kind in ("sample", "mixed") and self.args.needs_teacher and self.args.temperature != 1:
+            raise ValueError(
+                f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
+                f"1, got {self.args.temperature}; capture the largest logits to train at another temperature"
+            )
         stored = getattr(dataset, "tokenizer_fingerprint", None)
         if stored and self.processing_class is not None:
             from slimkernels.teacher import tokenizer_fingerprint

@@ -1,0 +1,149 @@
+"""Which of a teacher's logits a capture keeps: the largest, draws from all of them, or both."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.ops.mixed_targets import mixed_targets
+from slimkernels.ops.sample_targets import sample_targets
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.student import LanguageModelHead
+
+SELECTS = ("top_k", "sample", "mixed")
+DEFAULT_TOP_FRACTION = 0.05
+DEFAULT_ROUNDS = 50
+# Quantising the logarithm of a share would bias it; there are few of them.
+_DEFAULT_CODECS = {"top_k": "affine8", "sample": "float32", "mixed": "float32"}
+_CHUNK_ROWS = 256
+
+
+class Selection(NamedTuple):
+    """A way to choose, with its numbers; ``resolve_selection`` makes it.
+
+    Attributes:
+        select: "top_k" | "sample" | "mixed".
+        top_k: K, the largest logits kept of every row; 0 for "sample".
+        rounds: Draws of every row; 0 for "top_k".
+        seed: Of the draws.
+        temperatures: Of the kept lse.
+        description: What a store says of it.
+    """
+
+    select: str
+    top_k: int
+    rounds: int
+    seed: int
+    temperatures: tuple[float, ...]
+    description: dict[str, Any]
+
+    def __call__(
+        self, head: LanguageModelHead, hidden: Tensor, target: Tensor, documents: Sequence[Sequence[int]]
+    ) -> SparseLogits:
+        """What is kept of the rows of documents, which follow one another.
+
+        Args:
+            head: The teacher's.
+            hidden: (N, D), the hidden states of all but the last token of each document.
+            target: (N,) int64, all but the first.
+            documents: Their token ids.
+
+        Returns:
+            SparseLogits (N, K) on the CPU.
+
+        Raises:
+            FloatingPointError: Draws were asked for from logits that are not finite.
+        """
+        if self.select == "top_k":
+            return linear_topk_logits(
+                hidden,
+                head.weight,
+                self.top_k,
+                bias=head.bias,
+                target=target,
+                temperatures=self.temperatures,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+            ).to("cpu")
+        # A row's noise depends on its document and its place in it, and so on no batch.
+        seed = torch.cat([torch.full((len(ids) - 1,), document_seed(self.seed, ids)) for ids in documents])
+        position = torch.cat([torch.arange(1, len(ids)) for ids in documents])
+        seed, position = seed.to(hidden.device), position.to(hidden.device)
+        parts = []
+        for start in range(0, len(hidden), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            logits = head.logits(hidden[rows])
+            if not torch.isfinite(logits.amax(-1)).all():
+                raise FloatingPointError(
+                    f"the teacher's logits are not finite in {logits.dtype}: load it in float32 or bfloat16"
+                )
+            options = {"position": position[rows], "target": target[rows]}
+            if self.select == "sample":
+                parts.append(sample_targets(logits, self.rounds, seed[rows], **options))
+            else:
+                parts.append(mixed_targets(logits, self.top_k, self.rounds, seed[rows], **options))
+        return SparseLogits.cat(parts).to("cpu")
+
+
+def resolve_selection(
+    select: str,
+    vocab_size: int,
+    *,
+    top_k: int | None,
+    top_fraction: float | None,
+    rounds: int | None,
+    seed: int,
+    temperatures: Sequence[float],
+) -> Selection:
+    """Checks the arguments of ``capture`` that choose, and fills in what was left out.
+
+    Raises:
+        ValueError: An unknown ``select``, a number out of range, or one that ``select`` has no use for.
+    """
+    _checks.is_one_of(select, "select", SELECTS)
+    temperatures = _checks.resolve_temperatures(temperatures)
+    if select == "top_k" and rounds is not None:
+        raise ValueError(f"rounds must be None with select='top_k', which draws nothing, got {rounds}")
+    if select != "top_k" and temperatures != (1.0,):
+        raise ValueError(
+            f"temperatures must be (1.0,) with select={select!r}, whose rows are shares of draws at temperature 1, "
+            f"got {temperatures}"
+        )
+    if select == "sample":
+        if (top_k, top_fraction) != (None, None):
+            raise ValueError(
+                f"top_k and top_fraction must be None with select='sample', got {top_k} and {top_fraction}: use "
+                "select='mixed' to keep the largest logits too"
+            )
+        top_k = 0
+    else:
+        if top_k is None and top_fraction is None:
+            top_fraction = DEFAULT_TOP_FRACTION
+        kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
+        top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
+    if select == "top_k":
+        return Selection(select, top_k, 0, 0, temperatures, {"kind": kind, "value": value, "top_k": top_k})
+    rounds = DEFAULT_ROUNDS if rounds is None else rounds
+    if type(rounds) is not int or not 1 <= rounds < 2**31:
+        raise ValueError(f"rounds must be an integer of at least 1 and below 2**31, got {rounds!r}")
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
+    description = {"kind": select, "top_k": top_k, "rounds": rounds, "seed": seed}
+    return Selection(select, top_k, rounds, seed, temperatures, description)
+
+
+def default_codec(select: str) -> str:
+    """The store's codec where none is asked for."""
+    return _DEFAULT_CODECS[select]
+
+
+def document_seed(seed: int, input_ids: Sequence[int]) -> int:
+    """An int64 that names the draws of one document: BLAKE2b-64 of the capture's seed and the token ids."""
+    content = torch.tensor([seed, *input_ids]).numpy().astype("<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
