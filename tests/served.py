@@ -46,7 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def _answer(self, body: Any) -> None:
-        self.server.seen.append({"path": self.path, "headers": dict(self.headers), "body": body, "at": time.monotonic()})
+        self.server.seen.append(
+            {"path": self.path, "headers": dict(self.headers), "body": body, "at": time.monotonic()}
+        )
         fault = self.server.next_fault()
         if fault == "disconnect":
             self.close_connection = True
