@@ -100,6 +100,7 @@ class ServerClient:
             limits=httpx2.Limits(max_connections=concurrency),
         )
         self._stop = threading.Event()
+        self._failures: list[BaseException] = []
         self._turns = _Turns(0.0 if requests_per_minute is None else 60.0 / requests_per_minute, self._stop)
 
     def get(self, path: str) -> dict[str, Any] | None:
@@ -126,22 +127,36 @@ class ServerClient:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Each item with its result, in order; ``concurrency`` of them are computed at the same time.
 
-        An exception of ``function`` comes out in its item's place. The results of later items are lost then.
+        An exception of ``function`` comes out, and no request is started after it; results of items before it that
+        are under way still come first.
         """
+
+        def guarded(item: Item) -> Result:
+            try:
+                return function(item)
+            except _StoppedError:
+                raise
+            except BaseException as error:
+                self._failures.append(error)
+                self._stop.set()
+                raise
+
         with concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool:
             waiting: collections.deque[tuple[Item, concurrent.futures.Future[Result]]] = collections.deque()
             try:
                 for item in items:
-                    waiting.append((item, pool.submit(function, item)))
+                    waiting.append((item, pool.submit(guarded, item)))
                     while waiting and (waiting[0][1].done() or len(waiting) >= _WINDOW * self._concurrency):
                         yield waiting[0][0], waiting.popleft()[1].result()
                 while waiting:
                     yield waiting[0][0], waiting.popleft()[1].result()
-            except BaseException:
-                # Wakes those that wait for a repetition; requests under way end by themselves.
-                self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            except _StoppedError:
+                raise self._failures[0] from None
+            finally:
+                # After an error: wakes those that wait for a repetition; requests under way end by themselves.
+                if waiting:
+                    self._stop.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Ends every wait and closes the connections."""
@@ -183,7 +198,7 @@ class ServerClient:
                 backoff += retry_after
             if self._stop.wait(backoff):
                 break
-        raise ServerUnavailableError(f"{method} {url} was given up because the capture ended")
+        raise _StoppedError
 
     def _content(self, response: Any, url: str) -> dict[str, Any]:
         try:
@@ -213,6 +228,10 @@ class ServerClient:
         return text
 
 
+class _StoppedError(Exception):
+    """A request was given up because another one failed."""
+
+
 class _NotFoundError(ServerRequestError):
     pass
 
@@ -231,7 +250,7 @@ class _Turns:
             start = max(now, self._next)
             self._next = start + self._interval_s
         if self._stop.wait(start - now):
-            raise ServerUnavailableError("the request was given up because the capture ended")
+            raise _StoppedError
 
     def pause(self, seconds: float) -> None:
         with self._lock:

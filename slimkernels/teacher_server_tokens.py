@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 _ID_PREFIX = "token_id:"
 _BYTES_PREFIX = "bytes:"
 _SHOWN_EXAMPLES = 5
+_REPLACEMENT = "\ufffd".encode()
 
 
 class ServerToken(NamedTuple):
@@ -148,7 +149,9 @@ class TokenMap:
     def _find(self, token: ServerToken) -> int | None:
         if token.id is not None:
             return token.id if 0 <= token.id < self.vocab_size else None
-        return self._by_bytes.get(token.text.encode() if token.data is None else token.data)
+        data = token.text.encode() if token.data is None else token.data
+        # It stands for any bytes that are no UTF-8, and seldom for the token of its own that vocabularies have.
+        return None if _REPLACEMENT in data else self._by_bytes.get(data)
 
     def _spells(self, token: int, data: bytes) -> bool:
         # Servers show special tokens or hide them.

@@ -57,13 +57,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.released.wait(30)
             self.close_connection = True
             return
-        status, headers, data = self.server.reply(self.path, body) if fault is None else fault
+        status, headers, data = self.server.reply(self.path, body) if fault in (None, "cut") else fault
         sent = data.encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(sent)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(sent)
+        self.wfile.write(sent[: len(sent) // 2] if fault == "cut" else sent)
+        self.close_connection = fault == "cut" or self.close_connection
 
     def log_message(self, *_: object) -> None:
         pass

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from slimkernels import sparse_softmax
+from slimkernels import slim_loss, sparse_softmax
 from slimkernels.cli import main
 from slimkernels.store import Store
 from slimkernels.store.errors import SettingsMismatchError
@@ -134,39 +133,41 @@ class TestRecordedServers:
             json.loads(exchange["answer"]) for exchange in llamacpp.exchanges if exchange["path"] == "/completion"
         ]
         (answer,) = [answer for answer in answers if len(answer["completion_probabilities"]) < len(answer["tokens"])]
-        assert answer["content"] == "🌟🌟🌟"
+        assert answer["content"] == "🌟🌟🌟\ufffd"
         prompt_length = len(document.input_ids) - 9
         assert document.input_ids[prompt_length:].tolist() == answer["tokens"][:9]
         assert document.positions.tolist() == [prompt_length + 2, prompt_length + 5, prompt_length + 8]
 
     def test_the_rest_has_exactly_the_mass_that_is_missing(self, tokenizer, tmp_path, vllm) -> None:
         run(vllm, tokenizer, tmp_path)
-        answers = {
-            exchange["request"]["seed"]: exchange
-            for exchange in vllm.exchanges
-            if "return_token_ids" in (exchange["request"] or {}) and "logprobs" in exchange["request"]
-        }
         for seed, document in enumerate(Store(tmp_path)):
-            tops = json.loads(answers[seed]["answer"])["choices"][0]["logprobs"]["top_logprobs"]
-            assert document.teacher.lse.abs().max() == 0
+            (choice,) = [
+                json.loads(exchange["answer"])["choices"][0]
+                for exchange in vllm.exchanges
+                if exchange["path"] == "/v1/completions"
+                and exchange["request"].get("seed") == seed
+                and "return_token_ids" in exchange["request"]
+            ]
+            tops = choice["logprobs"]["top_logprobs"]
             # The server adds the token that it drew: it is the label, and no entry unless it is among the top.
+            assert {len(top) for top in tops} == {5, 6}
             masses = [math.fsum(sorted(map(math.exp, top.values()))[-5:]) for top in tops]
             tail = sparse_softmax(document.teacher, rest="ghost").tail_logprob.exp()
             assert torch.allclose(tail, 1 - torch.tensor(masses), atol=1e-6)
             assert tail.min() > 1e-3
-            assert {len(top) for top in tops} == {5, 6}
+            assert document.teacher.lse.abs().max() == 0
+            drawn = torch.tensor(choice["logprobs"]["token_logprobs"])
+            assert torch.equal(document.teacher.target_logit, drawn)
 
     def test_what_cannot_be_mapped_belongs_to_the_rest(self, tokenizer, tmp_path) -> None:
         with served.ReplayServer(served.RECORDINGS["vllm"], names_itself=False) as server:
             report = run(server, tokenizer, tmp_path, "scored_as_openai", max_unmapped_fraction=0.2)
-        kept = (Store(tmp_path)[1].teacher.ids >= 0).sum(-1)
-        assert kept.tolist() == [5, 5, 5, 3, 5, 5, 5, 5, 4]
+        teacher = Store(tmp_path)[1].teacher
+        kept = teacher.ids >= 0
+        assert kept.sum(-1).tolist() == [5, 5, 5, 3, 5, 5, 5, 5, 4]
         assert 0.05 < report.unmapped_fraction < 0.1
-        tail = sparse_softmax(Store(tmp_path)[1].teacher, rest="ghost").tail_logprob.exp()
-        assert torch.allclose(
-            tail + Store(tmp_path)[1].teacher.logits.exp().masked_fill(Store(tmp_path)[1].teacher.ids < 0, 0).sum(-1),
-            torch.ones(9),
-        )
+        tail = sparse_softmax(teacher, rest="ghost").tail_logprob.exp()
+        assert torch.allclose(tail + teacher.logits.exp().masked_fill(~kept, 0.0).sum(-1), torch.ones(9))
 
     @pytest.mark.parametrize(("kind", "name"), [("vllm", "chat_as_openai"), ("llama.cpp", "chat_greedy")])
     def test_a_document_with_unknown_tokens_is_dropped_or_refused(self, kind, name, tokenizer, tmp_path) -> None:
@@ -194,21 +195,23 @@ class TestRecordedServers:
             with pytest.raises(SettingsMismatchError, match="seed"):
                 run(moved, tokenizer, tmp_path, seed=1)
 
-    def test_a_student_learns_from_it(self, tokenizer, tmp_path, vllm) -> None:
-        """The gradient of the ghost loss is that of the coarsened distribution, in float64."""
-        from slimkernels import slim_loss
-
+    def test_what_a_student_learns_from_it(self, tokenizer, tmp_path, vllm) -> None:
+        """The ghost loss and its gradient are those of the kept tokens and one outcome for all others, in float64."""
         run(vllm, tokenizer, tmp_path, "scored")
         document = Store(tmp_path)[0]
-        logits = torch.randn(len(document.positions), len(tokenizer), requires_grad=True)
-        labels = document.input_ids[document.positions]
-        loss = slim_loss(logits, labels, document.teacher, method="kd", rest="ghost", kd_weight=1.0).loss
-        teacher = document.teacher
-        q = torch.cat([teacher.logits.double().exp(), 1 - teacher.logits.double().exp().sum(-1, keepdim=True)], -1)
-        log_p = logits.detach().double().log_softmax(-1)
-        kept = log_p.gather(-1, teacher.ids.long())
-        log_p = torch.cat([kept, (1 - kept.exp().sum(-1, keepdim=True)).log()], -1)
-        assert float(loss) == pytest.approx(float((q * (q.log() - log_p)).sum(-1).mean()), rel=1e-4)
+        teacher, labels = document.teacher, document.input_ids[document.positions]
+        logits = torch.randn(len(labels), len(tokenizer), requires_grad=True)
+        loss = slim_loss(logits, labels, teacher, rest="ghost", weight="none", ce_weight=0.0).loss
+        loss.backward()
+        exact = logits.detach().double().requires_grad_()
+        kept = exact.softmax(-1).gather(-1, teacher.ids.long())
+        p = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1)
+        q = teacher.logits.double().exp()
+        q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+        expected = (q * (q.log() - p.log())).sum(-1).mean()
+        expected.backward()
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert (logits.grad - exact.grad).abs().max() < 1e-6
 
 
 def assert_close_to_local(document, model) -> None:
@@ -235,13 +238,12 @@ class TestTroubledServers:
         run(vllm, tokenizer, tmp_path / "calm")
         vllm.seen.clear()
         # The first answer is that to GET /models.
-        vllm.faults = [None, self.BUSY, self.BROKEN, "disconnect", "cut", "hang", (503, {}, ""), self.BROKEN]
+        vllm.faults = [None, self.BUSY, self.BROKEN, "disconnect", "cut", "hang", (503, {}, "")]
         report = run(vllm, tokenizer, tmp_path / "rough", concurrency=1, timeout_s=1.0)
         assert report.documents == 3
         assert same_documents(tmp_path / "calm", tmp_path / "rough")
         attempts = [seen["body"]["seed"] for seen in posts(vllm)]
-        assert attempts == [0] * 8 + [1, 2] or attempts == sorted(attempts)
-        assert len(attempts) == 10
+        assert attempts == [0] * 7 + [1, 2]
         times = [seen["at"] for seen in posts(vllm)]
         assert times[1] - times[0] >= 0.3
 
@@ -259,7 +261,7 @@ class TestTroubledServers:
         vllm.faults = [None, (429, {"Retry-After": date}, "{}"), *[self.BROKEN] * 3]
         run(vllm, tokenizer, tmp_path, num_documents=1, backoff_s=0.2)
         times = [seen["at"] for seen in posts(vllm)]
-        waits = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        waits = [later - earlier for earlier, later in itertools.pairwise(times)]
         assert waits[0] >= 1.0
         for attempt, wait in enumerate(waits[1:], 1):
             assert 0.5 * 0.2 * 2**attempt <= wait < 0.2 * 2**attempt + 0.5
@@ -306,7 +308,7 @@ class TestTroubledServers:
     def test_nobody_there(self, tokenizer, tmp_path) -> None:
         with served.ReplayServer(served.RECORDINGS["vllm"]) as server:
             pass
-        with pytest.raises(ServerUnavailableError, match="GET .*/models failed 2 times, at last with ConnectError"):
+        with pytest.raises(ServerUnavailableError, match=r"GET .*/models failed 2 times, at last with ConnectError"):
             run(server, tokenizer, tmp_path)
         assert not tmp_path.joinpath("manifest.json").exists()
 
@@ -346,7 +348,7 @@ class TestTroubledServers:
         run(vllm, tokenizer, tmp_path, requests_per_minute=300, concurrency=3)
         times = [seen["at"] for seen in vllm.seen]
         assert len(times) == 4
-        assert all(later - earlier >= 0.19 for earlier, later in zip(times, times[1:], strict=False))
+        assert all(later - earlier >= 0.19 for earlier, later in itertools.pairwise(times))
 
     def test_a_killed_capture_asks_only_for_the_rest(self, tokenizer, tmp_path, vllm) -> None:
         """SIGKILL while the second answer is awaited: the first is in the store, and never asked for again."""
@@ -381,7 +383,7 @@ class TestTroubledServers:
         report = run(vllm, tokenizer, tmp_path, prompts=served.PROMPTS[:1], max_retries=0)
         assert report.documents == 1
         # The second of it has another seed, which was not recorded.
-        with pytest.raises(ServerRequestError, match="never recorded.*'seed': 1"):
+        with pytest.raises(ServerRequestError, match=r"never recorded.*'seed': 1"):
             run(vllm, tokenizer, tmp_path, prompts=served.PROMPTS[:1] * 2, max_retries=0)
 
 
@@ -430,7 +432,8 @@ class TestTokens:
     def test_every_token_of_the_vocabulary_is_found_by_its_bytes(self, tokenizer) -> None:
         tokens = TokenMap(tokenizer, len(tokenizer))
         missing = [token for token in range(len(tokenizer)) if tokens.id_of(_by_bytes(tokens, token)) != token]
-        assert missing == []
+        # The replacement character stands for any broken bytes.
+        assert tokenizer.decode(missing) == "\ufffd"
         text = "Größe 🐈, naïve\n\tcafé <|im_end|> 中文"
         ids = tokenizer(text)["input_ids"]
         assert b"".join(tokens._bytes[token] for token in ids) == text.encode()
