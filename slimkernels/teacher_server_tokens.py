@@ -165,7 +165,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
         ValueError: The tokenizer is neither byte-level nor with byte fallback, or not a fast one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    kinds = set() if backend is None else set(_kinds(json.loads(backend.to_str())["decoder"]))
+    decoder = None if backend is None else backend.decoder
+    kinds = set() if decoder is None else set(_kinds(json.loads(decoder.__getstate__())))
     if "ByteLevel" in kinds:
         spell = _byte_level
     elif kinds & {"ByteFallback", "Metaspace"}:
