@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -215,19 +216,28 @@ class TestRecordedServers:
 
 
 def assert_close_to_local(document, model) -> None:
-    """The server computes in 4 bits (llama.cpp) or bfloat16 (vLLM); a row in the wrong place is off by several nats."""
+    """The server computes in 4 bits (llama.cpp) or bfloat16 (vLLM): means are off by up to 0.11 nats."""
     with torch.inference_mode():
         local = model(document.input_ids[None]).logits[0].log_softmax(-1)[document.positions - 1]
-    kept = document.teacher.ids >= 0
-    error = (local.gather(-1, document.teacher.ids.clamp(min=0).long()) - document.teacher.logits)[kept].abs()
-    assert error.mean() < 0.15
-    assert error.max() < 0.75
-    labels = document.input_ids[document.positions]
-    known = document.teacher.target_logit
-    assert (local.gather(-1, labels[:, None])[:, 0] - known).abs().max() < 0.6
-    mass = document.teacher.logits.exp().masked_fill(~kept, 0.0).sum(-1)
-    local_mass = local.gather(-1, document.teacher.ids.clamp(min=0).long()).exp().masked_fill(~kept, 0.0).sum(-1)
-    assert (mass - local_mass).abs().max() < 0.1
+    teacher, labels = document.teacher, document.input_ids[document.positions]
+    kept = teacher.ids >= 0
+    expected = local.gather(-1, teacher.ids.clamp(min=0).long())
+    assert (expected - teacher.logits)[kept].abs().mean() < 0.2
+    assert (expected.exp() - teacher.logits.exp())[kept].abs().max() < 0.15
+    assert (local.gather(-1, labels[:, None])[:, 0] - teacher.target_logit).abs().mean() < 0.3
+    # The kept entries are the most probable ones, and what is missing to 1 is the mass of all others.
+    mass = teacher.logits.exp().masked_fill(~kept, 0.0).sum(-1)
+    most = torch.stack(
+        [row.topk(int(count)).values.exp().sum() for row, count in zip(local, kept.sum(-1), strict=True)]
+    )
+    assert (mass - most)[kept.all(-1)].abs().max() < 0.15
+
+
+def test_a_row_in_the_wrong_place_is_noticed(smollm2, tmp_path, llamacpp) -> None:
+    run(llamacpp, smollm2[1], tmp_path, kind="llama.cpp")
+    for document in Store(tmp_path):
+        with pytest.raises(AssertionError):
+            assert_close_to_local(dataclasses.replace(document, positions=document.positions - 1), smollm2[0])
 
 
 class TestTroubledServers:
