@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.teacher_checks import tokenizer_fingerprint
-from slimkernels.teacher_server_api import Request, ServerApi, server_kind
-from slimkernels.teacher_server_client import ServerClient
+from slimkernels.teacher_server_api import Answer, Request, ServerApi, server_kind
+from slimkernels.teacher_server_client import ServerClient, ServerRequestError
 from slimkernels.teacher_server_rows import AnswerReader
 from slimkernels.teacher_server_tokens import TokenMap
 
@@ -168,11 +168,12 @@ def capture_server(
             api = "llama.cpp" if kind == "llamacpp" else "completions"
         server = ServerApi(client, model, kind, api, top_logprobs, max_tokens, temperature)
         selection: dict[str, Any] = {"kind": "top_logprobs", "value": top_logprobs, "top_k": top_logprobs}
-        if prompts is None:
-            requests = [Request(list(ids)) for ids in documents or ()]
+        is_scored = documents is not None
+        if documents is not None:
+            requests = [Request(list(ids), number=number) for number, ids in enumerate(documents)]
         else:
             selection |= {"api": api, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-            requests = _requests(tokenizer, prompts, api == "chat", num_documents, seed)
+            requests = _requests(tokenizer, prompts or (), api == "chat", num_documents, seed)
         writer = StoreWriter(
             store_path,
             vocab_size=vocab_size,
@@ -183,15 +184,14 @@ def capture_server(
             shard_rows=shard_rows,
         )
         with writer:
-            missing = _missing(requests, writer, is_scored=prompts is None)
+            missing = _missing(requests, writer, is_scored)
             if announce is not None:
                 read = sum(len(request.prompt_ids) for request in missing)
-                generated = len(missing) * (1 if prompts is None else max_tokens)
+                generated = len(missing) * (1 if is_scored else max_tokens)
                 announce(ServerCost(len(missing), read, generated))
             reader = AnswerReader(server, tokens, max_unmapped_fraction)
-            ask, read_answer = (
-                (server.generate, reader.generated) if documents is None else (server.score, reader.scored)
-            )
+            ask = _naming_the_document(server.score if is_scored else server.generate)
+            read_answer = reader.scored if is_scored else reader.generated
             added = num_tokens = dropped = generated = 0
             skipped = len(requests) - len(missing)
             flushed = time.monotonic()
@@ -253,7 +253,7 @@ def _requests(
     for number in range(len(prompts) if num_documents is None else num_documents):
         prompt = prompts[number % len(prompts)]
         ids = encoded[number % len(prompts)]
-        requests.append(Request(ids, prompt if isinstance(prompt, str) else "", seed + number))
+        requests.append(Request(ids, prompt if isinstance(prompt, str) else "", seed + number, number))
     return requests
 
 
@@ -264,7 +264,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
         if not tokenizer.chat_template:
             raise ValueError("api='chat' needs a tokenizer with a chat template; use api='completions'")
         messages = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return list(encoded)
     ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
     # A prompt goes on: an end of text that the tokenizer appends is taken off.
     if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
@@ -272,6 +273,19 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
     if not ids:
         raise ValueError(f"every prompt must have at least one token, got {prompt!r}")
     return ids
+
+
+def _naming_the_document(ask: Callable[[Request], Answer]) -> Callable[[Request], Answer]:
+    """Says which document a server refused: one may be too long for it."""
+
+    def named(request: Request) -> Answer:
+        try:
+            return ask(request)
+        except ServerRequestError as error:
+            length = len(request.prompt_ids)
+            raise ServerRequestError(f"document {request.number}, {length} tokens of prompt: {error}") from error
+
+    return named
 
 
 def _description(store_path: str | os.PathLike[str], teacher: dict[str, Any]) -> dict[str, Any]:

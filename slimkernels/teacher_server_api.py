@@ -20,11 +20,13 @@ class Request(NamedTuple):
         prompt_ids: The tokens before the first one that is generated; the whole document where it is only scored.
         content: The user's message, for chat.
         seed: Of the draws.
+        number: The document's, for errors.
     """
 
     prompt_ids: list[int]
     content: str = ""
     seed: int = 0
+    number: int = 0
 
 
 class Position(NamedTuple):

@@ -72,7 +72,7 @@ class TokenMap:
         self._special = set(tokenizer.all_special_ids)
         ranked: dict[bytes, list[tuple[int, int]]] = collections.defaultdict(list)
         for token, data in self._bytes.items():
-            text = tokenizer.convert_ids_to_tokens(token)
+            text = str(tokenizer.convert_ids_to_tokens(token))
             rank = 0 if token in self._added else 2 if _fallback_byte(text) is not None else 1
             ranked[data].append((rank, token))
         self._by_bytes: dict[bytes, int] = {}
