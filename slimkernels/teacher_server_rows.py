@@ -55,11 +55,11 @@ class AnswerReader:
         """
         self._check_prompt(request, answer)
         ids = request.prompt_ids
-        for label, position in zip(ids[1:], answer.positions, strict=True):
-            if position.chosen.id not in (None, label):
+        for place, position in enumerate(answer.positions, 1):
+            if not self.tokens.may_be(position.chosen, ids[place]):
                 raise ServerRequestError(
-                    f"{self._url} scored token {position.chosen.id} where the document has {label}: it "
-                    "did not read the token ids that it was sent"
+                    f"{self._url} scored {position.chosen.text!r} where the document has token {ids[place]} at "
+                    f"{place}: it did not read the tokens that it was sent, or put others in front"
                 )
         return ServedDocument(ids, *self._rows(range(1, len(ids)), answer.positions))
 

@@ -123,6 +123,15 @@ class TokenMap:
         self.count_unmapped(token)
         return None
 
+    def may_be(self, token: ServerToken, expected: int) -> bool:
+        """Whether a server's name for a token does not contradict an id."""
+        found = self._find(token)
+        return (
+            found is None
+            or found == expected
+            or (token.id is None and self._spells(found, self._bytes.get(expected, b"")))
+        )
+
     def text_of(self, ids: list[int]) -> bytes:
         """The bytes of a text, its special tokens left out, as servers do."""
         return b"".join(self._bytes.get(token, b"") for token in ids if token not in self._special)

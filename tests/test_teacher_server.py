@@ -503,6 +503,23 @@ class TestTokens:
         ):
             run(vllm, tokenizer, tmp_path / "b", concurrency=1)
 
+    @pytest.mark.parametrize("named", [True, False])
+    def test_a_server_that_scores_other_tokens_is_refused(self, named, tokenizer, tmp_path) -> None:
+        with served.ReplayServer(served.RECORDINGS["vllm"], names_itself=named) as server:
+            path = "prompt_logprobs" if named else "echo"
+            answers = [e["answer"] for e in server.exchanges if path in (e["request"] or {})]
+            answer = json.loads(answers[0])
+            choice = answer["choices"][0]
+            # A token in front, which a server that counts only what it was sent would not tell.
+            if named:
+                choice["prompt_logprobs"].insert(1, choice["prompt_logprobs"][1])
+            else:
+                for values in (choice["logprobs"][name] for name in ("tokens", "token_logprobs", "top_logprobs")):
+                    values.insert(1, values[1])
+            server.faults = [None, (200, {}, json.dumps(answer))]
+            with pytest.raises(ServerRequestError, match=r"scored '.*' where the document has token 5249 at 2"):
+                run(server, tokenizer, tmp_path, "scored" if named else "scored_as_openai", concurrency=1)
+
     def test_what_is_no_logprob_is_refused(self, tokenizer, tmp_path, vllm) -> None:
         answer = json.loads(next(e["answer"] for e in vllm.exchanges if e["path"] == "/v1/completions"))
         for top in answer["choices"][0]["logprobs"]["top_logprobs"]:
