@@ -83,6 +83,16 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _capture(args: argparse.Namespace) -> None:
+    if args.teacher is None:
+        from slimkernels import cli_served
+
+        cli_served.check(args)
+        _be_quiet()
+        with _progress() as progress:
+            capture = cli_served.capture_server if args.logits is None else cli_served.capture_logits
+            report = capture(args, progress.console.print, _task(progress, "documents"))
+        _print_captured(report, args.out)
+        return
     if args.prompts is None and (args.tokens, args.documents, args.generated) != (None, None, None):
         raise ValueError("--tokens, --documents and --generated say what to generate: give --prompts, not --text")
     if args.prompts is not None and (args.tokens is None) == (args.documents is None):
@@ -90,7 +100,7 @@ def _capture(args: argparse.Namespace) -> None:
     _be_quiet()
     import torch
 
-    from slimkernels import store, teacher
+    from slimkernels import teacher
 
     ranks = teacher.Ranks.from_environment(args.tensor_parallel)
     if args.prompts is not None and args.tensor_parallel > 1:
@@ -164,11 +174,17 @@ def _capture(args: argparse.Namespace) -> None:
     ranks.finish()
     added = f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}"
     if ranks.num_processes == 1:
-        print(added)
-        _print_table({name: _show(value) for name, value in store.info(args.out).items()})
+        _print_captured(added, args.out)
     elif ranks.process % ranks.tensor_parallel == 0:
         # In one piece: the lines of several processes would mix.
         sys.stdout.write(f"rank {ranks.rank} of {ranks.num_ranks}: {added}\n")
+
+
+def _print_captured(report: str, path: str) -> None:
+    from slimkernels import store
+
+    print(report)
+    _print_table({name: _show(value) for name, value in store.info(path).items()})
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -29,7 +29,14 @@ examples:
     torchrun --nproc-per-node 4 -m slimkernels capture ... --tensor-parallel 4
   an unbiased teacher of 50 draws a row:
     slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --select sample --rounds 50
-The same command continues after it was stopped, also with another number of processes.
+  text that a server continues, or scores (vLLM), with the key in OPENAI_API_KEY or the variable of --key-env:
+    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --prompts --out runs/store
+    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --text corpus.jsonl \
+        --out runs/store
+  logits that you have, (N, V) for all tokens of the documents, one after the other:
+    slimkernels capture --logits logits.npy --model NAME --tokenizer ./my-model --text documents.jsonl --out runs/store
+The same command continues after it was stopped, also with another number of processes. A store from a server is
+trained on with --rest ghost.
 """
 _TRAIN_EXAMPLES = """\
 examples:
@@ -139,7 +146,14 @@ def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.
 
 def _add_capture(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--teacher", required=True, metavar="MODEL", help="folder, .gguf file, smollm2-135m-instruct, or a hub's name")
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    teacher.add_argument(
+        "--teacher", metavar="MODEL", help="folder, .gguf file, smollm2-135m-instruct, or a hub's name"
+    )
+    teacher.add_argument(
+        "--server", metavar="URL", help="of an OpenAI-compatible server, like http://localhost:8000/v1"
+    )
+    teacher.add_argument("--logits", metavar="FILE", help=".npy or .safetensors with the logits of --text")
     add("--gguf-file", metavar="NAME", help="the .gguf file inside the teacher's folder or repository")
     add("--revision", metavar="REV", help="of a teacher from the hub")
     add("--dtype", choices=_DTYPES, default="float32", help="of the teacher's weights (default: %(default)s)")
@@ -166,10 +180,21 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     add("--batch-size", type=_positive, default=128, metavar="N", help="documents at a time (default: %(default)s)")
     add("--generated", metavar="FILE", help="gets the generated documents (default: DIR.jsonl)")
+    server = parser.add_argument_group("--server, --logits")
+    add = server.add_argument
+    add("--model", metavar="NAME", help="the server's name for the model; with --logits, the name to store")
+    add("--tokenizer", metavar="MODEL", help="folder or name of the model's tokenizer")
+    add("--api", choices=("auto", "completions", "chat", "llama.cpp"), default="auto", help="(default: %(default)s)")
+    add("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if it is set)")
+    add("--concurrency", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)")
+    add("--max-retries", type=int, default=6, metavar="N", help="of a request (default: %(default)s)")
+    add("--requests-per-minute", type=float, metavar="N", help="limit, repetitions included (default: none)")
+    add("--vocab-size", type=_positive, metavar="V", help="rows of the model's head (default: the tokenizer's tokens)")
+    add("--max-unmapped", type=float, default=0.01, metavar="F", help="share of foreign tokens (default: %(default)s)")
     logits = parser.add_argument_group("logits")
     kept = logits.add_mutually_exclusive_group()
     kept.add_argument("--top-fraction", type=float, metavar="F", help="share of the vocabulary kept (default: 0.05)")
-    kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row")
+    kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row (--server: default 20)")
     add = logits.add_argument
     add("--select", choices=("top-k", "sample", "mixed"), default="top-k", help="the largest, draws, or both")
     add("--rounds", type=_positive, metavar="N", help="draws of every row, with --select sample or mixed (default: 50)")

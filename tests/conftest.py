@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="only CPU kernels raise for a bad row; on a GPU it is NaN"))
         if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        if item.get_closest_marker("server") and "server" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="starts real servers: run make test-servers"))
 
 
 @pytest.fixture(autouse=True)
