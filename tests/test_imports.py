@@ -35,6 +35,7 @@ class Room(NamedTuple):
 
 _RECORDS = (f"{PACKAGE}.sparse_logits", f"{PACKAGE}.packed_logits")
 _FOUNDATION = (*_RECORDS, *(f"{PACKAGE}.{name}" for name in ("_checks", "_library", "ops", "ops.*")))
+_SEARCH_MODELS = tuple(f"slimkernels.search.{name}" for name in ("engine_*", "branch*", "judges"))
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",
@@ -66,7 +67,11 @@ ROOMS = (
     ),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/trainer*.py", never=("triton", "slimkernels.search*")),
-    Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),
+    Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*", "slimkernels.teacher*")),
+    *(
+        Room(f"slimkernels/search/{name}.py", own=("slimkernels.search.*",), packages=("numpy",), never=_SEARCH_MODELS)
+        for name in ("pathfinder", "question", "checks", "config", "engine", "presets")
+    ),
     Room("slimkernels/search/tree.py", own=(), packages=("torch", "numpy")),
     Room("slimkernels/search/selection.py", own=("slimkernels.search.tree",), packages=("torch", "numpy")),
     Room("slimkernels/cli*.py", own=("slimkernels.cli_*",), packages=("typer",), lazily=("*",)),
@@ -171,6 +176,7 @@ def test_every_import_is_allowed():
         ("slimkernels/store/reader.py", "def f():\n    import transformers"),
         ("slimkernels/teacher.py", "def f():\n    from slimkernels.search.pathfinder import PathFinder"),
         ("slimkernels/search/tree.py", "import transformers"),
+        ("slimkernels/search/pathfinder.py", "import torch"),
         ("slimkernels/search/engine_hf.py", "from slimkernels.store import Store"),
         ("slimkernels/cli.py", "import torch"),
         ("slimkernels/cli.py", "import rich.table"),

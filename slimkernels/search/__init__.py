@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, ContradictionCheck, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
-from slimkernels.search.pathfinder import PathFinder, Question, Result
+from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.presets import best_of_n, greedy, self_consistency
+from slimkernels.search.question import Question, Result
 from slimkernels.search.selection import (
     Candidate,
     TrigramConsensus,

@@ -1,4 +1,4 @@
-"""Quality checks of a new step against the steps before it: repetition and contradiction. Nothing here knows a model."""
+"""Quality checks of a new step against the steps before it, none of which knows a model."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ class RepetitionCheck:
         self._embed = embed
 
     def __call__(self, branches: Sequence[CheckedBranch]) -> list[bool]:
+        """Whether each branch's new step repeats an earlier one."""
         if self._embed is not None:
             self._fill([step for branch in branches if branch.earlier for step in (*branch.earlier, branch.step)])
         return [self.score(branch) >= self.threshold for branch in branches]
@@ -128,6 +129,7 @@ class ContradictionCheck:
         self._known: dict[tuple[str, str], float] = {}
 
     def __call__(self, branches: Sequence[CheckedBranch]) -> list[bool]:
+        """Whether each branch's new step contradicts the context or an earlier one."""
         pairs = [self._pairs(branch) for branch in branches]
         self._ask(list(dict.fromkeys(pair for of_branch in pairs for pair in of_branch if pair not in self._known)))
         failed = [any(self._known[pair] >= self.threshold for pair in of_branch) for of_branch in pairs]
@@ -156,8 +158,12 @@ class ContradictionCheck:
 
 _REMEMBERED_PAIRS = 1 << 17
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at be been but by can could did do does for from had has have he her his i if in is it its not of "
-    "on or she so that the their them then there they this to was we were what when which who will with would you".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be been but by can could did do does for from had has have he her his i if in is it its "
+        "not of on or she so that the their them then there they this to was we were what when which who will with "
+        "would you",
+    )
 )
 
 

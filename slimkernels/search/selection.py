@@ -45,9 +45,7 @@ def select(candidates: Sequence[Candidate], scores: Sequence[float]) -> int:
     """
     values = np.asarray(scores, np.float64)
     if not candidates or values.shape != (len(candidates),):
-        raise ValueError(
-            f"scores must be one number for each of {len(candidates)} candidates, got shape {values.shape}"
-        )
+        raise ValueError(f"scores must be one number for each of {len(candidates)} candidates, got {values.shape}")
     if np.isnan(values).any():
         raise ValueError(f"scores must be numbers, got NaN for candidate {int(np.isnan(values).argmax())}")
     return max(range(len(candidates)), key=lambda index: (values[index], candidates[index].sum_logprob, -index))
