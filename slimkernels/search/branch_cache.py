@@ -34,6 +34,19 @@ class Prompt:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
+@dataclasses.dataclass(eq=False)
+class Branch:
+    """A prompt and the tokens after it; the last of them may not have been read by the model yet."""
+
+    prompt: Prompt
+    slots: np.ndarray  # of the tokens read after the prompt
+    length: int  # tokens, prompt included
+    tail: list[int]  # the last few of them
+    unread: int | None  # the last, where the model has not read it
+    logits: Tensor | None = None  # (V,) after the last, where it has
+    hidden: Tensor | None = None  # (D,) float32 there
+
+
 class TokenPool:
     """Keys and values of generated tokens: a slot each in every layer, counted, and reused when no branch has it.
 

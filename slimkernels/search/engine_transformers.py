@@ -11,28 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.ops.sample_logits import sample_logits
 from slimkernels.search import branch_attention
 from slimkernels.search.branch_attention import CHUNK, ROWS, DecodePass, PromptPass
 from slimkernels.search.branch_attention import branch_attention as attention_of
-from slimkernels.search.branch_cache import Prompt, SlotTable, TokenPool
+from slimkernels.search.branch_cache import Branch, Prompt, SlotTable, TokenPool
+from slimkernels.search.branch_rows import TAIL, Rows
 from slimkernels.search.engine import Prompt as PromptText
 from slimkernels.search.engine import Step, StepEnd, StepRequest
-
-_TAIL = 8  # tokens before a step that are decoded with it, for tokenizers whose text depends on what is before
-
-
-@dataclasses.dataclass(eq=False)
-class _Branch:
-    """A prompt and the tokens after it; the last of them may not have been read by the model yet."""
-
-    prompt: Prompt
-    slots: np.ndarray  # of the tokens read after the prompt
-    length: int  # tokens, prompt included
-    tail: list[int]  # the last few of them
-    unread: int | None  # the last, where the model has not read it
-    logits: Tensor | None = None  # (V,) after the last, where it has
-    hidden: Tensor | None = None  # (D,) float32 there
 
 
 @dataclasses.dataclass
@@ -82,7 +67,7 @@ class TransformersEngine:
         self.context_length = _context_length(model)
         self.peak = Memory()
         self._pool = TokenPool()
-        self._branches: dict[int, _Branch] = {}
+        self._branches: dict[int, Branch] = {}
         self._next = 0
         self._check_model()
 
@@ -127,7 +112,7 @@ class TransformersEngine:
                 raise ValueError(f"branch {request.branch} must be shorter than the context: it cannot be continued")
         with attention_of(self.model):
             self._read_last_tokens(dict.fromkeys(request.branch for request in requests))
-            rows = _Rows(self, requests, step_end, embed)
+            rows = Rows(self, requests, step_end, embed)
             try:
                 rows.generate()
             except BaseException:
@@ -172,21 +157,21 @@ class TransformersEngine:
     def _encode(self, prompt: PromptText) -> list[int]:
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else [int(token) for token in prompt]
 
-    def add(self, branch: _Branch) -> int:
+    def add(self, branch: Branch) -> int:
         """Takes in a branch; returns its number."""
         self._next += 1
         self._branches[self._next] = branch
         return self._next
 
-    def _read_prompt(self, token_ids: list[int]) -> _Branch:
+    def _read_prompt(self, token_ids: list[int]) -> Branch:
         prompt = Prompt(token_ids)
         output = self._forward(PromptPass(prompt), torch.tensor([token_ids], device=self.device), None)
         hidden = output.hidden_states[-1][0].float()
         prompt.mean_hidden = hidden.mean(0)
         self._pool.like(prompt)
         nothing = np.zeros(0, np.int64)
-        tail = token_ids[-_TAIL:]
-        return _Branch(prompt, nothing, len(token_ids), tail, None, output.logits[0, -1].clone(), hidden[-1].clone())
+        tail = token_ids[-TAIL:]
+        return Branch(prompt, nothing, len(token_ids), tail, None, output.logits[0, -1].clone(), hidden[-1].clone())
 
     def _read_last_tokens(self, numbers: Iterable[int]) -> None:
         """Lets the model read the last token of branches that end in an unread one, once for all their children."""
@@ -200,7 +185,7 @@ class TransformersEngine:
             branch.logits, branch.hidden = logits[row].clone(), hidden[row].clone()
 
     def read(
-        self, branches: Sequence[_Branch], table: SlotTable, rows: np.ndarray, tokens: Sequence[int]
+        self, branches: Sequence[Branch], table: SlotTable, rows: np.ndarray, tokens: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """One token more in each row: the logits (R, V) and hidden states (R, D) float32 after it."""
         table.append(rows, self._pool.allocate(len(rows)))
@@ -241,20 +226,20 @@ class TransformersEngine:
         """Counts slots once less."""
         self._pool.release(slots)
 
-    def fork(self, number: int) -> _Branch:
+    def fork(self, number: int) -> Branch:
         """A copy of a branch, which shares its keys and values."""
         branch = self._branches[number]
         self._pool.share(branch.slots)
         return branch
 
-    def note_memory(self, rows: Sequence[_Branch], table: SlotTable) -> None:
+    def note_memory(self, rows: Sequence[Branch], table: SlotTable) -> None:
         """Notes the most memory that there was."""
         now = self.memory()
         unshared = now.unshared_bytes + self._unshared_bytes(rows, table.lengths)
         self.peak.shared_bytes = max(self.peak.shared_bytes, now.shared_bytes)
         self.peak.unshared_bytes = max(self.peak.unshared_bytes, unshared)
 
-    def _unshared_bytes(self, branches: Iterable[_Branch], lengths: Sequence[int] | None = None) -> int:
+    def _unshared_bytes(self, branches: Iterable[Branch], lengths: Sequence[int] | None = None) -> int:
         total = 0
         for row, branch in enumerate(branches):
             prompt_tokens = len(branch.prompt.token_ids)
@@ -287,113 +272,6 @@ class TransformersEngine:
                 f"model must see its whole past through plain softmax attention: {type(self.model).__name__} gives "
                 f"logits that differ by {float((ours - own).abs().max()):.3g}: search with a server that runs it"
             )
-
-
-class _Rows:
-    """The requests of one generation: a row each, of which those go on whose step has not ended."""
-
-    def __init__(
-        self, engine: TransformersEngine, requests: Sequence[StepRequest], step_end: StepEnd, embed: bool
-    ) -> None:
-        self._engine, self._requests, self._step_end = engine, requests, step_end
-        self._parents = [engine.fork(request.branch) for request in requests]
-        room = max((request.max_tokens for request in requests), default=0)
-        self._table = SlotTable([parent.slots for parent in self._parents], room, CHUNK)
-        self._tokens: list[list[int]] = [[] for _ in requests]
-        self._texts = [""] * len(requests)
-        self._ends = [""] * len(requests)
-        self._sums = np.zeros((2, len(requests)))  # of log-probabilities and entropies
-        self._before = {id(parent): engine.decode(parent.tail) for parent in self._parents}
-        self._hidden = torch.stack([parent.hidden for parent in self._parents]).zero_() if embed and requests else None
-        device = engine.device
-        self._seeds = torch.tensor([request.seed for request in requests], device=device)
-        self._positions = torch.tensor([parent.length for parent in self._parents], device=device)
-        self._temperatures, self._top_ps = (
-            torch.tensor([getattr(request, name) for request in requests], dtype=torch.float32, device=device)
-            for name in ("temperature", "top_p")
-        )
-        self._top_ks = torch.tensor([request.top_k for request in requests], device=device)
-
-    def generate(self) -> None:
-        """A token in every row that goes on, until none does."""
-        live = np.arange(len(self._requests))
-        if not len(live):
-            return
-        logits = torch.stack([parent.logits for parent in self._parents])
-        while True:
-            self._draw(live, logits)
-            live = np.array([row for row in live if not self._ends[row]], np.int64)
-            if not len(live):
-                break
-            logits, hidden = self._engine.read(
-                [self._parents[row] for row in live], self._table, live, [self._tokens[row][-1] for row in live]
-            )
-            if self._hidden is not None:
-                self._hidden[live] += hidden
-        self._engine.note_memory(self._parents, self._table)
-
-    def steps(self) -> list[Step]:
-        """The generated steps, as branches of the engine."""
-        return [self._step(row) for row in range(len(self._requests))]
-
-    def discard(self) -> None:
-        """Frees the rows."""
-        for row in range(len(self._requests)):
-            self._engine.release(self._table.of(row))
-
-    def _draw(self, live: np.ndarray, logits: Tensor) -> None:
-        index = torch.from_numpy(live).to(logits.device)
-        sampled = sample_logits(
-            logits,
-            seed=self._seeds[index],
-            position=self._positions[index],
-            temperature=self._temperatures[index],
-            top_k=self._top_ks[index],
-            top_p=self._top_ps[index],
-        )
-        self._positions[index] += 1
-        tokens = sampled.token.tolist()
-        if -1 in tokens:
-            text = self._texts[live[tokens.index(-1)]]
-            raise FloatingPointError(f"the model gave logits that are NaN or all -inf, after the text {text!r}")
-        self._sums[:, live] += torch.stack([sampled.logprob, sampled.entropy]).double().cpu().numpy()
-        for row, token in zip(live, tokens, strict=True):
-            self._tokens[row].append(token)
-            self._ends[row] = self._end(row, token)
-
-    def _end(self, row: int, token: int) -> str:
-        engine, parent, tokens = self._engine, self._parents[row], self._tokens[row]
-        before = self._before[id(parent)]
-        self._texts[row] = engine.decode([*parent.tail, *tokens])[len(before.rstrip("\ufffd")) :]
-        if token in engine.eos_token_ids:
-            return "end_of_text"
-        if self._step_end(self._texts[row]):
-            return "step"
-        if parent.length + len(tokens) >= engine.context_length:
-            return "context"
-        return "length" if len(tokens) >= self._requests[row].max_tokens else ""
-
-    def _step(self, row: int) -> Step:
-        parent, tokens = self._parents[row], self._tokens[row]
-        tail = [*parent.tail, *tokens][-_TAIL:]
-        branch = _Branch(parent.prompt, self._table.of(row), parent.length + len(tokens), tail, tokens[-1])
-        logprob, entropy = self._sums[:, row].tolist()
-        return Step(
-            branch=self._engine.add(branch),
-            token_ids=tokens,
-            text=self._texts[row],
-            sum_logprob=logprob,
-            end=self._ends[row],  # type: ignore[arg-type]
-            sum_entropy=entropy,
-            embedding=self._embedding(row),
-        )
-
-    def _embedding(self, row: int) -> np.ndarray | None:
-        if self._hidden is None:
-            return None
-        parent, num_read = self._parents[row], len(self._tokens[row]) - 1
-        mean = self._hidden[row] / num_read if num_read else parent.hidden
-        return (mean - parent.prompt.mean_hidden).cpu().numpy()
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

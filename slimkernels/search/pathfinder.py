@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
-from slimkernels.search.engine import Engine, StepRequest
+from slimkernels.search.engine import Engine, Prompt, StepRequest
 from slimkernels.search.question import Child, Question, QuestionSearch, Result, node_seed
 from slimkernels.search.selection import Scorer, consensus, select
 from slimkernels.search.tree import ROOT, Status
@@ -49,11 +49,11 @@ class PathFinder:
         self.checks = (RepetitionCheck(),) if checks is None else tuple(checks)
         self.selector = selector or consensus()
 
-    def solve(self, questions: Sequence[str | Question]) -> list[Result]:
+    def solve(self, questions: Sequence[Prompt | Question]) -> list[Result]:
         """Searches every question; the results in the same order.
 
         Args:
-            questions: Prompts, or prompts with their contexts.
+            questions: Prompts (texts, or their token ids), or prompts with their contexts.
 
         Returns:
             One result each, also where nothing was found.
@@ -65,7 +65,7 @@ class PathFinder:
         """
         return [result for _, result in self.solve_each(questions)]
 
-    def solve_each(self, questions: Sequence[str | Question]) -> Iterator[tuple[int, Result]]:
+    def solve_each(self, questions: Sequence[Prompt | Question]) -> Iterator[tuple[int, Result]]:
         """``solve``, a question's index and result at a time, as soon as its batch of questions is done."""
         if isinstance(questions, (str, Question)):
             raise TypeError(f"questions must be a sequence, got one {type(questions).__name__}: give [question]")
@@ -74,12 +74,12 @@ class PathFinder:
             batch = asked[first : first + self.config.batch_questions]
             yield from enumerate(self._solve_together(batch), first)
 
-    async def solve_async(self, questions: Sequence[str | Question]) -> list[Result]:
+    async def solve_async(self, questions: Sequence[Prompt | Question]) -> list[Result]:
         """``solve`` in a thread, for callers that have an event loop to keep running."""
         return await asyncio.to_thread(self.solve, questions)
 
-    def _checked(self, index: int, question: str | Question) -> Question:
-        if isinstance(question, str):
+    def _checked(self, index: int, question: Prompt | Question) -> Question:
+        if not isinstance(question, Question):
             question = Question(question)
         prompt, context = question
         if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
