@@ -99,18 +99,24 @@ def test_judges_verifier_refuses(tokenizer):
 def test_judges_in_a_search(tokenizer):
     engine = TransformersEngine(make_teacher(), tokenizer)
     config = PathFinderConfig(branching_factor=3, beam=2, max_depth=3, max_step_tokens=8)
-    asked = []
+    asked = {}
     nli = NLIModel(make_nli(), tokenizer)
 
     def contradicts(pairs):
-        asked.extend(pairs)
-        return nli(pairs)
+        probabilities = nli(pairs)
+        assert not asked.keys() & set(pairs), "a pair is asked about once"
+        asked.update(zip(pairs, probabilities, strict=True))
+        return probabilities
 
-    checks = [RepetitionCheck(0.9), ContradictionCheck(contradicts, 0.3, prefilter=False)]
-    [result] = PathFinder(engine, config, checks=checks, selector=Verifier(engine.model, tokenizer, yes=("y",))).solve(
-        ["When the rain stopped"]
-    )
-    assert len(asked) == len(set(asked)) > 0, "a pair is asked about once"
+    def search(threshold):
+        asked.clear()
+        checks = [RepetitionCheck(0.9), ContradictionCheck(contradicts, threshold, prefilter=False)]
+        selector = Verifier(engine.model, tokenizer, yes=("y",))
+        return PathFinder(engine, config, checks=checks, selector=selector).solve(["When the rain stopped"])[0]
+
+    result = search(1.0)
     assert result.checks == ("repetition", "contradiction")
+    assert "contradiction" not in result.reasons
     assert all(0 < score < 1 for score in result.scores)
-    assert result.reasons.get("contradiction", 0) > 0
+    assert len(asked) > 10
+    assert search(float(np.median(list(asked.values())))).reasons["contradiction"] > 0

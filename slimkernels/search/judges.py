@@ -67,8 +67,8 @@ class NLIModel:
         found = [index for index, label in labels.items() if label.lower().startswith("contradict")]
         if len(found) != 1:
             raise ValueError(
-                f"model.config.id2label must name one label that begins with 'contradict', got {sorted(labels.values())}: "
-                "set it to what the classes of the model mean"
+                f"model.config.id2label must name one label that begins with 'contradict', got "
+                f"{sorted(labels.values())}: set it to what the classes of the model mean"
             )
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self._contradiction = found[0]
