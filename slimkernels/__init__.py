@@ -2,8 +2,8 @@
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
 :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
-:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store and the trainer
-load on first use.
+:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store, the
+trainer and the tree search (:mod:`slimkernels.search`) load on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -22,12 +22,14 @@ from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 
 if TYPE_CHECKING:
+    from slimkernels.search import PathFinder
     from slimkernels.store import Store
     from slimkernels.trainer import SlimConfig, SlimTrainer
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "PathFinder": "slimkernels.search",
     "SlimConfig": "slimkernels.trainer",
     "SlimTrainer": "slimkernels.trainer",
     "Store": "slimkernels.store",
@@ -35,6 +37,7 @@ _LAZY = {
 
 __all__ = [
     "PackedLogits",
+    "PathFinder",
     "Sampled",
     "SlimConfig",
     "SlimLoss",

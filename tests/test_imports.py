@@ -70,7 +70,7 @@ ROOMS = (
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*", "slimkernels.teacher*")),
     *(
         Room(f"slimkernels/search/{name}.py", own=("slimkernels.search.*",), packages=("numpy",), never=_SEARCH_MODELS)
-        for name in ("pathfinder", "question", "checks", "config", "engine", "presets")
+        for name in ("pathfinder", "question", "plan", "checks", "config", "engine", "presets")
     ),
     Room("slimkernels/search/tree.py", own=(), packages=("torch", "numpy")),
     Room("slimkernels/search/selection.py", own=("slimkernels.search.tree",), packages=("torch", "numpy")),
@@ -312,12 +312,15 @@ try:
 except AttributeError as raised:
     error = str(raised)
 names = sorted(set(slimkernels.__all__) - set(dir(slimkernels)))
+finder = slimkernels.PathFinder
 heavy = "transformers" in sys.modules
-result = {"lazy": lazy, "store": store.__module__, "error": error, "hidden": names, "heavy": heavy}
+found = {"store": store.__module__, "finder": finder.__module__}
+result = {"lazy": lazy, "error": error, "hidden": names, "heavy": heavy} | found
 """
     result = in_fresh_process(code)
     assert "Store" in result["lazy"]
     assert "SlimTrainer" in result["lazy"]
+    assert result["finder"] == "slimkernels.search.pathfinder"
     assert result["store"].startswith("slimkernels.store")
     assert "no_such_name" in result["error"]
     assert result["hidden"] == []

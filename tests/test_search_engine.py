@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from teachers import END, make_teacher, make_tokenizer
+from teachers import END, make_teacher, make_tokenizer, smollm2
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, MambaConfig, MistralConfig, Qwen3Config
 
 import slimkernels as sk
@@ -161,6 +161,9 @@ def test_engine_keys_and_values_are_shared_and_freed(model):
     prompt = (" ".join(QUESTIONS))[:75]
     config = PathFinderConfig(branching_factor=4, beam=4, max_depth=3, max_step_tokens=5, step_end=never)
     PathFinder(engine, config, checks=()).solve([prompt])
+    planned = PathFinder(engine, config, checks=()).plan([prompt])
+    assert planned.prompt_tokens == engine.count_tokens(prompt)
+    assert planned.cache_bytes >= engine.peak.shared_bytes
     assert engine.peak.unshared_bytes > 3 * engine.peak.shared_bytes > 0
     assert engine._pool.num_used == 0
     assert engine._branches == {}
@@ -280,3 +283,20 @@ def test_engine_knows_the_end_of_text(model):
     [root] = engine.start(["Anna"])
     [step] = engine.extend([dataclasses.replace(REQUEST, branch=root)], never, embed=False)
     assert (len(step.token_ids), step.end) == (1, "end_of_text")
+
+
+@pytest.mark.slow
+def test_engine_on_a_real_model():
+    model, tokenizer = smollm2()
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.is_batch_invariant(num_rows=24)
+    question = "Anna has 3 apples and buys 4 more. She gives 2 to Tom. How many apples does Anna have?"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    config = PathFinderConfig(branching_factor=4, beam=2, max_depth=2, max_step_tokens=12)
+    together = PathFinder(engine, config).solve([prompt, "The capital of France is"])
+    alone = PathFinder(engine, dataclasses.replace(config, batch_questions=1)).solve([prompt])
+    assert nodes_of(alone[0].tree) == nodes_of(together[0].tree)
+    assert "apples" in together[0].text
+    assert engine.peak.unshared_bytes > 3 * engine.peak.shared_bytes

@@ -317,6 +317,17 @@ def test_pathfinder_presets_are_chains():
     assert chain.text == "a\n= 1"
 
 
+def test_pathfinder_plan_by_hand():
+    # Leaves 1, 3, 3 of four, children 3, 6, 6: fifteen steps of 10 tokens, twice. At most, three leaves of two steps
+    # and six children are kept.
+    config = PathFinderConfig(branching_factor=(3, 2), beam=3, max_depth=3, max_step_tokens=10, batch_questions=2)
+    engine = CharacterEngine()
+    assert PathFinder(engine, config).plan(["p", "qq", "rrr"]) == (6, 900, 12, 3 + 2 * 120)
+    limited = dataclasses.replace(config, max_tokens=45)
+    assert PathFinder(engine, limited).plan(["p", "qq", "rrr"]) == (6, 135, 8, 3 + 2 * 45)
+    assert engine.encoded == []
+
+
 def test_pathfinder_async_is_the_same():
     engine = ScriptedEngine(TWO_LEVELS)
     finder = PathFinder(engine, PathFinderConfig(branching_factor=2, beam=2), checks=(), selector=log_probability)
@@ -430,8 +441,14 @@ def test_pathfinder_never_exceeds_a_budget(config, end_logit):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QuestionSearch, "prune", spy(QuestionSearch.prune))
-        results = PathFinder(engine, config, checks=[Fussy()]).solve(["p", "q", "r"])
+        finder = PathFinder(engine, config, checks=[Fussy()])
+        planned = finder.plan(["p", "q", "r"])
+        results = finder.solve(["p", "q", "r"])
     assert engine.texts == {}
+    assert planned.prompt_tokens == 3
+    assert planned.generated_tokens >= sum(result.num_tokens for result in results)
+    assert planned.most_rows >= max(map(len, engine.batches))
+    assert planned.cache_bytes >= engine.peak_tokens
     assert all(len(leaves) <= config.beam and len(all_kept) <= config.buffer_size for leaves, all_kept in kept)
     assert kept
     for prompt, result in zip("pqr", results, strict=True):

@@ -21,12 +21,18 @@ class ToyEngine:
         self.texts: dict[int, tuple[str, str]] = {}  # prompt and what follows it, of every live branch
         self.batches: list[list[StepRequest]] = []
         self.encoded: list[str] = []
-        self.peak_branches = 0
+        self.peak_tokens = 0  # distinct ones, of prompts and texts
         self._next = 0
 
     def check(self, prompt: str) -> None:
         if len(prompt) >= self.context_length:
             raise ValueError(f"the prompt must be shorter than {self.context_length} tokens, got {len(prompt)}")
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(prompt)
+
+    def cache_bytes(self, prompt_tokens: int, generated_tokens: int) -> int:
+        return prompt_tokens + generated_tokens
 
     def start(self, prompts):
         self.encoded += prompts
@@ -51,10 +57,14 @@ class ToyEngine:
     def free(self, branch: int) -> None:
         del self.texts[branch]
 
+    def _tokens_kept(self) -> int:
+        prefixes = {(prompt, text[:end]) for prompt, text in self.texts.values() for end in range(1, len(text) + 1)}
+        return len(prefixes) + sum(len(prompt) for prompt in {prompt for prompt, _ in self.texts.values()})
+
     def _open(self, prompt: str, text: str) -> int:
         self._next += 1
         self.texts[self._next] = (prompt, text)
-        self.peak_branches = max(self.peak_branches, len(self.texts))
+        self.peak_tokens = max(self.peak_tokens, self._tokens_kept())
         return self._next
 
 

@@ -10,6 +10,7 @@ from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, Contrad
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
 from slimkernels.search.pathfinder import PathFinder
+from slimkernels.search.plan import Plan
 from slimkernels.search.presets import best_of_n, greedy, self_consistency
 from slimkernels.search.question import Question, Result
 from slimkernels.search.selection import (
@@ -45,6 +46,7 @@ __all__ = [
     "NLIModel",
     "PathFinder",
     "PathFinderConfig",
+    "Plan",
     "Question",
     "RepetitionCheck",
     "Result",

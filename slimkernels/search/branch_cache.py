@@ -80,6 +80,11 @@ class TokenPool:
         """Of all slots, used or not."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    @staticmethod
+    def capacity(num_used: int) -> int:
+        """The most slots that a pool has of which so many were used at once."""
+        return max(int(num_used * _GROWTH), _LEAST_SLOTS)
+
     def allocate(self, count: int) -> np.ndarray:
         """``count`` slots (count,) int64, each counted once."""
         if count > self._num_free:

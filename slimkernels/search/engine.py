@@ -67,6 +67,14 @@ class Engine(Protocol):
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt that ``start`` could not take, such as one longer than the context."""
 
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Tokens of a prompt."""
+        ...
+
+    def cache_bytes(self, prompt_tokens: int, generated_tokens: int) -> int:
+        """The most bytes that so many tokens, each kept once, take in this process."""
+        ...
+
     def start(self, prompts: Sequence[Prompt]) -> list[int]:
         """Encodes prompts, once; the branch that is each of them."""
         ...

@@ -85,6 +85,14 @@ class TransformersEngine:
                 f"{len(token_ids)}: shorten it"
             )
 
+    def count_tokens(self, prompt: PromptText) -> int:
+        """Tokens of a prompt."""
+        return len(self._encode(prompt))
+
+    def cache_bytes(self, prompt_tokens: int, generated_tokens: int) -> int:
+        """Of keys and values: the prompts', and those of the slots that so many generated tokens make the pool have."""
+        return self._bytes_per_token * (prompt_tokens + TokenPool.capacity(generated_tokens))
+
     @torch.inference_mode()
     def start(self, prompts: Sequence[PromptText]) -> list[int]:
         """Encodes each prompt by itself; returns the branch that is it."""
@@ -263,6 +271,7 @@ class TransformersEngine:
                 branch.unread = token
                 branch.length += 1
                 self._read_last_tokens([number])
+        self._bytes_per_token = branch.prompt.num_bytes // len(branch.prompt.token_ids)
         ours = branch.logits.float()
         self.free(number)
         scale = float(own.abs().max())

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, StepRequest
+from slimkernels.search.plan import Plan, plan
 from slimkernels.search.question import Child, Question, QuestionSearch, Result, node_seed
 from slimkernels.search.selection import Scorer, consensus, select
 from slimkernels.search.tree import ROOT, Status
@@ -74,6 +75,15 @@ class PathFinder:
             batch = asked[first : first + self.config.batch_questions]
             yield from enumerate(self._solve_together(batch), first)
 
+    def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
+        """The most tokens and bytes that ``solve`` may take, without generating any.
+
+        Raises:
+            ValueError: As ``solve``.
+        """
+        asked = [self._checked(index, question) for index, question in enumerate(questions)]
+        return plan(self.config, [self.engine.count_tokens(question.prompt) for question in asked], self.engine)
+
     async def solve_async(self, questions: Sequence[Prompt | Question]) -> list[Result]:
         """``solve`` in a thread, for callers that have an event loop to keep running."""
         return await asyncio.to_thread(self.solve, questions)
@@ -123,6 +133,8 @@ class PathFinder:
             if attempt > 0:
                 late = deadline is not None and time.monotonic() >= deadline
                 pending = [] if late else _affordable([child for child in children if child.failure])
+                for child in pending:
+                    child.discard()
             if not pending:
                 break
             self._generate(pending, depth)

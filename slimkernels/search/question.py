@@ -77,14 +77,16 @@ class Child:
         return bool(self.step.text.strip())
 
     def receive(self, step: Step) -> None:
-        """Takes a generated step, in place of one that failed."""
-        if self.attempts:
-            self.search.release(self.step.branch)
+        """Takes a generated step."""
         self.search.hold(step.branch)
         self.search.num_tokens += len(step.token_ids)
         self.attempts += 1
         self.step = step
         self.checked = CheckedStep(step.text, step.embedding)
+
+    def discard(self) -> None:
+        """Frees a step that failed, before it is generated again."""
+        self.search.release(self.step.branch)
 
 
 class QuestionSearch:
