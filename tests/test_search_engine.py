@@ -11,7 +11,18 @@ from teachers import END, make_teacher, make_tokenizer, smollm2
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, MambaConfig, MistralConfig, Qwen3Config
 
 import slimkernels as sk
-from slimkernels.search import PathFinder, PathFinderConfig, StepRequest, TransformersEngine, greedy, log_probability
+from slimkernels.search import (
+    CheckedBranch,
+    CheckedStep,
+    PathFinder,
+    PathFinderConfig,
+    RepetitionCheck,
+    StepRequest,
+    TransformersEngine,
+    branch_rows,
+    greedy,
+    log_probability,
+)
 
 QUESTIONS = ["When the rain stopped", "Anna", "A black cat was sleeping on the old wall, and", "It"]
 CONFIG = PathFinderConfig(branching_factor=3, beam=3, max_depth=3, max_step_tokens=9, temperature=0.9)
@@ -225,7 +236,9 @@ def test_engine_text_joins_what_tokens_split(engine):
     assert [piece for piece in pieces if "\ufffd" not in piece] == ["n", "é", " ", "à"]
 
 
-def test_engine_embeddings_are_pooled_hidden_states(model, engine):
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_engine_embeddings_are_pooled_hidden_states(model, layer):
+    engine = TransformersEngine(model, make_tokenizer(), embedding_layer=layer)
     prompt = engine.tokenizer(QUESTIONS[0])["input_ids"]
     [root] = engine.start([QUESTIONS[0]])
     for max_tokens in (1, 6):
@@ -233,7 +246,7 @@ def test_engine_embeddings_are_pooled_hidden_states(model, engine):
         [step] = engine.extend([request], never, embed=True)
         with torch.inference_mode():
             ids = torch.tensor([[*prompt, *step.token_ids]])
-            hidden = model(ids, output_hidden_states=True).hidden_states[-1][0]
+            hidden = model(ids, output_hidden_states=True).hidden_states[layer][0]
         first = len(prompt) if max_tokens > 1 else len(prompt) - 1
         expected = hidden[first:-1].mean(0) - hidden[: len(prompt)].mean(0)
         np.testing.assert_allclose(step.embedding, expected, atol=1e-4)
@@ -283,6 +296,34 @@ def test_engine_knows_the_end_of_text(model):
     [root] = engine.start(["Anna"])
     [step] = engine.extend([dataclasses.replace(REQUEST, branch=root)], never, embed=False)
     assert (len(step.token_ids), step.end) == (1, "end_of_text")
+
+
+@pytest.mark.slow
+def test_engine_embeddings_of_a_real_model_tell_a_repeated_step_from_a_new_one():
+    engine = TransformersEngine(*smollm2())
+    said = "She eats 3 eggs for breakfast, so 16 - 3 = 13 eggs remain.\n"
+    prompt = engine.tokenizer("Question: how much does Janet make with the eggs of her ducks every day?\n")["input_ids"]
+    branches = engine.start([prompt])
+    steps = []
+    for text in (said, "She bakes muffins with 4 eggs, so 13 - 4 = 9 eggs remain.\n", said):
+        # A step that is given: drawn from logits that leave nothing else.
+        tokens = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with pytest.MonkeyPatch.context() as patch:
+            drawn = iter(tokens)
+            patch.setattr(branch_rows, "sample_logits", lambda logits, **_: only(logits, next(drawn)))  # noqa: B023
+            request = dataclasses.replace(REQUEST, branch=branches[-1], max_tokens=len(tokens))
+            [step] = engine.extend([request], never, embed=True)
+        assert step.text == text
+        branches.append(step.branch)
+        steps.append(CheckedStep(step.text, step.embedding))
+    check = RepetitionCheck()
+    assert check([CheckedBranch("", steps[:1], steps[1]), CheckedBranch("", steps[:2], steps[2])]) == [False, True]
+
+
+def only(logits, token):
+    forced = torch.full_like(logits, -float("inf"))
+    forced[:, token] = 0.0
+    return sk.sample_logits(forced, seed=0, position=0)
 
 
 @pytest.mark.slow

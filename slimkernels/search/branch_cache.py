@@ -20,7 +20,7 @@ class Prompt:
         token_ids: Its tokens.
         keys: Of each layer (H, L, d), H key-value heads.
         values: The same.
-        mean_hidden: (D,) float32, the last layer's hidden states averaged over the prompt.
+        mean_hidden: (D,) float32, the embedding layer's hidden states averaged over the prompt.
     """
 
     token_ids: list[int]
