@@ -31,7 +31,7 @@ examples:
     slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --select sample --rounds 50
   text that a server continues, or scores (vLLM), with the key in OPENAI_API_KEY or the variable of --key-env:
     slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --prompts --out runs/store
-    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --text corpus.jsonl \
+    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --text corpus.jsonl \\
         --out runs/store
   logits that you have, (N, V) for all tokens of the documents, one after the other:
     slimkernels capture --logits logits.npy --model NAME --tokenizer ./my-model --text documents.jsonl --out runs/store
