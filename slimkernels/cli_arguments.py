@@ -8,6 +8,7 @@ from typing import Any
 
 SHIPPED_PROMPTS = "shipped"
 _DTYPES = ("float32", "bfloat16", "float16")
+_CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
 _EXAMPLES = """\
 examples:
@@ -130,7 +131,7 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row")
     add = logits.add_argument
     add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
-    add("--codec", choices=("affine8", "bfloat16", "float32"), default="affine8", help="(default: %(default)s)")
+    add("--codec", choices=_CODECS, default="affine8", help="of the kept logits (default: %(default)s)")
     add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")
 
 
