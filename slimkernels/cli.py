@@ -131,6 +131,7 @@ def _capture(args: argparse.Namespace) -> None:
             args.out,
             top_k=args.top_k,
             top_fraction=args.top_fraction,
+            top_p=args.top_p,
             temperatures=args.temperatures,
             codec=args.codec,
             batch_tokens=args.batch_tokens,

@@ -139,6 +139,7 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--top-fraction", type=float, metavar="F", help="share of the vocabulary kept (default: 0.05)")
     kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row")
     add = logits.add_argument
+    add("--top-p", type=float, metavar="P", help="of those, the fewest that hold this much probability (default: all)")
     add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
     add("--codec", choices=_CODECS, default="affine8", help="of the kept logits (default: %(default)s)")
     add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ def capture(
     *,
     top_k: int | None = None,
     top_fraction: float | None = None,
+    top_p: float | None = None,
     temperatures: Sequence[float] = (1.0,),
     codec: str = "affine8",
     batch_tokens: int = 4096,
@@ -75,6 +77,8 @@ def capture(
         store_path: A new directory, or a store made with the same settings.
         top_k: K, the entries kept of every row.
         top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
+        top_p: In (0, 1]: of every row's K entries, keeps only the fewest that hold this much of the teacher's
+            probability at temperature 1, so that rows differ in length. A row whose K entries hold less keeps them all.
         temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first.
         codec: Of the store: "affine8", "affine6", "bfloat16" or "float32".
         batch_tokens: Tokens of a batch, padding included; a longer document is a batch of its own.
@@ -97,7 +101,9 @@ def capture(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if top_k is None and top_fraction is None:
         top_fraction = DEFAULT_TOP_FRACTION
-    teacher = _Teacher(model, tokenizer, top_k, top_fraction, resolve_temperatures(temperatures))
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    teacher = _Teacher(model, tokenizer, top_k, top_fraction, top_p, resolve_temperatures(temperatures))
     added = tokens = skipped = done_tokens = 0
     with StoreWriter(
         store_path,
@@ -135,12 +141,15 @@ def capture(
 class _Teacher:
     """Turns batches of documents into kept logits."""
 
-    def __init__(self, model, tokenizer, top_k, top_fraction, temperatures) -> None:
+    def __init__(self, model, tokenizer, top_k, top_fraction, top_p, temperatures) -> None:
         self.model = model
         self.head = LanguageModelHead.of(model)
         self.top_k = resolve_top_k(top_k, top_fraction, self.head.vocab_size)
         kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
+        self.top_p = top_p
         self.selection = {"kind": kind, "value": value, "top_k": self.top_k}
+        if top_p is not None:
+            self.selection["top_p"] = top_p
         self.temperatures = temperatures
         self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.short = 0
@@ -210,6 +219,8 @@ class _Teacher:
             raise FloatingPointError(
                 f"the teacher's logits are not finite in {self.model.dtype}: load it in float32 or bfloat16"
             )
+        if self.top_p is not None:
+            kept = cut_top_p(kept, self.top_p)
         ends = list(itertools.accumulate(length - 1 for length in lengths))
         return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
@@ -233,6 +244,29 @@ class _Teacher:
                 "to slimkernels.topk_logits and its result to slimkernels.store.StoreWriter"
             )
         self._is_checked = True
+
+
+def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
+    """The fewest entries of every row whose probabilities, exp(logit - lse) at temperature 1, add up to ``top_p``.
+
+    Among equally likely ones the lower ids are kept. Rows (N, K) stay as wide as the widest of them needs.
+    """
+    logits = kept.logits.double().masked_fill(kept.ids < 0, -torch.inf)
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    mass = (logits.gather(-1, order) - kept.lse[:, :1].double()).exp().cumsum(-1)
+    # An entry stays while those before it fall short, the first in any case.
+    stays = torch.zeros_like(order, dtype=torch.bool)
+    stays.scatter_(-1, order, torch.nn.functional.pad(mass[:, :-1] < top_p, (1, 0), value=True))
+    stays &= kept.ids >= 0
+    width = int(stays.sum(-1).max()) if len(order) else kept.top_k
+    # Those that stay first, both parts in their old order, which is that of the ids.
+    places = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+    gone = ~stays.gather(-1, places)
+    return dataclasses.replace(
+        kept,
+        ids=kept.ids.gather(-1, places).masked_fill(gone, -1),
+        logits=kept.logits.gather(-1, places).masked_fill(gone, 0.0),
+    )
 
 
 def _batches(documents: Iterator[list[int]], window: int, batch_tokens: int) -> Iterator[list[list[int]]]:
