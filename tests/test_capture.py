@@ -131,7 +131,7 @@ def test_capture_cuts_rows_at_a_probability(model, tokenizer, tmp_path, top_p) -
             assert [i for i in ids.tolist() if i >= 0] == sorted(likely[:count])
             assert document.teacher.logits[r, :count].tolist() == [kept[i] for i in sorted(likely[:count])]
             sizes.add(count)
-    assert sizes == {TOP_K} if top_p == 1.0 else len(sizes) > 3
+    assert sizes == {TOP_K} if top_p == 1.0 else len(sizes) > 1
     with pytest.raises(SettingsMismatchError, match="top_p"):
         capture(model, tokenizer, documents, tmp_path / "cut", top_k=TOP_K, codec="float32")
     with pytest.raises(ValueError, match=r"top_p must lie in \(0, 1\], got 0"):
