@@ -494,7 +494,7 @@ struct RowSlice {
 };
 
 template <class X, bool kStaged, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1536 / kThreads)
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     topk_logits_kernel(const __grid_constant__ TopkLogitsArgs args) {
   RowSlice<X, kStaged, kThreads>(args).run();
 }
