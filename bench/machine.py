@@ -1,4 +1,4 @@
-"""The machine: what a figure depends on besides the code, and what no code can be faster than."""
+"""The machine: what a figure depends on besides the code."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,9 +21,10 @@ ROOT = Path(__file__).parents[1]
 def machine() -> dict:
     """The fields of a row that say where and of what it was measured."""
     require_own_package()
+    on_cuda = torch.get_default_device().type == "cuda"
     return {
-        "device": _cpu_name(),
-        "isa": _C.cpu_isa(),
+        "device": torch.cuda.get_device_name() if on_cuda else _cpu_name(),
+        "isa": "sm_{}{}".format(*torch.cuda.get_device_capability()) if on_cuda else _C.cpu_isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -68,25 +67,3 @@ def _cpu_name() -> str:
     found = (re.search(rf"^{key}\s*:\s*(.*)$", text, re.M) for key in ("model name", "cpu family", "model"))
     name, family, model = (match.group(1) if match else "?" for match in found)
     return f"{name} (family {family}, model {model})"
-
-
-def _best_seconds(run: Callable[[], object], rounds: int) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def copy_bytes_per_second() -> float:
-    """What this process's threads copy between tensors far larger than any cache, reads and writes counted."""
-    source = torch.ones(2**25)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), 8)
-
-
-def matmul_flops_per_second(dtype: torch.dtype) -> float:
-    """What this process's threads reach in the product that an lm_head takes: (N, D) by (V, D) transposed."""
-    left, right = torch.randn(1024, 2048).to(dtype), torch.randn(4096, 2048).to(dtype)
-    return 2 * 1024 * 2048 * 4096 / _best_seconds(lambda: left @ right.T, 5)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 from bench.case import OURS, Case, Work
-
-# Long enough that reading the clock costs nothing; shorter calls are repeated within a round.
-SHORTEST_ROUND_SECONDS = 2e-3
+from bench.clock import clock
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -34,32 +27,21 @@ def time_providers(case: Case, work: Work, rounds: int) -> dict[str, list[float]
     """Seconds per call of every provider; they take turns, so that a change in the machine meets them all."""
     times: dict[str, list[float]] = {name: [] for name in work.providers}
     planned, calls = {}, {}
+    timer = clock()
     for name, run in work.providers.items():
-        seconds = _seconds_per_call(run, 1)
+        seconds = timer.seconds(run)
         planned[name] = rounds_for(seconds, rounds, name in (OURS, *case.peers[:1]))
-        calls[name] = max(1, round(SHORTEST_ROUND_SECONDS / seconds))
+        calls[name] = timer.calls_per_round(seconds)
     for turn in range(rounds):
         for name, run in work.providers.items():
             # Spread over the run, not all at its beginning.
             if (turn + 1) * planned[name] // rounds > turn * planned[name] // rounds:
-                times[name].append(_seconds_per_call(run, calls[name]))
+                times[name].append(timer.seconds(run, calls[name]))
     return times
 
 
-def _seconds_per_call(run: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    return int(match.group(1)) * 1024 if match else 0
-
-
 def peak_extra_bytes(work: Work, run: Callable[[], object]) -> int:
-    """The most resident memory besides the inputs and the gradients that any implementation must return.
+    """The most memory besides the inputs and the gradients that any implementation must return.
 
     A gradient that does not exist yet at the peak would hide as much of it. So the peak is taken twice, with every
     gradient and with the first alone (the others' inputs frozen), each less the gradients made, and the larger counts.
@@ -69,20 +51,9 @@ def peak_extra_bytes(work: Work, run: Callable[[], object]) -> int:
         for leaf in work.leaves:
             leaf.grad = None
             leaf.requires_grad_(all(leaf is not other for other in frozen))
-        gc.collect()
-        _return_free_pages()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status_bytes("VmRSS")
-        run()
+        peak = clock().peak_bytes(run)
         made = sum(leaf.grad.nbytes for leaf in work.leaves if leaf.grad is not None)
-        peaks.append(_status_bytes("VmHWM") - before - made)
+        peaks.append(peak - made)
     for leaf in work.leaves:
         leaf.requires_grad_()
     return max(*peaks, 0)
-
-
-def _return_free_pages() -> None:
-    """Pages that an earlier call left in the allocator would be used again without showing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

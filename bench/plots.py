@@ -25,10 +25,16 @@ PALETTE = [*mpl.colormaps["tab10"].colors, *mpl.colormaps["Set2"].colors]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, required=True, help="the folder of cpu.jsonl, where the figures go")
+    parser.add_argument("--results", type=Path, required=True, help="the folder of the JSONL, where the figures go")
     args = parser.parse_args()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    cases = records.newest_cases(records.read(args.results / "cpu.jsonl"))
+    for device, prefix in (("cpu", ""), ("cuda", "cuda_")):
+        if (args.results / f"{device}.jsonl").exists():
+            draw_all(args.results, records.newest_cases(records.read(args.results / f"{device}.jsonl")), prefix)
+
+
+def draw_all(folder: Path, cases: list[CaseRecord], prefix: str) -> None:
+    """Writes the figures of one device's cases."""
     whole = [case for case in cases if case.row.get("sweep") is None]
     for name, draw, chosen in (
         ("speedup.png", speedups, [case for case in whole if case.peers]),
@@ -36,7 +42,7 @@ def main() -> None:
         ("roofline.png", roofline, [case for case in whole if case.row.get("copy_bytes_per_s")]),
         ("growth.png", growth, [case for case in cases if case.row.get("sweep")]),
     ):
-        path = args.results / name
+        path = folder / f"{prefix}{name}"
         if not chosen:
             print(f"{path}: not drawn, the results have no such cases")
             continue

@@ -1,6 +1,7 @@
 """Times every case beside its peers and appends one JSON line per figure, or compares two commits.
 
 python -m bench.run --out bench/results/cpu.jsonl [--only topk] [--quick] [--rounds 7] [--threads 1 2] [--again]
+python -m bench.run --out bench/results/cuda.jsonl --device cuda [--only topk] [--rounds 51]
 python -m bench.run --base main [--only topk] [--threads 2]
 
 A case that the file has from the same commit, machine and thread count is skipped, so that an interrupted run goes on
@@ -30,8 +31,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSONL file to append to")
     parser.add_argument("--base", metavar="REF", help="compare this checkout with that commit, instead of writing rows")
     parser.add_argument(
-        "--rounds", type=int, help="timed runs of every provider, at least 5 (default 7; with --base 31)"
+        "--rounds", type=int, help="timed runs of every provider, at least 5 (default 7; with --base 31; on cuda 51)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda has cases of its own")
     parser.add_argument("--threads", type=int, nargs="+", default=default_threads(), help="one process each")
     parser.add_argument(
         "--only", default="", help="the cases whose name contains this, such as slim_loss-256x32000 or -float16"
@@ -42,10 +44,13 @@ def main() -> None:
     if (args.out is None) == (args.base is None):
         parser.error("one of --out and --base is needed")
     # A ratio between processes has no turns within a round to lean on, and only ours to time.
-    args.rounds = args.rounds or (31 if args.base else 7)
+    args.rounds = args.rounds or (31 if args.base else 51 if args.device == "cuda" else 7)
     if args.rounds < 5:
         parser.error(f"--rounds must be at least 5 for percentiles that mean something, got {args.rounds}")
     options = ["--rounds", str(args.rounds), "--only", args.only, *(["--quick"] if args.quick else [])]
+    if args.device == "cuda":  # said only then: an older commit does not know the option
+        args.threads = [1]  # one process; the host's threads only launch
+        options += ["--device", "cuda"]
     if args.base:
         from bench.compare import compare
 

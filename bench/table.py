@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import records
 from bench.case import OURS
+from bench.ops_table import ops_table
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
 FIGURES = {
@@ -21,17 +22,22 @@ FIGURES = {
     "growth.png": "Time over N, V and K, with fitted exponents",
 }
 
+CUDA_PREFIX = "cuda_"
+
 
 def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
     """One line per case, each from one commit on one machine; ratios are to the peer measured in the same run."""
     cases = [case for case in records.newest_cases(rows) if case.row.get("sweep") is None]
     threads = sorted({count for case in cases for count in case.threads})
+    on_gpu = any(case.row["isa"].startswith(("sm_", "gfx")) for case in cases)
     # The title and alignment of every column, and its cell in every line.
     columns = {
         ("op", "---"): [f"`{case.row['op']}` {case.row['mode']}" for case in cases],
         ("shape", "---"): [case.row["shape"] for case in cases],
         ("dtype", "---"): [case.row["dtype"] for case in cases],
-        (f"on {' / '.join(map(str, threads))} threads", "---:"): [_figures(case, threads) for case in cases],
+        ("time" if on_gpu else f"on {' / '.join(map(str, threads))} threads", "---:"): [
+            _figures(case, threads) for case in cases
+        ],
         ("peer", "---"): [case.row["peer"] or "" for case in cases],
         ("speed-up", "---:"): [
             _per_threads([case.speedup(case.row["peer"], count) for count in threads], "x") for case in cases
@@ -63,7 +69,7 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
         "Every figure, with its spread, is in [bench/results](bench/results).",
     ]
     for name in figures:
-        lines += ["", f"![{FIGURES[name]}](bench/results/{name})"]
+        lines += ["", f"![{FIGURES[name.removeprefix(CUDA_PREFIX)]}](bench/results/{name})"]
     return "\n".join(lines)
 
 
@@ -128,8 +134,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where the README is not what the results say")
     args = parser.parse_args()
     text = args.readme.read_text()
-    figures = tuple(name for name in FIGURES if (args.results / name).exists())
-    updated = replace_block(text, "bench", speed_table(records.read(args.results / "cpu.jsonl"), figures))
+    updated = replace_block(text, "ops", ops_table())
+    for device, block, prefix in (("cpu", "bench", ""), ("cuda", "bench-cuda", CUDA_PREFIX)):
+        rows = records.read(args.results / f"{device}.jsonl")
+        if rows:
+            figures = tuple(prefix + name for name in FIGURES if (args.results / f"{prefix}{name}").exists())
+            updated = replace_block(updated, block, speed_table(rows, figures))
     updated = replace_block(updated, "demo", demo_table(records.read(args.results / "demo.jsonl")))
     if args.check:
         sys.exit(updated != text and f"{args.readme} does not show {args.results}: run `make plots`")

@@ -16,7 +16,9 @@ import torch
 from bench import records
 from bench.case import OURS, Case, Work
 from bench.cases import all_cases
-from bench.machine import copy_bytes_per_second, machine, matmul_flops_per_second
+from bench.clock import copy_bytes_per_second, matmul_flops_per_second
+from bench.cuda_cases import cuda_cases
+from bench.machine import machine
 from bench.measure import peak_extra_bytes, percentiles, time_providers
 
 
@@ -26,15 +28,19 @@ def main() -> None:
     parser.add_argument("--metric", choices=("time", "memory"), required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     where = machine()
     rows = [] if args.again else records.read(args.out)
-    cases = selected(all_cases(), args.only, args.quick, args.metric, args.threads)
+    cases = selected(
+        cuda_cases() if args.device == "cuda" else all_cases(), args.only, args.quick, args.metric, args.threads
+    )
     todo = pending(cases, rows, where, args.metric)
     print(f"{args.metric} on {args.threads} threads: {len(todo)} cases, {len(cases) - len(todo)} skipped", flush=True)
     for case in todo:

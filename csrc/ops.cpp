@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "packed_rows.h"
 
 namespace slimkernels {
 namespace {
@@ -282,11 +283,47 @@ int64_t sample_targets_rows_cpu(Tensor logits, int64_t rounds, int64_t seed, Opt
   return run(checked_kernels().sample_targets, args, num_rows);
 }
 
+int64_t decode_logits_rows_cpu(Tensor id_words, Tensor values, OptionalTensor affine, OptionalTensor counts,
+                               int64_t vocab_size, Tensor ids, Tensor logits) {
+  STD_TORCH_CHECK(id_words.dim() == 2 && values.dim() == 2, "id_words and values must have two dimensions");
+  const int64_t num_rows = values.size(0), top_k = values.size(1);
+  if (num_rows == 0) return kOk;
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= vocab_size && vocab_size <= INT32_MAX, "K must be in [1, V]");
+  DecodeLogitsArgs args = {};
+  args.num_words = id_words.size(1);
+  args.id_words =
+      static_cast<const uint32_t*>(data_of(id_words, ScalarType::Int, num_rows * args.num_words, "id_words"));
+  args.values = data_of(values, values.scalar_type(), num_rows * top_k, "values");
+  args.affine = static_cast<const float*>(data_of(affine, ScalarType::Float, 2 * num_rows, "affine"));
+  STD_TORCH_CHECK((values.scalar_type() == ScalarType::Byte) == affine.has_value(),
+                  "affine must be given with uint8 values, and with no others");
+  switch (values.scalar_type()) {
+    case ScalarType::Byte:
+      args.decode = decode_values<uint8_t>;
+      break;
+    case ScalarType::BFloat16:
+      args.decode = decode_values<uint16_t>;
+      break;
+    case ScalarType::Float:
+      args.decode = decode_values<float>;
+      break;
+    default:
+      STD_TORCH_CHECK(false, "values must be uint8, bfloat16 or float32");
+  }
+  args.counts = static_cast<const int32_t*>(data_of(counts, ScalarType::Int, num_rows, "counts"));
+  args.vocab_size = vocab_size;
+  args.top_k = top_k;
+  args.ids = static_cast<int32_t*>(out_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
+  args.logits = static_cast<float*>(out_of(logits, ScalarType::Float, num_rows * top_k, "logits"));
+  return run(decode_packed_rows, args, num_rows);
+}
+
 }  // namespace
 }  // namespace slimkernels
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::topk_logits_rows_cpu));
+  m.impl("decode_logits_rows", TORCH_BOX(&slimkernels::decode_logits_rows_cpu));
   m.impl("sparse_softmax_rows", TORCH_BOX(&slimkernels::sparse_softmax_rows_cpu));
   m.impl("sample_logits_rows", TORCH_BOX(&slimkernels::sample_logits_rows_cpu));
   m.impl("sample_targets_rows", TORCH_BOX(&slimkernels::sample_targets_rows_cpu));

@@ -1,13 +1,14 @@
 """Kernels for learning from and searching with large-vocabulary logits.
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
-:func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`sample_logits`, :func:`sample_distinct`,
-:func:`sample_targets`. The store and the trainer load on first use.
+:func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
+:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`. The store and the trainer load on first use.
 """
 
 from typing import TYPE_CHECKING
 
 from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.decode_logits import decode_logits
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
@@ -15,6 +16,7 @@ from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.ops.slim_loss import slim_loss
 from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
 from slimkernels.ops.topk_logits import topk_logits
+from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "PackedLogits",
     "Sampled",
     "SlimConfig",
     "SlimLoss",
@@ -37,6 +40,7 @@ __all__ = [
     "SparseLogits",
     "SparseProbs",
     "Store",
+    "decode_logits",
     "linear_slim_loss",
     "linear_topk_logits",
     "sample_distinct",

@@ -44,16 +44,7 @@ class SparseLogits:
             raise ValueError(
                 f"ids and logits must have the same shape (..., K), got {_shape(self.ids)} and {_shape(self.logits)}"
             )
-        lse_shape = (*self.leading_shape, len(self.temperatures))
-        if self.lse.shape != lse_shape:
-            raise ValueError(
-                f"lse must have shape {lse_shape}, a column for each of temperatures={self.temperatures}, "
-                f"got {_shape(self.lse)}"
-            )
-        if not self.temperatures or self.temperatures[0] != 1.0:
-            raise ValueError(f"temperatures must start with 1.0, got {self.temperatures}")
-        if not all(t > 0 and math.isfinite(t) for t in self.temperatures):
-            raise ValueError(f"temperatures must be positive and finite, got {self.temperatures}")
+        check_normaliser(self.lse, self.temperatures, self.leading_shape)
         if self.target_logit is not None and self.target_logit.shape != self.leading_shape:
             raise ValueError(f"target_logit must have shape {self.leading_shape}, got {_shape(self.target_logit)}")
 
@@ -162,6 +153,19 @@ class SparseLogits:
             temperatures=self.temperatures,
             target_logit=None if self.target_logit is None else per_token(self.target_logit),
         )
+
+
+def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape: tuple[int, ...]) -> None:
+    """Checks the temperatures and that ``lse`` has a column for each of them."""
+    lse_shape = (*leading_shape, len(temperatures))
+    if lse.shape != lse_shape:
+        raise ValueError(
+            f"lse must have shape {lse_shape}, a column for each of temperatures={temperatures}, got {_shape(lse)}"
+        )
+    if not temperatures or temperatures[0] != 1.0:
+        raise ValueError(f"temperatures must start with 1.0, got {temperatures}")
+    if not all(t > 0 and math.isfinite(t) for t in temperatures):
+        raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ def order_keys(x):
         keys = bits ^ ((bits >> 31) & 0x7FFF)
         largest = 0x7FFF
     wide = x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
-    return tl.where(wide != wide, largest, tl.where(wide == 0, 0, keys))
+    # Only -0.0 has the key -1. Compared as floats, denormals may count as zeros.
+    return tl.where(wide != wide, largest, tl.where(keys == -1, 0, keys))
 
 
 @triton.jit
@@ -134,7 +135,11 @@ def _generation_distance(one: str, other: str) -> float:
     """How far apart two architectures are; infinitely where their makers differ."""
     if one[:2] != other[:2]:
         return math.inf
-    return abs(int(one.split("_")[1]) - int(other.split("_")[1])) if one[:2] == "sm" else one != other
+    if one[:2] != "sm":
+        return one != other
+    one_version, other_version = int(one.removeprefix("sm_")), int(other.removeprefix("sm_"))
+    # sm_86 is nearer to sm_80 than to sm_90: the tens are the generation.
+    return abs(one_version // 10 - other_version // 10) + abs(one_version - other_version) / 1000
 
 
 @functools.cache

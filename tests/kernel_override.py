@@ -27,6 +27,7 @@ def install(kernels: str) -> None:
         from slimkernels import triton_util
 
         np.seterr(all="ignore")  # the interpreter computes with numpy, where log(0) warns
+        round_to_bfloat16_like_a_gpu()
         triton_util.launch_settings = lambda *_args: triton_util.Launch(INTERPRETED_BLOCK, 4)
     for name, module in _library.triton_launchers.items():
         if kernels == "triton":
@@ -36,6 +37,22 @@ def install(kernels: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is overridden is the point
             _library._library.impl(name, function, "CPU")
+
+
+def round_to_bfloat16_like_a_gpu() -> None:
+    """Makes the interpreter round float32 to the nearest bfloat16, as every GPU does, where it truncates."""
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, from_dtype, to_dtype, mode):
+        if (from_dtype, to_dtype) != (float32, bfloat16):
+            return convert(values, from_dtype, to_dtype, mode)
+        wide = torch.from_numpy(np.array(values, copy=True, ndmin=1).view(np.float32))
+        return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
+
+    interpreter._convert_float = rounding
 
 
 def on_cuda(op: torch._ops.OpOverload, *arguments):

@@ -15,10 +15,12 @@ import torch
 from bench import compare, machine, records, table, worker
 from bench.case import OURS, Case, Work
 from bench.cases import all_cases
+from bench.cuda_cases import cuda_cases
 from bench.measure import peak_extra_bytes, percentiles, rounds_for, time_providers
 
 ROOT = Path(__file__).parents[1]
 SMALL = all_cases(shrink=32)
+SMALL_CUDA = cuda_cases(shrink=64)
 WHERE = {"device": "cpu", "isa": "avx512", "threads": 1, "torch": "2.13.0", "commit": "abc", "date": "2026-01-02T03"}
 
 
@@ -28,7 +30,7 @@ def row(provider=OURS, p50=2.0, **fields) -> dict:
     return base | {"peer": "peer"} | WHERE | fields
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL + SMALL_CUDA, ids=lambda case: case.name)
 def test_bench_case_builds_and_passes_its_check(case):
     work = case.build()
     assert tuple(work.providers) == (OURS, *case.peers)
@@ -59,8 +61,9 @@ def _spoilt(result):
     return dataclasses.replace(result, ids=ids)
 
 
-def test_bench_names_are_unique_and_sweeps_have_three_points():
-    cases = all_cases()
+@pytest.mark.parametrize("list_cases", [all_cases, cuda_cases])
+def test_bench_names_are_unique_and_sweeps_have_three_points(list_cases):
+    cases = list_cases()
     assert len({case.name for case in cases}) == len(cases)
     points: dict[tuple, set] = {}
     for case in cases:
@@ -121,6 +124,22 @@ def test_bench_gate_stops_a_wrong_provider():
     case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: Work({OURS: lambda: 5}, check))
     with pytest.raises(AssertionError, match="slimkernels: wrong result: not 4"):
         case.gated_work()
+
+
+def test_bench_gate_leaves_out_an_optional_peer_that_fails(capsys):
+    def fails():
+        raise RuntimeError("built for another torch")
+
+    def check(provider, result):
+        assert result == 4, "wrong result"
+
+    providers = {OURS: lambda: 4, "wrong": lambda: 5, "broken": fails, "right": lambda: 4}
+    case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: Work(dict(providers), check))
+    case = dataclasses.replace(case, peers=("wrong", "broken", "right"), optional_peers=("wrong", "broken"))
+    assert list(case.gated_work().providers) == [OURS, "right"]
+    assert "broken is left out, built for another torch" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another torch"):
+        dataclasses.replace(case, optional_peers=("wrong",)).gated_work()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +230,8 @@ def test_bench_table_check_finds_another_number(tmp_path):
     (tmp_path / "cpu.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row("peer", 6.0)) + "\n")
     (tmp_path / "demo.jsonl").write_bytes((ROOT / "bench/results/demo.jsonl").read_bytes())
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench:begin --><!-- bench:end -->\n<!-- demo:begin --><!-- demo:end -->\n")
+    blocks = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in ("ops", "bench", "demo"))
+    readme.write_text("\n".join(blocks))
     command = [sys.executable, "-m", "bench.table", "--results", str(tmp_path), "--readme", str(readme)]
     subprocess.run(command, cwd=ROOT, check=True)
     assert "| 3.0x |" in readme.read_text()

@@ -8,20 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import slimkernels as sk
+from bench.ops_table import OPS, support_of
 
 ROOT = Path(__file__).parent.parent
-OPS = [
-    "topk_logits",
-    "linear_topk_logits",
-    "sparse_softmax",
-    "slim_loss",
-    "linear_slim_loss",
-    "sample_logits",
-    "sample_targets",
-]
+# sample_distinct is documented in the module of sample_logits.
+OP_MODULES = [op for op in OPS if op != "sample_distinct"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OP_MODULES)
 def test_docs_op_examples_run(op):
     result = doctest.testmod(importlib.import_module(f"slimkernels.ops.{op}"))
     assert result.attempted > 0
@@ -54,3 +51,46 @@ def test_docs_readme_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+def call(op: str, dtype: torch.dtype) -> torch.Tensor:
+    """Something that a call of the op returns, and that has a gradient where there is one."""
+    if op == "decode_logits":  # uint8 is a dtype of its alone, and of no logits
+        words = torch.tensor([[0x5E, 0x93]], dtype=torch.int32)
+        affine = torch.ones(1, 2) if dtype == torch.uint8 else None
+        packed = sk.PackedLogits(words, torch.ones(1, 4).to(dtype), torch.ones(1, 1), vocab_size=20, affine=affine)
+        return sk.decode_logits(packed).logits
+    logits = torch.zeros(2, 8, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(8, 8, dtype=dtype, requires_grad=True)
+    target = torch.tensor([1, 2])
+    teacher = sk.topk_logits(torch.zeros(2, 8, dtype=dtype), 2, target=target)
+    calls = {
+        "topk_logits": lambda: sk.topk_logits(logits, 2).logits,
+        "linear_topk_logits": lambda: sk.linear_topk_logits(logits, weight, 2).logits,
+        "sparse_softmax": lambda: sk.sparse_softmax(sk.topk_logits(logits, 2)).logprobs,
+        "slim_loss": lambda: sk.slim_loss(logits, target, teacher).loss,
+        "linear_slim_loss": lambda: sk.linear_slim_loss(logits, weight, target, teacher).loss,
+        "sample_logits": lambda: sk.sample_logits(logits, seed=0, position=0).logprob,
+        "sample_distinct": lambda: sk.sample_distinct(logits, 2, seed=0, position=0).logprob,
+        "sample_targets": lambda: sk.sample_targets(logits, 2, 0, position=0).logits,
+    }
+    return calls[op]()
+
+
+ROW_OPERATORS = {
+    "linear_topk_logits": "topk_logits",
+    "linear_slim_loss": "slim_loss",
+    "sample_distinct": "sample_logits",
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_docs_ops_table_is_true(op):
+    support = support_of(op)
+    operator = f"slimkernels::{ROW_OPERATORS.get(op, op)}_rows"
+    registered = [
+        device for device in ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
+    ]
+    assert list(support.devices) == registered
+    for name in support.dtypes:
+        assert call(op, getattr(torch, name)).requires_grad == (support.backward != "no")

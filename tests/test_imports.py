@@ -33,7 +33,8 @@ class Room(NamedTuple):
     except_for: str = ""
 
 
-_FOUNDATION = tuple(f"{PACKAGE}.{name}" for name in ("sparse_logits", "_checks", "_library", "ops", "ops.*"))
+_RECORDS = (f"{PACKAGE}.sparse_logits", f"{PACKAGE}.packed_logits")
+_FOUNDATION = (*_RECORDS, *(f"{PACKAGE}.{name}" for name in ("_checks", "_library", "ops", "ops.*")))
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",
@@ -49,11 +50,12 @@ ROOMS = (
     ),
     Room("slimkernels/reference*.py", own=("slimkernels.sparse_logits",), packages=("torch",)),
     Room("slimkernels/sparse_logits.py", own=(), packages=("torch",)),
+    Room("slimkernels/packed_logits.py", own=("slimkernels.sparse_logits",), packages=("torch",)),
     Room("slimkernels/_checks.py", own=(), packages=("torch",)),
     Room("slimkernels/*", never=("slimkernels.reference*", "tests", "helpers", "bench")),
     Room(
         "slimkernels/store/*",
-        own=("slimkernels.store", "slimkernels.store.*", "slimkernels.sparse_logits", "slimkernels", "slimkernels._C"),
+        own=(*_RECORDS, "slimkernels.store", "slimkernels.store.*", "slimkernels", "slimkernels._C"),
         packages=("numpy", "torch", "safetensors"),
     ),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
@@ -159,6 +161,7 @@ def test_every_import_is_allowed():
         ("slimkernels/trainer.py", "import triton"),
         ("slimkernels/store/reader.py", "from slimkernels.ops.slim_loss import slim_loss"),
         ("slimkernels/store/reader.py", "from slimkernels import topk_logits, trainer"),
+        ("slimkernels/packed_logits.py", "from slimkernels.store import Store"),
         ("slimkernels/store/reader.py", "def f():\n    import transformers"),
         ("slimkernels/teacher.py", "def f():\n    from slimkernels.search.pathfinder import PathFinder"),
         ("slimkernels/search/tree.py", "import transformers"),
@@ -269,7 +272,7 @@ def test_import_is_light():
 def test_import_brings_no_room_above_the_ops():
     modules = in_fresh_process("import slimkernels\nresult = sorted(m for m in sys.modules if 'slimkernels.' in m)")
     rooms = {name.split(".")[1] for name in modules}
-    assert rooms <= {"_C", "_checks", "_library", "ops", "sparse_logits"}
+    assert rooms <= {"_C", "_checks", "_library", "ops", "packed_logits", "sparse_logits"}
 
 
 def test_import_of_the_oracle_brings_no_ops_of_its_own():

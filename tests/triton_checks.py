@@ -29,8 +29,8 @@ def assert_tests_pass_interpreted(*tests: str, timeout: float = 600) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def assert_compiles(launch: Callable[[], object], architecture: str) -> None:
-    """Compiles every kernel that ``launch()`` launches for an absent GPU; none may spill registers."""
+def assert_compiles(launch: Callable[[], object], architecture: str, *, may_spill: bool = False) -> None:
+    """Compiles every kernel that ``launch()`` launches for an absent GPU; none may spill registers unless said so."""
     pytest.importorskip("triton", reason="Triton is not installed")
     import triton_aot
 
@@ -38,4 +38,4 @@ def assert_compiles(launch: Callable[[], object], architecture: str) -> None:
         launch()
     assert compiled, "nothing was launched"
     spilling = [kernel for kernel in compiled if kernel.spilled_bytes]
-    assert not spilling, f"registers are spilled: {spilling}"
+    assert may_spill or not spilling, f"registers are spilled: {spilling}"

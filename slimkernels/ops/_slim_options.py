@@ -193,11 +193,3 @@ def pack_result(loss: Tensor, stats: Tensor, row_scale: Tensor | None, leading_s
     elif loss.ndim:
         loss = (loss * row_scale).sum()
     return SlimLoss(loss, *(row.reshape(leading_shape) for row in stats[1:].unbind()))
-
-
-def scale_gradient(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Multiplies a gradient made in the forward pass by the loss's own, which is 1 in most training loops."""
-    can_look = upstream.device.type == "cpu" and not torch.compiler.is_compiling() and type(upstream) is Tensor
-    if can_look and upstream.item() == 1:
-        return gradient
-    return gradient * upstream.to(gradient.dtype)

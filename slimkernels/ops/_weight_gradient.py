@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PANEL = 1024  # vocabulary entries whose gradient one matrix product makes
+# Vocabulary entries whose gradient one matrix product makes: enough of them to be at its full rate.
+_PANELS = {"cpu": 1024, "cuda": 16384}
 
 
 class WeightGradient:
@@ -53,7 +54,8 @@ class WeightGradient:
 
     def _panels(self) -> list[slice]:
         vocab_size = self._dweight.shape[0]
-        return [slice(v, min(v + _PANEL, vocab_size)) for v in range(0, vocab_size, _PANEL)]
+        panel = _PANELS[self._dweight.device.type]
+        return [slice(v, min(v + panel, vocab_size)) for v in range(0, vocab_size, panel)]
 
     def _parked(self, vocab: slice, num_rows: int) -> Tensor:
         """Where the dlogits (num_rows, panel) of a panel are kept until every chunk of the round was seen."""
@@ -63,9 +65,13 @@ class WeightGradient:
         return self._dweight.view(-1)[begin : begin + length].view(num_rows, -1)
 
     def _multiply(self, vocab: slice, dlogits_t: Tensor, hidden: Tensor, first: bool) -> None:
+        total = self._total[vocab]
         if self._total is self._dweight:
-            torch.mm(dlogits_t, hidden, out=self._total[vocab])
+            torch.mm(dlogits_t, hidden, out=total)
+        elif total.device.type == "cuda":
+            # cuBLAS adds the float32 product to the float32 sum; torch's CPU products have no such form.
+            torch.addmm(total, dlogits_t, hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
         elif first:
-            self._total[vocab] = torch.mm(dlogits_t, hidden)
+            total.copy_(torch.mm(dlogits_t, hidden))
         else:
-            self._total[vocab] += torch.mm(dlogits_t, hidden)
+            total += torch.mm(dlogits_t, hidden)

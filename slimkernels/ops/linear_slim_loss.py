@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
-from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
 from slimkernels.ops._slim_options import (
     NUM_STATS,
     OPTIONS_SCHEMA,
@@ -16,10 +16,10 @@ from slimkernels.ops._slim_options import (
     pack_result,
     reduction_scale,
     resolve_options,
-    scale_gradient,
     scale_in_forward,
 )
 from slimkernels.ops._weight_gradient import WeightGradient
+from slimkernels.ops.scale_gradient import scale_gradients
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -82,8 +82,8 @@ def linear_slim_loss(
         ignore_index: See ``slim_loss``.
         reduction: See ``slim_loss``.
         num_items: See ``slim_loss``.
-        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold and at least 128 (16 MiB and
-            256 in half precision).
+        chunk_rows: Rows whose logits are held at a time. By default on a CPU what 32 MiB hold and at least 128 (16 MiB
+            and 256 in half precision); on CUDA 4096, halved down to 256 until they take a quarter of the free memory.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
@@ -92,7 +92,8 @@ def linear_slim_loss(
         ValueError: What ``slim_loss`` raises, and a ``weight`` or ``bias`` that does not match ``hidden``.
         TypeError: Dtypes that are not supported or differ.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic. On
+    CUDA the default ``chunk_rows``, and with it the rounding of the weight's gradient, depends on the free memory.
 
     Precision: matrix products are torch's, in hidden's dtype. A half-precision weight gradient is one product over up
     to D rows, summed in float32 and rounded once; each further D rows add one such product in float32.
@@ -140,7 +141,7 @@ def linear_slim_loss(
         target,
         scale_in_forward(row_scale, hidden.dtype),
         *needs,
-        resolve_chunk_rows(chunk_rows, rows.shape[0], weight.shape[0], rows.dtype),
+        checked_chunk_rows(chunk_rows),
         *options,
     )
     return pack_result(loss, stats, row_scale, leading_shape)
@@ -164,6 +165,7 @@ def _linear_slim_loss_fwd(
     )
     loss, stats, dhidden, dweight, dbias = outputs
     options = SlimOptions(*options)
+    chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
     weight_gradient = WeightGradient(dweight, hidden, chunk_rows) if dweight.numel() else None
     dbias_sum = torch.zeros_like(dbias, dtype=stats.dtype)
@@ -223,7 +225,7 @@ def _backward(ctx, grad_loss: Tensor | None, *_unused):
     if grad_loss is None:
         return None, None, None, *absent
     if ctx.reduced:
-        gradients = [scale_gradient(g, grad_loss) for g in ctx.saved_tensors]
+        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss)
     else:
         hidden, weight, bias, target, *tensors = ctx.saved_tensors
         gradients = torch.ops.slimkernels.linear_slim_loss_fwd(

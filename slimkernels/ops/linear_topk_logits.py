@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels._library import accumulation_dtype, check_kernels, define
-from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -48,8 +48,8 @@ def linear_topk_logits(
         temperatures: At which the log-sum-exp is taken; 1.0 is always the first.
         softcap: Positive, or None for no cap.
         logit_scale: Positive factor on the logits, before the cap.
-        chunk_rows: Rows whose logits are held at a time; by default what 32 MiB hold and at least 128 (16 MiB and
-            256 in half precision).
+        chunk_rows: Rows whose logits are held at a time. By default on a CPU what 32 MiB hold and at least 128 (16 MiB
+            and 256 in half precision); on CUDA 4096, halved down to 256 until they take a quarter of the free memory.
 
     Returns:
         SparseLogits (..., K), detached.
@@ -58,7 +58,7 @@ def linear_topk_logits(
         ValueError: Shapes that do not match, and what ``topk_logits`` raises.
         TypeError: Dtypes that are not supported or differ.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: the matrix product is torch's, in hidden's dtype; the rest as ``topk_logits``.
 
@@ -88,7 +88,7 @@ def linear_topk_logits(
         list(temperatures),
         softcap or 0.0,
         logit_scale,
-        resolve_chunk_rows(chunk_rows, rows.shape[0], vocab_size, rows.dtype),
+        checked_chunk_rows(chunk_rows),
     )
     return SparseLogits(
         ids=ids.reshape(*leading_shape, top_k),
@@ -111,6 +111,7 @@ def _linear_topk_logits(
     chunk_rows: int,
 ):
     outputs = _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, chunk_rows)
+    chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
         if logit_scale != 1:
             logits.mul_(logit_scale)

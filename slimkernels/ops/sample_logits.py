@@ -163,7 +163,7 @@ def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, m
         *_sample_options.resolve_float(top_p, "top_p", "in [0, 1]", logits),
         *_sample_options.resolve_float(min_p, "min_p", "in [0, 1]", logits),
     )
-    check_kernels(logits, "logits")
+    check_kernels(logits, "logits", cuda=False)
     rows = logits.detach().reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()

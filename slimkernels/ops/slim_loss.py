@@ -15,9 +15,9 @@ from slimkernels.ops._slim_options import (
     pack_result,
     reduction_scale,
     resolve_options,
-    scale_gradient,
     scale_in_forward,
 )
+from slimkernels.ops.scale_gradient import scale_gradients
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -99,8 +99,9 @@ def slim_loss(
             rest and divergence, a temperature not captured, an option out of its range.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x backward x deterministic; a row's result does not depend
-    on the rows beside it.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
+    whatever rows are beside it. On CUDA the host does not wait, so a row with a
+    label or an id outside the vocabulary raises nothing there: its results and its gradient are NaN.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
@@ -190,7 +191,7 @@ def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
     if grad_loss is None:
         return None, *absent
     if ctx.reduced:
-        return scale_gradient(ctx.saved_tensors[0], grad_loss), *absent
+        return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), *absent
     logits, target, *tensors = ctx.saved_tensors
     scale = grad_loss.contiguous()
     return torch.ops.slimkernels.slim_loss_fwd(logits, target, scale, True, *tensors, *ctx.settings)[2], *absent
@@ -200,6 +201,7 @@ define(
     "slim_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor(b!) stats, Tensor target, Tensor? row_scale,"
     f" {OPTIONS_SCHEMA}) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.slim_loss_triton",
 )
 define(
     f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"

@@ -60,7 +60,8 @@ def sparse_softmax(
         ValueError: An unknown ``rest``, a temperature that is not positive or not captured, a missing vocab_size,
             ids that are not ascending inside [0, V).
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x backward (to logits and lse) x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse) x deterministic. On CUDA bad
+    ids raise nothing, because the host does not wait: the row's results are NaN.
 
     Precision: the tail is ``log(-expm1(log a))``; a stored record does not hold the unkept logits.
 

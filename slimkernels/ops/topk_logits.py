@@ -47,8 +47,9 @@ def topk_logits(
             positive, a target of another shape or with an index at or past V.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x backward x deterministic; a row's result does not depend
-    on the rows beside it.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
+    whatever rows are beside it. On CUDA the host does not wait, so a label at or past V
+    raises nothing there: its ``target_logit`` is NaN.
 
     Precision: ids and logits are exact; lse is accumulated in float64 over float32 blocks of 1024.
 
@@ -128,6 +129,7 @@ define(
     "topk_logits_rows(Tensor logits, int top_k, Tensor? target, float[] temperatures, Tensor(a!) values,"
     " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!)? target_logit) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.topk_logits_triton",
 )
 define(
     "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"

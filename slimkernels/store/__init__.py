@@ -15,7 +15,7 @@
 from slimkernels.store import errors
 from slimkernels.store.audit import info, verify
 from slimkernels.store.errors import StoreError
-from slimkernels.store.reader import Document, Store
+from slimkernels.store.reader import Document, PackedDocument, Store
 from slimkernels.store.writer import StoreWriter
 
-__all__ = ["Document", "Store", "StoreError", "StoreWriter", "errors", "info", "verify"]
+__all__ = ["Document", "PackedDocument", "Store", "StoreError", "StoreWriter", "errors", "info", "verify"]

@@ -238,3 +238,47 @@ def decode_rows(
         reason = _FAULTS[fault].format(vocab_size=vocab_size, codec=codec)
         raise kind(reason, file=file, document=document, row=first_row + bad)
     return ids, logits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Rows as a shard holds them, each padded to the widest of them.
+
+    Attributes:
+        id_words: (R, W) uint32.
+        values: (R, K) unsigned integers of the codec's width, the bits of the values.
+        counts: (R,) int32, or None where every row keeps K entries.
+    """
+
+    id_words: np.ndarray
+    values: np.ndarray
+    counts: np.ndarray | None
+
+
+def packed_rows(
+    *, vocab_size: int, codec: str, top_k: int | None, first_row: int, num_rows: int, arrays: dict[str, np.ndarray]
+) -> PackedRows:
+    """Copies rows out of a shard; the arguments are those of ``decode_rows``, which must have checked the rows."""
+    last_row = first_row + num_rows
+    values = arrays["values"].view(f"<u{VALUE_BITS[codec] // 8}")
+    if top_k is not None:
+        words = row_words(vocab_size, top_k)
+        return PackedRows(
+            id_words=arrays["id_words"].reshape(-1, words)[first_row:last_row].copy(),
+            values=values.reshape(-1, top_k)[first_row:last_row].copy(),
+            counts=None,
+        )
+    entry_offsets = arrays["entry_offsets"][first_row : last_row + 1]
+    return PackedRows(
+        id_words=_padded(arrays["id_words"], arrays["id_word_offsets"][first_row : last_row + 1]),
+        values=_padded(values, entry_offsets),
+        counts=np.diff(entry_offsets).astype(np.int32),
+    )
+
+
+def _padded(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Ragged rows [offsets[r], offsets[r + 1]) of ``flat`` to (R, width of the widest, at least 1), padded with 0."""
+    sizes = np.diff(offsets)
+    rows = np.zeros((len(sizes), sizes.max(initial=1)), flat.dtype)
+    rows[np.arange(rows.shape[1]) < sizes[:, None]] = flat[offsets[0] : offsets[-1]]
+    return rows

@@ -7,7 +7,7 @@ import mmap
 import operator
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store.codec import HASH_BYTES, decode_rows, document_hash, require_little_endian
+from slimkernels.store.codec import HASH_BYTES, decode_rows, document_hash, packed_rows, require_little_endian
 from slimkernels.store.errors import (
     DocumentDamagedError,
     ManifestSyntaxError,
@@ -40,6 +41,8 @@ from slimkernels.store.format import (
 )
 
 _DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
+_VALUE_DTYPES = {"affine8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_CHECKED_ROWS = 64
 # Each mapped shard holds a file descriptor; systems commonly allow 1024.
 _MAX_MAPPED = 256
 
@@ -58,6 +61,15 @@ class Document:
     input_ids: Tensor
     positions: Tensor
     teacher: SparseLogits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedDocument:
+    """A document whose teacher is still packed: PackedLogits of R rows, for :func:`slimkernels.decode_logits`."""
+
+    input_ids: Tensor
+    positions: Tensor
+    teacher: PackedLogits
 
 
 def load_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -165,24 +177,43 @@ class Shard:
         top_k = self.entry.top_k
         if top_k is None:
             top_k = int(np.diff(self.arrays["entry_offsets"][start : stop + 1]).max(initial=1))
-        ids, logits = decode_rows(
-            vocab_size=self.settings.vocab_size,
-            codec=self.settings.codec,
-            top_k=self.entry.top_k,
-            first_row=start,
-            num_rows=stop - start,
-            width=top_k,
-            arrays=self.arrays,
-            file=self.entry.file,
-            document=index,
-        )
+        ids, logits = decode_rows(**self._rows(start, stop), width=top_k, file=self.entry.file, document=index)
         return SparseLogits(
             ids=torch.from_numpy(ids),
             logits=torch.from_numpy(logits),
-            lse=torch.from_numpy(self.arrays["lse"][start:stop].copy()),
             temperatures=self.settings.temperatures,
-            target_logit=torch.from_numpy(self.arrays["target_logit"][start:stop].copy()),
+            **self._scalars(start, stop),
         )
+
+    def packed(self, start: int, stop: int, index: int) -> PackedLogits:
+        """The same rows as they are stored; they are decoded too, which is how their form is checked."""
+        # A few at a time, so that what is only checked stays in the caches.
+        for begin in range(start, stop, _CHECKED_ROWS):
+            self.teacher(begin, min(begin + _CHECKED_ROWS, stop), index)
+        rows = packed_rows(**self._rows(start, stop))
+        affine = self.arrays["affine"][start:stop].copy() if self.settings.codec == "affine8" else None
+        return PackedLogits(
+            id_words=torch.from_numpy(rows.id_words.view(np.int32)),
+            values=torch.from_numpy(rows.values).view(_VALUE_DTYPES[self.settings.codec]),
+            affine=None if affine is None else torch.from_numpy(affine),
+            counts=None if rows.counts is None else torch.from_numpy(rows.counts),
+            vocab_size=self.settings.vocab_size,
+            temperatures=self.settings.temperatures,
+            **self._scalars(start, stop),
+        )
+
+    def _rows(self, start: int, stop: int) -> dict[str, Any]:
+        return {
+            "vocab_size": self.settings.vocab_size,
+            "codec": self.settings.codec,
+            "top_k": self.entry.top_k,
+            "first_row": start,
+            "num_rows": stop - start,
+            "arrays": self.arrays,
+        }
+
+    def _scalars(self, start: int, stop: int) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(self.arrays[name][start:stop].copy()) for name in ("lse", "target_logit")}
 
     def _require_size(self) -> None:
         # Touching a page past the end of a file that shrank after it was mapped would kill the process.
@@ -286,13 +317,20 @@ class Store(Sequence[Document]):
         """Decodes one document, or a list of them for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return self._document(index, Document, Shard.teacher)
+
+    def packed(self, index: int) -> PackedDocument:
+        """One document, checked as ever, with its rows left packed: what to copy to a GPU and decode there."""
+        return self._document(index, PackedDocument, Shard.packed)
+
+    def _document(self, index: int, kind: Callable[..., Any], teacher: Callable[..., Any]):
         index, shard, local = self._locate(index)
         input_ids = shard.tokens(local, index)
         start, stop = shard.rows_of(local)
-        return Document(
+        return kind(
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             positions=torch.from_numpy(shard.arrays["positions"][start:stop].astype(np.int64)),
-            teacher=shard.teacher(start, stop, index),
+            teacher=teacher(shard, start, stop, index),
         )
 
     def row(self, index: int, position: int) -> SparseLogits:

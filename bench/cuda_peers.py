@@ -1,0 +1,52 @@
+"""The peers that exist on CUDA only, where they are installed; none has to be."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Cross entropy of ``hidden @ weight.T``: functions of (hidden, weight, target), by name."""
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    if (liger := _installed("liger_kernel.transformers")) is not None:
+        liger_loss = liger.LigerFusedLinearCrossEntropyLoss()
+        found["Liger fused CE"] = lambda hidden, weight, target: liger_loss(weight, hidden, target)
+    if (cut := _installed("cut_cross_entropy")) is not None:
+        found["cut-cross-entropy"] = cut.linear_cross_entropy
+    if (quack := _installed("quack.linear_cross_entropy")) is not None:
+        found["QuACK chunked CE"] = quack.chunked_linear_cross_entropy
+    return found
+
+
+def topks() -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """Unsorted top-k: functions of (logits, top_k) to ids, by name."""
+    flashinfer = _installed("flashinfer")
+    if flashinfer is None or not hasattr(flashinfer, "top_k"):
+        return {}
+    return {"FlashInfer top_k": lambda logits, top_k: flashinfer.top_k(logits, top_k)[1]}
+
+
+def samplers() -> dict[str, Callable[[Tensor, float, int, float], Tensor]]:
+    """Top-k and top-p sampling: functions of (logits, temperature, top_k, top_p) to tokens, by name."""
+    flashinfer = _installed("flashinfer.sampling")
+    if flashinfer is None:
+        return {}
+
+    def sample(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+        return flashinfer.top_k_top_p_sampling_from_logits(logits.float() / temperature, top_k, top_p).long()
+
+    return {"FlashInfer sampling": sample}
+
+
+def _installed(module: str):
+    """The module, or None: on a CPU, and where it is not installed or does not load."""
+    if torch.get_default_device().type != "cuda":
+        return None
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError):
+        return None

@@ -1,0 +1,111 @@
+"""Measures the launch settings of the Triton kernels on this GPU and writes them into the table that is shipped.
+
+python -m bench.tune [--only slim_loss]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from bench.case import OURS, Case, five_per_cent
+from bench.cases import slim_loss_case, topk_case
+from bench.clock import CudaClock
+from bench.machine import ROOT
+from slimkernels import triton_util
+from slimkernels.triton_util import Launch
+
+TABLE = ROOT / "slimkernels/data/launch_settings.json"
+CANDIDATES = [
+    Launch(block, warps)
+    for block in (1024, 2048, 4096, 8192, 16384, 32768)
+    for warps in (4, 8, 16, 32)
+    if 1 <= block // (32 * warps) <= 64
+]
+ROUNDS = 21
+
+
+def cases() -> list[Case]:
+    """The row ops, on a short and on a long vocabulary, in both sizes of entries."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for num_rows, vocab_size in ((4096, 32768), (2048, 131072)):
+            kept = five_per_cent(vocab_size)
+            found += [
+                topk_case(num_rows, vocab_size, kept, dtype, sweep="V"),
+                slim_loss_case(num_rows, vocab_size, kept, dtype, sweep="V"),
+            ]
+    return found
+
+
+def best_of(candidates: Iterable[Launch], seconds_of: Callable[[Launch], float]) -> tuple[Launch, float]:
+    """The fastest candidate and its seconds; those that the device has no room for are passed over.
+
+    Raises:
+        RuntimeError: There is no room for any.
+    """
+    times: dict[Launch, float] = {}
+    for candidate in candidates:
+        try:
+            times[candidate] = seconds_of(candidate)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            print(f"  {candidate}: passed over, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    if not times:
+        raise RuntimeError("no candidate could be launched")
+    best = min(times, key=times.__getitem__)
+    return best, times[best]
+
+
+def tune(case: Case) -> Launch:
+    """The fastest settings of a case's op that give the right result."""
+    shipped, clock = triton_util.launch_settings, CudaClock()
+
+    def seconds_of(candidate: Launch) -> float:
+        triton_util.launch_settings = lambda op, like: candidate if op == case.op else shipped(op, like)
+        try:
+            run = case.gated_work(ours_only=True).providers[OURS]
+            return statistics.median(clock.seconds(run) for _ in range(ROUNDS))
+        finally:
+            triton_util.launch_settings = shipped
+
+    best, seconds = best_of(CANDIDATES, seconds_of)
+    print(f"{case.name}: {best}, {1e3 * seconds:.3f} ms")
+    return best
+
+
+def merged(entries: list[dict], new: dict) -> list[dict]:
+    """The table with ``new`` in the place of the entry for the same case."""
+    key = ("op", "architecture", "itemsize", "vocab_size")
+    return [entry for entry in entries if any(entry[name] != new[name] for name in key)] + [new]
+
+
+def write(path: Path, table: dict) -> None:
+    """One line per entry."""
+    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table["settings"])
+    path.write_text(f'{{\n  "note": {json.dumps(table["note"])},\n  "settings": [\n{lines}\n  ]\n}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="the cases whose name contains this")
+    args = parser.parse_args()
+    torch.set_default_device("cuda")
+    architecture = triton_util._architecture(torch.device("cuda", torch.cuda.current_device()))
+    table = json.loads(TABLE.read_text())
+    for case in cases():
+        if args.only not in case.name:
+            continue
+        best = tune(case)
+        found = {"op": case.op, "architecture": architecture, "itemsize": case.dtype.itemsize}
+        found |= {"vocab_size": case.sizes["V"], **best._asdict(), "source": "measured"}
+        table["settings"] = merged(table["settings"], found)
+        write(TABLE, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Rows of kept logits as a store holds them: about 14 bits per entry, decoded where they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimkernels.sparse_logits import check_normaliser
+
+# Of the values, and the width of what is stored: quantised, or as they are.
+VALUE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
+
+
+def row_words(vocab_size: int, top_k: int) -> int:
+    """The number of 32-bit words that hold the ids of a row of ``top_k`` entries (store/FORMAT.md)."""
+    low_bits = (vocab_size // top_k).bit_length() - 1
+    buckets = ((vocab_size - 1) >> low_bits) + 1
+    return (top_k * low_bits + 31) // 32 + (top_k + buckets + 31) // 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedLogits:
+    """What ``SparseLogits`` holds for N flat rows, packed; :func:`slimkernels.decode_logits` unpacks it on any device.
+
+    Attributes:
+        id_words: (N, W) int32, read as uint32. The Elias-Fano words of every row's ids, which depend on V and on the
+            number of entries of the row alone; rows that need fewer than W words end in words that are not read.
+        values: (N, K) uint8, bfloat16 or float32. The logits; rows that keep fewer than K entries end in values that
+            are not read.
+        lse: (N, M) float32, as in SparseLogits.
+        vocab_size: V, 1 to 2^31 - 1.
+        affine: (N, 2) float32 with uint8 values, else None. A row's scale and zero: logit = zero + scale * value.
+        counts: (N,) int32, 1 to K: the number of entries of every row; None where all keep K.
+        temperatures: The temperature of each column of ``lse``. The first is 1.0.
+        target_logit: (N,) float32 or None, as in SparseLogits.
+
+    Raises:
+        TypeError: A field of another dtype.
+        ValueError: Fields whose shapes or devices do not belong together, or that hold no rows of V ids.
+    """
+
+    id_words: Tensor
+    values: Tensor
+    lse: Tensor
+    vocab_size: int
+    affine: Tensor | None = None
+    counts: Tensor | None = None
+    temperatures: tuple[float, ...] = (1.0,)
+    target_logit: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if self.values.dtype not in VALUE_DTYPES:
+            raise TypeError(f"values must be uint8, bfloat16 or float32, got {self.values.dtype}")
+        if self.values.ndim != 2 or not 1 <= self.values.shape[1] <= self.vocab_size < 2**31:
+            raise ValueError(
+                f"values must have shape (N, K) with 1 <= K <= vocab_size < 2^31, got {tuple(self.values.shape)} and "
+                f"vocab_size={self.vocab_size}"
+            )
+        num_rows, top_k = self.values.shape
+        # Rows of fewer entries can need a word more than those of K, so that W is known only where all keep K.
+        words = row_words(self.vocab_size, top_k) if self.counts is None else (self.id_words.shape or (0,))[-1]
+        _check(self.id_words, "id_words", torch.int32, (num_rows, words))
+        if (self.affine is None) != (self.values.dtype != torch.uint8):
+            raise ValueError("affine must be given with uint8 values, and with no others")
+        _check(self.affine, "affine", torch.float32, (num_rows, 2))
+        _check(self.counts, "counts", torch.int32, (num_rows,))
+        _check(self.target_logit, "target_logit", torch.float32, (num_rows,))
+        _check(self.lse, "lse", torch.float32, (num_rows, len(self.temperatures)))
+        check_normaliser(self.lse, self.temperatures, (num_rows,))
+        for name, tensor in self._tensors().items():
+            if tensor.device != self.values.device:
+                raise ValueError(f"{name} must be on {self.values.device} like values, got {tensor.device}")
+
+    @property
+    def top_k(self) -> int:
+        """K, the number of entries a row can keep."""
+        return self.values.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where every field is."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all fields: what a copy to another device moves."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedLogits:
+        """Moves every field to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedLogits:
+        """Copies every field to pinned memory, from where a copy to a GPU need not be waited for."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def __getitem__(self, index) -> PackedLogits:
+        """Selects rows by a slice, a mask or a tensor or list of indices."""
+        if isinstance(index, (int, tuple)) or index is None or index is Ellipsis:
+            raise TypeError(f"rows are selected by a slice, a mask or a list of indices, got {index!r}")
+        return self._map(lambda tensor: tensor[index])
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @staticmethod
+    def cat(parts: Sequence[PackedLogits]) -> PackedLogits:
+        """Concatenates rows; where the parts keep different numbers of entries, the result says how many each keeps.
+
+        Raises:
+            ValueError: No parts, or parts of other vocabularies, codecs or temperatures, or only some with a
+                target_logit.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one PackedLogits, got none")
+        for name in ("vocab_size", "temperatures"):
+            if len(found := {getattr(part, name) for part in parts}) > 1:
+                raise ValueError(f"parts must share {name}, got {sorted(found)}")
+        if len(dtypes := {part.values.dtype for part in parts}) > 1:
+            raise ValueError(f"parts must share the dtype of their values, got {sorted(map(str, dtypes))}")
+        if len({part.target_logit is None for part in parts}) > 1:
+            raise ValueError("either every part or no part may have a target_logit")
+        uniform = all(part.counts is None and part.top_k == parts[0].top_k for part in parts)
+
+        def join(field: str) -> Any:
+            tensors = [getattr(part, field) for part in parts]
+            if tensors[0] is None:
+                return None
+            width = max(tensor.shape[-1] for tensor in tensors)
+            if tensors[0].ndim == 2:
+                tensors = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
+            return torch.cat(tensors)
+
+        def counts_of(part: PackedLogits) -> Tensor:
+            if part.counts is not None:
+                return part.counts
+            return torch.full((len(part),), part.top_k, dtype=torch.int32, device=part.device)
+
+        return PackedLogits(
+            counts=None if uniform else torch.cat([counts_of(part) for part in parts]),
+            vocab_size=parts[0].vocab_size,
+            temperatures=parts[0].temperatures,
+            **{field: join(field) for field in ("id_words", "values", "affine", "lse", "target_logit")},
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: field for name, field in fields.items() if isinstance(field, Tensor)}
+
+    def _map(self, function) -> PackedLogits:
+        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+
+def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} beside the values, got {tuple(tensor.shape)}")

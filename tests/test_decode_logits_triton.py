@@ -1,0 +1,58 @@
+"""The Triton kernel of decode_logits, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_cases import VALUE_DTYPES, pack, random_ids
+from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+
+import slimkernels as sk
+from slimkernels.packed_logits import row_words
+
+
+@pytest.mark.interpret
+def test_decode_logits_passes_its_tests_interpreted():
+    assert_tests_pass_interpreted("test_decode_logits.py", "test_decode_logits_triton.py::test_broken_rows_make_nan")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", VALUE_DTYPES.values(), ids=str)
+def test_decode_logits_compiles_for(architecture, dtype, ragged):
+    for vocab_size, top_k in ((32000, 1600), (128256, 6413), (1, 1)):
+        assert_compiles(lambda: launch(vocab_size, top_k, dtype, ragged), architecture)  # noqa: B023
+
+
+def launch(vocab_size: int, top_k: int, dtype: torch.dtype, ragged: bool) -> None:
+    from slimkernels.ops.decode_logits_triton import decode_logits_rows
+
+    decode_logits_rows(
+        torch.empty(2, row_words(vocab_size, top_k), dtype=torch.int32),
+        torch.empty(2, top_k, dtype=dtype),
+        torch.empty(2, 2) if dtype == torch.uint8 else None,
+        torch.empty(2, dtype=torch.int32) if ragged else None,
+        vocab_size,
+        torch.empty(2, top_k, dtype=torch.int32),
+        torch.empty(2, top_k),
+    )
+
+
+def test_broken_rows_make_nan(request):
+    if request.config.getoption("--kernels") == "cpu":
+        pytest.skip("the CPU kernel raises")
+    packed = pack(random_ids(1003, [129, 60, 129, 5]), 1003, "affine8")
+    whole = sk.decode_logits(packed)
+    packed.id_words[0, 12] = 0  # the fourth of the bitmap, in its second block
+    packed.counts[1] = 61
+    broken = sk.decode_logits(packed)
+    for row in (0, 1):
+        assert (broken.ids[row] == -2).all()
+        assert broken.logits[row].isnan().all()
+        # Neither an id nor padding: no op takes the row for one that keeps little.
+        probs = sk.sparse_softmax(broken, vocab_size=1003)
+        assert probs.logprobs[row].isnan().all()
+        with pytest.raises(ValueError, match="row 0 of the SparseLogits holds an id outside"):
+            broken.validate(1003)
+    assert torch.equal(broken.ids[2:], whole.ids[2:])
+    assert torch.equal(broken.logits[2:], whole.logits[2:])

@@ -1,0 +1,147 @@
+"""What only a GPU can show; the ops' own tests also run there, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same_bits, sparse_fields
+
+import slimkernels as sk
+
+HERE = Path(__file__).parent
+OP_TESTS = (
+    "test_topk_logits.py",
+    "test_sparse_softmax.py",
+    "test_slim_loss.py",
+    "test_decode_logits.py",
+)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def no_sync():
+    """An error where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def problem(num_rows=64, vocab_size=32000, hidden_size=256, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight, teacher_logits = (
+        torch.randn(*shape, generator=generator, device="cuda")
+        for shape in ((num_rows, hidden_size), (vocab_size, hidden_size), (num_rows, vocab_size))
+    )
+    target = torch.randint(vocab_size, (num_rows,), generator=generator, device="cuda")
+    teacher = sk.topk_logits(3 * teacher_logits.to(dtype), top_fraction=0.05, target=target)
+    leaves = (hidden.to(dtype).requires_grad_(), (weight / 8).to(dtype).requires_grad_())
+    return leaves, target, teacher
+
+
+@pytest.mark.parametrize("tests", OP_TESTS)
+def test_the_tests_of_an_op_pass_on_cuda(tests):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--kernels=cuda", str(HERE / tests)],
+        env=dict(os.environ),
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_a_training_step_never_waits_for_the_device(no_sync):
+    (hidden, weight), target, teacher = problem()
+    sk.linear_slim_loss(hidden, weight, target, teacher).loss.backward()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    sk.slim_loss(logits, target, teacher).loss.backward()
+    sk.sparse_softmax(teacher, rest="ghost")
+    assert hidden.grad is not None
+
+
+def test_a_training_step_in_a_cuda_graph_repeats_bit_for_bit():
+    (hidden, weight), target, teacher = problem()
+
+    def step():
+        hidden.grad = weight.grad = None
+        result = sk.linear_slim_loss(hidden, weight, target, teacher)
+        result.loss.backward()
+        return result.loss.detach(), hidden.grad, weight.grad
+
+    expected = [tensor.clone() for tensor in step()]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(captured, expected)
+
+
+def test_fullgraph_compile_on_cuda_equals_eager():
+    (hidden, weight), target, teacher = problem()
+
+    def loss(hidden, weight):
+        return sk.linear_slim_loss(hidden, weight, target, teacher).loss
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
+    assert_same_bits(actual, expected)
+
+
+def test_rows_beyond_32_bit_offsets():
+    vocab_size, num_rows = 262144, 2**31 // 262144 + 3
+    logits = torch.zeros(num_rows, vocab_size, dtype=torch.bfloat16, device="cuda")
+    last = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[-4:] = last.cuda()
+    target = torch.full((num_rows,), 5, device="cuda")
+    actual = sk.topk_logits(logits, 1000, target=target)
+    expected = sk.topk_logits(last, 1000, target=target[-4:].cpu())
+    assert torch.equal(actual.ids[-4:].cpu(), expected.ids)
+    torch.testing.assert_close(actual.lse[-4:].cpu(), expected.lse)
+    result = sk.slim_loss(logits.requires_grad_(), target, actual, reduction="sum")
+    result.loss.backward()
+    small = last.clone().requires_grad_()
+    sk.slim_loss(small, target[-4:].cpu(), expected, reduction="sum").loss.backward()
+    torch.testing.assert_close(logits.grad[-4:].cpu(), small.grad)
+
+
+def test_linear_slim_loss_holds_one_chunk_and_no_float32_copy():
+    (hidden, weight), target, teacher = problem(num_rows=2048, hidden_size=2048)
+    vocab_size, chunk_rows = len(weight), 256
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sk.linear_slim_loss(hidden, weight, target, teacher, chunk_rows=chunk_rows).loss.backward()
+    made = hidden.grad.nbytes + weight.grad.nbytes
+    extra = torch.cuda.max_memory_allocated() - before - made
+    chunk = chunk_rows * vocab_size * 2
+    panel = 16384 * len(hidden) * 2
+    kept = chunk_rows * teacher.top_k * 2
+    assert extra < chunk + panel + kept + 2**23
+
+
+def test_another_device_and_another_stream():
+    (hidden, weight), target, _ = problem()
+    logits = (hidden @ weight.T).detach()
+    expected = sk.topk_logits(logits, 100, target=target)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = sk.topk_logits(logits, 100, target=target)
+    stream.synchronize()
+    assert_same_bits(sparse_fields(actual), sparse_fields(expected))
+    if torch.cuda.device_count() > 1:
+        moved = sk.topk_logits(logits.to("cuda:1"), 100, target=target.to("cuda:1"))
+        assert torch.equal(moved.ids.cpu(), expected.ids.cpu())

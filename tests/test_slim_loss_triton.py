@@ -1,0 +1,83 @@
+"""The Triton kernel of slim_loss, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import random_problem
+from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+
+import slimkernels as sk
+from slimkernels.ops._slim_options import resolve_options
+
+DEFAULTS = {
+    "temperature": 1.0,
+    "rest": "renorm",
+    "divergence": "forward_kl",
+    "detach_weight": True,
+    "beta": 0.5,
+    "alpha": 0.1,
+    "ce_weight": 1.0,
+    "kd_weight": 1.0,
+    "label_smoothing": 0.0,
+    "z_loss_weight": 0.0,
+    "logit_scale": 1.0,
+    "ignore_index": -100,
+}
+VARIANTS = {
+    "default": {},
+    "cross entropy": {"teacher": None},
+    "ghost jsd": {"rest": "ghost", "divergence": "jsd", "detach_weight": False},
+    "zero_logit, smoothed": {"rest": "zero_logit", "label_smoothing": 0.1},
+    "capped at a temperature": {"rest": "renorm_both", "divergence": "reverse_kl", "temperature": 2.0, "softcap": 30.0},
+}
+
+
+@pytest.mark.interpret
+def test_slim_loss_passes_its_tests_interpreted():
+    assert_tests_pass_interpreted(
+        "test_slim_loss.py::test_slim_loss_divergence_hand_worked",
+        "test_slim_loss.py::test_slim_loss_edges",
+        "test_slim_loss.py::test_slim_loss_of_any_layout",
+        "test_slim_loss_triton.py::test_a_bad_row_is_nan_and_the_others_are_not",
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_slim_loss_compiles_for(architecture, dtype, variant):
+    from slimkernels.ops.slim_loss_triton import slim_loss_rows
+
+    settings = {"weight": "teacher_over_student", "softcap": None, **DEFAULTS, **VARIANTS[variant]}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = torch.empty(2, 128256, dtype=dtype)
+    teacher = sk.SparseLogits(
+        torch.zeros(2, 6413, dtype=torch.int32),
+        torch.zeros(2, 6413, dtype=dtype),
+        torch.zeros(2, 1, dtype=wide),
+        target_logit=torch.zeros(2, dtype=wide),
+    )
+    teacher = settings.pop("teacher", teacher)
+    options = resolve_options(logits, "logits", teacher, weight_name="weight", **settings)
+    stats, target, scale = torch.empty(7, 2, dtype=wide), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=wide)
+    assert_compiles(
+        lambda: slim_loss_rows(logits, torch.empty_like(logits), stats, target, scale, *options),
+        architecture,
+        may_spill=dtype == torch.float64,  # float64 serves the checking of gradients, not training
+    )
+
+
+def test_a_bad_row_is_nan_and_the_others_are_not(request):
+    if request.config.getoption("--kernels") == "cpu":
+        pytest.skip("the CPU kernel raises")
+    logits, target, teacher = random_problem(num_rows=5, ignored=())
+    logits.requires_grad_()
+    expected = sk.slim_loss(logits, target, teacher, reduction="none")
+    target[1], teacher.ids[3, 2] = logits.shape[1], teacher.ids[3, 1]
+    actual = sk.slim_loss(logits, target, teacher, reduction="none")
+    (grad,) = torch.autograd.grad(actual.loss.nansum(), logits)
+    for row, broken in enumerate([False, True, False, True, False]):
+        assert actual.loss[row].isnan() == broken
+        assert grad[row].isnan().all() == broken
+        assert broken or torch.equal(actual.loss[row], expected.loss[row])

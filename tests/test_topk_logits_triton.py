@@ -1,0 +1,96 @@
+"""The Triton kernels of topk_logits, without a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import DTYPES, assert_same_bits, sparse_fields
+from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+
+import slimkernels as sk
+from slimkernels import reference
+
+
+@pytest.mark.interpret
+def test_topk_logits_passes_its_tests_interpreted():
+    names = (
+        "hand_worked",
+        "lse_of_extremes",
+        "of_any_layout",
+    )
+    assert_tests_pass_interpreted(
+        *(f"test_topk_logits.py::test_topk_logits_{name}" for name in names),
+        *(f"test_topk_logits.py::test_topk_logits_of_hostile_rows[37-dtype{index}]" for index in range(len(DTYPES))),
+        "test_topk_logits.py::test_topk_logits_of_hostile_rows[1000-dtype1]",
+        "test_topk_logits_triton.py::test_topk_logits_whatever_the_sample_says",
+        "test_topk_logits_triton.py::test_topk_logits_at_several_temperatures",
+        "test_topk_logits_triton.py::test_a_label_outside_makes_nan",
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(128256, 6413), (200, 10)])
+def test_topk_logits_compiles_for(architecture, dtype, vocab_size, top_k):
+    from slimkernels.ops.topk_logits_triton import topk_logits_rows
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = torch.empty(4, vocab_size, dtype=dtype)
+    values, ids = torch.empty(4, top_k, dtype=dtype), torch.empty(4, top_k, dtype=torch.int32)
+    target, target_logit = torch.zeros(4, dtype=torch.int64), torch.empty(4, dtype=wide)
+    temperatures = [1.0, 2.0, 3.0]
+    lse = torch.empty(4, 3, dtype=wide)
+    assert_compiles(
+        lambda: topk_logits_rows(logits, top_k, target, temperatures, values, ids, lse, target_logit), architecture
+    )
+
+
+def sampled_rows(vocab_size: int, sample: int) -> dict[str, torch.Tensor]:
+    """Rows on which a strided sample of runs of 16 sees the row as it is, sees too much, or sees too little."""
+    noise = torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(vocab_size)
+    seen = index % (vocab_size // (sample // 16)) < 16
+    return {
+        "random": noise,
+        "rising": noise.sort().values,
+        "large where the sample looks": torch.where(seen, 5.0, 0.0) + 0.1 * noise,
+        "large where it does not": torch.where(seen, -5.0, 0.0) + 0.1 * noise,
+        "all equal": torch.zeros(vocab_size),
+        "two valued": (noise > 1).float(),
+        "mostly -inf": noise.masked_fill(index % 50 != 0, -math.inf),
+        "nan and inf": noise.masked_fill(index % 97 == 0, math.nan).masked_fill(index % 89 == 0, math.inf),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_topk_logits_whatever_the_sample_says(dtype):
+    from slimkernels.ops.topk_logits_triton import sampling
+
+    vocab_size, top_k = 2100, 60
+    sample = sampling(vocab_size, top_k)
+    assert sample is not None, "this test is about rows that are sampled"
+    rows = torch.stack(list(sampled_rows(vocab_size, sample.size).values())).to(dtype)
+    actual, expected = sk.topk_logits(rows, top_k), reference.topk_logits(rows.double(), top_k)
+    assert torch.equal(actual.ids, expected.ids)
+    assert_same_bits(actual.logits, rows.gather(-1, expected.ids.long()))
+    torch.testing.assert_close(actual.lse.double(), expected.lse, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_topk_logits_at_several_temperatures():
+    logits = 3 * torch.randn(3, 2100, generator=torch.Generator().manual_seed(1))
+    temperatures = (1.0, 0.5, 2.0, 8.0)
+    actual = sk.topk_logits(logits, 60, temperatures=temperatures)
+    expected = reference.topk_logits(logits.double(), 60, temperatures=temperatures)
+    torch.testing.assert_close(actual.lse.double(), expected.lse, rtol=1e-6, atol=1e-6)
+    assert_same_bits(sparse_fields(sk.topk_logits(logits, 60, temperatures=temperatures)), sparse_fields(actual))
+
+
+def test_a_label_outside_makes_nan(request):
+    if request.config.getoption("--kernels") == "cpu":
+        pytest.skip("the CPU kernel raises")
+    result = sk.topk_logits(torch.arange(10.0).expand(3, 10), 2, target=torch.tensor([4, -1, 10]))
+    assert result.target_logit[0] == 4
+    assert result.target_logit[1:].isnan().all()
+    assert result.ids.tolist() == [[8, 9]] * 3
