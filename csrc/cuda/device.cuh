@@ -1,5 +1,5 @@
-// What a kernel asks of the machine beyond CUDA's own names. tests/cuda_emulator/device.h is the same on a CPU; whichever
-// is included first is the one in use.
+// What a kernel asks of the machine beyond CUDA's own names. tests/cuda_emulator/device.h is the same on a CPU; the one
+// that is included first is in use.
 #ifndef SLIMKERNELS_DEVICE
 #define SLIMKERNELS_DEVICE
 

@@ -1,5 +1,9 @@
-// The operator slimkernels::topk_logits_rows_cuda: topk_logits_rows by topk_logits_kernel. Nothing here waits for the
-// device, and data raises nothing: the label of a row that is not in [0, V) makes its target_logit NaN.
+// The operator slimkernels::topk_logits_rows_cuda: topk_logits_rows by topk_logits_kernel, to be compared with the
+// Triton kernel, which is the one that serves CUDA tensors. It has run on an emulated GPU (tests/cuda_emulator), never
+// on a real one.
+//
+// Nothing here waits for the device, and data raises nothing: the label of a row that is not in [0, V) makes its
+// target_logit NaN.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "topk_logits.cuh"
 #include "topk_logits_plan.h"
 
 namespace slimkernels {
@@ -93,8 +98,7 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
   args.values = data_of(values, logits.scalar_type(), num_rows * top_k, device, "values");
   args.ids = static_cast<int32_t*>(data_of(ids, ScalarType::Int, num_rows * top_k, device, "ids"));
   args.lse = static_cast<float*>(data_of(lse, ScalarType::Float, num_rows * num_temperatures, device, "lse"));
-  args.target_logit =
-      static_cast<float*>(data_of(target_logit, ScalarType::Float, num_rows, device, "target_logit"));
+  args.target_logit = static_cast<float*>(data_of(target_logit, ScalarType::Float, num_rows, device, "target_logit"));
   set_temperatures(args, temperatures.data(), int(num_temperatures));
 
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -113,7 +117,8 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
       case ScalarType::Half:
         return launch<Float16>;
       default:
-        STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16 for the CUDA C++ kernel");
+        STD_TORCH_CHECK(
+            false, "logits must be float32, bfloat16 or float16 for the CUDA C++ kernel; topk_logits takes float64");
     }
   }();
   launch_type(machine, args, num_rows, static_cast<cudaStream_t>(stream));

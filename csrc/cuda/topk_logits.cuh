@@ -3,47 +3,23 @@
 // A row belongs to the blocks of a cluster, each of which keeps its slice in shared memory (or, where it does not fit,
 // reads it again through L2). A strided sample gives a threshold that a few more than K elements pass; one pass sums
 // the exponentials and lists what passes; counting digits of order-preserving keys (a radix selection, as in Alabi et
-// al. 2012, "Fast k-selection algorithms for graphics processing units") finds the exact K-th among the listed. A sample
-// that misleads leaves the whole slice to count: slower, never wrong.
+// al. 2012, "Fast k-selection algorithms for graphics processing units") finds the exact K-th among the listed. A
+// sample that misleads leaves the whole slice to count: slower, never wrong.
 //
 // What blocks tell each other are integers, and exponentials are added up in fixed point from tiles of the row: no
 // result depends on the order of atomics, the number of blocks or the alignment of the row, bit for bit.
 #pragma once
 
 #include "device.cuh"
+#include "topk_logits_memory.cuh"
 
 namespace slimkernels {
 
-constexpr int kMaxTemperatures = 32;
-constexpr int kBins = 2048;
 constexpr int kDigitBits = 11;
-constexpr int kGroup = 8;    // elements that a lane reads at once; their marks are a byte
-constexpr int kTile = 1024;  // elements that a warp sums in float32; their marks are a word for each lane
 constexpr unsigned kAllLanes = ~0u;
 constexpr float kFixedPoint = 4294967296.0f;  // 2 ** 32 to one: 2 ** 31 exponentials fit into 64 bits
 
-struct Temperature {
-  double inverse;
-  float exponent_scale;  // log2(e) / T
-};
-
-struct TopkLogitsArgs {
-  const void* logits;  // (N, V), rows `row_stride` elements apart
-  int64_t row_stride;
-  int32_t vocab_size;
-  int32_t top_k;
-  int32_t slice;          // elements of a row that each of its blocks takes, whole tiles
-  int32_t list_capacity;  // candidates that a block can list; 0: neither sample nor list
-  const int64_t* target;  // (N,) or null
-  int32_t* ids;           // (N, K)
-  void* values;           // (N, K)
-  float* lse;             // (N, M)
-  float* target_logit;    // (N,) where target is not null
-  int32_t num_temperatures;
-  Temperature temperatures[kMaxTemperatures];
-};
-
-// ---- Keys: larger key, larger logit; -0.0 equals 0.0, every NaN is the largest.
+// Keys: larger key, larger logit; -0.0 equals 0.0, every NaN is the largest.
 
 template <class X>
 __device__ uint32_t order_key(typename X::Bits bits) {
@@ -60,63 +36,6 @@ __device__ float value_of_key(uint32_t key) {
   constexpr uint32_t kSign = (Bits(~0u) >> 1) + 1;
   return X::widen(Bits(key & kSign ? key ^ kSign : ~key));
 }
-
-// ---- A block's shared memory: this, the marks and their counts, the list, the slice.
-
-template <int kThreads>
-struct BlockState {
-  static constexpr int kWarps = kThreads / 32;
-  uint32_t histogram[kBins];
-  unsigned long long sums[kMaxTemperatures];  // of the slice's exponentials, in fixed point
-  uint32_t found;                             // candidates of the slice
-  uint32_t largest_key[kWarps];
-  uint32_t counted[kWarps];      // by the histogram, in the bins of a warp's threads
-  uint32_t above[kWarps];        // candidates of a warp that are kept for certain,
-  uint32_t tied[kWarps];         // and those equal to the K-th largest
-  uint32_t bin, counted_higher;  // the bin that was looked for, and what is counted in higher ones
-};
-
-template <class X, bool kStaged, int kThreads>
-struct BlockMemory {
-  using Bits = typename X::Bits;
-  // Half the bytes where a slice is short enough, which the launcher sees to.
-  template <bool, class Short, class Long>
-  struct Either {
-    using type = Short;
-  };
-  template <class Short, class Long>
-  struct Either<false, Short, Long> {
-    using type = Long;
-  };
-  using LocalId = typename Either<kStaged, uint16_t, uint32_t>::type;
-  static constexpr int64_t kMaxSlice = kStaged ? 65536 : INT32_MAX;
-
-  BlockState<kThreads>* state;
-  uint8_t* marks;         // (slice / 8) a bit for every candidate
-  uint32_t* tile_founds;  // (slice / kTile) candidates of every tile
-  LocalId* list;          // (list_capacity) of candidates, ascending
-  Bits* staged;           // (slice)
-
-  // Divides up `memory`; returns how many bytes of it are used.
-  __host__ __device__ static int64_t bytes(int64_t slice, int64_t list_capacity) {
-    return BlockMemory().assign(nullptr, slice, list_capacity);
-  }
-  __host__ __device__ int64_t assign(char* memory, int64_t slice, int64_t list_capacity) {
-    int64_t used = 0;
-    const auto take = [&](int64_t size) {
-      char* place = memory + used;
-      used += (size + 15) / 16 * 16;
-      return place;
-    };
-    const int64_t marked = list_capacity > 0 ? slice : 0;
-    state = reinterpret_cast<BlockState<kThreads>*>(take(sizeof(BlockState<kThreads>)));
-    marks = reinterpret_cast<uint8_t*>(take(marked / kGroup));
-    tile_founds = reinterpret_cast<uint32_t*>(take(marked / kTile * 4));
-    list = reinterpret_cast<LocalId*>(take(list_capacity * sizeof(LocalId)));
-    staged = reinterpret_cast<Bits*>(take(kStaged ? slice * sizeof(Bits) : 0));
-    return used;
-  }
-};
 
 // A block's part of one row, on its way through the kernel.
 template <class X, bool kStaged, int kThreads>
@@ -306,8 +225,7 @@ struct RowSlice {
     const int32_t stride = args.slice / kGroup / kGroups | 1;
     const int32_t samples = length / kGroup / stride * kGroup;
     const int shift = digit_shift(high);
-    count_keys(
-        samples, [&](int32_t i) { return i / kGroup * stride * kGroup + i % kGroup; }, 0u, high, shift);
+    count_keys(samples, [&](int32_t i) { return i / kGroup * stride * kGroup + i % kGroup; }, 0u, high, shift);
     const float expected = float(args.top_k) / stride;
     uint32_t bin, counted_higher;
     find_bin(uint32_t(expected + 4 * sqrtf(expected) + 2), bin, counted_higher);

@@ -4,7 +4,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "topk_logits.cuh"
+#include "topk_logits_memory.cuh"
 
 namespace slimkernels {
 

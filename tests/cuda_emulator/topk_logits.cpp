@@ -1,6 +1,7 @@
 // csrc/cuda/topk_logits.cuh on the emulated GPU, for ctypes.
 #include "device.h"
 // The kernel after what it stands on.
+#include "cuda/topk_logits.cuh"
 #include "cuda/topk_logits_plan.h"
 
 namespace {
