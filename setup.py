@@ -109,9 +109,8 @@ def nvcc_architectures() -> list[str]:
             for code in ("sm", "compute") if ptx else ("sm",):
                 options.append(f"-gencode=arch=compute_{architecture},code={code}_{architecture}")
     if not options:
-        raise CompileError(
-            f"TORCH_CUDA_ARCH_LIST must name compute capabilities from 8.0 on, such as {CUDA_CAPABILITIES}; got {listed}"
-        )
+        expected = f"compute capabilities from 8.0 on, such as {CUDA_CAPABILITIES}"
+        raise CompileError(f"TORCH_CUDA_ARCH_LIST must name {expected}; got {listed}")
     return options
 
 

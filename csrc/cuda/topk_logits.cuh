@@ -170,6 +170,8 @@ struct RowSlice {
     const int first = kBins - (thread + 1) * kOwn;  // the first thread has the highest bins
     sync_cluster();
     uint32_t counts[kOwn] = {};
+    // More at a time would spill registers.
+#pragma unroll 2
     for (uint32_t block = 0; block < num_blocks; ++block) {
       const uint4* from = reinterpret_cast<const uint4*>(state_of(block).histogram + first);
 #pragma unroll
