@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import LAYOUTS, assert_same_bits, explain, hostile_rows, sparse_fields
+from helpers import explain, hostile_rows
 from test_topk_logits import assert_topk_matches
 
 from slimkernels import SparseLogits

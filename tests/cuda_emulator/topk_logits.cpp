@@ -16,6 +16,7 @@ const char* run(TopkLogitsArgs& args, int64_t num_rows, int num_blocks, int seed
   machine.skipped_barrier = skipped_barrier;
   machine.memory_size = BlockMemory<X, kStaged, kThreads>::bytes(args.slice, args.list_capacity);
   machine.random.seed(seed);
+  machine.by_rank = seed % 2 != 0;
   machine.kernel = [&] { topk_logits_kernel<X, kStaged, kThreads>(args); };
   machine.fault = nullptr;
   for (int64_t n = 0; n < num_rows; ++n) {
@@ -60,7 +61,10 @@ extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_ro
   return variant(args, num_rows, num_blocks, num_threads, staged != 0, seed, skipped_barrier);
 }
 
-// What the launcher would choose: blocks of the cluster, whether the row is staged, candidates listed, bytes of memory.
+// How many barriers a thread came to in the last row.
+extern "C" int barriers_of_last_row() { return emulator::machine.fibers[0].barriers; }
+
+// What the launcher would choose: its blocks of a row, whether they stage it, their slice, candidates and bytes.
 extern "C" void plan_topk_logits(int dtype, int64_t num_rows, int vocab_size, int top_k, int has_clusters,
                                  int64_t block_bytes, int64_t processor_bytes, int processors, int64_t* plan) {
   const Machine machine = {has_clusters != 0, block_bytes, processor_bytes, processors};
@@ -68,6 +72,7 @@ extern "C" void plan_topk_logits(int dtype, int64_t num_rows, int vocab_size, in
   const Plan made = make(machine, num_rows, vocab_size, top_k);
   plan[0] = made.num_blocks;
   plan[1] = made.staged;
-  plan[2] = made.list_capacity;
-  plan[3] = made.bytes;
+  plan[2] = made.slice;
+  plan[3] = made.list_capacity;
+  plan[4] = made.bytes;
 }
