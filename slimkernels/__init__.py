@@ -2,7 +2,8 @@
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
 :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
-:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`. The store and the trainer load on first use.
+:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store and the trainer
+load on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.decode_logits import decode_logits
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.ops.mixed_targets import mixed_targets
 from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
 from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.ops.slim_loss import slim_loss
@@ -43,6 +45,7 @@ __all__ = [
     "decode_logits",
     "linear_slim_loss",
     "linear_topk_logits",
+    "mixed_targets",
     "sample_distinct",
     "sample_logits",
     "sample_targets",

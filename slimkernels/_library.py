@@ -69,8 +69,8 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=_library)
 
 
-def check_kernels(tensor: torch.Tensor, argument: str, *, cuda: bool = True) -> None:
-    """Raises where no kernel can work on ``tensor``'s device; ``cuda`` says whether the op has any for it.
+def check_kernels(tensor: torch.Tensor, argument: str) -> None:
+    """Raises where no kernel can work on ``tensor``'s device.
 
     Raises:
         RuntimeError: A CPU tensor and the extension is not built, or a CUDA tensor and Triton is not installed.
@@ -82,7 +82,7 @@ def check_kernels(tensor: torch.Tensor, argument: str, *, cuda: bool = True) -> 
                 "the native extension slimkernels._C is not built for this Python and torch "
                 f"({_missing}); install it with `pip install --no-build-isolation slimkernels`"
             ) from _missing
-    elif tensor.device.type == "cuda" and cuda:
+    elif tensor.device.type == "cuda":
         if not _has_triton():
             raise RuntimeError(
                 f"{argument} is on {tensor.device}, where the kernels are Triton's, and triton is not installed; "
@@ -90,8 +90,7 @@ def check_kernels(tensor: torch.Tensor, argument: str, *, cuda: bool = True) -> 
             )
     elif tensor.device.type != "meta":
         raise NotImplementedError(
-            f"{argument} is on {tensor.device}, but this op has kernels for {'cpu and cuda' if cuda else 'cpu'} only; "
-            "move it with .cpu()"
+            f"{argument} is on {tensor.device}, but this op has kernels for cpu and cuda only; move it with .cpu()"
         )
 
 

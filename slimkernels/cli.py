@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli_arguments import SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
+from slimkernels.cli_arguments import IMPORT_OPTIONS, SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -81,6 +83,16 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _capture(args: argparse.Namespace) -> None:
+    if args.teacher is None:
+        from slimkernels import cli_served
+
+        cli_served.check(args)
+        _be_quiet()
+        with _progress() as progress:
+            capture = cli_served.capture_server if args.logits is None else cli_served.capture_logits
+            report = capture(args, progress.console.print, _task(progress, "documents"))
+        _print_captured(report, args.out)
+        return
     if args.prompts is None and (args.tokens, args.documents, args.generated) != (None, None, None):
         raise ValueError("--tokens, --documents and --generated say what to generate: give --prompts, not --text")
     if args.prompts is not None and (args.tokens is None) == (args.documents is None):
@@ -88,17 +100,32 @@ def _capture(args: argparse.Namespace) -> None:
     _be_quiet()
     import torch
 
-    from slimkernels import store, teacher
+    from slimkernels import teacher
 
+    ranks = teacher.Ranks.from_environment(args.tensor_parallel)
+    if args.prompts is not None and args.tensor_parallel > 1:
+        raise ValueError(
+            "--tensor-parallel captures a text that is there: generate it first, and give it as --text FILE "
+            "--text-field input_ids"
+        )
     if args.text is not None:
         teacher.check_corpus_file(args.text)
     prompts = None
     if args.prompts is not None:
         prompts = teacher.shipped_prompts() if args.prompts == SHIPPED_PROMPTS else teacher.read_prompts(args.prompts)
+    if ranks.num_processes > 1:
+        # Launchers end the other processes with SIGTERM when one has died: they keep what they have, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ranks.start(args.threads)
     model, tokenizer = teacher.load_teacher(
-        args.teacher, gguf_file=args.gguf_file, revision=args.revision, dtype=getattr(torch, args.dtype)
+        args.teacher,
+        gguf_file=args.gguf_file,
+        revision=args.revision,
+        dtype=getattr(torch, args.dtype),
+        device=ranks.device,
+        tensor_parallel=args.tensor_parallel,
     )
-    with _progress() as progress:
+    with _progress(is_shown=ranks.process == 0) as progress:
 
         def documents() -> Iterator[list[int]]:
             """Starts when the store is open: what does not fit the store is found out before hours of generation."""
@@ -119,6 +146,7 @@ def _capture(args: argparse.Namespace) -> None:
                 top_k=args.sample_top_k,
                 seed=args.seed,
                 batch_size=args.batch_size,
+                wait=ranks.num_ranks > 1,
                 progress=_task(progress, "generated " + ("documents" if args.tokens is None else "tokens")),
             )
             yield from teacher.read_documents(corpus.path, tokenizer, text_field="input_ids", max_length=None)
@@ -131,13 +159,33 @@ def _capture(args: argparse.Namespace) -> None:
             args.out,
             top_k=args.top_k,
             top_fraction=args.top_fraction,
+            select=args.select.replace("-", "_"),
+            rounds=args.rounds,
+            seed=args.seed,
+            top_p=args.top_p,
             temperatures=args.temperatures,
             codec=args.codec,
             batch_tokens=args.batch_tokens,
+            shard_rows=args.shard_rows,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+            num_parts=args.parts,
             progress=lambda _, tokens: captured(tokens, None),
         )
-    print(f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}")
-    _print_table({name: _show(value) for name, value in store.info(args.out).items()})
+    ranks.finish()
+    added = f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}"
+    if ranks.num_processes == 1:
+        _print_captured(added, args.out)
+    elif ranks.process % ranks.tensor_parallel == 0:
+        # In one piece: the lines of several processes would mix.
+        sys.stdout.write(f"rank {ranks.rank} of {ranks.num_ranks}: {added}\n")
+
+
+def _print_captured(report: str, path: str) -> None:
+    from slimkernels import store
+
+    print(report)
+    _print_table({name: _show(value) for name, value in store.info(path).items()})
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -227,9 +275,51 @@ def _store_info(args: argparse.Namespace) -> None:
 def _store_verify(args: argparse.Namespace) -> None:
     from slimkernels import store
 
+    if args.complete is not None:
+        _verify_complete(args)
     store.verify(args.dir)
     content = store.info(args.dir)
     print(f"{args.dir}: every byte of {content['documents']} documents, {content['rows']} rows, is as written")
+
+
+def _verify_complete(args: argparse.Namespace) -> None:
+    _be_quiet()
+    from slimkernels import store, teacher
+
+    teacher.check_corpus_file(args.complete)
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    if tokenizer is not None:
+        store.Store(args.dir, tokenizer_fingerprint=teacher.tokenizer_fingerprint(tokenizer))
+    documents = teacher.read_documents(args.complete, tokenizer, text_field=args.text_field, max_length=args.max_length)
+    found = store.verify_complete(args.dir, documents)
+    print(f"{args.dir}: holds all {found} documents of {args.complete}")
+
+
+def _store_import(args: argparse.Namespace) -> None:
+    _be_quiet()
+    from slimkernels import teacher
+    from slimkernels.exchange import IMPORTERS
+
+    importer = IMPORTERS[args.format]
+    given = {name: getattr(args, name) for name in IMPORT_OPTIONS if getattr(args, name) is not None}
+    taken = inspect.signature(importer).parameters
+    for name in set(given) - set(taken):
+        raise ValueError(f"{IMPORT_OPTIONS[name][0]} means nothing with --format {args.format}")
+    for name in ("tokenizer", "samples"):
+        if name in taken and taken[name].default is inspect.Parameter.empty and getattr(args, name) is None:
+            raise ValueError(f"--format {args.format} needs --{name}, which its files do not hold")
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    report = importer(args.source, args.dir, tokenizer, **given)
+    print(
+        f"added {report.documents} documents, {report.rows} rows; skipped {report.skipped}; the label is among the "
+        f"kept ids of {report.label_share:.1%} of the rows"
+    )
+
+
+def _store_export(args: argparse.Namespace) -> None:
+    from slimkernels.exchange import export_parquet
+
+    print(f"wrote {export_parquet(args.dir, args.out)} documents to {args.out}")
 
 
 def _be_quiet() -> None:
@@ -243,12 +333,12 @@ def _be_quiet() -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def _progress(*, is_shown: bool = True) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
         yield progress
 
 
@@ -280,4 +370,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "eval": _eval,
     "store info": _store_info,
     "store verify": _store_verify,
+    "store import": _store_import,
+    "store export": _store_export,
 }

@@ -181,6 +181,58 @@ def sample_targets(
     )
 
 
+def mixed_targets(
+    logits: Tensor,
+    top_k: int,
+    rounds: int,
+    seed: int | Tensor,
+    *,
+    position: int | Tensor,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+) -> SparseLogits:
+    """The ``top_k`` largest with their exact log-probabilities, and the mass of the others spread over draws from them.
+
+    Args:
+        logits: (..., V), any float dtype. Of equal ones the lowest id is the larger.
+        top_k: Number of ids that are always kept.
+        rounds: Number of draws from the others: ``sample_targets`` of the row without the ``top_k``.
+        seed: int64, a number or (...).
+        position: int64, a number or (...).
+        temperature: T, positive.
+        target: (...) int64, as in ``sample_targets``.
+
+    Returns:
+        SparseLogits (..., top_k + min(rounds, V - top_k)), lse 0. Rows that are not finite from above keep nothing.
+    """
+    rows = logits.detach().double()
+    vocab_size = rows.shape[-1]
+    probs = torch.softmax(rows / temperature, -1)
+    head = torch.sort(rows, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    others = logits.detach().scatter(-1, head, -math.inf)
+    drawn = sample_targets(others, rounds, seed, position=position, temperature=temperature)
+    mass = probs.scatter(-1, head, 0.0).sum(-1, keepdim=True)
+    # One column too many takes what pads the draws.
+    column = drawn.ids.long().masked_fill(drawn.ids < 0, vocab_size)
+    shares = torch.zeros_like(rows[..., :1]).expand(*rows.shape[:-1], vocab_size + 1)
+    shares = shares.scatter(-1, column, mass * drawn.logits.double().exp())[..., :vocab_size]
+    shares = shares.scatter(-1, head, probs.gather(-1, head)).nan_to_num(0.0)
+    ids = torch.arange(vocab_size, device=rows.device).expand(rows.shape)
+    ids = ids.masked_fill(shares == 0, vocab_size).sort(-1).values[..., : top_k + min(rounds, vocab_size - top_k)]
+    kept = ids < vocab_size
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    target_logit = None
+    if target is not None:
+        target_logit = torch.log_softmax(rows, -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        target_logit = target_logit.masked_fill(target < 0, math.nan).to(dtype)
+    return SparseLogits(
+        ids=ids.masked_fill(~kept, -1).to(torch.int32),
+        logits=shares.gather(-1, ids.clamp(max=vocab_size - 1)).masked_fill(~kept, 1.0).log().to(dtype),
+        lse=rows.new_zeros(*rows.shape[:-1], 1, dtype=dtype),
+        target_logit=target_logit,
+    )
+
+
 def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, draw: int = 0) -> Tensor:
     """The float64 noise (..., V) of the module docstring; ``seed`` and ``position`` int64, broadcast to (..., 1)."""
     token_id = torch.arange(vocab_size, device=seed.device)

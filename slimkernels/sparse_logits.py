@@ -19,8 +19,9 @@ class SparseLogits:
 
     Attributes:
         ids: (..., K) int32. Kept vocabulary ids, ascending; rows that keep fewer than K end in ``-1``.
-        logits: (..., K) float32, bfloat16, float16 or float64. Raw logits at ``ids``, or log-probabilities
-            (then ``lse`` is 0). The values at padding are never read.
+        logits: (..., K) float32, bfloat16, float16, float64, float8_e4m3fn or float8_e5m2. Raw logits at ``ids``, or
+            log-probabilities (then ``lse`` is 0). The values at padding are never read. The ops work on float8 as
+            bfloat16, which holds all of its values.
         lse: (..., M) float32 (float64 with float64 logits). Log-sum-exp of the whole row divided by each of
             the M temperatures.
         temperatures: The temperature of each column of ``lse``. The first is 1.0.
@@ -153,6 +154,11 @@ class SparseLogits:
             temperatures=self.temperatures,
             target_logit=None if self.target_logit is None else per_token(self.target_logit),
         )
+
+
+def widen_float8(logits: Tensor) -> Tensor:
+    """Kept logits as the kernels read them: float8 as bfloat16, exactly, and other dtypes as they are."""
+    return logits.to(torch.bfloat16) if logits.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else logits
 
 
 def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape: tuple[int, ...]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.teacher_ranks import whole_tensor
+
 # Plain enough that a small model reads it well; SmolLM2-135M has perplexity 16 on it, and 857 on its shuffled tokens.
 SANITY_TEXT = """\
 When the rain stopped, Anna put on her boots and went out to look at the garden. The apple trees were still wet, and \
@@ -49,7 +51,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+        flat = whole_tensor(parameter.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample.float().cpu().numpy().tobytes())

@@ -41,7 +41,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 def read_documents(
     path: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     text_field: str = "text",
     max_length: int | None = 1024,
@@ -55,7 +55,7 @@ def read_documents(
 
     Args:
         path: The file.
-        tokenizer: The teacher's.
+        tokenizer: The teacher's; None for a field of token ids.
         text_field: The name of the field or column; "text" for ``.txt``.
         max_length: Longer documents are split into pieces of this many tokens, at least 2; None keeps them whole.
 
@@ -66,7 +66,8 @@ def read_documents(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The ending is not one of the four, the field is missing, a value is neither text nor token ids,
-            or no document has 2 tokens. The first is raised at once, the others when the iterator gets there.
+            text without a tokenizer, or no document has 2 tokens. The first is raised at once, the others when the
+            iterator gets there.
     """
     check_corpus_file(path)
     if max_length is not None and max_length < 2:
@@ -86,7 +87,7 @@ def check_corpus_file(path: str | os.PathLike[str]) -> None:
 
 
 def _documents(
-    path: Path, tokenizer: PreTrainedTokenizerBase, text_field: str, max_length: int | None
+    path: Path, tokenizer: PreTrainedTokenizerBase | None, text_field: str, max_length: int | None
 ) -> Iterator[list[int]]:
     found = False
     values = _values(path, text_field)
@@ -134,8 +135,10 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"the corpus {path} cannot be read as {path.suffix[1:]}: {error}") from error
 
 
-def _encode(batch: list[str | list[int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def _encode(batch: list[str | list[int]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[list[int]]:
     texts = [value for value in batch if isinstance(value, str)]
+    if texts and tokenizer is None:
+        raise ValueError("the corpus holds text: give the tokenizer it was captured with")
     encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
     for value in batch:
         if isinstance(value, str):

@@ -55,6 +55,7 @@ def generate_documents(
     top_k: int | None = None,
     seed: int = 0,
     batch_size: int = 128,
+    wait: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> GeneratedCorpus:
     """Lets the teacher continue short prompts until there is enough text, and writes it to a .jsonl file.
@@ -88,6 +89,8 @@ def generate_documents(
         top_k: Draws among the most probable tokens only; None among all.
         seed: At least 0.
         batch_size: Documents generated together.
+        wait: Waits for another process that is writing the file, and then finds its documents there. So many
+            processes may make the same call: one generates, and when it dies another continues.
         progress: Called as progress(done, wanted) after each batch, in tokens or documents as asked for.
 
     Returns:
@@ -96,7 +99,7 @@ def generate_documents(
     Raises:
         ValueError: An argument out of range, a prompt without a token, a prompt and ``max_new_tokens`` longer than
             the model can read, or a file made with other settings.
-        BlockingIOError: Another process is writing the file.
+        BlockingIOError: Another process is writing the file, and ``wait`` is False.
     """
     options = _Options(max_new_tokens, temperature, top_k, seed, batch_size)
     options.check()
@@ -111,7 +114,7 @@ def generate_documents(
     sampler = _Sampler(model, tokenizer, prompts, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        _lock(file, path)
+        _lock(file, path, wait)
         _check_settings(path, file, sampler.settings)
         state = _resume(file, path)
         while True:
@@ -347,9 +350,9 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and line.keys() == _LINE_FIELDS else None
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         raise BlockingIOError(f"{path} is being written by another process: wait until it has ended") from error
 

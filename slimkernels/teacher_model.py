@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slimkernels.teacher_gguf import convert_gguf, default_cache_dir
 
@@ -30,6 +37,8 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | os.PathLike[str] | None = None,
     sanity_check: bool = True,
+    device: torch.device | None = None,
+    tensor_parallel: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model in evaluation mode, and its tokenizer.
 
@@ -44,19 +53,31 @@ def load_teacher(
             bfloat16 instructions, time.
         cache_dir: Of converted GGUF files; by default ``$SLIMKERNELS_CACHE`` or ``~/.cache/slimkernels``.
         sanity_check: False converts a GGUF file without testing that its model reads English.
+        device: The model's; None is the CPU.
+        tensor_parallel: Splits every layer over this many processes, which must be the whole of the default process
+            group and load the same teacher (``Ranks.start``). Each takes the GPU of its LOCAL_RANK, if there are any.
 
     Returns:
-        The model, on the CPU, and the tokenizer. ``model.name_or_path`` is the name without local folders.
+        The model and the tokenizer. ``model.name_or_path`` is the name without local folders.
 
     Raises:
         TeacherNotFoundError: There is no such folder, file, package or hub model.
-        ValueError: The folder or the file is there, but is not a model that can be loaded.
+        ValueError: The folder or the file is there, but is not a model that can be loaded, or not one that can be
+            split over so many processes.
+        ImportError: ``tensor_parallel`` needs a later release of transformers.
         TeacherSanityError: A converted GGUF file does not read English.
     """
     source = _find(name_or_path, gguf_file, revision, cache_dir, sanity_check)
     # The tokenizer first: it is the smaller of the two, and a missing one is found out early.
     tokenizer = _from_pretrained(AutoTokenizer, source)
-    return _load_model(source, dtype), tokenizer
+    placement: dict[str, Any] = {}
+    if tensor_parallel > 1:
+        _check_heads(_from_pretrained(AutoConfig, source), tensor_parallel)
+        placement["distributed_config"] = _tensor_parallel_config(tensor_parallel)
+    elif device is not None and device.type != "cpu":
+        # Straight to the device: the processes of a machine would each need the memory of a whole model.
+        placement["device_map"] = str(device)
+    return _load_model(source, dtype, **placement), tokenizer
 
 
 def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -118,10 +139,31 @@ def _find(
     return _Source(convert_gguf(found, cache, sanity_check=sanity_check), label)
 
 
-def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype)
+def _load_model(source: _Source, dtype: torch.dtype, **placement: Any) -> PreTrainedModel:
+    model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
     model.config.name_or_path = model.name_or_path = source.label
     return model.eval()
+
+
+def _check_heads(config: PreTrainedConfig, num_processes: int) -> None:
+    config = config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None) or num_processes
+        if count % num_processes:
+            raise ValueError(
+                f"tensor_parallel must divide the teacher's {name}={count}, as every process gets whole heads, got "
+                f"{num_processes}"
+            )
+
+
+def _tensor_parallel_config(num_processes: int) -> Any:
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise ImportError(
+            "splitting a teacher over processes needs transformers 5.23 or later: pip install 'transformers>=5.23'"
+        ) from error
+    return DistributedConfig(tp_size=num_processes, tp_plan="auto")
 
 
 def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:

@@ -75,10 +75,18 @@ def log1m_exp(x):
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched: elements of a row that a program handles at a time, and its warps."""
+    """How a kernel is launched.
+
+    Attributes:
+        block: Elements of a row that a program handles at a time.
+        num_warps: Warps of a program.
+        max_registers: Registers a thread may take, where NVIDIA's assembler is not to choose: to make room for more
+            programs it may spill a few.
+    """
 
     block: int
     num_warps: int
+    max_registers: int | None = None
 
 
 def launch_settings(op: str, logits: torch.Tensor) -> Launch:
@@ -101,9 +109,17 @@ def launch(kernel: Callable, num_programs: int, settings: Launch, like: torch.Te
         return
     # Triton launches on the current device.
     device = torch.cuda.device(like.device) if like.device.type == "cuda" else contextlib.nullcontext()
+    # FP fusion is said explicitly, because Triton's default depends on its release.
+    options = {"num_warps": settings.num_warps, "enable_fp_fusion": True}
+    if settings.max_registers is not None and _architecture(like.device).startswith("sm_"):
+        options["maxnreg"] = settings.max_registers
     with device:
-        # Said explicitly, because Triton's default depends on its release.
-        kernel[(num_programs,)](*arguments, **constants, num_warps=settings.num_warps, enable_fp_fusion=True)
+        kernel[(num_programs,)](*arguments, **constants, **options)
+
+
+def num_processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; the interpreter stands for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def row_scalar_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -128,7 +144,7 @@ def _nearest(op: str, architecture: str, itemsize: int, vocab_size: int) -> Laun
         )
 
     entry = min((entry for entry in _table() if entry["op"] == op), key=distance)
-    return Launch(entry["block"], entry["num_warps"])
+    return Launch(entry["block"], entry["num_warps"], entry.get("max_registers"))
 
 
 def _generation_distance(one: str, other: str) -> float:

@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import kernel_override
 
         kernel_override.install(config.getoption("--kernels"))
+        # The interpreter takes maxima with numpy, which warns of rows of NaN.
+        config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="only CPU kernels raise for a bad row; on a GPU it is NaN"))
         if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        if item.get_closest_marker("server") and "server" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="starts real servers: run make test-servers"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,11 @@ def assert_as_accurate(
     assert ours.max() <= bound, (
         f"error {ours.max():.3e} of {scale:.3e}, allowed {bound:.3e} (torch in this dtype: {theirs.max():.3e})"
     )
+
+
+def num_drawn(number: int, interpreted: int) -> int:
+    """How many draws a test takes: ``interpreted`` where Triton's interpreter takes a tenth of a second for each."""
+    return interpreted if os.environ.get("TRITON_INTERPRET") == "1" else number
 
 
 class Problem(NamedTuple):

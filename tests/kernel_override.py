@@ -27,7 +27,7 @@ def install(kernels: str) -> None:
         from slimkernels import triton_util
 
         np.seterr(all="ignore")  # the interpreter computes with numpy, where log(0) warns
-        round_to_bfloat16_like_a_gpu()
+        convert_bfloat16_like_a_gpu()
         triton_util.launch_settings = lambda *_args: triton_util.Launch(INTERPRETED_BLOCK, 4)
     for name, module in _library.triton_launchers.items():
         if kernels == "triton":
@@ -39,20 +39,23 @@ def install(kernels: str) -> None:
             _library._library.impl(name, function, "CPU")
 
 
-def round_to_bfloat16_like_a_gpu() -> None:
-    """Makes the interpreter round float32 to the nearest bfloat16, as every GPU does, where it truncates."""
+def convert_bfloat16_like_a_gpu() -> None:
+    """Makes the interpreter round float32 to the nearest bfloat16, where it truncates, and keep subnormal numbers."""
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
 
-    def rounding(values, from_dtype, to_dtype, mode):
-        if (from_dtype, to_dtype) != (float32, bfloat16):
-            return convert(values, from_dtype, to_dtype, mode)
-        wide = torch.from_numpy(np.array(values, copy=True, ndmin=1).view(np.float32))
-        return wide.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
+    def converting(values, from_dtype, to_dtype, mode):
+        bits = np.array(values, copy=True, ndmin=1)
+        if (from_dtype, to_dtype) == (float32, bfloat16):
+            narrow = torch.from_numpy(bits.view(np.float32)).to(torch.bfloat16)
+            return narrow.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
+        if (from_dtype, to_dtype) == (bfloat16, float32):
+            return (bits.view(np.uint16).astype(np.uint32) << 16).reshape(np.shape(values))
+        return convert(values, from_dtype, to_dtype, mode)
 
-    interpreter._convert_float = rounding
+    interpreter._convert_float = converting
 
 
 def on_cuda(op: torch._ops.OpOverload, *arguments):

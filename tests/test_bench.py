@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -247,3 +248,16 @@ def test_bench_comparison_of_commits_by_hand():
     lines = compare.report(pairs, "old", "new").splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("  2.00x [1.00, 3.00]  op 4x8 float32, 1 threads: 2 ms now")
+
+
+def test_bench_loader_accounts_for_every_step(tmp_path):
+    sizes = ["--vocab", "400", "--tokens", "16", "--batch", "2", "--hidden", "32", "--layers", "1", "--steps", "3"]
+    command = [sys.executable, "-m", "bench.loader", "--out", str(tmp_path / "loader.jsonl"), "--workers", "0", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, *sizes], cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "loader.jsonl").read_text().splitlines()]
+    assert [entry["workers"] for entry in rows] == [0, 1]
+    for entry in rows:
+        assert 0 < entry["wait_ms"] < entry["step_ms"]
+        assert entry["waiting"] == pytest.approx(entry["wait_ms"] / entry["step_ms"])
+        assert entry["shape"] == {"vocab": 400, "tokens": 16, "batch": 2, "hidden": 32, "layers": 1}

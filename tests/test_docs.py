@@ -73,6 +73,7 @@ def call(op: str, dtype: torch.dtype) -> torch.Tensor:
         "sample_logits": lambda: sk.sample_logits(logits, seed=0, position=0).logprob,
         "sample_distinct": lambda: sk.sample_distinct(logits, 2, seed=0, position=0).logprob,
         "sample_targets": lambda: sk.sample_targets(logits, 2, 0, position=0).logits,
+        "mixed_targets": lambda: sk.mixed_targets(logits, 2, 2, 0, position=0).logits,
     }
     return calls[op]()
 
@@ -81,6 +82,7 @@ ROW_OPERATORS = {
     "linear_topk_logits": "topk_logits",
     "linear_slim_loss": "slim_loss",
     "sample_distinct": "sample_logits",
+    "mixed_targets": "sample_targets",
 }
 
 

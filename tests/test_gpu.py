@@ -20,6 +20,8 @@ OP_TESTS = (
     "test_sparse_softmax.py",
     "test_slim_loss.py",
     "test_decode_logits.py",
+    "test_sample_logits.py",
+    "test_sample_targets.py",
 )
 
 pytestmark = pytest.mark.gpu

@@ -58,6 +58,12 @@ ROOMS = (
         own=(*_RECORDS, "slimkernels.store", "slimkernels.store.*", "slimkernels", "slimkernels._C"),
         packages=("numpy", "torch", "safetensors"),
     ),
+    Room(
+        "slimkernels/exchange/*",
+        own=(f"{PACKAGE}.sparse_logits", f"{PACKAGE}._checks", "slimkernels.store*", "slimkernels.exchange*"),
+        packages=("numpy", "torch"),
+        lazily=("pyarrow", "yaml", "slimkernels.teacher_checks"),
+    ),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/trainer*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),

@@ -12,6 +12,7 @@ from helpers import (
     explain,
     hostile_rows,
     largest_allocation,
+    num_drawn,
     opcheck_calls_of,
 )
 from hypothesis import given, settings
@@ -96,7 +97,7 @@ def rows_that_differ(actual, expected) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sample_logits_hand_worked(dtype, options, kept):
-    num_rows = 2000
+    num_rows = num_drawn(2000, 50)
     probs = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     # Shuffled, so that the order of the ids says nothing.
     order = torch.tensor([2, 0, 3, 1])
@@ -238,8 +239,9 @@ def test_sample_logits_of_few_distinct_values(data, vocab_size, dtype):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sample_logits_ties_and_infinities_hand_worked(dtype, row, options, kept):
-    rows = torch.tensor(row, dtype=dtype).expand(300, len(row))
-    drawn = sk.sample_logits(rows, seed=1, position=torch.arange(300), **options)
+    num_rows = num_drawn(300, 30)
+    rows = torch.tensor(row, dtype=dtype).expand(num_rows, len(row))
+    drawn = sk.sample_logits(rows, seed=1, position=torch.arange(num_rows), **options)
     assert drawn.token.unique().tolist() == kept
     if kept == [-1]:
         assert all(field.isnan().all() for field in drawn[1:])
@@ -355,6 +357,7 @@ def test_sample_logits_is_bitwise_repeatable_and_batch_invariant(dtype):
         assert_same_bits(alone, [field[row] for field in first])
 
 
+@pytest.mark.cpu_kernels
 def test_sample_logits_does_not_depend_on_the_number_of_threads(set_threads):
     logits = torch.randn(67, 2051)
     options = {"seed": 1, "position": torch.arange(67), "top_p": 0.9}
@@ -410,6 +413,7 @@ def test_sample_logits_addresses_past_two_to_the_31():
     assert_same_bits(sk.sample_logits(far, **options), sk.sample_logits(logits, **options))
 
 
+@pytest.mark.cpu_kernels
 def test_sample_logits_allocates_nothing_of_the_size_of_the_logits():
     logits = torch.randn(64, 5000)
     options = {"seed": 1, "position": torch.arange(64), "temperature": 0.8, "top_k": 40, "top_p": 0.9}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels._library import accumulation_dtype
-from slimkernels.sparse_logits import SparseLogits
+from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
 PROPER_ON_BOTH_SIDES = ("ghost", "renorm_both")
@@ -130,9 +130,12 @@ def resolve_options(
 
     if teacher is not None:
         _check_teacher(teacher, like, like_name)
+    kept_logits = None
+    if teacher is not None:
+        kept_logits = widen_float8(teacher.logits.detach().reshape(-1, teacher.top_k)).contiguous()
     return SlimOptions(
         ids=None if teacher is None else teacher.ids.reshape(-1, teacher.top_k).contiguous(),
-        teacher_logits=None if teacher is None else teacher.logits.detach().reshape(-1, teacher.top_k).contiguous(),
+        teacher_logits=kept_logits,
         teacher_lse=per_row(_lse_or_none(teacher, options["rest"], options["temperature"])),
         teacher_lse_one=None if teacher is None else per_row(teacher.lse[..., 0]),
         target_logit=None if teacher is None else per_row(teacher.target_logit),

@@ -53,7 +53,7 @@ def sample_logits(
     Equal logits stand or fall together in all three truncations. The noise is Philox-4x32-10 of (seed, position, id): a
     row's draw depends on nothing but its own logits, options, seed and position, so that neither the batch around it
     nor the number of threads changes it. A row is read twice; nothing of it is sorted, and beside the results there
-    are O(V) bytes of scratch for each thread.
+    are O(V) bytes of scratch for each thread, on CUDA for each of a few programs on every multiprocessor.
 
     A logit of ``-inf`` is never drawn. Logits of ``+inf`` share the whole mass equally, the limit of ever larger ones.
     A row with a NaN, or with nothing but ``-inf``, has no distribution: its token is -1, its other fields are NaN.
@@ -76,10 +76,11 @@ def sample_logits(
         Sampled(token, logprob, truncated_logprob, entropy), each (...).
 
     Raises:
-        ValueError: An option outside its range (also inside a tensor), or a tensor of another shape or device.
+        ValueError: An option outside its range, on CPU also inside a tensor, or a tensor of another shape or device. On
+            CUDA, where no host waits to see it, such a row has token -1 and NaN.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x no backward x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: perturbed scores are compared in float64; sums are accumulated in float64 over float32 blocks of 1024. An
     id whose likelier ids sum to top_p within float32 rounding may fall on either side.
@@ -135,7 +136,7 @@ def sample_distinct(
         ValueError: m below 1, and as in ``sample_logits``.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x no backward x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: as ``sample_logits``.
 
@@ -163,7 +164,7 @@ def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, m
         *_sample_options.resolve_float(top_p, "top_p", "in [0, 1]", logits),
         *_sample_options.resolve_float(min_p, "min_p", "in [0, 1]", logits),
     )
-    check_kernels(logits, "logits", cuda=False)
+    check_kernels(logits, "logits")
     rows = logits.detach().reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -172,10 +173,11 @@ def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, m
 
 def _sample_logits(logits: Tensor, m: int, *options):
     _, _, _, _, _, temperatures, _, top_ks, _, top_ps, _, min_ps = options
-    _sample_options.check_values(temperatures, "temperature", "finite and at least 0")
-    _sample_options.check_values(top_ks, "top_k", "at least 0")
-    _sample_options.check_values(top_ps, "top_p", "in [0, 1]")
-    _sample_options.check_values(min_ps, "min_p", "in [0, 1]")
+    if logits.device.type == "cpu":  # on a GPU that would wait; there the kernel looks
+        _sample_options.check_values(temperatures, "temperature", "finite and at least 0")
+        _sample_options.check_values(top_ks, "top_k", "at least 0")
+        _sample_options.check_values(top_ps, "top_p", "in [0, 1]")
+        _sample_options.check_values(min_ps, "min_p", "in [0, 1]")
     outputs = _fake(logits, m)
     _checks.raise_fault(torch.ops.slimkernels.sample_logits_rows(logits, m, *options, *outputs))
     return outputs
@@ -201,6 +203,7 @@ define(
     f"sample_logits_rows({_OPTIONS}, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) truncated_logprob,"
     " Tensor(d!) entropy) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.sample_logits_triton",
 )
 define(
     f"sample_logits({_OPTIONS}) -> (Tensor token, Tensor logprob, Tensor truncated_logprob, Tensor entropy)",

@@ -32,7 +32,7 @@ def sample_targets(
     is softmax(logits / T), so that the gradient of ``slim_loss`` on it is on average the dense one, whereas the K
     largest logits alone are biased. Draw r of a row takes its noise from Philox-4x32-10 of (seed, position, id, r), so
     that it depends on nothing but the row; the first is that of ``sample_logits``. Memory is O(V + rounds) for each
-    thread.
+    thread, on CUDA O(rounds) for each row.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
@@ -49,11 +49,12 @@ def sample_targets(
         ``-inf``, keeps no id. Logits of ``+inf`` share the whole mass equally.
 
     Raises:
-        ValueError: rounds below 1, a temperature that is not positive, a tensor of another shape or device, a target
-            at or past V.
+        ValueError: rounds below 1, a temperature that is not positive, a tensor of another shape or device, and on CPU
+            a target at or past V. On CUDA, where no host waits to see it, such a row keeps no id and its numbers are
+            NaN.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu x (float32, bfloat16, float16, float64) x no backward x deterministic.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: perturbed scores are compared in float64.
 
@@ -75,7 +76,7 @@ def sample_targets(
     if target is not None:
         _checks.is_target(target, leading_shape, logits, "logits")
         target = target.reshape(-1).contiguous()
-    check_kernels(logits, "logits", cuda=False)
+    check_kernels(logits, "logits")
     rows = logits.detach().reshape(-1, logits.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -116,6 +117,7 @@ _OPTIONS = (
 define(
     f"sample_targets_rows({_OPTIONS}, Tensor(a!) ids, Tensor(b!) log_shares, Tensor(c!)? target_logit) -> int",
     fake=lambda *_args: 0,
+    triton_module="slimkernels.ops.sample_targets_triton",
 )
 define(
     f"sample_targets({_OPTIONS}) -> (Tensor ids, Tensor log_shares, Tensor target_logit)",

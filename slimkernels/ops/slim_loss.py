@@ -42,6 +42,7 @@ def slim_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> SlimLoss:
     """``loss = ce_weight * CE + kd_weight * w * T^2 * D(teacher, student) + z_loss_weight * lse^2`` per token.
 
@@ -90,13 +91,18 @@ def slim_loss(
         ignore_index: Label of rows that are skipped, with gradient exactly 0.
         reduction: "mean" over the tokens not ignored, "sum" or "none".
         num_items: What "mean" divides by instead, for gradient accumulation; a number or a scalar tensor.
+        inplace_backward: Where a gradient is needed, the forward pass writes it over the logits (over their copy, where
+            their rows had to be copied) and not into a tensor of the same size. What the logits were is lost, also
+            where the op raises; autograd raises where their producer needs them again, which a linear layer does not.
+            Not for "none" and float16, whose gradients are made in the backward pass, nor for a leaf.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
 
     Raises:
         ValueError: Shapes that do not match, a label or teacher id outside the vocabulary, an illegal combination of
-            rest and divergence, a temperature not captured, an option out of its range.
+            rest and divergence, a temperature not captured, an option out of its range, an ``inplace_backward``
+            that is not possible.
         TypeError: A dtype that is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
@@ -147,6 +153,12 @@ def slim_loss(
         rows = rows.contiguous()
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     scale = scale_in_forward(row_scale, logits.dtype)
+    if needs_grad and inplace_backward:
+        _check_inplace(logits, reduction)
+        gradient = rows.detach()
+        loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, *options)
+        loss = torch.ops.slimkernels.with_gradient(rows, loss, gradient)
+        return pack_result(loss, stats, row_scale, leading_shape)
     loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, *options)
     return pack_result(loss, stats, row_scale, leading_shape)
 
@@ -197,6 +209,36 @@ def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
     return torch.ops.slimkernels.slim_loss_fwd(logits, target, scale, True, *tensors, *ctx.settings)[2], *absent
 
 
+def _check_inplace(logits: Tensor, reduction: str) -> None:
+    problem = None
+    if reduction == "none":
+        problem = "reduction='none', whose gradient is made in the backward pass: use 'sum' or 'mean'"
+    elif logits.dtype == torch.float16:
+        problem = "float16 logits, whose gradient is made in the backward pass: use bfloat16 or float32"
+    elif logits.is_leaf:
+        problem = "logits that are a leaf of the graph: their gradient would be written over the parameter itself"
+    if problem is not None:
+        raise ValueError(f"inplace_backward=True is not possible with {problem}, or leave it out")
+
+
+def _slim_loss_over_logits(logits: Tensor, target: Tensor, row_scale: Tensor, *options):
+    """The reduced loss and the statistics; the gradient of the former takes the place of the logits."""
+    stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=accumulation_dtype(logits.dtype))
+    _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, logits, stats, target, row_scale, *options))
+    # So that autograd notices where somebody else needs the logits.
+    torch.autograd.graph.increment_version(logits)
+    return (stats[0] * row_scale).sum(), stats
+
+
+def _setup_given_gradient(ctx, inputs, output) -> None:
+    _, _, gradient = inputs
+    ctx.save_for_backward(gradient)
+
+
+def _backward_given_gradient(ctx, grad_loss: Tensor):
+    return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), None, None
+
+
 define(
     "slim_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor(b!) stats, Tensor target, Tensor? row_scale,"
     f" {OPTIONS_SCHEMA}) -> int",
@@ -210,3 +252,15 @@ define(
     implementation=_slim_loss_fwd,
 )
 register_autograd("slim_loss_fwd", _backward, _setup_context)
+define(
+    f"slim_loss_over_logits(Tensor(a!) logits, Tensor target, Tensor row_scale, {OPTIONS_SCHEMA})"
+    " -> (Tensor loss, Tensor stats)",
+    fake=lambda logits, target, row_scale, *options: _fake_fwd(logits, target, row_scale, False, *options)[:2],
+    implementation=_slim_loss_over_logits,
+)
+define(
+    "with_gradient(Tensor logits, Tensor loss, Tensor gradient) -> Tensor",
+    fake=lambda _logits, loss, _gradient: torch.empty_like(loss),
+    implementation=lambda _logits, loss, _gradient: loss.clone(),
+)
+register_autograd("with_gradient", _backward_given_gradient, _setup_given_gradient)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
-from slimkernels.sparse_logits import SparseLogits
+from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 
 class SparseProbs(NamedTuple):
@@ -78,11 +78,12 @@ def sparse_softmax(
         raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     check_kernels(sparse.logits, "sparse.logits")
     flat = sparse.flatten()
+    logits = widen_float8(flat.logits).contiguous()
     lse = None
     if rest in _checks.RESTS_WITH_LSE:
-        lse = flat.lse_at(temperature).to(accumulation_dtype(flat.logits.dtype)).contiguous()
+        lse = flat.lse_at(temperature).to(accumulation_dtype(logits.dtype)).contiguous()
     logprobs, tail_logprob = torch.ops.slimkernels.sparse_softmax(
-        flat.ids.contiguous(), flat.logits.contiguous(), lse, temperature, rest, vocab_size or 2**31 - 1
+        flat.ids.contiguous(), logits, lse, temperature, rest, vocab_size or 2**31 - 1
     )
     return SparseProbs(logprobs.reshape(sparse.ids.shape), tail_logprob.reshape(sparse.leading_shape))
 

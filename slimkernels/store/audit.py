@@ -5,21 +5,33 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slimkernels.store.codec import VALUE_BITS
-from slimkernels.store.errors import DuplicateDocumentError, ShardChecksumError, UnexpectedFileError
+from slimkernels.store.codec import VALUE_BITS, document_hash
+from slimkernels.store.errors import (
+    DuplicateDocumentError,
+    MisplacedDocumentError,
+    MissingDocumentError,
+    ShardChecksumError,
+    StoreError,
+    UnexpectedFileError,
+)
 from slimkernels.store.format import (
     LOCK_NAME,
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
     new_digest,
+    part_name,
+    part_of,
     shard_name,
 )
-from slimkernels.store.reader import Store, load_manifest
+from slimkernels.store.manifest import load_manifest
+from slimkernels.store.quantisation import quantisation_error
+from slimkernels.store.reader import Store, tokens_as_int32
 
 _ROWS_AT_ONCE = 256
 _READ_BYTES = 1 << 20
@@ -39,6 +51,61 @@ def verify(path: str | os.PathLike[str]) -> None:
         StoreError: The first fault found; its ``file``, ``document`` and ``row`` say where.
     """
     directory = Path(path)
+    num_parts = Store(directory).num_parts
+    seen: dict[bytes, int] = {}
+    if num_parts is None:
+        _verify_shards(directory, seen)
+        return
+    parts = [part_name(part) for part in range(num_parts)]
+    _check_names(directory, set(os.listdir(directory)), {MANIFEST_NAME, *parts}, set())
+    for part, name in enumerate(parts):
+        try:
+            for digest, document in _verify_shards(directory / name, seen).items():
+                if part_of(digest, num_parts) != part:
+                    right = part_name(part_of(digest, num_parts))
+                    raise MisplacedDocumentError(f"its hash puts it into {right}", document=document)
+        except StoreError as error:
+            raise error.within(name) from error
+
+
+def verify_complete(path: str | os.PathLike[str], documents: Iterable[Sequence[int]]) -> int:
+    """Checks that a store holds every document of a corpus that has a label.
+
+    Args:
+        path: The directory.
+        documents: Token id lists, as they were captured.
+
+    Returns:
+        The number of documents looked for: those of at least 2 tokens.
+
+    Raises:
+        MissingDocumentError: Names the first that is missing by its place in the corpus and its hash, and says how
+            many are.
+        StoreError: The store cannot be opened, or its index is damaged.
+        ValueError: A token id outside the store's vocabulary: it is not the corpus of this store.
+    """
+    store = Store(path)
+    looked_for, missing, first = 0, 0, ""
+    for number, document in enumerate(documents, 1):
+        if len(document) < 2:
+            continue
+        looked_for += 1
+        if document in store:
+            continue
+        missing += 1
+        if missing == 1:
+            digest = document_hash(tokens_as_int32(document, store.vocab_size)).hex()
+            start = ", ".join(map(str, document[:8]))
+            first = f"document {number} of the corpus (hash {digest}, {len(document)} tokens: {start}, ...)"
+    if missing:
+        raise MissingDocumentError(
+            f"{missing} of {looked_for} documents are not in {path}, the first is {first}: run the same capture again"
+        )
+    return looked_for
+
+
+def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
+    """Checks a directory of shards and adds its documents to ``seen``; returns them, by hash."""
     # A writer may append between reading the manifest and listing the files.
     while True:
         manifest = load_manifest(directory)[0]
@@ -47,14 +114,14 @@ def verify(path: str | os.PathLike[str]) -> None:
         if load_manifest(directory)[0] == manifest:
             break
     _check_files(store, names)
-    seen: dict[bytes, int] = {}
-    index = 0
+    found: dict[bytes, int] = {}
+    index = len(seen)
     for number, entry in enumerate(store.shards):
         shard = store.shard(number)
         for document, digest in enumerate(shard.hashes()):
             if digest in seen:
                 raise DuplicateDocumentError(f"is document {seen[digest]} again", file=entry.file, document=index)
-            seen[digest] = index
+            seen[digest] = found[digest] = index
             shard.tokens(document, index)
             start, stop = shard.rows_of(document)
             for first in range(start, stop, _ROWS_AT_ONCE):
@@ -66,19 +133,23 @@ def verify(path: str | os.PathLike[str]) -> None:
                 whole.update(data)
         if whole.hexdigest() != entry.checksum:
             raise ShardChecksumError("its bytes are not those that were written", file=entry.file)
+    return found
 
 
 def _check_files(store: Store, names: set[str]) -> None:
-    expected = {MANIFEST_NAME, LOCK_NAME} | {entry.file for entry in store.shards}
     next_shard = shard_name(len(store.shards))
     leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX}
     if MANIFEST_NAME + TEMPORARY_SUFFIX in names:
         leftovers.add(next_shard)
-    for name in sorted(names - expected - leftovers):
+    _check_names(store.path, names, {MANIFEST_NAME, *(entry.file for entry in store.shards)}, leftovers)
+
+
+def _check_names(directory: Path, names: set[str], expected: set[str], leftovers: set[str]) -> None:
+    for name in sorted(names - expected - leftovers - {LOCK_NAME}):
         raise UnexpectedFileError("is not part of the store: move it elsewhere", file=name)
     for name in sorted(names & (leftovers | {LOCK_NAME})):
         try:
-            status = os.lstat(store.path / name)
+            status = os.lstat(directory / name)
         except FileNotFoundError:
             # A writer beside us has given it its final name.
             continue
@@ -94,20 +165,23 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         A dict that JSON can hold. ``tokens`` are those of the sequences, ``rows`` the labelled ones among them,
-        ``entries`` the kept (id, logit) pairs; ``bytes`` all files of the store, the manifest included, and
+        ``entries`` the kept (id, logit) pairs; ``bytes`` all files of the store, its manifests included, and
         ``bits_per_entry`` and ``bytes_per_token`` those bytes over entries and tokens (0 for an empty store).
         ``entropy_bound_bits_per_entry`` is what no coder of the same rows can beat when every set of K ids is
         equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
         for the ids, plus the bits of one stored value. It counts nothing else of a row.
+        ``quantisation_kl_nats``, ``quantisation_gradient`` and ``quantisation_log_mass`` say what rounding the kept
+        logits costs, as :func:`slimkernels.store.quantisation.quantisation_error` estimates it from some of the rows.
 
     Raises:
-        StoreError: The store cannot be opened.
+        StoreError: The store cannot be opened, or a row that is read is damaged.
     """
     store = Store(path)
     settings, shards = store.settings, store.shards
     entries = sum(entry.entries for entry in shards)
     tokens = sum(entry.tokens for entry in shards)
-    total = (store.path / MANIFEST_NAME).stat().st_size + sum(entry.bytes for entry in shards)
+    folders = [store.path, *(store.path / part_name(part) for part in range(store.num_parts or 0))]
+    total = sum((folder / MANIFEST_NAME).stat().st_size for folder in folders) + sum(entry.bytes for entry in shards)
     id_bits = 0.0
     for number, entry in enumerate(shards):
         if entry.top_k is not None:
@@ -124,10 +198,12 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "rows": store.num_rows,
         "entries": entries,
         "shards": len(shards),
+        "parts": store.num_parts or 1,
         "bytes": total,
         "bits_per_entry": 8 * total / entries if entries else 0.0,
         "bytes_per_token": total / tokens if tokens else 0.0,
         "entropy_bound_bits_per_entry": id_bits / entries + value_bits if entries else 0.0,
+        **quantisation_error(store),
         "codec": settings.codec,
         "temperatures": list(settings.temperatures),
         "teacher": settings.teacher,

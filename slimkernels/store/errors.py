@@ -22,9 +22,15 @@ class StoreError(Exception):
         if row is not None:
             place.append(f"row {row}")
         super().__init__(": ".join([", ".join(place), message] if place else [message]))
+        self.message = message
         self.file = file
         self.document = document
         self.row = row
+
+    def within(self, folder: str) -> StoreError:
+        """The same error, its file named from the parent of the folder it is in."""
+        file = folder if self.file is None else f"{folder}/{self.file}"
+        return type(self)(self.message, file=file, document=self.document, row=self.row)
 
 
 class ByteOrderError(StoreError):
@@ -97,6 +103,22 @@ class SettingsMismatchError(StoreError, ValueError):
 
 class DuplicateDocumentError(StoreError, ValueError):
     """A document is in the store already, or twice."""
+
+
+class MissingPartError(StoreError):
+    """A part of a store of parts is not there."""
+
+
+class PartSettingsError(StoreError):
+    """A part was made with other settings than the store it is in."""
+
+
+class MisplacedDocumentError(StoreError):
+    """A document lies in another part than the one its hash names."""
+
+
+class MissingDocumentError(StoreError):
+    """A document of the corpus is not in the store: the capture has not ended, or was another one."""
 
 
 class StoreLockedError(StoreError):

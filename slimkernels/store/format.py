@@ -13,7 +13,14 @@ import math
 import re
 from typing import Any
 
-from slimkernels.store.codec import HASH_BYTES, VALUE_BITS, row_words
+from slimkernels.store.codec import (
+    AFFINE_CODECS,
+    HASH_BYTES,
+    VALUE_BITS,
+    ragged_value_offset,
+    row_words,
+    value_bytes,
+)
 from slimkernels.store.errors import (
     ManifestChecksumError,
     ManifestFieldError,
@@ -30,6 +37,7 @@ TEMPORARY_SUFFIX = ".tmp"
 CHECKSUM_BYTES = 16
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_TEMPERATURES = 64
+MAX_PARTS = 1 << 16
 # No count of a store reaches this; it keeps products of two counts far from anything a reader would allocate.
 _MAX_COUNT = 1 << 48
 
@@ -37,7 +45,7 @@ _CHECKSUM_PREFIX = b'{\n "checksum": "'
 _CHECKSUM_HOLE = b"0" * (2 * CHECKSUM_BYTES)
 _HEX = re.compile(f"[0-9a-f]{{{2 * CHECKSUM_BYTES}}}")
 _ITEM_BYTES = {"U8": 1, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8}
-_VALUE_DTYPES = {"affine8": "U8", "bfloat16": "BF16", "float32": "F32"}
+_VALUE_DTYPES = {"affine8": "U8", "affine6": "U8", "bfloat16": "BF16", "float32": "F32"}
 # The tensors that head_checksum covers; they come first.
 _HEAD_TENSORS = frozenset(
     {
@@ -57,6 +65,16 @@ def shard_name(index: int) -> str:
     return f"shard-{index:06d}.safetensors"
 
 
+def part_name(part: int) -> str:
+    """The directory of a part inside a store of parts."""
+    return f"part-{part:05d}"
+
+
+def part_of(digest: bytes, num_parts: int) -> int:
+    """The part that holds the document of this hash."""
+    return int.from_bytes(digest[:8], "little") % num_parts
+
+
 def new_digest() -> hashlib.blake2b:
     """The hash of every checksum in the manifest: BLAKE2b-128, written as 32 lower-case hexadecimal digits."""
     return hashlib.blake2b(digest_size=CHECKSUM_BYTES)
@@ -72,7 +90,7 @@ class StoreSettings:
         teacher: A JSON object about the teacher (name, revision, dtype, ...).
         selection: A JSON object about how the kept ids were chosen.
         temperatures: The temperatures of the stored lse; the first is 1.0.
-        codec: "affine8", "bfloat16" or "float32".
+        codec: "affine8", "affine6", "bfloat16" or "float32".
     """
 
     vocab_size: int
@@ -175,11 +193,16 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
         ("lse", "F32", (rows, len(settings.temperatures))),
         ("target_logit", "F32", (rows,)),
     ]
-    if settings.codec == "affine8":
+    if settings.codec in AFFINE_CODECS:
         tensors += [("affine", "F32", (rows, 2))]
     id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
-    value_shape = (entry.entries,) if top_k is None else (rows, top_k)
-    tensors += [("id_words", "U32", id_shape), ("values", _VALUE_DTYPES[settings.codec], value_shape)]
+    # In elements of its dtype, those of affine6 being bytes.
+    item_bytes = _ITEM_BYTES[value_dtype := _VALUE_DTYPES[settings.codec]]
+    if top_k is None:
+        value_shape = (ragged_value_offset(settings.codec, rows, entry.entries) // item_bytes,)
+    else:
+        value_shape = (rows, value_bytes(settings.codec, top_k) // item_bytes)
+    tensors += [("id_words", "U32", id_shape), ("values", value_dtype, value_shape)]
 
     metadata = {
         "format": FORMAT,
@@ -256,12 +279,36 @@ def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...]) ->
     }
 
 
+def parts_content(settings: StoreSettings, num_parts: int) -> dict[str, Any]:
+    """The manifest of a store of parts as a JSON object, without its checksum."""
+    return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(settings), "parts": num_parts}
+
+
 def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardEntry, ...]]:
     """Checks every field of a manifest against its type, its range and the fields it depends on.
 
     Raises:
         UnsupportedVersionError, ManifestFieldError, ShardNameError: As they say.
     """
+    settings = _parse_settings(content, "shards")
+    if not isinstance(content["shards"], list):
+        raise ManifestFieldError("shards must be a list", file=MANIFEST_NAME)
+    return settings, tuple(_parse_entry(settings, i, entry) for i, entry in enumerate(content["shards"]))
+
+
+def parse_parts(content: dict[str, Any]) -> tuple[StoreSettings, int]:
+    """The same of the manifest of a store of parts; its settings and the number of parts.
+
+    Raises:
+        UnsupportedVersionError, ManifestFieldError: As they say.
+    """
+    settings, num_parts = _parse_settings(content, "parts"), content["parts"]
+    if type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS:
+        raise ManifestFieldError(f"parts must be an int in [1, {MAX_PARTS}], got {num_parts!r}", file=MANIFEST_NAME)
+    return settings, num_parts
+
+
+def _parse_settings(content: dict[str, Any], last_key: str) -> StoreSettings:
     if content.get("format") != FORMAT:
         raise ManifestFieldError(f"format must be {FORMAT!r}, got {content.get('format')!r}", file=MANIFEST_NAME)
     version = content.get("version")
@@ -271,17 +318,14 @@ def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardE
             file=MANIFEST_NAME,
         )
     settings_names = [field.name for field in dataclasses.fields(StoreSettings)]
-    _require_keys(content, ["checksum", "format", "version", *settings_names, "shards"], "the manifest")
+    _require_keys(content, ["checksum", "format", "version", *settings_names, last_key], "the manifest")
     temperatures = content["temperatures"]
     if not isinstance(temperatures, list) or any(type(t) not in (int, float) for t in temperatures):
         raise ManifestFieldError(f"temperatures must be a list of numbers, got {temperatures!r}", file=MANIFEST_NAME)
     try:
-        settings = StoreSettings(**{name: content[name] for name in settings_names})
+        return StoreSettings(**{name: content[name] for name in settings_names})
     except ValueError as error:
         raise ManifestFieldError(str(error), file=MANIFEST_NAME) from error
-    if not isinstance(content["shards"], list):
-        raise ManifestFieldError("shards must be a list", file=MANIFEST_NAME)
-    return settings, tuple(_parse_entry(settings, i, entry) for i, entry in enumerate(content["shards"]))
 
 
 def _parse_entry(settings: StoreSettings, index: int, content: Any) -> ShardEntry:

@@ -17,31 +17,27 @@ from torch import Tensor
 
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store.codec import HASH_BYTES, decode_rows, document_hash, packed_rows, require_little_endian
+from slimkernels.store.codec import (
+    AFFINE_CODECS,
+    HASH_BYTES,
+    decode_rows,
+    document_hash,
+    packed_rows,
+    require_little_endian,
+)
 from slimkernels.store.errors import (
     DocumentDamagedError,
-    ManifestSyntaxError,
     MissingShardError,
-    NotAStoreError,
     SettingsMismatchError,
     ShardHeaderError,
     ShardIndexError,
     ShardSizeError,
 )
-from slimkernels.store.format import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    ShardEntry,
-    ShardLayout,
-    StoreSettings,
-    new_digest,
-    parse_manifest,
-    shard_layout,
-    unseal_manifest,
-)
+from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
+from slimkernels.store.manifest import load_manifest, load_shards
 
 _DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
-_VALUE_DTYPES = {"affine8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CHECKED_ROWS = 64
 # Each mapped shard holds a file descriptor; systems commonly allow 1024.
 _MAX_MAPPED = 256
@@ -70,19 +66,6 @@ class PackedDocument:
     input_ids: Tensor
     positions: Tensor
     teacher: PackedLogits
-
-
-def load_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Reads a manifest and checks its checksum and its syntax; its bytes and its content."""
-    # Looked at before it is opened: opening a pipe for reading would wait for its writer.
-    if not (path / MANIFEST_NAME).is_file():
-        raise NotAStoreError(f"{path} holds no {MANIFEST_NAME}: is it the directory of a store?")
-    try:
-        with open(path / MANIFEST_NAME, "rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise ManifestSyntaxError(f"cannot be read: {error}", file=MANIFEST_NAME) from error
-    return data, unseal_manifest(data)
 
 
 def tokens_as_int32(input_ids: Any, vocab_size: int) -> np.ndarray:
@@ -191,7 +174,7 @@ class Shard:
         for begin in range(start, stop, _CHECKED_ROWS):
             self.teacher(begin, min(begin + _CHECKED_ROWS, stop), index)
         rows = packed_rows(**self._rows(start, stop))
-        affine = self.arrays["affine"][start:stop].copy() if self.settings.codec == "affine8" else None
+        affine = self.arrays["affine"][start:stop].copy() if self.settings.codec in AFFINE_CODECS else None
         return PackedLogits(
             id_words=torch.from_numpy(rows.id_words.view(np.int32)),
             values=torch.from_numpy(rows.values).view(_VALUE_DTYPES[self.settings.codec]),
@@ -248,6 +231,9 @@ class Store(Sequence[Document]):
     it is asked for; every byte that makes it up is checked then, so a damaged one raises and is never returned.
     Shards are mapped, not read; instances can be pickled, forked and shared by threads.
 
+    A store of parts, which several ranks have captured, is read as one: part after part, ``num_parts`` of them
+    (None: a store that is one).
+
     Args:
         path: The directory.
         vocab_size: V expected by the caller, or None for any.
@@ -265,7 +251,7 @@ class Store(Sequence[Document]):
         require_little_endian()
         self.path = Path(path)
         self._manifest = load_manifest(self.path)[1]
-        self.settings, self.shards = parse_manifest(self._manifest)
+        self.settings, self.num_parts, self.shards = load_shards(self.path, self._manifest)
         for name, expected in (("vocab_size", vocab_size), ("tokenizer_fingerprint", tokenizer_fingerprint)):
             stored = getattr(self.settings, name)
             if expected is not None and expected != stored:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import weakref
 from collections.abc import Sequence
@@ -19,17 +18,13 @@ from slimkernels.store.codec import (
     document_hash,
     encode_rows,
     offsets_of,
+    ragged_values,
     require_little_endian,
     words_of,
 )
-from slimkernels.store.errors import (
-    DuplicateDocumentError,
-    NotAStoreError,
-    SettingsMismatchError,
-    StoreLockedError,
-)
+from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchError
+from slimkernels.store.files import lock, make_directory, sync_directory, write_durably
 from slimkernels.store.format import (
-    LOCK_NAME,
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
     ShardEntry,
@@ -69,11 +64,12 @@ class StoreWriter:
         selection: A JSON object about how the kept ids were chosen.
         temperatures: The temperatures of every teacher's lse; the first is 1.0.
         codec: How logits are stored: "affine8" (8 bits; half a step of (max - min) / 255 of error at most, the
-            row's kept probability preserved), "bfloat16" or "float32".
+            row's kept probability preserved), "affine6" (the same with 6 bits), "bfloat16" or "float32".
         shard_rows: A shard is full at this many rows; None means at about 64 MiB.
+        lock_wait_s: Waits this many seconds for another writer to end before it gives up.
 
     Raises:
-        SettingsMismatchError: The store exists with other settings.
+        SettingsMismatchError: The store exists with other settings, or is a store of parts.
         StoreLockedError: Another writer holds it.
         NotAStoreError: The path holds other files.
         StoreError: Any other of its kinds: the existing store is damaged.
@@ -90,6 +86,7 @@ class StoreWriter:
         temperatures: Sequence[float] = (1.0,),
         codec: str = "affine8",
         shard_rows: int | None = None,
+        lock_wait_s: float = 0.0,
     ) -> None:
         require_little_endian()
         self.path = Path(path)
@@ -107,9 +104,9 @@ class StoreWriter:
         self._shard_rows = shard_rows
         self._pending: list[_Pending] = []
         self._pending_rows = self._pending_bytes = 0
-        _make_directory(self.path)
+        make_directory(self.path)
         # Closes the lock's descriptor, and so gives up the lock, also when the writer is dropped without close().
-        self._release = weakref.finalize(self, os.close, _lock(self.path))
+        self._release = weakref.finalize(self, os.close, lock(self.path, lock_wait_s))
         try:
             self._shards, self._stored = self._resume()
         except BaseException:
@@ -160,13 +157,13 @@ class StoreWriter:
         manifest_temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
         entry = self._write_shard(shard_temporary, name)
         shards = (*self._shards, entry)
-        _write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
-        _sync_directory(self.path)
+        write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
+        sync_directory(self.path)
         # The temporary manifest is there for as long as the shard is not in the manifest, and explains it.
         os.replace(shard_temporary, self.path / name)
-        _sync_directory(self.path)
+        sync_directory(self.path)
         os.replace(manifest_temporary, self.path / MANIFEST_NAME)
-        _sync_directory(self.path)
+        sync_directory(self.path)
         self._shards = shards
         self._pending = []
         self._pending_rows = self._pending_bytes = 0
@@ -201,11 +198,16 @@ class StoreWriter:
         manifest = self.path / MANIFEST_NAME
         if not manifest.exists():
             temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
-            _write_durably(temporary, [seal_manifest(manifest_content(self.settings, ()))])
+            write_durably(temporary, [seal_manifest(manifest_content(self.settings, ()))])
             os.replace(temporary, manifest)
-            _sync_directory(self.path)
+            sync_directory(self.path)
             return (), set()
         store = Store(self.path)
+        if store.num_parts is not None:
+            raise SettingsMismatchError(
+                f"{self.path} is a store of {store.num_parts} parts: write it with a RankWriter, or use another "
+                "directory"
+            )
         for field in dataclasses.fields(StoreSettings):
             stored, asked = getattr(store.settings, field.name), getattr(self.settings, field.name)
             if stored != asked:
@@ -265,6 +267,7 @@ class StoreWriter:
         if top_k is None:
             tensors["entry_offsets"] = [offsets_of(counts)]
             tensors["id_word_offsets"] = [offsets_of(words_of(self.settings.vocab_size, counts))]
+            tensors["values"] = [ragged_values(self.settings.codec, counts, np.concatenate(tensors["values"]))]
         entry = ShardEntry(
             file=name,
             bytes=0,
@@ -287,7 +290,7 @@ class StoreWriter:
                 chunks.append(data)
         for chunk in chunks:
             whole.update(chunk)
-        _write_durably(path, chunks)
+        write_durably(path, chunks)
         return dataclasses.replace(
             entry, bytes=layout.total_bytes, head_checksum=head.hexdigest(), checksum=whole.hexdigest()
         )
@@ -309,47 +312,3 @@ def _positions_as_int32(positions: Any, num_tokens: int) -> np.ndarray:
             f"positions must be ascending in [1, {num_tokens}), the number of input_ids, got {array.tolist()[:8]}..."
         )
     return array.astype(np.int32)
-
-
-def _make_directory(path: Path) -> None:
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        names = set(os.listdir(path))
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotAStoreError(f"{path} is not a directory: choose another path for the store") from error
-    foreign = names - {LOCK_NAME, MANIFEST_NAME + TEMPORARY_SUFFIX}
-    if MANIFEST_NAME not in names and foreign:
-        raise NotAStoreError(
-            f"{path} holds {sorted(foreign)[:3]} but no {MANIFEST_NAME}: choose an empty or new directory"
-        )
-    for folder in made:
-        _sync_directory(folder.parent)
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreLockedError(
-            f"{path} is held by another writer ({error.strerror}): wait until it is closed"
-        ) from error
-    return descriptor
-
-
-def _write_durably(path: Path, chunks: list[Any]) -> None:
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

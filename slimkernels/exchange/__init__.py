@@ -1,0 +1,46 @@
+"""Stores from the teacher files that other projects write, and parquet files from stores.
+
+Each importer streams its source into a store and says in its docstring what the source means. Beside the columns, five
+questions decide whether a file was read rightly:
+
+=============  ==================  =====================  ==================  ==============  =========================
+format         values              normalised over        temperature         row j is about  rest to train with
+=============  ==================  =====================  ==================  ==============  =========================
+axolotl, raw   log-probabilities   the vocabulary         of the teacher's    token j         "ghost", "zero", "renorm"
+                                                          server
+axolotl,       log-probabilities   the kept ids           ``kd_temperature``  token j + 1     "renorm", "renorm_both"
+prepared                                                                      (j in older)
+DistillKit     log-probabilities,  the vocabulary         1                   token j + 1     "ghost", "zero", "renorm"
+               approximate
+Megatron       log-probabilities   the vocabulary         1                   token j + 1     "ghost", "zero", "renorm"
+parquet        as in the store     as in the store        as in the store     ``positions``   as in the store
+=============  ==================  =====================  ==================  ==============  =========================
+
+Log-probabilities normalised over the vocabulary become logits with lse 0. Of those normalised over the kept ids, lse is
+that of the kept ids: their mass is then 1, and the tail is not known. None of the formats says what the teacher gave to
+a label that is not kept; ``target_logit`` is then -inf, by which ``slim_loss`` gives the row the weight 0 ("kd" trains
+on it as on any other).
+"""
+
+from slimkernels.exchange.axolotl import import_axolotl
+from slimkernels.exchange.distillkit import import_distillkit
+from slimkernels.exchange.megatron import import_megatron
+from slimkernels.exchange.parquet import export_parquet, import_parquet
+from slimkernels.exchange.writing import ImportReport
+
+IMPORTERS = {
+    "axolotl": import_axolotl,
+    "distillkit": import_distillkit,
+    "megatron": import_megatron,
+    "parquet": import_parquet,
+}
+
+__all__ = [
+    "IMPORTERS",
+    "ImportReport",
+    "export_parquet",
+    "import_axolotl",
+    "import_distillkit",
+    "import_megatron",
+    "import_parquet",
+]

@@ -1,0 +1,236 @@
+"""``export_parquet`` and ``import_parquet``: a store as columns that any parquet reader understands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimkernels.exchange.records import flat_list, ragged_list, read_batches, require_pyarrow, source_files
+from slimkernels.exchange.writing import Document, ImportReport, write_documents
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import Store
+from slimkernels.store.format import StoreSettings
+
+_METADATA_KEY = b"slimkernels"
+_COLUMNS = ("input_ids", "positions", "ids", "logits", "lse", "target_logit")
+_GROUP_BYTES = 64 << 20
+
+
+def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
+    """Writes a store as one parquet file that ``datasets.load_dataset("parquet", data_files=path)`` reads.
+
+    One record per document, in the store's order; T tokens, R rows, K_r kept ids in row r, M temperatures:
+
+    ================  ============================  ============================================================
+    column            type                          content
+    ================  ============================  ============================================================
+    ``input_ids``     list<int32>           (T,)    token ids
+    ``positions``     list<int32>           (R,)    row r predicts ``input_ids[positions[r]]``, ascending
+    ``ids``           list<list<int32>>     (R, K)  kept vocabulary ids, ascending
+    ``logits``        list<list<float32>>   (R, K)  the teacher's logits at them, decoded
+    ``lse``           list<list<float32>>   (R, M)  log-sum-exp of the whole row at each temperature
+    ``target_logit``  list<float32>         (R,)    the label's logit; NaN: not known; -inf: probability 0
+    ================  ============================  ============================================================
+
+    So q = exp(logits - lse[:, 0]) are the teacher's probabilities. The file's key-value metadata has, under
+    "slimkernels", what the store's manifest says of all documents (vocabulary, tokenizer, teacher, selection,
+    temperatures, codec) as JSON. Documents are read and written one after the other.
+
+    Args:
+        store: A store, or its directory.
+        path: The file; replaced when it is there, and only once all is written.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        StoreError: The store is damaged.
+    """
+    pyarrow = require_pyarrow()
+    store = store if isinstance(store, Store) else Store(store)
+    lists = {np.dtype(np.int32): pyarrow.list_(pyarrow.int32()), np.dtype(np.float32): pyarrow.list_(pyarrow.float32())}
+    ints, floats = lists.values()
+    types = (ints, ints, pyarrow.list_(ints), pyarrow.list_(floats), pyarrow.list_(floats), floats)
+    metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(store.settings))}
+    schema = pyarrow.schema(list(zip(_COLUMNS, types, strict=True)), metadata=metadata)
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    try:
+        with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for group in _groups(store):
+                columns = [_column(pyarrow, [record[name] for record in group]) for name in _COLUMNS]
+                writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(store)
+
+
+def import_parquet(
+    source: str | os.PathLike[str],
+    store_path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    vocab_size: int | None = None,
+    temperatures: Sequence[float] | None = None,
+    teacher: str | None = None,
+    codec: str | None = None,
+) -> ImportReport:
+    """Streams the columns of ``export_parquet`` into a store; the way back is exact up to the codec.
+
+    The values mean what they mean in a store: raw logits with the exact lse of the whole row at each temperature, or
+    log-probabilities with lse 0. Under codec "float32" and "bfloat16" a store, its file and the store of the file hold
+    the same numbers bit for bit; under "affine8" logits are quantised once more, to within a step. Files of another
+    origin, or rewritten by ``datasets``, which drops the metadata, can be read too, given a tokenizer.
+
+    Args:
+        source: A .parquet or .arrow file, or a folder of them with the same settings.
+        store_path: A new directory, or a store made with the same settings; documents that are in it are skipped.
+        tokenizer: Checked against the file's; needed where the file says nothing about it.
+        vocab_size: Instead of the file's, or of ``len(tokenizer)``.
+        temperatures: Those of the columns of ``lse``, instead of the file's, or of (1.0,).
+        teacher: Its name, instead of what the file says.
+        codec: Instead of the file's: "affine8", "affine6", "bfloat16" or "float32".
+
+    Returns:
+        ImportReport.
+
+    Raises:
+        FileNotFoundError, ImportError: There is no such source, or no pyarrow to read it with.
+        ValueError: A column is missing, a row cannot be stored, the tokenizer is another one, or neither the file nor
+            the arguments say what it is.
+    """
+    require_pyarrow()
+    settings = _settings(source, tokenizer)
+    given = {"vocab_size": vocab_size, "temperatures": temperatures, "codec": codec}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if teacher is not None:
+        settings["teacher"] = {"name": teacher}
+
+    def documents() -> Iterator[Document]:
+        for where, record in read_batches(source, _COLUMNS):
+            yield _document(where, record, tuple(settings["temperatures"]))
+
+    return write_documents(documents(), store_path, settings)
+
+
+def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
+    """The columns of some documents at a time, about ``_GROUP_BYTES`` of them."""
+    group, size = [], 0
+    for index in range(len(store)):
+        document = store[index]
+        teacher = document.teacher
+        kept = (teacher.ids >= 0).numpy()
+        widths = kept.sum(-1)
+        record = {
+            "input_ids": document.input_ids.to(torch.int32).numpy(),
+            "positions": document.positions.to(torch.int32).numpy(),
+            "ids": (teacher.ids.numpy()[kept], widths),
+            "logits": (teacher.logits.numpy()[kept], widths),
+            "lse": (teacher.lse.numpy().reshape(-1), np.full(len(teacher), teacher.lse.shape[1])),
+            "target_logit": teacher.target_logit.numpy(),
+        }
+        group.append(record)
+        size += 8 * int(widths.sum()) + 4 * len(document.input_ids)
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _column(pyarrow: Any, values: list[Any]) -> Any:
+    """Arrays, or arrays with the widths of their rows, one of a document each, as a column of lists."""
+    if not isinstance(values[0], tuple):
+        return pyarrow.ListArray.from_arrays(_offsets([len(array) for array in values]), np.concatenate(values))
+    rows = pyarrow.ListArray.from_arrays(
+        _offsets(np.concatenate([widths for _, widths in values])), np.concatenate([array for array, _ in values])
+    )
+    return pyarrow.ListArray.from_arrays(_offsets([len(widths) for _, widths in values]), rows)
+
+
+def _offsets(lengths: Any) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...]) -> Document:
+    input_ids, positions, target_logit = (
+        flat_list(record[name], f"{where}: {name}") for name in ("input_ids", "positions", "target_logit")
+    )
+    num_rows = len(positions)
+    ids, widths = ragged_list(record["ids"], f"{where}: ids")
+    logits, logit_widths = ragged_list(record["logits"], f"{where}: logits")
+    lse, lse_widths = ragged_list(record["lse"], f"{where}: lse")
+    for name, got, expected in (
+        ("ids", len(widths), num_rows),
+        ("logits", len(logit_widths), num_rows),
+        ("lse", len(lse_widths), num_rows),
+        ("target_logit", len(target_logit), num_rows),
+    ):
+        if got != expected:
+            raise ValueError(f"{where}: {name} must have length {expected}, got {got}")
+    if wrong := set(lse_widths.tolist()) - {len(temperatures)}:
+        raise ValueError(
+            f"{where}: a row of lse must have a number for each of temperatures={temperatures}, got {wrong.pop()}"
+        )
+    if not np.array_equal(widths, logit_widths):
+        raise ValueError(f"{where}: ids and logits must have the same length in every row")
+    kept = np.arange(widths.max(initial=1)) < widths[:, None]
+    padded_ids = np.full(kept.shape, -1, np.int32)
+    padded_logits = np.zeros(kept.shape, np.float32)
+    padded_ids[kept], padded_logits[kept] = ids, logits
+    teacher = SparseLogits(
+        ids=torch.from_numpy(padded_ids),
+        logits=torch.from_numpy(padded_logits),
+        lse=torch.from_numpy(lse.reshape(num_rows, len(temperatures)).astype(np.float32)),
+        temperatures=temperatures,
+        target_logit=torch.from_numpy(target_logit.astype(np.float32)),
+    )
+    return Document(where, input_ids.astype(np.int64), positions.astype(np.int64), teacher)
+
+
+def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
+    """The keywords of ``StoreWriter``, from the file's metadata and the tokenizer."""
+    settings = _stored_settings(source)
+    if tokenizer is not None:
+        from slimkernels.teacher_checks import tokenizer_fingerprint
+
+        own = tokenizer_fingerprint(tokenizer)
+        stored = settings.get("tokenizer_fingerprint") or own
+        if stored != own:
+            raise ValueError(f"the tokenizer must be the file's, fingerprint {stored}, got {own}: load the teacher's")
+        settings |= {"tokenizer_fingerprint": own, "vocab_size": settings.get("vocab_size", len(tokenizer))}
+    if "tokenizer_fingerprint" not in settings:
+        raise ValueError(
+            f"{source} does not say which tokenizer its ids belong to, as files of export_parquet do: give a tokenizer"
+        )
+    defaults = {
+        "teacher": {"name": ""},
+        "selection": {"kind": "imported", "format": "parquet"},
+        "temperatures": (1.0,),
+        "codec": "affine8",
+    }
+    return defaults | settings
+
+
+def _stored_settings(source: Any) -> dict[str, Any]:
+    """What the first file's metadata says, all of it or nothing."""
+    pyarrow = require_pyarrow()
+    path = source_files(source, (".parquet", ".arrow"))[0]
+    try:
+        if path.suffix == ".parquet":
+            metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        else:
+            metadata = pyarrow.ipc.open_stream(path).schema.metadata or {}
+        if _METADATA_KEY not in metadata:
+            return {}
+        return dataclasses.asdict(StoreSettings(**json.loads(metadata[_METADATA_KEY])))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error

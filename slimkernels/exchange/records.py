@@ -1,0 +1,149 @@
+"""Reads records one after the other from parquet, Arrow and JSON-lines files; a file is never held whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SUFFIXES = (".parquet", ".arrow", ".jsonl")
+# Records have thousands of tokens with a list each.
+_RECORDS_AT_ONCE = 16
+
+
+def require_pyarrow() -> Any:
+    """The package pyarrow, its parquet module loaded.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "teacher files of other projects are read and written by the package pyarrow, which is not installed: "
+            "pip install 'slimkernels[exchange]'"
+        ) from error
+    return pyarrow
+
+
+def source_files(source: str | os.PathLike[str], suffixes: Sequence[str] = _SUFFIXES) -> list[Path]:
+    """The file, or those of a folder that have the first of the endings that occurs in it, in numerical order.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: A file with another ending, or a folder without any.
+    """
+    path = Path(source)
+    wanted = ", ".join(suffixes)
+    if path.is_file():
+        if path.suffix not in suffixes:
+            raise ValueError(f"source must end in one of {wanted}, got {path}")
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"source not found: there is no file or folder {path}")
+    for suffix in suffixes:
+        if files := sorted(path.glob(f"*{suffix}"), key=lambda file: _numerical(file.name)):
+            return files
+    raise ValueError(f"the folder {path} must hold files that end in one of {wanted}, got none")
+
+
+def read_batches(source: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yields where each record is, and the record as a dict of pyarrow's scalars.
+
+    Args:
+        source: A .parquet or .arrow file, or a folder of them.
+        columns: Those to read, all of which must be there; None for all.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: As ``read_records``.
+    """
+    pyarrow = require_pyarrow()
+    for path in source_files(source, _SUFFIXES[:2]):
+        number = 0
+        try:
+            for batch in _batches(pyarrow, path, columns):
+                require_columns(batch.schema.names, columns or (), str(path))
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield f"{path}, record {number}", {name: batch[name][index] for name in batch.schema.names}
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def read_records(source: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields where each record is, and the record as Python's own numbers, texts and lists.
+
+    Args:
+        source: A .parquet, .arrow or .jsonl file, or a folder of them.
+
+    Raises:
+        ImportError: pyarrow is not installed, and it is no .jsonl file.
+        FileNotFoundError: There is no such file or folder.
+        ValueError: A file cannot be read.
+    """
+    files = source_files(source)
+    if files[0].suffix != ".jsonl":
+        for where, record in read_batches(source):
+            yield where, {name: value.as_py() for name, value in record.items()}
+        return
+    for path in files:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{where}: is not JSON: {error}") from error
+                if not isinstance(record, dict):
+                    raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
+                yield where, record
+
+
+def require_columns(names: Sequence[str], needed: Sequence[str], where: str) -> None:
+    """Raises unless all needed columns are there.
+
+    Raises:
+        ValueError: Names those that are missing and those that are there.
+    """
+    if missing := [name for name in needed if name not in names]:
+        raise ValueError(f"{where}: has no column {', '.join(missing)}, only {', '.join(sorted(names))}")
+
+
+def flat_list(scalar: Any, what: str) -> np.ndarray:
+    """A pyarrow list of numbers as an array (T,)."""
+    values = scalar.values
+    if values is None:
+        raise ValueError(f"{what} must be a list, got null")
+    return values.to_numpy(zero_copy_only=False)
+
+
+def ragged_list(scalar: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """A pyarrow list of lists of numbers as the numbers of all of them and the length (R,) of each."""
+    lists = scalar.values
+    if lists is None or lists.null_count:
+        raise ValueError(f"{what} must be a list of lists, got null")
+    return lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy().astype(np.int64)
+
+
+def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+    if path.suffix == ".arrow":
+        with pyarrow.memory_map(str(path)) as file:
+            # What datasets' save_to_disk writes.
+            yield from pyarrow.ipc.open_stream(file)
+        return
+    with pyarrow.parquet.ParquetFile(path) as file:
+        require_columns(file.schema_arrow.names, columns or (), str(path))
+        yield from file.iter_batches(_RECORDS_AT_ONCE, columns=columns)
+
+
+def _numerical(name: str) -> list[Any]:
+    """data_10 comes after data_9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

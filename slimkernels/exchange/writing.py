@@ -1,0 +1,247 @@
+"""What every importer does: turns a source's rows into SparseLogits, checks what they are about, and writes a store."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from slimkernels import _checks
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import StoreWriter
+
+# The rows over which the alignment is judged, before anything is written.
+_JUDGED_ROWS = 512
+
+
+class ImportReport(NamedTuple):
+    """What one import did.
+
+    Attributes:
+        documents: Documents added to the store.
+        rows: Their teacher rows.
+        skipped: Documents passed over: in the store already, or without a teacher row.
+        label_share: Share of the added rows whose label is among the kept ids; NaN without rows. A good teacher of
+            natural text keeps most labels.
+    """
+
+    documents: int
+    rows: int
+    skipped: int
+    label_share: float
+
+
+class Document(NamedTuple):
+    """One document of a source: where it is, (T,) token ids, (R,) positions, and (R, K) logits."""
+
+    where: str
+    input_ids: np.ndarray
+    positions: np.ndarray
+    teacher: SparseLogits
+
+
+class Meaning(NamedTuple):
+    """What the numbers of a source are.
+
+    Attributes:
+        temperature: T, of log softmax(logits / T).
+        whole_row: Whether the softmax was over the vocabulary; False: over the kept ids, or over nothing known.
+    """
+
+    temperature: float
+    whole_row: bool
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Those of which the store keeps the lse."""
+        return (1.0, self.temperature) if self.whole_row and self.temperature != 1 else (1.0,)
+
+    def rows(self, ids: np.ndarray, values: np.ndarray, valid: np.ndarray) -> SparseLogits:
+        """Rows of any order as SparseLogits.
+
+        The logits are T * value, so that they are up to a constant those at temperature 1. Where the softmax was over
+        the vocabulary, the lse at T is 0, the constant itself. Any other lse is that of the kept ids. Rounding can
+        bring the mass of a row above 1; its lse is then that of the kept ids too.
+
+        Args:
+            ids: (R, K) integers.
+            values: (R, K) log-probabilities.
+            valid: (R, K) bool, at least one in every row; the others are not read.
+
+        Returns:
+            SparseLogits (R, K) float32 with ids ascending.
+
+        Raises:
+            ValueError: An id twice in a row, or a value that is NaN or infinite.
+        """
+        order = np.argsort(np.where(valid, ids, np.iinfo(np.int64).max), axis=-1, kind="stable")
+        order = order[:, : int(valid.sum(-1).max(initial=1))]
+        ids, values, valid = (np.take_along_axis(array, order, -1) for array in (ids, values, valid))
+        _raise_at((valid & ~np.isfinite(values)).any(-1), "holds a value that is NaN or infinite")
+        _raise_at((valid[:, 1:] & (ids[:, 1:] == ids[:, :-1])).any(-1), "holds an id twice")
+        logits = np.where(valid, self.temperature * values.astype(np.float64), -np.inf)
+        lse = np.stack([np.logaddexp.reduce(logits / t, -1) for t in self.temperatures], -1)
+        if self.whole_row:
+            lse[:, -1] = np.maximum(lse[:, -1], 0.0)
+        return SparseLogits(
+            ids=torch.from_numpy(np.where(valid, ids, -1).astype(np.int32)),
+            logits=torch.from_numpy(np.where(valid, logits, 0.0).astype(np.float32)),
+            lse=torch.from_numpy(lse.astype(np.float32)),
+            temperatures=self.temperatures,
+        )
+
+
+def document(
+    where: str, meaning: Meaning, input_ids: Any, positions: Any, ids: np.ndarray, values: np.ndarray, valid: np.ndarray
+) -> Document:
+    """A document from what its source says; rows without a valid entry are left out.
+
+    Raises:
+        ValueError: As ``Meaning.rows``, with the place of the document.
+    """
+    kept = valid.any(-1)
+    try:
+        teacher = meaning.rows(ids[kept], values[kept], valid[kept])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Document(where, np.asarray(input_ids), np.asarray(positions, dtype=np.int64)[kept], teacher)
+
+
+def padded(rows: list[list[float]], dtype: type) -> np.ndarray:
+    """Ragged rows as an array (R, K), padded with 0."""
+    array = np.zeros((len(rows), max(map(len, rows), default=0)), dtype)
+    for line, row in zip(array, rows, strict=True):
+        line[: len(row)] = row
+    return array
+
+
+def write_store(
+    documents: Iterable[Document],
+    store_path: str | os.PathLike[str],
+    *,
+    format_name: str,
+    tokenizer: Any,
+    vocab_size: int | None,
+    teacher: str,
+    meaning: Meaning,
+    codec: str,
+    check_alignment: bool,
+) -> ImportReport:
+    """Writes the documents of a source that says nothing about itself.
+
+    Args:
+        documents: As ``document`` makes them.
+        store_path: A new directory, or a store of the same settings, whose documents are skipped.
+        format_name: Of the source.
+        tokenizer: A transformers tokenizer.
+        vocab_size: V; None for ``len(tokenizer)``.
+        teacher: Its name, or "".
+        meaning: What the numbers are.
+        codec: Of the store.
+        check_alignment: Whether ``aligned`` looks at the documents first.
+
+    Raises:
+        ValueError: A document that cannot be stored, or rows that are about other tokens.
+        SettingsMismatchError: The store was made with other settings.
+    """
+    from slimkernels.teacher_checks import tokenizer_fingerprint
+
+    _checks.is_positive(meaning.temperature, "temperature")
+    selection = {
+        "kind": "imported",
+        "format": format_name,
+        "normalised_over": "vocabulary" if meaning.whole_row else "kept ids",
+        "temperature": meaning.temperature,
+    }
+    settings = {
+        "vocab_size": len(tokenizer) if vocab_size is None else vocab_size,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "teacher": {"name": teacher},
+        "selection": selection,
+        "temperatures": meaning.temperatures,
+        "codec": codec,
+    }
+    return write_documents(aligned(documents) if check_alignment else documents, store_path, settings)
+
+
+def write_documents(
+    documents: Iterable[Document], store_path: str | os.PathLike[str], settings: dict[str, Any]
+) -> ImportReport:
+    """Writes documents into a store of the given settings (the keywords of ``StoreWriter``)."""
+    documents = iter(documents)
+    # The first is read before the store is made: a source that cannot be read leaves nothing behind.
+    first = next(documents, None)
+    if first is None:
+        raise ValueError("the source must hold at least one document, got none")
+    added = rows = skipped = labels = 0
+    with StoreWriter(store_path, **settings) as writer:
+        for item in _chain(first, documents):
+            try:
+                if not len(item.positions) or item.input_ids in writer:
+                    skipped += 1
+                    continue
+                writer.add(item.input_ids, item.positions, item.teacher)
+            except ValueError as error:
+                raise ValueError(f"{item.where}: {error}") from error
+            added += 1
+            rows += len(item.positions)
+            labels += _labels_kept(item, 0)
+    return ImportReport(added, rows, skipped, labels / rows if rows else float("nan"))
+
+
+def aligned(documents: Iterable[Document]) -> Iterator[Document]:
+    """The same documents, after a check on the first of them that each row is about its own label.
+
+    None of the files says whether row j is about token j or j + 1, and some not even which tokens. But a teacher's row
+    keeps its own label much more often than that of a neighbour, and more often than any other of the document.
+
+    Raises:
+        ValueError: The rows keep the label before or after their own more than twice as often, or, many of them, their
+            own no more often than another.
+    """
+    documents = iter(documents)
+    first: list[Document] = []
+    rows = 0
+    for item in documents:
+        first.append(item)
+        rows += len(item.positions)
+        if rows >= _JUDGED_ROWS:
+            break
+    own, before, after = (sum(_labels_kept(item, shift) for item in first) for shift in (0, -1, 1))
+    other = sum(_labels_kept(item, len(item.positions) // 2, cyclic=True) for item in first)
+    found = None
+    # In both cases beyond what chance does.
+    if max(before, after) > 2 * own + 8:
+        found = f"{before} keep the one before it" if before > after else f"{after} keep the one after it"
+    elif rows >= _JUDGED_ROWS // 2 and own < min(other + 2 * math.sqrt(rows), 0.95 * rows):
+        found = f"{other} keep one from elsewhere in the document"
+    if found is not None:
+        raise ValueError(
+            f"the teacher's rows are about other tokens: of {rows} rows {own} keep their own label, but {found}. The "
+            "rows are aligned otherwise, or the token ids are not those the teacher read; check_alignment=False "
+            "imports them all the same"
+        )
+    yield from first
+    yield from documents
+
+
+def _labels_kept(item: Document, shift: int, cyclic: bool = False) -> int:
+    """The number of rows that keep the token ``shift`` places from their label, or the label of that many rows on."""
+    at = np.roll(item.positions, shift) if cyclic else item.positions + shift
+    inside = (at >= 0) & (at < len(item.input_ids))
+    labels = item.input_ids[at[inside]].astype(np.int64)
+    return int((item.teacher.ids.numpy()[inside] == labels[:, None]).any(-1).sum())
+
+
+def _chain(first: Document, rest: Iterator[Document]) -> Iterator[Document]:
+    yield first
+    yield from rest
+
+
+def _raise_at(bad: np.ndarray, what: str) -> None:
+    if bad.any():
+        raise ValueError(f"teacher row {int(np.flatnonzero(bad)[0])} {what}")

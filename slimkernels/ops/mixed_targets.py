@@ -1,0 +1,99 @@
+"""``mixed_targets``: an unbiased sparse teacher whose likeliest ids are exact and whose tail is drawn."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from slimkernels import _checks
+from slimkernels.ops.sample_targets import sample_targets
+from slimkernels.ops.topk_logits import topk_logits
+from slimkernels.sparse_logits import SparseLogits
+
+
+def mixed_targets(
+    logits: Tensor,
+    top_k: int,
+    rounds: int,
+    seed: int | Tensor,
+    *,
+    position: int | Tensor,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+) -> SparseLogits:
+    """Keeps the K largest logits with ``log q``, and of ``rounds`` draws from the rest ``log(m * count / rounds)``.
+
+    Here q = softmax(logits / T), and m is the mass that q leaves outside the K. Equivalent to, in distribution::
+
+        q = torch.softmax(logits / temperature, -1)
+        head = logits.topk(top_k).indices
+        tail = q.scatter(-1, head, 0.0)
+        drawn = torch.multinomial(tail, rounds, replacement=True)
+        count = torch.zeros_like(q).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=q.dtype))
+        share = tail.sum(-1, keepdim=True) * count / rounds + (q - tail)
+        # ids where share > 0, logits = log(share), lse = 0
+
+    A record is a distribution of its own (lse 0), to be learned from at temperature 1 with rest "zero" or "renorm",
+    which are the same where nothing is left out. Its expectation over the draws is q, so that the gradient of
+    ``slim_loss`` on it is on average the dense one. The variance is that of the tail's draws alone, m^2 / rounds times
+    that of a single one, where ``sample_targets`` draws the head as well. The noise is that of
+    ``sample_targets``: it depends on (seed, position, id) and on nothing beside the row. Memory is O(N V).
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 or float64, any stride.
+        top_k: K, the ids that are always kept, 1 to V; ties go to the lowest id.
+        rounds: Draws from the rest of a row, at least 1.
+        seed: int64, a number or a tensor (...).
+        position: int64, a number or a tensor (...); rows that share seed and position share their noise.
+        temperature: T, positive.
+        target: (...) int64 labels. ``target_logit`` is then the label's exact log softmax(logits) at temperature 1; a
+            negative label stands for none (NaN).
+
+    Returns:
+        SparseLogits with K + min(rounds, V - K) entries a row: ids int32 ascending, padded with -1, logits, lse
+        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN or ``+inf``, or with
+        nothing but ``-inf``, keeps no id.
+
+    Raises:
+        ValueError: K outside [1, V], rounds below 1, a temperature that is not positive, a tensor of another shape or
+            device, and on CPU a target at or past V, which makes the row's target_logit NaN on CUDA.
+        TypeError: A dtype that is not supported.
+
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
+
+    Precision: m is the log-sum-exp of the entries outside the K, never 1 minus the others.
+
+    References: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, which draws all of it.
+
+    >>> sparse = mixed_targets(torch.tensor([[5.0, 1.0, 1.0, -20.0]]), 1, 64, 0, position=0)
+    >>> sparse.ids[0, :3].tolist(), round(sparse.logits[0, :3].exp().sum().item(), 6)
+    ([0, 1, 2], 1.0)
+    """
+    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    _checks.is_positive(temperature, "temperature")
+    rows = logits.detach()
+    temperatures = (1.0, temperature)
+    head = topk_logits(rows, top_k, target=target, temperatures=temperatures)
+    tail_rows = rows.scatter(-1, head.ids.long(), -math.inf)
+    tail = sample_targets(tail_rows, rounds, seed, position=position, temperature=temperature)
+    tail_lse = topk_logits(tail_rows, 1, temperatures=temperatures).lse_at(temperature)
+
+    lse = head.lse_at(temperature)[..., None]
+    head_shares = head.logits.to(lse.dtype) / temperature - lse
+    # Of a row without a tail neither number is read: nothing was drawn.
+    tail_shares = tail.logits + tail_lse[..., None] - lse
+    num_drawn = min(tail.top_k, logits.shape[-1] - top_k)
+    ids = torch.cat([head.ids, tail.ids[..., :num_drawn]], -1)
+    shares = torch.cat([head_shares, tail_shares[..., :num_drawn]], -1)
+    ids = ids.masked_fill(~torch.isfinite(shares) | ~torch.isfinite(lse), -1)
+
+    order = torch.where(ids < 0, torch.iinfo(torch.int32).max, ids).argsort(-1)
+    ids = ids.gather(-1, order)
+    return SparseLogits(
+        ids=ids,
+        logits=shares.gather(-1, order).masked_fill(ids < 0, 0.0),
+        lse=torch.zeros_like(lse),
+        target_logit=None if head.target_logit is None else head.target_logit - head.lse[..., 0],
+    )

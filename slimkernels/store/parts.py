@@ -1,0 +1,164 @@
+"""RankWriter: several ranks fill one store together, each the parts that are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store.codec import document_hash
+from slimkernels.store.errors import NotAStoreError, SettingsMismatchError, StoreError
+from slimkernels.store.files import lock, make_directory, sync_directory, write_durably
+from slimkernels.store.format import (
+    MANIFEST_NAME,
+    MAX_PARTS,
+    TEMPORARY_SUFFIX,
+    parse_parts,
+    part_name,
+    part_of,
+    parts_content,
+    seal_manifest,
+)
+from slimkernels.store.manifest import load_manifest
+from slimkernels.store.reader import tokens_as_int32
+from slimkernels.store.writer import StoreWriter
+
+# The lock of a rank that was killed may outlive it for a moment, on a network file system for longer.
+_LOCK_WAIT_S = 30.0
+
+
+class RankWriter:
+    """What ``StoreWriter`` is to one process, for one of several ranks that fill a store together.
+
+    The store is a directory of parts, each a store with a lock of its own. A document belongs to the part that its
+    hash names, part p to rank ``p % num_ranks``. So no document can be stored twice, a rank never waits for another,
+    and one that died is started again alone or with all the others, also as another number of ranks. ``Store`` reads
+    all parts as one store.
+
+    Args:
+        path: The directory; made when absent. It may hold a store without parts, which belongs to rank 0 alone.
+        rank: This rank, in [0, num_ranks).
+        num_ranks: The number of ranks that run now; 1 opens every part.
+        num_parts: In [1, 2^16], fixed for good when the store is made; 1 makes a store without parts. None takes
+            what the store has, and ``num_ranks`` for a new one.
+        options: The settings of the store, and ``shard_rows``, as in ``StoreWriter``.
+
+    Raises:
+        SettingsMismatchError: The store exists with other settings or another number of parts.
+        StoreLockedError: Another writer holds one of the parts.
+        NotAStoreError: The path holds other files.
+        ValueError: ``rank``, ``num_ranks`` or ``num_parts`` out of range.
+        StoreError: Any other of its kinds: the existing store is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        num_parts: int | None = None,
+        **options: Any,
+    ) -> None:
+        if type(rank) is not int or type(num_ranks) is not int or not 0 <= rank < num_ranks:
+            raise ValueError(f"rank must be an int in [0, num_ranks), got rank={rank!r} and num_ranks={num_ranks!r}")
+        if num_parts is not None and (type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS):
+            raise ValueError(f"num_parts must be an int in [1, {MAX_PARTS}], or None, got {num_parts!r}")
+        self.path = Path(path)
+        self.vocab_size: int = options["vocab_size"]
+        if num_ranks > 1:
+            options["lock_wait_s"] = _LOCK_WAIT_S
+        stored = self._stored_parts()
+        if stored is None and (num_parts or num_ranks) > 1:
+            self._make_parts(num_parts or num_ranks, options)
+            # Another rank may have been faster.
+            stored = self._stored_parts()
+        if stored is not None and num_parts not in (None, stored):
+            raise SettingsMismatchError(
+                f"{self.path} was made with {stored} parts, but num_parts={num_parts} is asked for: use the same "
+                "number, or another directory"
+            )
+        self.num_parts = stored or 1
+        self._writers: dict[int, StoreWriter] = {}
+        with contextlib.ExitStack() as stack:
+            for part in range(rank, self.num_parts, num_ranks):
+                folder = self.path if self.num_parts == 1 else self.path / part_name(part)
+                try:
+                    self._writers[part] = stack.enter_context(StoreWriter(folder, **options))
+                except StoreError as error:
+                    raise error if error.file is None else error.within(folder.name) from error
+            self._stack = stack.pop_all()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The parts of this rank; none when there are more ranks than parts."""
+        return tuple(self._writers)
+
+    def part_of(self, input_ids: Any) -> int | None:
+        """The part of a document with these token ids, or None when it belongs to another rank."""
+        part = 0
+        if self.num_parts > 1:
+            part = part_of(document_hash(tokens_as_int32(input_ids, self.vocab_size)), self.num_parts)
+        return part if part in self._writers else None
+
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits) -> None:
+        """``StoreWriter.add``; a document of another rank is a ValueError."""
+        part = self.part_of(input_ids)
+        if part is None:
+            raise ValueError("the document belongs to another rank: add it only where `part_of(input_ids)` is not None")
+        self._writers[part].add(input_ids, positions, teacher)
+
+    def flush(self) -> None:
+        """``StoreWriter.flush`` of every part of this rank."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Flushes and gives up every part; a second call does nothing."""
+        self._stack.close()
+
+    def __contains__(self, input_ids: object) -> bool:
+        """Whether a document with these token ids is stored or buffered in a part of this rank."""
+        part = self.part_of(input_ids)
+        return part is not None and input_ids in self._writers[part]
+
+    def __len__(self) -> int:
+        """The number of documents in the parts of this rank, buffered ones included."""
+        return sum(map(len, self._writers.values()))
+
+    def __enter__(self) -> RankWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stored_parts(self) -> int | None:
+        """The number of parts of the store that is there; None: there is none."""
+        if not (self.path / MANIFEST_NAME).exists():
+            return None
+        content = load_manifest(self.path)[1]
+        return parse_parts(content)[1] if "parts" in content else 1
+
+    def _make_parts(self, num_parts: int, options: dict[str, Any]) -> None:
+        """Makes the parts, then the manifest that names them: where it is, they all are."""
+        names = [part_name(part) for part in range(num_parts)]
+        make_directory(self.path, beside=names)
+        descriptor = lock(self.path, _LOCK_WAIT_S)
+        try:
+            if (self.path / MANIFEST_NAME).exists():
+                return
+            for name in names:
+                with StoreWriter(self.path / name, **options) as writer:
+                    if len(writer):
+                        raise NotAStoreError(
+                            f"{self.path / name} holds documents, but {self.path} has lost its {MANIFEST_NAME}: put it "
+                            "back, or use another directory"
+                        )
+            temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
+            write_durably(temporary, [seal_manifest(parts_content(writer.settings, num_parts))])
+            os.replace(temporary, self.path / MANIFEST_NAME)
+            sync_directory(self.path)
+        finally:
+            os.close(descriptor)

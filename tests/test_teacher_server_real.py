@@ -1,0 +1,91 @@
+"""Real servers on localhost, llama.cpp and vLLM with SmolLM2: `make test-servers`. No other test needs them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import served
+import teachers
+import torch
+from test_teacher_server import assert_close_to_local
+
+from slimkernels.cli import main
+from slimkernels.store import Store, verify
+from slimkernels.teacher import capture, capture_server, shipped_prompts
+from slimkernels.teacher_gguf import converted_folder, default_cache_dir
+
+pytestmark = pytest.mark.server
+pytest.importorskip("httpx2", reason="the extra `server` is not installed")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return teachers.smollm2()
+
+
+@pytest.fixture(scope="module", params=["llama.cpp", "vllm"])
+def server(request, smollm2, tmp_path_factory):
+    """Its kind and its address."""
+    variable = {"llama.cpp": "LLAMACPP_PYTHON", "vllm": "VLLM_PYTHON"}[request.param]
+    python = os.environ.get(variable)
+    if not python:
+        pytest.skip(f"{variable} does not name a Python with this server: run make test-servers")
+    gguf = teachers.smollm2_gguf()
+    folder = converted_folder(gguf, default_cache_dir())
+    log = tmp_path_factory.mktemp("server") / "log"
+    with served.real_server(request.param, python, folder, gguf, log) as address:
+        yield request.param, f"{address}/v1"
+
+
+@pytest.mark.parametrize("api", ["auto", "completions", "chat"])
+def test_generated_documents_are_those_of_the_local_model(server, api, smollm2, tmp_path) -> None:
+    _, url = server
+    model, tokenizer = smollm2
+    prompts = shipped_prompts()[:12]
+    options = {"prompts": prompts, "api": api, "top_logprobs": 20, "max_tokens": 24, "codec": "float32"}
+    report = capture_server(url, served.MODEL, tokenizer, tmp_path, concurrency=4, **options)
+    assert (report.documents + report.dropped, report.unmapped_fraction) == (12, pytest.approx(0, abs=0.01))
+    assert report.documents >= 11
+    verify(tmp_path)
+    masses = []
+    for document in Store(tmp_path):
+        assert_close_to_local(document, model)
+        masses.append(document.teacher.logits.exp().sum(-1))
+    # What 20 entries hold of this model's distribution on its own text.
+    assert 0.6 < float(torch.cat(masses).mean()) < 0.95
+    again = capture_server(url, served.MODEL, tokenizer, tmp_path, **options)
+    assert again.skipped == report.documents
+
+
+def test_scored_documents_agree_with_a_local_capture(server, smollm2, tmp_path) -> None:
+    """The same documents through ``capture`` with the same model: the same rows, up to the server's arithmetic."""
+    kind, url = server
+    if kind == "llama.cpp":
+        pytest.skip("llama.cpp does not score given text; test_teacher_server.py shows how that is said")
+    model, tokenizer = smollm2
+    documents = [tokenizer(text)["input_ids"] for text in served.TEXTS]
+    options = {"top_logprobs": 20, "codec": "float32"}
+    report = capture_server(url, served.MODEL, tokenizer, tmp_path / "server", documents=documents, **options)
+    assert (report.documents, report.unmapped_fraction) == (2, 0.0)
+    capture(model, tokenizer, documents, tmp_path / "local", top_k=20, codec="float32")
+    local = Store(tmp_path / "local")
+    for document in Store(tmp_path / "server"):
+        other = local[local.find(document.input_ids)]
+        assert torch.equal(document.positions, other.positions)
+        shared = (document.teacher.ids[:, :, None] == other.teacher.ids[:, None, :]).any(-1)
+        # bfloat16 changes the order of entries of almost equal probability.
+        assert shared.float().mean() > 0.9
+        exact = other.teacher.target_logit - other.teacher.lse[:, 0]
+        assert (document.teacher.target_logit - exact).abs().mean() < 0.1
+        assert_close_to_local(document, model)
+
+
+def test_command_line(server, smollm2, tmp_path, capsys) -> None:
+    _, url = server
+    command = f"""capture --server {url} --model {served.MODEL} --tokenizer smollm2-135m-instruct --prompts
+        --documents 3 --max-new-tokens 8 --out {tmp_path}/store""".split()
+    assert main(command) == 0
+    assert "added 3 documents" in capsys.readouterr().out
+    assert main(["store", "verify", str(Path(tmp_path) / "store")]) == 0
