@@ -4,7 +4,8 @@ Where torch has CUDA and nvcc of the same major version is found, also `slimkern
 no device is asked for. Environment variables:
 
 SLIMKERNELS_CUDA=1 builds them wherever nvcc is and fails where it cannot, =0 never does.
-TORCH_CUDA_ARCH_LIST names other compute capabilities than 8.0;9.0a;10.0+PTX, of which those below 8.0 are left out.
+TORCH_CUDA_ARCH_LIST names other compute capabilities than 8.0;9.0a;10.0+PTX, of which those below 8.0 are left out;
+nvcc knows 10.0 since CUDA 12.8.
 CUDA_HOME is where nvcc is looked for first.
 """
 

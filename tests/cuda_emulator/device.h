@@ -2,8 +2,8 @@
 //
 // Every thread of a cluster is a fiber. Barriers and warp-wide functions are rendezvous; between two of them the
 // threads run in a random order, each without interruption: in half of the runs any that can, in the others the warp
-// that comes first in an order that seldom changes, so that some warps and blocks fall far behind. Shared memory is random bytes before its block starts and
-// after it ended. What lacks a barrier therefore goes wrong for some seed.
+// that comes first in an order that seldom changes, so that some warps and blocks fall far behind. Shared memory is
+// random bytes before its block starts and after it ended. What lacks a barrier therefore goes wrong for some seed.
 #pragma once
 #define SLIMKERNELS_DEVICE
 
@@ -131,8 +131,8 @@ inline size_t choose() {
   if (!m.by_rank) return m.random() % m.runnable.size();
   if (m.random() % 16384 == 0) std::shuffle(m.ranks.begin(), m.ranks.end(), m.random);
   const auto rank = [&](unsigned thread) { return m.ranks[thread / 32]; };
-  const auto first = std::min_element(m.runnable.begin(), m.runnable.end(),
-                                      [&](unsigned a, unsigned b) { return rank(a) < rank(b); });
+  const auto first =
+      std::min_element(m.runnable.begin(), m.runnable.end(), [&](unsigned a, unsigned b) { return rank(a) < rank(b); });
   return size_t(first - m.runnable.begin());
 }
 
