@@ -1,6 +1,6 @@
-"""What a teacher's kept logits take on disk and what their rounding costs, by codec: ours, and layouts in use elsewhere.
+"""What a teacher's kept logits take on disk and what their rounding costs, in our codecs and in layouts of others.
 
-slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 4000 --codec float32 --out runs/exact
+slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 3000 --codec float32 --out runs/exact
 python -m bench.codecs --store runs/exact --out bench/results/codecs.jsonl
 
 The rows of the store, which must be of codec float32, are encoded by every codec in turn. Bits per entry of our codecs
