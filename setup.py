@@ -193,7 +193,8 @@ setup(
             "slimkernels._C",
             sources=[str(CSRC / name) for name in ("module.cpp", "ops.cpp", "store_codec.cpp", "cpu/dispatch.cpp")],
             depends=[str(path) for path in sorted(CSRC.rglob("*.[hi]*"))],
-            include_dirs=[str(CSRC), str(torch_root / "include"), pybind11.get_include()],
+            # pybind11 first: some releases of torch bring one that refuses the stable ABI.
+            include_dirs=[str(CSRC), pybind11.get_include(), str(torch_root / "include")],
             library_dirs=[str(torch_root / "lib")],
             libraries=["torch", "torch_cpu", "c10"],
             define_macros=[stable_abi, ("SK_TORCH_VERSION", version)],

@@ -107,7 +107,8 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
                            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                            int(attribute(cudaDevAttrMultiProcessorCount, device))};
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                  "topk_logits_rows_cuda: the current stream of device ", device, " could not be found");
   const auto launch_type = [&] {
     switch (logits.scalar_type()) {
       case ScalarType::Float:
