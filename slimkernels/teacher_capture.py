@@ -68,7 +68,8 @@ def capture(
         logits = model(ids[None]).logits[0, :-1]
         writer.add(ids, torch.arange(1, len(ids)), topk_logits(logits, top_k, top_fraction, target=ids[1:]))
 
-    but the (N, V) logits of a batch never exist: O(batch_tokens * K) memory beside the model's.
+    but the (N, V) logits of a batch never exist, with draws those of a few hundred rows: O(batch_tokens * K) memory
+    beside the model's.
 
     Documents are sorted by length within windows of consecutive ones and run in right-padded batches. Windows and
     batches depend on the documents alone, so a call that was killed is continued by the same call and gives the
