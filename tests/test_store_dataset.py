@@ -330,12 +330,13 @@ def test_stateful_data_loader_resumes(path, num_workers, kind):
 
 
 RANKS = """
-import json, sys
+import json, pathlib, sys
 import torch
 from slimkernels.store import StoreIterableDataset
 torch.distributed.init_process_group("gloo")
 stream = StoreIterableDataset(sys.argv[1], seed=3)
-print(json.dumps([int(document.input_ids[0]) for document in stream]), flush=True)
+read = [int(document.input_ids[0]) for document in stream]
+pathlib.Path(sys.argv[2], f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(read))
 torch.distributed.destroy_process_group()
 """
 
@@ -345,9 +346,10 @@ def test_ranks_come_from_torch_distributed(path, tmp_path):
     script.write_text(RANKS)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    arguments = [str(path), str(tmp_path)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    parts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    parts = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert sorted(map(len, parts)) == [11, 12]
     assert sorted(parts[0] + parts[1]) == list(range(COUNT))
 
