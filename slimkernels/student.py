@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.ops.decode_logits import decode_logits
+from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import collate_documents
 
 if TYPE_CHECKING:
-    from slimkernels.store import Document
+    from slimkernels.store import Document, PackedDocument
 
 
 def make_student(
@@ -185,52 +188,36 @@ class SlimCollator:
     max_length: int | None = None
     with_teacher: bool = True
 
-    def __call__(self, documents: Sequence[Document]) -> dict[str, Any]:
-        """Collates B documents of at most T tokens with N labels in all.
-
-        Returns:
-            ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the place in B * T
-            of the hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` SparseLogits (N, K)
-            or None.
+    def __call__(self, documents: Sequence[Document | PackedDocument]) -> dict[str, Any]:
+        """``slimkernels.store.collate_documents``, checked against what the student can read.
 
         Raises:
             ValueError: A document longer than ``max_length``, a position outside [1, T), or an id outside
                 [0, ``vocab_size``).
         """
-        length = max(len(document.input_ids) for document in documents)
+        length = max((len(document.input_ids) for document in documents), default=0)
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
                 f"documents must have at most max_length={self.max_length} tokens for this student, got one of "
                 f"{length}; capture shorter documents or give the student more positions"
             )
-        input_ids = torch.full((len(documents), length), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros((len(documents), length), dtype=torch.int64)
-        rows, targets = [], []
-        for index, document in enumerate(documents):
-            tokens, positions = document.input_ids, document.positions
-            if len(positions) and not 1 <= int(positions.min()) <= int(positions.max()) < len(tokens):
-                raise ValueError(
-                    f"positions must lie in [1, {len(tokens)}), got {int(positions.min())} to {int(positions.max())}"
-                )
-            input_ids[index, : len(tokens)] = tokens
-            attention_mask[index, : len(tokens)] = 1
-            rows.append(index * length + positions - 1)
-            targets.append(tokens[positions])
-        teacher = SparseLogits.cat([document.teacher for document in documents]) if self.with_teacher else None
-        self._check_ids("input_ids", input_ids)
-        if teacher is not None:
-            self._check_ids("teacher.ids", teacher.ids)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "rows": torch.cat(rows),
-            "target": torch.cat(targets),
-            "teacher": teacher,
-        }
+        batch = collate_documents(documents, pad_token_id=self.pad_token_id, with_teacher=self.with_teacher)
+        self._check_ids("input_ids", batch["input_ids"].amax())
+        if isinstance(batch["teacher"], PackedLogits):
+            # Every row of a store was checked against its vocabulary when it was read.
+            self._check_ids("teacher.ids", batch["teacher"].vocab_size - 1)
+        elif batch["teacher"] is not None:
+            self._check_ids("teacher.ids", batch["teacher"].ids.amax() if batch["teacher"].ids.numel() else 0)
+        return batch
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
-        if self.vocab_size is not None and ids.numel() and int(ids.max()) >= self.vocab_size:
+    def _check_ids(self, name: str, largest: Tensor | int) -> None:
+        if self.vocab_size is not None and largest >= self.vocab_size:
             raise ValueError(
-                f"{name} must be below the student's vocabulary size {self.vocab_size}, got {int(ids.max())}; use "
+                f"{name} must be below the student's vocabulary size {self.vocab_size}, got {int(largest)}; use "
                 "the teacher's tokenizer and a student with as many tokens as the teacher"
             )
+
+
+def teacher_rows(teacher: SparseLogits | PackedLogits) -> SparseLogits:
+    """The teacher of a batch, decoded where it is if it is packed."""
+    return decode_logits(teacher) if isinstance(teacher, PackedLogits) else teacher

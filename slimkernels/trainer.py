@@ -17,7 +17,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import slimkernels as sk
 from slimkernels.evaluate.metrics import evaluate_store
-from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student
+from slimkernels.store import StoreDataset
+from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student, teacher_rows
 from slimkernels.trainer_checkpoint import SlimRun, check_same_run, last_complete_checkpoint
 from slimkernels.trainer_config import METHODS, SlimConfig
 
@@ -46,7 +47,7 @@ class SlimTrainer(Trainer):
         model: A causal language model whose head is one linear layer, with softcap or scale as its config says.
         args: A ``SlimConfig``.
         data_collator: By default a ``SlimCollator`` for this model and method.
-        train_dataset: A ``Store``, or any map-style dataset of its documents.
+        train_dataset: A ``StoreDataset`` or ``Store``, or any map-style dataset of its documents.
         eval_dataset: The same, to evaluate on.
         processing_class: The student's tokenizer: saved with every checkpoint, and checked against the store's.
         **kwargs: Passed on to ``transformers.Trainer``.
@@ -192,7 +193,7 @@ class SlimTrainer(Trainer):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = LanguageModelHead.of(student).arguments(hidden.dtype)
-        teacher = inputs["teacher"] if self.args.needs_teacher else None
+        teacher = teacher_rows(inputs["teacher"]) if self.args.needs_teacher else None
         return sk.linear_slim_loss(
             hidden, target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
         )
@@ -281,7 +282,7 @@ def train(
     Raises:
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
     """
-    store = sk.Store(store_path)
+    store = StoreDataset(store_path)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if not isinstance(student, PreTrainedModel):
@@ -290,7 +291,7 @@ def train(
         model=student,
         args=SlimConfig(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
         train_dataset=store,
-        eval_dataset=None if eval_store_path is None else sk.Store(eval_store_path),
+        eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,
         callbacks=callbacks,
     )

@@ -17,7 +17,7 @@ from tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, TrainerCallback
 
-from slimkernels.store import Document, Store
+from slimkernels.store import Document, Store, StoreDataset
 from slimkernels.student import LanguageModelHead, check_head, hidden_states, make_student
 from slimkernels.trainer import SlimCollator, SlimConfig, SlimTrainer, last_complete_checkpoint, train
 
@@ -125,6 +125,22 @@ def test_trainer_follows_the_eager_curve(tmp_path, store, method, rest):
         optimizer.step()
     for (name, trained), expected in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(trained, expected, rtol=5e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_packed_rows_train_the_same(tmp_path):
+    """8-bit rows, decoded by the reader or where the loss is, with and without workers: the same weights and scores."""
+    path = make_store(tmp_path / "store", codec="affine8")
+    weights, scores = [], []
+    for dataset, workers in ((Store(path), 0), (StoreDataset(path), 0), (StoreDataset(path), 2)):
+        trainer = make_trainer(tmp_path, dataset, method="slim", max_steps=3, dataloader_num_workers=workers)
+        trainer.train()
+        weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+        scores.append(trainer.evaluate(dataset)["eval_kl_ghost"])
+    for packed in weights[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(packed, weights[0], strict=True))
+    assert scores[0] == scores[1] == scores[2]
+    with pytest.raises(ValueError, match="teacher.ids must be below the student's vocabulary size 96, got 96"):
+        SlimCollator(vocab_size=VOCAB_SIZE - 1)([StoreDataset(path)[0]])
 
 
 class GradientRecorder(TrainerCallback):
