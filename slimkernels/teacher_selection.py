@@ -62,14 +62,7 @@ class Selection(NamedTuple):
         """
         if self.select == "top_k":
             return linear_topk_logits(
-                hidden,
-                head.weight,
-                self.top_k,
-                bias=head.bias,
-                target=target,
-                temperatures=self.temperatures,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
+                top_k=self.top_k, target=target, temperatures=self.temperatures, **head.arguments(hidden)
             ).to("cpu")
         # A row's noise depends on its document and its place in it, and so on no batch.
         seed = torch.cat([torch.full((len(ids) - 1,), document_seed(self.seed, ids)) for ids in documents])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import slimkernels as sk
 from slimkernels.evaluate.metrics import evaluate_store
+from slimkernels.head_loss import forward_as
 from slimkernels.store import StoreDataset
 from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student, teacher_rows
 from slimkernels.trainer_checkpoint import SlimRun, check_same_run, last_complete_checkpoint
@@ -141,7 +141,7 @@ class SlimTrainer(Trainer):
                 result = self._slim_loss(student, inputs, num_items_in_batch)
             else:
                 # DDP prepares its gradient reduction in its own forward, so the loss has to pass through it.
-                with _forward_as(student, lambda *arguments: self._slim_loss(student, *arguments)):
+                with forward_as(student, lambda *arguments: self._slim_loss(student, *arguments)):
                     result = model(inputs, num_items_in_batch)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -192,10 +192,10 @@ class SlimTrainer(Trainer):
         hidden = hidden_states(student, inputs)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        head = LanguageModelHead.of(student).arguments(hidden.dtype)
+        head = LanguageModelHead.of(student).arguments(hidden)
         teacher = teacher_rows(inputs["teacher"]) if self.args.needs_teacher else None
         return sk.linear_slim_loss(
-            hidden, target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
+            target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
         )
 
     def _record(self, result, target: Tensor) -> None:
@@ -298,17 +298,3 @@ def train(
     metrics = trainer.train(resume_from_checkpoint=True).metrics
     trainer.save_model()
     return metrics if eval_store_path is None else metrics | trainer.evaluate()
-
-
-@contextlib.contextmanager
-def _forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Within the context, calls of a wrapper around ``module`` reach ``forward``."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -139,7 +139,7 @@ def test_packed_rows_train_the_same(tmp_path):
     for packed in weights[1:]:
         assert all(torch.equal(a, b) for a, b in zip(packed, weights[0], strict=True))
     assert scores[0] == scores[1] == scores[2]
-    with pytest.raises(ValueError, match="teacher.ids must be below the student's vocabulary size 96, got 96"):
+    with pytest.raises(ValueError, match=r"teacher\.ids must be below the student's vocabulary size 96, got 96"):
         SlimCollator(vocab_size=VOCAB_SIZE - 1)([StoreDataset(path)[0]])
 
 
