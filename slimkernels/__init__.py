@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from slimkernels.patching import patch_model, unpatch_model
     from slimkernels.store import Store
     from slimkernels.trainer import SlimConfig, SlimTrainer
+    from slimkernels.trainer_config import SlimObjective
+    from slimkernels.trainer_mixin import SlimLossMixin
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "SlimConfig": "slimkernels.trainer",
+    "SlimLossMixin": "slimkernels.trainer_mixin",
+    "SlimObjective": "slimkernels.trainer_config",
     "SlimTrainer": "slimkernels.trainer",
     "Store": "slimkernels.store",
     "patch_model": "slimkernels.patching",
@@ -41,6 +45,8 @@ __all__ = [
     "Sampled",
     "SlimConfig",
     "SlimLoss",
+    "SlimLossMixin",
+    "SlimObjective",
     "SlimTrainer",
     "SparseLogits",
     "SparseProbs",

@@ -212,7 +212,7 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--store", required=True, metavar="DIR")
-    add("--method", required=True, choices=("slim", "kd", "sft"))
+    add("--method", required=True, choices=("slim", "kd", "sft", "sampled", "reverse_kl", "jsd"))
     add("--out", required=True, metavar="DIR", help="gets the checkpoints and the student")
     add("--student", metavar="MODEL", help="a model, or the .json configuration of a new one (default: a small Llama)")
     add("--tokenizer", metavar="MODEL", help="checked against the store's, and saved with the student")

@@ -17,8 +17,8 @@ from slimkernels.student import LanguageModelHead
 
 IGNORE_INDEX = -100
 
-# The teacher of the labelled rows: given the places (N,) of their hidden states in B * T, and the labels (N,).
-TeacherOfRows = Callable[[Tensor, Tensor], SparseLogits]
+# The teacher's rows (N, K) of the labels (N,) of a batch, in their order.
+TeacherOfLabels = Callable[[Tensor], SparseLogits]
 
 
 class HeadLoss:
@@ -29,21 +29,26 @@ class HeadLoss:
     model's own forward: its masks, its auxiliary losses, and the wrappers around it.
 
     Args:
-        teacher: None for the cross entropy of the labels alone.
-        only_labelled: True leaves rows without a label out of the products, for which the host waits for a GPU once.
+        teacher: None for the cross entropy of the labels alone. With one, rows without a label are left out of the
+            products, for which the host waits for a GPU once.
+        num_items: What the sum over the labels is divided by, where the model is not given ``num_items_in_batch``.
         **options: Of ``linear_slim_loss``.
 
     Attributes:
         result: The ``SlimLoss``, one row for each row that went through the head's product.
         target: (N,) int64, their labels.
+        rows: The teacher's rows of them, or None.
     """
 
-    def __init__(self, teacher: TeacherOfRows | None = None, *, only_labelled: bool = False, **options: Any) -> None:
+    def __init__(
+        self, teacher: TeacherOfLabels | None = None, *, num_items: Tensor | int | None = None, **options: Any
+    ) -> None:
         self.teacher = teacher
-        self.only_labelled = only_labelled or teacher is not None
+        self.num_items = num_items
         self.options = options
         self.result: SlimLoss | None = None
         self.target: Tensor | None = None
+        self.rows: SparseLogits | None = None
         self._hidden: Tensor | None = None
         self._model: PreTrainedModel | None = None
 
@@ -96,15 +101,10 @@ class HeadLoss:
                 f"got {tuple(target.shape)}: leave logits_to_keep out where there are labels"
             )
         hidden, target = hidden.flatten(0, -2), target.flatten().to(hidden.device)
-        teacher = None
-        if self.only_labelled:
-            rows = target.ne(ignore_index).nonzero().squeeze(-1)
-            hidden, target = hidden.index_select(0, rows), target[rows]
-            teacher = None if self.teacher is None else self.teacher(rows, target)
-            if teacher is not None and teacher.leading_shape != tuple(target.shape):
-                raise ValueError(
-                    f"the teacher must have one row for each of the {len(target)} labels, got {teacher.leading_shape}"
-                )
+        if self.teacher is not None:
+            labelled = target.ne(ignore_index).nonzero().squeeze(-1)
+            hidden, target = hidden.index_select(0, labelled), target[labelled]
+            self.rows = self.teacher(target)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = LanguageModelHead.of(self._model)
@@ -112,9 +112,9 @@ class HeadLoss:
         self.target = target
         self.result = linear_slim_loss(
             target=target,
-            teacher=teacher,
+            teacher=self.rows,
             ignore_index=ignore_index,
-            num_items=num_items_in_batch,
+            num_items=self.num_items if num_items_in_batch is None else num_items_in_batch,
             **head.arguments(hidden),
             **self.options,
         )

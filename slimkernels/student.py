@@ -136,6 +136,15 @@ class LanguageModelHead:
         """V, the rows of the weight."""
         return self.weight.shape[0]
 
+    def first_rows(self, vocab_size: int) -> LanguageModelHead:
+        """The head of the first ``vocab_size`` tokens."""
+        return dataclasses.replace(
+            self,
+            weight=self.weight[:vocab_size],
+            bias=None if self.bias is None else self.bias[:vocab_size],
+            adapters=tuple(adapter._replace(up=adapter.up[:vocab_size]) for adapter in self.adapters),
+        )
+
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """``hidden`` (N, D) and the head as arguments of ``linear_slim_loss``, all in the dtype of ``hidden``."""
         hidden, weight = self._product(hidden)
