@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -122,25 +123,29 @@ class SlimTrainer(SlimLossMixin, Trainer):
         if not batches:
             return batches, None
         if self.args.method == "gkd":
-            batches = [self._maybe_continue(batch) for batch in batches]
+            batches = [self._maybe_continue(batch, number) for number, batch in enumerate(batches)]
         num_items = sum(batch["target"].ne(IGNORE_INDEX).sum() for batch in batches).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
         return batches, num_items
 
-    def _maybe_continue(self, batch: dict[str, Any]) -> dict[str, Any]:
-        # From the generator whose state checkpoints keep.
-        if float(torch.rand(())) >= self.args.on_policy_fraction:
-            return batch
-        pad = getattr(self.processing_class, "pad_token_id", None)
-        return continue_prompts(
-            self.model,
-            batch,
-            max_new_tokens=self.args.max_new_tokens,
-            temperature=self.args.sampling_temperature,
-            pad_token_id=0 if pad is None else pad,
-            max_length=getattr(self.model.config, "max_position_embeddings", None),
-        )
+    def _maybe_continue(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """The batch, or with probability ``on_policy_fraction`` the student's continuations of its prompts."""
+        args, pad = self.args, getattr(self.processing_class, "pad_token_id", None)
+        # Named by their place in the run: a resumed run restores the global generator only after it has its batches.
+        place = f"{args.seed} {self.state.global_step} {args.process_index} {number}"
+        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big"))
+            if float(torch.rand(())) >= args.on_policy_fraction:
+                return batch
+            return continue_prompts(
+                self.model,
+                batch,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.sampling_temperature,
+                pad_token_id=0 if pad is None else pad,
+                max_length=getattr(self.model.config, "max_position_embeddings", None),
+            )
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

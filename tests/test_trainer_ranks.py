@@ -1,0 +1,130 @@
+"""Two gloo ranks against one, and stopped runs against whole ones, for what trains beside SlimTrainer's own store."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import RECIPE
+from test_trainer_mixin import OBJECTIVE, Distiller, curve, make_plain, write_store
+from tiny import make_model, make_store
+
+import slimkernels as sk
+from slimkernels.store import Store, StoreDataset
+
+RUN = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+import test_trainer_ranks
+
+torch.set_num_threads(1)
+trainer = test_trainer_ranks.{make}({output!r}, batch_size=1, **{options!r})
+trainer.train()
+torch.save(
+    (trainer.model.state_dict(), [entry for entry in trainer.state.log_history if "loss" in entry]),
+    "{output}/rank" + str(trainer.args.process_index) + ".pt",
+)
+"""
+
+
+def make_mixin(output, *, batch_size: int, offline: bool = False, **options):
+    options = {"per_device_train_batch_size": batch_size} | options
+    if offline:
+        return make_plain(output, Distiller, make_model(), options=options, teacher_store=Store(Path(output) / "rows"))
+    teacher = make_model(seed=9)
+    return make_plain(output, Distiller, make_model(), options=options, teacher_model=teacher, objective=OBJECTIVE)
+
+
+def make_slim(output, *, batch_size: int, **options) -> sk.SlimTrainer:
+    recipe = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2, "max_steps": 5}
+    return sk.SlimTrainer(
+        model=make_model(),
+        args=sk.SlimConfig(output_dir=str(output), **RECIPE | recipe | options),
+        train_dataset=StoreDataset(Path(output) / "store"),
+        teacher_model=make_model(seed=1234),
+    )
+
+
+def run_two_ranks(tmp_path, make: str, options: dict) -> list[tuple[dict, list[dict]]]:
+    script = tmp_path / "run.py"
+    script.write_text(RUN.format(tests=str(Path(__file__).parent), make=make, output=str(tmp_path), options=options))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+
+def assert_same_run(ranks, alone) -> None:
+    expected = [entry for entry in alone.state.log_history if "loss" in entry]
+    for logged, entry in zip(ranks[0][1], expected, strict=True):
+        for name in ("loss", "ce", "kd", "label_kept"):
+            assert logged[name] == pytest.approx(entry[name], rel=1e-4), name
+    for name, parameter in alone.model.state_dict().items():
+        torch.testing.assert_close(ranks[0][0][name], ranks[1][0][name], rtol=0, atol=0)
+        torch.testing.assert_close(
+            ranks[0][0][name], parameter, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+def test_mixin_on_two_ranks_equals_one(tmp_path, offline):
+    """Micro-batches hold different numbers of labels on either rank, so a mean of means would differ."""
+    from test_trainer_mixin import make_rows
+
+    write_store(tmp_path / "rows", make_model(seed=9).eval(), make_rows())
+    alone = make_mixin(tmp_path, batch_size=2, offline=offline)
+    alone.train()
+    assert_same_run(run_two_ranks(tmp_path, "make_mixin", {"offline": offline}), alone)
+
+
+def test_online_teacher_on_two_ranks_equals_one(tmp_path):
+    make_store(tmp_path / "store")
+    alone = make_slim(tmp_path, batch_size=2, method="kd")
+    alone.train()
+    assert_same_run(run_two_ranks(tmp_path, "make_slim", {"method": "kd"}), alone)
+
+
+def test_students_of_two_ranks_write_apart_and_learn_together(tmp_path):
+    make_store(tmp_path / "store")
+    options = {"method": "gkd", "on_policy_fraction": 1.0, "max_new_tokens": 6}
+    (first, logs), (second, _) = run_two_ranks(tmp_path, "make_slim", options)
+    start = make_model().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any((first[name] - start[name]).abs().max() > 1e-3 for name in first)
+    # Eight documents a step, of six new tokens each but where the text ends; both ranks' are counted.
+    assert all(entry["loss"] > 0 for entry in logs)
+
+
+def test_stopped_mixin_run_goes_on_to_the_same_weights(tmp_path):
+    """Dropout and a shuffled order: every generator's state and the place in the data have to come back."""
+
+    def make(**options):
+        trainer = make_mixin(
+            tmp_path,
+            batch_size=2,
+            max_steps=12,
+            save_strategy="steps",
+            save_steps=7,
+            lr_scheduler_type="linear",
+            **options,
+        )
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.2
+        return trainer
+
+    whole = make()
+    losses = curve(whole)
+    expected = copy.deepcopy(whole.model.state_dict())
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    logged = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+    assert logged == losses
+    for name, parameter in resumed.model.state_dict().items():
+        assert torch.equal(parameter, expected[name]), name
