@@ -184,6 +184,6 @@ def _check_whole(head: LanguageModelHead, hidden: Tensor) -> None:
     if sharded or head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"the head's weight must be whole, (V, {hidden.shape[-1]}), where the loss is computed, got "
-            f"{'a shard of' if sharded else 'shape'} {tuple(head.weight.shape)}: leave the head out of the sharding "
-            "(FSDP, ZeRO-3, tensor parallelism), or compute the logits and call slimkernels.slim_loss"
+            f"{'a shard of' if sharded else 'shape'} {tuple(head.weight.shape)}: shard it with the model as a whole, "
+            "as fully_shard(model) does, and not by itself, or compute the logits and call slimkernels.slim_loss"
         )

@@ -30,7 +30,8 @@ def patch_model(model: nn.Module, *, in_evaluation: bool = False, check: bool = 
     The (B, T, V) logits and their gradient never exist. Loss and gradients are the model's own to rounding; labels,
     ``shift_labels``, ``num_items_in_batch``, masks, packing, auxiliary losses of experts, gradient checkpointing and
     LoRA adapters, on the head too, work as before. Calls without labels, such as those of ``generate``, are the
-    model's own, and so are calls in evaluation mode, which may need the logits.
+    model's own, and so are calls in evaluation mode, which may need the logits. ``torch.compile`` works on the decoder,
+    ``model.get_decoder().compile()``; of the model as a whole it compiles nothing.
 
     Args:
         model: A transformers causal LM, or PEFT's wrapper around one. Its head must be one linear layer, with softcap
@@ -92,6 +93,8 @@ def _forward_without_logits(forward: Callable, in_evaluation: bool) -> Callable:
     """A method with the signature of ``forward``, whose loss comes from the head's input."""
     place_of_labels = list(inspect.signature(forward).parameters).index("labels") - 1
 
+    # What stands in for the head is another object in every call, for which a compiled forward would be compiled anew.
+    @torch.compiler.disable
     @functools.wraps(forward)
     def patched(self: PreTrainedModel, *args, **kwargs):
         own = self.__dict__[_MARK] or functools.partial(type(self).forward, self)

@@ -233,6 +233,11 @@ class SlimTrainer(SlimLossMixin, Trainer):
                     "per device, or set CUDA_VISIBLE_DEVICES to one device"
                 )
 
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "SlimTrainer reads the decoder's hidden states, and would not train PEFT's prompts: use SlimLossMixin"
+            )
+
     def _check_teacher(self) -> None:
         args, online = self.args, self.online_teacher
         if online is not None and not args.needs_teacher:
@@ -246,10 +251,6 @@ class SlimTrainer(SlimLossMixin, Trainer):
             raise ValueError(
                 "teacher_top_k, teacher_top_fraction and teacher_rounds choose what is kept of a teacher_model, got "
                 "none: a store keeps what it was captured with"
-            )
-        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                "SlimTrainer reads the decoder's hidden states, and would not train PEFT's prompts: use SlimLossMixin"
             )
 
     def _check_store(self, dataset) -> None:
@@ -294,6 +295,7 @@ def train(
     output_dir: str | os.PathLike,
     *,
     tokenizer=None,
+    teacher_model: PreTrainedModel | None = None,
     eval_store_path: str | os.PathLike | None = None,
     callbacks: list[TrainerCallback] | None = None,
     **options,
@@ -306,6 +308,7 @@ def train(
         method: Of ``SlimObjective``.
         output_dir: Gets the checkpoints and, at the end, the student; a run of the same settings is continued.
         tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
+        teacher_model: Scores the store's documents, in place of its rows; method "gkd" needs one.
         eval_store_path: A held-out store to measure the trained student on.
         callbacks: Passed to the trainer.
         **options: Fields of ``SlimConfig``.
@@ -328,6 +331,7 @@ def train(
         train_dataset=store,
         eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,
+        teacher_model=teacher_model,
         callbacks=callbacks,
     )
     metrics = trainer.train(resume_from_checkpoint=True).metrics

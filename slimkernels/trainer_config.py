@@ -148,22 +148,22 @@ class SlimConfig(SlimObjective, TrainingArguments):
     def __post_init__(self) -> None:
         SlimObjective.__post_init__(self)
         check_training_arguments(self)
-        if self.torch_compile:
-            raise ValueError(
-                "torch_compile must be False: it compiles model.forward, which is never called here; compile the "
-                "decoder instead: model.model.compile()"
-            )
         TrainingArguments.__post_init__(self)
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
-    """Refuses what needs the logits.
+    """Refuses what needs the logits, or would silently do nothing.
 
     Raises:
-        ValueError: ``label_smoothing_factor`` is set.
+        ValueError: ``label_smoothing_factor`` or ``torch_compile`` is set.
     """
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: use label_smoothing, which "
             "works without logits"
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile must be False: it compiles model.forward, of which the loss takes the place; compile the "
+            "decoder instead: model.get_decoder().compile()"
         )

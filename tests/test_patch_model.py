@@ -203,6 +203,7 @@ def test_compiled_decoder_inside_a_patched_model():
     expected = model(**batch).loss
     model.model.compile(backend="aot_eager")
     torch.testing.assert_close(sk.patch_model(model)(**batch).loss, expected)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**batch).loss, expected)
 
 
 def with_hook():

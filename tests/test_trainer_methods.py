@@ -19,6 +19,12 @@ from slimkernels.trainer import SlimConfig, SlimTrainer
 from slimkernels.trainer_config import METHODS
 from slimkernels.trainer_policy import continue_prompts
 
+pytestmark = [
+    # peft still calls what transformers renamed, and warns that an adapter's merge would untie the head.
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
@@ -358,3 +364,24 @@ def test_every_method_resolves_to_options_the_loss_takes():
         assert (result.kd.sum() > 0) == (method != "sft")
     assert sk.SlimObjective("kd", divergence="reverse_kl").loss_options["rest"] == "ghost"
     assert sk.SlimObjective("jsd", rest="renorm_both").loss_options["rest"] == "renorm_both"
+
+
+def test_adapters_of_the_student_are_trained_and_learned_prompts_refused(tmp_path, store):
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    trainer = make_trainer(tmp_path, store, model=peft.get_peft_model(make_model(), config), max_steps=4)
+    trainer.train()
+    up = {name: p for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    assert any("lm_head" in name for name in up)
+    assert all(parameter.abs().max() > 1e-3 for parameter in up.values())
+    student, losses = trainer.model.eval(), []
+    with torch.no_grad():
+        for document in store:
+            logits = student(document.input_ids[None]).logits[0, document.positions - 1]
+            target = document.input_ids[document.positions]
+            losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    assert trainer.evaluate(store)["eval_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="would not train PEFT's prompts: use SlimLossMixin"):
+        make_trainer(tmp_path, store, model=peft.get_peft_model(make_model(), prompts))

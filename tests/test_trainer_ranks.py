@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import make_family
+from test_patch_model import make_batch
 from test_trainer import RECIPE
-from test_trainer_mixin import OBJECTIVE, Distiller, curve, make_plain, write_store
+from test_trainer_mixin import OBJECTIVE, Distiller, curve, make_plain, make_rows, write_store
 from tiny import make_model, make_store
 
 import slimkernels as sk
@@ -52,8 +54,14 @@ def make_slim(output, *, batch_size: int, **options) -> sk.SlimTrainer:
 
 
 def run_two_ranks(tmp_path, make: str, options: dict) -> list[tuple[dict, list[dict]]]:
+    source = RUN.format(tests=str(Path(__file__).parent), make=make, output=str(tmp_path), options=options)
+    return run_script(tmp_path, source)
+
+
+def run_script(tmp_path, source: str) -> list:
+    """What each of two ranks that run the script saves."""
     script = tmp_path / "run.py"
-    script.write_text(RUN.format(tests=str(Path(__file__).parent), make=make, output=str(tmp_path), options=options))
+    script.write_text(source)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -76,8 +84,6 @@ def assert_same_run(ranks, alone) -> None:
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_mixin_on_two_ranks_equals_one(tmp_path, offline):
     """Micro-batches hold different numbers of labels on either rank, so a mean of means would differ."""
-    from test_trainer_mixin import make_rows
-
     write_store(tmp_path / "rows", make_model(seed=9).eval(), make_rows())
     alone = make_mixin(tmp_path, batch_size=2, offline=offline)
     alone.train()
@@ -98,7 +104,6 @@ def test_students_of_two_ranks_write_apart_and_learn_together(tmp_path):
     start = make_model().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any((first[name] - start[name]).abs().max() > 1e-3 for name in first)
-    # Eight documents a step, of six new tokens each but where the text ends; both ranks' are counted.
     assert all(entry["loss"] > 0 for entry in logs)
 
 
@@ -128,3 +133,53 @@ def test_stopped_mixin_run_goes_on_to_the_same_weights(tmp_path):
     assert logged == losses
     for name, parameter in resumed.model.state_dict().items():
         assert torch.equal(parameter, expected[name]), name
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, {tests!r})
+from families import make_family
+from test_patch_model import make_batch
+import slimkernels as sk
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+saved = {{}}
+for family in ("llama", "llama-tied", "gemma2"):
+    model = sk.patch_model(make_family(family))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**make_batch(seed=rank)).loss
+    loss.backward()
+    saved[family] = loss.item(), {{name: p.grad.full_tensor() for name, p in model.named_parameters()}}
+model = sk.patch_model(make_family("llama"))
+fully_shard(model.lm_head, mesh=mesh)
+fully_shard(model, mesh=mesh)
+try:
+    model(**make_batch(seed=rank))
+except ValueError as error:
+    saved["refused"] = str(error)
+torch.save(saved, "{output}/rank" + str(rank) + ".pt")
+dist.destroy_process_group()
+"""
+
+
+def test_patched_model_sharded_over_two_ranks_has_the_gradients_of_one(tmp_path):
+    """FSDP2, the head in the group of the whole model; a head in a group of its own is refused."""
+    ranks = run_script(tmp_path, SHARDED.format(tests=str(Path(__file__).parent), output=str(tmp_path)))
+    for family in ("llama", "llama-tied", "gemma2"):
+        model = make_family(family)
+        for rank in range(2):
+            loss = model(**make_batch(seed=rank)).loss
+            (loss / 2).backward()
+            assert ranks[rank][family][0] == pytest.approx(loss.item(), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(ranks[0][family][1][name], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert "the head's weight must be whole" in ranks[0]["refused"]
+    assert "a shard of (61, 16): shard it with the model as a whole" in ranks[0]["refused"]
