@@ -162,6 +162,7 @@ def _capture(args: argparse.Namespace) -> None:
             select=args.select.replace("-", "_"),
             rounds=args.rounds,
             seed=args.seed,
+            top_p=args.top_p,
             temperatures=args.temperatures,
             codec=args.codec,
             batch_tokens=args.batch_tokens,

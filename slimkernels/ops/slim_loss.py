@@ -78,7 +78,7 @@ def slim_loss(
             nothing at all, where it would be infinite.
         weight: "teacher_over_student" is the paper's text, w -> 1 where the teacher is the more confident.
             "student_over_teacher" is its printed equation, 1 - exp(-s_y / t_y). "none" is w = 1. Or a (...) tensor.
-            A label that the teacher's ``target_logit`` does not cover and that is not kept has t_y = 0.
+            A label that is not kept and whose ``target_logit`` is not known, absent or NaN, has t_y = 0.
         detach_weight: Whether w is a constant to the gradient.
         beta: In (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
         alpha: In [0, 1): skew_kl = KL(q || alpha q + (1 - alpha) p).
