@@ -166,16 +166,16 @@ struct RowSlice {
   // Finds the bin in which the counted elements of all blocks reach `rank` from above, and what is counted in higher
   // ones; (0, 0) where fewer are counted. Empties the histogram.
   __device__ void find_bin(uint32_t rank_from_above, uint32_t& bin, uint32_t& counted_higher) {
-    constexpr int kOwn = kBins / kThreads;
-    const int first = kBins - (thread + 1) * kOwn;  // the first thread has the highest bins
+    constexpr int kBinsPerThread = kBins / kThreads;
+    const int first = kBins - (thread + 1) * kBinsPerThread;  // the first thread has the highest bins
     sync_cluster();
-    uint32_t counts[kOwn] = {};
+    uint32_t counts[kBinsPerThread] = {};
     // More at a time would spill registers.
 #pragma unroll 2
     for (uint32_t block = 0; block < num_blocks; ++block) {
       const uint4* from = reinterpret_cast<const uint4*>(state_of(block).histogram + first);
 #pragma unroll
-      for (int j = 0; j < kOwn; j += 4) {
+      for (int j = 0; j < kBinsPerThread; j += 4) {
         const uint4 part = from[j / 4];
         counts[j] += part.x;
         counts[j + 1] += part.y;
@@ -185,7 +185,7 @@ struct RowSlice {
     }
     uint32_t own = 0;
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) own += counts[j];
+    for (int j = 0; j < kBinsPerThread; ++j) own += counts[j];
     uint32_t up_to_here = inclusive_sum(own);
     if (lane == 31) state.counted[warp] = up_to_here;
     if (thread == 0) state.bin = state.counted_higher = 0;
@@ -194,7 +194,7 @@ struct RowSlice {
     uint32_t higher = up_to_here - own;
     if (higher < rank_from_above && rank_from_above <= up_to_here) {
 #pragma unroll
-      for (int j = kOwn - 1; j >= 0; --j) {
+      for (int j = kBinsPerThread - 1; j >= 0; --j) {
         if (higher < rank_from_above && rank_from_above <= higher + counts[j]) {
           state.bin = first + j;
           state.counted_higher = higher;
@@ -207,7 +207,7 @@ struct RowSlice {
     bin = state.bin;
     counted_higher = state.counted_higher;
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) state.histogram[first + j] = 0;
+    for (int j = 0; j < kBinsPerThread; ++j) state.histogram[first + j] = 0;
     __syncthreads();
   }
 
