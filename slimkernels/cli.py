@@ -221,6 +221,7 @@ def _train(args: argparse.Namespace) -> None:
             args.method,
             args.out,
             tokenizer=tokenizer,
+            teacher_model=None if args.teacher is None else teacher.load_model(args.teacher),
             eval_store_path=args.eval_store,
             **{"report_to": "none", "disable_tqdm": not has_bar} | options,
         )

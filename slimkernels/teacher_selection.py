@@ -65,14 +65,7 @@ class Selection(NamedTuple):
         """
         if self.select == "top_k":
             kept = linear_topk_logits(
-                hidden,
-                head.weight,
-                self.top_k,
-                bias=head.bias,
-                target=target,
-                temperatures=self.temperatures,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
+                top_k=self.top_k, target=target, temperatures=self.temperatures, **head.arguments(hidden)
             ).to("cpu")
             return kept if self.top_p is None else cut_top_p(kept, self.top_p)
         # A row's noise depends on its document and its place in it, and so on no batch.

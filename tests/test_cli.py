@@ -144,6 +144,16 @@ def test_train_then_eval(store, tmp_path, capsys) -> None:
     assert "kl_ghost" in capsys.readouterr().out
 
 
+def test_train_with_a_teacher_beside_the_student(store, teacher, tmp_path, capsys) -> None:
+    for method in ("gkd", "kd"):
+        arguments = ["train", "--store", store, "--method", method, "--out", str(tmp_path / method)]
+        options = ["--option", "use_cpu=true", "--option", "max_new_tokens=4", "--max-steps", "2", "--batch-size", "2"]
+        assert main([*arguments, "--teacher", teacher, *options]) == 0
+        assert "student saved in" in capsys.readouterr().out
+    assert main([*arguments[:3], "--method", "gkd", "--out", str(tmp_path / "alone")]) == 2
+    assert "'gkd' needs a teacher_model" in capsys.readouterr().err
+
+
 def test_store_info_and_verify(store, capsys) -> None:
     assert main(["store", "info", store, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

@@ -66,6 +66,8 @@ ROOMS = (
     ),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/trainer*.py", never=("triton", "slimkernels.search*")),
+    Room("slimkernels/head_loss.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
+    Room("slimkernels/patching.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),
     Room("slimkernels/search/tree.py", own=(), packages=("torch", "numpy")),
     Room("slimkernels/search/selection.py", own=("slimkernels.search.tree",), packages=("torch", "numpy")),

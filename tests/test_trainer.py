@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -420,6 +421,44 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
     fresh = resumable_trainer(str(tmp_path / "fresh"), store_path, max_steps=1)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.state.global_step == 1
+
+
+RANDOMLY_KILLED_RUN = """
+import os, signal, sys, threading
+from transformers import TrainerCallback
+sys.path.insert(0, {tests!r})
+from test_trainer import resumable_trainer
+
+class Kill(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        threading.Timer({delay}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+trainer = resumable_trainer({output!r}, {store!r}, callbacks=[Kill()], max_steps=60)
+trainer.train(resume_from_checkpoint=True)
+"""
+
+
+@pytest.mark.slow
+def test_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+    """Killed while it computes or writes, over and over, until a run gets to the end."""
+    store_path = make_store(tmp_path / "store")
+    whole = resumable_trainer(str(tmp_path / "whole"), store_path, max_steps=60)
+    whole.train()
+    seconds = whole.state.log_history[-1]["train_runtime"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    generator = random.Random(0)
+    kills = 0
+    for _ in range(8):
+        options = {"tests": str(Path(__file__).parent), "output": str(tmp_path / "killed"), "store": store_path}
+        script = RANDOMLY_KILLED_RUN.format(**options, delay=generator.uniform(0.1, 0.6) * seconds)
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=300)
+        kills += done.returncode == -signal.SIGKILL
+    assert kills >= 2
+    resumed = resumable_trainer(str(tmp_path / "killed"), store_path, max_steps=60)
+    resumed.train(resume_from_checkpoint=True)
+    assert training_logs(resumed)[-1]["loss"] == training_logs(whole)[-1]["loss"]
+    for expected, parameter in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 DDP_RUN = """

@@ -64,13 +64,12 @@ def evaluate_store(
             batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")}
             hidden = hidden_states(model, batch)
             result = sk.linear_slim_loss(
-                hidden,
                 target=target,
                 teacher=teacher,
                 rest="ghost",
                 token_weight="none",
                 reduction="none",
-                **head.arguments(hidden.dtype),
+                **head.arguments(hidden),
             )
             terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
             if teacher.target_logit is None:
