@@ -1,7 +1,17 @@
-"""Builds `slimkernels._C` on libtorch's stable ABI, with the CPU kernels compiled once per instruction set."""
+"""Builds `slimkernels._C` on libtorch's stable ABI, with the CPU kernels compiled once per instruction set.
+
+Where torch has CUDA and nvcc of the same major version is found, also `slimkernels/_C_cuda.so`, the CUDA C++ kernels;
+no device is asked for. Environment variables:
+
+SLIMKERNELS_CUDA=1 builds them wherever nvcc is and fails where it cannot, =0 never does.
+TORCH_CUDA_ARCH_LIST names other compute capabilities than 8.0;9.0a;10.0+PTX, of which those below 8.0 are left out;
+nvcc knows 10.0 since CUDA 12.8.
+CUDA_HOME is where nvcc is looked for first.
+"""
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +19,9 @@ from pathlib import Path
 
 MIN_TORCH = (2, 10)
 CSRC = Path("csrc")
+CUDA_LIBRARY = Path("slimkernels/_C_cuda.so")  # loaded as torch's operators are, not as a Python module
+CUDA_CAPABILITIES = "8.0;9.0a;10.0+PTX"  # the PTX serves later ones
+WITHOUT_CUDA = "Without it CUDA tensors have Triton's kernels; SLIMKERNELS_CUDA=0 does not try to build it"
 X86_ISAS = {
     "baseline": ["-march=x86-64-v2"],
     "avx2": ["-march=x86-64-v3"],
@@ -51,12 +64,109 @@ if "sdist" not in sys.argv:
 import pybind11  # noqa: E402
 from setuptools import Extension, setup  # noqa: E402 -- torch is checked first, for the one-sentence message
 from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.errors import CompileError  # noqa: E402
+
+torch_root = Path(torch.__file__).parent
+stable_abi = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
 
-class BuildPerIsa(build_ext):
-    """Compiles csrc/cpu/isa.cpp once per instruction set with that set's flags, and links the objects in."""
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    folders = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def cuda_extensions() -> list[Extension]:
+    """The CUDA library, where it is wanted; optional where nobody asked for it by name."""
+    wanted = os.environ.get("SLIMKERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        stop(f"SLIMKERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0" or (wanted == "" and torch.version.cuda is None):
+        return []
+    if wanted == "1" and find_nvcc() is None:
+        stop("SLIMKERNELS_CUDA=1, but no nvcc was found; install the CUDA toolkit, set CUDA_HOME, or do not ask for it")
+    if find_nvcc() is None:
+        return []
+    sources = [str(CSRC / "cuda/topk_logits.cu")]
+    return [Extension("slimkernels._C_cuda", sources=sources, optional=wanted == "")]
+
+
+def check_nvcc_release(nvcc: str) -> None:
+    """Refuses another major version than torch's: the library brings a runtime that may need a later driver."""
+    said = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=False).stdout
+    release = re.search(r"release ((\d+)\.\d+)", said)
+    if release is None or release[2] != torch.version.cuda.split(".")[0]:
+        found = f"of CUDA {release[1]}" if release else "of no known version"
+        raise CompileError(f"{nvcc} is {found}, but torch of CUDA {torch.version.cuda}; set CUDA_HOME. {WITHOUT_CUDA}")
+
+
+def nvcc_architectures() -> list[str]:
+    """The options of nvcc for every compute capability that is asked for."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_CAPABILITIES
+    options = []
+    for number, suffix, ptx in re.findall(r"(\d+\.\d)([af]?)(\+PTX)?", listed):
+        if float(number) >= 8:
+            architecture = number.replace(".", "") + suffix
+            for code in ("sm", "compute") if ptx else ("sm",):
+                options.append(f"-gencode=arch=compute_{architecture},code={code}_{architecture}")
+    if not options:
+        expected = f"compute capabilities from 8.0 on, such as {CUDA_CAPABILITIES}"
+        raise CompileError(f"TORCH_CUDA_ARCH_LIST must name {expected}; got {listed}")
+    return options
+
+
+class BuildNative(build_ext):
+    """Compiles csrc/cpu/isa.cpp once per instruction set and links the objects in; the CUDA library with nvcc."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_C_cuda"):
+            return str(Path(*fullname.split(".")).with_suffix(".so"))
+        return super().get_ext_filename(fullname)
+
+    def copy_extensions_to_source(self) -> None:
+        CUDA_LIBRARY.unlink(missing_ok=True)  # one that is not built this time is out of date
+        super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("_C_cuda"):
+            self.build_with_nvcc(ext)
+        else:
+            self.build_per_isa(ext)
+
+    def build_with_nvcc(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        if ext.optional:
+            check_nvcc_release(nvcc)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
+        compiler = os.environ["CXX"].split()
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-shared",
+            "--threads=0",
+            *(["-ccbin", *compiler] if len(compiler) == 1 else []),
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+            *nvcc_architectures(),
+            "-DUSE_CUDA",
+            f"-D{'='.join(stable_abi)}",
+            f"-isystem={torch_root / 'include'}",
+            *ext.sources,
+            f"-L{torch_root / 'lib'}",
+            # libtorch.so brings in libtorch_cuda.so, which a torch without CUDA does not have.
+            "-Xlinker=--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+            "-o",
+            str(library),
+        ]
+        if subprocess.run(command, check=False).returncode != 0:
+            raise CompileError(f"{nvcc} failed, see above. {WITHOUT_CUDA}")
+
+    def build_per_isa(self, ext: Extension) -> None:
         self.compiler.set_executable("compiler_so_cxx", [*os.environ["CXX"].split(), "-fPIC"])
         self.compiler.set_executable("compiler_so", [*os.environ["CXX"].split(), "-fPIC"])
         self.compiler.set_executable("linker_so", [*os.environ["CXX"].split(), "-shared"])
@@ -77,21 +187,21 @@ class BuildPerIsa(build_ext):
         super().build_extension(ext)
 
 
-torch_root = Path(torch.__file__).parent
-
 setup(
     ext_modules=[
         Extension(
             "slimkernels._C",
             sources=[str(CSRC / name) for name in ("module.cpp", "ops.cpp", "store_codec.cpp", "cpu/dispatch.cpp")],
             depends=[str(path) for path in sorted(CSRC.rglob("*.[hi]*"))],
-            include_dirs=[str(CSRC), str(torch_root / "include"), pybind11.get_include()],
+            # pybind11 first: some releases of torch bring one that refuses the stable ABI.
+            include_dirs=[str(CSRC), pybind11.get_include(), str(torch_root / "include")],
             library_dirs=[str(torch_root / "lib")],
             libraries=["torch", "torch_cpu", "c10"],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("SK_TORCH_VERSION", version)],
+            define_macros=[stable_abi, ("SK_TORCH_VERSION", version)],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
             language="c++",
-        )
+        ),
+        *cuda_extensions(),
     ],
-    cmdclass={"build_ext": BuildPerIsa},
+    cmdclass={"build_ext": BuildNative},
 )

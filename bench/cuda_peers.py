@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import slimkernels  # noqa: F401 -- loads the CUDA C++ operators, where they are built
+
 
 def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Cross entropy of ``hidden @ weight.T``: functions of (hidden, weight, target), by name."""
@@ -23,11 +25,23 @@ def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Ten
 
 
 def topks() -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Unsorted top-k: functions of (logits, top_k) to ids, by name."""
+    """Unsorted top-k, and this package's other kernel: functions of (logits, top_k) to ids, by name."""
+    found: dict[str, Callable[[Tensor, int], Tensor]] = {}
     flashinfer = _installed("flashinfer")
-    if flashinfer is None or not hasattr(flashinfer, "top_k"):
-        return {}
-    return {"FlashInfer top_k": lambda logits, top_k: flashinfer.top_k(logits, top_k)[1]}
+    if flashinfer is not None and hasattr(flashinfer, "top_k"):
+        found["FlashInfer top_k"] = lambda logits, top_k: flashinfer.top_k(logits, top_k)[1]
+    if torch.get_default_device().type == "cuda" and hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda"):
+        found["CUDA C++ kernel"] = _topk_logits_rows_cuda
+    return found
+
+
+def _topk_logits_rows_cuda(logits: Tensor, top_k: int) -> Tensor:
+    """With the log-sum-exp, as ours."""
+    values = logits.new_empty(len(logits), top_k)
+    ids = torch.empty_like(values, dtype=torch.int32)
+    lse = logits.new_empty(len(logits), 1, dtype=torch.float32)
+    torch.ops.slimkernels.topk_logits_rows_cuda(logits, top_k, None, [1.0], values, ids, lse, None)
+    return ids
 
 
 def samplers() -> dict[str, Callable[[Tensor, float, int, float], Tensor]]:

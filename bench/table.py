@@ -119,6 +119,38 @@ def demo_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def codec_table(rows: list[dict]) -> str:
+    """What the rows of a real teacher take, and what rounding them costs."""
+    latest = {row["codec"]: row for row in rows}
+    lines = ["| kept logits as | bits per entry | KL of the rounding, nats |", "|---|---:|---:|"]
+    for name, row in sorted(latest.items(), key=lambda item: item[1]["bits_per_entry"]):
+        error = "0" if row["kl_nats"] == 0 else f"{row['kl_nats']:.1e}"
+        lines.append(f"| {f'**codec `{name}`**' if row['is_ours'] else name} | {row['bits_per_entry']:.1f} | {error} |")
+    row = rows[-1]
+    lines += [
+        "",
+        f"{row['rows']:,} rows of {row['top_k']:,} entries, {100 * row['top_k'] / row['vocab']:.0f} % of the "
+        f"vocabulary of {row['teacher']}. Ours are whole stores, with token ids, index and checksums; the others are "
+        f"their rows alone. The polynomial is fitted by our benchmark. `python -m bench.codecs`, {row['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def loader_sentence(rows: list[dict]) -> str:
+    """How long a training step waits for its batch."""
+    latest = {(row["shape"]["vocab"], row["workers"]): row for row in rows}
+    said = [
+        f"{100 * row['waiting']:.1f} % with {workers} worker{'s' * (workers != 1)} at V = {vocab}"
+        for (vocab, workers), row in sorted(latest.items())
+    ]
+    row = rows[-1]
+    return (
+        f"Of a training step, this share is waiting for its batch of a store: {', '.join(said)} (a student of "
+        f"{row['shape']['layers']} layers of {row['shape']['hidden']}, {row['device']}, {row['threads']} threads, "
+        f"{row['date'][:10]}; `python -m bench.loader`)."
+    )
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """The text with what stands between the markers of a block replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -141,6 +173,9 @@ def main() -> None:
             figures = tuple(prefix + name for name in FIGURES if (args.results / f"{prefix}{name}").exists())
             updated = replace_block(updated, block, speed_table(rows, figures))
     updated = replace_block(updated, "demo", demo_table(records.read(args.results / "demo.jsonl")))
+    for block, show in (("codecs", codec_table), ("loader", loader_sentence)):
+        if rows := records.read(args.results / f"{block}.jsonl"):
+            updated = replace_block(updated, block, show(rows))
     if args.check:
         sys.exit(updated != text and f"{args.readme} does not show {args.results}: run `make plots`")
     args.readme.write_text(updated)

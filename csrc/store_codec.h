@@ -11,9 +11,13 @@
 
 namespace slimkernels::store {
 
-enum class Codec { kAffine8, kBfloat16, kFloat32 };
+enum class Codec { kAffine8, kAffine6, kBfloat16, kFloat32 };
 
-int64_t value_bytes(Codec codec);
+// The bytes of the values of a row of n entries.
+int64_t row_value_bytes(Codec codec, int64_t n);
+
+// Where the values of a row begin in a ragged shard, `entry` being the number of entries before it.
+int64_t ragged_value_offset(Codec codec, int64_t row, int64_t entry);
 
 // The encoded rows of one shard. `top_k` > 0: every row keeps top_k entries and the offsets are null.
 // `top_k` == 0: ragged, row r's entries are [entry_offsets[r], entry_offsets[r + 1]), likewise its words.
@@ -27,7 +31,7 @@ struct ShardRows {
   int64_t num_id_words;
   const uint8_t* values;
   int64_t num_value_bytes;
-  const float* affine;        // (rows, 2) scale, zero; null unless kAffine8
+  const float* affine;        // (rows, 2) scale, zero; null unless the codec is affine
   const float* lse;           // (rows, num_temperatures)
   const float* target_logit;  // (rows)
   const uint64_t* checksums;  // (rows)
@@ -38,7 +42,8 @@ struct ShardRows {
 int64_t decode_rows(const ShardRows& shard, Codec codec, int64_t vocab_size, int64_t first, int64_t count,
                     int64_t width, int32_t* ids, float* logits, RowFault* fault);
 
-// Where encode_rows writes; sizes follow from the offsets, which the caller computes with row_layout.
+// Where encode_rows writes; sizes follow from the offsets, which the caller computes with row_layout. The values of
+// the rows follow each other without a gap.
 struct EncodedRows {
   const int64_t* entry_offsets;    // (count + 1)
   const int64_t* id_word_offsets;  // (count + 1)
@@ -46,7 +51,7 @@ struct EncodedRows {
   int64_t num_id_words;
   uint8_t* values;
   int64_t num_value_bytes;
-  float* affine;  // (count, 2); null unless kAffine8
+  float* affine;  // (count, 2); null unless the codec is affine
   uint64_t* checksums;
 };
 

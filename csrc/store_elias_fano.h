@@ -13,19 +13,20 @@ namespace slimkernels::store {
 // Why a row was refused. The numbers are shared with slimkernels/store/codec.py.
 enum class RowFault : int {
   kNone = 0,
-  kOffsets = 1,    // a ragged row's offsets leave the shard or disagree with its number of entries
-  kChecksum = 2,   // the bytes are not those that were written
-  kIdBits = 3,     // the high bitmap does not hold exactly K ones, or a padding bit is set
-  kIdOrder = 4,    // ids not strictly ascending
-  kIdRange = 5,    // an id outside [0, vocab_size)
-  kPadding = 6,    // an entry after padding (encoding only)
-  kEmpty = 7,      // no entry at all (encoding only)
-  kNotFinite = 8,  // a kept logit is NaN or infinite
-  kMagnitude = 9,  // a logit, or the span of a row, is too large for the codec (encoding only)
-  kAffine = 10,    // scale or zero is not one an encoder writes
-  kLse = 11,       // an lse is NaN or infinite
-  kTarget = 12,    // a target_logit is +inf
-  kMass = 13,      // the kept logits hold more probability than lse allows (encoding only)
+  kOffsets = 1,     // a ragged row's offsets leave the shard or disagree with its number of entries
+  kChecksum = 2,    // the bytes are not those that were written
+  kIdBits = 3,      // the high bitmap does not hold exactly K ones, or a padding bit is set
+  kIdOrder = 4,     // ids not strictly ascending
+  kIdRange = 5,     // an id outside [0, vocab_size)
+  kPadding = 6,     // an entry after padding (encoding only)
+  kEmpty = 7,       // no entry at all (encoding only)
+  kNotFinite = 8,   // a kept logit is NaN or infinite
+  kMagnitude = 9,   // a logit, or the span of a row, is too large for the codec (encoding only)
+  kAffine = 10,     // scale or zero is not one an encoder writes
+  kLse = 11,        // an lse is NaN or infinite
+  kTarget = 12,     // a target_logit is +inf
+  kMass = 13,       // the kept logits hold more probability than lse allows (encoding only)
+  kValueBits = 14,  // a bit behind the values of a row is set
 };
 
 // How one row's ids lie in its 32-bit words: K fields of `low_bits` bits, then the high bitmap.

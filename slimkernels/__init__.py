@@ -2,8 +2,8 @@
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
 :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
-:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store, the
-trainer and the tree search (:mod:`slimkernels.search`) load on first use.
+:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store, the trainer,
+:func:`patch_model` and the tree search (:mod:`slimkernels.search`) load on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -22,17 +22,24 @@ from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 
 if TYPE_CHECKING:
+    from slimkernels.patching import patch_model, unpatch_model
     from slimkernels.search import PathFinder
     from slimkernels.store import Store
     from slimkernels.trainer import SlimConfig, SlimTrainer
+    from slimkernels.trainer_config import SlimObjective
+    from slimkernels.trainer_mixin import SlimLossMixin
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "PathFinder": "slimkernels.search",
     "SlimConfig": "slimkernels.trainer",
+    "SlimLossMixin": "slimkernels.trainer_mixin",
+    "SlimObjective": "slimkernels.trainer_config",
     "SlimTrainer": "slimkernels.trainer",
     "Store": "slimkernels.store",
+    "patch_model": "slimkernels.patching",
+    "unpatch_model": "slimkernels.patching",
 }
 
 __all__ = [
@@ -41,6 +48,8 @@ __all__ = [
     "Sampled",
     "SlimConfig",
     "SlimLoss",
+    "SlimLossMixin",
+    "SlimObjective",
     "SlimTrainer",
     "SparseLogits",
     "SparseProbs",
@@ -49,12 +58,14 @@ __all__ = [
     "linear_slim_loss",
     "linear_topk_logits",
     "mixed_targets",
+    "patch_model",
     "sample_distinct",
     "sample_logits",
     "sample_targets",
     "slim_loss",
     "sparse_softmax",
     "topk_logits",
+    "unpatch_model",
 ]
 
 

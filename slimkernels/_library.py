@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,19 @@ except ImportError as error:
     _missing: ImportError | None = error
 else:
     _missing = None
+
+# The CUDA C++ kernels, in operators of their own beside those that Triton serves. Loading them initialises no device.
+_CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.so")
+if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    except OSError as error:
+        warnings.warn(
+            f"{_CUDA_LIBRARY} does not load with this torch ({error}); install slimkernels again to rebuild it, "
+            "or delete it: nothing but the benchmark uses it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 # The operators with a Triton kernel, and the module of its launcher, which has the operator's name.

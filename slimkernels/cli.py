@@ -162,6 +162,7 @@ def _capture(args: argparse.Namespace) -> None:
             select=args.select.replace("-", "_"),
             rounds=args.rounds,
             seed=args.seed,
+            top_p=args.top_p,
             temperatures=args.temperatures,
             codec=args.codec,
             batch_tokens=args.batch_tokens,
@@ -220,6 +221,7 @@ def _train(args: argparse.Namespace) -> None:
             args.method,
             args.out,
             tokenizer=tokenizer,
+            teacher_model=None if args.teacher is None else teacher.load_model(args.teacher),
             eval_store_path=args.eval_store,
             **{"report_to": "none", "disable_tqdm": not has_bar} | options,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 SHIPPED_PROMPTS = "shipped"
 _DTYPES = ("float32", "bfloat16", "float16")
+_CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
 _EXAMPLES = """\
 examples:
@@ -31,7 +32,7 @@ examples:
     slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --select sample --rounds 50
   text that a server continues, or scores (vLLM), with the key in OPENAI_API_KEY or the variable of --key-env:
     slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --prompts --out runs/store
-    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --text corpus.jsonl \
+    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --text corpus.jsonl \\
         --out runs/store
   logits that you have, (N, V) for all tokens of the documents, one after the other:
     slimkernels capture --logits logits.npy --model NAME --tokenizer ./my-model --text documents.jsonl --out runs/store
@@ -50,6 +51,15 @@ _EVAL_EXAMPLES = """\
 examples:
   slimkernels eval --store runs/held-out --model runs/slim runs/kd runs/sft
   slimkernels eval --store runs/held-out --model runs/slim --json
+"""
+_INFO_EXPLAINED = """\
+bits_per_entry counts all bytes of the store; entropy_bound_bits_per_entry is what no coder of the same ids can beat.
+The quantisation_ lines estimate what rounding the kept logits costs, from up to 256 rows. The logits before rounding
+are not in the store: each row is moved by uniform noise of half a step either way, as the original may have been, and
+what the codec makes of it is compared with it. Over the kept ids, adding up to 1, before and after rounding:
+  quantisation_kl_nats    mean KL divergence of the rounded from the unrounded row
+  quantisation_gradient   mean Euclidean error of the loss's gradient by the student's logits (that is at most 1.41)
+  quantisation_log_mass   mean change of the logarithm of the kept probability
 """
 # Options of `train` that are fields of SlimConfig.
 TRAIN_FIELDS: dict[str, tuple[str, type, str]] = {
@@ -79,7 +89,7 @@ examples:
 IMPORT_OPTIONS: dict[str, tuple[str, type, str]] = {
     "vocab_size": ("--vocab-size", int, "of the teacher (default: the tokenizer's)"),
     "teacher": ("--teacher", str, "its name, kept in the store"),
-    "codec": ("--codec", str, "affine8, bfloat16 or float32 (default: affine8, or the parquet file's)"),
+    "codec": ("--codec", str, "affine8, affine6, bfloat16 or float32 (default: affine8, or the parquet file's)"),
     "temperature": ("--temperature", float, "axolotl: of the log-probabilities (default: 1)"),
     "logprobs_field": ("--logprobs-field", str, "axolotl: the raw column; without it, prepared columns are read"),
     "messages_field": ("--messages-field", str, "axolotl: the conversation, where there are no input_ids"),
@@ -109,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     store = commands.add_parser("store", help="look into a store", description="Look into a store.")
     actions = store.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    info = _command(actions, "info", "what a store holds, and what it costs", "")
+    info = _command(actions, "info", "what a store holds, and what it costs", _INFO_EXPLAINED)
     info.add_argument("dir", metavar="DIR")
     info.add_argument("--json", action="store_true", help="print JSON")
     verify = _command(actions, "verify", "check every byte; exit code 1 when damaged", "")
@@ -196,10 +206,11 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--top-fraction", type=float, metavar="F", help="share of the vocabulary kept (default: 0.05)")
     kept.add_argument("--top-k", type=_positive, metavar="K", help="entries kept of every row (--server: default 20)")
     add = logits.add_argument
+    add("--top-p", type=float, metavar="P", help="of those, the fewest that hold this much probability (default: all)")
     add("--select", choices=("top-k", "sample", "mixed"), default="top-k", help="the largest, draws, or both")
     add("--rounds", type=_positive, metavar="N", help="draws of every row, with --select sample or mixed (default: 50)")
     add("--temperatures", type=float, nargs="+", default=[1.0], metavar="T", help="students may use these (default: 1)")
-    add("--codec", choices=("affine8", "bfloat16", "float32"), help="(default: affine8; float32 with draws)")
+    add("--codec", choices=_CODECS, help="of the kept logits (default: affine8; float32 with draws)")
     add("--batch-tokens", type=_positive, default=4096, metavar="N", help="tokens at a time (default: %(default)s)")
     add("--shard-rows", type=_positive, metavar="N", help="tokens that a kill loses at most (default: about 64 MiB)")
     processes = parser.add_argument_group("processes, under torchrun or accelerate launch: each its GPU, or its CPUs")
@@ -212,10 +223,11 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--store", required=True, metavar="DIR")
-    add("--method", required=True, choices=("slim", "kd", "sft"))
+    add("--method", required=True, choices=("slim", "kd", "sft", "sampled", "reverse_kl", "jsd", "gkd"))
     add("--out", required=True, metavar="DIR", help="gets the checkpoints and the student")
     add("--student", metavar="MODEL", help="a model, or the .json configuration of a new one (default: a small Llama)")
     add("--tokenizer", metavar="MODEL", help="checked against the store's, and saved with the student")
+    add("--teacher", metavar="MODEL", help="scores the documents as they come, in place of the store's rows")
     add("--eval-store", metavar="DIR", help="a held-out store to measure the student on")
     for field, (flag, kind, text) in TRAIN_FIELDS.items():
         add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)

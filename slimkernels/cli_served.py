@@ -17,6 +17,7 @@ _FOR_A_MODEL = {
     "generated": None,
     "batch_size": 128,
     "batch_tokens": 4096,
+    "top_p": None,
     "select": "top-k",
     "rounds": None,
     "shard_rows": None,

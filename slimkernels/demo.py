@@ -22,9 +22,11 @@ from slimkernels.evaluate.metrics import evaluate_store
 from slimkernels.store import Store, info
 from slimkernels.student import make_student
 from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
-from slimkernels.trainer import METHODS, SlimConfig, SlimTrainer
+from slimkernels.trainer import SlimConfig, SlimTrainer
 
 SPLITS = ("train", "heldout")
+# The methods that are compared.
+STUDENTS = ("sft", "kd", "slim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def run_demo(
         demo = _Demo(Path(output_dir), settings, console)
         demo.write_text()
         demo.capture_stores()
-        students = {method: demo.train_student(method) for method in METHODS}
+        students = {method: demo.train_student(method) for method in STUDENTS}
     results = {
         "version": sk.__version__,
         "settings": dataclasses.asdict(settings),

@@ -29,8 +29,8 @@ class PackedLogits:
     Attributes:
         id_words: (N, W) int32, read as uint32. The Elias-Fano words of every row's ids, which depend on V and on the
             number of entries of the row alone; rows that need fewer than W words end in words that are not read.
-        values: (N, K) uint8, bfloat16 or float32. The logits; rows that keep fewer than K entries end in values that
-            are not read.
+        values: (N, K) uint8, bfloat16 or float32. The logits, those of 6 bits a byte each; rows that keep fewer than K
+            entries end in values that are not read.
         lse: (N, M) float32, as in SparseLogits.
         vocab_size: V, 1 to 2^31 - 1.
         affine: (N, 2) float32 with uint8 values, else None. A row's scale and zero: logit = zero + scale * value.

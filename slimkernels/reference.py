@@ -175,7 +175,7 @@ def slim_loss(
     - CE = -(1 - eps) * log s_y - eps / V * sum log s, eps = ``label_smoothing``.
     - w = 1 - exp(-t_y / s_y) (``"teacher_over_student"``), 1 - exp(-s_y / t_y) (``"student_over_teacher"``),
       1 (``"none"``) or the given (...) tensor. The log of the ratio is cut at 30. A label outside the teacher's
-      ids has t_y = 0 when the teacher has no ``target_logit``, which makes w 0 respectively 1.
+      ids has t_y = 0 where the teacher's ``target_logit`` is not known, which makes w 0 respectively 1.
     - D = divergence(Q, P), where Q is ``sparse_softmax(teacher)`` and P the student on the same outcomes: the kept
       ids, plus one bucket of mass 1 - sum_S p (``"ghost"``), or every id (``"zero_logit"``). P is renormalised
       on the kept ids with ``"renorm_both"`` only.
@@ -308,10 +308,11 @@ def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
 
 
 def _log_label_probability(teacher: SparseLogits, label: Tensor) -> Tensor:
-    """The log of t_y (N,); -inf where the label (N, 1) is outside ids and there is no target_logit."""
+    """The log of t_y (N,); -inf where the label (N, 1) is outside ids and its target_logit is not known."""
+    label_logit = teacher.logits.masked_fill(teacher.ids != label, -math.inf).amax(-1)
     if teacher.target_logit is not None:
-        return teacher.target_logit - teacher.lse_at(1.0)
-    return teacher.logits.masked_fill(teacher.ids != label, -math.inf).amax(-1) - teacher.lse_at(1.0)
+        label_logit = torch.where(teacher.target_logit.isnan(), label_logit, teacher.target_logit)
+    return label_logit - teacher.lse_at(1.0)
 
 
 def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:

@@ -26,7 +26,7 @@ class SparseLogits:
             the M temperatures.
         temperatures: The temperature of each column of ``lse``. The first is 1.0.
         target_logit: (...) float32 or None. The raw logit of the label token, also when the label is not
-            among ``ids``; NaN where a row has no label.
+            among ``ids``; NaN where it is not known, or a row has no label.
     """
 
     ids: Tensor

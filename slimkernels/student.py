@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.ops.decode_logits import decode_logits
+from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import collate_documents
 
 if TYPE_CHECKING:
-    from slimkernels.store import Document
+    from slimkernels.store import Document, PackedDocument
 
 
 def make_student(
@@ -80,62 +83,138 @@ def make_student(
         return AutoModelForCausalLM.from_config(config_or_path, dtype=dtype).train()
 
 
+class LowRankAdapter(NamedTuple):
+    """What a LoRA adapter of rank r adds to the logits: scaling * (down(dropout(hidden)) @ up.T).
+
+    Attributes:
+        dropout: (N, D) to (N, D), the identity in evaluation mode.
+        down: (N, D) to (N, r).
+        up: (V, r).
+        scaling: lora_alpha / r, or as configured.
+    """
+
+    dropout: nn.Module
+    down: nn.Module
+    up: Tensor
+    scaling: float
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModelHead:
     """What turns hidden states into logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
+
+    LoRA adapters (arXiv 2106.09685) are columns of the same product: hidden @ weight.T + scaling * (down @ up.T) is
+    [hidden, scaling * down] @ [weight, up].T, so that they are trained without the logits, too.
 
     Attributes:
         weight: (V, D).
         bias: (V,) or None.
         softcap: None: no cap.
         logit_scale: 1.0: no scale.
+        adapters: Active LoRA adapters of the head.
     """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    adapters: tuple[LowRankAdapter, ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LanguageModelHead:
         """Reads a causal language model's head and what its configuration does to the logits.
 
         Raises:
-            ValueError: The model's output embeddings are not one ``torch.nn.Linear``.
+            ValueError: The model's output embeddings are not one ``torch.nn.Linear`` of floating-point weights, with
+                PEFT's LoRA adapters or as PEFT's modules to save; or its configuration names no positive scale.
         """
-        linear = model.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"the student's output embeddings must be one torch.nn.Linear, got {type(linear).__name__} in "
-                f"{type(model).__name__}; adapters on the head must be merged first"
-            )
-        config = model.config.get_text_config(decoder=True)
-        scale = getattr(config, "logit_scale", None) or 1.0
-        return cls(
-            weight=linear.weight,
-            bias=linear.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            logit_scale=float(scale) / float(getattr(config, "logits_scaling", None) or 1.0),
-        )
+        linear, adapters = _adapted_linear(model.get_output_embeddings(), type(model).__name__)
+        return cls(weight=linear.weight, bias=linear.bias, adapters=adapters, **_logits_options(model.config))
 
     @property
     def vocab_size(self) -> int:
         """V, the rows of the weight."""
         return self.weight.shape[0]
 
-    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The head as keyword arguments of ``linear_slim_loss``, its tensors in the dtype of the hidden states."""
+    def first_rows(self, vocab_size: int) -> LanguageModelHead:
+        """The head of the first ``vocab_size`` tokens."""
+        return dataclasses.replace(
+            self,
+            weight=self.weight[:vocab_size],
+            bias=None if self.bias is None else self.bias[:vocab_size],
+            adapters=tuple(adapter._replace(up=adapter.up[:vocab_size]) for adapter in self.adapters),
+        )
+
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """``hidden`` (N, D) and the head as arguments of ``linear_slim_loss``, all in the dtype of ``hidden``."""
+        hidden, weight = self._product(hidden)
         return {
-            "weight": self.weight.to(dtype),
-            "bias": None if self.bias is None else self.bias.to(dtype),
+            "hidden": hidden,
+            "weight": weight,
+            "bias": None if self.bias is None else self.bias.to(hidden.dtype),
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The dense logits (..., V) of a few rows, to compare with the model's own."""
-        logits = self.logit_scale * nn.functional.linear(hidden, self.weight, self.bias)
+        hidden, weight = self._product(hidden)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = hidden.dtype
+        inputs, weights = [hidden], [self.weight.to(dtype)]
+        for adapter in self.adapters:
+            low = adapter.down(adapter.dropout(hidden.to(adapter.up.dtype)))
+            inputs.append((adapter.scaling * low).to(dtype))
+            weights.append(adapter.up.to(dtype))
+        return (hidden, weights[0]) if len(inputs) == 1 else (torch.cat(inputs, -1), torch.cat(weights, -1))
+
+
+def _adapted_linear(module: nn.Module | None, model_name: str) -> tuple[nn.Linear, tuple[LowRankAdapter, ...]]:
+    """The linear layer that a head is, and the adapters that PEFT has put around it."""
+    is_off = getattr(module, "disable_adapters", False)
+    if hasattr(module, "modules_to_save"):
+        active = module.active_adapters
+        module = module.original_module if is_off or not active else module.modules_to_save[active[0]]
+    adapters = []
+    if hasattr(module, "lora_A") and isinstance(getattr(module, "base_layer", None), nn.Linear):
+        names = [] if is_off or module.merged else [name for name in module.active_adapters if name in module.lora_A]
+        for name in names:
+            if name in module.lora_variant or module.lora_bias[name]:
+                raise ValueError(
+                    f"the LoRA adapter {name!r} on the head of {model_name} must be a plain one (no DoRA or other "
+                    "variant, lora_bias=False), or it would not be trained: change its LoraConfig, or leave the head "
+                    "out of target_modules"
+                )
+            adapters.append(
+                LowRankAdapter(
+                    module.lora_dropout[name], module.lora_A[name], module.lora_B[name].weight, module.scaling[name]
+                )
+            )
+        module = module.base_layer
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        raise ValueError(
+            f"the output embeddings of {model_name} must be one torch.nn.Linear of floating-point weights, by itself, "
+            f"with LoRA adapters or in modules_to_save, got {type(module).__name__}: merge other adapters first, and "
+            "do not quantise the head"
+        )
+    return module, tuple(adapters)
+
+
+def _logits_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """The softcap and the scale of the logits, under the names that the model families give them."""
+    config = config.get_text_config(decoder=True)
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
+    if not scale > 0:
+        raise ValueError(f"the configuration of a {config.model_type} model must scale its logits by > 0, got {scale}")
+    return {"softcap": getattr(config, "final_logit_softcapping", None) or None, "logit_scale": scale}
 
 
 def hidden_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
@@ -185,52 +264,36 @@ class SlimCollator:
     max_length: int | None = None
     with_teacher: bool = True
 
-    def __call__(self, documents: Sequence[Document]) -> dict[str, Any]:
-        """Collates B documents of at most T tokens with N labels in all.
-
-        Returns:
-            ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the place in B * T
-            of the hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` SparseLogits (N, K)
-            or None.
+    def __call__(self, documents: Sequence[Document | PackedDocument]) -> dict[str, Any]:
+        """``slimkernels.store.collate_documents``, checked against what the student can read.
 
         Raises:
             ValueError: A document longer than ``max_length``, a position outside [1, T), or an id outside
                 [0, ``vocab_size``).
         """
-        length = max(len(document.input_ids) for document in documents)
+        length = max((len(document.input_ids) for document in documents), default=0)
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
                 f"documents must have at most max_length={self.max_length} tokens for this student, got one of "
                 f"{length}; capture shorter documents or give the student more positions"
             )
-        input_ids = torch.full((len(documents), length), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros((len(documents), length), dtype=torch.int64)
-        rows, targets = [], []
-        for index, document in enumerate(documents):
-            tokens, positions = document.input_ids, document.positions
-            if len(positions) and not 1 <= int(positions.min()) <= int(positions.max()) < len(tokens):
-                raise ValueError(
-                    f"positions must lie in [1, {len(tokens)}), got {int(positions.min())} to {int(positions.max())}"
-                )
-            input_ids[index, : len(tokens)] = tokens
-            attention_mask[index, : len(tokens)] = 1
-            rows.append(index * length + positions - 1)
-            targets.append(tokens[positions])
-        teacher = SparseLogits.cat([document.teacher for document in documents]) if self.with_teacher else None
-        self._check_ids("input_ids", input_ids)
-        if teacher is not None:
-            self._check_ids("teacher.ids", teacher.ids)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "rows": torch.cat(rows),
-            "target": torch.cat(targets),
-            "teacher": teacher,
-        }
+        batch = collate_documents(documents, pad_token_id=self.pad_token_id, with_teacher=self.with_teacher)
+        self._check_ids("input_ids", batch["input_ids"].amax())
+        if isinstance(batch["teacher"], PackedLogits):
+            # Every row of a store was checked against its vocabulary when it was read.
+            self._check_ids("teacher.ids", batch["teacher"].vocab_size - 1)
+        elif batch["teacher"] is not None:
+            self._check_ids("teacher.ids", batch["teacher"].ids.amax() if batch["teacher"].ids.numel() else 0)
+        return batch
 
-    def _check_ids(self, name: str, ids: Tensor) -> None:
-        if self.vocab_size is not None and ids.numel() and int(ids.max()) >= self.vocab_size:
+    def _check_ids(self, name: str, largest: Tensor | int) -> None:
+        if self.vocab_size is not None and largest >= self.vocab_size:
             raise ValueError(
-                f"{name} must be below the student's vocabulary size {self.vocab_size}, got {int(ids.max())}; use "
+                f"{name} must be below the student's vocabulary size {self.vocab_size}, got {int(largest)}; use "
                 "the teacher's tokenizer and a student with as many tokens as the teacher"
             )
+
+
+def teacher_rows(teacher: SparseLogits | PackedLogits) -> SparseLogits:
+    """The teacher of a batch, decoded where it is if it is packed."""
+    return decode_logits(teacher) if isinstance(teacher, PackedLogits) else teacher

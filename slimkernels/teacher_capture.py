@@ -47,6 +47,7 @@ def capture(
     *,
     top_k: int | None = None,
     top_fraction: float | None = None,
+    top_p: float | None = None,
     select: str = "top_k",
     rounds: int | None = None,
     seed: int = 0,
@@ -67,7 +68,8 @@ def capture(
         logits = model(ids[None]).logits[0, :-1]
         writer.add(ids, torch.arange(1, len(ids)), topk_logits(logits, top_k, top_fraction, target=ids[1:]))
 
-    but the (N, V) logits of a batch never exist: O(batch_tokens * K) memory beside the model's.
+    but the (N, V) logits of a batch never exist, with draws those of a few hundred rows: O(batch_tokens * K) memory
+    beside the model's.
 
     Documents are sorted by length within windows of consecutive ones and run in right-padded batches. Windows and
     batches depend on the documents alone, so a call that was killed is continued by the same call and gives the
@@ -90,6 +92,8 @@ def capture(
         store_path: A new directory, or a store made with the same settings.
         top_k: K, the entries kept of every row.
         top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
+        top_p: In (0, 1]: of every row's K entries, keeps only the fewest that hold this much of the teacher's
+            probability at temperature 1, so that rows differ in length. A row whose K entries hold less keeps them all.
         select: "top_k" keeps the largest logits. "sample" keeps the ids of ``rounds`` draws instead, as
             ``sample_targets``, and "mixed" both, as ``mixed_targets``: unbiased teachers, for rest "zero" or "renorm"
             at temperature 1.
@@ -97,8 +101,8 @@ def capture(
         seed: Of the draws; beside it they depend on nothing but the document.
         temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first, and with draws the
             only one.
-        codec: Of the store: "affine8", "bfloat16" or "float32". By default "affine8", and "float32" with draws, whose
-            shares it keeps to seven digits.
+        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32". By default "affine8", and "float32" with
+            draws, whose shares it keeps to seven digits.
         batch_tokens: Tokens of a batch, padding included; a longer document is a batch of its own.
         window: Documents that are sorted together.
         shard_rows: As in ``StoreWriter``; a kill loses the rows of an unfinished shard.
@@ -128,6 +132,7 @@ def capture(
         select=select,
         top_k=top_k,
         top_fraction=top_fraction,
+        top_p=top_p,
         rounds=rounds,
         seed=seed,
         temperatures=temperatures,

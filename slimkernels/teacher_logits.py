@@ -73,7 +73,7 @@ def capture_logits(
         top_k: K, the entries kept of every row.
         top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
         temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first.
-        codec: Of the store: "affine8", "bfloat16" or "float32".
+        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32".
         shard_rows: As in ``StoreWriter``.
         progress: Called as progress(documents, tokens) after each document, with what is done so far, skipped ones
             included.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Selection(NamedTuple):
     Attributes:
         select: "top_k" | "sample" | "mixed".
         top_k: K, the largest logits kept of every row; 0 for "sample".
+        top_p: What the entries kept of those must hold together; None for "sample" and "mixed".
         rounds: Draws of every row; 0 for "top_k".
         seed: Of the draws.
         temperatures: Of the kept lse.
@@ -38,6 +40,7 @@ class Selection(NamedTuple):
 
     select: str
     top_k: int
+    top_p: float | None
     rounds: int
     seed: int
     temperatures: tuple[float, ...]
@@ -61,16 +64,10 @@ class Selection(NamedTuple):
             FloatingPointError: Draws were asked for from logits that are not finite.
         """
         if self.select == "top_k":
-            return linear_topk_logits(
-                hidden,
-                head.weight,
-                self.top_k,
-                bias=head.bias,
-                target=target,
-                temperatures=self.temperatures,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
+            kept = linear_topk_logits(
+                top_k=self.top_k, target=target, temperatures=self.temperatures, **head.arguments(hidden)
             ).to("cpu")
+            return kept if self.top_p is None else cut_top_p(kept, self.top_p)
         # A row's noise depends on its document and its place in it, and so on no batch.
         seed = torch.cat([torch.full((len(ids) - 1,), document_seed(self.seed, ids)) for ids in documents])
         position = torch.cat([torch.arange(1, len(ids)) for ids in documents])
@@ -91,12 +88,36 @@ class Selection(NamedTuple):
         return SparseLogits.cat(parts).to("cpu")
 
 
+def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
+    """The fewest entries of every row whose probabilities, exp(logit - lse) at temperature 1, add up to ``top_p``.
+
+    Among equally likely ones the lower ids are kept. Rows (N, K) stay as wide as the widest of them needs.
+    """
+    logits = kept.logits.double().masked_fill(kept.ids < 0, -torch.inf)
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    mass = (logits.gather(-1, order) - kept.lse[:, :1].double()).exp().cumsum(-1)
+    # An entry stays while those before it fall short, the first in any case.
+    stays = torch.zeros_like(order, dtype=torch.bool)
+    stays.scatter_(-1, order, torch.nn.functional.pad(mass[:, :-1] < top_p, (1, 0), value=True))
+    stays &= kept.ids >= 0
+    width = int(stays.sum(-1).max()) if len(order) else kept.top_k
+    # Those that stay first, both parts in their old order, which is that of the ids.
+    places = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+    gone = ~stays.gather(-1, places)
+    return dataclasses.replace(
+        kept,
+        ids=kept.ids.gather(-1, places).masked_fill(gone, -1),
+        logits=kept.logits.gather(-1, places).masked_fill(gone, 0.0),
+    )
+
+
 def resolve_selection(
     select: str,
     vocab_size: int,
     *,
     top_k: int | None,
     top_fraction: float | None,
+    top_p: float | None,
     rounds: int | None,
     seed: int,
     temperatures: Sequence[float],
@@ -108,6 +129,10 @@ def resolve_selection(
     """
     _checks.is_one_of(select, "select", SELECTS)
     temperatures = _checks.resolve_temperatures(temperatures)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if select != "top_k" and top_p is not None:
+        raise ValueError(f"top_p must be None with select={select!r}, whose draws would be biased by it, got {top_p}")
     if select == "top_k" and rounds is not None:
         raise ValueError(f"rounds must be None with select='top_k', which draws nothing, got {rounds}")
     if select != "top_k" and temperatures != (1.0,):
@@ -128,14 +153,17 @@ def resolve_selection(
         kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
         top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
     if select == "top_k":
-        return Selection(select, top_k, 0, 0, temperatures, {"kind": kind, "value": value, "top_k": top_k})
+        description = {"kind": kind, "value": value, "top_k": top_k}
+        if top_p is not None:
+            description["top_p"] = top_p
+        return Selection(select, top_k, top_p, 0, 0, temperatures, description)
     rounds = DEFAULT_ROUNDS if rounds is None else rounds
     if type(rounds) is not int or not 1 <= rounds < 2**31:
         raise ValueError(f"rounds must be an integer of at least 1 and below 2**31, got {rounds!r}")
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
     description = {"kind": select, "top_k": top_k, "rounds": rounds, "seed": seed}
-    return Selection(select, top_k, rounds, seed, temperatures, description)
+    return Selection(select, top_k, None, rounds, seed, temperatures, description)
 
 
 def default_codec(select: str) -> str:

@@ -121,7 +121,7 @@ def capture_server(
         temperature: Of the draws; 0 takes the most probable token.
         seed: At least 0.
         vocab_size: V, the rows of the model's head; None means as many as the tokenizer has tokens.
-        codec: Of the store: "affine8", "bfloat16" or "float32".
+        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32".
         max_unmapped_fraction: More of the server's entries than this without an id are an error. The entries of a
             document that has to be dropped, because one of its own tokens has no id, all count.
         key_env: The environment variable with the key; None means ``OPENAI_API_KEY``, if that is set. Keys are

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,17 +17,19 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import slimkernels as sk
 from slimkernels.evaluate.metrics import evaluate_store
-from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student
+from slimkernels.head_loss import IGNORE_INDEX, forward_as
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import StoreDataset
+from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student, teacher_rows
 from slimkernels.trainer_checkpoint import SlimRun, check_same_run, last_complete_checkpoint
 from slimkernels.trainer_config import METHODS, SlimConfig
+from slimkernels.trainer_mixin import SlimLossMixin, Step
+from slimkernels.trainer_policy import continue_prompts
 
 __all__ = ["METHODS", "SlimCollator", "SlimConfig", "SlimTrainer", "last_complete_checkpoint", "make_student", "train"]
 
-IGNORE_INDEX = -100
-_LOGGED = ("ce", "kd", "weight", "teacher_mass", "student_mass")
 
-
-class SlimTrainer(Trainer):
+class SlimTrainer(SlimLossMixin, Trainer):
     """A ``transformers.Trainer`` whose loss is ``linear_slim_loss`` of the decoder's hidden states.
 
     Equivalent to, per step over all its micro-batches::
@@ -38,23 +40,23 @@ class SlimTrainer(Trainer):
     but the student's (N, V) logits never exist: peak extra memory is that of ``linear_slim_loss``.
 
     The loss is normalised by the number of labels in the whole accumulated batch, over all processes. With every
-    logged loss come ``ce``, ``kd`` (unweighted means per label), ``weight`` (mean w), ``teacher_mass`` and
-    ``student_mass`` (mean probability of the kept ids) since the last log; the device is not synchronised between
-    logs. ``evaluate`` reports ``eval_loss`` (mean -log s_y), ``eval_perplexity`` and ``eval_kl_ghost``.
+    logged loss come the terms of ``LossLog.means``; the device is not synchronised between logs. ``evaluate`` reports
+    ``eval_loss`` (mean -log s_y), ``eval_perplexity`` and ``eval_kl_ghost``.
 
     Args:
         model: A causal language model whose head is one linear layer, with softcap or scale as its config says.
         args: A ``SlimConfig``.
         data_collator: By default a ``SlimCollator`` for this model and method.
-        train_dataset: A ``Store``, or any map-style dataset of its documents.
+        train_dataset: A ``StoreDataset`` or ``Store``, or any map-style dataset of its documents.
         eval_dataset: The same, to evaluate on.
         processing_class: The student's tokenizer: saved with every checkpoint, and checked against the store's.
+        teacher_model: Scores the documents as they come, in place of the store's rows, which are then not read.
         **kwargs: Passed on to ``transformers.Trainer``.
 
     Raises:
         TypeError: ``args`` is not a ``SlimConfig``.
         ValueError: Student and store disagree on the vocabulary or the tokenizer, the model's logits cannot be
-            computed from its hidden states, or the process layout is not supported.
+            computed from its hidden states, the method needs another teacher, or the process layout is not supported.
 
     Supports: one process, or one process per device (DDP) under torchrun; float32, bfloat16 and fp16/bf16 mixed
     precision. Not FSDP, DeepSpeed or ``DataParallel``.
@@ -68,11 +70,13 @@ class SlimTrainer(Trainer):
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        teacher_model: PreTrainedModel | None = None,
         **kwargs,
     ) -> None:
         if not isinstance(args, SlimConfig):
             raise TypeError(f"args must be a SlimConfig, got {type(args).__name__}: SlimConfig(output_dir=..., ...)")
-        super().__init__(
+        # Past SlimLossMixin.__init__, whose batches have labels in place of rows.
+        super(SlimLossMixin, self).__init__(
             model=model,
             args=args,
             data_collator=data_collator,
@@ -81,10 +85,10 @@ class SlimTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        # compute_loss divides by num_items_in_batch itself, so Trainer must not divide by the accumulation steps.
-        self.model_accepts_loss_kwargs = True
         self._check_layout()
         check_head(self.model)
+        self._set_objective(args, teacher_model)
+        self._check_teacher()
         evaluations = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for dataset in (self.train_dataset, *evaluations):
             self._check_store(dataset)
@@ -94,11 +98,8 @@ class SlimTrainer(Trainer):
                 pad_token_id=0 if pad is None else pad,
                 vocab_size=LanguageModelHead.of(self.model).vocab_size,
                 max_length=getattr(self.model.config, "max_position_embeddings", None),
-                with_teacher=args.needs_teacher,
+                with_teacher=args.needs_teacher and teacher_model is None,
             )
-        self._sums = torch.zeros(len(_LOGGED) + 1, device=args.device)
-        self._never = torch.iinfo(torch.int64).max
-        self._bad_step = torch.full((), self._never, device=args.device)
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -121,45 +122,30 @@ class SlimTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        if self.args.method == "gkd":
+            batches = [self._maybe_continue(batch, number) for number, batch in enumerate(batches)]
         num_items = sum(batch["target"].ne(IGNORE_INDEX).sum() for batch in batches).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
         return batches, num_items
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ):
-        """The micro-batch's share of the loss, a scalar; with ``return_outputs`` also the ``SlimLoss``."""
-        student = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            if student is model:
-                result = self._slim_loss(student, inputs, num_items_in_batch)
-            else:
-                # DDP prepares its gradient reduction in its own forward, so the loss has to pass through it.
-                with _forward_as(student, lambda *arguments: self._slim_loss(student, *arguments)):
-                    result = model(inputs, num_items_in_batch)
-        loss = result.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP averages gradients over processes; num_items counts the labels of all of them.
-            loss = loss * self.accelerator.num_processes
-        if model.training:
-            self._record(result, inputs["target"])
-        return (loss, result) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means per label since the last log to every training log."""
-        if "loss" in logs:
-            sums = self.accelerator.reduce(self._sums, "sum").tolist()
-            self._sums.zero_()
-            names = _LOGGED if self.args.needs_teacher else _LOGGED[:1]
-            # A mass is NaN where the teacher was not captured at this temperature and nothing needs it.
-            means = {name: total / max(sums[-1], 1.0) for name, total in zip(names, sums, strict=False)}
-            logs = logs | {name: mean for name, mean in means.items() if mean == mean}
-        super().log(logs, start_time)
+    def _maybe_continue(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """The batch, or with probability ``on_policy_fraction`` the student's continuations of its prompts."""
+        args, pad = self.args, getattr(self.processing_class, "pad_token_id", None)
+        # Named by their place in the run: a resumed run restores the global generator only after it has its batches.
+        place = f"{args.seed} {self.state.global_step} {args.process_index} {number}"
+        with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big"))
+            if float(torch.rand(())) >= args.on_policy_fraction:
+                return batch
+            return continue_prompts(
+                self.model,
+                batch,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.sampling_temperature,
+                pad_token_id=0 if pad is None else pad,
+                max_length=getattr(self.model.config, "max_position_embeddings", None),
+            )
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -179,33 +165,56 @@ class SlimTrainer(Trainer):
         Raises:
             FloatingPointError: Names the first such step.
         """
-        step = int(self._bad_step)
-        if step != self._never:
+        step = self.loss_log.first_bad_step()
+        if step is not None:
             raise FloatingPointError(
                 f"the loss became NaN or infinite at optimizer step {step} of {self.state.max_steps}; no checkpoint "
                 "was written since. Lower learning_rate or max_grad_norm, or look for damage with "
                 "slimkernels.store.verify"
             )
 
-    def _slim_loss(self, student: PreTrainedModel, inputs: dict[str, Any], num_items: Tensor | None):
+    def _report_bad_step(self) -> None:
+        self.check_finite()
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
+        teacher = self._teacher_of(inputs)
+        student = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            if student is model:
+                result = self._slim_loss(student, inputs, teacher, num_items)
+            else:
+                # DDP prepares its gradient reduction in its own forward, so the loss has to pass through it.
+                with forward_as(student, lambda *arguments: self._slim_loss(student, *arguments)):
+                    result = model(inputs, teacher, num_items)
+        return Step(result.loss, result, inputs["target"], teacher, result)
+
+    def _teacher_of(self, inputs: dict[str, Any]) -> SparseLogits | None:
+        if not self.args.needs_teacher:
+            return None
+        if self.online_teacher is None:
+            return teacher_rows(inputs["teacher"])
+        hidden = self.online_teacher.hidden({name: inputs[name] for name in ("input_ids", "attention_mask")})
+        return self.online_teacher.rows(hidden.flatten(0, 1).index_select(0, inputs["rows"]), inputs["target"])
+
+    def _slim_loss(self, student, inputs: dict[str, Any], teacher: SparseLogits | None, num_items: Tensor | None):
         hidden = hidden_states(student, inputs)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        head = LanguageModelHead.of(student).arguments(hidden.dtype)
-        teacher = inputs["teacher"] if self.args.needs_teacher else None
+        head = LanguageModelHead.of(student).arguments(hidden)
         return sk.linear_slim_loss(
-            hidden, target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
+            target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
         )
-
-    def _record(self, result, target: Tensor) -> None:
-        self._sums += torch.stack([*(getattr(result, name).sum() for name in _LOGGED), target.ne(IGNORE_INDEX).sum()])
-        step = torch.where(result.loss.detach().isfinite(), self._never, self.state.global_step + 1)
-        self._bad_step = torch.minimum(self._bad_step, step)
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that continues it."""
         args = self.args
+        online = None
+        if self.online_teacher is not None:
+            names = ("method", "teacher_top_k", "teacher_top_fraction", "teacher_rounds", "on_policy_fraction")
+            names += ("max_new_tokens", "sampling_temperature")
+            online = {name: getattr(args, name) for name in names}
         return args.loss_options | {
+            "online_teacher": online,
             "documents": len(self.train_dataset),
             "documents_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
@@ -224,6 +233,26 @@ class SlimTrainer(Trainer):
                     "per device, or set CUDA_VISIBLE_DEVICES to one device"
                 )
 
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "SlimTrainer reads the decoder's hidden states, and would not train PEFT's prompts: use SlimLossMixin"
+            )
+
+    def _check_teacher(self) -> None:
+        args, online = self.args, self.online_teacher
+        if online is not None and not args.needs_teacher:
+            raise ValueError(f"method {args.method!r} has no teacher: leave teacher_model out")
+        if online is None and (args.method == "gkd" and args.on_policy_fraction > 0):
+            raise ValueError(
+                "method 'gkd' needs a teacher_model to score what the student writes: pass one, or set "
+                "on_policy_fraction=0 to learn from the store alone"
+            )
+        if online is None and (args.teacher_top_k, args.teacher_top_fraction, args.teacher_rounds) != (None,) * 3:
+            raise ValueError(
+                "teacher_top_k, teacher_top_fraction and teacher_rounds choose what is kept of a teacher_model, got "
+                "none: a store keeps what it was captured with"
+            )
+
     def _check_store(self, dataset) -> None:
         rows = LanguageModelHead.of(self.model).vocab_size
         vocab_size = getattr(dataset, "vocab_size", rows)
@@ -233,7 +262,15 @@ class SlimTrainer(Trainer):
                 f"got {rows}; make the student with vocab_size={vocab_size} or call "
                 f"model.resize_token_embeddings({vocab_size})"
             )
-        kind = getattr(dataset, "manifest", {}).get("selection", {}).get("kind")
+        manifest = getattr(getattr(dataset, "store", dataset), "manifest", {})
+        kind = manifest.get("selection", {}).get("kind")
+        if self.online_teacher is not None:
+            kind = None
+        elif self.args.method == "sampled" and manifest and kind not in ("sample", "mixed"):
+            raise ValueError(
+                f"method 'sampled' needs a store of draws, captured with select='sample' or 'mixed', got one of "
+                f"{kind!r}: use method 'kd', or pass a teacher_model"
+            )
         if kind in ("sample", "mixed") and self.args.needs_teacher and self.args.temperature != 1:
             raise ValueError(
                 f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
@@ -258,6 +295,7 @@ def train(
     output_dir: str | os.PathLike,
     *,
     tokenizer=None,
+    teacher_model: PreTrainedModel | None = None,
     eval_store_path: str | os.PathLike | None = None,
     callbacks: list[TrainerCallback] | None = None,
     **options,
@@ -267,9 +305,10 @@ def train(
     Args:
         store_path: The store to learn from.
         student: A model, the folder of one, or None for ``make_student(vocab_size=the store's)``.
-        method: "sft" | "kd" | "slim".
+        method: Of ``SlimObjective``.
         output_dir: Gets the checkpoints and, at the end, the student; a run of the same settings is continued.
         tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
+        teacher_model: Scores the store's documents, in place of its rows; method "gkd" needs one.
         eval_store_path: A held-out store to measure the trained student on.
         callbacks: Passed to the trainer.
         **options: Fields of ``SlimConfig``.
@@ -281,7 +320,7 @@ def train(
     Raises:
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
     """
-    store = sk.Store(store_path)
+    store = StoreDataset(store_path)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if not isinstance(student, PreTrainedModel):
@@ -290,24 +329,11 @@ def train(
         model=student,
         args=SlimConfig(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
         train_dataset=store,
-        eval_dataset=None if eval_store_path is None else sk.Store(eval_store_path),
+        eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,
+        teacher_model=teacher_model,
         callbacks=callbacks,
     )
     metrics = trainer.train(resume_from_checkpoint=True).metrics
     trainer.save_model()
     return metrics if eval_store_path is None else metrics | trainer.evaluate()
-
-
-@contextlib.contextmanager
-def _forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Within the context, calls of a wrapper around ``module`` reach ``forward``."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -1,4 +1,4 @@
-"""The options of a student's training: ``transformers.TrainingArguments`` and those of the loss."""
+"""What a student is trained on, and the options of its training."""
 
 from __future__ import annotations
 
@@ -8,64 +8,88 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-# What each method sets where the configuration says None.
+# What each method sets where the configuration says None; _DEFAULTS where it sets nothing.
 METHODS: dict[str, dict[str, Any]] = {
-    "sft": {"kd_weight": 0.0, "token_weight": "none"},
-    "kd": {"kd_weight": 1.0, "token_weight": "none"},
-    "slim": {"kd_weight": 1.0, "token_weight": "teacher_over_student"},
+    "sft": {"kd_weight": 0.0},
+    "kd": {},
+    "slim": {"token_weight": "teacher_over_student"},
+    "sampled": {},
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "jsd": {"divergence": "jsd"},
+    "gkd": {"divergence": "jsd", "ce_weight": 0.0},
 }
+_DEFAULTS = {"kd_weight": 1.0, "ce_weight": 1.0, "token_weight": "none", "divergence": "forward_kl"}
+# Divergences that need a proper distribution of teacher and student.
+_TWO_SIDED = ("reverse_kl", "jsd", "skew_kl")
+_LOSS_OPTIONS = (
+    *("rest", "divergence", "token_weight", "detach_weight", "kd_weight", "ce_weight", "temperature"),
+    *("beta", "alpha", "label_smoothing", "z_loss_weight"),
+)
 
 
 @dataclasses.dataclass
-class SlimConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` and the options of ``linear_slim_loss``.
+class SlimObjective:
+    """What a student is trained on: a method by name, and the options of ``linear_slim_loss``.
 
-    ``method`` chooses what the two options left at None become; everything else is the same for all methods:
+    ``method`` chooses what the options left at None become; everything else is the same for all methods. The teacher
+    is a store's rows (offline), or a model beside the student (online):
 
-    - ``"sft"``: the labels alone. kd_weight 0; the teacher's logits are neither collated nor moved.
-    - ``"kd"``: CE + KL on the teacher's kept logits, every token alike. kd_weight 1, token_weight "none".
-    - ``"slim"``: CE + w * KL, w = 1 - exp(-t_y / s_y), high where the teacher is surer of the label than the
-      student. kd_weight 1, token_weight "teacher_over_student".
+    - ``"sft"``: the labels alone; no teacher. kd_weight 0.
+    - ``"kd"``: CE + KL(teacher || student), every token alike. Offline on the kept logits; online on the whole
+      vocabulary, unless ``teacher_top_k`` or ``teacher_top_fraction`` says otherwise.
+    - ``"slim"``: CE + w * KL, w = 1 - exp(-t_y / s_y), high where the teacher is surer of the label than the student.
+      Online on the largest 5 % of the vocabulary. token_weight "teacher_over_student".
+    - ``"sampled"``: as "kd" on draws from the teacher (arXiv 2503.16870): a store of draws, or ``teacher_rounds`` draws
+      of an online teacher.
+    - ``"reverse_kl"``: CE + KL(student || teacher).
+    - ``"jsd"``: CE + the generalised Jensen-Shannon divergence.
+    - ``"gkd"``: the same divergence alone, on documents of which the share ``on_policy_fraction`` goes on from its
+      prompt in the student's own words, scored by an online teacher (arXiv 2306.13649). ce_weight 0.
 
     Attributes:
-        method: "sft" | "kd" | "slim".
-        rest: The teacher outside its kept ids: "renorm" | "zero" | "ghost" | "zero_logit" | "renorm_both".
+        method: "sft" | "kd" | "slim" | "sampled" | "reverse_kl" | "jsd" | "gkd".
+        rest: The teacher outside its kept ids: "renorm" | "zero" | "ghost" | "zero_logit" | "renorm_both". None:
+            "ghost" for the divergences that need it, "reverse_kl", "jsd" and "skew_kl"; else "renorm".
         divergence: "forward_kl" | "soft_ce" | "reverse_kl" | "jsd" | "skew_kl"; the last three need rest "ghost"
-            or "renorm_both".
+            or "renorm_both". None: the method's.
         token_weight: "teacher_over_student" | "student_over_teacher" | "none"; None: the method's.
         detach_weight: False lets the gradient through w.
         kd_weight: Factor of the divergence, >= 0; None: the method's.
-        ce_weight: Factor of the cross-entropy, >= 0.
-        temperature: Of the divergence, > 0; the store must have been captured at it for rest "zero" and "ghost".
+        ce_weight: Factor of the cross-entropy, >= 0; None: the method's.
+        temperature: Of the divergence, > 0; a store must have been captured at it for rest "zero" and "ghost".
         beta: The teacher's share in "jsd".
         alpha: The teacher's share in "skew_kl".
         label_smoothing: Of the cross-entropy, in [0, 1); in place of ``label_smoothing_factor``.
         z_loss_weight: Factor of the squared log-sum-exp.
+        teacher_top_k: Logits of an online teacher that are kept.
+        teacher_top_fraction: The same as a share of the vocabulary.
+        teacher_rounds: Draws from an online teacher, method "sampled"; None: 50.
+        on_policy_fraction: Probability that the student writes a micro-batch, method "gkd".
+        max_new_tokens: Of what the student writes.
+        sampling_temperature: It writes at, > 0.
 
     Raises:
-        ValueError: An unknown method, teacher options with "sft", or a ``TrainingArguments`` option that would
-            silently do nothing here.
+        ValueError: An unknown method, or an option that the method has no use for.
     """
 
     method: str = "slim"
-    rest: str = "renorm"
-    divergence: str = "forward_kl"
+    rest: str | None = None
+    divergence: str | None = None
     token_weight: str | None = None
     detach_weight: bool = True
     kd_weight: float | None = None
-    ce_weight: float = 1.0
+    ce_weight: float | None = None
     temperature: float = 1.0
     beta: float = 0.5
     alpha: float = 0.1
     label_smoothing: float = 0.0
     z_loss_weight: float = 0.0
-
-    logging_steps: float = 10
-    # Documents are not dictionaries of columns, and a non-finite loss is reported, not averaged away: the
-    # filter would also synchronise with the device at every step.
-    remove_unused_columns: bool = False
-    logging_nan_inf_filter: bool = False
-    dataloader_pin_memory: bool = dataclasses.field(default_factory=torch.cuda.is_available)
+    teacher_top_k: int | None = None
+    teacher_top_fraction: float | None = None
+    teacher_rounds: int | None = None
+    on_policy_fraction: float = 0.5
+    max_new_tokens: int = 128
+    sampling_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -75,17 +99,20 @@ class SlimConfig(TrainingArguments):
                 f"kd_weight must stay None or 0 with method 'sft', which has no teacher, got {self.kd_weight}: use "
                 "method 'kd' or 'slim'"
             )
-        if self.label_smoothing_factor:
+        if self.teacher_rounds is not None and self.method != "sampled":
+            raise ValueError(f"teacher_rounds must stay None with method {self.method!r}, got {self.teacher_rounds}")
+        kept = (self.teacher_top_k, self.teacher_top_fraction)
+        if kept != (None, None) and (self.method in ("sft", "sampled") or None not in kept):
             raise ValueError(
-                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: use label_smoothing, which "
-                "works without logits"
+                "teacher_top_k and teacher_top_fraction choose what is kept of an online teacher, one or the other, "
+                f"and not with method 'sft' or 'sampled', got {kept} with method {self.method!r}"
             )
-        if self.torch_compile:
-            raise ValueError(
-                "torch_compile must be False: it compiles model.forward, which is never called here; compile the "
-                "decoder instead: model.model.compile()"
-            )
-        super().__post_init__()
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not self.sampling_temperature > 0:
+            raise ValueError(f"sampling_temperature must be positive, got {self.sampling_temperature}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -95,9 +122,48 @@ class SlimConfig(TrainingArguments):
     @property
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of ``linear_slim_loss``, with the method's defaults filled in."""
-        names = (
-            *("rest", "divergence", "token_weight", "detach_weight", "kd_weight", "ce_weight", "temperature"),
-            *("beta", "alpha", "label_smoothing", "z_loss_weight"),
+        options = {name: getattr(self, name) for name in _LOSS_OPTIONS}
+        defaults = _DEFAULTS | METHODS[self.method]
+        options |= {name: value for name, value in defaults.items() if options[name] is None}
+        if options["rest"] is None:
+            options["rest"] = "ghost" if options["divergence"] in _TWO_SIDED else "renorm"
+        return options
+
+
+@dataclasses.dataclass
+class SlimConfig(SlimObjective, TrainingArguments):
+    """``transformers.TrainingArguments`` and the attributes of ``SlimObjective``.
+
+    Raises:
+        ValueError: As ``SlimObjective``, and for a ``TrainingArguments`` option that would silently do nothing here.
+    """
+
+    logging_steps: float = 10
+    # Documents are not dictionaries of columns, and a non-finite loss is reported, not averaged away: the
+    # filter would also synchronise with the device at every step.
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+    dataloader_pin_memory: bool = dataclasses.field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        SlimObjective.__post_init__(self)
+        check_training_arguments(self)
+        TrainingArguments.__post_init__(self)
+
+
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Refuses what needs the logits, or would silently do nothing.
+
+    Raises:
+        ValueError: ``label_smoothing_factor`` or ``torch_compile`` is set.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: use label_smoothing, which "
+            "works without logits"
         )
-        options = {name: getattr(self, name) for name in names}
-        return options | {name: value for name, value in METHODS[self.method].items() if options[name] is None}
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile must be False: it compiles model.forward, of which the loss takes the place; compile the "
+            "decoder instead: model.get_decoder().compile()"
+        )

@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
         kernel_override.install(config.getoption("--kernels"))
         # The interpreter takes maxima with numpy, which warns of rows of NaN.
         config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
+        # That of Triton 3.6 takes a loop's bounds from arrays of one element.
+        config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

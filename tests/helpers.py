@@ -378,6 +378,6 @@ HAND_WORKED_WEIGHTS = (
 def largest_allocation(function: Callable, *args, **options) -> int:
     """The bytes of the largest single tensor that ``function`` allocates."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         function(*args, **options)
     return max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from slimkernels import PackedLogits
 from slimkernels.packed_logits import row_words
-from slimkernels.store.codec import encode_rows, offsets_of, packed_rows, words_of
+from slimkernels.store.codec import AFFINE_CODECS, encode_rows, offsets_of, packed_rows, ragged_values, words_of
 
-VALUE_DTYPES = {"affine8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def random_ids(vocab_size: int, counts: list[int], seed: int = 0) -> list[list[int]]:
@@ -48,13 +48,13 @@ def pack(ids: list[list[int]], vocab_size: int, codec: str, *, ragged: bool | No
             "entry_offsets": offsets_of(encoded.counts),
             "id_word_offsets": offsets_of(words_of(vocab_size, encoded.counts)),
             "id_words": encoded.id_words,
-            "values": encoded.values,
+            "values": ragged_values(codec, encoded.counts, encoded.values) if ragged else encoded.values,
         },
     )
     return PackedLogits(
         id_words=torch.from_numpy(rows.id_words.view(np.int32)),
         values=torch.from_numpy(rows.values).view(VALUE_DTYPES[codec]),
-        affine=torch.from_numpy(encoded.affine) if codec == "affine8" else None,
+        affine=torch.from_numpy(encoded.affine) if codec in AFFINE_CODECS else None,
         counts=None if rows.counts is None else torch.from_numpy(rows.counts),
         lse=torch.from_numpy(scalars[0]),
         target_logit=torch.from_numpy(scalars[1]),
@@ -81,7 +81,7 @@ def oracle_row(packed: PackedLogits, row: int) -> tuple[Tensor, Tensor] | None:
     codec = next(codec for codec, dtype in VALUE_DTYPES.items() if dtype == packed.values.dtype)
     raw = packed.values[row, :count].contiguous().view(torch.uint8).numpy().tobytes()
     affine = None if packed.affine is None else packed.affine[row].numpy()
-    logits = oracle.decode_values(codec, raw, affine)
+    logits = oracle.decode_values(codec, raw, affine, count)
     padding = packed.top_k - count
     return (
         torch.from_numpy(np.pad(ids, (0, padding), constant_values=-1).astype(np.int32)),

@@ -86,14 +86,31 @@ def decode_ids(vocab_size: int, top_k: int, words: np.ndarray) -> np.ndarray:
     return ids
 
 
-def decode_values(codec: str, raw: bytes, affine: np.ndarray | None) -> np.ndarray:
+def row_bytes(codec: str, count: int) -> int:
+    """The bytes of the values of a row."""
+    return math.ceil(count * {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}[codec] / 8)
+
+
+def value_start(codec: str, row: int, entry: int, *, ragged: bool) -> int:
+    """Where the values of a row begin, ``entry`` entries lying before it."""
+    if codec != "affine6":
+        return entry * row_bytes(codec, 1)
+    return math.floor(6 * entry / 8) + row if ragged else row * row_bytes(codec, entry // row) if row else 0
+
+
+def decode_values(codec: str, raw: bytes, affine: np.ndarray | None, count: int) -> np.ndarray:
     if codec == "float32":
         return np.frombuffer(raw, "<f4")
     if codec == "bfloat16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     scale, zero = affine.astype(np.float64)
+    values = np.frombuffer(raw, "u1")
+    if codec == "affine6":
+        bits = np.unpackbits(values, bitorder="little")
+        assert not bits[6 * count :].any()
+        values = bits[: 6 * count].reshape(count, 6) @ (1 << np.arange(6))
     # scale * value is exact in float32 and so is it here; the sum rounds once to float32.
-    return (zero + scale * np.frombuffer(raw, "u1")).astype(np.float32)
+    return (zero + scale * values).astype(np.float32)
 
 
 class OracleRow(NamedTuple):
@@ -143,11 +160,16 @@ def _read_documents(manifest: dict, entry: dict, tensors: dict[str, np.ndarray])
     else:
         entries = [r * entry["top_k"] for r in range(len(rows) + 1)]
         words = [r * entry["id_words"] // max(1, len(rows)) for r in range(len(rows) + 1)]
-    all_words, values = tensors["id_words"].reshape(-1), tensors["values"].reshape(-1)
+    all_words, values = tensors["id_words"].reshape(-1), tensors["values"].tobytes()
+    starts = [value_start(codec, r, int(entry_), ragged=entry["top_k"] is None) for r, entry_ in enumerate(entries)]
+    assert starts[-1] == len(values)
     decoded = []
     for r in rows:
-        row_words, raw = all_words[words[r] : words[r + 1]], values[entries[r] : entries[r + 1]].tobytes()
-        affine = tensors["affine"][r] if codec == "affine8" else None
+        count = int(entries[r + 1] - entries[r])
+        row_words, stop = all_words[words[r] : words[r + 1]], starts[r] + row_bytes(codec, count)
+        raw = values[starts[r] : stop]
+        assert not any(values[stop : starts[r + 1]])
+        affine = tensors["affine"][r] if "affine" in tensors else None
         parts = [tensors["lse"][r], tensors["target_logit"][r], affine, row_words, raw]
         h = r
         for part in parts:
@@ -157,8 +179,8 @@ def _read_documents(manifest: dict, entry: dict, tensors: dict[str, np.ndarray])
         decoded.append(
             OracleRow(
                 int(tensors["positions"][r]),
-                decode_ids(vocab_size, int(entries[r + 1] - entries[r]), row_words),
-                decode_values(codec, raw, affine),
+                decode_ids(vocab_size, count, row_words),
+                decode_values(codec, raw, affine, count),
                 tensors["lse"][r],
                 tensors["target_logit"][r],
             )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from bench import compare, machine, records, table, worker
+from bench import codecs, compare, machine, records, table, worker
 from bench.case import OURS, Case, Work
 from bench.cases import all_cases
 from bench.cuda_cases import cuda_cases
@@ -247,3 +250,46 @@ def test_bench_comparison_of_commits_by_hand():
     lines = compare.report(pairs, "old", "new").splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("  2.00x [1.00, 3.00]  op 4x8 float32, 1 threads: 2 ms now")
+
+
+def test_bench_loader_accounts_for_every_step(tmp_path):
+    sizes = ["--vocab", "400", "--tokens", "16", "--batch", "2", "--hidden", "32", "--layers", "1", "--steps", "3"]
+    command = [sys.executable, "-m", "bench.loader", "--out", str(tmp_path / "loader.jsonl"), "--workers", "0", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, *sizes], cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "loader.jsonl").read_text().splitlines()]
+    assert [entry["workers"] for entry in rows] == [0, 1]
+    for entry in rows:
+        assert 0 < entry["wait_ms"] < entry["step_ms"]
+        assert entry["waiting"] == pytest.approx(entry["wait_ms"] / entry["step_ms"])
+        assert entry["shape"] == {"vocab": 400, "tokens": 16, "batch": 2, "hidden": 32, "layers": 1}
+
+
+LOGPROBS = np.array([-0.5, -9.0, -1.25, -2.0, -40.0])
+
+
+@pytest.mark.parametrize(
+    ("encode", "row_bytes", "error"),
+    [
+        (codecs.packed_24_bits, 15, 0.5 * 39.5 / 127),
+        (codecs.arrays, 30, 0.125),
+        (codecs.text, 5 * len('"token_id:1":-,') + len("-0.5-9.0-1.25-2.0-40.0") - 5 + 1, 0),
+    ],
+)
+def test_bench_layouts_of_others_by_hand(encode, row_bytes, error):
+    size, read = encode(np.arange(1, 6), LOGPROBS, 1000)
+    assert size == row_bytes
+    assert np.abs(read - LOGPROBS).max() <= error + 1e-12
+
+
+def test_bench_polynomial_layout_follows_a_long_row():
+    logprobs = np.random.default_rng(0).permutation(-1.5 * np.log(np.arange(1, 2001)))
+    size, read = codecs.polynomial(np.arange(2000), logprobs, 32000)
+    assert size == (2000 * 15 + 7) // 8 + 32 * 2 + 6 * 4 + 2 + (1968 * 4 + 7) // 8
+    assert np.abs(read - logprobs).max() < 0.2
+    assert 0 <= codecs.kl(logprobs, read) < 1e-3
+
+
+def test_bench_kl_by_hand():
+    before, after = np.log([0.5, 0.5]), np.log([0.25, 0.75])
+    assert codecs.kl(before + 3.0, after) == pytest.approx(0.5 * math.log(4 / 3))

@@ -17,10 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, PhiConfig
 
+from slimkernels import SparseLogits
 from slimkernels.store import Document, Store, verify
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
 from slimkernels.teacher_capture import _batches
+from slimkernels.teacher_selection import cut_top_p
 
 TOP_K = 17
 
@@ -81,6 +83,60 @@ def test_capture_keeps_a_twentieth_by_default(model, tokenizer, tmp_path) -> Non
     store = Store(tmp_path)
     assert store.manifest["selection"] == {"kind": "top_fraction", "value": 0.05, "top_k": 15}
     assert store[0].teacher.top_k == 15
+
+
+@pytest.mark.parametrize(
+    ("top_p", "rows"),
+    [
+        # Probabilities 1/2 at id 7, 1/4 at 2, 1/8 at 3, 1/8 at 9 of a whole row; 1/8 at 4, 1/8 at 5, the rest not kept.
+        (0.4, [[7], [4, 5]]),
+        (0.5, [[7], [4, 5]]),
+        (0.6, [[2, 7], [4, 5]]),
+        (0.8, [[2, 3, 7], [4, 5]]),
+        (0.9, [[2, 3, 7, 9], [4, 5]]),
+        (1.0, [[2, 3, 7, 9], [4, 5]]),
+        (1 / 8, [[7], [4]]),
+    ],
+)
+def test_cut_top_p_by_hand(top_p, rows) -> None:
+    """The lse is that of the whole row, so that the second row's share does not count for more than it is."""
+    ids = torch.tensor([[2, 3, 7, 9], [4, 5, -1, -1]], dtype=torch.int32)
+    # exp(logit - lse), exact in float64 as powers of two are.
+    logits = torch.tensor([[1 / 4, 1 / 8, 1 / 2, 1 / 8], [1 / 8, 1 / 8, 7.0, 7.0]]).double().log()
+    cut = cut_top_p(SparseLogits(ids, logits, torch.zeros(2, 1).double(), target_logit=torch.zeros(2)), top_p)
+    assert [[i for i in row if i >= 0] for row in cut.ids.tolist()] == rows
+    assert cut.top_k == max(map(len, rows))
+    for r, row in enumerate(rows):
+        places = [ids[r].tolist().index(i) for i in row]
+        assert cut.logits[r, : len(row)].tolist() == logits[r, places].tolist()
+    cut.validate(10)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.3, 1.0])
+def test_capture_cuts_rows_at_a_probability(model, tokenizer, tmp_path, top_p) -> None:
+    documents = make_documents()
+    for name, options in (("whole", {}), ("cut", {"top_p": top_p})):
+        capture(model, tokenizer, documents, tmp_path / name, top_k=TOP_K, codec="float32", **options)
+    verify(tmp_path / "cut")
+    cut, whole = Store(tmp_path / "cut"), Store(tmp_path / "whole")
+    assert cut.manifest["selection"] == {"kind": "top_k", "value": 17, "top_k": 17, "top_p": top_p}
+    sizes = set()
+    for document, full in zip(cut, whole, strict=True):
+        assert torch.equal(document.teacher.lse, full.teacher.lse)
+        assert torch.equal(document.teacher.target_logit, full.teacher.target_logit)
+        for r, ids in enumerate(document.teacher.ids):
+            kept = dict(zip(full.teacher.ids[r].tolist(), full.teacher.logits[r].tolist(), strict=True))
+            likely = sorted(kept, key=lambda i: -kept[i])
+            mass = (torch.tensor([kept[i] for i in likely]).double() - full.teacher.lse[r, 0]).exp().cumsum(0)
+            count = min(int((mass < top_p).sum()) + 1, TOP_K)
+            assert [i for i in ids.tolist() if i >= 0] == sorted(likely[:count])
+            assert document.teacher.logits[r, :count].tolist() == [kept[i] for i in sorted(likely[:count])]
+            sizes.add(count)
+    assert sizes == {TOP_K} if top_p == 1.0 else len(sizes) > 1
+    with pytest.raises(SettingsMismatchError, match="top_p"):
+        capture(model, tokenizer, documents, tmp_path / "cut", top_k=TOP_K, codec="float32")
+    with pytest.raises(ValueError, match=r"top_p must lie in \(0, 1\], got 0"):
+        capture(model, tokenizer, documents, tmp_path / "other", top_p=0)
 
 
 @pytest.mark.parametrize(

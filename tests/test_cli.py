@@ -99,6 +99,16 @@ def test_capture_of_a_text_file(teacher, corpus, tmp_path, capsys) -> None:
     assert "was made with temperatures=(1.0, 2.0)" in capsys.readouterr().err
 
 
+def test_capture_cut_at_a_probability_in_six_bits(teacher, corpus, tmp_path, capsys) -> None:
+    out = str(tmp_path / "store")
+    arguments = ["capture", "--teacher", teacher, "--text", corpus, "--out", out, "--top-k", "30"]
+    assert main([*arguments, "--top-p", "0.5", "--codec", "affine6"]) == 0
+    assert Store(out).manifest["selection"] == {"kind": "top_k", "value": 30, "top_k": 30, "top_p": 0.5}
+    assert "quantisation_kl_nats" in capsys.readouterr().out
+    assert main([*arguments, "--top-p", "1.5"]) == 2
+    assert "top_p must lie in (0, 1], got 1.5" in capsys.readouterr().err
+
+
 def test_capture_of_the_teachers_own_text(teacher, tmp_path, capsys) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(teachers.PROMPTS))
@@ -132,6 +142,16 @@ def test_train_then_eval(store, tmp_path, capsys) -> None:
     assert results[students[0]]["tokens"] == Store(store).num_rows
     assert main(["eval", "--store", store, "--model", students[0]]) == 0
     assert "kl_ghost" in capsys.readouterr().out
+
+
+def test_train_with_a_teacher_beside_the_student(store, teacher, tmp_path, capsys) -> None:
+    for method in ("gkd", "kd"):
+        arguments = ["train", "--store", store, "--method", method, "--out", str(tmp_path / method)]
+        options = ["--option", "use_cpu=true", "--option", "max_new_tokens=4", "--max-steps", "2", "--batch-size", "2"]
+        assert main([*arguments, "--teacher", teacher, *options]) == 0
+        assert "student saved in" in capsys.readouterr().out
+    assert main([*arguments[:3], "--method", "gkd", "--out", str(tmp_path / "alone")]) == 2
+    assert "'gkd' needs a teacher_model" in capsys.readouterr().err
 
 
 def test_store_info_and_verify(store, capsys) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,10 @@ OP_TESTS = (
 )
 
 pytestmark = pytest.mark.gpu
+needs_cuda_library = pytest.mark.skipif(
+    not hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda"),
+    reason="slimkernels/_C_cuda.so is not built: it needs nvcc, see setup.py",
+)
 
 
 @pytest.fixture
@@ -147,3 +152,38 @@ def test_another_device_and_another_stream():
     if torch.cuda.device_count() > 1:
         moved = sk.topk_logits(logits.to("cuda:1"), 100, target=target.to("cuda:1"))
         assert torch.equal(moved.ids.cpu(), expected.ids.cpu())
+
+
+@needs_cuda_library
+def test_cuda_cpp_topk_logits_matches_the_reference():
+    check_cuda_cpp_topk_logits()
+
+
+@needs_cuda_library
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_cuda_cpp_topk_logits_under_compute_sanitizer(tool):
+    sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+    check_cuda_cpp_topk_logits(*sanitizer, options=("--small",), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def check_cuda_cpp_topk_logits(*runner: str, options: tuple[str, ...] = (), **environment: str) -> None:
+    """In a process of its own: an error of a kernel would spoil the device for the tests that follow."""
+    done = subprocess.run(
+        [*runner, sys.executable, str(HERE / "cuda_check_topk_logits.py"), *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@needs_cuda_library
+def test_cuda_cpp_topk_logits_never_waits_for_the_device(no_sync):
+    logits = torch.zeros(4, 5000, device="cuda")
+    values, ids = logits.new_empty(4, 7), torch.empty(4, 7, dtype=torch.int32, device="cuda")
+    lse = logits.new_empty(4, 1)
+    torch.ops.slimkernels.topk_logits_rows_cuda(logits, 7, None, [1.0], values, ids, lse, None)
+    torch.cuda.set_sync_debug_mode("default")  # looking at the result waits
+    assert ids.tolist() == [list(range(7))] * 4

@@ -72,6 +72,9 @@ ROOMS = (
         Room(f"slimkernels/search/{name}.py", own=("slimkernels.search.*",), packages=("numpy",), never=_SEARCH_MODELS)
         for name in ("pathfinder", "question", "plan", "checks", "config", "engine", "presets")
     ),
+    Room("slimkernels/head_loss.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
+    Room("slimkernels/patching.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
+    Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),
     Room("slimkernels/search/tree.py", own=(), packages=("torch", "numpy")),
     Room("slimkernels/search/selection.py", own=("slimkernels.search.tree",), packages=("torch", "numpy")),
     Room("slimkernels/cli*.py", own=("slimkernels.cli_*",), packages=("typer",), lazily=("*",)),

@@ -194,6 +194,26 @@ def test_slim_loss_label_outside_the_ids_without_target_logit(weight):
     assert_matches(logits, target, teacher, weight=weight, detach_weight=False)
 
 
+@pytest.mark.parametrize("weight", ["teacher_over_student", "student_over_teacher"])
+def test_slim_loss_of_rows_whose_target_logit_is_not_known(weight):
+    logits, target, teacher = random_problem(ignored=())
+    kept = (teacher.ids == target[:, None]).any(-1)
+    assert kept.any()
+    assert not kept.all()
+    unknown = SparseLogits(teacher.ids, teacher.logits, teacher.lse)
+    partly = SparseLogits(teacher.ids, teacher.logits, teacher.lse, target_logit=teacher.target_logit.clone())
+    partly.target_logit[::2] = math.nan
+    options = {"weight": weight, "reduction": "none", "rest": "ghost", "detach_weight": False}
+    outs = []
+    for each in (teacher, unknown, partly):
+        leaf = logits.clone().requires_grad_()
+        out = sk.slim_loss(leaf, target, each, **options)
+        outs.append((*out, torch.autograd.grad(out.loss.sum(), leaf)[0]))
+    for known_field, unknown_field, partly_field in zip(*outs, strict=True):
+        assert torch.equal(partly_field[::2], unknown_field[::2])
+        assert torch.equal(partly_field[1::2], known_field[1::2])
+
+
 @pytest.mark.parametrize(("weight", "expected"), [("teacher_over_student", 0.0), ("student_over_teacher", 1.0)])
 def test_slim_loss_of_a_label_that_both_rule_out(weight, expected):
     logits, target, teacher = random_problem(3, 59, 5, with_target_logit=False, ignored=(), seed=3)

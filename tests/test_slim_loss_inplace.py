@@ -113,11 +113,33 @@ def test_inplace_backward_refuses_a_leaf():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("view", [lambda x: x[1:], lambda x: x.view(7, 203), lambda x: x[:, 3:]], ids=range(3))
+def test_inplace_backward_refuses_a_view_of_a_leaf(view):
+    logits, target, teacher = random_problem()
+    before = logits.clone()
+    rows = view(logits.requires_grad_())
+    skipped = len(logits) - len(rows)
+    with pytest.raises(ValueError, match="a view of one"):
+        sk.slim_loss(rows, target[skipped:], teacher[skipped:], inplace_backward=True)
+    assert torch.equal(logits, before)
+
+
+def test_inplace_backward_of_rows_that_share_memory():
+    hidden, weight, target, teacher = head(torch.float32)
+    shared = (hidden[:1] @ weight.T).expand(7, 203)
+    before = shared.clone()
+    losses = [sk.slim_loss(shared, target, teacher, inplace_backward=inplace).loss for inplace in (False, True)]
+    first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for loss in losses)
+    assert torch.equal(first, second)
+    assert torch.equal(shared, before)
+
+
 def test_inplace_backward_compiles_whole():
     hidden, weight, target, teacher = head(torch.float32)
 
     def step(hidden, weight):
-        return sk.slim_loss(hidden @ weight.T, target, teacher, inplace_backward=True).loss
+        logits = (hidden @ weight.T).view(7, 1, 203).flatten(0, 1)
+        return sk.slim_loss(logits, target, teacher, inplace_backward=True).loss
 
     expected = torch.autograd.grad(step(hidden, weight), (hidden, weight))
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from store_cases import assert_logits
 
 from slimkernels import _C
-from slimkernels.store.codec import decode_rows, encode_rows, offsets_of, row_words, words_of
+from slimkernels.store.codec import decode_rows, encode_rows, offsets_of, ragged_values, row_words, words_of
 from slimkernels.store.errors import RowChecksumError, RowDataError, ShardIndexError, StoreError
 
-CODECS = ("affine8", "bfloat16", "float32")
+CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
 
 def encode(ids, logits, *, vocab_size, codec="float32", lse=None, target=0.0, first_row=0):
@@ -34,7 +34,7 @@ def encode(ids, logits, *, vocab_size, codec="float32", lse=None, target=0.0, fi
     )
 
 
-def shard_arrays(encoded, vocab_size):
+def shard_arrays(encoded, vocab_size, codec="float32"):
     """The encoded rows as the arrays of a ragged shard."""
     return {
         "entry_offsets": offsets_of(encoded.counts),
@@ -44,7 +44,7 @@ def shard_arrays(encoded, vocab_size):
         "target_logit": encoded.target_logit,
         "affine": encoded.affine,
         "id_words": encoded.id_words,
-        "values": encoded.values,
+        "values": ragged_values(codec, encoded.counts, encoded.values),
     }
 
 
@@ -67,14 +67,15 @@ def decode(arrays, *, vocab_size, codec, width, top_k=None, first_row=0, num_row
 def seal(arrays, codec):
     """Gives every row the checksum of its bytes, as a hostile writer would."""
     words, entries = arrays["id_word_offsets"], arrays["entry_offsets"]
-    width = {"affine8": 1, "bfloat16": 2, "float32": 4}[codec]
     for r in range(len(arrays["row_checksums"])):
         h = oracle.xxh64(arrays["lse"][r].tobytes(), r)
         h = oracle.xxh64(arrays["target_logit"][r].tobytes(), h)
-        if codec == "affine8":
+        if codec in ("affine8", "affine6"):
             h = oracle.xxh64(arrays["affine"][r].tobytes(), h)
         h = oracle.xxh64(arrays["id_words"][words[r] : words[r + 1]].tobytes(), h)
-        h = oracle.xxh64(arrays["values"][entries[r] * width : entries[r + 1] * width].tobytes(), h)
+        start = oracle.value_start(codec, r, int(entries[r]), ragged=True)
+        stop = start + oracle.row_bytes(codec, int(entries[r + 1] - entries[r]))
+        h = oracle.xxh64(arrays["values"][start:stop].tobytes(), h)
         arrays["row_checksums"][r] = h
 
 
@@ -140,18 +141,17 @@ def test_store_codec_round_trip_agrees_with_the_oracle(rows, codec, spread):
         padded[r, : len(row)] = row
     logits = (np.random.default_rng(seed).normal(size=padded.shape) * spread).astype(np.float32)
     encoded = encode(padded, logits, vocab_size=vocab_size, codec=codec, lse=np.full((len(ids), 2), 1e38))
-    arrays = shard_arrays(encoded, vocab_size)
+    arrays = shard_arrays(encoded, vocab_size, codec)
     got_ids, got_logits = decode(arrays, vocab_size=vocab_size, codec=codec, width=width)
     assert np.array_equal(got_ids, padded)
     assert_logits(torch.from_numpy(got_logits), torch.from_numpy(logits), torch.from_numpy(padded >= 0), codec)
-    size = {"affine8": 1, "bfloat16": 2, "float32": 4}[codec]
     for r, row in enumerate(ids):
         start, stop = arrays["id_word_offsets"][r : r + 2]
         assert encoded.id_words[start:stop].tolist() == oracle.encode_ids(vocab_size, row)
-        start, stop = arrays["entry_offsets"][r : r + 2]
-        raw = encoded.values[start * size : stop * size].tobytes()
-        affine = encoded.affine[r] if codec == "affine8" else None
-        assert oracle.decode_values(codec, raw, affine).tobytes() == got_logits[r, : len(row)].tobytes()
+        start = oracle.value_start(codec, r, int(arrays["entry_offsets"][r]), ragged=True)
+        raw = arrays["values"][start : start + oracle.row_bytes(codec, len(row))].tobytes()
+        affine = encoded.affine[r] if codec in ("affine8", "affine6") else None
+        assert oracle.decode_values(codec, raw, affine, len(row)).tobytes() == got_logits[r, : len(row)].tobytes()
     sealed = arrays | {"row_checksums": encoded.checksums.copy()}
     seal(sealed, codec)
     assert np.array_equal(sealed["row_checksums"], encoded.checksums)
@@ -159,27 +159,57 @@ def test_store_codec_round_trip_agrees_with_the_oracle(rows, codec, spread):
 
 @pytest.mark.parametrize("vocab_size", [32000, 49152])
 @pytest.mark.parametrize("spread", [1.0, 4.0, 8.0])
-def test_store_codec_affine8_keeps_the_mass(vocab_size, spread):
+@pytest.mark.parametrize(("codec", "bound"), [("affine8", 3e-4), ("affine6", 1e-3)])
+def test_store_codec_affine_keeps_the_mass(vocab_size, spread, codec, bound):
     row = torch.randn(32, vocab_size) * spread
     logits, ids = row.topk(math.ceil(vocab_size / 20))
     ids, order = ids.sort(-1)
     logits = logits.gather(-1, order)
     lse = row.logsumexp(-1, keepdim=True)
-    encoded = encode(ids.numpy(), logits.numpy(), vocab_size=vocab_size, codec="affine8", lse=lse.numpy())
-    _, got = decode(shard_arrays(encoded, vocab_size), vocab_size=vocab_size, codec="affine8", width=ids.shape[1])
+    encoded = encode(ids.numpy(), logits.numpy(), vocab_size=vocab_size, codec=codec, lse=lse.numpy())
+    arrays = shard_arrays(encoded, vocab_size, codec)
+    _, got = decode(arrays, vocab_size=vocab_size, codec=codec, width=ids.shape[1])
     got = torch.from_numpy(got)
     log_mass_error = got.double().logsumexp(-1) - logits.double().logsumexp(-1)
-    assert log_mass_error.abs().max() < 3e-4
-    assert_logits(got, logits, ids >= 0, "affine8")
+    assert log_mass_error.abs().max() < bound
+    assert_logits(got, logits, ids >= 0, codec)
 
 
-def test_store_codec_affine8_constant_row_is_exact():
-    encoded = encode([[1, 5, 9]], [[3.7, 3.7, 3.7]], vocab_size=10, codec="affine8")
+@pytest.mark.parametrize("codec", ["affine8", "affine6"])
+def test_store_codec_affine_constant_row_is_exact(codec):
+    encoded = encode([[1, 5, 9]], [[3.7, 3.7, 3.7]], vocab_size=10, codec=codec)
     assert encoded.affine.tolist() == [[0.0, np.float32(3.7)]]
     assert encoded.values.tolist() == [0, 0, 0]
-    assert decode(shard_arrays(encoded, 10), vocab_size=10, codec="affine8", width=3)[1].tolist() == [
-        [np.float32(3.7)] * 3
-    ]
+    arrays = shard_arrays(encoded, 10, codec)
+    assert decode(arrays, vocab_size=10, codec=codec, width=3)[1].tolist() == [[np.float32(3.7)] * 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
+def test_store_codec_affine6_bits_of_the_format_page(count):
+    """scale 1 and zero 0 make logits and values the same; 0 and 63 among them fix both."""
+    values = [0, 63, 3, 63, 5, 1, 62, 32, 7, 9, 33][:count]
+    logits = values if count > 1 else [0]
+    encoded = encode([list(range(count))], [logits], vocab_size=20, codec="affine6")
+    number = sum(value << (6 * j) for j, value in enumerate(logits))
+    assert encoded.affine[0, 0] == (1 if count > 1 else 0)
+    assert encoded.affine[0, 1] == 0
+    assert encoded.values.tobytes() == number.to_bytes(-(-6 * count // 8), "little")
+
+
+def test_store_codec_affine6_example_of_the_format_page():
+    raw = bytes([0x81, 0x30, 0xFC, 0x05])
+    assert oracle.decode_values("affine6", raw, np.float32([1, 0]), 5).tolist() == [1, 2, 3, 63, 5]
+    words = oracle.encode_ids(20, [0, 1, 2, 3, 4])
+    assert hand_made(20, words, list(raw), codec="affine6", count=5)[1].tolist() == [[1, 2, 3, 63, 5]]
+
+
+@pytest.mark.parametrize(("values", "count"), [([0, 0x10], 2), ([0x40], 1), ([0, 0, 0x04], 3), ([0, 0, 0, 1], 4)])
+def test_store_codec_affine6_refuses_bits_behind_the_values(values, count):
+    """In the last byte of the values, and in the byte that may part two rows of a ragged shard."""
+    words = oracle.encode_ids(20, list(range(count)))
+    with pytest.raises(RowDataError, match="a bit behind its values is set"):
+        hand_made(20, words, values, codec="affine6", count=count)
+    hand_made(20, words, [0] * len(values), codec="affine6", count=count)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +247,14 @@ def test_store_codec_mass_within_rounding_is_accepted():
     encode([[1, 2]], [[0, 0]], vocab_size=10, lse=[[math.log(2) - 0.05]])
 
 
-def hand_made(vocab_size, words, values, *, codec="float32", affine=(1.0, 0.0), lse=0.0, target=0.0):
-    """One row of a shard with these id words and values and the right checksum."""
-    raw = np.array(values, {"affine8": "u1", "bfloat16": "<u2", "float32": "<f4"}[codec]).view(np.uint8)
+def hand_made(vocab_size, words, values, *, codec="float32", affine=(1.0, 0.0), lse=0.0, target=0.0, count=None):
+    """One row of a shard with these id words and values (affine6: bytes) and the right checksum."""
+    dtype = {"affine8": "u1", "affine6": "u1", "bfloat16": "<u2", "float32": "<f4"}[codec]
+    raw = np.array(values, dtype).view(np.uint8)
+    count = len(values) if count is None else count
+    raw = np.pad(raw, (0, max(0, oracle.value_start(codec, 1, count, ragged=True) - len(raw))))
     arrays = {
-        "entry_offsets": np.array([0, len(values)], np.int64),
+        "entry_offsets": np.array([0, count], np.int64),
         "id_word_offsets": np.array([0, len(words)], np.int64),
         "row_checksums": np.zeros(1, np.uint64),
         "lse": np.array([[lse]], np.float32),
@@ -231,7 +264,7 @@ def hand_made(vocab_size, words, values, *, codec="float32", affine=(1.0, 0.0), 
         "values": raw,
     }
     seal(arrays, codec)
-    return decode(arrays, vocab_size=vocab_size, codec=codec, width=len(values))
+    return decode(arrays, vocab_size=vocab_size, codec=codec, width=count)
 
 
 def test_store_codec_hand_made_row_is_read():
@@ -279,15 +312,18 @@ def test_store_codec_refuses_hand_made_rows(words, options, match):
         hand_made(20, words, **options)
 
 
-def test_store_codec_notices_every_flipped_bit_of_a_row():
-    encoded = encode([[2, 3, 9, 17]], [[1, 2, 3, 4]], vocab_size=20, codec="affine8", first_row=0)
-    arrays = shard_arrays(encoded, 20)
+@pytest.mark.parametrize("codec", ["affine8", "affine6"])
+def test_store_codec_notices_every_flipped_bit_of_a_row(codec):
+    encoded = encode([[2, 3, 9, 17]], [[1, 2, 3, 4]], vocab_size=20, codec=codec, first_row=0)
+    arrays = shard_arrays(encoded, 20, codec)
     for name in ("row_checksums", "lse", "target_logit", "affine", "id_words", "values"):
         for bit in range(arrays[name].nbytes * 8):
             damaged = arrays[name].copy()
             damaged.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << (bit % 8)
-            with pytest.raises(RowChecksumError):
-                decode(arrays | {name: damaged}, vocab_size=20, codec="affine8", width=4)
+            # The byte behind an affine6 row is not part of it, and must be 0.
+            outside = codec == "affine6" and name == "values" and bit >= 24
+            with pytest.raises(RowDataError if outside else RowChecksumError):
+                decode(arrays | {name: damaged}, vocab_size=20, codec=codec, width=4)
 
 
 def test_store_codec_notices_swapped_rows():
@@ -314,12 +350,16 @@ def test_store_codec_notices_swapped_rows():
         ("id_word_offsets", [-(2**63), 1, 2]),
         ("id_word_offsets", [0, 1, 2**63 - 1]),
         ("id_word_offsets", [0, 0, 2]),
+        ("entry_offsets", [0, 2, 2**63 - 1]),
+        ("entry_offsets", [2**61, 2**61 + 2, 2**61 + 4]),
     ],
 )
-def test_store_codec_refuses_offsets(name, offsets):
-    arrays = shard_arrays(encode([[1, 2], [3, 4]], [[0, 0], [0, 0]], vocab_size=10), 10)
+@pytest.mark.parametrize("codec", ["float32", "affine6"])
+def test_store_codec_refuses_offsets(name, offsets, codec):
+    encoded = encode([[1, 2], [3, 4]], [[0, 0], [0, 0]], vocab_size=10, codec=codec)
+    arrays = shard_arrays(encoded, 10, codec)
     with pytest.raises(ShardIndexError, match="offsets"):
-        decode(arrays | {name: np.array(offsets, np.int64)}, vocab_size=10, codec="float32", width=2)
+        decode(arrays | {name: np.array(offsets, np.int64)}, vocab_size=10, codec=codec, width=2)
 
 
 def test_store_codec_refuses_a_row_wider_than_the_output():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, TrainerCallback
 
-from slimkernels.store import Document, Store
+from slimkernels.store import Document, Store, StoreDataset
 from slimkernels.student import LanguageModelHead, check_head, hidden_states, make_student
 from slimkernels.trainer import SlimCollator, SlimConfig, SlimTrainer, last_complete_checkpoint, train
 
@@ -125,6 +126,22 @@ def test_trainer_follows_the_eager_curve(tmp_path, store, method, rest):
         optimizer.step()
     for (name, trained), expected in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(trained, expected, rtol=5e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_packed_rows_train_the_same(tmp_path):
+    """8-bit rows, decoded by the reader or where the loss is, with and without workers: the same weights and scores."""
+    path = make_store(tmp_path / "store", codec="affine8")
+    weights, scores = [], []
+    for dataset, workers in ((Store(path), 0), (StoreDataset(path), 0), (StoreDataset(path), 2)):
+        trainer = make_trainer(tmp_path, dataset, method="slim", max_steps=3, dataloader_num_workers=workers)
+        trainer.train()
+        weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+        scores.append(trainer.evaluate(dataset)["eval_kl_ghost"])
+    for packed in weights[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(packed, weights[0], strict=True))
+    assert scores[0] == scores[1] == scores[2]
+    with pytest.raises(ValueError, match=r"teacher\.ids must be below the student's vocabulary size 96, got 96"):
+        SlimCollator(vocab_size=VOCAB_SIZE - 1)([StoreDataset(path)[0]])
 
 
 class GradientRecorder(TrainerCallback):
@@ -404,6 +421,44 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
     fresh = resumable_trainer(str(tmp_path / "fresh"), store_path, max_steps=1)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.state.global_step == 1
+
+
+RANDOMLY_KILLED_RUN = """
+import os, signal, sys, threading
+from transformers import TrainerCallback
+sys.path.insert(0, {tests!r})
+from test_trainer import resumable_trainer
+
+class Kill(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        threading.Timer({delay}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+trainer = resumable_trainer({output!r}, {store!r}, callbacks=[Kill()], max_steps=60)
+trainer.train(resume_from_checkpoint=True)
+"""
+
+
+@pytest.mark.slow
+def test_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+    """Killed while it computes or writes, over and over, until a run gets to the end."""
+    store_path = make_store(tmp_path / "store")
+    whole = resumable_trainer(str(tmp_path / "whole"), store_path, max_steps=60)
+    whole.train()
+    seconds = whole.state.log_history[-1]["train_runtime"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    generator = random.Random(0)
+    kills = 0
+    for _ in range(8):
+        options = {"tests": str(Path(__file__).parent), "output": str(tmp_path / "killed"), "store": store_path}
+        script = RANDOMLY_KILLED_RUN.format(**options, delay=generator.uniform(0.1, 0.6) * seconds)
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=300)
+        kills += done.returncode == -signal.SIGKILL
+    assert kills >= 2
+    resumed = resumable_trainer(str(tmp_path / "killed"), store_path, max_steps=60)
+    resumed.train(resume_from_checkpoint=True)
+    assert training_logs(resumed)[-1]["loss"] == training_logs(whole)[-1]["loss"]
+    for expected, parameter in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 DDP_RUN = """

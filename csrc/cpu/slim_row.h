@@ -354,7 +354,10 @@ struct SlimRow {
     if (ids != nullptr) {
       load_teacher(args, n, kept, teacher);
       double label_logit = label_kept ? double(teacher[entry]) * args.temperature : -infinity<double>();
-      if (args.target_logit != nullptr) label_logit = static_cast<const A*>(args.target_logit)[n];
+      if (args.target_logit != nullptr) {
+        const double known = static_cast<const A*>(args.target_logit)[n];
+        if (known == known) label_logit = known;
+      }
       w = weigh<A>(n, log_student, label_logit, args);
       d = diverge_from_teacher();
       kd = d.value * args.temperature * args.temperature;

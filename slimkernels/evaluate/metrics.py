@@ -11,16 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 import slimkernels as sk
-from slimkernels.student import LanguageModelHead, SlimCollator, hidden_states
+from slimkernels.student import LanguageModelHead, SlimCollator, hidden_states, teacher_rows
 
 if TYPE_CHECKING:
-    from slimkernels.store import Document
+    from slimkernels.store import Document, PackedDocument
 
 
 @torch.no_grad()
 def evaluate_store(
     model: PreTrainedModel,
-    store: Sequence[Document],
+    store: Sequence[Document | PackedDocument],
     *,
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
@@ -35,7 +35,7 @@ def evaluate_store(
 
     Args:
         model: A causal language model; evaluated in eval mode on its own device, its mode restored.
-        store: A ``Store``, or any sequence of its documents.
+        store: A ``StoreDataset`` or ``Store``, or any sequence of their documents.
         batch_size: Documents per step; changes nothing but the speed and the memory.
         on_batch: Called after each batch with the number of documents done.
 
@@ -60,17 +60,16 @@ def evaluate_store(
         for first in range(0, len(store), batch_size):
             documents = [store[index] for index in range(first, min(first + batch_size, len(store)))]
             batch = collator(documents)
-            teacher, target = batch["teacher"].to(device), batch["target"].to(device)
+            teacher, target = teacher_rows(batch["teacher"].to(device)), batch["target"].to(device)
             batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")}
             hidden = hidden_states(model, batch)
             result = sk.linear_slim_loss(
-                hidden,
                 target=target,
                 teacher=teacher,
                 rest="ghost",
                 token_weight="none",
                 reduction="none",
-                **head.arguments(hidden.dtype),
+                **head.arguments(hidden),
             )
             terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
             if teacher.target_logit is None:

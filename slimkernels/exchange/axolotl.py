@@ -63,7 +63,7 @@ def import_axolotl(
         alignment: "next" or "same", of prepared columns.
         vocab_size: V of the teacher; by default ``len(tokenizer)``.
         teacher: Its name, kept in the store.
-        codec: "affine8", "bfloat16" or "float32".
+        codec: "affine8", "affine6", "bfloat16" or "float32".
         check_alignment: False imports rows whatever tokens they seem to be about.
 
     Returns:

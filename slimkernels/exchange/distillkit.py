@@ -53,7 +53,7 @@ def import_distillkit(
         pad_token_id: Rows with this label are left out.
         vocab_size: V of the teacher; by default ``len(tokenizer)``.
         teacher: Its name, kept in the store.
-        codec: "affine8", "bfloat16" or "float32".
+        codec: "affine8", "affine6", "bfloat16" or "float32".
         check_alignment: False imports rows whatever tokens they seem to be about.
 
     Returns:

@@ -60,7 +60,7 @@ def import_megatron(
         vocab_size: V of the teacher; by default ``len(tokenizer)``. Megatron pads its vocabulary: give the padded size
             where the padding can be among the kept ids.
         teacher: Its name, kept in the store.
-        codec: "affine8", "bfloat16" or "float32".
+        codec: "affine8", "affine6", "bfloat16" or "float32".
         check_alignment: False imports rows whatever tokens they seem to be about.
 
     Returns:

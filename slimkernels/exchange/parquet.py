@@ -97,7 +97,7 @@ def import_parquet(
         vocab_size: Instead of the file's, or of ``len(tokenizer)``.
         temperatures: Those of the columns of ``lse``, instead of the file's, or of (1.0,).
         teacher: Its name, instead of what the file says.
-        codec: Instead of the file's: "affine8", "bfloat16" or "float32".
+        codec: Instead of the file's: "affine8", "affine6", "bfloat16" or "float32".
 
     Returns:
         ImportReport.

@@ -78,7 +78,7 @@ def slim_loss(
             nothing at all, where it would be infinite.
         weight: "teacher_over_student" is the paper's text, w -> 1 where the teacher is the more confident.
             "student_over_teacher" is its printed equation, 1 - exp(-s_y / t_y). "none" is w = 1. Or a (...) tensor.
-            A label that the teacher's ``target_logit`` does not cover and that is not kept has t_y = 0.
+            A label that is not kept and whose ``target_logit`` is not known, absent or NaN, has t_y = 0.
         detach_weight: Whether w is a constant to the gradient.
         beta: In (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
         alpha: In [0, 1): skew_kl = KL(q || alpha q + (1 - alpha) p).
@@ -94,7 +94,7 @@ def slim_loss(
         inplace_backward: Where a gradient is needed, the forward pass writes it over the logits (over their copy, where
             their rows had to be copied) and not into a tensor of the same size. What the logits were is lost, also
             where the op raises; autograd raises where their producer needs them again, which a linear layer does not.
-            Not for "none" and float16, whose gradients are made in the backward pass, nor for a leaf.
+            Not for "none" and float16, whose gradients are made in the backward pass, nor for a leaf or its views.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
@@ -106,8 +106,8 @@ def slim_loss(
         TypeError: A dtype that is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
-    whatever rows are beside it. On CUDA the host does not wait, so a row with a
-    label or an id outside the vocabulary raises nothing there: its results and its gradient are NaN.
+    whatever rows are beside it. On CUDA the host does not wait, so a row with a label or an id outside the vocabulary
+    raises nothing there: its results and its gradient are NaN.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
@@ -155,6 +155,8 @@ def slim_loss(
     scale = scale_in_forward(row_scale, logits.dtype)
     if needs_grad and inplace_backward:
         _check_inplace(logits, reduction)
+        if rows.stride(0) < rows.shape[1]:  # rows that share memory, as expanded ones
+            rows = rows.contiguous()
         gradient = rows.detach()
         loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, *options)
         loss = torch.ops.slimkernels.with_gradient(rows, loss, gradient)
@@ -215,8 +217,8 @@ def _check_inplace(logits: Tensor, reduction: str) -> None:
         problem = "reduction='none', whose gradient is made in the backward pass: use 'sum' or 'mean'"
     elif logits.dtype == torch.float16:
         problem = "float16 logits, whose gradient is made in the backward pass: use bfloat16 or float32"
-    elif logits.is_leaf:
-        problem = "logits that are a leaf of the graph: their gradient would be written over the parameter itself"
+    elif logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        problem = "logits that are a leaf of the graph, or a view of one: it would be overwritten itself: copy them"
     if problem is not None:
         raise ValueError(f"inplace_backward=True is not possible with {problem}, or leave it out")
 

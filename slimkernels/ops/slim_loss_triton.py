@@ -278,7 +278,8 @@ def slim_row(
 
         log_teacher = tl.where(labels > 0, label_logit, minus_inf)
         if target_logit_ptr is not None:
-            log_teacher = tl.load(target_logit_ptr + row).to(tl.float64)
+            known = tl.load(target_logit_ptr + row).to(tl.float64)
+            log_teacher = tl.where(known == known, known, log_teacher)
         if teacher_lse_one_ptr is not None:
             log_teacher -= tl.load(teacher_lse_one_ptr + row).to(tl.float64)
         given = zero

@@ -30,6 +30,7 @@ from slimkernels.store.format import (
     shard_name,
 )
 from slimkernels.store.manifest import load_manifest
+from slimkernels.store.quantisation import quantisation_error
 from slimkernels.store.reader import Store, tokens_as_int32
 
 _ROWS_AT_ONCE = 256
@@ -169,9 +170,11 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         ``entropy_bound_bits_per_entry`` is what no coder of the same rows can beat when every set of K ids is
         equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
         for the ids, plus the bits of one stored value. It counts nothing else of a row.
+        ``quantisation_kl_nats``, ``quantisation_gradient`` and ``quantisation_log_mass`` say what rounding the kept
+        logits costs, as :func:`slimkernels.store.quantisation.quantisation_error` estimates it from some of the rows.
 
     Raises:
-        StoreError: The store cannot be opened.
+        StoreError: The store cannot be opened, or a row that is read is damaged.
     """
     store = Store(path)
     settings, shards = store.settings, store.shards
@@ -200,6 +203,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bits_per_entry": 8 * total / entries if entries else 0.0,
         "bytes_per_token": total / tokens if tokens else 0.0,
         "entropy_bound_bits_per_entry": id_bits / entries + value_bits if entries else 0.0,
+        **quantisation_error(store),
         "codec": settings.codec,
         "temperatures": list(settings.temperatures),
         "teacher": settings.teacher,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,9 @@ except ImportError as error:
     ) from error
 
 # Bits of one stored logit.
-VALUE_BITS = {"affine8": 8, "bfloat16": 16, "float32": 32}
+VALUE_BITS = {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}
+# Codecs with a scale and a zero per row.
+AFFINE_CODECS = ("affine8", "affine6")
 HASH_BYTES = 16
 
 # The numbers of RowFault in csrc/store_elias_fano.h: what each says of a row.
@@ -43,6 +46,7 @@ _FAULTS = {
     11: "its lse is NaN or infinite",
     12: "its target_logit is +inf",
     13: "it keeps more probability than its lse allows (logsumexp(logits) > lse)",
+    14: "a bit behind its values is set",
 }
 _ADVICE = {
     8: ": leave such entries out, padding the row with id -1",
@@ -82,8 +86,8 @@ class EncodedRows:
     Attributes:
         counts: (R,) int64. The number of entries of each row.
         id_words: (sum of words,) uint32.
-        values: (sum of counts * value bytes,) uint8.
-        affine: (R, 2) float32, scale and zero; (0,) unless the codec is affine8.
+        values: (sum of value bytes,) uint8, row behind row without a gap.
+        affine: (R, 2) float32, scale and zero; (0,) unless the codec is affine8 or affine6.
         lse: (R, M) float32.
         target_logit: (R,) float32.
         checksums: (R,) uint64.
@@ -119,6 +123,29 @@ def words_of(vocab_size: int, counts: np.ndarray) -> np.ndarray:
     return words[inverse.reshape(-1)]
 
 
+def value_bytes(codec: str, count: Any) -> Any:
+    """The bytes of a row's values, given its number of entries; an integer or an array of them."""
+    return (count * VALUE_BITS[codec] + 7) // 8
+
+
+def ragged_value_offset(codec: str, row: Any, entry_offset: Any) -> Any:
+    """Where the values of a row of a ragged shard begin, given where its entries do; integers or arrays of them."""
+    return 6 * entry_offset // 8 + row if codec == "affine6" else value_bytes(codec, entry_offset)
+
+
+def ragged_values(codec: str, counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Puts the values of ragged rows, which follow each other without a gap, where a shard has them."""
+    if codec != "affine6":
+        return values
+    sizes = value_bytes(codec, counts)
+    starts = offsets_of(sizes)
+    places = ragged_value_offset(codec, np.arange(len(counts) + 1), offsets_of(counts))
+    spread = np.zeros(places[-1], np.uint8)
+    for start, size, place in zip(starts.tolist(), sizes.tolist(), places.tolist(), strict=False):
+        spread[place : place + size] = values[start : start + size]
+    return spread
+
+
 def encode_rows(
     ids: np.ndarray,
     logits: np.ndarray,
@@ -152,8 +179,8 @@ def encode_rows(
     encoded = EncodedRows(
         counts=counts,
         id_words=np.empty(id_word_offsets[-1], np.uint32),
-        values=np.empty(entry_offsets[-1] * (VALUE_BITS[codec] // 8), np.uint8),
-        affine=np.empty((rows, 2) if codec == "affine8" else 0, np.float32),
+        values=np.empty(value_bytes(codec, counts).sum(), np.uint8),
+        affine=np.empty((rows, 2) if codec in AFFINE_CODECS else 0, np.float32),
         lse=lse,
         target_logit=target_logit,
         checksums=np.empty(rows, np.uint64),
@@ -224,7 +251,7 @@ def decode_rows(
         id_word_offsets=arrays.get("id_word_offsets", none),
         id_words=arrays["id_words"],
         values=arrays["values"],
-        affine=arrays["affine"] if codec == "affine8" else np.empty(0, np.float32),
+        affine=arrays["affine"] if codec in AFFINE_CODECS else np.empty(0, np.float32),
         lse=arrays["lse"],
         target_logit=arrays["target_logit"],
         checksums=arrays["row_checksums"],
@@ -246,7 +273,7 @@ class PackedRows:
 
     Attributes:
         id_words: (R, W) uint32.
-        values: (R, K) unsigned integers of the codec's width, the bits of the values.
+        values: (R, K) unsigned integers, the bits of the values; those of 6 bits are a byte each.
         counts: (R,) int32, or None where every row keeps K entries.
     """
 
@@ -260,20 +287,40 @@ def packed_rows(
 ) -> PackedRows:
     """Copies rows out of a shard; the arguments are those of ``decode_rows``, which must have checked the rows."""
     last_row = first_row + num_rows
-    values = arrays["values"].view(f"<u{VALUE_BITS[codec] // 8}")
     if top_k is not None:
         words = row_words(vocab_size, top_k)
+        values = arrays["values"].reshape(-1, value_bytes(codec, top_k))
         return PackedRows(
             id_words=arrays["id_words"].reshape(-1, words)[first_row:last_row].copy(),
-            values=values.reshape(-1, top_k)[first_row:last_row].copy(),
+            values=_as_numbers(codec, values[first_row:last_row], top_k),
             counts=None,
         )
     entry_offsets = arrays["entry_offsets"][first_row : last_row + 1]
+    counts = np.diff(entry_offsets)
+    values = _padded(arrays["values"], ragged_value_offset(codec, np.arange(first_row, last_row + 1), entry_offsets))
     return PackedRows(
         id_words=_padded(arrays["id_words"], arrays["id_word_offsets"][first_row : last_row + 1]),
-        values=_padded(values, entry_offsets),
-        counts=np.diff(entry_offsets).astype(np.int32),
+        values=_as_numbers(codec, values, int(counts.max(initial=1))),
+        counts=counts.astype(np.int32),
     )
+
+
+def _as_numbers(codec: str, values: np.ndarray, width: int) -> np.ndarray:
+    """(R, bytes) uint8, as many bytes as (R, width) values need or one more, to a copy of the values."""
+    if len(values) == 0:
+        return np.zeros((0, width), f"<u{-(-VALUE_BITS[codec] // 8)}")
+    if codec != "affine6":
+        return values.view(f"<u{VALUE_BITS[codec] // 8}").copy()
+    # Four values are three bytes.
+    groups = -(-width // 4)
+    values = np.pad(values, ((0, 0), (0, 2)))[:, : 3 * groups]
+    first, second, third = (values[:, i::3] for i in range(3))
+    numbers = np.empty((len(values), groups, 4), np.uint8)
+    numbers[..., 0] = first & 63
+    numbers[..., 1] = first >> 6 | (second & 15) << 2
+    numbers[..., 2] = second >> 4 | (third & 3) << 4
+    numbers[..., 3] = third >> 2
+    return numbers.reshape(len(values), -1)[:, :width].copy()
 
 
 def _padded(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:

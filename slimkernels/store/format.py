@@ -13,7 +13,14 @@ import math
 import re
 from typing import Any
 
-from slimkernels.store.codec import HASH_BYTES, VALUE_BITS, row_words
+from slimkernels.store.codec import (
+    AFFINE_CODECS,
+    HASH_BYTES,
+    VALUE_BITS,
+    ragged_value_offset,
+    row_words,
+    value_bytes,
+)
 from slimkernels.store.errors import (
     ManifestChecksumError,
     ManifestFieldError,
@@ -38,7 +45,7 @@ _CHECKSUM_PREFIX = b'{\n "checksum": "'
 _CHECKSUM_HOLE = b"0" * (2 * CHECKSUM_BYTES)
 _HEX = re.compile(f"[0-9a-f]{{{2 * CHECKSUM_BYTES}}}")
 _ITEM_BYTES = {"U8": 1, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8}
-_VALUE_DTYPES = {"affine8": "U8", "bfloat16": "BF16", "float32": "F32"}
+_VALUE_DTYPES = {"affine8": "U8", "affine6": "U8", "bfloat16": "BF16", "float32": "F32"}
 # The tensors that head_checksum covers; they come first.
 _HEAD_TENSORS = frozenset(
     {
@@ -83,7 +90,7 @@ class StoreSettings:
         teacher: A JSON object about the teacher (name, revision, dtype, ...).
         selection: A JSON object about how the kept ids were chosen.
         temperatures: The temperatures of the stored lse; the first is 1.0.
-        codec: "affine8", "bfloat16" or "float32".
+        codec: "affine8", "affine6", "bfloat16" or "float32".
     """
 
     vocab_size: int
@@ -186,11 +193,16 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
         ("lse", "F32", (rows, len(settings.temperatures))),
         ("target_logit", "F32", (rows,)),
     ]
-    if settings.codec == "affine8":
+    if settings.codec in AFFINE_CODECS:
         tensors += [("affine", "F32", (rows, 2))]
     id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
-    value_shape = (entry.entries,) if top_k is None else (rows, top_k)
-    tensors += [("id_words", "U32", id_shape), ("values", _VALUE_DTYPES[settings.codec], value_shape)]
+    # In elements of its dtype, those of affine6 being bytes.
+    item_bytes = _ITEM_BYTES[value_dtype := _VALUE_DTYPES[settings.codec]]
+    if top_k is None:
+        value_shape = (ragged_value_offset(settings.codec, rows, entry.entries) // item_bytes,)
+    else:
+        value_shape = (rows, value_bytes(settings.codec, top_k) // item_bytes)
+    tensors += [("id_words", "U32", id_shape), ("values", value_dtype, value_shape)]
 
     metadata = {
         "format": FORMAT,

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store.codec import HASH_BYTES, decode_rows, document_hash, packed_rows, require_little_endian
+from slimkernels.store.codec import (
+    AFFINE_CODECS,
+    HASH_BYTES,
+    decode_rows,
+    document_hash,
+    packed_rows,
+    require_little_endian,
+)
 from slimkernels.store.errors import (
     DocumentDamagedError,
     MissingShardError,
@@ -30,7 +37,7 @@ from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new
 from slimkernels.store.manifest import load_manifest, load_shards
 
 _DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
-_VALUE_DTYPES = {"affine8": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CHECKED_ROWS = 64
 # Each mapped shard holds a file descriptor; systems commonly allow 1024.
 _MAX_MAPPED = 256
@@ -167,7 +174,7 @@ class Shard:
         for begin in range(start, stop, _CHECKED_ROWS):
             self.teacher(begin, min(begin + _CHECKED_ROWS, stop), index)
         rows = packed_rows(**self._rows(start, stop))
-        affine = self.arrays["affine"][start:stop].copy() if self.settings.codec == "affine8" else None
+        affine = self.arrays["affine"][start:stop].copy() if self.settings.codec in AFFINE_CODECS else None
         return PackedLogits(
             id_words=torch.from_numpy(rows.id_words.view(np.int32)),
             values=torch.from_numpy(rows.values).view(_VALUE_DTYPES[self.settings.codec]),

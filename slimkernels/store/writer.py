@@ -18,6 +18,7 @@ from slimkernels.store.codec import (
     document_hash,
     encode_rows,
     offsets_of,
+    ragged_values,
     require_little_endian,
     words_of,
 )
@@ -63,7 +64,7 @@ class StoreWriter:
         selection: A JSON object about how the kept ids were chosen.
         temperatures: The temperatures of every teacher's lse; the first is 1.0.
         codec: How logits are stored: "affine8" (8 bits; half a step of (max - min) / 255 of error at most, the
-            row's kept probability preserved), "bfloat16" or "float32".
+            row's kept probability preserved), "affine6" (the same with 6 bits), "bfloat16" or "float32".
         shard_rows: A shard is full at this many rows; None means at about 64 MiB.
         lock_wait_s: Waits this many seconds for another writer to end before it gives up.
 
@@ -266,6 +267,7 @@ class StoreWriter:
         if top_k is None:
             tensors["entry_offsets"] = [offsets_of(counts)]
             tensors["id_word_offsets"] = [offsets_of(words_of(self.settings.vocab_size, counts))]
+            tensors["values"] = [ragged_values(self.settings.codec, counts, np.concatenate(tensors["values"]))]
         entry = ShardEntry(
             file=name,
             bytes=0,

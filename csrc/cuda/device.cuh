@@ -1,0 +1,85 @@
+// What a kernel asks of the machine beyond CUDA's own names. tests/cuda_emulator/device.h is the same on a CPU; the one
+// that is included first is in use.
+#ifndef SLIMKERNELS_DEVICE
+#define SLIMKERNELS_DEVICE
+
+#include <stdint.h>
+
+namespace slimkernels {
+
+// ---- The thread block cluster: the blocks that see each other's shared memory. Before sm_90 each block is alone.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline uint32_t cluster_size() { return __clusterSizeInBlocks(); }
+__device__ inline uint32_t cluster_rank() { return __clusterRelativeBlockRank(); }
+template <class T>
+__device__ inline T* in_block(T* shared, uint32_t rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
+}
+// A barrier of the cluster's threads, and so of the block's, that orders their shared memory.
+__device__ inline void sync_cluster() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+#else
+__device__ inline uint32_t cluster_size() { return 1; }
+__device__ inline uint32_t cluster_rank() { return 0; }
+template <class T>
+__device__ inline T* in_block(T* shared, uint32_t) {
+  return shared;
+}
+__device__ inline void sync_cluster() { __syncthreads(); }
+#endif
+
+__device__ inline char* shared_memory() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return reinterpret_cast<char*>(dynamic_shared_memory);
+}
+
+// 2 ** x to two units in the last place; results below 2 ** -126 are 0.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- Element formats: what is kept in memory is Bits; a Word is four bytes of them.
+
+struct Float32 {
+  using Bits = uint32_t;
+  static constexpr uint32_t kInfinity = 0x7f800000;
+  __device__ static float widen(Bits x) { return __uint_as_float(x); }
+  // The larger of each pair of elements; NaN where either is.
+  __device__ static uint32_t max_word(uint32_t a, uint32_t b) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+  }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  static constexpr uint32_t kInfinity = 0x7f80;
+  __device__ static float widen(Bits x) { return __uint_as_float(uint32_t(x) << 16); }
+  __device__ static uint32_t max_word(uint32_t a, uint32_t b) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+  }
+};
+
+struct Float16 {
+  using Bits = uint16_t;
+  static constexpr uint32_t kInfinity = 0x7c00;
+  __device__ static float widen(Bits x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+  }
+  __device__ static uint32_t max_word(uint32_t a, uint32_t b) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+  }
+};
+
+}  // namespace slimkernels
+
+#endif

@@ -1,0 +1,44 @@
+"""Trains a transformers student on a store with Lightning: python examples/lightning_module.py STORE MODEL OUT."""
+
+import sys
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import slimkernels as sk
+from slimkernels.store import StoreDataset
+from slimkernels.student import LanguageModelHead, SlimCollator, hidden_states, teacher_rows
+
+
+class Student(lightning.LightningModule):
+    """A student that learns by SLIM, without its logits."""
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float = 1e-3) -> None:
+        super().__init__()
+        self.model, self.learning_rate = model, learning_rate
+
+    def training_step(self, batch: dict, index: int) -> torch.Tensor:
+        """The loss of one batch of ``SlimCollator``."""
+        head = LanguageModelHead.of(self.model).arguments(hidden_states(self.model, batch))
+        result = sk.linear_slim_loss(target=batch["target"], teacher=teacher_rows(batch["teacher"]), **head)
+        self.log("loss", result.loss)
+        self.log("weight", result.weight.mean())
+        return result.loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+def make_loader(dataset: StoreDataset, **options) -> DataLoader:
+    """Batches of the store's documents; Lightning moves them and splits them over its processes."""
+    return DataLoader(dataset, collate_fn=SlimCollator(vocab_size=dataset.vocab_size), **options)
+
+
+if __name__ == "__main__":
+    store, name, out = sys.argv[1:]
+    student = Student(AutoModelForCausalLM.from_pretrained(name))
+    lightning.Trainer(max_epochs=1).fit(student, make_loader(StoreDataset(store), batch_size=8, shuffle=True))
+    student.model.save_pretrained(out)

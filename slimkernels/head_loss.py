@@ -1,0 +1,189 @@
+"""One forward pass of a transformers causal LM in which the head and the loss function are ``linear_slim_loss``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.linear_slim_loss import linear_slim_loss
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.student import LanguageModelHead
+
+IGNORE_INDEX = -100
+
+# The teacher's rows (N, K) of the labels (N,) of a batch, in their order.
+TeacherOfLabels = Callable[[Tensor], SparseLogits]
+
+
+class HeadLoss:
+    """Stands in for a model's head and its loss function while ``inside(model)``.
+
+    The head hands its input over and returns logits of no width, (..., 0), which go through whatever the model does to
+    its logits for nothing; the loss function then computes ``linear_slim_loss`` of that input. Everything else is the
+    model's own forward: its masks, its auxiliary losses, and the wrappers around it.
+
+    Args:
+        teacher: None for the cross entropy of the labels alone. With one, rows without a label are left out of the
+            products, for which the host waits for a GPU once.
+        num_items: What the sum over the labels is divided by, where the model is not given ``num_items_in_batch``.
+        **options: Of ``linear_slim_loss``.
+
+    Attributes:
+        result: The ``SlimLoss``, one row for each row that went through the head's product.
+        target: (N,) int64, their labels.
+        rows: The teacher's rows of them, or None.
+    """
+
+    def __init__(
+        self, teacher: TeacherOfLabels | None = None, *, num_items: Tensor | int | None = None, **options: Any
+    ) -> None:
+        self.teacher = teacher
+        self.num_items = num_items
+        self.options = options
+        self.result: SlimLoss | None = None
+        self.target: Tensor | None = None
+        self.rows: SparseLogits | None = None
+        self._hidden: Tensor | None = None
+        self._model: PreTrainedModel | None = None
+
+    @contextlib.contextmanager
+    def inside(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the context, calls of ``model`` or of a wrapper around it with ``labels`` compute this loss."""
+        self._model = model
+        had_own = "_loss_function" in model.__dict__
+        own = model.__dict__.get("_loss_function")
+        with forward_as(output_embeddings(model), self._head):
+            model.loss_function = self._loss
+            try:
+                yield
+            finally:
+                if had_own:
+                    model.loss_function = own
+                else:
+                    del model._loss_function
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        if self._hidden is not None:
+            raise ValueError(
+                f"the head of {type(self._model).__name__} is called more than once in a forward pass, so its loss is "
+                "not that of one set of logits: compute the logits and call slimkernels.slim_loss"
+            )
+        self._hidden = hidden
+        return hidden.new_empty(*hidden.shape[:-1], 0)
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: Tensor | None = None,
+        **_unused,
+    ) -> Tensor:
+        """What ``transformers.loss.loss_utils.ForCausalLMLoss`` computes; ``logits`` (..., 0) are not looked at."""
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            raise ValueError(
+                f"{type(self._model).__name__} computed its logits without calling its output embeddings: compute the "
+                "logits and call slimkernels.slim_loss"
+            )
+        target = next_labels(labels, ignore_index) if shift_labels is None else shift_labels
+        if target.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"labels must have one label for each hidden state that reaches the head, {tuple(hidden.shape[:-1])}, "
+                f"got {tuple(target.shape)}: leave logits_to_keep out where there are labels"
+            )
+        hidden, target = hidden.flatten(0, -2), target.flatten().to(hidden.device)
+        if self.teacher is not None:
+            labelled = target.ne(ignore_index).nonzero().squeeze(-1)
+            hidden, target = hidden.index_select(0, labelled), target[labelled]
+            self.rows = self.teacher(target)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        head = LanguageModelHead.of(self._model)
+        _check_whole(head, hidden)
+        self.target = target
+        self.result = linear_slim_loss(
+            target=target,
+            teacher=self.rows,
+            ignore_index=ignore_index,
+            num_items=self.num_items if num_items_in_batch is None else num_items_in_batch,
+            **head.arguments(hidden),
+            **self.options,
+        )
+        return self.result.loss
+
+
+class HeadInput:
+    """Catches what a model's head is given, and computes no logits, while ``inside(model)``.
+
+    Attributes:
+        hidden: (B, T, D), of the last call.
+    """
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+
+    @contextlib.contextmanager
+    def inside(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the context, calls of ``model`` or of a wrapper around it return logits of no width."""
+        with forward_as(output_embeddings(model), self._head):
+            yield
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden.new_empty(*hidden.shape[:-1], 0)
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module:
+    """The module that makes a causal language model's logits.
+
+    Raises:
+        ValueError: It has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} must be a causal language model with output embeddings, got none")
+    return head
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def next_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """(B, T) labels moved to the place whose hidden state predicts them; the last place gets none."""
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+@contextlib.contextmanager
+def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within the context, calls of ``module`` or of a wrapper around it reach ``forward``."""
+    had_own = "forward" in module.__dict__
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = own
+        else:
+            del module.forward
+
+
+def _check_whole(head: LanguageModelHead, hidden: Tensor) -> None:
+    sharded = hasattr(head.weight, "full_tensor")
+    if sharded or head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"the head's weight must be whole, (V, {hidden.shape[-1]}), where the loss is computed, got "
+            f"{'a shard of' if sharded else 'shape'} {tuple(head.weight.shape)}: shard it with the model as a whole, "
+            "as fully_shard(model) does, and not by itself, or compute the logits and call slimkernels.slim_loss"
+        )

@@ -1,0 +1,200 @@
+"""A store as torch's datasets: by index, or as a stream that ranks and workers share; and batches of its documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from slimkernels.packed_logits import PackedLogits
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store.order import DocumentOrder, OrderIterator
+from slimkernels.store.reader import Document, PackedDocument, Store
+
+
+class StoreDataset(Dataset):
+    """The documents of a store by index; what a ``DataLoader`` or a trainer takes.
+
+    Shards are mapped and every document is checked when it is read. Workers, forked or started anew, map the files for
+    themselves. ``DocumentOrder`` is the sampler that shuffles, splits by rank and resumes.
+
+    Args:
+        store: A ``Store``, or the directory of one.
+        packed: True gives each document's rows as ``PackedLogits``, a third of the bytes to send between processes and
+            to a GPU, to be decoded there by ``slimkernels.decode_logits``; False as ``SparseLogits``.
+
+    Raises:
+        StoreError: The store cannot be opened.
+
+    >>> import tempfile, torch
+    >>> from slimkernels.store import StoreWriter
+    >>> teacher = SparseLogits(torch.tensor([[1, 3]], dtype=torch.int32), torch.zeros(1, 2), torch.ones(1, 1))
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     with StoreWriter(path, vocab_size=4, tokenizer_fingerprint="", teacher={}, selection={}) as writer:
+    ...         for label in range(4):
+    ...             writer.add([2, label], [1], teacher)
+    ...     dataset = StoreDataset(path)
+    ...     order = DocumentOrder(len(dataset), seed=7, rank=0, world_size=2)
+    ...     loader = torch.utils.data.DataLoader(dataset, 2, sampler=order, collate_fn=collate_documents)
+    ...     [batch["target"].tolist() for batch in loader]
+    [[1, 2]]
+    """
+
+    def __init__(self, store: Store | str | os.PathLike[str], *, packed: bool = True) -> None:
+        self.store = store if isinstance(store, Store) else Store(store)
+        self.packed = packed
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.store.vocab_size
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Names the tokenizer of the documents."""
+        return self.store.tokenizer_fingerprint
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> PackedDocument | Document:
+        """One document, every byte of it checked."""
+        return self.store.packed(index) if self.packed else self.store[index]
+
+
+class StoreIterableDataset(IterableDataset):
+    """The documents of a store as a stream: shuffled by (seed, epoch), split by rank and worker, resumable.
+
+    Every document of an epoch goes to one worker of one rank, for any number of either. Between ranks a remainder is
+    dealt with as in ``DocumentOrder``; between workers nothing is ever left out or repeated.
+
+    A stopped epoch goes on with exactly the documents that are left, in the same order::
+
+        for epoch in range(dataset.epoch, num_epochs):
+            dataset.set_epoch(epoch)
+            loader = DataLoader(dataset, batch_size=8, num_workers=2, collate_fn=collate_documents)
+            for step, batch in enumerate(loader):
+                ...
+                state = dataset.state_dict(documents_read=8 * (step + 1))  # for load_state_dict, before the loop
+
+    ``torchdata.stateful_dataloader.StatefulDataLoader`` keeps the place of every worker by itself.
+
+    Args:
+        store: A ``Store``, or the directory of one.
+        packed: As in ``StoreDataset``.
+        batch_size: That of the ``DataLoader``. Workers take this many documents in turn, so that the batches and
+            their order do not depend on the number of workers.
+        shuffle: As in ``DocumentOrder``, and so are ``seed``, ``rank``, ``world_size`` and ``even``.
+        seed: Of the order.
+        rank: By default that of ``torch.distributed``.
+        world_size: By default that of ``torch.distributed``.
+        even: None, "drop" or "repeat".
+
+    Raises:
+        StoreError: The store cannot be opened.
+        ValueError: An argument out of its range.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | os.PathLike[str],
+        *,
+        packed: bool = True,
+        batch_size: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        even: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.documents = StoreDataset(store, packed=packed)
+        self.batch_size = batch_size
+        self.order = DocumentOrder(
+            len(self.documents), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, even=even
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that an iteration reads."""
+        return self.order.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """As in ``DocumentOrder``."""
+        self.order.set_epoch(epoch)
+
+    def state_dict(self, documents_read: int = 0) -> dict[str, Any]:
+        """As in ``DocumentOrder``: the place after this many documents of this rank since the iteration began."""
+        return self.order.state_dict(documents_read)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As in ``DocumentOrder``."""
+        self.order.load_state_dict(state)
+
+    def __len__(self) -> int:
+        """The documents that an iteration of this rank reads, all its workers together."""
+        return len(self.order)
+
+    def __iter__(self) -> DocumentIterator:
+        worker = get_worker_info()
+        place = {} if worker is None else {"worker": worker.id, "num_workers": worker.num_workers}
+        return DocumentIterator(self.documents, self.order, block_size=self.batch_size, **place)
+
+
+class DocumentIterator(OrderIterator):
+    """The documents of one worker; its state is its place in the order."""
+
+    def __init__(self, documents: StoreDataset, order: DocumentOrder, **place: int) -> None:
+        super().__init__(order, **place)
+        self._documents = documents
+
+    def __next__(self) -> Any:
+        return self._documents[super().__next__()]
+
+
+def collate_documents(
+    documents: Sequence[Document | PackedDocument], *, pad_token_id: int = 0, with_teacher: bool = True
+) -> dict[str, Any]:
+    """Makes one right-padded batch of B documents of at most T tokens with N labels in all.
+
+    Args:
+        documents: Of a store, all packed or none.
+        pad_token_id: Fills ``input_ids`` behind each document; never a label, never attended to.
+        with_teacher: False leaves the teacher out.
+
+    Returns:
+        ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the place in B * T of the
+        hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` PackedLogits or SparseLogits of N
+        rows, or None.
+
+    Raises:
+        ValueError: No documents, or a position outside [1, T).
+    """
+    if not documents:
+        raise ValueError("documents must hold at least one document, got none")
+    length = max(len(document.input_ids) for document in documents)
+    input_ids = torch.full((len(documents), length), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(documents), length), dtype=torch.int64)
+    rows, targets = [], []
+    for index, document in enumerate(documents):
+        tokens, positions = document.input_ids, document.positions
+        if len(positions) and not 1 <= int(positions.min()) <= int(positions.max()) < len(tokens):
+            raise ValueError(
+                f"positions must lie in [1, {len(tokens)}), got {int(positions.min())} to {int(positions.max())}"
+            )
+        input_ids[index, : len(tokens)] = tokens
+        attention_mask[index, : len(tokens)] = 1
+        rows.append(index * length + positions - 1)
+        targets.append(tokens[positions])
+    kind = PackedLogits if isinstance(documents[0].teacher, PackedLogits) else SparseLogits
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "rows": torch.cat(rows),
+        "target": torch.cat(targets),
+        "teacher": kind.cat([document.teacher for document in documents]) if with_teacher else None,
+    }

@@ -1,0 +1,110 @@
+"""On-policy batches: documents that go on from their prompts in the student's own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    pad_token_id: int,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """Lets the student continue every document of a batch from its prompt, and labels what it wrote.
+
+    A prompt is what stands before a document's first label; the tokens drawn from softmax(logits / temperature) after
+    it, up to the end of text (kept) or ``max_new_tokens``, are the new labels. The draws come from torch's global
+    generator.
+
+    Args:
+        model: The student; generates in evaluation mode, its mode restored.
+        batch: Of ``SlimCollator``.
+        max_new_tokens: Of each document.
+        temperature: > 0.
+        pad_token_id: Fills up prompts and documents; never attended to.
+        max_length: Longest document the student can read. None: no limit.
+
+    Returns:
+        A batch as ``SlimCollator`` makes it, without a teacher. Documents without a label are left out; where none has
+        one, or a prompt leaves no room, the batch is returned as it was.
+    """
+    input_ids, rows = batch["input_ids"], batch["rows"]
+    length = input_ids.shape[1]
+    document, place = rows // length, rows % length
+    first = torch.full((len(input_ids),), length, device=rows.device).scatter_reduce(0, document, place + 1, "amin")
+    labelled = torch.zeros(len(input_ids), dtype=torch.bool, device=rows.device).index_fill(0, document, True)
+    lengths = first[labelled]
+    longest = int(lengths.max()) if len(lengths) else 0
+    room = max_new_tokens if max_length is None else min(max_new_tokens, max_length - longest)
+    if not longest or room < 1:
+        return batch
+    prompts = torch.full((len(lengths), longest), pad_token_id, device=input_ids.device)
+    mask = _right_aligned(lengths, longest)
+    prompts[mask] = input_ids[labelled][:, :longest][mask.flip(-1)]
+    written = _generate(model, prompts, mask, room, temperature, pad_token_id)
+    return _collate(prompts, mask, lengths, written, _lengths_to_end(written, model), pad_token_id)
+
+
+def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, temperature: float, pad: int) -> Tensor:
+    was_training = model.training
+    model.eval()
+    try:
+        whole = model.generate(
+            prompts,
+            attention_mask=mask.long(),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+        )
+    finally:
+        model.train(was_training)
+    return whole[:, prompts.shape[1] :]
+
+
+def _right_aligned(lengths: Tensor, width: int) -> Tensor:
+    """(B, width), True in the last ``lengths`` places of each row."""
+    return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
+
+
+def _lengths_to_end(written: Tensor, model: PreTrainedModel) -> Tensor:
+    """(B,) the tokens of each row up to its first end of text, that included."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return torch.full((len(written),), written.shape[1], device=written.device)
+    is_end = torch.isin(written, torch.as_tensor(ends, device=written.device))
+    before = is_end.long().cumsum(-1) - is_end.long()
+    return (before == 0).sum(-1)
+
+
+def _collate(prompts, mask: Tensor, prompt_lengths: Tensor, written, written_lengths: Tensor, pad: int) -> dict:
+    """Right-padded documents of the prompts and what was written after them."""
+    lengths = prompt_lengths + written_lengths
+    width = int(lengths.max())
+    place = torch.arange(width, device=prompts.device)
+    input_ids = torch.full((len(prompts), width), pad, device=prompts.device)
+    is_prompt = place < prompt_lengths[:, None]
+    is_written = (place >= prompt_lengths[:, None]) & (place < lengths[:, None])
+    input_ids[is_prompt] = prompts[mask]
+    written_mask = torch.arange(written.shape[1], device=written.device) < written_lengths[:, None]
+    input_ids[is_written] = written[written_mask]
+    # The hidden state before a token predicts it.
+    rows = is_written.flatten().nonzero().squeeze(-1) - 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (is_prompt | is_written).long(),
+        "rows": rows,
+        "target": written[written_mask],
+        "teacher": None,
+    }

@@ -1,0 +1,244 @@
+"""slimkernels/_C_cuda.so: compiled for GPUs that are not there, built only where it should be, and loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+# setup.py as it is, but that torch is of CUDA_OF_TORCH, the CPU extension is left out, and HIDE_NVCC does so.
+BUILD = """
+import os, runpy, setuptools, shutil, sys, torch
+torch.version.cuda = os.environ.get("CUDA_OF_TORCH")
+if "HIDE_NVCC" in os.environ:
+    which = shutil.which
+    shutil.which = lambda name, **options: None if name == "nvcc" else which(name, **options)
+setup = setuptools.setup
+def setup_cuda(ext_modules, **options):
+    setup(ext_modules=[ext for ext in ext_modules if ext.name != "slimkernels._C"], **options)
+setuptools.setup = setup_cuda
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+class Kernel(NamedTuple):
+    """What ptxas -v says of a kernel, per thread."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int
+
+
+class Built(NamedTuple):
+    library: Path
+    log: str
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs setup.py build_ext for what would be built beside the CPU extension."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("SLIMKERNELS_CUDA", "CUDA_HOME")}
+    return subprocess.run(
+        [sys.executable, "-c", BUILD, "build_ext", f"--build-lib={folder}", f"--build-temp={folder / 'temp'}"],
+        cwd=ROOT,
+        env=inherited | {"TORCH_CUDA_ARCH_LIST": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def kernels_of(log: str) -> list[Kernel]:
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+        r" (\d+) bytes spill loads.*?Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    return [
+        Kernel(name, architecture, int(registers), int(stack), int(stored) + int(loaded))
+        for name, architecture, stack, stored, loaded, registers in found
+    ]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Built:
+    """The library as an install makes it, with the report of the assembler."""
+    nvcc = shutil.which("nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout if nvcc else ""
+    if "compute_100" not in known:
+        pytest.skip("needs nvcc of CUDA 12.8 or later")
+    folder = tmp_path_factory.mktemp("cuda")
+    done = build(folder, SLIMKERNELS_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas=-v")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Built(folder / "slimkernels/_C_cuda.so", done.stdout + done.stderr)
+
+
+def test_cuda_kernels_compile_without_warning_or_spill(built):
+    assert not re.search(r"warning|error", built.log, re.IGNORECASE), built.log
+    kernels = kernels_of(built.log)
+    # Of three dtypes, staged and not.
+    assert {each.architecture for each in kernels} == set(ARCHITECTURES)
+    assert len({(each.name, each.architecture) for each in kernels}) == len(kernels) == 18
+    for each in kernels:
+        assert (each.stack_bytes, each.spilled_bytes) == (0, 0), each
+        assert each.registers <= 64, each  # so that two blocks of 512 threads fit a multiprocessor
+
+
+def test_spills_are_read_from_the_assembler():
+    log = """
+ptxas info    : Compiling entry function 'kernel' for 'sm_100'
+ptxas info    : Function properties for kernel
+    16 bytes stack frame, 12 bytes spill stores, 52 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+    assert kernels_of(log) == [Kernel("kernel", "sm_100", 64, 16, 64)]
+
+
+LOAD = """
+import ctypes, sys, torch
+sys.path.insert(0, sys.argv[1])
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+torch.version.cuda = sys.argv[2] or None
+if sys.argv[3]:
+    ctypes.CDLL(sys.argv[3], mode=ctypes.RTLD_GLOBAL)
+import slimkernels
+assert slimkernels.__file__.startswith(sys.argv[1])
+assert not torch.cuda.is_initialized()
+"""
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A folder with a copy of the package."""
+    shutil.copytree(ROOT / "slimkernels", tmp_path / "slimkernels", ignore=shutil.ignore_patterns("_C_cuda.so"))
+    return tmp_path
+
+
+def load(package: Path, code: str, cuda: str = "", stub: Path | str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "default", "-c", LOAD + code, str(package), cuda, str(stub)],
+        cwd=package,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
+def test_cuda_library_is_loaded_where_torch_has_cuda(built, package):
+    # All that a torch without CUDA lacks is the function that gives the current stream.
+    source, stub = package / "stub.cpp", package / "stub.so"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n')
+    compiler = os.environ.get("CXX", "g++").split()
+    subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(stub)], check=True)
+    shutil.copy(built.library, package / "slimkernels/_C_cuda.so")
+    code = """
+ops = torch.ops.slimkernels
+production, other = (str(op.default._schema) for op in (ops.topk_logits_rows, ops.topk_logits_rows_cuda))
+assert other == production.replace("topk_logits_rows", "topk_logits_rows_cuda"), other
+tensor = torch.zeros(1, 4)
+try:
+    ops.topk_logits_rows_cuda(tensor, 2, None, [1.0], tensor[:, :2], tensor[:, :2].int(), tensor[:, :1], None)
+except NotImplementedError as error:
+    assert "'CPU'" in str(error)
+else:
+    raise AssertionError("there is no such kernel for a CPU")
+"""
+    done = load(package, code, cuda="13.0", stub=stub)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_cuda_library_is_left_alone_where_torch_has_no_cuda(package):
+    (package / "slimkernels/_C_cuda.so").write_text("not a library")
+    done = load(package, 'assert not hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda")\n')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_cuda_library_that_does_not_load_is_a_warning(package):
+    (package / "slimkernels/_C_cuda.so").write_text("not a library")
+    done = load(package, "slimkernels.topk_logits(torch.zeros(1, 4), top_k=2)\n", cuda="13.0")
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning" in done.stderr
+    assert "_C_cuda.so does not load with this torch" in done.stderr
+    assert "install slimkernels again" in done.stderr
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path) -> str:
+    """The CUDA_HOME of an nvcc of CUDA 13.0 that compiles nothing."""
+    compiler = tmp_path / "toolkit/bin/nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V13.0.88"; exit; fi\n'
+        "echo nvcc: no such architecture >&2; exit 1\n"
+    )
+    compiler.chmod(0o755)
+    return str(tmp_path / "toolkit")
+
+
+def test_cuda_build_that_was_not_asked_for_may_fail(tmp_path, broken_nvcc):
+    done = build(tmp_path, CUDA_HOME=broken_nvcc, CUDA_OF_TORCH="13.1")
+    assert done.returncode == 0, done.stderr
+    assert 'building extension "slimkernels._C_cuda" failed' in done.stderr
+    assert "nvcc: no such architecture" in done.stderr
+    assert "Without it CUDA tensors have Triton's kernels; SLIMKERNELS_CUDA=0 does not try" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_cuda_build_that_was_asked_for_must_not_fail(tmp_path, broken_nvcc):
+    done = build(tmp_path, CUDA_HOME=broken_nvcc, SLIMKERNELS_CUDA="1")
+    assert done.returncode != 0
+    assert "nvcc failed, see above" in done.stderr
+
+
+def test_cuda_build_by_another_cuda_is_a_warning(tmp_path, broken_nvcc):
+    done = build(tmp_path, CUDA_HOME=broken_nvcc, CUDA_OF_TORCH="12.8")
+    assert done.returncode == 0, done.stderr
+    assert "nvcc is of CUDA 13.0, but torch of CUDA 12.8; set CUDA_HOME" in done.stderr
+    assert "no such architecture" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"CUDA_OF_TORCH": "13.0", "SLIMKERNELS_CUDA": "0"}, {}, {"CUDA_OF_TORCH": "13.0", "HIDE_NVCC": "1"}],
+    ids=["0", "no CUDA", "no nvcc"],
+)
+def test_cuda_build_is_not_tried(tmp_path, broken_nvcc, environment):
+    done = build(tmp_path, CUDA_HOME=broken_nvcc, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "nvcc" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SLIMKERNELS_CUDA": "yes"}, "slimkernels: SLIMKERNELS_CUDA must be 0, 1 or unset, got 'yes'"),
+        (
+            {"SLIMKERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "Turing;7.5"},
+            "TORCH_CUDA_ARCH_LIST must name compute capabilities from 8.0 on, such as 8.0;9.0a;10.0+PTX; "
+            "got Turing;7.5",
+        ),
+        (
+            {"SLIMKERNELS_CUDA": "1", "HIDE_NVCC": "1"},
+            "slimkernels: SLIMKERNELS_CUDA=1, but no nvcc was found; install the CUDA toolkit, set CUDA_HOME, or do "
+            "not ask for it",
+        ),
+    ],
+    ids=["switch", "architectures", "no nvcc"],
+)
+def test_cuda_build_of_nonsense_says_what_is_expected(tmp_path, broken_nvcc, environment, said):
+    done = build(tmp_path, CUDA_HOME=broken_nvcc, **environment)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].removeprefix("error: ") == said

@@ -1,0 +1,344 @@
+"""SlimLossMixin in transformers' and TRL's trainers, against the same trainers with an eager loss on full logits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from families import make_family
+from tiny import VOCAB_SIZE, make_model, make_tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import slimkernels as sk
+from slimkernels.store import Store, StoreWriter
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
+TOP_K = 9
+RECIPE = {
+    "max_steps": 5,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "optim": "adamw_torch",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def make_rows(seed: int = 0, count: int = 20) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 15, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def collate(rows) -> dict[str, torch.Tensor]:
+    """Right-padded, the first two tokens a prompt."""
+    length = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+class Distiller(sk.SlimLossMixin, Trainer):
+    pass
+
+
+def eager_loss(model, teacher, inputs, num_items, *, method: str = "slim"):
+    """CE + w KL on the teacher's TOP_K largest logits, renormalised, from full logits, in plain torch."""
+    labels = inputs["labels"]
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    target = labels[:, 1:].flatten()
+    is_label = target != -100
+    target = target[is_label]
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float().flatten(0, 1)[is_label]
+    loss = cross_entropy(logits, target, reduction="none")
+    if method != "sft":
+        with torch.no_grad():
+            teacher_logits = teacher(**inputs, use_cache=False).logits[:, :-1].float().flatten(0, 1)[is_label]
+        kept, ids = teacher_logits.topk(TOP_K)
+        log_q = kept.log_softmax(-1)
+        log_p = logits.log_softmax(-1).gather(-1, ids)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        log_t_y = teacher_logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        loss = loss + (1 - torch.exp(-torch.exp(log_t_y + loss.detach()))) * kl
+    return loss.sum() / (len(target) if num_items is None else num_items)
+
+
+def eagerly(trainer_class):
+    """The trainer with ``eager_loss`` in place of the mixin's."""
+
+    class Eager(trainer_class):
+        def __init__(self, *args, teacher_model, method="slim", **kwargs):
+            super().__init__(*args, **kwargs)
+            self.teacher, self.method = teacher_model.eval(), method
+            self.model_accepts_loss_kwargs = True
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            with self.accelerator.autocast():
+                return eager_loss(model, self.teacher, inputs, num_items_in_batch, method=self.method)
+
+    return Eager
+
+
+def curve(trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def make_plain(tmp_path, trainer_class, model, rows=None, **kwargs):
+    options = kwargs.pop("options", {})
+    args = TrainingArguments(output_dir=str(tmp_path), **RECIPE | options)
+    rows = make_rows() if rows is None else rows
+    return trainer_class(model=model, args=args, train_dataset=rows, data_collator=collate, **kwargs)
+
+
+def assert_trained_alike(trainer, expected, rtol=5e-3, atol=5e-4) -> None:
+    for (name, trained), parameter in zip(
+        trainer.model.named_parameters(), expected.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(trained, parameter[1], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+OBJECTIVE = sk.SlimObjective("slim", teacher_top_k=TOP_K)
+
+
+def test_trainer_with_online_teacher_follows_the_eager_curve(tmp_path):
+    model, teacher = make_model(), make_model(seed=9)
+    expected = make_plain(tmp_path, eagerly(Trainer), copy.deepcopy(model), teacher_model=copy.deepcopy(teacher))
+    trainer = make_plain(tmp_path, Distiller, model, teacher_model=teacher, objective=OBJECTIVE)
+    assert curve(trainer) == pytest.approx(curve(expected), rel=1e-4)
+    assert_trained_alike(trainer, expected)
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0 < logged["weight"] < 1
+    assert logged["loss"] == pytest.approx(logged["ce"] + logged["kd"] * logged["weight"], rel=0.2)
+    assert 0 < logged["teacher_mass"] <= 1
+    assert logged["labels_per_second"] > 0
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_without_a_teacher_the_curve_is_the_trainers_own(tmp_path):
+    expected = make_plain(tmp_path, Trainer, make_model())
+    trainer = make_plain(tmp_path, Distiller, make_model())
+    assert curve(trainer) == pytest.approx(curve(expected), rel=1e-4)
+    assert_trained_alike(trainer, expected)
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["ce"] == pytest.approx(logged["loss"], rel=1e-4)
+    assert "kd" not in logged
+    metrics = trainer.evaluate(make_rows(seed=5))
+    assert metrics["eval_loss"] == pytest.approx(expected.evaluate(make_rows(seed=5))["eval_loss"], rel=1e-3)
+
+
+def test_experts_keep_their_auxiliary_loss(tmp_path):
+    def rows(vocab_size=60):
+        return [{"input_ids": [token % vocab_size for token in row["input_ids"]]} for row in make_rows()]
+
+    expected = make_plain(tmp_path, Trainer, make_family("mixtral"), rows())
+    trainer = make_plain(tmp_path, Distiller, make_family("mixtral"), rows())
+    assert curve(trainer) == pytest.approx(curve(expected), rel=1e-4)
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] > logged["ce"] * 1.0001
+
+
+def test_compute_metrics_still_gets_logits(tmp_path):
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"accuracy": float((prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean())}
+
+    trainer = make_plain(tmp_path, Distiller, make_model(), compute_metrics=metrics)
+    assert trainer.evaluate(make_rows(seed=5))["eval_accuracy"] < 1
+    assert seen[0][-1] == VOCAB_SIZE
+
+
+def write_store(path, teacher, rows) -> Store:
+    writer = StoreWriter(
+        path,
+        vocab_size=VOCAB_SIZE,
+        tokenizer_fingerprint="",
+        teacher={},
+        selection={"kind": "top_k", "value": TOP_K, "top_k": TOP_K},
+        codec="float32",
+    )
+    with writer, torch.no_grad():
+        for row in rows:
+            tokens = torch.tensor(row["input_ids"])
+            positions = torch.arange(1, len(tokens))
+            logits = teacher(tokens[None]).logits[0, :-1]
+            writer.add(tokens, positions, sk.topk_logits(logits, top_k=TOP_K, target=tokens[1:]))
+    return Store(path)
+
+
+def test_a_store_teaches_what_the_model_it_was_captured_from_teaches(tmp_path):
+    teacher = make_model(seed=9).eval()
+    store = write_store(tmp_path / "store", teacher, make_rows())
+    online = make_plain(tmp_path, Distiller, make_model(), teacher_model=teacher, objective=OBJECTIVE)
+    offline = make_plain(tmp_path, Distiller, make_model(), teacher_store=store)
+    assert curve(offline) == pytest.approx(curve(online), rel=1e-4)
+    with pytest.raises(ValueError, match=r"every document of a batch must be in the store, got one of \d+ tokens"):
+        make_plain(tmp_path, Distiller, make_model(), make_rows(seed=1), teacher_store=store).train()
+
+
+def test_learned_prompts_are_trained(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, teacher = peft.get_peft_model(make_model(), config), make_model(seed=9)
+    before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    trainer = make_plain(tmp_path, Distiller, model, teacher_model=teacher, objective=OBJECTIVE)
+    trainer.train()
+    after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(after, before, strict=True))
+
+
+SFT = {
+    "plain": {},
+    "packing": {"packing": True, "max_length": 32},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+    "lora": {},
+    "lora-whole-head": {},
+}
+PEFT = {
+    "lora": {"target_modules": ["q_proj", "v_proj"]},
+    "lora-whole-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def make_sft(tmp_path, trainer_class, case: str, **kwargs):
+    trl = pytest.importorskip("trl", reason="needs the extra slimkernels[trl]")
+    from datasets import Dataset
+
+    options = RECIPE | {"bf16": False, "gradient_checkpointing": False} | SFT[case]
+    if case in PEFT:
+        import peft
+
+        kwargs["peft_config"] = peft.LoraConfig(r=3, lora_alpha=12, **PEFT[case])
+    torch.manual_seed(0)
+    return trainer_class(trl.SFTTrainer)(
+        model=make_model(),
+        args=trl.SFTConfig(output_dir=str(tmp_path), **options),
+        train_dataset=Dataset.from_list(make_rows(count=40)),
+        processing_class=make_tokenizer(),
+        **kwargs,
+    )
+
+
+def distilling(trainer_class):
+    class DistilledSFT(sk.SlimLossMixin, trainer_class):
+        pass
+
+    return DistilledSFT
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:trl")
+@pytest.mark.parametrize("case", SFT)
+def test_trl_sft_follows_the_eager_curve(tmp_path, case):
+    expected = make_sft(tmp_path, eagerly, case, teacher_model=make_model(seed=9))
+    trainer = make_sft(tmp_path, distilling, case, teacher_model=make_model(seed=9), objective=OBJECTIVE)
+    losses = curve(trainer)
+    assert losses == pytest.approx(curve(expected), rel=2e-2 if case == "bf16" else 1e-4)
+    assert losses[-1] < losses[0]
+    if case != "bf16":
+        assert_trained_alike(trainer, expected)
+    if "head" in case:
+        head = trainer.model.get_output_embeddings()
+        change = head.modules_to_save["default"].weight - head.original_module.weight
+        assert change.abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:trl")
+@pytest.mark.parametrize("case", ["plain", "packing"])
+def test_trl_sft_learns_from_a_store(tmp_path, case):
+    """Packed or padded, each document gets the rows it was captured with by itself."""
+    teacher = make_model(seed=9).eval()
+    store = write_store(tmp_path / "store", teacher, make_rows(count=40))
+    online = make_sft(tmp_path, distilling, case, teacher_model=teacher, objective=OBJECTIVE)
+    offline = make_sft(tmp_path, distilling, case, teacher_store=store, objective=sk.SlimObjective("slim"))
+    assert curve(offline) == pytest.approx(curve(online), rel=1e-4)
+
+
+def test_lora_on_the_head_is_trained_with_the_eager_curve(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "lm_head"])
+
+    def make(trainer_class, **kwargs):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(make_model(), config)
+        return make_plain(tmp_path, trainer_class, model, teacher_model=make_model(seed=9), **kwargs)
+
+    expected, trainer = make(eagerly(Trainer)), make(Distiller, objective=OBJECTIVE)
+    assert curve(trainer) == pytest.approx(curve(expected), rel=1e-4)
+    up = [parameter for name, parameter in trainer.model.named_parameters() if "lm_head.lora_B" in name]
+    assert up[0].abs().max() > 1e-3
+    assert_trained_alike(trainer, expected)
+
+
+class PoisonModel(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            model.lm_head.weight.data.fill_(float("nan"))
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN:RuntimeWarning")
+def test_warns_of_nan_and_names_the_step(tmp_path, caplog):
+    trainer = make_plain(tmp_path, Distiller, make_model(), callbacks=[PoisonModel()])
+    with caplog.at_level(logging.WARNING, "slimkernels"):
+        trainer.train()
+    assert "the loss is not finite since optimizer step 3" in caplog.text
+
+
+def test_warns_where_the_rows_are_not_about_the_labels(tmp_path, caplog):
+    trainer = make_plain(tmp_path, Distiller, make_model(), teacher_model=make_model(seed=9), objective=OBJECTIVE)
+    with caplog.at_level(logging.WARNING, "slimkernels"):
+        trainer.train()
+    assert caplog.text.count("% of the labels are among the ids that the teacher's rows keep") == 1
+
+
+def test_heads_padded_differently_share_their_first_rows(tmp_path, caplog):
+    teacher = make_model(seed=9)
+    padded = copy.deepcopy(teacher)
+    with caplog.at_level(logging.WARNING, "slimkernels"):
+        padded.resize_token_embeddings(VOCAB_SIZE + 31, mean_resizing=False)
+        trainer = make_plain(tmp_path, Distiller, make_model(), teacher_model=padded, objective=OBJECTIVE)
+    assert "teacher's head has 128 rows and the student's 97: the first 97 are taken" in caplog.text
+    expected = make_plain(tmp_path, Distiller, make_model(), teacher_model=teacher, objective=OBJECTIVE)
+    assert curve(trainer) == pytest.approx(curve(expected), rel=1e-4)
+    with pytest.raises(ValueError, match="same vocabulary, got heads of 5000 and 97 rows"):
+        make_plain(tmp_path, Distiller, make_model(), teacher_model=make_model(vocab_size=5000), objective=OBJECTIVE)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"objective": sk.SlimObjective("kd")}, "method 'kd' needs one of teacher_model and teacher_store"),
+        ({"objective": sk.SlimObjective("sft"), "teacher_model": make_model()}, "method 'sft' needs no teacher"),
+        ({"objective": sk.SlimObjective("gkd"), "teacher_model": make_model()}, "SlimTrainer does"),
+        ({"options": {"label_smoothing_factor": 0.1}}, "use label_smoothing"),
+        ({"options": {"torch_compile": True}}, "torch_compile must be False"),
+        ({"compute_loss_func": lambda *args, **kwargs: None}, "compute_loss_func must be None"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_plain(tmp_path, Distiller, make_model(), **kwargs)
+
+
+def test_a_batch_without_labels_is_refused(tmp_path):
+    trainer = make_plain(tmp_path, Distiller, make_model())
+    trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "labels"}
+    with pytest.raises(ValueError, match="a batch must have labels"):
+        trainer.train()
