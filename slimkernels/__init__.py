@@ -2,8 +2,8 @@
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
 :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
-:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store, the trainer
-and :func:`patch_model` load on first use.
+:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store, the trainer,
+:func:`patch_model` and the tree search (:mod:`slimkernels.search`) load on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from slimkernels.sparse_logits import SparseLogits
 
 if TYPE_CHECKING:
     from slimkernels.patching import patch_model, unpatch_model
+    from slimkernels.search import PathFinder
     from slimkernels.store import Store
     from slimkernels.trainer import SlimConfig, SlimTrainer
     from slimkernels.trainer_config import SlimObjective
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "PathFinder": "slimkernels.search",
     "SlimConfig": "slimkernels.trainer",
     "SlimLossMixin": "slimkernels.trainer_mixin",
     "SlimObjective": "slimkernels.trainer_config",
@@ -42,6 +44,7 @@ _LAZY = {
 
 __all__ = [
     "PackedLogits",
+    "PathFinder",
     "Sampled",
     "SlimConfig",
     "SlimLoss",

@@ -35,6 +35,7 @@ class Room(NamedTuple):
 
 _RECORDS = (f"{PACKAGE}.sparse_logits", f"{PACKAGE}.packed_logits")
 _FOUNDATION = (*_RECORDS, *(f"{PACKAGE}.{name}" for name in ("_checks", "_library", "ops", "ops.*")))
+_SEARCH_MODELS = tuple(f"slimkernels.search.{name}" for name in ("engine_*", "branch*", "judges"))
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",
@@ -66,6 +67,11 @@ ROOMS = (
     ),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/trainer*.py", never=("triton", "slimkernels.search*")),
+    Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*", "slimkernels.teacher*")),
+    *(
+        Room(f"slimkernels/search/{name}.py", own=("slimkernels.search.*",), packages=("numpy",), never=_SEARCH_MODELS)
+        for name in ("pathfinder", "question", "plan", "checks", "config", "engine", "presets")
+    ),
     Room("slimkernels/head_loss.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
     Room("slimkernels/patching.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),
@@ -173,6 +179,7 @@ def test_every_import_is_allowed():
         ("slimkernels/store/reader.py", "def f():\n    import transformers"),
         ("slimkernels/teacher.py", "def f():\n    from slimkernels.search.pathfinder import PathFinder"),
         ("slimkernels/search/tree.py", "import transformers"),
+        ("slimkernels/search/pathfinder.py", "import torch"),
         ("slimkernels/search/engine_hf.py", "from slimkernels.store import Store"),
         ("slimkernels/cli.py", "import torch"),
         ("slimkernels/cli.py", "import rich.table"),
@@ -308,12 +315,15 @@ try:
 except AttributeError as raised:
     error = str(raised)
 names = sorted(set(slimkernels.__all__) - set(dir(slimkernels)))
+finder = slimkernels.PathFinder
 heavy = "transformers" in sys.modules
-result = {"lazy": lazy, "store": store.__module__, "error": error, "hidden": names, "heavy": heavy}
+found = {"store": store.__module__, "finder": finder.__module__}
+result = {"lazy": lazy, "error": error, "hidden": names, "heavy": heavy} | found
 """
     result = in_fresh_process(code)
     assert "Store" in result["lazy"]
     assert "SlimTrainer" in result["lazy"]
+    assert result["finder"] == "slimkernels.search.pathfinder"
     assert result["store"].startswith("slimkernels.store")
     assert "no_such_name" in result["error"]
     assert result["hidden"] == []

@@ -1,0 +1,75 @@
+"""Tree search over reasoning steps: ``PathFinder``, its engines, checks, scorers and presets.
+
+``pathfinder.py`` is the algorithm, ``tree.py`` its data, ``engine.py`` what it asks of a language model.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, ContradictionCheck, RepetitionCheck
+from slimkernels.search.config import PathFinderConfig
+from slimkernels.search.engine import Engine, Step, StepRequest
+from slimkernels.search.pathfinder import PathFinder
+from slimkernels.search.plan import Plan
+from slimkernels.search.presets import best_of_n, greedy, self_consistency
+from slimkernels.search.question import Question, Result
+from slimkernels.search.selection import (
+    Candidate,
+    TrigramConsensus,
+    consensus,
+    log_probability,
+    majority_vote,
+    majority_vote_by,
+    select,
+)
+from slimkernels.search.tree import Status, Tree
+
+if TYPE_CHECKING:
+    from slimkernels.search.engine_transformers import TransformersEngine
+    from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
+
+# What needs transformers is loaded on first use.
+_LAZY = {
+    "NLIModel": "slimkernels.search.judges",
+    "SentenceEncoder": "slimkernels.search.judges",
+    "TransformersEngine": "slimkernels.search.engine_transformers",
+    "Verifier": "slimkernels.search.judges",
+}
+
+__all__ = [
+    "Candidate",
+    "Check",
+    "CheckedBranch",
+    "CheckedStep",
+    "ContradictionCheck",
+    "Engine",
+    "NLIModel",
+    "PathFinder",
+    "PathFinderConfig",
+    "Plan",
+    "Question",
+    "RepetitionCheck",
+    "Result",
+    "SentenceEncoder",
+    "Status",
+    "Step",
+    "StepRequest",
+    "TransformersEngine",
+    "Tree",
+    "TrigramConsensus",
+    "Verifier",
+    "best_of_n",
+    "consensus",
+    "greedy",
+    "log_probability",
+    "majority_vote",
+    "majority_vote_by",
+    "select",
+    "self_consistency",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slimkernels.search' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

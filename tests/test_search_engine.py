@@ -1,0 +1,343 @@
+"""The embedded engine beside the plain model: the same draws, the same log-probabilities, whatever is in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from teachers import END, make_teacher, make_tokenizer, smollm2
+from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, MambaConfig, MistralConfig, Qwen3Config
+
+import slimkernels as sk
+from slimkernels.search import (
+    CheckedBranch,
+    CheckedStep,
+    PathFinder,
+    PathFinderConfig,
+    RepetitionCheck,
+    StepRequest,
+    TransformersEngine,
+    branch_rows,
+    greedy,
+    log_probability,
+)
+
+QUESTIONS = ["When the rain stopped", "Anna", "A black cat was sleeping on the old wall, and", "It"]
+CONFIG = PathFinderConfig(branching_factor=3, beam=3, max_depth=3, max_step_tokens=9, temperature=0.9)
+REQUEST = StepRequest(branch=0, path=(0,), attempt=0, seed=3, temperature=1.0, top_k=0, top_p=1.0, max_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_teacher()
+
+
+@pytest.fixture
+def engine(model):
+    return TransformersEngine(model, make_tokenizer())
+
+
+def never(_text):
+    return False
+
+
+def logits_after(model, token_ids):
+    """Plain logits (L, V) of a whole sequence."""
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids])).logits[0]
+
+
+def nodes_of(tree):
+    return {
+        tree.path(node): (
+            tree.step_token_ids(node),
+            tree.steps[node],
+            float(tree.sum_logprob[node]),
+            tree.reasons[node],
+        )
+        for node in range(1, len(tree))
+    }
+
+
+def test_engine_draws_what_sample_logits_draws_from_the_plain_model(model, engine):
+    # Rows of different prompts, lengths and options in one batch, and a second step on branches of the first.
+    prompts = [engine.tokenizer(question)["input_ids"] for question in QUESTIONS]
+    roots = engine.start(QUESTIONS)
+    options = [(1.0, 0, 1.0, 5), (0.7, 5, 1.0, 2), (1.5, 0, 0.8, 40), (0.0, 0, 1.0, 1)]
+
+    def requests_of(branches, seed):
+        return [
+            dataclasses.replace(REQUEST, branch=b, seed=seed + i, temperature=t, top_k=k, top_p=p, max_tokens=n)
+            for i, (b, (t, k, p, n)) in enumerate(zip(branches, options, strict=True))
+        ]
+
+    first_requests = requests_of(roots, 10)
+    first = engine.extend(first_requests, never, embed=False)
+    second_requests = requests_of([step.branch for step in first], 90)
+    second = engine.extend(second_requests, never, embed=False)
+    for row, prompt in enumerate(prompts):
+        token_ids = list(prompt)
+        for step, request in ((first[row], first_requests[row]), (second[row], second_requests[row])):
+            total = entropy = 0.0
+            for token in step.token_ids:
+                drawn = sk.sample_logits(
+                    logits_after(model, token_ids)[-1],
+                    seed=request.seed,
+                    position=len(token_ids),
+                    temperature=request.temperature,
+                    top_k=request.top_k,
+                    top_p=request.top_p,
+                )
+                assert drawn.token == token
+                total += drawn.logprob.item()
+                entropy += drawn.entropy.item()
+                token_ids.append(token)
+            assert step.sum_logprob == pytest.approx(total, abs=1e-4)
+            assert step.sum_entropy == pytest.approx(entropy, abs=1e-4)
+            assert len(step.token_ids) == request.max_tokens or step.token_ids[-1] in engine.eos_token_ids
+
+
+def test_engine_greedy_is_generate(model, engine):
+    input_ids = engine.tokenizer(QUESTIONS[0], return_tensors="pt")["input_ids"]
+    expected = model.generate(input_ids, max_new_tokens=40, do_sample=False, pad_token_id=1)[0, input_ids.shape[1] :]
+    config = PathFinderConfig(max_depth=5, max_step_tokens=8, step_end=never)
+    [result] = greedy(engine, config).solve([QUESTIONS[0]])
+    assert result.tree.token_ids(result.node) == expected.tolist()
+
+
+def test_engine_log_probabilities_of_every_node_are_the_models(model, engine):
+    results = PathFinder(engine, CONFIG, checks=()).solve(QUESTIONS)
+    for question, result in zip(QUESTIONS, results, strict=True):
+        prompt = engine.tokenizer(question)["input_ids"]
+        tree = result.tree
+        assert len(tree) > 12
+        for node in range(1, len(tree)):
+            own = tree.token_ids(node)
+            logprobs = logits_after(model, prompt + own).log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = logprobs.gather(-1, torch.tensor(own)[:, None]).double().sum().item()
+            assert tree.sum_logprob[node] == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_engine_branches_are_bit_equal_in_every_batch(dtype, threads, set_threads):
+    set_threads(threads)
+    engine = TransformersEngine(make_teacher(dtype=dtype), make_tokenizer())
+    assert engine.is_batch_invariant()
+    together = PathFinder(engine, CONFIG).solve(QUESTIONS)
+    reordered = PathFinder(engine, dataclasses.replace(CONFIG, batch_questions=3)).solve(QUESTIONS[::-1])[::-1]
+    alone = PathFinder(engine, dataclasses.replace(CONFIG, batch_questions=1)).solve(QUESTIONS)
+    wide = PathFinder(engine, dataclasses.replace(CONFIG, beam=9)).solve(QUESTIONS)
+    for one, two, three, four in zip(together, reordered, alone, wide, strict=True):
+        assert nodes_of(one.tree) == nodes_of(two.tree) == nodes_of(three.tree)
+        assert (one.text, one.scores) == (two.text, two.scores) == (three.text, three.scores)
+        more = {path: step[:3] for path, step in nodes_of(four.tree).items()}
+        assert len(more) > len(one.tree)
+        assert all(more[path] == step[:3] for path, step in nodes_of(one.tree).items())
+
+
+def test_engine_invariance_check_can_fail(model, engine, monkeypatch):
+    read = engine.read
+
+    def noisy(branches, *rest):
+        logits, hidden = read(branches, *rest)
+        return logits + 1e-6 * len(branches), hidden
+
+    monkeypatch.setattr(engine, "read", noisy)
+    assert not engine.is_batch_invariant()
+
+
+def test_engine_reads_a_prompt_once_and_a_token_once_for_all_rows(model, monkeypatch):
+    engine = TransformersEngine(model, make_tokenizer())
+    shapes = []
+    forward = model.forward
+
+    def counted(*args, input_ids, **options):
+        shapes.append(tuple(input_ids.shape))
+        return forward(*args, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    config = PathFinderConfig(branching_factor=8, beam=8, max_depth=2, max_step_tokens=4, step_end=never)
+    PathFinder(engine, config, checks=()).solve(QUESTIONS[:2])
+    lengths = [len(engine.tokenizer(question)["input_ids"]) for question in QUESTIONS[:2]]
+    # Depth 1: 16 rows, three forwards for four tokens. Depth 2: the last token of 16 leaves, then 128 rows.
+    rows = [(1, lengths[0]), (1, lengths[1]), *[(16, 1)] * 3, (16, 1), *[(128, 1)] * 3]
+    assert [(got[0] <= most[0], got[1]) for got, most in zip(shapes, rows, strict=True)] == [(True, s) for _, s in rows]
+
+
+def test_engine_keys_and_values_are_shared_and_freed(model):
+    engine = TransformersEngine(model, make_tokenizer())
+    prompt = (" ".join(QUESTIONS))[:75]
+    config = PathFinderConfig(branching_factor=4, beam=4, max_depth=3, max_step_tokens=5, step_end=never)
+    PathFinder(engine, config, checks=()).solve([prompt])
+    planned = PathFinder(engine, config, checks=()).plan([prompt])
+    assert planned.prompt_tokens == engine.count_tokens(prompt)
+    assert planned.cache_bytes >= engine.peak.shared_bytes
+    assert engine.peak.unshared_bytes > 3 * engine.peak.shared_bytes > 0
+    assert engine._pool.num_used == 0
+    assert engine._branches == {}
+    assert engine.memory().unshared_bytes == 0
+    # Slots are reused: a second search needs no more.
+    before = engine._pool.num_bytes
+    PathFinder(engine, config, checks=()).solve([prompt])
+    assert engine._pool.num_bytes == before
+
+
+def test_engine_frees_everything_where_logits_are_nan():
+    model = make_teacher()
+    engine = TransformersEngine(model, make_tokenizer())
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN"):
+        PathFinder(engine, CONFIG).solve(QUESTIONS)
+    assert engine._pool.num_used == 0
+    assert engine._branches == {}
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_engine_frees_everything_where_a_later_token_is_nan(model, engine, monkeypatch):
+    read, calls = engine.read, []
+
+    def failing(branches, *rest):
+        calls.append(len(branches))
+        logits, hidden = read(branches, *rest)
+        return (logits * float("nan") if len(calls) == 12 else logits), hidden
+
+    monkeypatch.setattr(engine, "read", failing)
+    with pytest.raises(FloatingPointError, match="after the text"):
+        PathFinder(engine, CONFIG).solve(QUESTIONS)
+    assert engine._pool.num_used == 0
+    assert engine._branches == {}
+
+
+def test_engine_ends_a_branch_where_the_context_ends(model, engine):
+    prompt = [5] * 120
+    config = PathFinderConfig(branching_factor=2, beam=2, max_depth=9, max_step_tokens=5, step_end=never)
+    [result] = PathFinder(engine, config, checks=(), selector=log_probability).solve([prompt])
+    assert engine.context_length == 128
+    assert result.reasons.get("context", 0) >= 1
+    assert result.tree.num_tokens.max() == 8
+
+
+def test_engine_text_joins_what_tokens_split(engine):
+    # A character of two bytes whose tokens fall into two steps, and one that a step begins with.
+    branch = engine.start(["x"])[0]
+    state = engine._branches[branch]
+    text = "né à"
+    ids = engine.tokenizer(text)["input_ids"]
+    assert len(ids) == 6
+    pieces = []
+    for token in ids:
+        before = engine.decode(state.tail)
+        pieces.append(engine.decode([*state.tail, token])[len(before.rstrip("\ufffd")) :])
+        state.tail = [*state.tail, token][-8:]
+    assert [piece for piece in pieces if "\ufffd" not in piece] == ["n", "é", " ", "à"]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_engine_embeddings_are_pooled_hidden_states(model, layer):
+    engine = TransformersEngine(model, make_tokenizer(), embedding_layer=layer)
+    prompt = engine.tokenizer(QUESTIONS[0])["input_ids"]
+    [root] = engine.start([QUESTIONS[0]])
+    for max_tokens in (1, 6):
+        request = dataclasses.replace(REQUEST, branch=root, max_tokens=max_tokens, temperature=0.0)
+        [step] = engine.extend([request], never, embed=True)
+        with torch.inference_mode():
+            ids = torch.tensor([[*prompt, *step.token_ids]])
+            hidden = model(ids, output_hidden_states=True).hidden_states[layer][0]
+        first = len(prompt) if max_tokens > 1 else len(prompt) - 1
+        expected = hidden[first:-1].mean(0) - hidden[: len(prompt)].mean(0)
+        np.testing.assert_allclose(step.embedding, expected, atol=1e-4)
+    assert engine.extend([dataclasses.replace(REQUEST, branch=root)], never, embed=False)[0].embedding is None
+
+
+@pytest.mark.parametrize("config_class", [GPT2Config, GPTNeoXConfig, Qwen3Config, MistralConfig])
+def test_engine_runs_other_architectures(config_class):
+    sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128} if config_class is GPT2Config else {}
+    engine = TransformersEngine(make_teacher(config_class=config_class, **sizes), make_tokenizer())
+    [result] = PathFinder(engine, CONFIG, checks=()).solve([QUESTIONS[0]])
+    assert len(result.tree) > 9
+
+
+def test_engine_stays_within_a_sliding_window():
+    engine = TransformersEngine(make_teacher(config_class=MistralConfig, sliding_window=24), make_tokenizer())
+    assert engine.context_length == 24
+    with pytest.raises(ValueError, match="shorter than the model's context of 24 tokens"):
+        PathFinder(engine).solve(["x" * 24])
+
+
+@pytest.mark.parametrize(
+    ("config_class", "message"),
+    [(Gemma2Config, "plain softmax attention"), (MambaConfig, "attention of all its 2 layers")],
+)
+def test_engine_refuses_models_that_it_would_not_reproduce(config_class, message):
+    model = make_teacher(config_class=config_class)
+    with pytest.raises(ValueError, match=message):
+        TransformersEngine(model, make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "must have a prompt"), ([5, 300], r"token ids must be in \[0, V = 300\)"), ([5] * 128, "must be shorter")],
+)
+def test_engine_refuses_prompts(engine, prompt, message):
+    from slimkernels.search import Question
+
+    with pytest.raises(ValueError, match=message):
+        PathFinder(engine).solve([Question(prompt)])
+
+
+def test_engine_knows_the_end_of_text(model):
+    tokenizer = make_tokenizer()
+    assert TransformersEngine(model, tokenizer).eos_token_ids == {tokenizer.convert_tokens_to_ids(END)}
+    engine = TransformersEngine(model, tokenizer, eos_token_ids=range(300))
+    [root] = engine.start(["Anna"])
+    [step] = engine.extend([dataclasses.replace(REQUEST, branch=root)], never, embed=False)
+    assert (len(step.token_ids), step.end) == (1, "end_of_text")
+
+
+@pytest.mark.slow
+def test_engine_embeddings_of_a_real_model_tell_a_repeated_step_from_a_new_one():
+    engine = TransformersEngine(*smollm2())
+    said = "She eats 3 eggs for breakfast, so 16 - 3 = 13 eggs remain.\n"
+    prompt = engine.tokenizer("Question: how much does Janet make with the eggs of her ducks every day?\n")["input_ids"]
+    branches = engine.start([prompt])
+    steps = []
+    for text in (said, "She bakes muffins with 4 eggs, so 13 - 4 = 9 eggs remain.\n", said):
+        # A step that is given: drawn from logits that leave nothing else.
+        tokens = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with pytest.MonkeyPatch.context() as patch:
+            drawn = iter(tokens)
+            patch.setattr(branch_rows, "sample_logits", lambda logits, **_: only(logits, next(drawn)))  # noqa: B023
+            request = dataclasses.replace(REQUEST, branch=branches[-1], max_tokens=len(tokens))
+            [step] = engine.extend([request], never, embed=True)
+        assert step.text == text
+        branches.append(step.branch)
+        steps.append(CheckedStep(step.text, step.embedding))
+    check = RepetitionCheck()
+    assert check([CheckedBranch("", steps[:1], steps[1]), CheckedBranch("", steps[:2], steps[2])]) == [False, True]
+
+
+def only(logits, token):
+    forced = torch.full_like(logits, -float("inf"))
+    forced[:, token] = 0.0
+    return sk.sample_logits(forced, seed=0, position=0)
+
+
+@pytest.mark.slow
+def test_engine_on_a_real_model():
+    model, tokenizer = smollm2()
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.is_batch_invariant(num_rows=24)
+    question = "Anna has 3 apples and buys 4 more. She gives 2 to Tom. How many apples does Anna have?"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    config = PathFinderConfig(branching_factor=4, beam=2, max_depth=2, max_step_tokens=12)
+    together = PathFinder(engine, config).solve([prompt, "The capital of France is"])
+    alone = PathFinder(engine, dataclasses.replace(config, batch_questions=1)).solve([prompt])
+    assert nodes_of(alone[0].tree) == nodes_of(together[0].tree)
+    assert "apples" in together[0].text
+    assert engine.peak.unshared_bytes > 3 * engine.peak.shared_bytes

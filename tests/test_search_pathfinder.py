@@ -1,0 +1,496 @@
+"""Tree search on a scripted language model, worked out by hand, and its budgets on a made-up one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_engines import CharacterEngine, ScriptedEngine
+
+from slimkernels.search import (
+    ContradictionCheck,
+    PathFinder,
+    PathFinderConfig,
+    Question,
+    RepetitionCheck,
+    Status,
+    best_of_n,
+    greedy,
+    log_probability,
+    majority_vote,
+    self_consistency,
+)
+from slimkernels.search.question import node_seed
+
+
+def find(script, *, checks=(), selector=log_probability, vectors=None, prompts=("Q",), **fields):
+    """The engine and the results of a search in which two children branch and two leaves are kept."""
+    engine = ScriptedEngine(script, vectors)
+    config = PathFinderConfig(**{"branching_factor": 2, "beam": 2, "max_depth": 4, "max_step_tokens": 20} | fields)
+    results = PathFinder(engine, config, checks=checks, selector=selector).solve(prompts)
+    assert engine.texts == {}, "every branch is freed"
+    return engine, results
+
+
+def nodes_of(tree):
+    """Path -> (text, status, reason) of every node but the root."""
+    return {
+        tree.path(node): (tree.steps[node], Status(tree.status[node]).name, tree.reasons[node])
+        for node in range(1, len(tree))
+    }
+
+
+# Scores are sums over tokens: "a\n" at -1 each has -2 over 2 tokens.
+TWO_LEVELS = {
+    "": [("a\n", -1.0), ("b\n", -2.0)],
+    "a\n": [("c$", -1.0), ("d\n", -3.0)],
+    "b\n": [("e$", -0.5), ("f\n", -4.0)],
+    "a\nd\n": [("g$", -1.0), ("h$", -9.0)],
+    "b\nf\n": [("i$", -1.0), ("j$", -9.0)],
+}
+
+
+def test_pathfinder_grows_prunes_and_selects_as_worked_out_by_hand():
+    # Depth 1: open a (-1 a token) and b (-2). Depth 2: finished ac (-4/4 = -1) and be (-5/4 = -1.25), open ad
+    # (-8/4 = -2) and bf (-12/4 = -3); both fit the beam, but the buffer keeps three: bf goes. Depth 3: adg
+    # (-10/6) and adh (-26/6) finish; of four, adh goes.
+    engine, [result] = find(TWO_LEVELS, buffer_size=3)
+    assert nodes_of(result.tree) == {
+        (0,): ("a\n", "EXPANDED", ""),
+        (1,): ("b\n", "EXPANDED", ""),
+        (0, 0): ("c", "FINISHED", "finished"),
+        (0, 1): ("d\n", "EXPANDED", ""),
+        (1, 0): ("e", "FINISHED", "finished"),
+        (1, 1): ("f\n", "PRUNED", "pruned"),
+        (0, 1, 0): ("g", "FINISHED", "finished"),
+        (0, 1, 1): ("h", "PRUNED", "pruned"),
+    }
+    assert [candidate.text for candidate in result.candidates] == ["a\nc", "b\ne", "a\nd\ng"]
+    assert result.scores == [-4.0, -5.0, -10.0]
+    assert (result.text, result.finished, result.num_tokens) == ("a\nc", True, 16)
+    assert result.reasons == {"finished": 3, "pruned": 2}
+    assert [len(batch) for batch in engine.batches] == [2, 4, 2], "one batch a depth"
+    assert engine.encoded == ["Q"], "the prompt is encoded once"
+
+
+def test_pathfinder_beam_keeps_the_best_leaves():
+    # With a beam of 1, b is pruned at depth 1 and nothing below it is generated.
+    engine, [result] = find(TWO_LEVELS, beam=1)
+    assert nodes_of(result.tree)[(1,)] == ("b\n", "PRUNED", "pruned")
+    assert [len(batch) for batch in engine.batches] == [2, 2, 2]
+    assert [candidate.text for candidate in result.candidates] == ["a\nc", "a\nd\ng", "a\nd\nh"]
+
+
+def test_pathfinder_length_penalty_decides_who_is_kept():
+    # long: -1 x 6 tokens; short: -2 x 2 tokens. Means -1 > -2, sums -6 < -4.
+    script = {"": [("long.\n", -1.0), ("s\n", -2.0)], "long.\n": [("x$", -1.0)] * 2, "s\n": [("x$", -1.0)] * 2}
+    by_mean = find(script, beam=1, length_penalty=1.0)[1][0]
+    by_sum = find(script, beam=1, length_penalty=0.0)[1][0]
+    assert nodes_of(by_mean.tree)[(1,)][1] == "PRUNED"
+    assert nodes_of(by_sum.tree)[(0,)][1] == "PRUNED"
+
+
+def test_pathfinder_ties_go_to_the_lower_node():
+    script = {"": [("a\n", -1.0), ("b\n", -1.0)], "a\n": [("x$", -1.0), ("y$", -1.0)]}
+    _, [result] = find(script, beam=1)
+    assert nodes_of(result.tree)[(1,)][1] == "PRUNED"
+    assert result.text == "a\nx"
+
+
+def test_pathfinder_anneals_by_depth():
+    engine, _ = find(TWO_LEVELS, temperature=0.8, annealing=0.5)
+    assert [{request.temperature for request in batch} for batch in engine.batches] == [{0.8}, {0.4}, {0.2}]
+
+
+def test_pathfinder_branching_by_depth():
+    engine, _ = find({"": [("a\n", -1.0)] * 3, "a\n": [("b$", -1.0)]}, branching_factor=(3, 1), beam=3)
+    assert [len(batch) for batch in engine.batches] == [3, 3]
+
+
+VECTORS = {"a": np.array([1.0, 0.0]), "again": np.array([2.0, 0.1]), "new": np.array([0.0, 1.0])}
+
+
+def test_pathfinder_regenerates_a_repetition_once_then_cuts_it():
+    script = {
+        "": [("a\n", -1.0), ("new\n", -3.0)],
+        # The first child repeats once, the second twice.
+        "a\n": [[("again$", -1.0), ("new$", -1.0)], [("again$", -1.0), ("again$", -2.0)]],
+    }
+    engine, [result] = find(script, beam=1, checks=[RepetitionCheck(0.95)], vectors=VECTORS)
+    assert nodes_of(result.tree) == {
+        (0,): ("a\n", "EXPANDED", ""),
+        (1,): ("new\n", "PRUNED", "pruned"),
+        (0, 0): ("new", "FINISHED", "finished"),
+        (0, 1): ("again", "CUT", "repetition"),
+    }
+    assert result.tree.attempts.tolist() == [0, 1, 1, 2, 2]
+    assert [[(r.path, r.attempt) for r in batch] for batch in engine.batches] == [
+        [((0,), 0), ((1,), 0)],
+        [((0, 0), 0), ((0, 1), 0)],
+        [((0, 0), 1), ((0, 1), 1)],
+    ]
+    # 2 + 4, then again$ twice, new$ and again$: every attempt counts.
+    assert result.num_tokens == 6 + 12 + 4 + 6
+    assert result.checks == ("repetition",)
+
+
+def test_pathfinder_repetition_threshold_is_the_scaled_cosine():
+    # cos of (1, 0) and (0, 1) is 0: a score of one half fails at 0.5 and passes just above.
+    script = {"": [("a\n", -1.0)], "a\n": [("new$", -1.0)]}
+    for threshold, reason in ((0.5, "repetition"), (0.501, "finished")):
+        _, [result] = find(
+            script, branching_factor=1, checks=[RepetitionCheck(threshold)], vectors=VECTORS, max_attempts=1
+        )
+        assert result.reasons == {reason: 1}
+
+
+def test_pathfinder_repetition_by_an_encoder_embeds_every_step_once():
+    embedded = []
+
+    def embed(texts):
+        embedded.extend(text.strip() for text in texts)
+        return np.array([VECTORS[text.strip()] for text in texts])
+
+    script = {"": [("a\n", -1.0)], "a\n": [("new\n", -1.0)], "a\nnew\n": [("again$", -1.0)]}
+    check = RepetitionCheck(0.95, embed)
+    _, [result] = find(script, branching_factor=1, checks=[check], max_attempts=1)
+    assert result.reasons == {"repetition": 1}
+    assert result.node is None
+    assert sorted(embedded) == ["a", "again", "new"]
+
+
+def contradicts_no_after_yes(pairs):
+    return [1.0 if ("yes" in premise and "no" in hypothesis) else 0.0 for premise, hypothesis in pairs]
+
+
+def test_pathfinder_cuts_a_contradiction_of_an_ancestor_or_of_the_context():
+    script = {
+        "one": {"": [("yes sun\n", -1.0)], "yes sun\n": [("no sun$", -1.0)]},
+        "two": {"": [("no sun$", -1.0)]},
+        "three": {"": [("maybe sun\n", -1.0)], "maybe sun\n": [("no sun$", -1.0)]},
+    }
+    questions = [Question("one", "?"), Question("two", "yes, the sun"), Question("three", "?")]
+    check = ContradictionCheck(contradicts_no_after_yes)
+    _, results = find(script, branching_factor=1, checks=[check], max_attempts=1, prompts=questions)
+    assert [result.reasons for result in results] == [{"contradiction": 1}, {"contradiction": 1}, {"finished": 1}]
+    assert all(
+        result.checks == ("contradiction",) and not any("off" in note for note in result.notes) for result in results
+    )
+
+
+def test_pathfinder_contradiction_asks_in_one_batch_only_about_what_shares_words():
+    asked = []
+
+    def contradicts(pairs):
+        asked.append(pairs)
+        return [0.0] * len(pairs)
+
+    script = {"": [("sun up\n", -1.0), ("sun up\n", -1.0)], "sun up\n": [("it rains$", -1.0), ("the sun sets$", -1.0)]}
+    find(script, checks=[ContradictionCheck(contradicts)], prompts=[Question("Q", "moon")])
+    assert asked == [[("sun up", "the sun sets")]]
+    asked.clear()
+    find(script, checks=[ContradictionCheck(contradicts, prefilter=False)], prompts=[Question("Q", "moon")])
+    assert [len(pairs) for pairs in asked] == [1, 4]
+
+
+def test_pathfinder_checks_run_in_order_and_the_first_failure_is_the_reason():
+    script = {"": [("yes sun\n", -1.0)], "yes sun\n": [("no sun$", -1.0)]}
+    vectors = {"yes sun": VECTORS["a"], "no sun": VECTORS["again"]}
+    checks = [RepetitionCheck(0.95), ContradictionCheck(contradicts_no_after_yes)]
+    for ordered, reason in ((checks, "repetition"), (checks[::-1], "contradiction")):
+        _, [result] = find(script, branching_factor=1, checks=ordered, vectors=vectors, max_attempts=1)
+        assert result.reasons == {reason: 1}
+
+
+def test_pathfinder_says_that_the_contradiction_check_is_off():
+    _, [result] = find(TWO_LEVELS, checks=None)
+    assert result.checks == ("repetition",)
+    assert any("contradiction check was off" in note for note in result.notes)
+
+
+def test_pathfinder_end_of_text_alone_finishes_a_chain_but_is_no_chain():
+    _, [result] = find({"": [("a\n", -1.0), ("$", -1.0)], "a\n": [("$", -1.0), ("  $", -1.0)]}, beam=1)
+    assert nodes_of(result.tree) == {
+        (0,): ("a\n", "EXPANDED", ""),
+        (1,): ("", "CUT", "empty"),
+        (0, 0): ("", "FINISHED", "finished"),
+        (0, 1): ("  ", "FINISHED", "finished"),
+    }
+    assert result.text == "a\n"
+
+
+def test_pathfinder_reports_a_model_that_says_nothing():
+    _, [result] = find({"": [("$", -1.0), ("$", -1.0)]})
+    assert (result.text, result.finished, result.node, result.candidates) == ("", False, None, [])
+    assert result.reasons == {"empty": 2}
+    assert result.num_tokens == 4
+    assert "no branch was left: 2 empty" in result.notes
+
+
+def test_pathfinder_reports_an_unfinished_question_at_the_depth_limit():
+    _, [result] = find(TWO_LEVELS, max_depth=1)
+    assert (result.text, result.finished) == ("a\n", False)
+    assert result.reasons == {"depth": 2}
+
+
+def test_pathfinder_prefers_any_finished_branch_to_unfinished_ones():
+    _, [result] = find({"": [("a\n", -1.0), ("b$", -9.0)]}, max_depth=1)
+    assert (result.text, result.finished) == ("b", True)
+    assert [candidate.text for candidate in result.candidates] == ["b"]
+
+
+def test_pathfinder_end_marker_and_answer_pattern_finish_a_branch():
+    script = {"": [("a\n", -1.0), ("b ####\n"[:-1], -1.0)], "a\n": [("answer is 12\n", -1.0), ("c\n", -1.0)]}
+    fields = {"end_markers": ("####",), "answer_pattern": r"answer is (\d+)", "max_depth": 2, "max_step_tokens": 30}
+    _, [result] = find(script, **fields)
+    assert {path: end for path, (_, end, _) in nodes_of(result.tree).items()} == {
+        (0,): "EXPANDED",
+        (1,): "FINISHED",
+        (0, 0): "FINISHED",
+        (0, 1): "ENDED",
+    }
+    assert [candidate.answer for candidate in result.candidates] == [None, "12"]
+
+
+def test_pathfinder_token_budget_grants_whole_steps_in_turn():
+    # 46 tokens: 2 steps at depth 0 (up to 40); 42 are left for depth 1, two steps: one for each leaf, better first.
+    # They take 4 tokens; 38 are left, one whole step: for the better leaf's first child.
+    script = {
+        "": [("a\n", -1.0), ("b\n", -2.0)],
+        "a\n": [("c\n", -1.0), None],
+        "b\n": [("d\n", -1.0), None],
+        "a\nc\n": [("e$", -1.0), None],
+    }
+    engine, [result] = find(script, max_tokens=46)
+    assert [[request.path for request in batch] for batch in engine.batches] == [
+        [(0,), (1,)],
+        [(0, 0), (1, 0)],
+        [(0, 0, 0)],
+    ]
+    assert nodes_of(result.tree)[(1, 0)] == ("d\n", "ENDED", "budget")
+    assert result.text == "a\nc\ne"
+
+
+def test_pathfinder_does_not_regenerate_beyond_the_budget():
+    script = {"": [[("$", -1.0), ("a$", -1.0)], [("$", -1.0), ("b$", -1.0)]]}
+    engine, [result] = find(script, max_tokens=40)
+    # Two tokens are spent; 38 allow one whole step.
+    assert [len(batch) for batch in engine.batches] == [2, 1]
+    assert nodes_of(result.tree) == {(0,): ("a", "FINISHED", "finished"), (1,): ("", "CUT", "empty")}
+
+
+def test_pathfinder_time_limit_ends_the_search():
+    _, [result] = find(TWO_LEVELS, time_limit_s=1e-9)
+    assert (result.finished, result.node) == (False, None)
+    assert result.reasons == {"budget": 1}
+
+
+def test_pathfinder_batches_all_questions():
+    script = {"p": TWO_LEVELS, "q": {"": [("x$", -1.0), ("y$", -1.0)]}}
+    engine, [first, second] = find(script, prompts=["p", "q"])
+    assert [len(batch) for batch in engine.batches] == [4, 4, 4]
+    assert (first.text, second.text) == ("a\nc", "x")
+
+
+def test_pathfinder_presets_are_chains():
+    script = {
+        "": [("a\n", -1.0), ("b\n", -2.0), ("c\n", -3.0)],
+        "a\n": [("= 1$", -1.0)],
+        "b\n": [("= 2$", -1.0)],
+        "c\n": [("= 2$", -2.0)],
+    }
+    config = PathFinderConfig(answer_pattern=r"= (\d)", max_step_tokens=9)
+    engine = ScriptedEngine(script)
+    [voted] = self_consistency(engine, 3, config).solve(["Q"])
+    assert [len(batch) for batch in engine.batches] == [3, 3]
+    assert {request.temperature for batch in engine.batches for request in batch} == {config.temperature}
+    assert (voted.answer, voted.text, voted.scores) == ("2", "b\n= 2", [1.0, 2.0, 2.0])
+    [likeliest] = best_of_n(engine, 3, config).solve(["Q"])
+    assert likeliest.text == "a\n= 1"
+    engine.batches.clear()
+    [chain] = greedy(engine, config).solve(["Q"])
+    assert [[request.temperature for request in batch] for batch in engine.batches] == [[0.0], [0.0]]
+    assert chain.text == "a\n= 1"
+
+
+def test_pathfinder_plan_by_hand():
+    # Leaves 1, 3, 3 of four, children 3, 6, 6: fifteen steps of 10 tokens, twice. At most, three leaves of two steps
+    # and six children are kept.
+    config = PathFinderConfig(branching_factor=(3, 2), beam=3, max_depth=3, max_step_tokens=10, batch_questions=2)
+    engine = CharacterEngine()
+    assert PathFinder(engine, config).plan(["p", "qq", "rrr"]) == (6, 900, 12, 3 + 2 * 120)
+    limited = dataclasses.replace(config, max_tokens=45)
+    assert PathFinder(engine, limited).plan(["p", "qq", "rrr"]) == (6, 135, 8, 3 + 2 * 45)
+    assert engine.encoded == []
+
+
+def test_pathfinder_async_is_the_same():
+    engine = ScriptedEngine(TWO_LEVELS)
+    finder = PathFinder(engine, PathFinderConfig(branching_factor=2, beam=2), checks=(), selector=log_probability)
+    assert asyncio.run(finder.solve_async(["Q"]))[0].text == finder.solve(["Q"])[0].text == "a\nc"
+
+
+def test_pathfinder_frees_everything_when_the_engine_fails():
+    engine = ScriptedEngine({"": [("a\n", -1.0), ("b\n", -2.0)]})  # nothing below them: a KeyError
+    with pytest.raises(KeyError):
+        PathFinder(engine, PathFinderConfig(branching_factor=2)).solve(["Q"])
+    assert engine.texts == {}
+
+
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        (["Q", ""], r"questions\[1\] must have a prompt"),
+        (["  \n"], r"questions\[0\] must have a prompt"),
+        ([Question([])], r"questions\[0\] must have a prompt"),
+        (["Q", "x" * 1000], r"questions\[1\]: the prompt must be shorter"),
+    ],
+)
+def test_pathfinder_refuses_questions_before_it_starts(questions, message):
+    engine = ScriptedEngine(TWO_LEVELS)
+    with pytest.raises(ValueError, match=message):
+        PathFinder(engine).solve(questions)
+    assert engine.encoded == []
+
+
+def test_pathfinder_refuses_one_question_in_place_of_several():
+    with pytest.raises(TypeError, match="must be a sequence"):
+        PathFinder(ScriptedEngine({})).solve("Why?")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"branching_factor": 0},
+        {"branching_factor": ()},
+        {"branching_factor": (2, 0)},
+        {"beam": 0},
+        {"buffer_size": 0},
+        {"max_depth": 0},
+        {"max_step_tokens": 0},
+        {"max_tokens": 63},
+        {"time_limit_s": 0},
+        {"step_delimiter": ""},
+        {"end_markers": "stop"},
+        {"end_markers": ("",)},
+        {"answer_pattern": "("},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"annealing": 0.0},
+        {"top_k": -1},
+        {"top_p": 1.1},
+        {"length_penalty": -1.0},
+        {"max_attempts": 0},
+        {"batch_questions": 0},
+    ],
+)
+def test_pathfinder_config_refuses(field):
+    with pytest.raises(ValueError, match=f"^{next(iter(field))} must"):
+        PathFinderConfig(**field)
+
+
+def test_pathfinder_seeds_differ_by_everything_that_names_a_node():
+    names = [(0, "p", (0,), 0), (1, "p", (0,), 0), (0, "q", (0,), 0), (0, "p", (1,), 0), (0, "p", (0, 0), 0)]
+    names += [(0, "p", (0,), 1), (0, [1, 12], (0,), 0), (0, [11, 2], (0,), 0)]
+    assert len({node_seed(*name) for name in names}) == len(names)
+    assert node_seed(0, np.array([1, 12]), (0,), 0) == node_seed(0, [1, 12], (0,), 0)
+
+
+CONFIGS = st.builds(
+    PathFinderConfig,
+    branching_factor=st.one_of(st.integers(1, 4), st.tuples(st.integers(1, 5), st.integers(1, 3))),
+    beam=st.integers(1, 4),
+    buffer_size=st.integers(1, 6),
+    max_depth=st.integers(1, 4),
+    max_step_tokens=st.integers(1, 6),
+    max_tokens=st.one_of(st.none(), st.integers(6, 60)),
+    max_attempts=st.integers(1, 3),
+    seed=st.integers(0, 3),
+    batch_questions=st.integers(1, 3),
+)
+
+
+class Fussy:
+    """A check that fails steps by their text."""
+
+    name = "fussy"
+    needs_embeddings = False
+
+    def __call__(self, branches):
+        return ["z" in branch.step.text for branch in branches]
+
+
+@given(config=CONFIGS, end_logit=st.sampled_from([-100.0, -1.0, 3.0]))
+@settings(max_examples=60, deadline=None)
+def test_pathfinder_never_exceeds_a_budget(config, end_logit):
+    engine = CharacterEngine(end_logit)
+    kept = []
+
+    def spy(prune):
+        def pruned(search):
+            prune(search)
+            kept.append((search.tree.with_status(Status.OPEN), search.hypotheses()))
+
+        return pruned
+
+    from slimkernels.search.question import QuestionSearch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuestionSearch, "prune", spy(QuestionSearch.prune))
+        finder = PathFinder(engine, config, checks=[Fussy()])
+        planned = finder.plan(["p", "q", "r"])
+        results = finder.solve(["p", "q", "r"])
+    assert engine.texts == {}
+    assert planned.prompt_tokens == 3
+    assert planned.generated_tokens >= sum(result.num_tokens for result in results)
+    assert planned.most_rows >= max(map(len, engine.batches))
+    assert planned.cache_bytes >= engine.peak_tokens
+    assert all(len(leaves) <= config.beam and len(all_kept) <= config.buffer_size for leaves, all_kept in kept)
+    assert kept
+    for prompt, result in zip("pqr", results, strict=True):
+        tree = result.tree
+        if config.max_tokens is not None:
+            assert result.num_tokens <= config.max_tokens
+        own = [len(tree.step_token_ids(node)) for node in range(1, len(tree))]
+        assert sum(own) <= result.num_tokens
+        assert all(1 <= length <= config.max_step_tokens for length in own)
+        assert tree.depth.max() <= config.max_depth
+        assert tree.attempts.max() <= config.max_attempts
+        assert len(result.candidates) <= config.buffer_size
+        assert not (tree.status == Status.OPEN).any()
+        for node in range(1, len(tree)):
+            assert (tree.reasons[node] == "") == (tree.status[node] == Status.EXPANDED)
+            assert (tree.reasons[node] == "fussy") <= ("z" in tree.steps[node])
+            assert tree.num_tokens[node] == len(tree.token_ids(node))
+        assert prompt not in result.text
+
+
+@given(config=CONFIGS, order=st.permutations("pqrs"))
+@settings(max_examples=30, deadline=None)
+def test_pathfinder_result_does_not_depend_on_the_other_questions(config, order):
+    together = dict(zip(order, PathFinder(CharacterEngine(), config, checks=[Fussy()]).solve(order), strict=True))
+    alone = dataclasses.replace(config, batch_questions=1)
+    for prompt in "pqrs":
+        [result] = PathFinder(CharacterEngine(), alone, checks=[Fussy()]).solve([prompt])
+        assert nodes_of(result.tree) == nodes_of(together[prompt].tree)
+        assert result.tree.sum_logprob.tolist() == together[prompt].tree.sum_logprob.tolist()
+        assert (result.text, result.scores) == (together[prompt].text, together[prompt].scores)
+
+
+def test_pathfinder_a_surviving_branch_does_not_depend_on_pruning():
+    wide = PathFinderConfig(branching_factor=3, beam=9, max_depth=3, max_step_tokens=6)
+    narrow = dataclasses.replace(wide, beam=2)
+    trees = [PathFinder(CharacterEngine(-3.0), config, checks=()).solve(["p"])[0].tree for config in (wide, narrow)]
+    steps = [{tree.path(n): (tree.steps[n], float(tree.sum_logprob[n])) for n in range(1, len(tree))} for tree in trees]
+    assert set(steps[1]) < set(steps[0])
+    assert all(steps[0][path] == step for path, step in steps[1].items())
+
+
+def test_pathfinder_majority_vote_without_answers_falls_back_to_log_probability():
+    _, [result] = find(TWO_LEVELS, selector=majority_vote)
+    assert result.scores == [0.0] * len(result.scores)
+    assert result.text == "a\nc"

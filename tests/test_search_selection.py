@@ -1,0 +1,100 @@
+"""Which candidate is selected: scores worked out by hand, ties, and the incremental consensus beside its definition."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimkernels.search import (
+    Candidate,
+    TrigramConsensus,
+    consensus,
+    log_probability,
+    majority_vote,
+    majority_vote_by,
+    select,
+)
+from slimkernels.search.selection import SIMILARITIES, word_trigrams
+
+
+def candidates(*texts, logprobs=None, answers=None):
+    return [
+        Candidate(index, text, answers[index] if answers else None, logprobs[index] if logprobs else -1.0, 1)
+        for index, text in enumerate(texts)
+    ]
+
+
+def test_selection_trigrams():
+    assert word_trigrams("One, two: THREE four.") == {("one", "two", "three"), ("two", "three", "four")}
+    assert word_trigrams("a a a a") == {("a", "a", "a")}
+    assert word_trigrams("one two") == {("one", "two")}
+    assert word_trigrams(" .,") == set()
+
+
+def test_selection_consensus_by_hand():
+    # Trigrams: abc bcd | abc bcd cde | xyz | nothing. Shared: 2 between the first two, else 0.
+    texts = ["a b c d", "a b c d e", "x y z", ""]
+    for similarity, shared in (("jaccard", 2 / 3), ("count", 2.0), ("f1", 4 / 5)):
+        assert consensus(similarity)(candidates(*texts)) == pytest.approx([shared, shared, 0.0, 0.0])
+
+
+@given(st.lists(st.text(alphabet="ab ", max_size=24), max_size=8), st.sampled_from(SIMILARITIES))
+def test_selection_consensus_is_its_definition_after_every_text(texts, similarity):
+    pool = TrigramConsensus(similarity)
+    for count, text in enumerate(texts, 1):
+        assert pool.add(text) == count - 1
+        grams = [word_trigrams(text) for text in texts[:count]]
+        expected = []
+        for index, own in enumerate(grams):
+            total = 0.0
+            for other in grams[:index] + grams[index + 1 :]:
+                shared = len(own & other)
+                parts = {"jaccard": len(own | other), "count": 1, "f1": (len(own) + len(other)) / 2}
+                total += shared / parts[similarity] if shared else 0.0
+            expected.append(total)
+        assert pool.scores() == pytest.approx(expected)
+
+
+def test_selection_consensus_of_a_full_buffer_is_fast():
+    # 512 chains of 100 words with much in common. The bound is ten times what is needed, for a machine that is busy.
+    generator = np.random.default_rng(0)
+    words = [" ".join(f"w{word}" for word in generator.integers(0, 6, 100)) for _ in range(512)]
+    start = time.perf_counter()
+    scores = consensus()(candidates(*words))
+    assert time.perf_counter() - start < 1.0
+    assert len(scores) == 512
+
+
+def test_selection_majority_counts_equal_answers_only():
+    answers = ["1", "2", None, "2", None, None]
+    assert majority_vote(candidates(*"abcdef", answers=answers)) == [1, 2, 0, 2, 0, 0]
+    by_last = majority_vote_by(lambda text: text[-1:] or None)
+    assert by_last(candidates("x1", "y2", "z1", "")) == [2, 1, 2, 0]
+
+
+def test_selection_log_probability():
+    assert log_probability(candidates("a", "b", logprobs=[-3.0, -2.0])) == [-3.0, -2.0]
+
+
+def test_selection_ties_go_to_the_higher_log_probability_then_to_the_lower_index():
+    tied = candidates(*"abcd", logprobs=[-9.0, -2.0, -1.0, -1.0])
+    assert select(tied, [5.0, 5.0, 5.0, 5.0]) == 2
+    assert select(tied, [5.0, 5.0, 4.0, 4.0]) == 1
+    assert select(tied, [5.0, 4.0, 4.0, 4.0]) == 0
+
+
+@pytest.mark.parametrize(("scores", "message"), [([1.0], "one number for each of 2"), ([1.0, float("nan")], "NaN")])
+def test_selection_refuses_scores(scores, message):
+    with pytest.raises(ValueError, match=message):
+        select(candidates("a", "b"), scores)
+
+
+def test_selection_refuses_nothing_to_select_from_and_an_unknown_similarity():
+    with pytest.raises(ValueError, match="0 candidates"):
+        select([], [])
+    with pytest.raises(ValueError, match="similarity must be one of 'jaccard'"):
+        consensus("cosine")
