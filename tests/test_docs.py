@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import VOCAB_SIZE, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 import slimkernels as sk
 from bench.ops_table import OPS, support_of
@@ -25,12 +27,50 @@ def test_docs_op_examples_run(op):
     assert result.failed == 0
 
 
-def test_docs_readme_loop_runs():
+def snippet(name: str) -> str:
     readme = (ROOT / "README.md").read_text()
-    code = re.search(r"<!-- example:begin -->\n```python\n(.*?)```\n<!-- example:end -->", readme, re.S)
-    done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, check=False)
+    return re.search(rf"<!-- {name}:begin -->\n```python\n(.*?)```\n<!-- {name}:end -->", readme, re.S)[1]
+
+
+def test_docs_readme_loop_runs():
+    done = subprocess.run([sys.executable, "-c", snippet("example")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"loss \d+\.\d\d, CE \d+\.\d\d, KL \d+\.\d\d, w 0\.\d\d\n", done.stdout)
+
+
+def test_docs_readme_patch_computes_the_models_own_loss():
+    model, input_ids = make_model().train(), torch.randint(VOCAB_SIZE, (2, 9))
+    expected = model(input_ids, labels=input_ids)
+    exec(snippet("patch"), {"sk": sk, "model": model})  # noqa: S102 -- the README's
+    output = model(input_ids, labels=input_ids)
+    assert output.get("logits") is None
+    torch.testing.assert_close(output.loss, expected.loss)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_docs_readme_distiller_trains(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the extra trl")
+    from datasets import Dataset
+
+    for name, seed in (("teacher", 9), ("student", 0)):
+        make_model(seed=seed).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    options = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+    names = {
+        "sk": sk,
+        "SFTTrainer": trl.SFTTrainer,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "model": AutoModelForCausalLM.from_pretrained(tmp_path / "student"),
+        "args": trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, bf16=False, **options),
+        "dataset": Dataset.from_list([{"input_ids": [2, 3, 5, 8, 13]}] * 4),
+    }
+    code = snippet("mixin").replace('"./teacher"', repr(str(tmp_path / "teacher")))
+    exec(code, names)  # noqa: S102 -- the README's
+    names["trainer"].train()
+    logs = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    assert all(0 < entry["weight"] < 1 and entry["kd"] > 0 for entry in logs)
 
 
 def test_docs_readme_tables_come_from_the_results():
