@@ -26,7 +26,7 @@ demo: $(installed)  ## train one student three ways on a real teacher's logits
 	$(py) -m slimkernels demo --out $(DEMO_OUT)
 
 test: $(installed)  ## run the default tests: CPU, no network
-	$(py) -m pytest
+	$(py) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-isa: $(installed)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
