@@ -32,6 +32,9 @@ NUMBERS = [  # text, strict, flexible
     ("5/0 is undefined", None, "5"),
     ("The answer is unknown.\n7 of them", None, "7"),
     ("The answer is:\n42", "42", "42"),
+    ("The answer is 20 * 3 = 60 students.", "60", "60"),
+    ("The answer is 5 - 5 = 0.", "0", "0"),
+    ("A: 5 apples", None, "5"),
     ("I do not know.", None, None),
     ("", None, None),
 ]
@@ -56,6 +59,7 @@ LETTERS = [
     ("A person goes there. It must be option D", None, "D"),
     ("A) no, B) yes", None, "B"),
     ("The answer is (Z).", None, None),
+    ("A: mall", None, "D"),
     ("bank or mall", None, None),
     ("The answer is I don't know", None, None),
 ]

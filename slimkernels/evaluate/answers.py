@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 AnswerKind = Literal["number", "yes_no", "letter"]
 
 _NEXT_QUESTION = re.compile(r"(?:^|\n)\s*(?:Q|Question)\s*:")
+# Asked "Q: ... A:", models begin with an "A:" of their own.
+_OWN_PREFIX = re.compile(r"^\s*A:")
 _ANNOUNCED = re.compile(r"####|\\boxed|\banswer\s+is\b|\banswer\s*:", re.IGNORECASE)
 # A sign belongs to the number where no digit, letter or bracket stands before it: "16-3" has a 16 and a 3.
 _SIGN = r"(?:(?<![\w)\]])[-+\u2212]\s?)?"
@@ -56,7 +58,7 @@ def extract(text: str, kind: AnswerKind, choices: Sequence[str] = ()) -> Extract
     """
     if kind not in _FINDERS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _FINDERS))}, got {kind!r}")
-    text = before_next_question(text)
+    text = _OWN_PREFIX.sub("", before_next_question(text))
     announced, anywhere = _FINDERS[kind]
     strict = None
     for marker in _ANNOUNCED.finditer(text):
@@ -136,7 +138,10 @@ def _first_line(text: str) -> str:
 
 
 def _announced_number(text: str, choices: Sequence[str]) -> str | None:
-    value = parse_number(_first_line(text))
+    line = _first_line(text)
+    # "The answer is 20 * 3 = 60."
+    value = parse_number(line.rpartition("=")[2])
+    value = parse_number(line) if value is None else value
     return None if value is None else _spell(value)
 
 

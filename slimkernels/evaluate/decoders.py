@@ -70,6 +70,27 @@ class DecoderSettings:
             selector = "trigram consensus" if task.kind is None else "majority of the flexible answers"
         return limits | own[decoder] | {"selector": selector}
 
+    def config(self, task: Task) -> PathFinderConfig:
+        """Of the search.
+
+        Raises:
+            ValueError: A setting outside its range.
+        """
+        if self.num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
+        return PathFinderConfig(
+            branching_factor=self.branching_factor,
+            beam=self.beam,
+            max_depth=self.max_steps,
+            max_step_tokens=self.max_step_tokens,
+            max_tokens=self.max_tokens,
+            # A whole text has lines of its own, and no announced answer.
+            answer_pattern=None if task.kind is None else _ANNOUNCEMENT,
+            end_markers=() if task.kind is None else _OWN_QUESTION,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+
 
 def is_random(decoder: str) -> bool:
     """Whether the seed changes what a decoder answers."""
@@ -85,20 +106,7 @@ def make_search(
         ValueError: An unknown decoder, or settings outside their range.
     """
     settings.of(decoder, task)
-    config = PathFinderConfig(
-        branching_factor=settings.branching_factor,
-        beam=settings.beam,
-        max_depth=settings.max_steps,
-        max_step_tokens=settings.max_step_tokens,
-        max_tokens=settings.max_tokens,
-        # A whole text has lines of its own, and no announced answer.
-        answer_pattern=None if task.kind is None else _ANNOUNCEMENT,
-        end_markers=() if task.kind is None else _OWN_QUESTION,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=seed,
-        batch_questions=batch_questions,
-    )
+    config = dataclasses.replace(settings.config(task), seed=seed, batch_questions=batch_questions)
     if decoder == "greedy":
         return greedy(engine, config)
     if decoder == "pathfinder":

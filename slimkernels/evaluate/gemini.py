@@ -83,14 +83,14 @@ def read_outputs(path: str | os.PathLike[str]) -> Outputs:
 
 def after_the_answer_is(text: str) -> str | None:
     """The first number after the last "The answer is"; None where that is not written."""
-    before, marker, after = text.partition("Q:")[0].rpartition("The answer is")
+    _, marker, after = text.partition("Q:")[0].rpartition("The answer is")
     return _first(after) if marker else None
 
 
 def after_answer_colon(text: str) -> str | None:
     """The first number after the last "Answer:", if there is one; else the last number."""
     text = text.partition("\nQ:")[0]
-    before, marker, after = text.rpartition("Answer:")
+    _, marker, after = text.rpartition("Answer:")
     found = _first(after) if marker else None
     return last_number(text) if found is None else found
 

@@ -56,8 +56,8 @@ def find_models(names: list[str], *, dtype: str = "float32", prompt_style: str =
     Args:
         names: Of the models.
         dtype: Of the weights.
-        prompt_style: "chat" asks in the model's chat template, "plain" lets it continue a text, "auto" chats with models
-            that have a template.
+        prompt_style: "chat" asks in the model's chat template, "plain" lets it continue a text, "auto" chats with
+            models that have a template.
 
     Raises:
         ValueError: The same model twice, or a server, which has no engine here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 SHOTS: dict[str, tuple[tuple[str, str], ...]] = {
     "gsm8k": (
         (
-            "A baker has 24 rolls. He sells 9 in the morning and bakes 12 more at noon. How many rolls does he have now?",
+            "A baker has 24 rolls. He sells 9 in the morning and bakes 12 at noon. How many rolls does he have now?",
             "After the morning he has 24 - 9 = 15 rolls.\nWith those from noon he has 15 + 12 = 27 rolls.\n"
             "The answer is 27.",
         ),
@@ -23,8 +23,8 @@ SHOTS: dict[str, tuple[tuple[str, str], ...]] = {
     "strategyqa": (
         (
             "Could a blue whale fit into a school swimming pool?",
-            "A blue whale is about 25 metres long and 4 metres wide.\nA school pool is about 25 metres long, but only 1 "
-            "to 2 metres deep.\nA whale of that height does not fit into it.\nThe answer is no.",
+            "A blue whale is about 25 metres long and 4 metres wide.\nA school pool is about 25 metres long, but only "
+            "1 to 2 metres deep.\nA whale of that height does not fit into it.\nThe answer is no.",
         ),
         (
             "Can people see the Moon during the day?",

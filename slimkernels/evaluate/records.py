@@ -36,8 +36,8 @@ class Record:
         output_tokens: Of the output; None where unknown.
         seconds: It took; of samples decoded together, its share. None where unknown.
         finished: Whether the output came to its end by itself; None where unknown.
-        candidates: What the output was chosen from: ``text``, ``tokens`` (of the candidate), ``spent`` (tokens generated
-            for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``.
+        candidates: What the output was chosen from: ``text``, ``tokens`` (of the candidate), ``spent`` (tokens
+            generated for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``.
         published: Scores that came with the output, from elsewhere.
     """
 

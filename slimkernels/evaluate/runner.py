@@ -59,7 +59,8 @@ class Plan:
             check_scorer(task)
             task.prompt(task.samples[0], self.shots)
             for decoder in self.decoders:
-                make_search(decoder, None, self.settings, task)  # its settings are looked at; nothing is decoded
+                self.settings.config(task)
+                self.settings.of(decoder, task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,8 @@ class _Cell:
             "".join(c if c.isalnum() or c in "-._" else "-" for c in part)
             for part in (self.model.label, self.decoder, self.task.name)
         )
-        return f"records/{name}--{content_key(self.model.identity, self.settings, self.plan.shots, _VERSION)[:8]}.jsonl"
+        decides = (self.model.identity, self.settings, self.plan.shots, self.task.source_hash, _VERSION)
+        return f"records/{name}--{content_key(*decides)[:8]}.jsonl"
 
     def key(self, sample: Sample, seed: int | None) -> str:
         prompt = self.task.prompt(sample, self.plan.shots)
