@@ -44,7 +44,7 @@ def write_report(
 
 
 def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
-    """What to say of files of outputs from elsewhere: how they were scored, and whether that is how they were before."""
+    """What to say of outputs from elsewhere: how they were scored, and whether that is how they were before."""
     entries = []
     for path, outputs in files.items():
         published = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimkernels.evaluate import summary
+from slimkernels.evaluate.gemini import DECODER as OUTPUTS
 from slimkernels.evaluate.report_blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best
 from slimkernels.evaluate.report_charts import dot_chart, line_chart
 from slimkernels.evaluate.statistics import Interval
@@ -25,6 +26,7 @@ def content(records: Records, described: Mapping[str, Any]) -> list[Block]:
     """The report but its outputs: the verdict, what was run, scores, differences, and slices."""
     comparisons = summary.compare(records)
     blocks: list[Block] = [*_verdict(records, comparisons), *_what_was_run(records, described)]
+    blocks += _overall(records)
     for task in records.tasks:
         blocks += _scores(records, task)
     blocks += _differences(comparisons)
@@ -48,8 +50,9 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
         sentences = [_sentence(entry) for entry in shown]
         if len(shown) < len(found):
             rest = "any two" if not shown else f"the other {len(found) - len(shown)} pairs"
+            rest = f"{found[0].a} and {found[0].b}" if len(found) == 1 else rest
             sentences.append(f"No difference shown between {rest}.")
-        blocks.append(Paragraph(f"{task}, {samples} samples, {_name(metric)}: {' '.join(sentences)}"))
+        blocks.append(Paragraph(f"{task}, {_name(metric)}, samples: {samples}. {' '.join(sentences)}"))
     return blocks
 
 
@@ -103,6 +106,19 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
     return blocks
 
 
+def _overall(records: Records) -> list[Block]:
+    """Every task's first score, a column for each arm."""
+    rows: list[Sequence[Cell | str]] = []
+    for task in records.tasks:
+        metric = records.metrics(task)[0]
+        found = [records.scores(arm, task, metric).values() for arm in records.arms]
+        means = [sum(scores) / len(scores) if scores else None for scores in found]
+        texts = [_percent(mean) if mean is not None else "not run" for mean in means]
+        samples = "/".join(dict.fromkeys(str(len(scores)) for scores in found if scores))
+        rows.append([f"{task}, {metric.replace('_', ' ')} %", *mark_best(texts, means), samples])
+    return [Heading("Overall"), Table(["task", *map(str, records.arms), "samples"], rows)]
+
+
 def _scores(records: Records, task: str) -> list[Block]:
     budgets = summary.budgets(records, task)
     arms = [arm for arm in records.arms if records.of(arm, task)]
@@ -122,7 +138,7 @@ def _scores(records: Records, task: str) -> list[Block]:
         columns.append((_budget(budget), mark_best([_percent(share) for share in shares], shares)))
     columns += [
         ("samples", [str(row.samples) for row in rows]),
-        ("seeds", [", ".join(map(str, row.seeds)) or "none needed" for row in rows]),
+        ("seeds", [_seeds(row) for row in rows]),
         ("tokens per question", [_number(row.tokens, 0) for row in rows]),
         ("seconds per question", [_number(row.seconds, 2) for row in rows]),
         ("tokens of the output", [_number(row.output_tokens, 0) for row in rows]),
@@ -138,13 +154,13 @@ def _scores(records: Records, task: str) -> list[Block]:
     chart = dot_chart([str(row.arm) for row in rows], [row.scores[metrics[0]] for row in rows], title)
     explained = (
         "Bold: the best of a column; italic: the second. In brackets: 95 % intervals, Wilson's for shares of right "
-        "answers, bootstrap for other scores. Whether two differ is in the table of differences, not in their intervals."
+        "answers, bootstrap for others. Whether two differ is in the table of differences, not in their intervals."
     )
     if budgets:
         explained += (
-            " Within a budget: right, had every question been stopped after so many tokens or seconds, the least that a "
-            "decoder of several candidates spends on average; independent chains count as one after the other. Seconds "
-            "are a question's share of its batch."
+            " Within a budget: right, had every question been stopped after so many tokens or seconds, the least that "
+            "a decoder of several candidates spends on average; independent chains count as one after the other. "
+            "Seconds are a question's share of its batch."
         )
     silent = [str(row.arm) for row in rows if row.empty == 1]
     blocks: list[Block] = [Heading(f"Scores: {task}"), table, Paragraph(explained), Chart(chart, title)]
@@ -210,6 +226,10 @@ def _name(metric: str) -> str:
 
 def _found(row: Overall, metric: str) -> Cell:
     return Cell(_percent(row.extracted[metric]), "warning" if row.extracted[metric] == 0 else "")
+
+
+def _seeds(row: Overall) -> str:
+    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder == OUTPUTS else "no draws")
 
 
 def _budget(budget: Budget) -> str:

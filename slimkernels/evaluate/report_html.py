@@ -25,7 +25,8 @@ h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-th { background: var(--soft); } td.best { font-weight: 700; } td.second { font-style: italic; }
+th { background: var(--soft); } td.number { white-space: nowrap; }
+td:first-child { min-width: 9rem; } td.best { font-weight: 700; } td.second { font-style: italic; }
 td.warning { color: var(--bad); font-weight: 700; }
 svg { width: 100%; max-width: 40rem; height: auto; display: block; }
 svg text { font: 14px system-ui, sans-serif; fill: var(--ink); } svg .small { font-size: 12px; fill: var(--faint); }
@@ -35,8 +36,8 @@ svg text { font: 14px system-ui, sans-serif; fill: var(--ink); } svg .small { fo
 .marker.s0 { fill: var(--c0); } .marker.s1 { fill: var(--c1); } .marker.s2 { fill: var(--c2); }
 .marker.s3 { fill: var(--c3); } .marker.s4 { fill: var(--c4); } .marker.s5 { fill: var(--c5); }
 figure { margin: 1rem 0; } figcaption, .note { color: var(--faint); font-size: .9rem; }
-#filter { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; padding: .6rem;
-  background: var(--soft); border: 1px solid var(--rule); border-radius: .4rem; }
+#filter { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+  padding: .6rem; background: var(--soft); border: 1px solid var(--rule); border-radius: .4rem; }
 #filter[hidden] { display: none; }
 #filter input[type=search], #filter select { font: inherit; padding: .3rem; max-width: 100%; }
 .sample { border: 1px solid var(--rule); border-radius: .4rem; padding: .6rem .8rem; margin: .8rem 0; }
@@ -97,9 +98,10 @@ def _block(block: Block) -> str:
 
 
 def _cell(cell: Cell | str) -> str:
-    if isinstance(cell, str):
-        return f"<td>{_text(cell)}</td>"
-    return f'<td class="{cell.mark}">{_text(cell.text)}</td>' if cell.mark else f"<td>{_text(cell.text)}</td>"
+    text, mark = (cell, "") if isinstance(cell, str) else cell
+    # A number stays in one piece with its interval.
+    classes = " ".join(filter(None, (mark, "number" if text[:1] in "+-0123456789" else "")))
+    return f'<td class="{classes}">{_text(text)}</td>' if classes else f"<td>{_text(text)}</td>"
 
 
 def _outputs(records: Records) -> str:

@@ -24,7 +24,9 @@ def score(record: Record) -> Record:
     if kind is None:
         scores: Mapping[str, float] = {ROUGE: rouge_l(record.output, record.reference)}
         return dataclasses.replace(record, answers={ROUGE: record.output.strip() or None}, scores=scores)
-    answers = extract(record.output, kind, record.choices)._asdict()
+    # The flexible answer first: it is what a decoder votes by, and what arms are compared by first.
+    found = extract(record.output, kind, record.choices)
+    answers = {"flexible": found.flexible, "strict": found.strict}
     scores = {name: float(same_answer(answer, record.reference, kind)) for name, answer in answers.items()}
     return dataclasses.replace(record, answers=answers, scores=scores)
 

@@ -58,7 +58,7 @@ class Overall:
         finished: The share of outputs that came to an end by themselves.
         tokens, seconds: Of a question on average, None where unknown.
         output_tokens: Of the output alone.
-        dropped: Letters outside ASCII in outputs and references, which Rouge-L does not see, and all letters and digits.
+        dropped: Letters outside ASCII in outputs and references, which Rouge-L does not see, and all of any kind.
         within: What the first metric would be within a budget.
     """
 

@@ -56,11 +56,6 @@ class Task:
     samples: tuple[Sample, ...]
     available: int
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of its scores, the one to compare by first."""
-        return (ROUGE,) if self.kind is None else ("flexible", "strict")
-
     def prompt(self, sample: Sample, shots: int) -> str:
         """The question after this many worked examples, without any model's chat template.
 
