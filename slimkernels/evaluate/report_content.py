@@ -49,8 +49,8 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
         samples = f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
         sentences = [_sentence(entry) for entry in shown]
         if len(shown) < len(found):
-            rest = "any two" if not shown else f"the other {len(found) - len(shown)} pairs"
-            rest = f"{found[0].a} and {found[0].b}" if len(found) == 1 else rest
+            others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
+            rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
             sentences.append(f"No difference shown between {rest}.")
         blocks.append(Paragraph(f"{task}, {_name(metric)}, samples: {samples}. {' '.join(sentences)}"))
     return blocks

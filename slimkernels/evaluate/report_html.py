@@ -165,7 +165,7 @@ def _output(record: Record, metric: str) -> str:
     votes = Counter(vote(record.task, candidate["text"], record.choices) for candidate in record.candidates)
     if len(record.candidates) > 1 and set(votes) != {None}:
         facts.append("votes: " + ", ".join(f"{answer or 'none'} {count}" for answer, count in votes.most_common()))
-    output = _text(record.output) or '<span class="wrong">no output</span>'
+    output = _text(record.output) if record.output.strip() else '<span class="wrong">no output</span>'
     return (
         f'<div class="output"><strong>{_text(name)}</strong> <span class="{kind}">{word}</span>'
         f'<pre>{output}</pre><div class="note">{_text("; ".join(facts))}</div></div>'

@@ -231,7 +231,7 @@ def slices(records: Records, task: str, name: str, *, num_bins: int = 3) -> list
     """The first metric of every arm on parts of a task of about equal size, from all arms together."""
     value_of, metric = SLICES[name], records.metrics(task)[0]
     values = [value_of(record) for arm in records.arms for record in records.of(arm, task)]
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, num_bins + 1), method="higher"))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, num_bins + 1), method="inverted_cdf"))
     found = []
     for low, high in zip([-math.inf, *edges[1:-1]], edges[1:] if len(edges) > 1 else edges, strict=True):
         own = [
