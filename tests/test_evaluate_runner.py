@@ -44,9 +44,13 @@ def test_every_model_decoder_task_sample_and_seed_is_answered_once(folders, data
     assert len(list((tmp_path / "records").iterdir())) == 8
     chains = [record for record in records if record.decoder == "self-consistency"]
     assert len({record.output for record in chains}) > 1
+    assert {len(record.candidates) for record in chains} == {1, 2}
     for record in chains:
-        assert len(record.candidates) == 2
-        assert record.candidates[-1]["spent"] == record.tokens == sum(c["tokens"] for c in record.candidates)
+        # A chain that no end was found for is no candidate where another has one, but its tokens are spent.
+        spent = [candidate["spent"] for candidate in record.candidates]
+        assert spent == sorted(spent)
+        assert spent[0] >= record.candidates[0]["tokens"]
+        assert spent[-1] == record.tokens if len(spent) == 2 else spent[-1] <= record.tokens
         assert record.output in [candidate["text"] for candidate in record.candidates]
         assert record.prompt == f"Q: {record.question}\nA:"
         assert 1 <= record.output_tokens <= 10

@@ -19,7 +19,8 @@ from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
 from slimkernels.evaluate.records import Record, RecordFile, content_key, read_records, write_records
 from slimkernels.evaluate.scoring import check_scorer, score
 from slimkernels.evaluate.tasks import Sample, Task
-from slimkernels.search import Question, Result
+from slimkernels.search import Question, Result, Tree
+from slimkernels.search.tree import ROOT
 
 RUN_FILE = "run.json"
 # In which the records were made; a change of what a prompt or a decoder does changes it.
@@ -237,21 +238,32 @@ def _candidates(decoder: str, result: Result) -> Iterable[dict[str, Any]]:
 
     Independent chains count as generated one after the other, a tree's steps in the order in which they were.
     """
+    spent = _spent_by_chain(result.tree) if decoder == "self-consistency" else _spent_by_node(result)
+    for candidate, value in zip(result.candidates, result.scores, strict=True):
+        yield {
+            "text": candidate.text,
+            "tokens": candidate.num_tokens,
+            "spent": spent[candidate.node],
+            "score": value,
+            "sum_logprob": candidate.sum_logprob,
+        }
+
+
+def _spent_by_chain(tree: Tree) -> list[int]:
+    """By node: the tokens of its chain and of all chains before it."""
+    chains = [tree.path(node)[0] if node != ROOT else 0 for node in range(len(tree))]
+    lengths = np.zeros(max(chains) + 1, np.int64)
+    np.maximum.at(lengths, chains, tree.num_tokens)
+    return np.cumsum(lengths)[chains].tolist()
+
+
+def _spent_by_node(result: Result) -> list[int]:
+    """By node: the tokens generated until it was there."""
     tree = result.tree
     own = tree.num_tokens - np.where(tree.parent >= 0, tree.num_tokens[tree.parent], 0)
     spent = np.cumsum(own * np.maximum(tree.attempts, 1))
     # Steps that failed their checks and were generated again count as long as those that replaced them.
-    scale = result.num_tokens / max(int(spent[-1]), 1)
-    before = 0
-    for candidate, value in zip(result.candidates, result.scores, strict=True):
-        before += candidate.num_tokens
-        yield {
-            "text": candidate.text,
-            "tokens": candidate.num_tokens,
-            "spent": before if decoder == "self-consistency" else round(float(spent[candidate.node]) * scale),
-            "score": value,
-            "sum_logprob": candidate.sum_logprob,
-        }
+    return np.round(spent * (result.num_tokens / max(int(spent[-1]), 1))).astype(int).tolist()
 
 
 def _describe(plan: Plan, cells: Sequence[_Cell]) -> dict[str, Any]:
