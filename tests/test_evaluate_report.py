@@ -161,7 +161,7 @@ def test_page_tells_what_was_run_and_whether_a_difference_is_real(records, tmp_p
     assert '<td class="second number">91.7</td>' in page
     assert "| **100.0** | 25.0 | *91.7* | 12 |" in (tmp_path / "report" / "report.md").read_text()
     assert page.count("<svg") == 2
-    assert "votes: 5 3, 99 1" in page
+    assert "votes: 5 \u00d73, 99 \u00d71" in page
     assert read_records(tmp_path / "report" / "records.jsonl") == records
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from slimkernels.evaluate.statistics import Interval
 
-_WIDTH = 640
+_WIDTH = 440
 _LEFT = 30
 _ROW = 46
 # Series are told apart by shape as well as by colour (the page defines .s0 ... .s5).

@@ -16,7 +16,7 @@ from slimkernels.evaluate.tasks import ROUGE
 TITLE = "Side-by-side evaluation"
 _METRICS = {
     "strict": "strict: the announced answer",
-    "flexible": "flexible: else the last possible one",
+    "flexible": "flexible: the announced answer, or else the last possible one",
     "last_number": "last number",
     ROUGE: "Rouge-L F1",
 }
@@ -131,7 +131,8 @@ def _scores(records: Records, task: str) -> list[Block]:
         columns.append((f"{metric.replace('_', ' ')} %", mark_best(cells, [interval.value for interval in intervals])))
     if ROUGE not in metrics:
         columns += [
-            (f"{metric.replace('_', ' ')} found %", [_found(row, metric) for row in rows]) for metric in metrics
+            (f"{metric.replace('_', ' ')} found %", [_found(row, metric) for row in rows])
+            for metric in rows[0].extracted
         ]
     for budget in budgets:
         shares = [row.within[budget.unit] for row in rows]
@@ -163,7 +164,7 @@ def _scores(records: Records, task: str) -> list[Block]:
             "Seconds are a question's share of its batch."
         )
     silent = [str(row.arm) for row in rows if row.empty == 1]
-    blocks: list[Block] = [Heading(f"Scores: {task}"), table, Paragraph(explained), Chart(chart, title)]
+    blocks: list[Block] = [Heading(f"Scores: {task}"), table, Chart(chart, title), Paragraph(explained)]
     if silent:
         blocks.insert(1, Paragraph(f"Answered nothing at all: {', '.join(silent)}."))
     return blocks
@@ -205,7 +206,10 @@ def _slices(records: Records, task: str) -> list[Block]:
         rows = []
         for part in found:
             scores = mark_best(
-                [f"{_percent(score)} (n={count})" for score, count in zip(part.scores, part.counts, strict=True)],
+                [
+                    f"{_percent(score)} (n={count})" if count else "none"
+                    for score, count in zip(part.scores, part.counts, strict=True)
+                ],
                 part.scores,
             )
             rows.append([part.label, *scores])

@@ -28,7 +28,7 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align:
 th { background: var(--soft); } td.number { white-space: nowrap; }
 td:first-child { min-width: 9rem; } td.best { font-weight: 700; } td.second { font-style: italic; }
 td.warning { color: var(--bad); font-weight: 700; }
-svg { width: 100%; max-width: 40rem; height: auto; display: block; }
+svg { width: 100%; max-width: 34rem; height: auto; display: block; }
 svg text { font: 14px system-ui, sans-serif; fill: var(--ink); } svg .small { font-size: 12px; fill: var(--faint); }
 .grid { stroke: var(--rule); fill: none; } .whisker, .line { fill: none; stroke-width: 2; }
 .s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
@@ -134,7 +134,7 @@ def _sample(task: str, metric: str, records: Sequence[Record]) -> str:
         for name, holds in (
             ("differ", max(scores) > min(scores)),
             ("wrong", max(scores) == 0),
-            ("silent", any(record.answers[metric] is None for record in records)),
+            ("silent", any(record.answers.get(metric, "") is None for record in records)),
         )
         if holds
     ]
@@ -164,7 +164,9 @@ def _output(record: Record, metric: str) -> str:
         facts.append(f"{record.tokens} tokens")
     votes = Counter(vote(record.task, candidate["text"], record.choices) for candidate in record.candidates)
     if len(record.candidates) > 1 and set(votes) != {None}:
-        facts.append("votes: " + ", ".join(f"{answer or 'none'} {count}" for answer, count in votes.most_common()))
+        facts.append(
+            "votes: " + ", ".join(f"{answer or 'none'} \u00d7{count}" for answer, count in votes.most_common())
+        )
     output = _text(record.output) if record.output.strip() else '<span class="wrong">no output</span>'
     return (
         f'<div class="output"><strong>{_text(name)}</strong> <span class="{kind}">{word}</span>'

@@ -53,7 +53,7 @@ class Overall:
         samples: Different ones.
         seeds: Of the noise; empty without noise.
         scores: By metric, over samples; seeds of a sample are averaged first.
-        extracted: By metric, the share of outputs in which an answer was found.
+        extracted: By metric with answers, the share of outputs in which one was found.
         empty: The share of outputs without any text.
         finished: The share of outputs that came to an end by themselves.
         tokens, seconds: Of a question on average, None where unknown.
@@ -134,7 +134,11 @@ def overall(records: Records, arm: Arm, task: str, budgets: Sequence[Budget] = (
         samples=len({record.sample for record in own}),
         seeds=tuple(sorted({record.seed for record in own if record.seed is not None})),
         scores={metric: _interval(list(records.scores(arm, task, metric).values())) for metric in metrics},
-        extracted={metric: _mean([record.answers[metric] is not None for record in own]) or 0.0 for metric in metrics},
+        extracted={
+            metric: _mean([record.answers.get(metric) is not None for record in own]) or 0.0
+            for metric in metrics
+            if metric in own[0].answers
+        },
         empty=_mean([not record.output.strip() for record in own]) or 0.0,
         finished=_mean([record.finished for record in own]),
         tokens=_mean([record.tokens for record in own]),
