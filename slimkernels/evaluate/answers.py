@@ -69,7 +69,7 @@ def extract(text: str, kind: AnswerKind, choices: Sequence[str] = ()) -> Extract
 
 def before_next_question(text: str) -> str:
     """The text until it asks a question of its own."""
-    found = _NEXT_QUESTION.search(text, re.match(r"\s*", text).end())
+    found = _NEXT_QUESTION.search(text, len(text) - len(text.lstrip()))
     return text if found is None else text[: found.start()]
 
 
@@ -102,7 +102,7 @@ def parse_number(text: str) -> Fraction | None:
     return None if found is None else _value(found)
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
+def _value(found: re.Match[str]) -> Fraction:
     top, bottom = (found["top"], found["bottom"]) if found["top"] else (found["first"], found["second"])
     value = Fraction(top.replace(",", ""))
     if bottom is not None:
