@@ -21,6 +21,8 @@ NUMBERS = [  # text, strict, flexible
     ("The answer is 3. No: the answer is 4.", "4", "4"),
     ("The answer is 3.\n\nQ: Tom has 7 cats. How many?\nA: The answer is 7.", "3", "3"),
     ("\nA: 2 + 2 = 4\nQ: What is 5?", None, "4"),
+    ("Q: What is 5?\nA: The answer is 5.", None, None),
+    ("\n Question: 5?", None, None),
     ("16-3-4", None, "4"),
     ("It rose from 10-12.", None, "12"),
     ("It fell to \u22125 degrees", None, "-5"),

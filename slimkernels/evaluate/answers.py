@@ -69,7 +69,7 @@ def extract(text: str, kind: AnswerKind, choices: Sequence[str] = ()) -> Extract
 
 def before_next_question(text: str) -> str:
     """The text until it asks a question of its own."""
-    found = _NEXT_QUESTION.search(text, len(text) - len(text.lstrip()))
+    found = _NEXT_QUESTION.search(text)
     return text if found is None else text[: found.start()]
 
 
