@@ -234,7 +234,15 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from slimkernels import cli_evaluate
+
+    is_side_by_side = cli_evaluate.is_side_by_side(args)
     _be_quiet()
+    if is_side_by_side:
+        with _progress() as progress:
+            report = cli_evaluate.compare(args, lambda description: _task(progress, description))
+        print(report)
+        return
     from slimkernels import teacher
     from slimkernels.evaluate.metrics import evaluate_store
     from slimkernels.store import Store

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from slimkernels import cli_evaluate
+
 SHIPPED_PROMPTS = "shipped"
 _DTYPES = ("float32", "bfloat16", "float16")
 _CODECS = ("affine8", "affine6", "bfloat16", "float32")
@@ -46,11 +48,6 @@ examples:
   your own, with the tail of the teacher's distribution as one more outcome:
     slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
 The same command continues from the newest checkpoint after it was stopped.
-"""
-_EVAL_EXAMPLES = """\
-examples:
-  slimkernels eval --store runs/held-out --model runs/slim runs/kd runs/sft
-  slimkernels eval --store runs/held-out --model runs/slim --json
 """
 _INFO_EXPLAINED = """\
 bits_per_entry counts all bytes of the store; entropy_bound_bits_per_entry is what no coder of the same ids can beat.
@@ -112,11 +109,14 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, metavar="N")
     _add_capture(_command(commands, "capture", "a teacher's kept logits into a store", _CAPTURE_EXAMPLES))
     _add_train(_command(commands, "train", "a student on a store", _TRAIN_EXAMPLES))
-    evaluate = _command(commands, "eval", "students on a held-out store", _EVAL_EXAMPLES)
-    evaluate.add_argument("--store", required=True, metavar="DIR")
-    evaluate.add_argument("--model", required=True, nargs="+", metavar="MODEL", help="folders or names of models")
+    evaluate = _command(
+        commands, "eval", "models on a held-out store, or models and decoders side by side", cli_evaluate.EXAMPLES
+    )
+    evaluate.add_argument("--store", metavar="DIR", help="held-out, with the teacher's logits")
+    evaluate.add_argument("--model", nargs="+", metavar="MODEL", help="folders or names of models")
     evaluate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="documents at a time")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    cli_evaluate.add_arguments(evaluate, _positive)
     store = commands.add_parser("store", help="look into a store", description="Look into a store.")
     actions = store.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     info = _command(actions, "info", "what a store holds, and what it costs", _INFO_EXPLAINED)

@@ -98,6 +98,23 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     return _from_pretrained(AutoTokenizer, _find(name_or_path, None, None, None, True))
 
 
+def model_origin(name_or_path: str | os.PathLike[str]) -> Path | str:
+    """Where ``load_teacher`` takes a model from: a local folder or file, or "NAME@COMMIT" of a hub.
+
+    Raises:
+        TeacherNotFoundError: There is no such model.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name in EMBEDDED_TEACHERS and not path.exists():
+        return _embedded_file(name)
+    if path.exists():
+        return path
+    if _looks_local(name):
+        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
+    config = _from_pretrained(AutoConfig, _Source(name, name))
+    return f"{name}@{getattr(config, '_commit_hash', None)}"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """Where transformers finds a model: a local folder, or a name and a revision on the hub."""

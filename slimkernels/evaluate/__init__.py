@@ -1,5 +1,26 @@
-"""How good a student is: held-out metrics against the labels and against the teacher."""
+"""How good models and decoders are: held-out metrics, answers to questions, and a report that compares them.
 
-from slimkernels.evaluate.metrics import evaluate_store
+``metrics.py`` measures a student on a store. The rest compares models and decoders side by side: ``tasks.py`` reads the
+questions, ``runner.py`` has them answered, ``answers.py`` finds the answers in what was written, ``records.py`` keeps
+everything, ``summary.py`` and ``statistics.py`` compare, ``report.py`` writes it up.
+"""
 
-__all__ = ["evaluate_store"]
+import importlib
+from typing import TYPE_CHECKING
+
+from slimkernels.evaluate.answers import Extraction, extract, same_answer
+from slimkernels.evaluate.statistics import Difference, paired_difference
+
+if TYPE_CHECKING:
+    from slimkernels.evaluate.metrics import evaluate_store
+
+# What needs transformers is loaded on first use.
+_LAZY = {"evaluate_store": "slimkernels.evaluate.metrics"}
+
+__all__ = ["Difference", "Extraction", "evaluate_store", "extract", "paired_difference", "same_answer"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'slimkernels.evaluate' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,143 @@
+"""`slimkernels eval` side by side: arguments in, a report and a sentence about it out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimkernels.evaluate.decoders import DecoderSettings
+
+EXAMPLES = """\
+examples:
+  students on a held-out store: perplexity, and divergence to the teacher:
+    slimkernels eval --store runs/held-out --model runs/slim runs/kd runs/sft
+    slimkernels eval --store runs/held-out --model runs/slim --json
+  models side by side on questions, with a report in runs/report/report.html:
+    slimkernels eval --models runs/slim runs/kd --tasks gsm8k strategyqa --data data --samples 100 --out runs/report
+  decoders side by side, three seeds each:
+    slimkernels eval --models smollm2-135m-instruct --decoders greedy self-consistency pathfinder --seeds 0 1 2 \\
+        --tasks gsm8k commonsenseqa --data data --samples 50 --out runs/decoders
+  the report again after the scoring has changed, without generating anything:
+    slimkernels eval --rescore --out runs/report
+  outputs that others published (qid, prompt, question, generated_text, answer):
+    slimkernels eval --outputs outputs/svamp/*/output.jsonl --out runs/published
+The same command continues after it was stopped; nothing that was answered is asked again. --data DIR holds
+gsm8k/test.jsonl, strategyqa/dev.json, commonsenseqa/dev_rand_split.jsonl, ... as their authors publish them.
+"""
+# Options of the decoders that are fields of DecoderSettings.
+_SETTINGS: dict[str, tuple[str, type, str]] = {
+    "temperature": ("--temperature", float, "of the draws (default: 0.8)"),
+    "top_p": ("--top-p", float, "draw among the fewest tokens with this much probability (default: 0.95)"),
+    "max_steps": ("--max-steps", int, "lines of an answer at most (default: 12)"),
+    "max_step_tokens": ("--max-step-tokens", int, "of a line at most (default: 64)"),
+    "max_tokens": ("--max-tokens", int, "generated for a question at most, by all decoders (default: no limit)"),
+    "num_chains": ("--chains", int, "of self-consistency (default: 5)"),
+    "branching_factor": ("--branching", int, "children of a leaf, pathfinder (default: 3)"),
+    "beam": ("--beam", int, "leaves kept, pathfinder (default: 3)"),
+}
+_STORE_ONLY = {"model": "--model", "json": "--json"}
+_SIDE_BY_SIDE = {
+    "models": "--models",
+    "tasks": "--tasks",
+    "data": "--data",
+    "out": "--out",
+    "rescore": "--rescore",
+    "outputs": "--outputs",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    """Adds those of the comparison; ``positive`` reads a whole number of at least 1."""
+    source = parser.add_argument_group("side by side, on questions")
+    add = source.add_argument
+    add("--models", nargs="+", metavar="MODEL", help="folders, .gguf files, smollm2-135m-instruct, or a hub's names")
+    add("--tasks", nargs="+", metavar="TASK", help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly")
+    add("--data", metavar="DIR", help="has a folder for each task")
+    add("--out", metavar="DIR", help="gets the records and the report")
+    add("--decoders", nargs="+", default=["greedy"], metavar="NAME", help="greedy, self-consistency, pathfinder")
+    add("--samples", type=positive, metavar="N", help="of each task (default: all)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of the draws (default: 0)")
+    add("--shots", type=int, default=3, metavar="N", help="worked examples before a question (default: %(default)s)")
+    add("--batch-questions", type=positive, default=8, metavar="N", help="decoded together (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")
+    add(
+        "--prompt-style",
+        choices=("auto", "chat", "plain"),
+        default="auto",
+        help="ask in the model's chat template, where it has one (default: %(default)s)",
+    )
+    for field, (flag, kind, text) in _SETTINGS.items():
+        add(flag, dest=field, type=kind, metavar="N" if kind is int else "X", help=text)
+    add("--rescore", action="store_true", help="score what is in --out again; generate nothing")
+    add("--outputs", nargs="+", metavar="FILE", help="report on outputs from elsewhere")
+
+
+def is_side_by_side(args: argparse.Namespace) -> bool:
+    """Whether questions are to be answered, rather than a store's labels predicted.
+
+    Raises:
+        ValueError: The options do not fit together, or some are missing.
+    """
+    given = [flag for name, flag in _SIDE_BY_SIDE.items() if getattr(args, name)]
+    if args.store is not None:
+        if given:
+            raise ValueError(f"{given[0]} has no meaning with --store: run it by itself")
+        if args.model is None:
+            raise ValueError("--store needs --model: folders or names of models")
+        return False
+    foreign = [flag for name, flag in _STORE_ONLY.items() if getattr(args, name)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} needs --store DIR, a held-out store; side by side it is --models")
+    if args.out is None:
+        raise ValueError("eval needs --store DIR with --model, or --out DIR with --models, --rescore or --outputs")
+    if (args.models is not None) + args.rescore + (args.outputs is not None) != 1:
+        raise ValueError("--out needs one of --models, --rescore and --outputs")
+    for name in ("tasks", "data"):
+        if args.models is not None and getattr(args, name) is None:
+            raise ValueError(f"--models needs --{name}: {'what to ask' if name == 'tasks' else 'the folder with it'}")
+    return True
+
+
+def compare(args: argparse.Namespace, task: Callable[[str], Callable[[int, int | None], None]]) -> str:
+    """Runs the command; ``task`` makes a progress bar."""
+    from slimkernels.evaluate.report import describe_outputs, write_report
+
+    described: dict[str, Any]
+    if args.outputs is not None:
+        from slimkernels.evaluate.gemini import read_outputs
+
+        files = {path: read_outputs(path) for path in args.outputs}
+        records = [record for outputs in files.values() for record in outputs.records]
+        described = describe_outputs(files)
+    elif args.rescore:
+        from slimkernels.evaluate.runner import rescore
+
+        described, records = rescore(args.out)
+    else:
+        from slimkernels.evaluate.decoders import DecoderSettings
+        from slimkernels.evaluate.models import find_models
+        from slimkernels.evaluate.runner import Plan, load_run, run
+        from slimkernels.evaluate.tasks import load_task
+
+        # The data first: what is missing is found out before a model is looked for.
+        tasks = [load_task(name, args.data, args.samples) for name in args.tasks]
+        models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
+        plan = Plan(
+            models,
+            args.decoders,
+            tasks,
+            _settings(args, DecoderSettings),
+            args.seeds,
+            args.shots,
+            args.batch_questions,
+        )
+        run(plan, args.out, task)
+        described, records = load_run(args.out)
+    page = write_report(records, args.out, described)
+    return f"{len(records)} outputs; report in {page}"
+
+
+def _settings(args: argparse.Namespace, kind: type[DecoderSettings]) -> DecoderSettings:
+    return kind(**{name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None})

@@ -1,0 +1,127 @@
+"""Decoders by name: the settings of one search each, so that comparisons differ in nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from slimkernels.evaluate.scoring import vote
+from slimkernels.evaluate.tasks import Task
+from slimkernels.search import (
+    Candidate,
+    Engine,
+    PathFinder,
+    PathFinderConfig,
+    consensus,
+    greedy,
+    majority_vote_by,
+    self_consistency,
+)
+from slimkernels.search.selection import Scorer
+
+DECODERS = ("greedy", "self-consistency", "pathfinder")
+# A branch is finished with the step that announces its answer, or that begins a question of its own.
+_ANNOUNCEMENT = r"(?i)\banswer is\b.*\w|####.*\d"
+_OWN_QUESTION = ("Q:", "Question:")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSettings:
+    """What all decoders of a comparison share, and what each of them adds.
+
+    Attributes:
+        temperature: Of the draws; greedy decoding has none.
+        top_p: Of the draws.
+        max_steps: Steps (lines) of an answer at most.
+        max_step_tokens: Tokens of a step at most.
+        max_tokens: Tokens generated for a question at most, all chains and branches together; None: no limit.
+        num_chains: Of self-consistency.
+        branching_factor: Of PathFinder.
+        beam: Of PathFinder.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_steps: int = 12
+    max_step_tokens: int = 64
+    max_tokens: int | None = None
+    num_chains: int = 5
+    branching_factor: int = 3
+    beam: int = 3
+
+    def of(self, decoder: str, task: Task) -> dict[str, Any]:
+        """What decides the outputs of a decoder on a task, beside the seed.
+
+        Raises:
+            ValueError: An unknown decoder.
+        """
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+        limits = {name: getattr(self, name) for name in ("max_steps", "max_step_tokens", "max_tokens")}
+        draws = {"temperature": self.temperature, "top_p": self.top_p}
+        own: dict[str, dict[str, Any]] = {
+            "greedy": {},
+            "self-consistency": draws | {"num_chains": self.num_chains},
+            "pathfinder": draws | {"branching_factor": self.branching_factor, "beam": self.beam},
+        }
+        selector = {"greedy": "the only chain", "pathfinder": "trigram consensus"}.get(decoder)
+        if selector is None:
+            selector = "trigram consensus" if task.kind is None else "majority of the flexible answers"
+        return limits | own[decoder] | {"selector": selector}
+
+    def config(self, task: Task) -> PathFinderConfig:
+        """Of the search.
+
+        Raises:
+            ValueError: A setting outside its range.
+        """
+        if self.num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
+        return PathFinderConfig(
+            branching_factor=self.branching_factor,
+            beam=self.beam,
+            max_depth=self.max_steps,
+            max_step_tokens=self.max_step_tokens,
+            max_tokens=self.max_tokens,
+            # A whole text has lines of its own, and no announced answer.
+            answer_pattern=None if task.kind is None else _ANNOUNCEMENT,
+            end_markers=() if task.kind is None else _OWN_QUESTION,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+
+
+def is_random(decoder: str) -> bool:
+    """Whether the seed changes what a decoder answers."""
+    return decoder != "greedy"
+
+
+def make_search(
+    decoder: str, engine: Engine, settings: DecoderSettings, task: Task, *, seed: int = 0, batch_questions: int = 8
+) -> PathFinder:
+    """The search that answers a task's samples, given as ``Question(prompt, sample.question)``.
+
+    Raises:
+        ValueError: An unknown decoder, or settings outside their range.
+    """
+    settings.of(decoder, task)
+    config = dataclasses.replace(settings.config(task), seed=seed, batch_questions=batch_questions)
+    if decoder == "greedy":
+        return greedy(engine, config)
+    if decoder == "pathfinder":
+        return PathFinder(engine, config)
+    return self_consistency(engine, settings.num_chains, config, selector=_majority(task))
+
+
+def _majority(task: Task) -> Scorer:
+    """Votes by the flexible answers; whole texts, of which no two are equal, by what they have in common."""
+    if task.kind is None:
+        return consensus()
+    choices = {sample.question: sample.choices for sample in task.samples}
+
+    def score(candidates: Sequence[Candidate]) -> Sequence[float]:
+        offered = choices[candidates[0].context]
+        return majority_vote_by(lambda text: vote(task.name, text, offered))(candidates)
+
+    return score

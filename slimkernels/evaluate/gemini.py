@@ -1,0 +1,149 @@
+"""Output files in the layout of neulab/gemini-benchmark: their strict and last-number accuracies, computed again.
+
+A row has ``qid, prompt, question, generated_text, answer``; rows that were published have the scores ``is_correct,
+is_correct_last`` and the numbers ``predict, predict_last`` besides. Published files were scored in one of two ways,
+which give ``is_correct`` different meanings: by the first number after the last "The answer is" (nothing where that is
+not written), or by the first number after the last "Answer:" (the last number where that is not written). A file with
+``is_correct`` tells which by its rows; without, it is the first. Both, and the last number, stop where the text goes on
+to a question of its own.
+
+References: Akter et al. 2023, "An in-depth look at Gemini's language abilities", arXiv 2312.11444.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slimkernels.evaluate.records import Record, content_key
+
+FIELDS = ("qid", "prompt", "question", "generated_text", "answer")
+DECODER = "outputs"
+# The published column that each of our metrics is compared with.
+PUBLISHED = {"strict": "is_correct", "last_number": "is_correct_last"}
+
+# A sign belongs to the number even right after another one: this is how the files were scored.
+_NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
+
+
+class Outputs(NamedTuple):
+    """A scored file.
+
+    Attributes:
+        records: One for each row.
+        strict_rule: What "strict" means in it, in words.
+        agreement: By metric: rows whose published score is the same as ours, of rows that have one.
+    """
+
+    records: list[Record]
+    strict_rule: str
+    agreement: dict[str, tuple[int, int]]
+
+
+def read_outputs(path: str | os.PathLike[str]) -> Outputs:
+    """Reads and scores a file; its model and task are the names of the folders it lies in.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A row is not of the layout: which, and what it lacks.
+    """
+    path = Path(path)
+    rows = _read_rows(path)
+    rule = max(STRICT_RULES, key=lambda name: _agreement(rows, STRICT_RULES[name], PUBLISHED["strict"])[0])
+    model, task = path.resolve().parent.name, path.resolve().parent.parent.name
+    rules = {"strict": STRICT_RULES[rule], "last_number": last_number}
+    records = []
+    for order, row in enumerate(rows):
+        answers = {name: find(row["generated_text"]) for name, find in rules.items()}
+        records.append(
+            Record(
+                key=content_key(row["qid"], row["prompt"], row["generated_text"], row["answer"]),
+                model=model,
+                decoder=DECODER,
+                task=f"{task} ({DECODER})",
+                sample=str(row["qid"]),
+                order=order,
+                seed=None,
+                prompt=row["prompt"],
+                question=row["question"].strip(),
+                reference=str(row["answer"]),
+                output=row["generated_text"],
+                answers=answers,
+                scores={name: float(_is_correct(answer, row["answer"])) for name, answer in answers.items()},
+                published={name: row[name] for name in row if name not in FIELDS},
+            )
+        )
+    agreement = {name: _agreement(rows, find, PUBLISHED[name]) for name, find in rules.items()}
+    return Outputs(records, rule, agreement)
+
+
+def after_the_answer_is(text: str) -> str | None:
+    """The first number after the last "The answer is"; None where that is not written."""
+    _, marker, after = text.partition("Q:")[0].rpartition("The answer is")
+    return _first(after) if marker else None
+
+
+def after_answer_colon(text: str) -> str | None:
+    """The first number after the last "Answer:", if there is one; else the last number."""
+    text = text.partition("\nQ:")[0]
+    _, marker, after = text.rpartition("Answer:")
+    found = _first(after) if marker else None
+    return last_number(text) if found is None else found
+
+
+def last_number(text: str) -> str | None:
+    """The last number before a question of its own."""
+    numbers = _NUMBER.findall(text.partition("Q:")[0])
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+_Finder = Callable[[str], str | None]
+STRICT_RULES: dict[str, _Finder] = {
+    'the first number after the last "The answer is"': after_the_answer_is,
+    'the first number after the last "Answer:", or else the last number': after_answer_colon,
+}
+
+
+def _first(text: str) -> str | None:
+    found = _NUMBER.search(text)
+    return None if found is None else found[0].replace(",", "")
+
+
+def _is_correct(answer: str | None, reference: str) -> bool:
+    return answer is not None and float(answer) == float(str(reference).replace(",", ""))
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]], find: _Finder, column: str) -> tuple[int, int]:
+    scored = [row for row in rows if column in row]
+    agreeing = sum(_is_correct(find(row["generated_text"]), row["answer"]) == bool(row[column]) for row in scored)
+    return agreeing, len(scored)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"outputs not found: there is no file {path}")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = [name for name in FIELDS if name not in row]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, must be a row of JSON: {error}") from error
+        if missing:
+            raise ValueError(f"{path}, line {number}, must have {', '.join(FIELDS)}, but has no {', '.join(missing)}")
+        if not all(isinstance(row[name], str) for name in ("prompt", "question", "generated_text")):
+            raise ValueError(f"{path}, line {number}: prompt, question and generated_text must be texts")
+        try:
+            float(str(row["answer"]).replace(",", ""))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: answer must be a number, got {row['answer']!r}") from error
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} must hold at least one row, got none")
+    return rows

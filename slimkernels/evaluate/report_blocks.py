@@ -1,0 +1,62 @@
+"""What a report is made of, whatever it is written in: headings, paragraphs, tables and charts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+
+class Cell(NamedTuple):
+    """A cell of a table, and how it stands out in its column."""
+
+    text: str
+    mark: Literal["", "best", "second", "warning"] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    """Begins a section; level 2 or 3."""
+
+    text: str
+    level: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Paragraph:
+    """Plain text."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under a head; the first column names the row."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell | str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """An SVG element, and in words what it shows."""
+
+    svg: str
+    caption: str
+
+
+Block = Heading | Paragraph | Table | Chart
+
+
+def mark_best(cells: Sequence[str], values: Sequence[float | None]) -> list[Cell]:
+    """Cells of a column whose largest value is marked best, and whose second largest is marked second.
+
+    Equal values have equal marks; in a column of one value nothing is marked.
+    """
+    ranked = sorted({value for value in values if value is not None}, reverse=True)
+    marks: dict[float, Literal["best", "second"]] = {}
+    if len(ranked) > 1:
+        marks = {ranked[0]: "best", ranked[1]: "second"}
+    return [
+        Cell(text, "" if value is None else marks.get(value, "")) for text, value in zip(cells, values, strict=True)
+    ]

@@ -1,0 +1,305 @@
+"""Has every sample answered by every model and decoder, once, and keeps the records and what was run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
+from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
+from slimkernels.evaluate.records import Record, RecordFile, content_key, read_records, write_records
+from slimkernels.evaluate.scoring import check_scorer, score
+from slimkernels.evaluate.tasks import Sample, Task
+from slimkernels.search import Question, Result, Tree
+from slimkernels.search.tree import ROOT
+
+RUN_FILE = "run.json"
+# In which the records were made; a change of what a prompt or a decoder does changes it.
+_VERSION = 1
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: every model with every decoder on every task.
+
+    Attributes:
+        models: Different ones.
+        decoders: Their names.
+        tasks: With the samples to be answered.
+        settings: Of the decoders.
+        seeds: Of the noise; a decoder without noise runs once.
+        shots: Worked examples before each question.
+        batch_questions: Samples decoded together.
+    """
+
+    models: Sequence[EvaluatedModel]
+    decoders: Sequence[str]
+    tasks: Sequence[Task]
+    settings: DecoderSettings = dataclasses.field(default_factory=DecoderSettings)
+    seeds: Sequence[int] = (0,)
+    shots: int = 3
+    batch_questions: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("models", "decoders", "tasks", "seeds"):
+            values = [getattr(value, "label", getattr(value, "name", value)) for value in getattr(self, name)]
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be at least one, all different, got {values}")
+        for task in self.tasks:
+            check_scorer(task)
+            task.prompt(task.samples[0], self.shots)
+            for decoder in self.decoders:
+                self.settings.config(task)
+                self.settings.of(decoder, task)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """One model with one decoder on one task."""
+
+    model: EvaluatedModel
+    decoder: str
+    task: Task
+    plan: Plan
+
+    @property
+    def seeds(self) -> list[int | None]:
+        return list(self.plan.seeds) if is_random(self.decoder) else [None]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.plan.settings.of(self.decoder, self.task)
+
+    @property
+    def file(self) -> str:
+        """Named by what decides its outputs, so that other settings do not mix with these."""
+        name = "--".join(
+            "".join(c if c.isalnum() or c in "-._" else "-" for c in part)
+            for part in (self.model.label, self.decoder, self.task.name)
+        )
+        decides = (self.model.identity, self.settings, self.plan.shots, self.task.source_hash, _VERSION)
+        return f"records/{name}--{content_key(*decides)[:8]}.jsonl"
+
+    def key(self, sample: Sample, seed: int | None) -> str:
+        prompt = self.task.prompt(sample, self.plan.shots)
+        return content_key(self.model.identity, self.decoder, self.settings, self.task.name, sample.id, prompt, seed)
+
+
+def run(
+    plan: Plan, output_dir: str | os.PathLike[str], progress: Callable[[str], Progress] | None = None
+) -> list[Record]:
+    """Answers what has not been answered yet; the same call continues after it was stopped.
+
+    Args:
+        plan: What to run.
+        output_dir: Gets ``records/*.jsonl`` and ``run.json``.
+        progress: Given a description, returns what is called with the number of samples done, and of all.
+
+    Returns:
+        The records of the plan, old and new, with scores made anew.
+
+    Raises:
+        ValueError: A damaged record file, or a question that a model cannot take.
+        BlockingIOError: Another run is writing the same records.
+        FloatingPointError: A model gave logits that are NaN.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    cells = [
+        _Cell(model, decoder, task, plan) for model in plan.models for decoder in plan.decoders for task in plan.tasks
+    ]
+    _write_json(output_dir / RUN_FILE, _describe(plan, cells))
+    records: list[Record] = []
+    for model in plan.models:
+        loaded: LoadedModel | None = None
+        for cell in (cell for cell in cells if cell.model is model):
+            report = (
+                progress(f"{model.label}, {cell.decoder}, {cell.task.name}") if progress else lambda done, total: None
+            )
+            with RecordFile(output_dir / cell.file) as file:
+                wanted = [
+                    (order, sample, seed) for seed in cell.seeds for order, sample in enumerate(cell.task.samples)
+                ]
+                missing = [entry for entry in wanted if cell.key(*entry[1:]) not in file]
+                report(len(wanted) - len(missing), len(wanted))
+                if missing and loaded is None:
+                    loaded = model.load()
+                for done, record in enumerate(_answer(cell, loaded, missing), len(wanted) - len(missing) + 1):
+                    file.append(record)
+                    report(done, len(wanted))
+                records += [score(file.records[cell.key(*entry[1:])]) for entry in wanted]
+    return records
+
+
+def load_run(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
+    """What was run last in a folder, and its records, with scores made anew.
+
+    Raises:
+        FileNotFoundError: Nothing was run there.
+        ValueError: A damaged file.
+    """
+    path = Path(output_dir) / RUN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no run found: there is no {path}; run without --rescore first")
+    described = json.loads(path.read_text())
+    records = []
+    for cell in described["cells"]:
+        file = Path(output_dir) / cell["file"]
+        found = read_records(file) if file.is_file() else []
+        records += [
+            score(record) for record in found if record.order < cell["samples"] and record.seed in cell["seeds"]
+        ]
+    return described, records
+
+
+def rescore(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
+    """Makes answers and scores anew in every record file of a folder's last run; nothing is generated.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``load_run``.
+    """
+    described, _ = load_run(output_dir)
+    for cell in described["cells"]:
+        file = Path(output_dir) / cell["file"]
+        if file.is_file():
+            write_records(file, [score(record) for record in read_records(file)])
+    return load_run(output_dir)
+
+
+def _answer(
+    cell: _Cell, loaded: LoadedModel | None, missing: Sequence[tuple[int, Sample, int | None]]
+) -> Iterable[Record]:
+    """Decodes samples, ``batch_questions`` at a time; each has an equal share of its batch's time."""
+    size = cell.plan.batch_questions
+    for seed in cell.seeds:
+        of_seed = [(order, sample) for order, sample, other in missing if other == seed]
+        for first in range(0, len(of_seed), size):
+            batch = of_seed[first : first + size]
+            assert loaded is not None  # noqa: S101 -- what is missing has been loaded for
+            search = make_search(
+                cell.decoder,
+                loaded.engine,
+                cell.plan.settings,
+                cell.task,
+                seed=seed or 0,
+                batch_questions=size,
+            )
+            prompts = [loaded.render(cell.task.prompt(sample, cell.plan.shots)) for _, sample in batch]
+            questions = [
+                Question(loaded.encode(prompt), sample.question)
+                for prompt, (_, sample) in zip(prompts, batch, strict=True)
+            ]
+            start = time.perf_counter()
+            results = search.solve(questions)
+            seconds = (time.perf_counter() - start) / len(batch)
+            for (order, sample), prompt, result in zip(batch, prompts, results, strict=True):
+                yield score(_record(cell, sample, order, seed, prompt, result, seconds))
+
+
+def _record(
+    cell: _Cell, sample: Sample, order: int, seed: int | None, prompt: str, result: Result, seconds: float
+) -> Record:
+    return Record(
+        key=cell.key(sample, seed),
+        model=cell.model.label,
+        decoder=cell.decoder,
+        task=cell.task.name,
+        sample=sample.id,
+        order=order,
+        seed=seed,
+        prompt=prompt,
+        question=sample.question,
+        reference=sample.reference,
+        output=result.text,
+        answers={},
+        scores={},
+        choices=sample.choices,
+        tokens=result.num_tokens,
+        output_tokens=0 if result.node is None else int(result.tree.num_tokens[result.node]),
+        seconds=seconds,
+        finished=result.finished,
+        candidates=tuple(_candidates(cell.decoder, result)),
+    )
+
+
+def _candidates(decoder: str, result: Result) -> Iterable[dict[str, Any]]:
+    """What was chosen from, with the tokens generated until each was there.
+
+    Independent chains count as generated one after the other, a tree's steps in the order in which they were.
+    """
+    spent = _spent_by_chain(result.tree) if decoder == "self-consistency" else _spent_by_node(result)
+    for candidate, value in zip(result.candidates, result.scores, strict=True):
+        yield {
+            "text": candidate.text,
+            "tokens": candidate.num_tokens,
+            "spent": spent[candidate.node],
+            "score": value,
+            "sum_logprob": candidate.sum_logprob,
+        }
+
+
+def _spent_by_chain(tree: Tree) -> list[int]:
+    """By node: the tokens of its chain and of all chains before it."""
+    chains = [tree.path(node)[0] if node != ROOT else 0 for node in range(len(tree))]
+    lengths = np.zeros(max(chains) + 1, np.int64)
+    np.maximum.at(lengths, chains, tree.num_tokens)
+    return np.cumsum(lengths)[chains].tolist()
+
+
+def _spent_by_node(result: Result) -> list[int]:
+    """By node: the tokens generated until it was there."""
+    tree = result.tree
+    own = tree.num_tokens - np.where(tree.parent >= 0, tree.num_tokens[tree.parent], 0)
+    spent = np.cumsum(own * np.maximum(tree.attempts, 1))
+    # Steps that failed their checks and were generated again count as long as those that replaced them.
+    return np.round(spent * (result.num_tokens / max(int(spent[-1]), 1))).astype(int).tolist()
+
+
+def _describe(plan: Plan, cells: Sequence[_Cell]) -> dict[str, Any]:
+    """What a reader of the report must know to judge it, and where the records are."""
+    return {
+        "models": [{"model": model.label, "identity": model.identity} for model in plan.models],
+        "decoders": [
+            {"decoder": decoder, "settings": plan.settings.of(decoder, plan.tasks[0])} for decoder in plan.decoders
+        ],
+        "tasks": [
+            {
+                "task": task.name,
+                "file": task.source,
+                "hash": task.source_hash,
+                "samples": len(task.samples),
+                "available": task.available,
+            }
+            for task in plan.tasks
+        ],
+        "seeds": list(plan.seeds),
+        "shots": plan.shots,
+        "batch_questions": plan.batch_questions,
+        "versions": {name: _version(name) for name in ("slimkernels", "torch", "transformers")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "cells": [{"file": cell.file, "samples": len(cell.task.samples), "seeds": cell.seeds} for cell in cells],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

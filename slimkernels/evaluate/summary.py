@@ -1,0 +1,264 @@
+"""From records to numbers: scores with intervals, differences, slices, and what a smaller budget would have given."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from slimkernels.evaluate.answers import before_next_question, same_answer
+from slimkernels.evaluate.records import Record
+from slimkernels.evaluate.scoring import count_dropped, vote
+from slimkernels.evaluate.statistics import (
+    Difference,
+    Interval,
+    bootstrap_interval,
+    holm,
+    paired_difference,
+    wilson_interval,
+)
+from slimkernels.evaluate.tasks import TASKS
+
+_NUM_RESAMPLES = 10_000
+
+
+class Arm(NamedTuple):
+    """What is compared: a model with a decoder."""
+
+    model: str
+    decoder: str
+
+    def __str__(self) -> str:
+        return f"{self.model} · {self.decoder}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Tokens or seconds for each question."""
+
+    unit: Literal["tokens", "seconds"]
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overall:
+    """How an arm did on a task.
+
+    Attributes:
+        samples: Different ones.
+        seeds: Of the noise; empty without noise.
+        scores: By metric, over samples; seeds of a sample are averaged first.
+        extracted: By metric with answers, the share of outputs in which one was found.
+        empty: The share of outputs without any text.
+        finished: The share of outputs that came to an end by themselves.
+        tokens, seconds: Of a question on average, None where unknown.
+        output_tokens: Of the output alone.
+        dropped: Letters outside ASCII in outputs and references, which Rouge-L does not see, and all of any kind.
+        within: What the first metric would be within a budget.
+    """
+
+    arm: Arm
+    task: str
+    samples: int
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Interval]
+    extracted: Mapping[str, float]
+    empty: float
+    finished: float | None
+    tokens: float | None
+    seconds: float | None
+    output_tokens: float | None
+    dropped: tuple[int, int]
+    within: Mapping[str, float | None]
+
+
+class Comparison(NamedTuple):
+    """Arm ``b`` against arm ``a``."""
+
+    task: str
+    metric: str
+    a: Arm
+    b: Arm
+    difference: Difference
+
+
+class Slice(NamedTuple):
+    """A part of the samples of a task: for each arm the number of outputs in it and their mean score."""
+
+    label: str
+    counts: list[int]
+    scores: list[float | None]
+
+
+class Records:
+    """Records by arm and task, in the order in which those first come."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._cells: dict[tuple[Arm, str], list[Record]] = defaultdict(list)
+        for record in records:
+            self._cells[Arm(record.model, record.decoder), record.task].append(record)
+        if not self._cells:
+            raise ValueError("records must be at least one, got none: there is nothing to report")
+        self.arms = list(dict.fromkeys(arm for arm, _ in self._cells))
+        self.tasks = list(dict.fromkeys(task for _, task in self._cells))
+
+    def of(self, arm: Arm, task: str) -> list[Record]:
+        """The records of an arm on a task."""
+        return self._cells.get((arm, task), [])
+
+    def metrics(self, task: str) -> list[str]:
+        """Of a task, the one to compare by first."""
+        return list(next(records for (_, name), records in self._cells.items() if name == task)[0].scores)
+
+    def scores(self, arm: Arm, task: str, metric: str) -> dict[str, float]:
+        """By sample, the mean over seeds."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for record in self.of(arm, task):
+            found[record.sample].append(record.scores[metric])
+        return {sample: sum(values) / len(values) for sample, values in found.items()}
+
+
+def overall(records: Records, arm: Arm, task: str, budgets: Sequence[Budget] = ()) -> Overall:
+    """How an arm did on a task, on which it has records."""
+    own = records.of(arm, task)
+    metrics = records.metrics(task)
+    texts = [text for record in own for text in (record.output, record.reference)]
+    return Overall(
+        arm=arm,
+        task=task,
+        samples=len({record.sample for record in own}),
+        seeds=tuple(sorted({record.seed for record in own if record.seed is not None})),
+        scores={metric: _interval(list(records.scores(arm, task, metric).values())) for metric in metrics},
+        extracted={
+            metric: _mean([record.answers.get(metric) is not None for record in own]) or 0.0
+            for metric in metrics
+            if metric in own[0].answers
+        },
+        empty=_mean([not record.output.strip() for record in own]) or 0.0,
+        finished=_mean([record.finished for record in own]),
+        tokens=_mean([record.tokens for record in own]),
+        seconds=_mean([record.seconds for record in own]),
+        output_tokens=_mean([record.output_tokens for record in own]),
+        dropped=(sum(map(count_dropped, texts)), sum(sum(map(str.isalnum, text)) for text in texts)),
+        within={budget.unit: _mean([score_within(record, budget) for record in own]) for budget in budgets},
+    )
+
+
+def budgets(records: Records, task: str) -> list[Budget]:
+    """What every arm is held to: the least that an arm of several candidates spends on a question on average.
+
+    Empty where fewer than two arms say what they spent, or where none has more than one candidate.
+    """
+    if task not in TASKS or TASKS[task][0] is None:
+        return []
+    searching, spending = [], 0
+    for arm in records.arms:
+        own = records.of(arm, task)
+        spending += bool(own) and all(record.tokens is not None and record.seconds is not None for record in own)
+        if any(len(record.candidates) > 1 for record in own):
+            searching.append(own)
+    if spending < 2 or not searching:
+        return []
+    tokens = [_mean([record.tokens for record in own]) or 0.0 for own in searching]
+    seconds = [_mean([record.seconds for record in own]) or 0.0 for own in searching]
+    return [Budget("tokens", min(tokens)), Budget("seconds", min(seconds))]
+
+
+def score_within(record: Record, budget: Budget) -> float | None:
+    """Whether the answer would have been right, had the decoder been stopped at the budget; None where unknown.
+
+    It answers from the candidates that were there by then: by their votes if it is one that votes, else with the one
+    that it scored highest in the end. Time passes as tokens do.
+    """
+    if record.tokens is None or record.seconds is None or record.task not in TASKS:
+        return None
+    kind = TASKS[record.task][0]
+    if kind is None:
+        return None
+    limit = budget.limit if budget.unit == "tokens" else budget.limit * record.tokens / max(record.seconds, 1e-9)
+    # Half a token: the mean of whole numbers may be rounded below one that equals it.
+    there = [candidate for candidate in record.candidates if candidate["spent"] <= limit + 0.5]
+    answers = [vote(record.task, candidate["text"], record.choices) for candidate in there]
+    if record.decoder == "self-consistency":
+        votes = Counter(answer for answer in answers if answer is not None)
+        values = [float(votes[answer]) if answer is not None else 0.0 for answer in answers]
+    else:
+        values = [candidate["score"] for candidate in there]
+    if not there:
+        return 0.0
+    best = max(range(len(there)), key=lambda index: (values[index], there[index]["sum_logprob"], -index))
+    return float(same_answer(answers[best], record.reference, kind))
+
+
+def compare(records: Records, *, seed: int = 0) -> list[Comparison]:
+    """Every pair of arms on every task and metric, on the samples that both have; p-values adjusted for all of them."""
+    found = []
+    for task in records.tasks:
+        arms = [arm for arm in records.arms if records.of(arm, task)]
+        for metric, (a, b) in itertools.product(records.metrics(task), itertools.combinations(arms, 2)):
+            first, second = records.scores(a, task, metric), records.scores(b, task, metric)
+            both = [sample for sample in first if sample in second]
+            if both:
+                pair = [first[sample] for sample in both], [second[sample] for sample in both]
+                found.append(Comparison(task, metric, a, b, paired_difference(*pair, seed=seed)))
+    adjusted = holm([comparison.difference for comparison in found])
+    return [comparison._replace(difference=difference) for comparison, difference in zip(found, adjusted, strict=True)]
+
+
+def count_steps(output: str) -> int:
+    """Reasoning steps: lines with text, up to the model's next question; in one line, its sentences."""
+    lines = [line for line in before_next_question(output).splitlines() if line.strip()]
+    if len(lines) == 1:
+        return max(1, sum(1 for part in lines[0].replace("? ", ". ").replace("! ", ". ").split(". ") if part.strip()))
+    return len(lines)
+
+
+def count_words(text: str) -> int:
+    """Words of a text, separated by white space."""
+    return len(text.split())
+
+
+# What the samples of a task are sliced by: the title, and a record's value.
+SLICES: dict[str, Callable[[Record], float]] = {
+    "question length (words)": lambda record: count_words(record.question),
+    "output length (words)": lambda record: count_words(record.output),
+    "reasoning steps": lambda record: count_steps(record.output),
+}
+
+
+def slices(records: Records, task: str, name: str, *, num_bins: int = 3) -> list[Slice]:
+    """The first metric of every arm on parts of a task of about equal size, from all arms together."""
+    value_of, metric = SLICES[name], records.metrics(task)[0]
+    values = [value_of(record) for arm in records.arms for record in records.of(arm, task)]
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, num_bins + 1), method="inverted_cdf"))
+    found = []
+    for low, high in zip([-math.inf, *edges[1:-1]], edges[1:] if len(edges) > 1 else edges, strict=True):
+        own = [
+            [record.scores[metric] for record in records.of(arm, task) if low < value_of(record) <= high]
+            for arm in records.arms
+        ]
+        inside = [value for value in values if low < value <= high]
+        if inside:
+            label = f"{min(inside):.0f}" if min(inside) == max(inside) else f"{min(inside):.0f} to {max(inside):.0f}"
+            found.append(Slice(label, [len(scores) for scores in own], [_mean(scores) for scores in own]))
+    return found
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    """Wilson's for shares, which is right for few samples; the bootstrap's for other scores."""
+    if all(value in (0, 1) for value in values):
+        return wilson_interval(int(sum(values)), len(values))
+    return bootstrap_interval(values, num_resamples=_NUM_RESAMPLES)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where a value is unknown, or there are none."""
+    known = list(values)
+    if not known or any(value is None for value in known):
+        return None
+    return float(np.mean([float(value) for value in known if value is not None]))
