@@ -108,7 +108,10 @@ class HeadLoss:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         self.target = target
-        self.result = loss_in_head(
+        # FSDP2 still holds the whole weight here, and would take a second call of the head for a second pass of all
+        # that is in its group; ZeRO-3 has let go of it, and gathers it anew.
+        is_gathered_in_calls = hasattr(LanguageModelHead.of(self._model).weight, "ds_shape")
+        self.result = (_loss_in_call if is_gathered_in_calls else _loss_of_head)(
             self._model,
             hidden,
             target=target,
@@ -142,32 +145,11 @@ def loss_of_batch(
         hidden = hidden_states(student, batch)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        result = loss_in_head(student, hidden, target=batch["target"], **arguments)
+        result = _loss_in_call(student, hidden, target=batch["target"], **arguments)
         return result.loss
 
     with forward_as(student, forward):
         loss = model()
-    return result._replace(loss=loss)
-
-
-def loss_in_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
-    """``linear_slim_loss`` of hidden states (N, D) within a call of the model's head, where engines gather its weight.
-
-    Raises:
-        ValueError: The weight is a shard even there.
-    """
-    module = output_embeddings(model)
-    result: SlimLoss | None = None
-
-    def forward(hidden: Tensor) -> Tensor:
-        nonlocal result
-        head = LanguageModelHead.of(model)
-        _check_whole(head, hidden)
-        result = linear_slim_loss(**head.arguments(hidden), **arguments)
-        return result.loss
-
-    with forward_as(module, forward):
-        loss = module(hidden)
     return result._replace(loss=loss)
 
 
@@ -234,11 +216,34 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_shape") and not parameter.numel() for parameter in model.parameters())
 
 
+def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
+    """``_loss_of_head`` within a call of the head, where engines gather its weight."""
+    module = output_embeddings(model)
+    result: SlimLoss | None = None
+
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal result
+        result = _loss_of_head(model, hidden, **arguments)
+        return result.loss
+
+    with forward_as(module, forward):
+        loss = module(hidden)
+    return result._replace(loss=loss)
+
+
+def _loss_of_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
+    """``linear_slim_loss`` of hidden states (N, D) and the model's head."""
+    head = LanguageModelHead.of(model)
+    _check_whole(head, hidden)
+    return linear_slim_loss(**head.arguments(hidden), **arguments)
+
+
 def _check_whole(head: LanguageModelHead, hidden: Tensor) -> None:
     sharded = hasattr(head.weight, "full_tensor")
     if sharded or head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"the head's weight must be whole, (V, {hidden.shape[-1]}), where the loss is computed, got "
-            f"{'a shard of' if sharded else 'shape'} {tuple(head.weight.shape)}: leave the head out of tensor "
-            "parallelism; with FSDP2 use fully_shard, and with ZeRO-3 deepspeed.initialize, before the first step"
+            f"{'a shard of' if sharded else 'shape'} {tuple(head.weight.shape)}: shard it with the model as a whole, "
+            "as fully_shard(model) does, and not by itself, or train with SlimTrainer, or compute the logits and call "
+            "slimkernels.slim_loss"
         )

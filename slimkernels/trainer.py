@@ -220,14 +220,15 @@ class SlimTrainer(SlimLossMixin, Trainer):
                 f"SlimTrainer runs one process per device, got DataParallel on {self.args.n_gpu} devices: start it "
                 "with torchrun, or set CUDA_VISIBLE_DEVICES to one device"
             )
-        if self.args.fsdp and not self.is_fsdp_enabled:
+        asks_for_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if asks_for_fsdp and not self.is_fsdp_enabled:
             raise ValueError(
-                "fsdp must stay off on CPUs, where accelerate would leave it out without a word: train with DDP, or "
+                "FSDP must stay off on CPUs, where accelerate would leave it out without a word: train with DDP, or "
                 "shard in your own loop, patch_model(model) and then fully_shard(model)"
             )
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError(
-                'SlimTrainer shards with FSDP2, got version 1: set fsdp_version: 2 in the configuration of accelerate, '
+                "SlimTrainer shards with FSDP2, got version 1: set fsdp_version: 2 in the configuration of accelerate, "
                 'or fsdp_config={"version": 2}'
             )
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -47,8 +47,8 @@ class OnlineTeacher:
         self.objective = objective
         if is_partitioned(model):
             raise ValueError(
-                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before the training "
-                "arguments that turn ZeRO-3 on are made"
+                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before the "
+                "training arguments that turn ZeRO-3 on are made"
             )
         rows = LanguageModelHead.of(base_model(model)).vocab_size
         if abs(rows - vocab_size) > _LARGEST_PADDING:

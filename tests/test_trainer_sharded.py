@@ -154,14 +154,14 @@ def test_a_head_that_nobody_gathers_is_refused(attribute):
         model.lm_head.weight.data = torch.empty(0)
     else:
         model.lm_head.weight.full_tensor = None
-    with pytest.raises(ValueError, match=r"the head's weight must be whole, \(V, 16\), .*leave the head out of tensor"):
+    with pytest.raises(ValueError, match=r"the head's weight must be whole, \(V, 16\), .*shard it with the model"):
         model(**batch)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fsdp": True}, "fsdp must stay off on CPUs.*patch_model"),
+        ({"fsdp": True}, "FSDP must stay off on CPUs.*patch_model"),
         ({"method": "gkd"}, "a sharded one cannot: train it with DDP"),
         ({}, "FSDP2, got version 1: set fsdp_version: 2"),
     ],
