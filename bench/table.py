@@ -151,6 +151,40 @@ def loader_sentence(rows: list[dict]) -> str:
     )
 
 
+def training_step_table(rows: list[dict]) -> str:
+    """What whole steps of a student take with our loss and with the usual one."""
+    latest = {(row["shape"]["layers"], row["dtype"], row["mode"], row["metric"], row["provider"]): row for row in rows}
+    lines = [
+        "| training step | layers | precision | time, ours / peer | speed-up | peak memory, ours / peer |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    names = {"slim": "SLIM, peer: eager loss", "sft": "SFT, peer: transformers"}
+    precisions = {"float32": "float32", "bfloat16": "bfloat16 autocast"}
+    for layers, dtype, mode in dict.fromkeys(key[:3] for key in latest):
+        seconds, peaks = (
+            _ours_first({key[4]: row["p50"] for key, row in latest.items() if key[:4] == (layers, dtype, mode, metric)})
+            for metric in ("time", records.MEMORY)
+        )
+        lines.append(
+            f"| {names[mode]} | {layers} | {precisions[dtype]} | {seconds[0] / 1e3:.2f} / {seconds[1] / 1e3:.2f} s | "
+            f"{seconds[1] / seconds[0]:.2f}x | {peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f} MiB |"
+        )
+    row = rows[-1]
+    lines += [
+        "",
+        f"Forward, loss, backward and AdamW of a student shaped like SmolLM2-135M (V = {row['shape']['vocab']}, "
+        f"D = {row['shape']['hidden']}) on {row['shape']['batch']} x {row['shape']['tokens']} tokens; medians of steps "
+        "in turns; memory over weights and optimizer state, gradients included. "
+        f"{row['device']}, {row['threads']} threads, commit {row['commit']}, {row['date'][:10]}; "
+        "`python -m bench.training_step`.",
+    ]
+    return "\n".join(lines)
+
+
+def _ours_first(figures: dict[str, float]) -> list[float]:
+    return [figures[name] for name in sorted(figures, key=lambda name: name != OURS)]
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """The text with what stands between the markers of a block replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -173,8 +207,12 @@ def main() -> None:
             figures = tuple(prefix + name for name in FIGURES if (args.results / f"{prefix}{name}").exists())
             updated = replace_block(updated, block, speed_table(rows, figures))
     updated = replace_block(updated, "demo", demo_table(records.read(args.results / "demo.jsonl")))
-    for block, show in (("codecs", codec_table), ("loader", loader_sentence)):
-        if rows := records.read(args.results / f"{block}.jsonl"):
+    for block, show in (
+        ("codecs", codec_table),
+        ("loader", loader_sentence),
+        ("training-step", training_step_table),
+    ):
+        if rows := records.read(args.results / f"{block.replace('-', '_')}.jsonl"):
             updated = replace_block(updated, block, show(rows))
     if args.check:
         sys.exit(updated != text and f"{args.readme} does not show {args.results}: run `make plots`")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.student import LanguageModelHead
+from slimkernels.student import LanguageModelHead, hidden_states
 
 IGNORE_INDEX = -100
 
@@ -107,18 +107,50 @@ class HeadLoss:
             self.rows = self.teacher(target)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        head = LanguageModelHead.of(self._model)
-        _check_whole(head, hidden)
         self.target = target
-        self.result = linear_slim_loss(
+        # FSDP2 still holds the whole weight here, and would take a second call of the head for a second pass of all
+        # that is in its group; ZeRO-3 has let go of it, and gathers it anew.
+        is_gathered_in_calls = hasattr(LanguageModelHead.of(self._model).weight, "ds_shape")
+        self.result = (_loss_in_call if is_gathered_in_calls else _loss_of_head)(
+            self._model,
+            hidden,
             target=target,
             teacher=self.rows,
             ignore_index=ignore_index,
             num_items=self.num_items if num_items_in_batch is None else num_items_in_batch,
-            **head.arguments(hidden),
             **self.options,
         )
         return self.result.loss
+
+
+def loss_of_batch(
+    model: nn.Module, batch: dict[str, Any], *, student: PreTrainedModel | None = None, **arguments: Any
+) -> SlimLoss:
+    """``linear_slim_loss`` of a batch of ``SlimCollator``, within calls of the model and of its head.
+
+    Engines prepare their work in these calls: DDP and FSDP2 the reduction of gradients, FSDP2 and DeepSpeed ZeRO-3 the
+    gathering of weights. The head's is gathered whole, V x D of memory on each device while the loss is computed.
+
+    Args:
+        model: The student, or an engine's wrapper around it.
+        batch: ``input_ids``, ``attention_mask``, ``rows`` and ``target``.
+        student: The model inside the wrapper.
+        **arguments: Of ``linear_slim_loss``.
+    """
+    student = model if student is None else student
+    result: SlimLoss | None = None
+
+    def forward() -> Tensor:
+        nonlocal result
+        hidden = hidden_states(student, batch)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        result = _loss_in_call(student, hidden, target=batch["target"], **arguments)
+        return result.loss
+
+    with forward_as(student, forward):
+        loss = model()
+    return result._replace(loss=loss)
 
 
 class HeadInput:
@@ -179,11 +211,39 @@ def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
             del module.forward
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has split the model's weights over processes, each with a shape of (0,)."""
+    return any(hasattr(parameter, "ds_shape") and not parameter.numel() for parameter in model.parameters())
+
+
+def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
+    """``_loss_of_head`` within a call of the head, where engines gather its weight."""
+    module = output_embeddings(model)
+    result: SlimLoss | None = None
+
+    def forward(hidden: Tensor) -> Tensor:
+        nonlocal result
+        result = _loss_of_head(model, hidden, **arguments)
+        return result.loss
+
+    with forward_as(module, forward):
+        loss = module(hidden)
+    return result._replace(loss=loss)
+
+
+def _loss_of_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
+    """``linear_slim_loss`` of hidden states (N, D) and the model's head."""
+    head = LanguageModelHead.of(model)
+    _check_whole(head, hidden)
+    return linear_slim_loss(**head.arguments(hidden), **arguments)
+
+
 def _check_whole(head: LanguageModelHead, hidden: Tensor) -> None:
     sharded = hasattr(head.weight, "full_tensor")
     if sharded or head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"the head's weight must be whole, (V, {hidden.shape[-1]}), where the loss is computed, got "
             f"{'a shard of' if sharded else 'shape'} {tuple(head.weight.shape)}: shard it with the model as a whole, "
-            "as fully_shard(model) does, and not by itself, or compute the logits and call slimkernels.slim_loss"
+            "as fully_shard(model) does, and not by itself, or train with SlimTrainer, or compute the logits and call "
+            "slimkernels.slim_loss"
         )

@@ -133,8 +133,8 @@ class LanguageModelHead:
 
     @property
     def vocab_size(self) -> int:
-        """V, the rows of the weight."""
-        return self.weight.shape[0]
+        """V, the rows of the weight, also of one that DeepSpeed ZeRO-3 has partitioned."""
+        return getattr(self.weight, "ds_shape", self.weight.shape)[0]
 
     def first_rows(self, vocab_size: int) -> LanguageModelHead:
         """The head of the first ``vocab_size`` tokens."""

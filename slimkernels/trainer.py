@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-import slimkernels as sk
 from slimkernels.evaluate.metrics import evaluate_store
-from slimkernels.head_loss import IGNORE_INDEX, forward_as
+from slimkernels.head_loss import IGNORE_INDEX, is_partitioned, loss_of_batch
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreDataset
-from slimkernels.student import LanguageModelHead, SlimCollator, check_head, hidden_states, make_student, teacher_rows
+from slimkernels.student import LanguageModelHead, SlimCollator, check_head, make_student, teacher_rows
 from slimkernels.trainer_checkpoint import SlimRun, check_same_run, last_complete_checkpoint
 from slimkernels.trainer_config import METHODS, SlimConfig
 from slimkernels.trainer_mixin import SlimLossMixin, Step
@@ -58,8 +57,9 @@ class SlimTrainer(SlimLossMixin, Trainer):
         ValueError: Student and store disagree on the vocabulary or the tokenizer, the model's logits cannot be
             computed from its hidden states, the method needs another teacher, or the process layout is not supported.
 
-    Supports: one process, or one process per device (DDP) under torchrun; float32, bfloat16 and fp16/bf16 mixed
-    precision. Not FSDP, DeepSpeed or ``DataParallel``.
+    Supports: one process, or one process per device under torchrun or ``accelerate launch``: DDP, FSDP2, DeepSpeed
+    ZeRO up to stage 3; float32, bfloat16 and fp16/bf16 mixed precision. A sharded head is gathered while its loss is
+    computed, V x D of memory on each device. Not FSDP1 or ``DataParallel``.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class SlimTrainer(SlimLossMixin, Trainer):
             **kwargs,
         )
         self._check_layout()
-        check_head(self.model)
+        if not is_partitioned(self.model):
+            check_head(self.model)
         self._set_objective(args, teacher_model)
         self._check_teacher()
         evaluations = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -178,14 +179,15 @@ class SlimTrainer(SlimLossMixin, Trainer):
 
     def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
         teacher = self._teacher_of(inputs)
-        student = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            if student is model:
-                result = self._slim_loss(student, inputs, teacher, num_items)
-            else:
-                # DDP prepares its gradient reduction in its own forward, so the loss has to pass through it.
-                with forward_as(student, lambda *arguments: self._slim_loss(student, *arguments)):
-                    result = model(inputs, teacher, num_items)
+            result = loss_of_batch(
+                model,
+                inputs,
+                student=self.accelerator.unwrap_model(model),
+                teacher=teacher,
+                num_items=num_items,
+                **self.args.loss_options,
+            )
         return Step(result.loss, result, inputs["target"], teacher, result)
 
     def _teacher_of(self, inputs: dict[str, Any]) -> SparseLogits | None:
@@ -195,15 +197,6 @@ class SlimTrainer(SlimLossMixin, Trainer):
             return teacher_rows(inputs["teacher"])
         hidden = self.online_teacher.hidden({name: inputs[name] for name in ("input_ids", "attention_mask")})
         return self.online_teacher.rows(hidden.flatten(0, 1).index_select(0, inputs["rows"]), inputs["target"])
-
-    def _slim_loss(self, student, inputs: dict[str, Any], teacher: SparseLogits | None, num_items: Tensor | None):
-        hidden = hidden_states(student, inputs)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        head = LanguageModelHead.of(student).arguments(hidden)
-        return sk.linear_slim_loss(
-            target=inputs["target"], teacher=teacher, num_items=num_items, **head, **self.args.loss_options
-        )
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that continues it."""
@@ -222,17 +215,28 @@ class SlimTrainer(SlimLossMixin, Trainer):
         }
 
     def _check_layout(self) -> None:
-        for unsupported, name in (
-            (self.is_fsdp_enabled, "FSDP"),
-            (self.is_deepspeed_enabled, "DeepSpeed"),
-            (self.args.n_gpu > 1, f"DataParallel on {self.args.n_gpu} devices"),
-        ):
-            if unsupported:
-                raise ValueError(
-                    f"SlimTrainer runs in one process or with DDP, got {name}: start it with torchrun, one process "
-                    "per device, or set CUDA_VISIBLE_DEVICES to one device"
-                )
-
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"SlimTrainer runs one process per device, got DataParallel on {self.args.n_gpu} devices: start it "
+                "with torchrun, or set CUDA_VISIBLE_DEVICES to one device"
+            )
+        asks_for_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if asks_for_fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP must stay off on CPUs, where accelerate would leave it out without a word: train with DDP, or "
+                "shard in your own loop, patch_model(model) and then fully_shard(model)"
+            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError(
+                "SlimTrainer shards with FSDP2, got version 1: set fsdp_version: 2 in the configuration of accelerate, "
+                'or fsdp_config={"version": 2}'
+            )
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_sharded and self.args.method == "gkd" and self.args.on_policy_fraction > 0:
+            raise ValueError(
+                "method 'gkd' lets the student write on every process by itself, which a sharded one cannot: train it "
+                "with DDP, or set on_policy_fraction=0"
+            )
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
                 "SlimTrainer reads the decoder's hidden states, and would not train PEFT's prompts: use SlimLossMixin"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.head_loss import HeadInput, base_model
+from slimkernels.head_loss import HeadInput, base_model, is_partitioned
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.sparse_logits import SparseLogits
@@ -38,12 +38,18 @@ class OnlineTeacher:
             warning.
 
     Raises:
-        ValueError: The vocabularies differ by more than padding, or the head is not one linear layer.
+        ValueError: The vocabularies differ by more than padding, the head is not one linear layer, or DeepSpeed ZeRO-3
+            has partitioned the weights.
     """
 
     def __init__(self, model: nn.Module, objective: SlimObjective, vocab_size: int) -> None:
         self.model = model.eval()
         self.objective = objective
+        if is_partitioned(model):
+            raise ValueError(
+                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before the "
+                "training arguments that turn ZeRO-3 on are made"
+            )
         rows = LanguageModelHead.of(base_model(model)).vocab_size
         if abs(rows - vocab_size) > _LARGEST_PADDING:
             raise ValueError(

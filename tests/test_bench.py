@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import codecs, compare, machine, records, table, worker
+from bench import codecs, compare, machine, peers, records, table, training_step, worker
 from bench.case import OURS, Case, Work
 from bench.cases import all_cases
 from bench.cuda_cases import cuda_cases
@@ -263,6 +264,44 @@ def test_bench_loader_accounts_for_every_step(tmp_path):
         assert 0 < entry["wait_ms"] < entry["step_ms"]
         assert entry["waiting"] == pytest.approx(entry["wait_ms"] / entry["step_ms"])
         assert entry["shape"] == {"vocab": 400, "tokens": 16, "batch": 2, "hidden": 32, "layers": 1}
+
+
+STEP = argparse.Namespace(vocab=400, hidden=36, batch=2, tokens=12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_training_steps_agree_and_a_wrong_one_is_found(dtype, monkeypatch):
+    steps = training_step.Steps(STEP, 2, dtype)
+    before = [parameter.clone() for parameter in steps.model.parameters()]
+    for mode in training_step.PROVIDERS:
+        steps.check(mode)
+    assert all(torch.equal(p, old) for p, old in zip(steps.model.parameters(), before, strict=True))
+    figures = training_step.times(steps, rounds=2)
+    assert [name for _, name in figures] == [OURS, "torch eager", OURS, "transformers"]
+    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in figures.values())
+    assert not any(torch.equal(p, old) for p, old in zip(steps.model.parameters(), before, strict=True))
+
+    def steeper(*arguments, eager=peers.slim_loss):
+        loss = eager(*arguments)
+        return 1.2 * loss - 0.2 * loss.detach()
+
+    monkeypatch.setattr(peers, "slim_loss", steeper)
+    with pytest.raises(AssertionError, match="wrong result: slim: the gradient of model"):
+        steps.check("slim")
+
+
+def test_bench_training_step_table_by_hand():
+    def line(provider, metric, p50, mode="slim"):
+        shape = {"layers": 30, "vocab": 400, "hidden": 36, "batch": 2, "tokens": 12}
+        fields = {"mode": mode, "provider": provider, "metric": metric, "p50": p50, "dtype": "float32", "shape": shape}
+        return fields | WHERE
+
+    rows = [line(OURS, "time", 9000.0)]  # an earlier run's
+    rows += [line("torch eager", "time", 3000.0), line(OURS, "time", 2000.0)]
+    rows += [line(OURS, records.MEMORY, 2**20), line("torch eager", records.MEMORY, 2**22)]
+    table_lines = table.training_step_table(rows).splitlines()
+    assert table_lines[2] == "| SLIM, peer: eager loss | 30 | float32 | 2.00 / 3.00 s | 1.50x | 1 / 4 MiB |"
+    assert "on 2 x 12 tokens" in table_lines[4]
 
 
 LOGPROBS = np.array([-0.5, -9.0, -1.25, -2.0, -40.0])

@@ -144,42 +144,48 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {tests!r})
 from families import make_family
 from test_patch_model import make_batch
+from slimkernels.head_loss import loss_of_batch
 import slimkernels as sk
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 saved = {{}}
-for family in ("llama", "llama-tied", "gemma2"):
-    model = sk.patch_model(make_family(family))
+for case in {cases!r}:
+    family, _, place = case.partition(" ")
+    model, batch = sk.patch_model(make_family(family)), make_batch(seed=rank)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
+    if place:
+        fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    loss = model(**make_batch(seed=rank)).loss
+    if place:
+        try:
+            model(**batch)
+        except ValueError as error:
+            saved["refused"] = str(error)
+        rows = torch.arange(24).view(2, 12)[:, :-1].flatten()
+        loss = loss_of_batch(model, batch | {{"rows": rows, "target": batch["labels"][:, 1:].flatten()}}).loss
+    else:
+        loss = model(**batch).loss
     loss.backward()
-    saved[family] = loss.item(), {{name: p.grad.full_tensor() for name, p in model.named_parameters()}}
-model = sk.patch_model(make_family("llama"))
-fully_shard(model.lm_head, mesh=mesh)
-fully_shard(model, mesh=mesh)
-try:
-    model(**make_batch(seed=rank))
-except ValueError as error:
-    saved["refused"] = str(error)
+    saved[case] = loss.item(), {{name: p.grad.full_tensor() for name, p in model.named_parameters()}}
 torch.save(saved, "{output}/rank" + str(rank) + ".pt")
 dist.destroy_process_group()
 """
 
 
 def test_patched_model_sharded_over_two_ranks_has_the_gradients_of_one(tmp_path):
-    """FSDP2, the head in the group of the whole model; a head in a group of its own is refused."""
-    ranks = run_script(tmp_path, SHARDED.format(tests=str(Path(__file__).parent), output=str(tmp_path)))
-    for family in ("llama", "llama-tied", "gemma2"):
-        model = make_family(family)
+    """FSDP2, the head in the group of the whole model; in one of its own it is SlimTrainer's loss that works."""
+    cases = ("llama", "llama-tied", "gemma2", "llama head-by-itself")
+    ranks = run_script(tmp_path, SHARDED.format(tests=str(Path(__file__).parent), output=str(tmp_path), cases=cases))
+    for case in cases:
+        model = make_family(case.split()[0])
         for rank in range(2):
             loss = model(**make_batch(seed=rank)).loss
             (loss / 2).backward()
-            assert ranks[rank][family][0] == pytest.approx(loss.item(), rel=1e-5)
+            assert ranks[rank][case][0] == pytest.approx(loss.item(), rel=1e-5)
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(ranks[0][family][1][name], parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(ranks[0][case][1][name], parameter.grad, rtol=1e-4, atol=1e-6)
     assert "the head's weight must be whole" in ranks[0]["refused"]
     assert "a shard of (61, 16): shard it with the model as a whole" in ranks[0]["refused"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
-import slimkernels as sk
-from slimkernels.student import LanguageModelHead, SlimCollator, hidden_states, teacher_rows
+from slimkernels.head_loss import loss_of_batch
+from slimkernels.student import LanguageModelHead, SlimCollator, teacher_rows
 
 if TYPE_CHECKING:
     from slimkernels.store import Document, PackedDocument
@@ -62,15 +62,8 @@ def evaluate_store(
             batch = collator(documents)
             teacher, target = teacher_rows(batch["teacher"].to(device)), batch["target"].to(device)
             batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")}
-            hidden = hidden_states(model, batch)
-            result = sk.linear_slim_loss(
-                target=target,
-                teacher=teacher,
-                rest="ghost",
-                token_weight="none",
-                reduction="none",
-                **head.arguments(hidden),
-            )
+            options = {"rest": "ghost", "token_weight": "none", "reduction": "none"}
+            result = loss_of_batch(model, batch | {"target": target}, teacher=teacher, **options)
             terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
             if teacher.target_logit is None:
                 has_teacher_labels = False

@@ -1,0 +1,132 @@
+"""The loss of the torchtune example in torchtune's own recipe step, against its logits and its own loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_trainer_mixin import write_store
+from tiny import VOCAB_SIZE, make_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SIZES = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16}
+SIZES |= {"max_seq_len": 32}
+PAD = 0
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    pytest.importorskip("torchtune", reason="needs the packages torchtune and torchao")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    root = Path(importlib.util.find_spec("torchtune").origin).parents[1]
+    spec = importlib.util.spec_from_file_location("recipe", root / "recipes/full_finetune_single_device.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module.FullFinetuneRecipeSingleDevice
+    sys.modules.pop("torchtune_loss", None)
+
+
+def documents() -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = (7, 12, 9, 12)
+    return [{"input_ids": torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """As torchtune collates them: padded on the right, prompts of two tokens without labels."""
+    rows = documents()
+    made = []
+    for pair in (rows[:2], rows[2:]):
+        tokens = torch.full((2, 12), PAD)
+        labels = torch.full((2, 12), -100)
+        for index, row in enumerate(pair):
+            ids = torch.tensor(row["input_ids"])
+            tokens[index, : len(ids)] = ids
+            labels[index, 2 : len(ids)] = ids[2:]
+        made.append({"tokens": tokens, "labels": labels})
+    return made
+
+
+def curve(recipe, model, loss) -> list[float]:
+    """The losses of six steps of the recipe's own step."""
+    fields = {"_model": model, "_loss_fn": loss, "ignore_labels_cache": torch.full((2, 1), -100)}
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    this = SimpleNamespace(**fields, activations_handling_ctx=torch.autograd.graph.save_on_cpu())
+    for batch in batches() * 3:
+        value = recipe._loss_step(this, dict(batch))
+        losses.append(value.item())
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def eager_slim(store):
+    """On whole logits, straight from the definition; the teacher's rows in the order of the labels."""
+    of_documents = [
+        store[index].teacher[torch.arange(1, len(row["input_ids"]) - 1)] for index, row in documents_of(store)
+    ]
+    pairs = [of_documents[:2], of_documents[2:]]
+    state = {"step": 0}
+
+    def loss(logits, labels):
+        rows = pairs[state["step"] % 2]
+        state["step"] += 1
+        kept = labels != -100
+        logprobs, target = logits[kept].log_softmax(-1), labels[kept]
+        ids, teacher_logits = (torch.cat([getattr(row, name) for row in rows]) for name in ("ids", "logits"))
+        log_t = torch.cat([row.target_logit - row.lse[:, 0] for row in rows])
+        ce = -logprobs.gather(-1, target[:, None])[:, 0]
+        log_q = teacher_logits.log_softmax(-1)
+        kl = (log_q.exp() * (log_q - logprobs.gather(-1, ids.long()))).sum(-1)
+        return (ce + (1 - torch.exp(-(log_t + ce).exp())).detach() * kl).mean()
+
+    return loss
+
+
+def documents_of(store):
+    return [(store.find(torch.tensor(row["input_ids"])), row) for row in documents()]
+
+
+def build(component: str, **arguments):
+    from torchtune import config
+
+    torch.manual_seed(0)
+    model = config.instantiate(make_config(_component_=component, **SIZES, **arguments))
+    with torch.no_grad():
+        model.output.weight.mul_(3)
+    return model
+
+
+def make_config(**fields):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(fields)
+
+
+def test_cross_entropy_follows_torchtunes_own_curve(recipe):
+    from torchtune import config
+
+    loss = config.instantiate(make_config(_component_="torchtune_loss.StoreLoss"))
+    model = build("torchtune_loss.without_logits", builder="torchtune.models.llama3.llama3")
+    expected = curve(recipe, build("torchtune.models.llama3.llama3"), torch.nn.CrossEntropyLoss(ignore_index=-100))
+    assert curve(recipe, model, loss) == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < expected[0]
+
+
+def test_slim_from_a_store_follows_the_eager_curve(recipe, tmp_path):
+    from torchtune import config
+
+    store = write_store(tmp_path / "store", make_model(seed=9).eval(), documents())
+    loss = config.instantiate(make_config(_component_="torchtune_loss.StoreLoss", store=str(tmp_path / "store")))
+    model = build("torchtune_loss.without_logits", builder="torchtune.models.llama3.llama3")
+    expected = curve(recipe, build("torchtune.models.llama3.llama3"), eager_slim(store))
+    assert curve(recipe, model, loss) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="must not be packed"):
+        model(batches()[0]["tokens"], mask=torch.ones(2, 12, 12, dtype=torch.bool))
