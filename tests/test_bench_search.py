@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 
 import pytest
@@ -45,7 +44,22 @@ def test_bench_search_with_generate_is_the_search(model):
 def test_bench_search_rows(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    sizes = "--branching 2 --beam 3 --depth 3 --step-tokens 2 --prompt-tokens 40 --rounds 1 --dtype float32".split()
+    sizes = [
+        "--branching",
+        "2",
+        "--beam",
+        "3",
+        "--depth",
+        "3",
+        "--step-tokens",
+        "2",
+        "--prompt-tokens",
+        "40",
+        "--rounds",
+        "1",
+        "--dtype",
+        "float32",
+    ]
     search.main(["--out", str(tmp_path / "search.jsonl"), "--model", str(tmp_path / "model"), *sizes])
     rows = records.read(tmp_path / "search.jsonl")
     speeds = {row["provider"]: row["p50"] for row in rows if row["metric"] == "throughput"}
