@@ -185,6 +185,30 @@ def _ours_first(figures: dict[str, float]) -> list[float]:
     return [figures[name] for name in sorted(figures, key=lambda name: name != OURS)]
 
 
+def search_sentence(rows: list[dict]) -> str:
+    """How fast the tree search generates, and what its branches take."""
+    latest = {(row["metric"], row["provider"]): row for row in rows}
+    speed, memory = (
+        {provider: row["p50"] for (of, provider), row in latest.items() if of == metric}
+        for metric in ("throughput", "kv_memory")
+    )
+    row = latest["throughput", OURS]
+    beside = ", ".join(
+        f"{speed[OURS] / rate:.1f}x {provider} ({rate:,.0f})" for provider, rate in speed.items() if provider != OURS
+    )
+    [copies] = (count for provider, count in memory.items() if provider != OURS)
+    shape = row["shape"]
+    return (
+        f"A search over {shape['questions']} questions at once, branching {shape['branching']}, beam {shape['beam']}, "
+        f"{shape['depth']} steps of {shape['step_tokens']} tokens, generates {speed[OURS]:,.0f} tokens/s: {beside}. "
+        f"With prompts of {shape['prompt_tokens']} tokens its keys and values take {memory[OURS] / 2**20:.0f} MiB, "
+        f"{copies / memory[OURS]:.0f}x less than a copy for each sequence. The plain batch has the search's "
+        f"{shape['questions'] * shape['branching'] * shape['beam']} sequences all the time, and its reading of prompts "
+        f"is not counted. {row['model']}, {row['dtype']}, {row['device']}, {row['threads']} threads, "
+        f"{row['date'][:10]}; `python -m bench.search`."
+    )
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """The text with what stands between the markers of a block replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -211,6 +235,7 @@ def main() -> None:
         ("codecs", codec_table),
         ("loader", loader_sentence),
         ("training-step", training_step_table),
+        ("search", search_sentence),
     ):
         if rows := records.read(args.results / f"{block.replace('-', '_')}.jsonl"):
             updated = replace_block(updated, block, show(rows))

@@ -3,6 +3,7 @@
 Each step is a module of its own; this one names what is public.
 """
 
+from slimkernels.server_client import ServerRequestError, ServerUnavailableError
 from slimkernels.teacher_capture import CaptureReport, capture
 from slimkernels.teacher_checks import TeacherSanityError, check_teacher_sanity, tokenizer_fingerprint
 from slimkernels.teacher_corpus import check_corpus_file, read_documents, read_prompts, shipped_prompts
@@ -17,7 +18,6 @@ from slimkernels.teacher_model import (
 )
 from slimkernels.teacher_ranks import Ranks
 from slimkernels.teacher_server import ServerCost, ServerReport, capture_server
-from slimkernels.teacher_server_client import ServerRequestError, ServerUnavailableError
 from slimkernels.teacher_server_rows import UnmappedTokensError
 
 __all__ = [

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels.server_client import ServerClient, ServerRequestError
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.teacher_checks import tokenizer_fingerprint
 from slimkernels.teacher_server_api import Answer, Request, ServerApi, server_kind
-from slimkernels.teacher_server_client import ServerClient, ServerRequestError
 from slimkernels.teacher_server_rows import AnswerReader
 from slimkernels.teacher_server_tokens import TokenMap
 

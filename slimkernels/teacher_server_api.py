@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slimkernels.teacher_server_client import ServerClient, ServerRequestError
+from slimkernels.server_client import ServerClient, ServerRequestError
 from slimkernels.teacher_server_tokens import ServerToken
 
 # What ``GET /models`` says of a server that has more to give than OpenAI's interface.

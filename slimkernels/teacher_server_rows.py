@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from slimkernels.server_client import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.teacher_server_api import Answer, Position, Request, ServerApi
-from slimkernels.teacher_server_client import ServerRequestError
 from slimkernels.teacher_server_tokens import ServerToken, TokenMap
 
 # Servers write -9999 or the lowest float for what they do not know; no float32 softmax goes so low.

@@ -233,7 +233,7 @@ def main() -> None:
     from slimkernels.teacher import load_tokenizer
     from slimkernels.teacher_gguf import converted_folder, default_cache_dir
     from slimkernels.teacher_server import capture_server
-    from slimkernels.teacher_server_client import ServerRequestError
+    from slimkernels.server_client import ServerRequestError
 
     kind, python = sys.argv[1:]
     tokenizer = load_tokenizer("smollm2-135m-instruct")

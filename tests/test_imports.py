@@ -35,7 +35,7 @@ class Room(NamedTuple):
 
 _RECORDS = (f"{PACKAGE}.sparse_logits", f"{PACKAGE}.packed_logits")
 _FOUNDATION = (*_RECORDS, *(f"{PACKAGE}.{name}" for name in ("_checks", "_library", "ops", "ops.*")))
-_SEARCH_MODELS = tuple(f"slimkernels.search.{name}" for name in ("engine_*", "branch*", "judges"))
+_SEARCH_MODELS = tuple(f"slimkernels.search.{name}" for name in ("engine_*", "server_*", "branch*", "judges"))
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",
@@ -65,6 +65,7 @@ ROOMS = (
         packages=("numpy", "torch"),
         lazily=("pyarrow", "yaml", "slimkernels.teacher_checks"),
     ),
+    Room("slimkernels/server_client*.py", own=("slimkernels.server_client",), packages=("httpx2",)),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/trainer*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*", "slimkernels.teacher*")),

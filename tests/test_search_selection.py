@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -47,16 +48,29 @@ def test_selection_consensus_is_its_definition_after_every_text(texts, similarit
     pool = TrigramConsensus(similarity)
     for count, text in enumerate(texts, 1):
         assert pool.add(text) == count - 1
-        grams = [word_trigrams(text) for text in texts[:count]]
-        expected = []
-        for index, own in enumerate(grams):
-            total = 0.0
-            for other in grams[:index] + grams[index + 1 :]:
-                shared = len(own & other)
-                parts = {"jaccard": len(own | other), "count": 1, "f1": (len(own) + len(other)) / 2}
-                total += shared / parts[similarity] if shared else 0.0
-            expected.append(total)
-        assert pool.scores() == pytest.approx(expected)
+        assert pool.scores() == pytest.approx(consensus_by_definition(texts[:count], similarity))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_selection_consensus_of_trigrams_that_few_or_many_texts_have(similarity):
+    generator = np.random.default_rng(3)
+    texts = [" ".join(f"w{word}" for word in generator.zipf(1.8, 30) % 40) for _ in range(60)]
+    counts = Counter(trigram for text in texts for trigram in word_trigrams(text))
+    assert {1, 2, 24, 25} <= set(counts.values())
+    assert consensus(similarity)(candidates(*texts)) == pytest.approx(consensus_by_definition(texts, similarity))
+
+
+def consensus_by_definition(texts, similarity):
+    grams = [word_trigrams(text) for text in texts]
+    scores = []
+    for index, own in enumerate(grams):
+        total = 0.0
+        for other in grams[:index] + grams[index + 1 :]:
+            shared = len(own & other)
+            parts = {"jaccard": len(own | other), "count": 1, "f1": (len(own) + len(other)) / 2}
+            total += shared / parts[similarity] if shared else 0.0
+        scores.append(total)
+    return scores
 
 
 def test_selection_consensus_of_a_full_buffer_is_fast():

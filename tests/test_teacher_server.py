@@ -32,7 +32,7 @@ from slimkernels.teacher import (
     UnmappedTokensError,
     capture_server,
 )
-from slimkernels.teacher_server_client import ServerClient
+from slimkernels.server_client import ServerClient
 from slimkernels.teacher_server_tokens import ServerToken, TokenMap
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")

@@ -25,13 +25,15 @@ from slimkernels.search.selection import (
 from slimkernels.search.tree import Status, Tree
 
 if TYPE_CHECKING:
+    from slimkernels.search.engine_server import ServerEngine
     from slimkernels.search.engine_transformers import TransformersEngine
     from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
 
-# What needs transformers is loaded on first use.
+# What needs transformers or an HTTP client is loaded on first use.
 _LAZY = {
     "NLIModel": "slimkernels.search.judges",
     "SentenceEncoder": "slimkernels.search.judges",
+    "ServerEngine": "slimkernels.search.engine_server",
     "TransformersEngine": "slimkernels.search.engine_transformers",
     "Verifier": "slimkernels.search.judges",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "RepetitionCheck",
     "Result",
     "SentenceEncoder",
+    "ServerEngine",
     "Status",
     "Step",
     "StepRequest",

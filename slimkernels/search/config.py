@@ -108,6 +108,11 @@ class PathFinderConfig:
         """T_0 * gamma^d."""
         return self.temperature * self.annealing**depth
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that may end a step."""
+        return (*(() if self.step_end is not None else (self.step_delimiter,)), *self.end_markers)
+
     def is_step(self, text: str) -> bool:
         """Whether a step is complete."""
         if any(marker in text for marker in self.end_markers):

@@ -26,6 +26,7 @@ class StepRequest:
         top_k: As in ``sample_logits``.
         top_p: As in ``sample_logits``.
         max_tokens: Tokens of the step at most, at least 1.
+        stop: Texts that may end the step, for engines that can stop at them; whether it has ended, ``step_end`` says.
     """
 
     branch: int
@@ -36,6 +37,7 @@ class StepRequest:
     top_k: int
     top_p: float
     max_tokens: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Step:
 
 
 class Engine(Protocol):
-    """A language model that keeps branches."""
+    """A language model that keeps branches; ``notes``, where it has them, are for every result to say."""
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt that ``start`` could not take, such as one longer than the context."""

@@ -158,6 +158,7 @@ class PathFinder:
                     top_k=config.top_k,
                     top_p=config.top_p,
                     max_tokens=config.max_step_tokens,
+                    stop=config.stop,
                 )
             )
         embed = any(check.needs_embeddings for check in self.checks)
@@ -189,6 +190,7 @@ class PathFinder:
         best = candidates[select(candidates, scores)] if candidates else None
         checks = tuple(check.name for check in self.checks)
         notes = () if "contradiction" in checks else ("the contradiction check was off: no NLI model was given",)
+        notes += tuple(getattr(self.engine, "notes", ()))
         if best is None:
             ends = Counter(reason for reason in tree.reasons if reason)
             notes += ("no branch was left: " + ", ".join(f"{count} {why}" for why, count in sorted(ends.items())),)

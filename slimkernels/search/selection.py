@@ -11,6 +11,8 @@ import numpy as np
 
 _WORD = re.compile(r"\w+")
 SIMILARITIES = ("jaccard", "count", "f1")
+_WORD_BITS = 21  # three words in an int64
+_FREQUENT = 24  # texts that have a trigram, from which on it is counted in a matrix product
 
 
 class Candidate(NamedTuple):
@@ -103,14 +105,15 @@ class TrigramConsensus:
         f1 = 2 * len(a & b) / (len(a) + len(b))
         score_a = sum(S(a, b) for every other text b)
 
-    An ``add`` looks its trigrams up in an index of those seen, O(trigrams + shared trigrams); ``scores`` is O(n).
-    Memory: the index, and O(n) numbers.
+    An ``add`` numbers a text's words and keeps its trigrams as integers, O(words). ``scores`` sorts the trigrams of all
+    n texts, and counts those of a pair of texts together: rare ones pair by pair, frequent ones in a matrix product.
+    Memory: the trigrams, and O(n^2) numbers while scoring.
 
     Args:
         similarity: "jaccard" | "count" | "f1".
 
     Raises:
-        ValueError: An unknown similarity.
+        ValueError: An unknown similarity, or more than two million different words.
 
     References: PathFinder, arXiv 2312.05180, section on candidate selection.
     """
@@ -119,41 +122,64 @@ class TrigramConsensus:
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be one of {', '.join(map(repr, SIMILARITIES))}, got {similarity!r}")
         self._similarity = similarity
-        self._texts_with: dict[tuple[str, ...], list[int]] = {}
-        self._sizes = np.zeros(16, np.int64)
-        self._scores = np.zeros(16, np.float64)
-        self._count = 0
+        self._number_of: dict[str, int] = {}
+        self._trigrams: list[np.ndarray] = []
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._trigrams)
 
     def add(self, text: str) -> int:
         """Adds a text; returns its index."""
-        index = self._count
-        if index == len(self._sizes):
-            self._sizes = np.concatenate([self._sizes, np.zeros_like(self._sizes)])
-            self._scores = np.concatenate([self._scores, np.zeros_like(self._scores)])
-        trigrams = word_trigrams(text)
-        shared_by: list[int] = []
-        for trigram in trigrams:
-            texts = self._texts_with.setdefault(trigram, [])
-            shared_by += texts
-            texts.append(index)
-        overlap = np.bincount(np.asarray(shared_by, np.int64), minlength=index)
-        similarity = self._similarities(overlap, len(trigrams), self._sizes[:index])
-        self._scores[:index] += similarity
-        self._scores[index] = similarity.sum()
-        self._sizes[index] = len(trigrams)
-        self._count += 1
-        return index
+        known = self._number_of
+        words = [known.setdefault(word, len(known) + 1) for word in _WORD.findall(text.lower())]
+        if len(known) >= 1 << _WORD_BITS:
+            raise ValueError(f"the texts must have fewer than {1 << _WORD_BITS} different words, got more")
+        if words:
+            words += [0] * (3 - len(words))
+        numbers = np.array(words, np.int64)
+        trigrams = (numbers[:-2] << 2 * _WORD_BITS) | (numbers[1:-1] << _WORD_BITS) | numbers[2:]
+        self._trigrams.append(np.unique(trigrams))
+        return len(self._trigrams) - 1
 
     def scores(self) -> np.ndarray:
         """The score of every text (n,) float64."""
-        return self._scores[: self._count].copy()
-
-    def _similarities(self, overlap: np.ndarray, size: int, sizes: np.ndarray) -> np.ndarray:
+        sizes = np.array([len(trigrams) for trigrams in self._trigrams], np.int64)
+        shared = self._shared(sizes)
         if self._similarity == "count":
-            return overlap.astype(np.float64)
-        if self._similarity == "f1":
-            return 2 * overlap / np.maximum(size + sizes, 1)
-        return overlap / np.maximum(size + sizes - overlap, 1)
+            similarity = shared
+        elif self._similarity == "f1":
+            similarity = 2 * shared / np.maximum(sizes[:, None] + sizes, 1)
+        else:
+            similarity = shared / np.maximum(sizes[:, None] + sizes - shared, 1)
+        return similarity.sum(1)
+
+    def _shared(self, sizes: np.ndarray) -> np.ndarray:
+        """How many trigrams two texts have in common (n, n) float64; 0 for a text with itself."""
+        count = len(sizes)
+        if not sizes.any():
+            return np.zeros((count, count))
+        trigrams = np.concatenate(self._trigrams)
+        order = np.argsort(trigrams, kind="stable")
+        trigrams, text = trigrams[order], np.repeat(np.arange(count), sizes)[order]
+        starts = np.flatnonzero(np.concatenate([[True], trigrams[1:] != trigrams[:-1]]))
+        lengths = np.diff(np.append(starts, len(trigrams)))  # texts with each trigram
+        frequent = lengths > _FREQUENT
+        entries = np.repeat(frequent, lengths)
+        has = np.zeros((count, np.count_nonzero(frequent)), np.float32)
+        has[text[entries], np.repeat(np.arange(has.shape[1]), lengths[frequent])] = 1
+        shared = (has @ has.T).astype(np.float64)
+        np.fill_diagonal(shared, 0)
+        return shared + _pairs(trigrams[~entries], text[~entries], count)
+
+
+def _pairs(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
+    """How often two texts (count, count) stand at one trigram; the trigrams are sorted, and few texts have each."""
+    found = []
+    for distance in range(1, _FREQUENT):
+        same = np.flatnonzero(trigrams[distance:] == trigrams[:-distance])
+        if not len(same):
+            break
+        found.append(text[same] * count + text[same + distance])
+    pairs = np.concatenate(found) if found else np.zeros(0, np.int64)
+    below = np.bincount(pairs, minlength=count * count).reshape(count, count)
+    return below + below.T

@@ -1,4 +1,4 @@
-"""The HTTP side of a served teacher: retries, a rate limit, requests side by side, and a key that stays here."""
+"""The HTTP side of a served model: retries, a rate limit, requests side by side, and a key that stays here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 DEFAULT_KEY_ENV = "OPENAI_API_KEY"
@@ -39,7 +39,99 @@ class ServerUnavailableError(OSError):
     """The server did not answer, however often it was asked."""
 
 
-class ServerClient:
+class _Client:
+    """What the clients with threads and with an event loop share: who asks whom, and what an answer means."""
+
+    def __init__(self, url: str, key_env: str | None, limits: dict[str, float | None], counts: dict[str, int]) -> None:
+        for name, value in counts.items():
+            if type(value) is not int or value < (name == "concurrency"):
+                raise ValueError(f"{name} must be an int of at least {int(name == 'concurrency')}, got {value!r}")
+        for name, value in limits.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        try:
+            import httpx2
+        except ImportError as error:
+            raise ImportError("a served model needs the package httpx2: pip install 'slimkernels[server]'") from error
+        self.url, login = _split_url(url)
+        key = None if login else _key(key_env)
+        self._secrets = [secret for secret in (key, login and login[1]) if secret]
+        self._max_retries, self._backoff_s = counts["max_retries"], limits["backoff_s"] or 0.0
+        self._request_errors = httpx2.RequestError
+        timeout_s = limits["timeout_s"] or 0.0
+        self._http_options: dict[str, Any] = {
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            "auth": login,
+            "timeout": httpx2.Timeout(timeout_s, connect=min(timeout_s, 30.0), pool=None),
+            "limits": httpx2.Limits(max_connections=counts["concurrency"]),
+        }
+
+    def _url_of(self, path: str) -> str:
+        """Of a path beside or below the base URL."""
+        return self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else self.url + path
+
+    def _outcome(self, name: str, response: Any, attempts: int, max_retries: int) -> _Wait | dict[str, Any]:
+        """What a response, or the error that came in its place, means after so many attempts.
+
+        ``name`` is the request's, for errors: its method and URL.
+        """
+        retry_after = None
+        if isinstance(response, Exception):
+            problem = f"{type(response).__name__}: {response}" if str(response) else type(response).__name__
+        else:
+            if response.is_success:
+                return self._content(response, name)
+            problem = f"status {response.status_code}: {self._said(response)}"
+            if not _is_temporary(response):
+                kind = _NotFoundError if response.status_code in (404, 405) else ServerRequestError
+                raise kind(f"the server refused {name} with {self._clean(problem)}{_advice(response)}")
+            retry_after = _retry_after_s(response.headers.get("Retry-After"))
+        if attempts > max_retries or (retry_after or 0.0) > _MAX_RETRY_AFTER_S:
+            waits = "" if retry_after is None else f"; it asks to wait {retry_after:.0f} s"
+            raise ServerUnavailableError(
+                f"{name} failed {attempts} times, at last with {self._clean(problem)}{waits}: start again when the "
+                "server answers"
+            )
+        backoff = min(self._backoff_s * 2.0 ** (attempts - 1), _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)  # noqa: S311
+        return _Wait(backoff, retry_after or 0.0)
+
+    def _content(self, response: Any, name: str) -> dict[str, Any]:
+        try:
+            content = response.json()
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            return content
+        raise ServerRequestError(
+            f"{name.partition(' ')[2]} must answer with a JSON object, got "
+            f"{response.headers.get('Content-Type', 'no content type')} {self._said(response)!r}: is "
+            "this the base URL of an OpenAI-compatible server?"
+        )
+
+    def _said(self, response: Any) -> str:
+        """What an error's body says, without the key should the server repeat it."""
+        try:
+            error = response.json()["error"]
+            text = str(error["message"] if isinstance(error, dict) else error)
+        except (ValueError, KeyError, TypeError):
+            text = response.text
+        # First the key, then the cut: half a key is one too much.
+        return self._clean(" ".join(text.split()))[:_SHOWN_CHARACTERS]
+
+    def _clean(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+class _Wait(NamedTuple):
+    """Seconds before a repetition: the client's own, and what the server asks for beside it."""
+
+    backoff: float
+    retry_after: float
+
+
+class ServerClient(_Client):
     """Asks one server, from several threads.
 
     A request is repeated when the server cannot be reached, drops the connection, is silent for ``timeout_s``, or
@@ -77,28 +169,12 @@ class ServerClient:
         timeout_s: float = 600.0,
         backoff_s: float = 1.0,
     ) -> None:
-        for name, value, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
         limits = {"requests_per_minute": requests_per_minute, "timeout_s": timeout_s, "backoff_s": backoff_s}
-        for name, value in limits.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
-        try:
-            import httpx2
-        except ImportError as error:
-            raise ImportError("a served teacher needs the package httpx2: pip install 'slimkernels[server]'") from error
-        self.url, login = _split_url(url)
-        key = None if login else _key(key_env)
-        self._secrets = [secret for secret in (key, login and login[1]) if secret]
-        self._max_retries, self._backoff_s, self._concurrency = max_retries, backoff_s, concurrency
-        self._request_errors = httpx2.RequestError
-        self._http = httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            auth=login,
-            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 30.0), pool=None),
-            limits=httpx2.Limits(max_connections=concurrency),
-        )
+        super().__init__(url, key_env, limits, {"concurrency": concurrency, "max_retries": max_retries})
+        import httpx2
+
+        self._concurrency = concurrency
+        self._http = httpx2.Client(**self._http_options)
         self._stop = threading.Event()
         self._failures: list[BaseException] = []
         self._turns = _Turns(0.0 if requests_per_minute is None else 60.0 / requests_per_minute, self._stop)
@@ -170,62 +246,21 @@ class ServerClient:
         self.close()
 
     def _ask(self, method: str, path: str, payload: dict[str, Any] | None, max_retries: int) -> dict[str, Any]:
-        url = self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else self.url + path
-        for attempt in itertools.count():
+        url = self._url_of(path)
+        for attempts in itertools.count(1):
             self._turns.wait()
-            retry_after = None
             try:
                 response = self._http.request(method, url, json=payload)
             except self._request_errors as error:
-                problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            else:
-                if response.is_success:
-                    return self._content(response, url)
-                problem = f"status {response.status_code}: {self._said(response)}"
-                if not _is_temporary(response):
-                    kind = _NotFoundError if response.status_code in (404, 405) else ServerRequestError
-                    raise kind(f"the server refused {method} {url} with {self._clean(problem)}{_advice(response)}")
-                retry_after = _retry_after_s(response.headers.get("Retry-After"))
-            if attempt >= max_retries or (retry_after or 0.0) > _MAX_RETRY_AFTER_S:
-                waits = "" if retry_after is None else f"; it asks to wait {retry_after:.0f} s"
-                raise ServerUnavailableError(
-                    f"{method} {url} failed {attempt + 1} times, at last with {self._clean(problem)}{waits}: start "
-                    "again when the server answers; what is stored is not asked for again"
-                )
-            backoff = min(self._backoff_s * 2.0**attempt, _MAX_BACKOFF_S) * random.uniform(0.5, 1.0)  # noqa: S311
-            if retry_after is not None:
-                self._turns.pause(retry_after)
-                backoff += retry_after
-            if self._stop.wait(backoff):
+                response = error
+            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries)
+            if isinstance(outcome, dict):
+                return outcome
+            if outcome.retry_after:
+                self._turns.pause(outcome.retry_after)
+            if self._stop.wait(sum(outcome)):
                 break
         raise _StoppedError
-
-    def _content(self, response: Any, url: str) -> dict[str, Any]:
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
-        if isinstance(content, dict):
-            return content
-        raise ServerRequestError(
-            f"{url} must answer with a JSON object, got {response.headers.get('Content-Type', 'no content type')} "
-            f"{self._said(response)!r}: is this the base URL of an OpenAI-compatible server?"
-        )
-
-    def _said(self, response: Any) -> str:
-        """What an error's body says, without the key should the server repeat it."""
-        try:
-            error = response.json()["error"]
-            text = str(error["message"] if isinstance(error, dict) else error)
-        except (ValueError, KeyError, TypeError):
-            text = response.text
-        # First the key, then the cut: half a key is one too much.
-        return self._clean(" ".join(text.split()))[:_SHOWN_CHARACTERS]
-
-    def _clean(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
 
 
 class _StoppedError(Exception):
