@@ -331,6 +331,19 @@ def _store_export(args: argparse.Namespace) -> None:
     print(f"wrote {export_parquet(args.dir, args.out)} documents to {args.out}")
 
 
+def _decode(args: argparse.Namespace) -> None:
+    from slimkernels import cli_search
+
+    _be_quiet()
+    cli_search.decode(args, print)
+
+
+def _tree(args: argparse.Namespace) -> None:
+    from slimkernels import cli_search
+
+    cli_search.tree(args, print)
+
+
 def _be_quiet() -> None:
     """Silences what the libraries below say about each file they read; errors come through as exceptions."""
     import datasets
@@ -377,6 +390,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "capture": _capture,
     "train": _train,
     "eval": _eval,
+    "decode": _decode,
+    "tree": _tree,
     "store info": _store_info,
     "store verify": _store_verify,
     "store import": _store_import,

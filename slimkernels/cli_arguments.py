@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from slimkernels import cli_evaluate
+from slimkernels.cli_search_arguments import DECODE_EXAMPLES, TREE_EXAMPLES, add_decode, add_tree
 
 SHIPPED_PROMPTS = "shipped"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -18,6 +19,7 @@ examples:
   slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
   slimkernels train --store runs/store --method slim --out runs/student
   slimkernels eval --store runs/held-out --model runs/student runs/other-student
+  slimkernels decode --model runs/student "Why is the sky blue?"
   slimkernels store info runs/store
   slimkernels store verify runs/store --complete corpus.jsonl --tokenizer ./my-model
 """
@@ -100,7 +102,8 @@ IMPORT_OPTIONS: dict[str, tuple[str, type, str]] = {
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command; it sets ``command`` to the command's words, as in "store info"."""
-    parser = _Parser(prog="slimkernels", description="Distil a teacher's kept logits into a student.", epilog=_EXAMPLES)
+    description = "Distil a teacher's kept logits into a student, and search with a model."
+    parser = _Parser(prog="slimkernels", description=description, epilog=_EXAMPLES)
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     demo = _command(commands, "demo", "a teacher writes, a student learns it three ways", "")
@@ -117,6 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="documents at a time")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     cli_evaluate.add_arguments(evaluate, _positive)
+    add_decode(_command(commands, "decode", "answers of a model by tree search", DECODE_EXAMPLES))
+    add_tree(_command(commands, "tree", "a page that shows the trees of a trace", TREE_EXAMPLES))
     store = commands.add_parser("store", help="look into a store", description="Look into a store.")
     actions = store.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     info = _command(actions, "info", "what a store holds, and what it costs", _INFO_EXPLAINED)

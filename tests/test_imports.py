@@ -71,7 +71,7 @@ ROOMS = (
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*", "slimkernels.teacher*")),
     *(
         Room(f"slimkernels/search/{name}.py", own=("slimkernels.search.*",), packages=("numpy",), never=_SEARCH_MODELS)
-        for name in ("pathfinder", "question", "plan", "checks", "config", "engine", "presets")
+        for name in ("pathfinder", "question", "plan", "checks", "config", "engine", "presets", "trace", "json_lines")
     ),
     Room("slimkernels/head_loss.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
     Room("slimkernels/patching.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import torch
@@ -21,8 +22,12 @@ class ToyEngine:
         self.texts: dict[int, tuple[str, str]] = {}  # prompt and what follows it, of every live branch
         self.batches: list[list[StepRequest]] = []
         self.encoded: list[str] = []
+        self.replayed: list[str] = []
         self.peak_tokens = 0  # distinct ones, of prompts and texts
         self._next = 0
+
+    def identity(self):
+        return {"engine": type(self).__name__}
 
     def check(self, prompt: str) -> None:
         if len(prompt) >= self.context_length:
@@ -50,6 +55,17 @@ class ToyEngine:
             tokens = [ord(c) for c in text] + [ord(END)] * (end == "end_of_text")
             steps.append(Step(self._open(prompt, above + text), tokens, text, logprob, end, 0.0, self.embed(text)))
         return steps
+
+    def replay(self, steps, *, embed):
+        self.replayed += [step.text for step in steps]
+        return [
+            dataclasses.replace(
+                step,
+                branch=self._open(self.texts[step.branch][0], self.texts[step.branch][1] + step.text),
+                embedding=self.embed(step.text),
+            )
+            for step in steps
+        ]
 
     def embed(self, text):
         return None

@@ -1,6 +1,7 @@
 """Tree search over reasoning steps: ``PathFinder``, its engines, checks, scorers and presets.
 
-``pathfinder.py`` is the algorithm, ``tree.py`` its data, ``engine.py`` what it asks of a language model.
+``pathfinder.py`` is the algorithm, ``tree.py`` its data, ``engine.py`` what it asks of a language model,
+``trace.py`` the file that a killed search goes on from.
 """
 
 import importlib
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, ContradictionCheck, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
+from slimkernels.search.json_lines import DamagedLineError, FileInUseError, ForeignFileError
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.plan import Plan
 from slimkernels.search.presets import best_of_n, greedy, self_consistency
@@ -22,6 +24,7 @@ from slimkernels.search.selection import (
     majority_vote_by,
     select,
 )
+from slimkernels.search.trace import TraceDamagedError, TraceMismatchError, read_trace
 from slimkernels.search.tree import Status, Tree
 
 if TYPE_CHECKING:
@@ -44,7 +47,10 @@ __all__ = [
     "CheckedBranch",
     "CheckedStep",
     "ContradictionCheck",
+    "DamagedLineError",
     "Engine",
+    "FileInUseError",
+    "ForeignFileError",
     "NLIModel",
     "PathFinder",
     "PathFinderConfig",
@@ -57,6 +63,8 @@ __all__ = [
     "Status",
     "Step",
     "StepRequest",
+    "TraceDamagedError",
+    "TraceMismatchError",
     "TransformersEngine",
     "Tree",
     "TrigramConsensus",
@@ -67,6 +75,7 @@ __all__ = [
     "log_probability",
     "majority_vote",
     "majority_vote_by",
+    "read_trace",
     "select",
     "self_consistency",
 ]

@@ -21,12 +21,25 @@ TAIL = 8  # tokens before a step that are decoded with it, for tokenizers whose 
 
 
 class Rows:
-    """The requests of one generation: a row each, of which those go on whose step has not ended."""
+    """The requests of one generation: a row each, of which those go on whose step has not ended.
+
+    Args:
+        engine: Whose branches are continued.
+        requests: The rows.
+        step_end: Whether a step is complete.
+        embed: Whether steps get embeddings.
+        replayed: The tokens of every row where they were drawn before, and are only read again.
+    """
 
     def __init__(
-        self, engine: TransformersEngine, requests: Sequence[StepRequest], step_end: StepEnd, embed: bool
+        self,
+        engine: TransformersEngine,
+        requests: Sequence[StepRequest],
+        step_end: StepEnd,
+        embed: bool,
+        replayed: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self._engine, self._requests, self._step_end = engine, requests, step_end
+        self._engine, self._requests, self._step_end, self._replayed = engine, requests, step_end, replayed
         self._parents = [engine.fork(request.branch) for request in requests]
         room = max((request.max_tokens for request in requests), default=0)
         self._table = SlotTable([parent.slots for parent in self._parents], room, CHUNK)
@@ -46,6 +59,15 @@ class Rows:
         self._top_ks = torch.tensor([request.top_k for request in requests], device=device)
 
     def generate(self) -> None:
+        """Makes the steps; where that fails, frees the rows."""
+        try:
+            self._generate()
+        except BaseException:
+            for row in range(len(self._requests)):
+                self._engine.release(self._table.of(row))
+            raise
+
+    def _generate(self) -> None:
         """A token in every row that goes on, until none does."""
         live = np.arange(len(self._requests))
         if not len(live):
@@ -67,12 +89,12 @@ class Rows:
         """The generated steps, as branches of the engine."""
         return [self._step(row) for row in range(len(self._requests))]
 
-    def discard(self) -> None:
-        """Frees the rows."""
-        for row in range(len(self._requests)):
-            self._engine.release(self._table.of(row))
-
     def _draw(self, live: np.ndarray, logits: Tensor) -> None:
+        if self._replayed is not None:
+            for row in live:
+                self._tokens[row].append(self._replayed[row][len(self._tokens[row])])
+                self._ends[row] = "step" if len(self._tokens[row]) == len(self._replayed[row]) else ""
+            return
         index = torch.from_numpy(live).to(logits.device)
         sampled = sample_logits(
             logits,

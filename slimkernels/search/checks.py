@@ -34,6 +34,9 @@ class CheckedBranch(NamedTuple):
 class Check(Protocol):
     """A test that new steps must pass.
 
+    A check may also have ``settings``, a dict of JSON values: a search does not go on from a trace whose check of that
+    name had others.
+
     Attributes:
         name: The reason that a cut node is given.
         needs_embeddings: Whether the engine should give every step's ``embedding``.
@@ -70,6 +73,7 @@ class RepetitionCheck:
         _is_probability(threshold)
         self.threshold = threshold
         self.needs_embeddings = embed is None
+        self.settings = {"threshold": threshold, "needs_embeddings": embed is None}
         self._embed = embed
 
     def __call__(self, branches: Sequence[CheckedBranch]) -> list[bool]:
@@ -124,6 +128,7 @@ class ContradictionCheck:
     def __init__(self, contradicts: Contradicts, threshold: float = 0.5, *, prefilter: bool = True) -> None:
         _is_probability(threshold)
         self.threshold = threshold
+        self.settings = {"threshold": threshold, "prefilter": prefilter}
         self._contradicts = contradicts
         self._prefilter = prefilter
         self._known: dict[tuple[str, str], float] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class Step:
 class Engine(Protocol):
     """A language model that keeps branches; ``notes``, where it has them, are for every result to say."""
 
+    def identity(self) -> dict[str, Any]:
+        """What its draws depend on, as JSON values: those of the trace of a search must be equal for it to go on."""
+        ...
+
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt that ``start`` could not take, such as one longer than the context."""
 
@@ -83,6 +87,17 @@ class Engine(Protocol):
 
     def extend(self, requests: Sequence[StepRequest], step_end: StepEnd, *, embed: bool) -> list[Step]:
         """Generates all requests in one batch; each becomes a branch of its own, and those they continue stay."""
+        ...
+
+    def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
+        """Continues the branch of each step by its tokens, as ``extend`` did when it drew them.
+
+        Of a step, ``branch`` is the branch that it continues, and ``token_ids`` and ``text`` are what follows; the
+        others are without meaning.
+
+        Returns:
+            The steps with their own branches, and with the embeddings that ``extend`` gave, in one batch.
+        """
         ...
 
     def free(self, branch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -83,6 +84,17 @@ class TransformersEngine:
         self._next = 0
         self._check_model()
 
+    def identity(self) -> dict[str, Any]:
+        """The model's type, data type and weights (a hash of samples), the end tokens and the embedding layer."""
+        return {
+            "engine": "transformers",
+            "model": type(self.model).__name__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weights": _sampled_hash(self.model),
+            "eos_token_ids": sorted(self.eos_token_ids),
+            "embedding_layer": self.embedding_layer,
+        }
+
     def check(self, prompt: PromptText) -> None:
         """Raises ValueError for a prompt without tokens, with unknown tokens, or that fills the context."""
         token_ids = self._encode(prompt)
@@ -133,12 +145,21 @@ class TransformersEngine:
         with attention_of(self.model):
             self._read_last_tokens(dict.fromkeys(request.branch for request in requests))
             rows = Rows(self, requests, step_end, embed)
-            try:
-                rows.generate()
-            except BaseException:
-                rows.discard()
-                raise
+            rows.generate()
         return rows.steps()
+
+    @torch.inference_mode()
+    def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
+        """Reads steps that were drawn before, through the same passes as when they were."""
+        requests = [StepRequest(step.branch, (), 0, 0, 0.0, 0, 1.0, len(step.token_ids)) for step in steps]
+        with attention_of(self.model):
+            self._read_last_tokens(dict.fromkeys(step.branch for step in steps))
+            rows = Rows(self, requests, lambda _: False, embed, [list(step.token_ids) for step in steps])
+            rows.generate()
+        return [
+            dataclasses.replace(step, branch=read.branch, embedding=read.embedding)
+            for step, read in zip(steps, rows.steps(), strict=True)
+        ]
 
     def free(self, branch: int) -> None:
         """Forgets a branch."""
@@ -293,6 +314,16 @@ class TransformersEngine:
                 f"model must see its whole past through plain softmax attention: {type(self.model).__name__} gives "
                 f"logits that differ by {float((ours - own).abs().max()):.3g}: search with a server that runs it"
             )
+
+
+def _sampled_hash(model: PreTrainedModel) -> str:
+    """Of the shapes, and of about a thousand elements, of every parameter."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(flat[:: max(1, len(flat) // 1000)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, StepRequest
 from slimkernels.search.plan import Plan, plan
-from slimkernels.search.question import Child, Question, QuestionSearch, Result, node_seed
+from slimkernels.search.question import Child, Progress, Question, QuestionSearch, Result, node_seed, replay
 from slimkernels.search.selection import Scorer, consensus, select
-from slimkernels.search.tree import ROOT, Status
+from slimkernels.search.trace import Trace, header_of
+from slimkernels.search.tree import ROOT, Status, Tree
+
+# Called with a question's index and its tree when a depth is done.
+OnDepth = Callable[[int, Tree], None]
 
 
 class PathFinder:
@@ -50,11 +56,20 @@ class PathFinder:
         self.checks = (RepetitionCheck(),) if checks is None else tuple(checks)
         self.selector = selector or consensus()
 
-    def solve(self, questions: Sequence[Prompt | Question]) -> list[Result]:
+    def solve(
+        self,
+        questions: Sequence[Prompt | Question],
+        *,
+        trace: str | os.PathLike[str] | None = None,
+        on_depth: OnDepth | None = None,
+    ) -> list[Result]:
         """Searches every question; the results in the same order.
 
         Args:
             questions: Prompts (texts, or their token ids), or prompts with their contexts.
+            trace: A file that the search is written to as it goes. Where it is there, the search goes on from it, with
+                the same trees and results as without the interruption.
+            on_depth: Called with a question's index and its tree when a depth of it is done.
 
         Returns:
             One result each, also where nothing was found.
@@ -63,17 +78,32 @@ class PathFinder:
             ValueError: An empty question, or one that the engine cannot take. All are looked at before the first is
                 searched.
             FloatingPointError: The model gave logits that are NaN.
+            TraceMismatchError: The trace is that of another search: other questions, checks, model or configuration.
+            TraceDamagedError, DamagedLineError, FileInUseError, ForeignFileError: As ``Trace``.
         """
-        return [result for _, result in self.solve_each(questions)]
+        return [result for _, result in self.solve_each(questions, trace=trace, on_depth=on_depth)]
 
-    def solve_each(self, questions: Sequence[Prompt | Question]) -> Iterator[tuple[int, Result]]:
+    def solve_each(
+        self,
+        questions: Sequence[Prompt | Question],
+        *,
+        trace: str | os.PathLike[str] | None = None,
+        on_depth: OnDepth | None = None,
+    ) -> Iterator[tuple[int, Result]]:
         """``solve``, a question's index and result at a time, as soon as its batch of questions is done."""
-        if isinstance(questions, (str, Question)):
-            raise TypeError(f"questions must be a sequence, got one {type(questions).__name__}: give [question]")
-        asked = [self._checked(index, question) for index, question in enumerate(questions)]
-        for first in range(0, len(asked), self.config.batch_questions):
-            batch = asked[first : first + self.config.batch_questions]
-            yield from enumerate(self._solve_together(batch), first)
+        asked = self._all_checked(questions)
+        with contextlib.ExitStack() as stack:
+            written, progress = None, lambda _: Progress()
+            if trace is not None:
+                header = header_of(self.engine, self.config, self.checks, asked)
+                written = stack.enter_context(Trace(trace, header))
+                progress = written.progress
+            for first in range(0, len(asked), self.config.batch_questions):
+                searches = [
+                    QuestionSearch(self.engine, self.config, index, question, progress(index))
+                    for index, question in enumerate(asked[first : first + self.config.batch_questions], first)
+                ]
+                yield from enumerate(self._solve_together(searches, written, on_depth), first)
 
     def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
         """The most tokens and bytes that ``solve`` may take, without generating any.
@@ -81,12 +111,23 @@ class PathFinder:
         Raises:
             ValueError: As ``solve``.
         """
-        asked = [self._checked(index, question) for index, question in enumerate(questions)]
+        asked = self._all_checked(questions)
         return plan(self.config, [self.engine.count_tokens(question.prompt) for question in asked], self.engine)
 
-    async def solve_async(self, questions: Sequence[Prompt | Question]) -> list[Result]:
+    async def solve_async(
+        self,
+        questions: Sequence[Prompt | Question],
+        *,
+        trace: str | os.PathLike[str] | None = None,
+        on_depth: OnDepth | None = None,
+    ) -> list[Result]:
         """``solve`` in a thread, for callers that have an event loop to keep running."""
-        return await asyncio.to_thread(self.solve, questions)
+        return await asyncio.to_thread(self.solve, questions, trace=trace, on_depth=on_depth)
+
+    def _all_checked(self, questions: Sequence[Prompt | Question]) -> list[Question]:
+        if isinstance(questions, (str, Question)):
+            raise TypeError(f"questions must be a sequence, got one {type(questions).__name__}: give [question]")
+        return [self._checked(index, question) for index, question in enumerate(questions)]
 
     def _checked(self, index: int, question: Prompt | Question) -> Question:
         if not isinstance(question, Question):
@@ -102,30 +143,57 @@ class PathFinder:
             context = prompt if isinstance(prompt, str) else ""
         return Question(prompt, context)
 
-    def _solve_together(self, questions: Sequence[Question]) -> list[Result]:
+    def _solve_together(
+        self, searches: Sequence[QuestionSearch], trace: Trace | None, on_depth: OnDepth | None
+    ) -> list[Result]:
         config = self.config
-        deadline = None if config.time_limit_s is None else time.monotonic() + config.time_limit_s
-        branches = self.engine.start([question.prompt for question in questions])
-        roots = zip(questions, branches, strict=True)
-        searches = [QuestionSearch(self.engine, config, question, branch) for question, branch in roots]
+        started = time.monotonic() - max(search.progress.seconds for search in searches)
+        deadline = None if config.time_limit_s is None else started + config.time_limit_s
         limit = "depth"
         try:
+            self._start([search for search in searches if search.is_open])
             for depth in range(config.max_depth):
+                if not any(search.is_open for search in searches):
+                    break
                 if deadline is not None and time.monotonic() >= deadline:
                     limit = "budget"
                     break
-                if not self._branch(searches, depth, deadline):
-                    break
-                for search in searches:
+                # A search that was interrupted may have done this depth, which others have still to do.
+                growing = [search for search in searches if search.is_open and search.progress.depth == depth]
+                self._branch(growing, depth, deadline)
+                for search in growing:
                     search.prune()
+                    search.progress.depth = depth + 1
+                    search.progress.seconds = time.monotonic() - started
+                    if trace is not None:
+                        trace.write_depth(search)
+                    if on_depth is not None:
+                        on_depth(search.index, search.tree)
             for search in searches:
                 search.end(limit)
         finally:
             for search in searches:
                 search.close()
-        return [self._select(search) for search in searches]
+        results = [self._select(search) for search in searches]
+        if trace is not None:
+            for search, result in zip(searches, results, strict=True):
+                trace.write_result(search, result)
+        return results
 
-    def _branch(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> bool:
+    def _start(self, searches: Sequence[QuestionSearch]) -> None:
+        """Gives searches the engine's branches of their open leaves: of new ones, their prompts."""
+        if not searches:
+            return
+        branches = self.engine.start([search.question.prompt for search in searches])
+        for search, branch in zip(searches, branches, strict=True):
+            search.start(branch)
+        replay(searches, self.engine, embed=self._embeds)
+
+    @property
+    def _embeds(self) -> bool:
+        return any(check.needs_embeddings for check in self.checks)
+
+    def _branch(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
         """Gives every open leaf its children, in one batch; what fails is generated again, in one batch."""
         children = [child for search in searches for child in search.new_children(self.config.branching_at(depth))]
         pending = children
@@ -141,7 +209,6 @@ class PathFinder:
             self._check(pending, depth)
         for child in children:
             child.search.add(child)
-        return bool(children)
 
     def _generate(self, children: Sequence[Child], depth: int) -> None:
         config = self.config
@@ -161,8 +228,8 @@ class PathFinder:
                     stop=config.stop,
                 )
             )
-        embed = any(check.needs_embeddings for check in self.checks)
-        for child, step in zip(children, self.engine.extend(requests, config.is_step, embed=embed), strict=True):
+        steps = self.engine.extend(requests, config.is_step, embed=self._embeds)
+        for child, step in zip(children, steps, strict=True):
             child.receive(step)
 
     def _check(self, children: Sequence[Child], depth: int) -> None:
@@ -201,10 +268,11 @@ class PathFinder:
             node=best.node if best else None,
             candidates=candidates,
             scores=scores,
-            num_tokens=search.num_tokens,
+            num_tokens=search.progress.num_tokens,
             tree=tree,
             checks=checks,
             notes=notes,
+            seconds=search.progress.seconds,
         )
 
 

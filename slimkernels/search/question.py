@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from slimkernels.search.checks import CheckedBranch, CheckedStep
@@ -41,6 +42,7 @@ class Result(NamedTuple):
         tree: Every node, with why it ended.
         checks: The names of the checks that ran; a step without text also fails without them.
         notes: What to know about the result, such as a check that is off.
+        seconds: From the start of its batch of questions to its own end, interruptions left out.
     """
 
     text: str
@@ -53,11 +55,31 @@ class Result(NamedTuple):
     tree: Tree
     checks: tuple[str, ...]
     notes: tuple[str, ...]
+    seconds: float = 0.0
 
     @property
     def reasons(self) -> dict[str, int]:
         """How many nodes ended for which reason."""
         return dict(Counter(reason for reason in self.tree.reasons if reason))
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far the search of one question has come.
+
+    Attributes:
+        tree: Its nodes.
+        depth: Depths that are done.
+        num_tokens: Generated so far.
+        seconds: Since the start of its batch of questions, interruptions left out.
+        is_done: Whether its result has been selected.
+    """
+
+    tree: Tree = dataclasses.field(default_factory=Tree)
+    depth: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    is_done: bool = False
 
 
 class Child:
@@ -79,7 +101,7 @@ class Child:
     def receive(self, step: Step) -> None:
         """Takes a generated step."""
         self.search.hold(step.branch)
-        self.search.num_tokens += len(step.token_ids)
+        self.search.progress.num_tokens += len(step.token_ids)
         self.attempts += 1
         self.step = step
         self.checked = CheckedStep(step.text, step.embedding)
@@ -90,22 +112,57 @@ class Child:
 
 
 class QuestionSearch:
-    """The tree of one question, and the engine's branches of its open leaves."""
+    """The tree of one question, and the engine's branches of its open leaves.
 
-    def __init__(self, engine: Engine, config: PathFinderConfig, question: Question, branch: int) -> None:
-        self.config, self.question = config, question
-        self.tree = Tree()
-        self.num_tokens = 0
-        self.branch_of = {ROOT: branch}
+    Args:
+        engine: The language model.
+        config: How to search.
+        index: The question's, among all.
+        question: What is searched.
+        progress: Where to go on.
+    """
+
+    def __init__(
+        self, engine: Engine, config: PathFinderConfig, index: int, question: Question, progress: Progress
+    ) -> None:
+        self.config, self.index, self.question, self.progress = config, index, question, progress
+        self.tree = progress.tree
+        self.branch_of: dict[int, int] = {}
         self._engine = engine
-        self._held = {branch}
+        self._held: set[int] = set()
         self._checked: dict[int, CheckedStep] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a leaf that may branch."""
+        return bool(self.tree.with_status(Status.OPEN))
+
+    def start(self, branch: int) -> None:
+        """Takes the engine's branch of the prompt."""
+        self.hold(branch)
+        self.branch_of[ROOT] = branch
+
+    def nodes_to_replay(self) -> Iterator[int]:
+        """Those that the engine must know again so that the open leaves can branch, rising."""
+        leaves = self.tree.with_status(Status.OPEN)
+        return iter(sorted({node for leaf in leaves for node in self.tree.branch(leaf)}))
+
+    def replayed(self, node: int, step: Step) -> None:
+        """Takes the engine's branch of a node that was in the tree."""
+        self.hold(step.branch)
+        self.branch_of[node] = step.branch
+        self._checked[node] = CheckedStep(step.text, step.embedding)
+
+    def release_expanded(self) -> None:
+        """Frees the branches that only led to others."""
+        for node in [node for node in self.branch_of if self.tree.status[node] != Status.OPEN]:
+            self.release(self.branch_of.pop(node))
 
     def affordable_steps(self) -> int | None:
         """Whole steps that the token budget still allows; None: no limit."""
         if self.config.max_tokens is None:
             return None
-        return (self.config.max_tokens - self.num_tokens) // self.config.max_step_tokens
+        return (self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
 
     def new_children(self, factor: int) -> list[Child]:
         """``factor`` for each open leaf; where that is too much, one for each in turn, the best leaf first."""
@@ -189,6 +246,27 @@ class QuestionSearch:
         self.tree.mark(node, status, reason)
         if node in self.branch_of:
             self.release(self.branch_of.pop(node))
+
+
+def replay(searches: Sequence[QuestionSearch], engine: Engine, *, embed: bool) -> None:
+    """Gives searches that were interrupted the engine's branches of their open leaves, a batch for each depth."""
+    waiting = [(search, node) for search in searches for node in search.nodes_to_replay()]
+    for depth in sorted({int(search.tree.depth[node]) for search, node in waiting}):
+        level = [(search, node) for search, node in waiting if search.tree.depth[node] == depth]
+        steps = [
+            Step(
+                branch=search.branch_of[int(search.tree.parent[node])],
+                token_ids=search.tree.step_token_ids(node),
+                text=search.tree.steps[node],
+                sum_logprob=0.0,
+                end="step",
+            )
+            for search, node in level
+        ]
+        for (search, node), step in zip(level, engine.replay(steps, embed=embed), strict=True):
+            search.replayed(node, step)
+    for search in searches:
+        search.release_expanded()
 
 
 def node_seed(seed: int, prompt: Prompt, path: Sequence[int], attempt: int) -> int:

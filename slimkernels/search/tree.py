@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -106,6 +107,39 @@ class Tree:
         """Changes what a node is, and says why."""
         self._nodes[node]["status"] = status
         self.reasons[node] = reason
+
+    def record(self, node: int) -> dict[str, Any]:
+        """A node as JSON values; ``sum_logprob`` is that of the branch, as in the array."""
+        return {
+            "node": node,
+            "parent": int(self.parent[node]),
+            "ordinal": int(self.ordinal[node]),
+            "attempts": int(self.attempts[node]),
+            "token_ids": self.step_token_ids(node),
+            "text": self.steps[node],
+            "sum_logprob": float(self.sum_logprob[node]),
+            "status": Status(self.status[node]).name.lower(),
+            "reason": self.reasons[node],
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Adds the node that ``record`` gave, as it was.
+
+        Raises:
+            KeyError, TypeError, ValueError: No record, or not that of the next node.
+        """
+        if record["node"] != len(self) or not 0 <= record["parent"] < len(self):
+            raise ValueError(f"the next node must be {len(self)}, with a parent before it, got {record['node']}")
+        node = self.add(
+            record["parent"],
+            record["ordinal"],
+            record["token_ids"],
+            record["text"],
+            0.0,
+            attempts=record["attempts"],
+        )
+        self._nodes[node]["sum_logprob"] = record["sum_logprob"]
+        self.mark(node, Status[record["status"].upper()], record["reason"])
 
     def with_status(self, status: Status) -> list[int]:
         """The nodes of one status, rising."""

@@ -1,0 +1,246 @@
+"""``Trace``: the search as it went, in a file, from which a killed search goes on and a tree is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slimkernels.search.checks import Check
+from slimkernels.search.config import PathFinderConfig
+from slimkernels.search.engine import Engine
+from slimkernels.search.json_lines import JsonLines, read_json_lines
+from slimkernels.search.question import Progress, Question, QuestionSearch, Result
+from slimkernels.search.tree import Status
+
+_VERSION = 1
+_FIRST_KEY = "slimkernels_trace"
+
+
+class TraceMismatchError(ValueError):
+    """The trace is that of another search."""
+
+
+class TraceDamagedError(ValueError):
+    """The trace is not as it was written."""
+
+
+class TracedQuestion(NamedTuple):
+    """What a trace holds of one question.
+
+    Attributes:
+        question: What was asked.
+        progress: The tree, and how far it came.
+        result: The selected ``node`` (or None), ``text``, ``answer`` and ``finished``, and the ``candidates`` (nodes)
+            with their ``scores``; None where the search has not come to its end.
+    """
+
+    question: Question
+    progress: Progress
+    result: Mapping[str, Any] | None
+
+
+class TraceContent(NamedTuple):
+    """What a trace holds.
+
+    Attributes:
+        header: The engine, the configuration, the checks and the questions, as ``header_of`` gives them.
+        questions: In the order in which they were asked.
+    """
+
+    header: Mapping[str, Any]
+    questions: list[TracedQuestion]
+
+
+def header_of(
+    engine: Engine, config: PathFinderConfig, checks: Sequence[Check], questions: Sequence[Question]
+) -> dict[str, Any]:
+    """What must be equal for a search to go on, as JSON values.
+
+    A ``step_end`` and the checks are known by their names, and a check by its ``settings`` if it has some. How many
+    questions are searched at the same time may differ.
+    """
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in ("batch_questions", "step_end")
+    }
+    fields["end_markers"] = list(config.end_markers)
+    if not isinstance(config.branching_factor, int):
+        fields["branching_factor"] = list(config.branching_factor)
+    step_end = config.step_end
+    fields["step_end"] = None if step_end is None else getattr(step_end, "__qualname__", type(step_end).__qualname__)
+    return {
+        _FIRST_KEY: _VERSION,
+        "engine": engine.identity(),
+        "config": fields,
+        "checks": [{"name": check.name, **getattr(check, "settings", {})} for check in checks],
+        "questions": [
+            {
+                "prompt": prompt if isinstance(prompt, str) else [int(token) for token in prompt],
+                "context": context,
+            }
+            for prompt, context in questions
+        ],
+    }
+
+
+class Trace:
+    """The file of one search: a header, a line for each question and depth when it is done, and one for its result.
+
+    A line of a depth has the new nodes (``Tree.record``) and those before whose status changed. The file is locked.
+
+    Args:
+        path: Created, or continued where it is there.
+        header: Of this search.
+
+    Raises:
+        TraceMismatchError: The file is the trace of another search.
+        TraceDamagedError: A line of the file cannot follow those before it.
+        DamagedLineError, FileInUseError, ForeignFileError: As ``JsonLines``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+        self._lines = JsonLines(path, _FIRST_KEY)
+        try:
+            if self._lines.found:
+                _check_header(self._lines.found[0], header, path)
+                self._traced = _follow(self._lines.found, path)
+            else:
+                self._lines.append(header)
+                self._traced = _follow([dict(header)], path)
+        except BaseException:
+            self._lines.close()
+            raise
+        self._statuses = [traced.progress.tree.status.copy() for traced in self._traced]
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+
+    def progress(self, index: int) -> Progress:
+        """Where the search of a question goes on."""
+        return self._traced[index].progress
+
+    def write_depth(self, search: QuestionSearch) -> None:
+        """Notes that a question has grown by a depth."""
+        progress = search.progress
+        first = len(self._statuses[search.index])
+        line = {
+            "question": search.index,
+            "depth": progress.depth,
+            "num_tokens": progress.num_tokens,
+            "seconds": round(progress.seconds, 3),
+            "changed": self._changed(search),
+            "nodes": [search.tree.record(node) for node in range(first, len(search.tree))],
+        }
+        self._lines.append(line)
+        self._statuses[search.index] = search.tree.status.copy()
+
+    def write_result(self, search: QuestionSearch, result: Result) -> None:
+        """Notes what was selected for a question, if it is not what the trace ends in."""
+        content = {
+            "node": result.node,
+            "text": result.text,
+            "answer": result.answer,
+            "finished": result.finished,
+            "candidates": [candidate.node for candidate in result.candidates],
+            "scores": result.scores,
+        }
+        if content != self._traced[search.index].result:
+            self._lines.append({"question": search.index, "result": content, "changed": self._changed(search)})
+
+    def _changed(self, search: QuestionSearch) -> list[dict[str, Any]]:
+        before = self._statuses[search.index]
+        changed = np.flatnonzero(before != search.tree.status[: len(before)]).tolist()
+        records = [search.tree.record(node) for node in changed]
+        return [{name: record[name] for name in ("node", "status", "reason")} for record in records]
+
+
+def read_trace(path: str | os.PathLike[str]) -> TraceContent:
+    """Reads a trace, also while it is being written.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        TraceDamagedError, DamagedLineError, ForeignFileError: As ``Trace``.
+    """
+    lines = read_json_lines(path, _FIRST_KEY)
+    if not lines:
+        raise TraceDamagedError(f"{path} must begin with a whole line, the header, but has none")
+    _check_version(lines[0], path)
+    return TraceContent(lines[0], _follow(lines, path))
+
+
+def _check_version(header: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    if header.get(_FIRST_KEY) != _VERSION:
+        raise TraceMismatchError(
+            f"{path} must be a trace of version {_VERSION}, got {header.get(_FIRST_KEY)!r}: use the release it was "
+            "written with, or give another path"
+        )
+
+
+def _check_header(found: Mapping[str, Any], header: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    _check_version(found, path)
+    for part in ("engine", "config"):
+        was, now = found.get(part, {}), header[part]
+        for name in sorted({*was, *now}):
+            if was.get(name) != now.get(name):
+                _refuse(path, f"{part} {name}", was.get(name), now.get(name))
+    if found.get("checks") != header["checks"]:
+        _refuse(path, "checks", found.get("checks"), header["checks"])
+    asked, now_asked = found.get("questions", []), header["questions"]
+    if len(asked) != len(now_asked):
+        _refuse(path, "number of questions", len(asked), len(now_asked))
+    for index, (was, now) in enumerate(zip(asked, now_asked, strict=True)):
+        if was != now:
+            _refuse(path, f"questions[{index}]", was, now)
+
+
+def _refuse(path: str | os.PathLike[str], what: str, was: object, now: object) -> None:
+    raise TraceMismatchError(
+        f"{path} is the trace of another search: its {what} is {_short(was)}, this search's {_short(now)}; give "
+        "another path, or search as before"
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _follow(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> list[TracedQuestion]:
+    """Where every question is after the last of the lines."""
+    number = 1
+    try:
+        traced = [
+            TracedQuestion(Question(asked["prompt"], asked["context"]), Progress(), None)
+            for asked in lines[0]["questions"]
+        ]
+        for number, line in enumerate(lines[1:], 2):  # noqa: B007 -- the error names it
+            question = traced[line["question"]]
+            tree = question.progress.tree
+            for change in line["changed"]:
+                if not 0 <= change["node"] < len(tree):
+                    raise ValueError(f"there is no node {change['node']} to change")
+                tree.mark(change["node"], Status[change["status"].upper()], change["reason"])
+            if "result" in line:
+                question.progress.is_done = True
+                traced[line["question"]] = question._replace(result=line["result"])
+                continue
+            for record in line["nodes"]:
+                tree.restore(record)
+            question.progress.depth = line["depth"]
+            question.progress.num_tokens = line["num_tokens"]
+            question.progress.seconds = line["seconds"]
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise TraceDamagedError(
+            f"line {number} of {Path(path)} cannot follow those before it ({type(error).__name__}: {error}): restore "
+            "the file, or remove it"
+        ) from error
+    return traced
