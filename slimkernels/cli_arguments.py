@@ -231,7 +231,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--eval-store", metavar="DIR", help="a held-out store to measure the student on")
     for field, (flag, kind, text) in TRAIN_FIELDS.items():
         add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--option", type=_key_value, action="append", default=[], metavar="NAME=VALUE", help="any field of SlimConfig, or of TRL's MiniLLMConfig")
+    add(
+        "--option",
+        type=_key_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any field of SlimConfig, or of TRL's MiniLLMConfig",
+    )
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

@@ -74,6 +74,8 @@ class MiniLLMTrainer(_MiniLLMTrainer):
     TRL forms both over padding, too, discounts from the start of the continuation in place of the token, and lets the
     gradient through the advantage; here they are sums over the tokens written, and the advantage is a constant.
 
+    A stopped run continues bit for bit within an epoch; TRL's sampler starts its order anew with every run.
+
     Args:
         model: The student.
         args: A ``MiniLLMConfig``.
@@ -101,7 +103,9 @@ class MiniLLMTrainer(_MiniLLMTrainer):
         if teacher_model is None:
             raise ValueError("method 'minillm' needs a teacher_model (--teacher) to score what the student writes")
         if processing_class is None:
-            raise ValueError("method 'minillm' needs the student's tokenizer (--tokenizer), which its prompts go through")
+            raise ValueError(
+                "method 'minillm' needs the student's tokenizer (--tokenizer), which its prompts go through"
+            )
         check_tokenizer(train_dataset, processing_class)
         rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
         if rows[0] != rows[1]:

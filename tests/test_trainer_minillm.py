@@ -83,15 +83,15 @@ def test_minillm_changes_nothing_where_the_student_is_the_teacher(tmp_path, stor
 
 
 @needs_trl
-def test_minillm_that_was_stopped_ends_where_one_that_was_not_ends(tmp_path, store_path):
-    students = []
+def test_minillm_that_was_stopped_ends_where_one_that_was_not_ends(tmp_path):
+    store_path, students = make_store(tmp_path / "store", num_documents=16), []
     for name, stops in (("whole", [4]), ("stopped", [2, 4])):
         for max_steps in stops:
             students.append(make_model())
             options = {"tokenizer": make_tokenizer(), "teacher_model": make_model(seed=1234), "save_steps": 2}
             train(store_path, students[-1], "minillm", tmp_path / name, max_steps=max_steps, **options, **RECIPE)
     torch.testing.assert_close(students[0].state_dict(), students[2].state_dict(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="gamma=0.95 there, 0.5 here"):
+    with pytest.raises(ValueError, match=r"gamma=0\.95 there, 0.5 here"):
         train(store_path, make_model(), "minillm", tmp_path / "whole", max_steps=6, gamma=0.5, **options, **RECIPE)
 
 
@@ -135,9 +135,9 @@ def test_minillm_refuses_what_does_not_fit(tmp_path, store_path, changed, messag
 
 @needs_trl
 def test_minillm_runs_by_the_same_command(tmp_path, store_path, capsys):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    for name, seed in (("student", 0), ("teacher", 1234)):
+    for name, seed in (("student", 0), ("teacher", 1234), ("tokenizer", 0)):
         make_model(seed=seed).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
     command = ["train", "--store", store_path, "--method", "minillm", "--out", str(tmp_path / "out")]
     for name in ("student", "teacher", "tokenizer"):
         command += [f"--{name}", str(tmp_path / name)]
