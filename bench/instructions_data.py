@@ -87,6 +87,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def short(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int) -> list[Example]:
+    """The examples whose prompts have at most ``max_length`` tokens."""
+    return [example for example in examples if len(prompt_ids(tokenizer, example)) <= max_length]
+
+
 def documents(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
 ) -> Iterator[tuple[list[int], int]]:

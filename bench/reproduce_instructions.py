@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimkernels as sk
 from bench import records
-from bench.instructions_data import Example, documents, prompt_ids, read_examples, without
+from bench.instructions_data import Example, documents, prompt_ids, read_examples, short, without
 from bench.instructions_scores import interval, judge, rouge_l
 from bench.machine import machine
 from slimkernels.demo_phases import Phase, quiet_libraries
@@ -51,8 +51,8 @@ class Settings:
         teacher: Name or folder, as ``load_teacher`` takes it.
         layers: Of the student.
         train_examples: At most so many, the first that fit.
-        eval_examples: Of each file, at most so many, evenly spread.
-        max_length: Longest training example, in tokens of prompt and response.
+        eval_examples: Of each file, at most so many, evenly spread over those that fit.
+        max_length: Longest training example, in tokens of prompt and response, and longest prompt to evaluate on.
         max_new_tokens: Longest response.
         temperature: Of the responses that are measured; 0 takes the most probable token.
         top_fraction: Share of the vocabulary kept of each of the teacher's rows.
@@ -67,14 +67,14 @@ class Settings:
 
     teacher: str = "smollm2-135m-instruct"
     layers: int = 10
-    train_examples: int = 600
+    train_examples: int = 1000
     eval_examples: int = 50
     max_length: int = 192
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_fraction: float = 0.05
-    warm_up_steps: int = 100
-    steps: int = 100
+    warm_up_steps: int = 200
+    steps: int = 200
     minillm_steps: int = 40
     batch_size: int = 8
     learning_rate: float = 1e-3
@@ -83,15 +83,24 @@ class Settings:
 
 
 class Experiment:
-    """The phases, in the order in which they are called; each leaves its result in ``work``."""
+    """The phases, in the order in which they are called; each leaves its result in ``work``.
+
+    Attributes:
+        held_out: The examples of each data set that are measured.
+        data: Names the examples.
+    """
 
     def __init__(
         self, settings: Settings, training: list[Example], held_out: dict[str, list[Example]], work: Path
     ) -> None:
-        self.settings, self.training, self.held_out, self.work = settings, training, held_out, work
+        self.settings, self.training, self.work = settings, training, work
         self.console, self.seconds = Console(), {}
-        self.data = hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()[:16]
         self.teacher, self.tokenizer = _load(settings.teacher)
+        self.held_out = {
+            dataset: _spread(short(self.tokenizer, examples, settings.max_length), settings.eval_examples)
+            for dataset, examples in held_out.items()
+        }
+        self.data = hashlib.sha256(json.dumps([training, self.held_out]).encode()).hexdigest()[:16]
         self._key = {"data": self.data, "version": sk.__version__}
 
     def capture(self) -> dict[str, Any]:
@@ -161,6 +170,7 @@ class Experiment:
             lr_scheduler_type="linear",
             warmup_steps=0.1,
             bf16=bool(settings.bf16),
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -306,7 +316,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
-    held_out = {path.resolve().parent.name: _spread(read_examples(path), settings.eval_examples) for path in args.eval}
+    held_out = {path.resolve().parent.name: read_examples(path) for path in args.eval}
     everything = [example for path in args.train for example in read_examples(path)]
     training = without(everything, (example for examples in held_out.values() for example in examples))
     with quiet_libraries():
