@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench import records
 from bench.case import OURS
+from bench.instructions_table import instructions_table
 from bench.ops_table import ops_table
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
@@ -173,7 +174,8 @@ def main() -> None:
             figures = tuple(prefix + name for name in FIGURES if (args.results / f"{prefix}{name}").exists())
             updated = replace_block(updated, block, speed_table(rows, figures))
     updated = replace_block(updated, "demo", demo_table(records.read(args.results / "demo.jsonl")))
-    for block, show in (("codecs", codec_table), ("loader", loader_sentence)):
+    blocks = (("codecs", codec_table), ("loader", loader_sentence), ("instructions", instructions_table))
+    for block, show in blocks:
         if rows := records.read(args.results / f"{block}.jsonl"):
             updated = replace_block(updated, block, show(rows))
     if args.check:
