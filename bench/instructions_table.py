@@ -63,8 +63,8 @@ def _caption(rows: list[dict]) -> str:
     decoding = f"drawn at temperature {chosen['temperature']:g}" if chosen["temperature"] else "greedy"
     took = ", ".join(f"{method} {count:.1f}" for method, count in minutes.items())
     return (
-        f"Rouge-L (F, in %, with stemming) of the first {chosen['max_new_tokens']} tokens, {decoding}; in brackets 95 % "
-        f"bootstrap intervals over prompts, in the last column of the paired difference. Teacher: "
+        f"Rouge-L (F, in %, with stemming) of the first {chosen['max_new_tokens']} tokens, {decoding}; in brackets 95 "
+        f"% bootstrap intervals over prompts, in the last column of the paired difference. Teacher: "
         f"{chosen['teacher']}; student: {chosen['layers']} of its layers, after {chosen['warm_up_steps']} steps of SFT "
         f"that all share. Then {chosen['steps']} steps of {chosen['batch_size']} of {row['documents']:,} examples "
         f"({row['labels']:,} response tokens), MiniLLM {chosen['minillm_steps']} of as many prompts; minutes of "
