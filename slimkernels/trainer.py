@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 import slimkernels as sk
@@ -287,7 +287,7 @@ class SlimTrainer(SlimLossMixin, Trainer):
         check_tokenizer(dataset, self.processing_class)
 
 
-def trainer_of(method: str) -> tuple[type[Trainer], type[TrainingArguments]]:
+def trainer_of(method: str) -> tuple[Any, Any]:
     """The trainer of a method and the class of its configuration.
 
     Raises:

@@ -1,7 +1,7 @@
 """MiniLLM, the reverse-KL baseline: TRL's trainer on the prompts of a store, with its sums kept to written tokens."""
 
 # transformers.Trainer declares its attributes (args, model, datasets) wider than they are in this subclass.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportMissingImports=false
 
 from __future__ import annotations
 
