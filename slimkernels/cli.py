@@ -193,12 +193,19 @@ def _train(args: argparse.Namespace) -> None:
     _be_quiet()
     from slimkernels import teacher
     from slimkernels.store import Store
-    from slimkernels.trainer import SlimConfig, train
+    from slimkernels.trainer import train, trainer_of
 
-    known = {field.name for field in dataclasses.fields(SlimConfig)} - {"method", "output_dir"}
+    config = trainer_of(args.method)[1]
+    known = {field.name for field in dataclasses.fields(config)} - {"method", "output_dir"}
+    for name in options:
+        # TRL calls the temperature of its draws by this name.
+        if name not in known or (args.method == "minillm" and name == "temperature"):
+            raise ValueError(f"{TRAIN_FIELDS[name][0]} means nothing with --method {args.method}")
     for name, value in args.option:
         if name not in known:
-            raise ValueError(f"--option must name a field of SlimConfig that has no flag of its own, got {name!r}")
+            raise ValueError(
+                f"--option must name a field of {config.__name__} that has no flag of its own, got {name!r}"
+            )
         options[name] = value
     # Opened before the student is loaded: a path that holds no store is found out at once.
     for path in filter(None, (args.store, args.eval_store)):

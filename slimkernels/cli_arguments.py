@@ -228,7 +228,7 @@ def _add_capture(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--store", required=True, metavar="DIR")
-    add("--method", required=True, choices=("slim", "kd", "sft", "sampled", "reverse_kl", "jsd", "gkd"))
+    add("--method", required=True, choices=("slim", "kd", "sft", "sampled", "reverse_kl", "jsd", "gkd", "minillm"))
     add("--out", required=True, metavar="DIR", help="gets the checkpoints and the student")
     add("--student", metavar="MODEL", help="a model, or the .json configuration of a new one (default: a small Llama)")
     add("--tokenizer", metavar="MODEL", help="checked against the store's, and saved with the student")
@@ -236,7 +236,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--eval-store", metavar="DIR", help="a held-out store to measure the student on")
     for field, (flag, kind, text) in TRAIN_FIELDS.items():
         add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--option", type=_key_value, action="append", default=[], metavar="NAME=VALUE", help="any field of SlimConfig")
+    add(
+        "--option",
+        type=_key_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any field of SlimConfig, or of TRL's MiniLLMConfig",
+    )
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,6 +83,51 @@ def make_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config_or_path, dtype=dtype).train()
+
+
+def drop_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A student of some of a teacher's layers: layer i of it is layer round(i (L - 1) / (num_layers - 1)) of L.
+
+    First and last layer, embeddings, norms and head are the teacher's; with ``num_layers=1`` the first layer stays.
+    Initialising a student so is that of DistilBERT (arXiv 1910.01108).
+
+    Args:
+        model: The teacher, whose decoder holds its layers in one ``torch.nn.ModuleList``; left as it is.
+        num_layers: From 1 to L.
+
+    Returns:
+        A new model of the teacher's class and dtype, in training mode, on the CPU; it shares no memory with the
+        teacher.
+
+    Raises:
+        ValueError: ``num_layers`` out of range, or a decoder without such a list.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not 1 <= num_layers <= total:
+        raise ValueError(f"num_layers must be from 1 to {total}, the teacher's layers, got {num_layers}")
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) != 1:
+        raise ValueError(
+            f"the layers of {type(model).__name__} must be one torch.nn.ModuleList of length {total}, got {len(lists)}"
+        )
+    kept = [round(i * (total - 1) / max(num_layers - 1, 1)) for i in range(num_layers)]
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    for name, value in text.to_dict().items():
+        # What a configuration says of each layer, such as the kinds of its attention.
+        if isinstance(value, list) and len(value) == total:
+            setattr(text, name, [value[layer] for layer in kept])
+    text.num_hidden_layers = num_layers
+    student = make_student(config, dtype=model.dtype)
+    place = {f"{lists[0]}.{old}.": f"{lists[0]}.{new}." for new, old in enumerate(kept)}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        layer = re.match(rf"{re.escape(lists[0])}\.\d+\.", name)
+        if layer is None or layer[0] in place:
+            weights[name if layer is None else place[layer[0]] + name[layer.end() :]] = tensor
+    student.load_state_dict(weights)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student
 
 
 class LowRankAdapter(NamedTuple):
@@ -297,3 +344,22 @@ class SlimCollator:
 def teacher_rows(teacher: SparseLogits | PackedLogits) -> SparseLogits:
     """The teacher of a batch, decoded where it is if it is packed."""
     return decode_logits(teacher) if isinstance(teacher, PackedLogits) else teacher
+
+
+def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Compares a student's tokenizer with the one that a store was captured with, where both are known.
+
+    Raises:
+        ValueError: They differ.
+    """
+    stored = getattr(dataset, "tokenizer_fingerprint", None)
+    if not stored or tokenizer is None:
+        return
+    from slimkernels.teacher_checks import tokenizer_fingerprint
+
+    own = tokenizer_fingerprint(tokenizer)
+    if own != stored:
+        raise ValueError(
+            f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
+            "load the teacher's tokenizer, or capture again with this one"
+        )

@@ -19,7 +19,14 @@ from slimkernels.evaluate.metrics import evaluate_store
 from slimkernels.head_loss import IGNORE_INDEX, is_partitioned, loss_of_batch
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreDataset
-from slimkernels.student import LanguageModelHead, SlimCollator, check_head, make_student, teacher_rows
+from slimkernels.student import (
+    LanguageModelHead,
+    SlimCollator,
+    check_head,
+    check_tokenizer,
+    make_student,
+    teacher_rows,
+)
 from slimkernels.trainer_checkpoint import SlimRun, check_same_run, last_complete_checkpoint
 from slimkernels.trainer_config import METHODS, SlimConfig
 from slimkernels.trainer_mixin import SlimLossMixin, Step
@@ -280,16 +287,20 @@ class SlimTrainer(SlimLossMixin, Trainer):
                 f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
                 f"1, got {self.args.temperature}; capture the largest logits to train at another temperature"
             )
-        stored = getattr(dataset, "tokenizer_fingerprint", None)
-        if stored and self.processing_class is not None:
-            from slimkernels.teacher import tokenizer_fingerprint
+        check_tokenizer(dataset, self.processing_class)
 
-            own = tokenizer_fingerprint(self.processing_class)
-            if own != stored:
-                raise ValueError(
-                    f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got "
-                    f"{own}; load the teacher's tokenizer, or capture again with this one"
-                )
+
+def trainer_of(method: str) -> tuple[Any, Any]:
+    """The trainer of a method and the class of its configuration.
+
+    Raises:
+        ImportError: Method "minillm" without the extra of that name.
+    """
+    if method != "minillm":
+        return SlimTrainer, SlimConfig
+    from slimkernels.trainer_minillm import MiniLLMConfig, MiniLLMTrainer
+
+    return MiniLLMTrainer, MiniLLMConfig
 
 
 def train(
@@ -309,13 +320,13 @@ def train(
     Args:
         store_path: The store to learn from.
         student: A model, the folder of one, or None for ``make_student(vocab_size=the store's)``.
-        method: Of ``SlimObjective``.
+        method: Of ``SlimObjective``, or "minillm": TRL's ``MiniLLMTrainer`` on the prompts of the store's documents.
         output_dir: Gets the checkpoints and, at the end, the student; a run of the same settings is continued.
         tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
-        teacher_model: Scores the store's documents, in place of its rows; method "gkd" needs one.
+        teacher_model: Scores the store's documents, in place of its rows; methods "gkd" and "minillm" need one.
         eval_store_path: A held-out store to measure the trained student on.
         callbacks: Passed to the trainer.
-        **options: Fields of ``SlimConfig``.
+        **options: Fields of ``SlimConfig``; with method "minillm" of TRL's ``MiniLLMConfig``.
 
     Returns:
         The trainer's metrics (``train_loss``, ``train_runtime``, ...) and, with ``eval_store_path``, the
@@ -323,15 +334,17 @@ def train(
 
     Raises:
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
+        ImportError: Method "minillm" without the extra of that name.
     """
     store = StoreDataset(store_path)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if not isinstance(student, PreTrainedModel):
         student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
-    trainer = SlimTrainer(
+    trainer_class, config_class = trainer_of(method)
+    trainer = trainer_class(
         model=student,
-        args=SlimConfig(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
+        args=config_class(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
         train_dataset=store,
         eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,

@@ -230,10 +230,10 @@ def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]
 def main() -> None:
     from teachers import smollm2_gguf
 
+    from slimkernels.server_client import ServerRequestError
     from slimkernels.teacher import load_tokenizer
     from slimkernels.teacher_gguf import converted_folder, default_cache_dir
     from slimkernels.teacher_server import capture_server
-    from slimkernels.server_client import ServerRequestError
 
     kind, python = sys.argv[1:]
     tokenizer = load_tokenizer("smollm2-135m-instruct")

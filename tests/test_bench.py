@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import codecs, compare, machine, peers, records, table, training_step, worker
+from bench import blocks, codecs, compare, machine, peers, records, table, training_step, worker
 from bench.case import OURS, Case, Work
 from bench.cases import all_cases
 from bench.cuda_cases import cuda_cases
@@ -299,7 +299,7 @@ def test_bench_training_step_table_by_hand():
     rows = [line(OURS, "time", 9000.0)]  # an earlier run's
     rows += [line("torch eager", "time", 3000.0), line(OURS, "time", 2000.0)]
     rows += [line(OURS, records.MEMORY, 2**20), line("torch eager", records.MEMORY, 2**22)]
-    table_lines = table.training_step_table(rows).splitlines()
+    table_lines = blocks.training_step_table(rows).splitlines()
     assert table_lines[2] == "| SLIM, peer: eager loss | 30 | float32 | 2.00 / 3.00 s | 1.50x | 1 / 4 MiB |"
     assert "on 2 x 12 tokens" in table_lines[4]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from teachers import make_teacher, make_tokenizer
 
-from bench import records, search, search_peers, table
+from bench import blocks, records, search, search_peers
 from slimkernels.search import PathFinder, PathFinderConfig, TransformersEngine, log_probability
 
 
@@ -69,7 +69,7 @@ def test_bench_search_rows(model, tmp_path, capsys):
     # Of a token: keys and values, two layers, two heads of eight float32. 48 rows with 46 tokens each.
     assert bytes_of["unshared copies"] == 48 * 46 * 2 * 2 * 2 * 8 * 4
     assert bytes_of[search.OURS] < bytes_of["unshared copies"] / 3
-    said = table.search_sentence(rows)
+    said = blocks.search_sentence(rows)
     assert f"{speeds[search.OURS] / speeds[search.PLAIN]:.1f}x {search.PLAIN}" in said
     assert f"{speeds[search.OURS]:,.0f} tokens/s" in said
     assert "8 questions at once, branching 2, beam 3, 3 steps of 2 tokens" in said

@@ -1,0 +1,103 @@
+"""Instruction data in the layouts that public sets have, and the documents that students are trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+_ALPACA = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
+
+
+class Example(NamedTuple):
+    """An instruction, with its input if it has one, and the response that the data give."""
+
+    instruction: str
+    reference: str
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The examples of a JSONL file that have a response.
+
+    Layouts: ``prompt`` with ``response`` or ``answer`` (Alpaca's frame around a prompt is taken off); ``instruction``
+    with ``input`` or ``context`` and ``output`` or ``response``; ``instruction`` with ``instances``, of which the
+    first counts (Self-Instruct); ``turns``, of which the first counts, with the answers in ``reference_*.jsonl``
+    beside the file (MT-Bench, Vicuna).
+
+    Raises:
+        ValueError: A record of another layout.
+    """
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    references: dict[int, str] = {}
+    if records and "turns" in records[0]:
+        for beside in sorted(path.parent.glob("reference_*.jsonl")):
+            answers = map(json.loads, beside.read_text().splitlines())
+            references |= {answer["question_id"]: answer["choices"][0]["turns"][0] for answer in answers}
+    found = []
+    for number, record in enumerate(records, 1):
+        try:
+            instruction, reference = _parts(record, references)
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path}, record {number}: unknown layout with fields {sorted(record)}") from error
+        if instruction.strip() and reference.strip():
+            found.append(Example(instruction.strip(), reference.strip()))
+    return found
+
+
+def _parts(record: dict, references: dict[int, str]) -> tuple[str, str]:
+    if "turns" in record:
+        return record["turns"][0], references.get(record["question_id"], "")
+    if "instances" in record:
+        instance = record["instances"][0]
+        return _joined(record["instruction"], instance["input"]), instance["output"]
+    if "prompt" in record:
+        framed = _ALPACA.search(record["prompt"])
+        prompt = _joined(framed[1], framed[2]) if framed else record["prompt"]
+        return prompt, record["response"] if "response" in record else record["answer"]
+    given = record.get("input") or record.get("context")
+    return _joined(record["instruction"], given), record["output"] if "output" in record else record["response"]
+
+
+def _joined(instruction: str, given: str | None) -> str:
+    return f"{instruction}\n\n{given}" if given else instruction
+
+
+def without(examples: Iterable[Example], held_out: Iterable[Example]) -> list[Example]:
+    """The examples whose instruction, but for case and spaces, is none of those held out, each instruction once."""
+    seen = {_normalised(example) for example in held_out}
+    left = []
+    for example in examples:
+        if _normalised(example) not in seen:
+            seen.add(_normalised(example))
+            left.append(example)
+    return left
+
+
+def _normalised(example: Example) -> str:
+    return " ".join(example.instruction.lower().split())
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """The instruction as the tokenizer's chat template puts it to an assistant."""
+    messages = [{"role": "user", "content": example.instruction}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def short(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int) -> list[Example]:
+    """The examples whose prompts have at most ``max_length`` tokens."""
+    return [example for example in examples if len(prompt_ids(tokenizer, example)) <= max_length]
+
+
+def documents(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
+) -> Iterator[tuple[list[int], int]]:
+    """Token ids of prompt, response and end, and how many are the prompt's; longer examples are left out."""
+    for example in examples:
+        prompt = prompt_ids(tokenizer, example)
+        response = tokenizer(example.reference, add_special_tokens=False)["input_ids"]
+        if len(prompt) + len(response) < max_length:
+            yield [*prompt, *response, tokenizer.eos_token_id], len(prompt)
