@@ -72,7 +72,9 @@ class VocabSlice:
             bad_ids = bad_ids | (active & (highest_id >= vocab_size))
         if target.device.type == "cpu" and target.numel():
             if not tiles.all():
-                slices = zip(gathered["start"][:, 0].long().tolist(), gathered["size"][:, 0].long().tolist(), strict=True)
+                slices = zip(
+                    gathered["start"][:, 0].long().tolist(), gathered["size"][:, 0].long().tolist(), strict=True
+                )
                 held = ", ".join(f"[{first}, {first + size})" for first, size in slices)
                 raise ValueError(
                     "the slices [vocab_start, vocab_start + V_local) of the ranks of group must be the vocabulary, each "
