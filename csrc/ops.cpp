@@ -216,6 +216,29 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
   return kOk;
 }
 
+void softmax_gradient_rows_cpu(Tensor logits, Tensor gradient, Tensor numbers, double temperature, double softcap,
+                               double logit_scale) {
+  check_rows(logits, "logits");
+  check_rows(gradient, "gradient");
+  SoftmaxGradientArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  args.num_rows = logits.size(0);
+  args.vocab_size = logits.size(1);
+  STD_TORCH_CHECK(gradient.scalar_type() == logits.scalar_type() && gradient.size(0) == args.num_rows &&
+                      gradient.size(1) == args.vocab_size,
+                  "gradient must have the shape and dtype of logits");
+  if (args.num_rows == 0) return;
+  args.logits = logits.const_data_ptr();
+  args.logits_stride = logits.stride(0);
+  args.gradient = gradient.mutable_data_ptr();
+  args.gradient_stride = gradient.stride(0);
+  args.numbers = data_of(numbers, acc_type(static_cast<Dtype>(args.dtype)), 5 * args.num_rows, "numbers");
+  args.temperature = temperature;
+  args.softcap = softcap;
+  args.logit_scale = logit_scale;
+  run(checked_kernels().softmax_gradient, args, args.num_rows);
+}
+
 // An option with one value for all rows, or a tensor (N,) that takes its place.
 RowInts option_of(const OptionalTensor& values, const int64_t& value, int64_t num_rows, const char* name) {
   if (!values.has_value()) return {&value, 0};
@@ -328,4 +351,5 @@ STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("sample_logits_rows", TORCH_BOX(&slimkernels::sample_logits_rows_cpu));
   m.impl("sample_targets_rows", TORCH_BOX(&slimkernels::sample_targets_rows_cpu));
   m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::slim_loss_rows_cpu));
+  m.impl("softmax_gradient_rows", TORCH_BOX(&slimkernels::softmax_gradient_rows_cpu));
 }

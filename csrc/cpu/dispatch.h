@@ -83,6 +83,20 @@ struct SlimLossArgs {
   bool streams;  // the gradient is written past the caches; only where it does not overwrite the logits
 };
 
+struct SoftmaxGradientArgs {
+  const void* logits;  // (N, V) of dtype
+  int64_t logits_stride;
+  int dtype;
+  int64_t vocab_size;
+  void* gradient;  // (N, V) of dtype, may be `logits` itself
+  int64_t gradient_stride;
+  const void* numbers;  // (5, N) acc: factor and level at `temperature`, factor and level at 1, constant
+  int64_t num_rows;
+  double temperature;
+  double softcap;  // 0: none
+  double logit_scale;
+};
+
 // Calls task(context, i) for i in [0, tasks), on several threads.
 typedef void (*RunTasks)(int64_t tasks, void* context, void (*task)(void* context, int64_t i));
 
@@ -136,6 +150,7 @@ struct KernelTable {
   int64_t (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss_split)(const SlimLossArgs&, int64_t n, int64_t parts, RunTasks);  // one row, in parts
+  int64_t (*softmax_gradient)(const SoftmaxGradientArgs&, int64_t begin, int64_t end);
   int64_t (*sample_logits)(const SampleLogitsArgs&, int64_t begin, int64_t end);
   int64_t (*sample_targets)(const SampleTargetsArgs&, int64_t begin, int64_t end);
 };

@@ -3,6 +3,7 @@
 #include "sample_logits.inl"
 #include "sample_targets.inl"
 #include "slim_loss.inl"
+#include "softmax_gradient.inl"
 #include "sparse_softmax.inl"
 #include "topk_logits.inl"
 
@@ -13,8 +14,8 @@ namespace slimkernels {
 namespace SK_ISA {
 
 extern const KernelTable table;
-constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits,   sparse_softmax, slim_loss,
-                               slim_loss_split,   sample_logits, sample_targets};
+constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits,      sparse_softmax, slim_loss,
+                               slim_loss_split,   softmax_gradient, sample_logits,  sample_targets};
 
 }  // namespace SK_ISA
 }  // namespace slimkernels

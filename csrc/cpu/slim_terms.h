@@ -11,16 +11,16 @@ namespace SK_ISA {
 namespace {
 
 // logits -> effective logits, softcap * tanh(logit_scale * x / softcap).
-template <class V>
-SK_INLINE V transformed(V x, const SlimLossArgs& args) {
+template <class V, class Args>
+SK_INLINE V transformed(V x, const Args& args) {
   using A = ElementOf<V>;
   x *= A(args.logit_scale);
   return args.softcap > 0 ? tanh(x * A(1 / args.softcap)) * A(args.softcap) : x;
 }
 
 // d effective / d logits, from the effective logit.
-template <class V>
-SK_INLINE V transform_slope(V z, const SlimLossArgs& args) {
+template <class V, class Args>
+SK_INLINE V transform_slope(V z, const Args& args) {
   using A = ElementOf<V>;
   const V capped = z * A(args.softcap > 0 ? 1 / args.softcap : 0);
   return (V{} + A(1) - capped * capped) * A(args.logit_scale);

@@ -18,8 +18,10 @@ from slimkernels.ops._slim_options import (
     resolve_options,
     scale_in_forward,
 )
+from slimkernels.ops._vocab_slice import vocab_slice_of, whole
 from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.vocab_parallel import HeadLogits, vocab_parallel_loss
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -47,6 +49,8 @@ def linear_slim_loss(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     chunk_rows: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> SlimLoss:
     """``slim_loss(hidden @ weight.T + bias, target, teacher, ...)`` without the (N, V) logits.
 
@@ -105,6 +109,10 @@ def linear_slim_loss(
     >>> round(result.loss.item(), 4)
     1.3863
     """
+    weight, vocab = vocab_slice_of(weight, "weight", 0, group, vocab_start)
+    if bias is not None:
+        bias, _ = vocab_slice_of(bias, "bias", 0, None, 0)
+    hidden, target = whole(hidden, "hidden"), whole(target, "target")
     _checks.is_head(hidden, weight, bias)
     leading_shape = hidden.shape[:-1]
     _checks.is_target(target, leading_shape, hidden, "hidden")
@@ -132,6 +140,9 @@ def linear_slim_loss(
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(hidden.dtype))
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if vocab is not None:
+        source = HeadLogits(rows, weight, bias, checked_chunk_rows(chunk_rows))
+        return vocab_parallel_loss(source, target, row_scale, options, vocab, leading_shape)
     grad_enabled = torch.is_grad_enabled()
     needs = [grad_enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, stats, *_ = torch.ops.slimkernels.linear_slim_loss_fwd(

@@ -17,7 +17,9 @@ from slimkernels.ops._slim_options import (
     resolve_options,
     scale_in_forward,
 )
+from slimkernels.ops._vocab_slice import vocab_slice_of, whole
 from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.vocab_parallel import GivenLogits, vocab_parallel_loss
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -43,6 +45,8 @@ def slim_loss(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     inplace_backward: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> SlimLoss:
     """``loss = ce_weight * CE + kd_weight * w * T^2 * D(teacher, student) + z_loss_weight * lse^2`` per token.
 
@@ -122,6 +126,8 @@ def slim_loss(
     >>> round(result.ce.item(), 4), round(result.weight.item(), 4)
     (1.3863, 0.9608)
     """
+    logits, vocab = vocab_slice_of(logits, "logits", -1, group, vocab_start)
+    target = whole(target, "target")
     _checks.has_vocabulary(logits, "logits", "(..., V)")
     leading_shape = logits.shape[:-1]
     _checks.is_target(target, leading_shape, logits, "logits")
@@ -152,11 +158,16 @@ def slim_loss(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    scale = scale_in_forward(row_scale, logits.dtype)
-    if needs_grad and inplace_backward:
+    over_logits = needs_grad and inplace_backward
+    if over_logits:
         _check_inplace(logits, reduction)
         if rows.stride(0) < rows.shape[1]:  # rows that share memory, as expanded ones
             rows = rows.contiguous()
+    if vocab is not None:
+        source = GivenLogits(rows, over_logits)
+        return vocab_parallel_loss(source, target, row_scale, options, vocab, leading_shape)
+    scale = scale_in_forward(row_scale, logits.dtype)
+    if over_logits:
         gradient = rows.detach()
         loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, *options)
         loss = torch.ops.slimkernels.with_gradient(rows, loss, gradient)

@@ -1,0 +1,67 @@
+// factor * exp((z - level) / T) + factor_one * exp(z - level_one) + constant, by the logits: what a loss's gradient is
+// but for a few entries of the row.
+#pragma once
+
+#include "dispatch.h"
+#include "slim_terms.h"
+#include "vec.h"
+
+namespace slimkernels {
+namespace SK_ISA {
+namespace {
+
+template <class X>
+void softmax_gradient_row(const SoftmaxGradientArgs& args, int64_t n) {
+  using A = typename Acc<X>::type;
+  using Vec = typename Lanes<A>::Vec;
+  constexpr int kWidth = Lanes<A>::kWidth;
+  const X* const row = static_cast<const X*>(args.logits) + n * args.logits_stride;
+  X* const gradient = static_cast<X*>(args.gradient) + n * args.gradient_stride;
+  const A* const numbers = static_cast<const A*>(args.numbers) + n;
+  const A factor = numbers[0], level = numbers[args.num_rows];
+  const A factor_one = numbers[2 * args.num_rows], level_one = numbers[3 * args.num_rows];
+  const A constant = numbers[4 * args.num_rows];
+  if (factor == 0 && factor_one == 0 && constant == 0) {
+    // Whatever the row holds does not count.
+    memset(gradient, 0, args.vocab_size * sizeof(X));
+    return;
+  }
+  const bool transform = args.logit_scale != 1 || args.softcap > 0, two_temperatures = args.temperature != 1;
+  const A inv_temperature = A(1 / args.temperature);
+  for (int64_t i = 0; i < args.vocab_size; i += kWidth) {
+    const int64_t left = args.vocab_size - i;
+    Vec z = left >= kWidth ? load(row + i) : load_part(row + i, left, level);
+    if (transform) z = transformed(z, args);
+    Vec dz = exp((z - level) * inv_temperature) * factor + constant;
+    if (two_temperatures) dz += exp(z - level_one) * factor_one;
+    if (transform) dz *= transform_slope(z, args);
+    if (left >= kWidth) {
+      store(gradient + i, dz);
+    } else {
+      store_part(gradient + i, dz, left);
+    }
+  }
+}
+
+template <class X>
+int64_t softmax_gradient_rows(const SoftmaxGradientArgs& args, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) softmax_gradient_row<X>(args, n);
+  return kOk;
+}
+
+int64_t softmax_gradient(const SoftmaxGradientArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case kFloat32:
+      return softmax_gradient_rows<float>(args, begin, end);
+    case kBFloat16:
+      return softmax_gradient_rows<bf16>(args, begin, end);
+    case kFloat16:
+      return softmax_gradient_rows<f16>(args, begin, end);
+    default:
+      return softmax_gradient_rows<double>(args, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace SK_ISA
+}  // namespace slimkernels

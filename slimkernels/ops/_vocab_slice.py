@@ -1,0 +1,176 @@
+"""A rank's slice of the vocabulary: which ids it holds, what it tells the other ranks, where a DTensor says it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slimkernels import _checks
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabSlice:
+    """Ids [start, start + size) of the vocabulary, whose other slices the ranks of ``group`` hold."""
+
+    group: dist.ProcessGroup
+    start: int
+    size: int
+
+    def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where ids are in the slice, int64, some column for those of other slices; and which are in it."""
+        local = ids.long() - self.start
+        return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)
+
+    def own_ids(self, ids: Tensor) -> Tensor:
+        """The slice's part of rows (N, K) of ids, as columns of it, again ascending and padded with -1."""
+        _, owned = self.columns(ids)
+        before = ((ids >= 0) & (ids < self.start)).sum(1, keepdim=True)
+        k = torch.arange(ids.shape[1], device=ids.device)
+        moved = ids.gather(1, (before + k).clamp(max=ids.shape[1] - 1)) - self.start
+        return moved.masked_fill(k >= owned.sum(1, keepdim=True), -1)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """(C, N) numbers of every rank, (ranks, C, N)."""
+        num_ranks = dist.get_world_size(self.group)
+        gathered = numbers.new_empty(num_ranks * numbers.shape[0], numbers.shape[1])
+        if numbers.numel():
+            dist.all_gather_into_tensor(gathered, numbers.contiguous(), group=self.group)
+        return gathered.view(num_ranks, *numbers.shape)
+
+    def add_up(self, numbers: Tensor) -> None:
+        """Sums (C, N) numbers over the ranks, in place."""
+        if numbers.numel():
+            dist.all_reduce(numbers, group=self.group)
+
+    def sound_rows(
+        self,
+        gathered: dict[str, Tensor],
+        target: Tensor,
+        active: Tensor,
+        highest_id: Tensor | None,
+        unsorted: Tensor,
+    ) -> Tensor:
+        """Which rows (N,) can be computed. On a CPU, where looking costs nothing, the others raise, on every rank.
+
+        Raises:
+            ValueError: Slices that are not the whole vocabulary, other tokens on another rank, a label or an id outside
+                the vocabulary.
+        """
+        start, order = gathered["start"].sort(0)
+        size = gathered["size"].gather(0, order)
+        tiles = (start == size.cumsum(0) - size).all(0)
+        agree = (gathered["target"] == gathered["target"][:1]).all(0)
+        vocab_size = gathered["size"].sum(0)
+        bad_target = active & ((target < 0) | (target >= vocab_size))
+        bad_ids = active & unsorted
+        if highest_id is not None:
+            bad_ids = bad_ids | (active & (highest_id >= vocab_size))
+        if target.device.type == "cpu" and target.numel():
+            if not tiles.all():
+                slices = zip(
+                    gathered["start"][:, 0].long().tolist(), gathered["size"][:, 0].long().tolist(), strict=True
+                )
+                held = ", ".join(f"[{first}, {first + size})" for first, size in slices)
+                raise ValueError(
+                    "the slices [vocab_start, vocab_start + V_local) of the ranks of group must be the vocabulary, each "
+                    f"id once, got {held}"
+                )
+            if not agree.all():
+                row = int((~agree).nonzero()[0])
+                raise ValueError(
+                    f"every rank of group must have the same tokens, got target[{row}] = "
+                    f"{gathered['target'][:, row].long().tolist()}: the ranks that share a vocabulary work on one "
+                    "batch, unlike those of data parallelism or FSDP"
+                )
+            for fault, bad in ((1, bad_target), (2, bad_ids)):
+                if bad.any():
+                    _checks.raise_fault(4 * int(bad.nonzero()[0]) + fault)
+        return tiles & agree & ~bad_target & ~bad_ids
+
+
+def vocab_slice_of(
+    tensor: Tensor, name: str, dim: int, group: dist.ProcessGroup | None, vocab_start: int
+) -> tuple[Tensor, VocabSlice | None]:
+    """This rank's part of ``tensor``, and which ids its dimension ``dim`` stands for; None where it is all of them.
+
+    A DTensor says so itself, by its placement; its gradient comes back in the same placement.
+
+    Raises:
+        TypeError: ``group`` is not a process group, or ``vocab_start`` not an integer.
+        ValueError: ``vocab_start`` without ``group`` or negative, a rank outside ``group``, a group beside a DTensor, a
+            DTensor placed in another way.
+    """
+    if _is_dtensor(tensor):
+        if group is not None or vocab_start:
+            raise ValueError(f"{name} is a DTensor, whose placement tells its slice: leave group and vocab_start out")
+        return _shard_of(tensor, name, dim)
+    if group is None:
+        if vocab_start:
+            raise ValueError(
+                f"vocab_start={vocab_start} says that {name} is a slice of the vocabulary: give the group of the ranks "
+                "that hold the others, too"
+            )
+        return tensor, None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed ProcessGroup that this rank is in, got {type(group).__name__}: pass "
+            "torch.distributed.group.WORLD for all ranks"
+        )
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
+        raise TypeError(f"vocab_start must be an integer, got {type(vocab_start).__name__}")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start must be at least 0, got {vocab_start}")
+    return tensor, VocabSlice(group, vocab_start, tensor.shape[dim] if tensor.ndim else 0)
+
+
+def whole(tensor: Tensor, name: str) -> Tensor:
+    """``tensor``, which every rank must have whole: a replicated DTensor as a plain tensor."""
+    if not _is_dtensor(tensor):
+        return tensor
+    if not all(placement.is_replicate() for placement in tensor.placements):
+        raise ValueError(
+            f"{name} must be whole on every rank, got a DTensor with placements {tensor.placements}: call "
+            f"{name}.redistribute(placements=[Replicate()])"
+        )
+    return tensor.to_local()
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    # Where nobody imported it, no tensor is one, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _shard_of(tensor: Tensor, name: str, dim: int) -> tuple[Tensor, VocabSlice | None]:
+    dim = dim % tensor.ndim
+    placements, mesh, vocab_size = tensor.placements, tensor.device_mesh, tensor.shape[dim]
+    if all(placement.is_replicate() for placement in placements):
+        return tensor.to_local(), None
+    from torch.distributed.tensor import Shard
+
+    if mesh.ndim != 1 or type(placements[0]) is not Shard or placements[0].dim % tensor.ndim != dim:
+        raise ValueError(
+            f"{name} as a DTensor must be sharded on its vocabulary dimension, [Shard({dim})], on a mesh of one "
+            f"dimension, or replicated, got placements {placements} on a mesh of shape {tuple(mesh.shape)}: call "
+            f"{name}.redistribute(...) or {name}.full_tensor()"
+        )
+    # As torch.chunk: ranks have the same number of ids until there are no more.
+    most = math.ceil(vocab_size / mesh.size())
+    start = most * mesh.get_local_rank()
+    if most * (mesh.size() - 1) >= vocab_size:
+        raise ValueError(
+            f"every rank must hold some of the vocabulary, got {vocab_size} ids in slices of {most} over {mesh.size()} "
+            "ranks: use fewer"
+        )
+    local = tensor.to_local()
+    if local.shape[dim] != min(most, vocab_size - start):
+        raise ValueError(
+            f"{name}'s slice on this rank must have {min(most, vocab_size - start)} ids, as distribute_tensor cuts "
+            f"{vocab_size} over {mesh.size()} ranks, got {local.shape[dim]}: pass its to_local(), group and vocab_start"
+        )
+    return local, VocabSlice(mesh.get_group(), start, local.shape[dim])
