@@ -255,10 +255,10 @@ def _members(outcome: dict[str, Any], group: str) -> list[str]:
 @contextlib.contextmanager
 def _random_states_kept() -> Iterator[None]:
     """Undoes what ``simple_evaluate`` does to the process: it seeds Python's, numpy's and torch's generators."""
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 -- it seeds the generator of old
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            np.random.set_state(states[1])  # noqa: NPY002
