@@ -117,8 +117,8 @@ class PathFinderLM(HFLM):
 class LimitedEngine:
     """An engine whose branches end at stop strings, also where one lies across two steps, and at a number of tokens.
 
-    A step in which a stop string is completed ends the text, and its own text is cut before the stop string. A branch
-    of ``max_tokens`` cannot be continued: its last step ends as by the model's context.
+    A step in which a stop string is completed ends the text, and its own text is cut before the stop string, or after
+    it where it began in an earlier step. A branch of ``max_tokens`` cannot be continued: its last step ends as by the model's context.
 
     Args:
         engine: Does the work.
@@ -162,9 +162,12 @@ class LimitedEngine:
         text = tail + step.text
         self._tails[step.branch] = text[max(0, len(text) - self._tail_length) :]
         self._num_tokens[step.branch] = self._num_tokens[parent] + len(step.token_ids)
-        stops = [text.index(stop) for stop in self._until if stop in text]
+        stops = [(text.index(stop), text.index(stop) + len(stop)) for stop in self._until if stop in text]
         if stops:
-            return dataclasses.replace(step, text=text[len(tail) : min(stops)], end="end_of_text")
+            first, last = min(stops)
+            # A stop string that began in the step before is kept whole, to be found in the whole text.
+            text = text[len(tail) : first if first >= len(tail) else last]
+            return dataclasses.replace(step, text=text, end="end_of_text")
         if self._num_tokens[step.branch] >= self._max_tokens and step.end != "end_of_text":
             return dataclasses.replace(step, end="context")
         return step
