@@ -6,10 +6,13 @@ Run as a script by every rank: ``python vocab_parallel_cases.py FOLDER RANK``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import RESTS_AND_DIVERGENCES, Problem, largest_allocation, random_problem
 from torch import Tensor
 
@@ -20,6 +23,7 @@ NUM_ROWS, VOCAB_SIZE, TOP_K, DEPTH = 9, 203, 13, 24
 FIRST_SLICE = 130  # rank 0 holds [0, 130), rank 1 the rest
 SLICES = ((0, FIRST_SLICE), (FIRST_SLICE, VOCAB_SIZE))
 TEMPERATURE = 2.0
+MEMORY_SHAPE = (512, 500)  # N, V_local
 WEIGHTS = ("teacher_over_student", "student_over_teacher", "none", "tensor")
 TOKEN_WEIGHT = torch.linspace(0.1, 1.5, NUM_ROWS)
 
@@ -35,7 +39,7 @@ class Case(NamedTuple):
     all_ignored: bool = False
     num_rows: int = NUM_ROWS
     sharding: str = "group"  # or "dtensor"
-    ours: dict[str, Any] = {}  # options that the reference does not have
+    ours: Mapping[str, Any] = MappingProxyType({})  # options that the reference does not have
 
 
 def make_cases() -> dict[str, Case]:
@@ -107,12 +111,15 @@ def make_operands(case: Case) -> tuple[tuple[Tensor, ...], Tensor, SparseLogits 
     return operands, problem.target, problem.teacher if case.top_k else None
 
 
-def loss_of(case: Case, module, operands, target, teacher, **more):
+def loss_of(case: Case, module, operands, target, teacher, *, product: bool = False, **more):
+    """Of ``module``'s functions; ``product``: of torch's logits in the dtype of the operands."""
     options = dict(case.options)
     if not case.linear:
         return module.slim_loss(*operands, target, teacher, **options, **more)
-    options["token_weight"] = options.pop("weight", "teacher_over_student")
     hidden, weight, bias = operands
+    if product:
+        return module.slim_loss(F.linear(hidden, weight, bias), target, teacher, **options)
+    options["token_weight"] = options.pop("weight", "teacher_over_student")
     return module.linear_slim_loss(hidden, weight, target, teacher, bias=bias, **options, **more)
 
 
@@ -158,7 +165,7 @@ def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
         return function, wrapper
 
     originals = {}
-    names = {"all_reduce": 0, "all_gather_into_tensor": 1, "all_gather": 1, "broadcast": 0, "reduce_scatter_tensor": 1}
+    names = {"all_reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "broadcast": 0, "reduce_scatter_tensor": 1}
     for name, which in names.items():
         originals[name], wrapper = recorded(name, which)
         setattr(dist, name, wrapper)
@@ -182,8 +189,19 @@ def frozen_weight(rank: int) -> tuple[bool, bool]:
 
 def memory_of_chunks(rank: int) -> int:
     """The bytes of the largest tensor that the linear form allocates, forward and backward."""
-    case = Case({"rest": "ghost", "temperature": TEMPERATURE}, linear=True, ours={"chunk_rows": 1})
-    return largest_allocation(run_case, case, rank)
+    num_rows, vocab_size = MEMORY_SHAPE
+    hidden, weight = torch.randn(num_rows, 8, requires_grad=True), torch.randn(vocab_size, 8, requires_grad=True)
+    teacher = reference.topk_logits(torch.randn(num_rows, 2 * vocab_size), 4)
+    target = torch.zeros(num_rows, dtype=torch.int64)
+    dist.broadcast(hidden.data, 0)
+    for field in (teacher.ids, teacher.logits, teacher.lse):
+        dist.broadcast(field, 0)
+    options = {"rest": "ghost", "chunk_rows": 4, "group": dist.group.WORLD, "vocab_start": rank * vocab_size}
+
+    def step():
+        sk.linear_slim_loss(hidden, weight, target, teacher, **options).loss.backward()
+
+    return largest_allocation(step)
 
 
 def gradient_twice(rank: int) -> tuple[Tensor, Tensor]:
