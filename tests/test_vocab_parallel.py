@@ -90,6 +90,13 @@ def test_vocab_parallel_gradient_twice(ranks):
         assert_same_bits(*rank["twice"])
 
 
+def test_patched_model_with_a_sharded_head_equals_the_whole_one(ranks):
+    for rank in ranks:
+        loss, expected, differences = rank["patched"]
+        torch.testing.assert_close(loss, expected)
+        assert max(differences.values()) < 1e-5, differences
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -5,6 +5,7 @@ Run as a script by every rank: ``python vocab_parallel_cases.py FOLDER RANK``.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import RESTS_AND_DIVERGENCES, Problem, largest_allocation, random_problem
+from tiny import make_model
 from torch import Tensor
 
 import slimkernels as sk
@@ -23,7 +25,7 @@ NUM_ROWS, VOCAB_SIZE, TOP_K, DEPTH = 9, 203, 13, 24
 FIRST_SLICE = 130  # rank 0 holds [0, 130), rank 1 the rest
 SLICES = ((0, FIRST_SLICE), (FIRST_SLICE, VOCAB_SIZE))
 TEMPERATURE = 2.0
-MEMORY_SHAPE = (512, 500)  # N, V_local
+MEMORY_SHAPE = (64, 500)  # N, V_local
 WEIGHTS = ("teacher_over_student", "student_over_teacher", "none", "tensor")
 TOKEN_WEIGHT = torch.linspace(0.1, 1.5, NUM_ROWS)
 
@@ -190,7 +192,7 @@ def frozen_weight(rank: int) -> tuple[bool, bool]:
 def memory_of_chunks(rank: int) -> int:
     """The bytes of the largest tensor that the linear form allocates, forward and backward."""
     num_rows, vocab_size = MEMORY_SHAPE
-    hidden, weight = torch.randn(num_rows, 8, requires_grad=True), torch.randn(vocab_size, 8, requires_grad=True)
+    hidden, weight = torch.randn(num_rows, 4, requires_grad=True), torch.randn(vocab_size, 4, requires_grad=True)
     teacher = reference.topk_logits(torch.randn(num_rows, 2 * vocab_size), 4)
     target = torch.zeros(num_rows, dtype=torch.int64)
     dist.broadcast(hidden.data, 0)
@@ -214,6 +216,30 @@ def gradient_twice(rank: int) -> tuple[Tensor, Tensor]:
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(loss, hidden)
     return first, second
+
+
+def patched_model(rank: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The loss of a model with a sharded head, patched, that of the whole one, and how far their gradients differ."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    whole = make_model()
+    whole.lm_head.weight = torch.nn.Parameter(whole.lm_head.weight.detach().clone())  # no longer the embeddings'
+    model = copy.deepcopy(whole)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    sk.patch_model(model)
+    ids = torch.arange(14).view(2, 7)
+    losses = [each(ids, labels=ids).loss for each in (model, whole)]
+    for loss in losses:
+        loss.backward()
+    pairs = zip(model.named_parameters(), whole.parameters(), strict=True)
+    differences = {name: float((_full(p.grad) - q.grad).abs().max() / q.grad.abs().max()) for (name, p), q in pairs}
+    return losses[0].detach(), losses[1].detach(), differences
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def error_of(function) -> str:
@@ -285,6 +311,7 @@ def main(folder: str, rank: int) -> None:
         "frozen": frozen_weight(rank),
         "largest": memory_of_chunks(rank),
         "twice": gradient_twice(rank),
+        "patched": patched_model(rank),
     }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
