@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
 from slimkernels.ops._slim_options import SlimLoss, SlimOptions, pack_result, scale_in_forward
@@ -23,7 +24,8 @@ from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
 
 
-@torch.compiler.disable
+# As torch.compiler.disable, which imports the compiler at once.
+@_disable_dynamo
 def vocab_parallel_loss(
     source: LogitsSource,
     target: Tensor,
