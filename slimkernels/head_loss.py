@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops._vocab_slice import whole
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.student import LanguageModelHead, hidden_states
@@ -94,6 +95,7 @@ class HeadLoss:
                 f"{type(self._model).__name__} computed its logits without calling its output embeddings: compute the "
                 "logits and call slimkernels.slim_loss"
             )
+        hidden = whole(hidden, "the head's input")
         target = next_labels(labels, ignore_index) if shift_labels is None else shift_labels
         if target.shape != hidden.shape[:-1]:
             raise ValueError(
@@ -234,12 +236,13 @@ def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> S
 def _loss_of_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
     """``linear_slim_loss`` of hidden states (N, D) and the model's head."""
     head = LanguageModelHead.of(model)
-    _check_whole(head, hidden)
+    _check_shape(head, hidden, model)
     return linear_slim_loss(**head.arguments(hidden), **arguments)
 
 
-def _check_whole(head: LanguageModelHead, hidden: Tensor) -> None:
-    sharded = hasattr(head.weight, "full_tensor")
+def _check_shape(head: LanguageModelHead, hidden: Tensor, model: nn.Module) -> None:
+    # A DTensor says in which way it is sharded, but not whether the ranks work on one batch: those of FSDP do not.
+    sharded = hasattr(head.weight, "full_tensor") and _uses_fsdp(model)
     if sharded or head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"the head's weight must be whole, (V, {hidden.shape[-1]}), where the loss is computed, got "
@@ -247,3 +250,9 @@ def _check_whole(head: LanguageModelHead, hidden: Tensor) -> None:
             "as fully_shard(model) does, and not by itself, or train with SlimTrainer, or compute the logits and call "
             "slimkernels.slim_loss"
         )
+
+
+def _uses_fsdp(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -207,6 +207,8 @@ class LanguageModelHead:
         """The dense logits (..., V) of a few rows, to compare with the model's own."""
         hidden, weight = self._product(hidden)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        # Of a head whose vocabulary is sharded, these are DTensors.
+        hidden, weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (hidden, weight, bias))
         logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -277,6 +277,15 @@ def test_slim_loss_edges(rest, divergence, shape, dtype):
     assert_matches(logits, target, teacher, **options)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_slim_loss_scales_a_student_with_infinite_logits(temperature):
+    logits, target, teacher = random_problem(3, 45, 6, temperature=temperature, ignored=())
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids.long(), False)
+    logits = logits.masked_fill(outside & (torch.arange(45) % 2 == 0), -INF)
+    target = teacher.ids[:, 1].long()
+    assert_matches(logits, target, teacher, rest="ghost", temperature=temperature, logit_scale=0.7)
+
+
 def test_slim_loss_of_a_student_without_anything_off_the_support():
     logits, _, teacher = random_problem(3, 45, 6)
     outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids.long(), False)

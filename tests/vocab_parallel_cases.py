@@ -5,12 +5,17 @@ Run as a script by every rank: ``python vocab_parallel_cases.py FOLDER RANK``.
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import RESTS_AND_DIVERGENCES, Problem, largest_allocation, random_problem
+from tiny import make_model
 from torch import Tensor
 
 import slimkernels as sk
@@ -20,6 +25,7 @@ NUM_ROWS, VOCAB_SIZE, TOP_K, DEPTH = 9, 203, 13, 24
 FIRST_SLICE = 130  # rank 0 holds [0, 130), rank 1 the rest
 SLICES = ((0, FIRST_SLICE), (FIRST_SLICE, VOCAB_SIZE))
 TEMPERATURE = 2.0
+MEMORY_SHAPE = (64, 500)  # N, V_local
 WEIGHTS = ("teacher_over_student", "student_over_teacher", "none", "tensor")
 TOKEN_WEIGHT = torch.linspace(0.1, 1.5, NUM_ROWS)
 
@@ -35,7 +41,7 @@ class Case(NamedTuple):
     all_ignored: bool = False
     num_rows: int = NUM_ROWS
     sharding: str = "group"  # or "dtensor"
-    ours: dict[str, Any] = {}  # options that the reference does not have
+    ours: Mapping[str, Any] = MappingProxyType({})  # options that the reference does not have
 
 
 def make_cases() -> dict[str, Case]:
@@ -107,12 +113,15 @@ def make_operands(case: Case) -> tuple[tuple[Tensor, ...], Tensor, SparseLogits 
     return operands, problem.target, problem.teacher if case.top_k else None
 
 
-def loss_of(case: Case, module, operands, target, teacher, **more):
+def loss_of(case: Case, module, operands, target, teacher, *, product: bool = False, **more):
+    """Of ``module``'s functions; ``product``: of torch's logits in the dtype of the operands."""
     options = dict(case.options)
     if not case.linear:
         return module.slim_loss(*operands, target, teacher, **options, **more)
-    options["token_weight"] = options.pop("weight", "teacher_over_student")
     hidden, weight, bias = operands
+    if product:
+        return module.slim_loss(F.linear(hidden, weight, bias), target, teacher, **options)
+    options["token_weight"] = options.pop("weight", "teacher_over_student")
     return module.linear_slim_loss(hidden, weight, target, teacher, bias=bias, **options, **more)
 
 
@@ -158,7 +167,7 @@ def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
         return function, wrapper
 
     originals = {}
-    names = {"all_reduce": 0, "all_gather_into_tensor": 1, "all_gather": 1, "broadcast": 0, "reduce_scatter_tensor": 1}
+    names = {"all_reduce": 0, "all_gather": 1, "all_gather_into_tensor": 1, "broadcast": 0, "reduce_scatter_tensor": 1}
     for name, which in names.items():
         originals[name], wrapper = recorded(name, which)
         setattr(dist, name, wrapper)
@@ -182,8 +191,19 @@ def frozen_weight(rank: int) -> tuple[bool, bool]:
 
 def memory_of_chunks(rank: int) -> int:
     """The bytes of the largest tensor that the linear form allocates, forward and backward."""
-    case = Case({"rest": "ghost", "temperature": TEMPERATURE}, linear=True, ours={"chunk_rows": 1})
-    return largest_allocation(run_case, case, rank)
+    num_rows, vocab_size = MEMORY_SHAPE
+    hidden, weight = torch.randn(num_rows, 4, requires_grad=True), torch.randn(vocab_size, 4, requires_grad=True)
+    teacher = reference.topk_logits(torch.randn(num_rows, 2 * vocab_size), 4)
+    target = torch.zeros(num_rows, dtype=torch.int64)
+    dist.broadcast(hidden.data, 0)
+    for field in (teacher.ids, teacher.logits, teacher.lse):
+        dist.broadcast(field, 0)
+    options = {"rest": "ghost", "chunk_rows": 4, "group": dist.group.WORLD, "vocab_start": rank * vocab_size}
+
+    def step():
+        sk.linear_slim_loss(hidden, weight, target, teacher, **options).loss.backward()
+
+    return largest_allocation(step)
 
 
 def gradient_twice(rank: int) -> tuple[Tensor, Tensor]:
@@ -196,6 +216,30 @@ def gradient_twice(rank: int) -> tuple[Tensor, Tensor]:
     (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(loss, hidden)
     return first, second
+
+
+def patched_model(rank: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The loss of a model with a sharded head, patched, that of the whole one, and how far their gradients differ."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    whole = make_model()
+    whole.lm_head.weight = torch.nn.Parameter(whole.lm_head.weight.detach().clone())  # no longer the embeddings'
+    model = copy.deepcopy(whole)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    sk.patch_model(model)
+    ids = torch.arange(14).view(2, 7)
+    losses = [each(ids, labels=ids).loss for each in (model, whole)]
+    for loss in losses:
+        loss.backward()
+    pairs = zip(model.named_parameters(), whole.parameters(), strict=True)
+    differences = {name: float((_full(p.grad) - q.grad).abs().max() / q.grad.abs().max()) for (name, p), q in pairs}
+    return losses[0].detach(), losses[1].detach(), differences
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def error_of(function) -> str:
@@ -267,6 +311,7 @@ def main(folder: str, rank: int) -> None:
         "frozen": frozen_weight(rank),
         "largest": memory_of_chunks(rank),
         "twice": gradient_twice(rank),
+        "patched": patched_model(rank),
     }
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()

@@ -22,7 +22,8 @@ SK_INLINE V transformed(V x, const Args& args) {
 template <class V, class Args>
 SK_INLINE V transform_slope(V z, const Args& args) {
   using A = ElementOf<V>;
-  const V capped = z * A(args.softcap > 0 ? 1 / args.softcap : 0);
+  if (args.softcap <= 0) return V{} + A(args.logit_scale);  // also where z is -inf
+  const V capped = z * A(1 / args.softcap);
   return (V{} + A(1) - capped * capped) * A(args.logit_scale);
 }
 

@@ -118,7 +118,7 @@ class VocabRows:
         return stats[0].clone(), stats
 
     def write_gradient(self, rows: slice, logits: Tensor, out: Tensor, row_scale: Tensor) -> None:
-        """The gradient by the slice's logits (rows, V_local) of sum(row_scale * loss), into ``out``, maybe themselves."""
+        """The gradient of sum(row_scale * loss) by the slice's logits (rows, V_local) into ``out``, maybe over them."""
         options, acc, active = self.options, self._acc, self.active[rows]
         scale = row_scale.double().masked_fill(~self._sound[rows], math.nan).masked_fill(~active, 0.0)
         numbers = self._dense_numbers(rows, scale).masked_fill(~active, 0.0).to(acc)

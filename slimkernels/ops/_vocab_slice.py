@@ -36,11 +36,10 @@ class VocabSlice:
 
     def gather(self, numbers: Tensor) -> Tensor:
         """(C, N) numbers of every rank, (ranks, C, N)."""
-        num_ranks = dist.get_world_size(self.group)
-        gathered = numbers.new_empty(num_ranks * numbers.shape[0], numbers.shape[1])
+        gathered = numbers.new_empty(dist.get_world_size(self.group), *numbers.shape)
         if numbers.numel():
-            dist.all_gather_into_tensor(gathered, numbers.contiguous(), group=self.group)
-        return gathered.view(num_ranks, *numbers.shape)
+            dist.all_gather(list(gathered.unbind()), numbers, group=self.group)
+        return gathered
 
     def add_up(self, numbers: Tensor) -> None:
         """Sums (C, N) numbers over the ranks, in place."""
@@ -72,13 +71,11 @@ class VocabSlice:
             bad_ids = bad_ids | (active & (highest_id >= vocab_size))
         if target.device.type == "cpu" and target.numel():
             if not tiles.all():
-                slices = zip(
-                    gathered["start"][:, 0].long().tolist(), gathered["size"][:, 0].long().tolist(), strict=True
-                )
-                held = ", ".join(f"[{first}, {first + size})" for first, size in slices)
+                starts, sizes = (gathered[name][:, 0].long().tolist() for name in ("start", "size"))
+                held = ", ".join(f"[{a}, {a + n})" for a, n in zip(starts, sizes, strict=True))
                 raise ValueError(
-                    "the slices [vocab_start, vocab_start + V_local) of the ranks of group must be the vocabulary, each "
-                    f"id once, got {held}"
+                    "the slices [vocab_start, vocab_start + V_local) of the ranks of group must make up the "
+                    f"vocabulary, each id once, got {held}"
                 )
             if not agree.all():
                 row = int((~agree).nonzero()[0])

@@ -11,13 +11,13 @@ from slimkernels.ops._slim_options import NUM_STATS, SlimOptions
 
 
 def effective(logits: Tensor, options: SlimOptions, dtype: torch.dtype) -> Tensor:
-    """softcap * tanh(logit_scale * logits / softcap), in the accumulation dtype."""
+    """The z = softcap * tanh(logit_scale * logits / softcap) of logits, in the accumulation dtype."""
     z = logits.to(dtype) * options.logit_scale
     return z if options.softcap == 0 else torch.tanh(z / options.softcap) * options.softcap
 
 
 def transform_slope(z: Tensor, options: SlimOptions) -> Tensor | float:
-    """d effective / d logits, from the effective logits."""
+    """The derivative of z by the logits, from z."""
     if options.softcap == 0:
         return options.logit_scale
     return (1 - (z / options.softcap).square()) * options.logit_scale

@@ -88,6 +88,14 @@ def linear_slim_loss(
         num_items: See ``slim_loss``.
         chunk_rows: Rows whose logits are held at a time. By default on a CPU what 32 MiB hold and at least 128 (16 MiB
             and 256 in half precision); on CUDA 4096, halved down to 256 until they take a quarter of the free memory.
+        group: The ranks that share the vocabulary, as in tensor parallelism; None where ``weight`` holds all of it.
+            ``weight`` (V_local, D) and ``bias`` (V_local,) are then the rows [vocab_start, vocab_start + V_local), in
+            slices of any sizes, and so are their gradients; all else must be the same on every rank, and so is the
+            result. ``hidden``'s gradient is whole on every rank: beside the two small collectives of ``slim_loss``, the
+            backward pass sums it over the ranks, (N, D), so no hook has to. More than one chunk of rows takes the
+            product of hidden and weight twice. A ``weight`` (and ``bias``) that is a DTensor with placement Shard(0) on
+            a mesh of one dimension, as transformers' ``tp_plan`` makes it, brings group and start along.
+        vocab_start: First id of this rank's slice.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).

@@ -99,6 +99,12 @@ def slim_loss(
             their rows had to be copied) and not into a tensor of the same size. What the logits were is lost, also
             where the op raises; autograd raises where their producer needs them again, which a linear layer does not.
             Not for "none" and float16, whose gradients are made in the backward pass, nor for a leaf or its views.
+        group: The ranks that share the vocabulary, as in tensor parallelism; None where ``logits`` hold all of it.
+            ``logits`` (..., V_local) are then the columns [vocab_start, vocab_start + V_local) of (..., V), in slices
+            of any sizes, and so is their gradient; ``target`` and ``teacher``, whose ids count in the whole vocabulary,
+            must be the same on every rank, and so is the result. Two small collectives: 10 and 2 numbers a row.
+            Logits that are a DTensor with placement Shard(-1) on a mesh of one dimension bring group and start along.
+        vocab_start: First id of this rank's slice.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
@@ -106,12 +112,13 @@ def slim_loss(
     Raises:
         ValueError: Shapes that do not match, a label or teacher id outside the vocabulary, an illegal combination of
             rest and divergence, a temperature not captured, an option out of its range, an ``inplace_backward``
-            that is not possible.
+            that is not possible, slices that are not the vocabulary, ranks of ``group`` with other tokens.
         TypeError: A dtype that is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
     whatever rows are beside it. On CUDA the host does not wait, so a row with a label or an id outside the vocabulary
-    raises nothing there: its results and its gradient are NaN.
+    raises nothing there: its results and its gradient are NaN, and so are all rows where slices or tokens do not match.
+    With ``group``, ``torch.compile`` leaves the loss to eager mode, and there is no second derivative.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
 from slimkernels.ops._slim_options import SlimLoss, SlimOptions, pack_result, scale_in_forward
@@ -23,7 +24,8 @@ from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
 
 
-@torch.compiler.disable
+# As torch.compiler.disable, which imports the compiler at once.
+@_disable_dynamo
 def vocab_parallel_loss(
     source: LogitsSource,
     target: Tensor,
@@ -64,12 +66,14 @@ class GivenLogits:
         self._chunk_rows = resolve_chunk_rows(0, logits, logits.shape[1])
 
     def chunks(self, *, again: bool):
+        """Yields views of the logits."""
         logits = self.inputs[0].detach()
         for begin in range(0, logits.shape[0], self._chunk_rows):
             rows = slice(begin, min(begin + self._chunk_rows, logits.shape[0]))
             yield rows, logits[rows]
 
     def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Of the slice's logits."""
         logits = self.inputs[0].detach()
         dlogits = logits if self._over_logits else logits.new_empty(logits.shape)
         for chunk, chunk_logits in self.chunks(again=False):
@@ -92,6 +96,7 @@ class HeadLogits:
         self._only_chunk: Tensor | None = None
 
     def chunks(self, *, again: bool):
+        """Yields what one buffer holds; the only chunk there is stays in it for the second walk."""
         hidden, weight, bias = (None if t is None else t.detach() for t in self.inputs)
         if self._only_chunk is not None:
             yield slice(0, hidden.shape[0]), self._only_chunk
@@ -103,6 +108,7 @@ class HeadLogits:
             yield rows, logits
 
     def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Of hidden (this slice's part), weight and bias; the gradient by a chunk's logits takes their place."""
         hidden, weight, bias = (None if t is None else t.detach() for t in self.inputs)
         dhidden, dweight, dbias = (
             torch.empty_like(t) if needed else None for t, needed in zip(self.inputs, needs, strict=True)
