@@ -1,4 +1,4 @@
-"""lm-eval as a library: local files in its own tasks, every sample kept, and what it is compared with: its own model."""
+"""lm-eval as a library: local files in its own tasks, every sample kept, and scores equal to those of its own model."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from slimkernels.search import (
     PathFinder,
     PathFinderConfig,
     Question,
+    RepetitionCheck,
     Step,
     StepRequest,
     TransformersEngine,
@@ -52,6 +53,7 @@ class PathFinderLM(HFLM):
     Args:
         pretrained: A folder, a hub name, or a model.
         selector: "consensus" | "log_probability" | "majority_vote" (which needs an ``answer_pattern``).
+        repetition_check: Whether steps that repeat an earlier one are generated again, then cut.
         options: Fields of ``PathFinderConfig`` by name, such as branching_factor, beam and seed; all others are those
             of lm-eval's ``hf``, such as dtype and device.
 
@@ -60,7 +62,9 @@ class PathFinderLM(HFLM):
             that the engine does not reproduce.
     """
 
-    def __init__(self, pretrained: Any, *, selector: str = "consensus", **options: Any) -> None:
+    def __init__(
+        self, pretrained: Any, *, selector: str = "consensus", repetition_check: bool = True, **options: Any
+    ) -> None:
         if selector not in SELECTORS:
             raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
         fields = {field.name for field in dataclasses.fields(PathFinderConfig)} - {"step_end"}
@@ -68,6 +72,7 @@ class PathFinderLM(HFLM):
         if selector == "majority_vote" and self.config_of_search.answer_pattern is None:
             raise ValueError("selector 'majority_vote' counts equal answers: give an answer_pattern that finds them")
         self.selector = SELECTORS[selector]
+        self.checks = (RepetitionCheck(),) if repetition_check else ()
         super().__init__(pretrained, **options)
         if self.backend != "causal":
             raise ValueError(f"pretrained must be a causal language model, got a {self.backend} one: use lm-eval's hf")
@@ -107,7 +112,7 @@ class PathFinderLM(HFLM):
         # Prompts that are too long lose their beginning, as with lm-eval's own models.
         prompts = [self.tok_encode(context, left_truncate_len=room) for context in contexts]
         engine = LimitedEngine(self.engine, until, options["max_gen_toks"])
-        finder = PathFinder(engine, config, selector=self.selector)
+        finder = PathFinder(engine, config, checks=self.checks, selector=self.selector)
         questions = [Question(prompt, context) for prompt, context in zip(prompts, contexts, strict=True)]
         think_end = self.think_end_token if isinstance(self.think_end_token, str) else None
         for index, result in finder.solve_each(questions):
@@ -118,7 +123,8 @@ class LimitedEngine:
     """An engine whose branches end at stop strings, also where one lies across two steps, and at a number of tokens.
 
     A step in which a stop string is completed ends the text, and its own text is cut before the stop string, or after
-    it where it began in an earlier step. A branch of ``max_tokens`` cannot be continued: its last step ends as by the model's context.
+    it where it began in an earlier step. A branch of ``max_tokens`` cannot be continued: its last step ends as by the
+    model's context.
 
     Args:
         engine: Does the work.
