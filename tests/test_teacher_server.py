@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slimkernels import slim_loss, sparse_softmax
 from slimkernels.cli import main
+from slimkernels.server_client import ServerClient
 from slimkernels.store import Store
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import (
@@ -32,7 +33,6 @@ from slimkernels.teacher import (
     UnmappedTokensError,
     capture_server,
 )
-from slimkernels.server_client import ServerClient
 from slimkernels.teacher_server_tokens import ServerToken, TokenMap
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")

@@ -196,8 +196,8 @@ class ServerEngine:
             return float(sum(answer.logprobs))
         if self._require_logprobs:
             raise ServerRequestError(
-                f"{self._client.url} must give log-probabilities (logprobs), which pruning is by, but gave none: enable "
-                "them in the server, or prune at random by require_logprobs=False"
+                f"{self._client.url} must give log-probabilities (logprobs), which pruning is by, but gave none: "
+                "enable them in the server, or prune at random by require_logprobs=False"
             )
         self._notes["pruning was at random: the server gave no log-probabilities"] = None
         # Of the child's seed, so that it is the same whatever else is in the batch.
