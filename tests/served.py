@@ -2,6 +2,7 @@
 
     python tests/served.py llama.cpp PYTHON        records tests/data/served_llamacpp.jsonl
     python tests/served.py vllm PYTHON             records tests/data/served_vllm.jsonl
+    ... PYTHON search                              records what a search asks, tests/data/searched_*.jsonl
 
 PYTHON is the interpreter of an environment that has xllamacpp or vLLM; `make test-servers` makes both.
 """
@@ -32,6 +33,13 @@ PROMPTS = ["The capital of France is", "Once upon a time", "The café serves"]
 # Answered with characters of several tokens, and with an end of text.
 QUESTIONS = ["Write one emoji", "Say hi"]
 TEXTS = ["When the rain stopped, Anna put on her boots.", "A black cat 🐈 was sleeping on the bench."]
+SEARCHES = {"llama.cpp": DATA / "searched_llamacpp.jsonl", "vllm": DATA / "searched_vllm.jsonl"}
+# Steps that begin with the delimiter, that end with the text, and that reach their limit.
+SEARCHED = [
+    "Question: Tom has 3 apples and buys 4 more. How many?\nAnswer:",
+    "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n",
+]
+SEARCH = {"branching_factor": 2, "beam": 2, "max_depth": 3, "max_step_tokens": 14, "temperature": 0.8, "top_k": 50}
 OPTIONS = {"top_logprobs": 5, "max_tokens": 12, "codec": "float32"}
 
 
@@ -227,6 +235,26 @@ def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]
     return wanted
 
 
+def record_search(kind: str, python: str, model: Path, gguf: Path, log: Path) -> None:
+    """Writes what a search asked the real server, and its answers without the settings that they repeat."""
+    from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
+
+    exchanges: list[dict[str, Any]] = []
+    with real_server(kind, python, model, gguf, log) as address:
+        for names_itself in (True, False):
+            with RecordingServer(address, names_itself=names_itself) as server:
+                engine = ServerEngine(server.url, MODEL, concurrency=1)
+                PathFinder(engine, PathFinderConfig(**SEARCH)).solve(SEARCHED)
+                engine.close()
+                exchanges += server.exchanges
+    with open(SEARCHES[kind], "w", encoding="utf-8") as file:
+        for exchange in exchanges:
+            answer = json.loads(exchange["answer"])
+            for bulk in ("generation_settings", "timings", "prompt"):
+                answer.pop(bulk, None)
+            file.write(json.dumps(exchange | {"answer": json.dumps(answer)}, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     from teachers import smollm2_gguf
 
@@ -235,10 +263,13 @@ def main() -> None:
     from slimkernels.teacher_gguf import converted_folder, default_cache_dir
     from slimkernels.teacher_server import capture_server
 
-    kind, python = sys.argv[1:]
+    kind, python, *what = sys.argv[1:]
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     gguf = smollm2_gguf()
     work = Path(tempfile.mkdtemp())
+    if what == ["search"]:
+        record_search(kind, python, converted_folder(gguf, default_cache_dir()), gguf, work / "log")
+        return
     exchanges: list[dict[str, Any]] = []
     with real_server(kind, python, converted_folder(gguf, default_cache_dir()), gguf, work / "log") as address:
         for name, names_itself, options in captures(kind, tokenizer):

@@ -191,6 +191,10 @@ def _llama_cpp(content: dict[str, Any]) -> Answer:
 def _openai(content: dict[str, Any]) -> Answer:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
+    if "content" in logprobs:  # the form of chats, which llama.cpp gives
+        entries = logprobs["content"] or ()
+        logprobs = {name + "s": [entry[name] for entry in entries] for name in ("token", "logprob")}
+        logprobs["token_logprobs"] = logprobs["logprobs"]
     pieces = list(logprobs.get("tokens") or ())
     count = len(pieces) or int((content.get("usage") or {}).get("completion_tokens") or 0)
     # No texts to stop at were given: what stopped it is the end of text.

@@ -1,0 +1,228 @@
+"""The search with a server, by what llama.cpp and vLLM answered: tokens, texts, faults, and interrupts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import served
+import teachers
+import torch
+
+from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEngine, StepRequest
+from slimkernels.search.engine_server import trigram_counts
+from slimkernels.search.server_steps import Answer
+from slimkernels.server_client import ServerRequestError, ServerUnavailableError
+
+pytest.importorskip("httpx2", reason="the extra `server` is not installed")
+
+CONFIG = PathFinderConfig(**served.SEARCH)
+KINDS = ("llama.cpp", "vllm")
+QUICK = {"backoff_s": 0.01, "timeout_s": 5.0}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return teachers.smollm2()
+
+
+@pytest.fixture
+def server():
+    with served.ReplayServer(served.SEARCHES["vllm"]) as replay:
+        yield replay
+
+
+def solve(server, **options):
+    engine = ServerEngine(server.url, served.MODEL, **QUICK | options)
+    results = PathFinder(engine, CONFIG).solve(served.SEARCHED)
+    assert engine._branches == {}
+    engine.close()
+    return results
+
+
+def nodes_of(results):
+    return [
+        (tree.path(node), tree.step_token_ids(node), tree.steps[node], float(tree.sum_logprob[node]))
+        for tree in (result.tree for result in results)
+        for node in range(1, len(tree))
+    ]
+
+
+def generations(server):
+    return [seen["body"] for seen in server.seen if seen["path"].endswith(("/completion", "/completions"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_server_nodes_have_the_tokens_texts_and_log_probabilities_of_the_model(kind, smollm2):
+    model, tokenizer = smollm2
+    with served.ReplayServer(served.SEARCHES[kind]) as server:
+        results = solve(server)
+    ends = set()
+    for prompt, result in zip(served.SEARCHED, results, strict=True):
+        prompt_ids, tree = tokenizer(prompt)["input_ids"], result.tree
+        for node in range(1, len(tree)):
+            own = tree.token_ids(node)
+            assert tree.text(node) == tokenizer.decode(own, skip_special_tokens=True)
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt_ids + own])).logits[0, len(prompt_ids) - 1 : -1]
+            exact = logits.log_softmax(-1).gather(-1, torch.tensor(own)[:, None])[:, 0]
+            # llama.cpp says nothing of the token that it stops at.
+            stops = [sum(len(tree.step_token_ids(s)) for s in tree.branch(node)[: i + 1]) - 1 for i in range(20)]
+            counted = torch.ones(len(own), dtype=torch.bool)
+            for place in set(stops) if kind == "llama.cpp" else ():
+                counted[place] = "\n" not in tokenizer.decode(own[place])
+            step = tree.steps[node]
+            if kind == "vllm" or not step.startswith("\n"):
+                assert float(tree.sum_logprob[node]) == pytest.approx(exact[counted].sum().item(), abs=0.1 * len(own))
+            ends.add(tree.reasons[node] or ("step" if CONFIG.is_step(step) else "length"))
+    assert {"finished", "pruned"} < ends
+    assert any(CONFIG.is_step(step) for _, _, step, _ in nodes_of(results))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_server_is_asked_for_whole_depths_with_the_childs_seeds_and_token_ids(kind):
+    with served.ReplayServer(served.SEARCHES[kind]) as server:
+        results = solve(server)
+        asked = generations(server)
+    assert all(isinstance(token, int) for body in asked for token in body["prompt"])
+    assert all(body["stop"] == ["\n"] for body in asked)
+    assert len({(body["seed"], len(body["prompt"])) for body in asked}) == len(asked)
+    assert all(0 <= body["seed"] < 2**31 for body in asked)
+    # A step that begins with the delimiter takes another request.
+    assert len(asked) > sum(result.tree.attempts.sum() for result in results)
+    with served.ReplayServer(served.SEARCHES[kind]) as server:
+        assert nodes_of(solve(server, concurrency=2)) == nodes_of(results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_server_of_another_kind_continues_texts_and_is_cut(kind):
+    with served.ReplayServer(served.SEARCHES[kind], names_itself=False) as server:
+        results = solve(server)
+        asked = generations(server)
+    prompts = {body["prompt"] for body in asked}
+    assert set(served.SEARCHED) < prompts
+    for question, result in zip(served.SEARCHED, results, strict=True):
+        tree = result.tree
+        for node in range(1, len(tree)):
+            step = tree.steps[node]
+            assert not CONFIG.is_step(step[:-2])
+            assert len(tree.step_token_ids(node)) <= CONFIG.max_step_tokens
+            if (tree.parent == node).any():
+                assert question + tree.text(node) in prompts
+    assert any(CONFIG.is_step(step) for _, _, step, _ in nodes_of(results))
+
+
+@pytest.mark.parametrize("fault", ["disconnect", "cut", (500, {}, "{}"), (429, {"Retry-After": "0"}, "{}")])
+def test_server_faults_change_nothing(fault, server):
+    expected = nodes_of(solve(server))
+    server.faults = [None, None, None, fault, fault]
+    assert nodes_of(solve(server)) == expected
+
+
+def test_server_that_is_down_is_an_error_and_leaves_nothing(server):
+    engine = ServerEngine(server.url, served.MODEL, max_retries=1, **QUICK)
+    finder = PathFinder(engine, CONFIG)
+    finder.plan(served.SEARCHED)
+    server.faults = [(503, {}, "{}")] * 40
+    with pytest.raises(ServerUnavailableError, match=r"completions failed 2 times, at last with status 503"):
+        finder.solve(served.SEARCHED)
+    assert engine._branches == {}
+    server.faults = []
+    assert len(finder.solve(served.SEARCHED)) == 2
+    with pytest.raises(ServerUnavailableError, match="ConnectError"):
+        ServerEngine("http://127.0.0.1:9", served.MODEL, **QUICK)
+
+
+def test_server_silence_is_given_up(server):
+    engine = ServerEngine(server.url, served.MODEL, max_retries=0, backoff_s=0.01, timeout_s=0.3)
+    engine.start(served.SEARCHED)
+    server.faults = ["hang"] * 4
+    with pytest.raises(ServerUnavailableError, match="ReadTimeout"):
+        PathFinder(engine, CONFIG).solve(served.SEARCHED)
+
+
+def test_server_requests_end_with_an_interrupt(server):
+    engine = ServerEngine(server.url, served.MODEL, **QUICK | {"timeout_s": 60.0})
+    finder = PathFinder(engine, CONFIG)
+    finder.plan(served.SEARCHED)
+    server.faults = ["hang"] * 4
+    before = len(server.seen)
+
+    def interrupt():
+        while len(server.seen) < before + 4:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        finder.solve(served.SEARCHED)
+    assert time.monotonic() - start < 20
+    assert engine._branches == {}
+    while asyncio.all_tasks(engine._loop):
+        assert time.monotonic() - start < 20
+        time.sleep(0.01)
+    # Nothing is left of them: the same search goes through afterwards.
+    assert len(finder.solve(served.SEARCHED)) == 2
+
+
+class _Silent(served.ReplayServer):
+    """Answers as the real server would without log-probabilities."""
+
+    def reply(self, path, body):
+        status, headers, data = super().reply(path, body)
+        answer = json.loads(data)
+        for choice in answer.get("choices", ()):
+            choice["logprobs"] = None
+        return status, headers, json.dumps(answer)
+
+
+def test_server_without_log_probabilities_is_refused_or_prunes_at_random():
+    request = StepRequest(0, (0,), 0, 0, 0.8, 50, 0.95, 14)
+    with _Silent(served.SEARCHES["vllm"]) as server:
+        with pytest.raises(ServerRequestError, match="require_logprobs=False"):
+            solve(server)
+        # The first depth is what was recorded; what comes after depends on what was kept.
+        engine = ServerEngine(server.url, served.MODEL, require_logprobs=False, **QUICK)
+        config = PathFinderConfig(**served.SEARCH | {"max_depth": 1})
+        results = PathFinder(engine, config).solve(served.SEARCHED)
+    assert request.stop == ()
+    assert any("pruning was at random" in note for note in results[0].notes)
+    scores = [score for _, _, _, score in nodes_of(results)]
+    assert len(set(scores)) == 4
+    assert all(score < 0 for score in scores)
+
+
+def test_server_results_say_how_they_were_judged(server):
+    [result, _] = solve(server)
+    assert result.checks == ("repetition",)
+    assert any("character trigrams" in note for note in result.notes)
+    same = trigram_counts("So 3 + 4 = 7\n"), trigram_counts(" so 3 + 4 = 7")
+    np.testing.assert_array_equal(*same)
+    assert (trigram_counts("Then 7 - 2 = 5") != same[0]).any()
+
+
+def test_server_prompts_are_checked(server):
+    engine = ServerEngine(server.url, served.MODEL, context_length=5, **QUICK)
+    with pytest.raises(ValueError, match=r"questions\[0\]: .*fewer than the context of 5"):
+        PathFinder(engine).solve(served.SEARCHED)
+    server.names_itself = False
+    engine = ServerEngine(server.url, served.MODEL, **QUICK)
+    with pytest.raises(ValueError, match="must be texts for this server"):
+        PathFinder(engine).solve([Question([1, 2, 3])])
+
+
+def test_server_answers_are_cut_at_tokens_or_characters():
+    def whole(text):
+        return "\n" in text
+
+    tokens = Answer("a.\n\nb", [1, 2, 3], [-1.0, -2.0, -3.0], "length", ["a", ".\n\n", "b"])
+    assert tokens.cut(whole) == Answer("a.\n\n", [1, 2], [-1.0, -2.0], "step", ["a", ".\n\n"])
+    assert Answer("a\nbc", [-1, -1], [], "length").cut(whole) == Answer("a\n", [-1], [], "step")
+    ids_alone = Answer("é\nb", [7, 8, 9], [-1.0], "length")
+    assert ids_alone.cut(whole) == ids_alone._replace(end="step")
