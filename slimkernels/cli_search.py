@@ -150,9 +150,7 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
                 raise ValueError(f"line {number} of {name} has no field {field!r}, only {fields}")
         text = record[args.question_field]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"the field {args.question_field!r} must be a text, got {text!r} in line {number} of {name}"
-            )
+            raise ValueError(f"the field {args.question_field!r} must be text in line {number} of {name}, got {text!r}")
         asked.append(_Asked(text, record))
     if not asked:
         raise ValueError(f"{name} must hold at least one question, got none")

@@ -215,6 +215,8 @@ def test_decode_plan_generates_nothing(decode, monkeypatch):
 def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "9")
     code, _, errors = decode("Anna [bold]")
     assert code == 0
     assert "├── " in errors
