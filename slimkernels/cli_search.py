@@ -161,9 +161,6 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     from slimkernels import search
 
     options = {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
-    factors = options.get("branching_factor")
-    if factors is not None:
-        options["branching_factor"] = factors[0] if len(factors) == 1 else tuple(factors)
     # Before the model is loaded: a bad value is found out at once.
     config = search.PathFinderConfig(**{"answer_pattern": DEFAULT_ANSWER_PATTERN} | options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains

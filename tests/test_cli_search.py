@@ -238,6 +238,7 @@ def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
         (["--contradiction-threshold", "0.4", "Anna"], "needs --nli"),
         (["--no-repetition-check", "--repetition-threshold", "0.4", "Anna"], "has no meaning"),
         (["--repetition-threshold", "2", "Anna"], r"threshold must be in \[0, 1\]"),
+        (["--branching-factor", "2,0", "Anna"], "branching_factor must be at least 1"),
         (["--temperature", "-1", "Anna"], "temperature must be"),
         (["--answer-pattern", "(", "Anna"], "answer_pattern must be"),
         (["--template", "What?", "Anna"], "--template must contain {question}"),

@@ -30,6 +30,7 @@ from slimkernels.search.tree import Status, Tree
 if TYPE_CHECKING:
     from slimkernels.search.engine_transformers import TransformersEngine
     from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
+    from slimkernels.search.transformers_generate import custom_generate
 
 # What needs transformers is loaded on first use.
 _LAZY = {
@@ -37,6 +38,7 @@ _LAZY = {
     "SentenceEncoder": "slimkernels.search.judges",
     "TransformersEngine": "slimkernels.search.engine_transformers",
     "Verifier": "slimkernels.search.judges",
+    "custom_generate": "slimkernels.search.transformers_generate",
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "Verifier",
     "best_of_n",
     "consensus",
+    "custom_generate",
     "greedy",
     "log_probability",
     "majority_vote",
