@@ -300,8 +300,8 @@ class TransformersEngine:
         own = self.model(torch.tensor([token_ids], device=self.device), use_cache=False).logits[0, -1].float()
         if own.isnan().any():
             raise FloatingPointError(
-                f"the model gives logits that are NaN after {len(token_ids)} tokens: load it in another dtype, or check "
-                "its weights"
+                f"the model gives logits that are NaN after {len(token_ids)} tokens: load it in another dtype, or "
+                "check its weights"
             )
         with attention_of(self.model):
             branch = self._read_prompt(token_ids[:-2])
