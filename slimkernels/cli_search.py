@@ -150,9 +150,7 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
                 raise ValueError(f"line {number} of {name} has no field {field!r}, only {fields}")
         text = record[args.question_field]
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"the field {args.question_field!r} must be a text, got {text!r} in line {number} of {name}"
-            )
+            raise ValueError(f"the field {args.question_field!r} must be text in line {number} of {name}, got {text!r}")
         asked.append(_Asked(text, record))
     if not asked:
         raise ValueError(f"{name} must hold at least one question, got none")
@@ -163,9 +161,6 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     from slimkernels import search
 
     options = {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
-    factors = options.get("branching_factor")
-    if factors is not None:
-        options["branching_factor"] = factors[0] if len(factors) == 1 else tuple(factors)
     # Before the model is loaded: a bad value is found out at once.
     config = search.PathFinderConfig(**{"answer_pattern": DEFAULT_ANSWER_PATTERN} | options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains

@@ -37,11 +37,21 @@ examples:
   slimkernels tree trace.jsonl --question 3 -o third.html
 The page needs neither network nor server. It shows every node with its text, its score and why it ended.
 """
+
+
+def _numbers(text: str) -> int | tuple[int, ...]:
+    try:
+        numbers = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, or several as in 8,4,1, got {text!r}") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 # Options of `decode` that are fields of PathFinderConfig.
 DECODE_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "branching_factor": (
         "--branching-factor",
-        {"type": int, "nargs": "+", "metavar": "N"},
+        {"type": _numbers, "metavar": "N[,N...]"},
         "children of a leaf; several numbers: at depth 0, 1, ..., the last holds on (default: 8)",
     ),
     "beam": ("--beam", {"type": int, "metavar": "N"}, "leaves that go on at every depth (default: 8)"),

@@ -76,7 +76,9 @@ def test_help_is_quick_and_loads_no_library() -> None:
         assert command in process.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["capture"], ["train"], ["eval"], ["store", "info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["capture"], ["train"], ["eval"], ["decode"], ["tree"], ["store", "info"]]
+)
 def test_help_of_every_command(command, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -35,7 +35,9 @@ class Room(NamedTuple):
 
 _RECORDS = (f"{PACKAGE}.sparse_logits", f"{PACKAGE}.packed_logits")
 _FOUNDATION = (*_RECORDS, *(f"{PACKAGE}.{name}" for name in ("_checks", "_library", "ops", "ops.*")))
-_SEARCH_MODELS = tuple(f"slimkernels.search.{name}" for name in ("engine_*", "server_*", "branch*", "judges"))
+_SEARCH_MODELS = tuple(
+    f"slimkernels.search.{name}" for name in ("engine_*", "server_*", "branch*", "judges", "transformers_*")
+)
 ROOMS = (
     Room(
         "slimkernels/ops/*_triton.py",

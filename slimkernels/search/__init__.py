@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from slimkernels.search.engine_server import ServerEngine
     from slimkernels.search.engine_transformers import TransformersEngine
     from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
+    from slimkernels.search.transformers_generate import custom_generate
 
 # What needs transformers or an HTTP client is loaded on first use.
 _LAZY = {
@@ -39,6 +40,7 @@ _LAZY = {
     "ServerEngine": "slimkernels.search.engine_server",
     "TransformersEngine": "slimkernels.search.engine_transformers",
     "Verifier": "slimkernels.search.judges",
+    "custom_generate": "slimkernels.search.transformers_generate",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "Verifier",
     "best_of_n",
     "consensus",
+    "custom_generate",
     "greedy",
     "log_probability",
     "majority_vote",

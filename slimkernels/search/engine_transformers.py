@@ -61,6 +61,7 @@ class TransformersEngine:
 
     Raises:
         ValueError: A model whose forward this engine does not reproduce.
+        FloatingPointError: A model that gives NaN.
     """
 
     def __init__(
@@ -297,6 +298,11 @@ class TransformersEngine:
         """Compares the model's own forward of a few tokens with this engine's, the last of them read one by one."""
         token_ids = self._probe()
         own = self.model(torch.tensor([token_ids], device=self.device), use_cache=False).logits[0, -1].float()
+        if own.isnan().any():
+            raise FloatingPointError(
+                f"the model gives logits that are NaN after {len(token_ids)} tokens: load it in another dtype, or "
+                "check its weights"
+            )
         with attention_of(self.model):
             branch = self._read_prompt(token_ids[:-2])
             number = self.add(branch)

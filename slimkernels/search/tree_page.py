@@ -151,6 +151,7 @@ h2 { font-size: 1.05rem; margin: 0; display: inline; white-space: pre-wrap; }
   background: var(--panel); }
 summary { cursor: pointer; }
 ol { list-style: none; margin: .3rem 0 0; padding: 0 0 0 .55rem; border-left: 2px solid var(--line); }
+ol ol ol ol ol ol ol ol ol ol ol ol ol { padding-left: 0; }
 li { margin: .35rem 0; }
 .step { white-space: pre-wrap; padding: .2rem .45rem; border-radius: .3rem; background: var(--back);
   border: 1px solid transparent; }

@@ -31,7 +31,7 @@ def draw(title: str, tree: Tree, lines: int) -> Drawing:
     shown: set[int] = set()
     for leaf in tree.best([node for node in kept if node != ROOT], len(kept), 1.0):
         branch = set(tree.branch(leaf)) - shown
-        if len(shown) + len(branch) > lines - 2:
+        if shown and len(shown) + len(branch) > lines - 2:
             break
         shown |= branch
     drawing = Drawing(_one_line(title, "bold"))
