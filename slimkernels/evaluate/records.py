@@ -30,7 +30,7 @@ class Record:
         reference: The right answer.
         output: What the decoder answered with.
         answers: Extracted from the output, by metric; None where none was found.
-        scores: In [0, 1], by metric.
+        scores: By metric; in [0, 1], but for those that ``metric.py`` gives another unit.
         choices: Of a multiple-choice question.
         tokens: Generated for it, those of discarded chains and branches included; None where unknown.
         output_tokens: Of the output; None where unknown.
@@ -39,6 +39,8 @@ class Record:
         candidates: What the output was chosen from: ``text``, ``tokens`` (of the candidate), ``spent`` (tokens
             generated for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``.
         published: Scores that came with the output, from elsewhere.
+        labels: Of a document whose labels were predicted; its scores are means over them. None: an answered question.
+        judged: By the name of a judge, its rating and what came with it, as ``judge.py`` has it.
     """
 
     key: str
@@ -61,6 +63,8 @@ class Record:
     finished: bool | None = None
     candidates: tuple[Mapping[str, Any], ...] = ()
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: int | None = None
+    judged: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_line(self) -> bytes:
         """As one line of JSON."""
