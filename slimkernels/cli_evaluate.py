@@ -16,6 +16,10 @@ examples:
     slimkernels eval --store runs/held-out --model runs/slim --json
   models side by side on questions, with a report in runs/report/report.html:
     slimkernels eval --models runs/slim runs/kd --tasks gsm8k strategyqa --data data --samples 100 --out runs/report
+  the students of `slimkernels demo` and their teacher, on the held-out store and on questions:
+    slimkernels eval --models demo-output/students/{sft,kd,slim} teacher=smollm2-135m-instruct \\
+        --tasks heldout gsm8k strategyqa commonsenseqa --store demo-output/store/heldout --data data \\
+        --samples 30 --out demo-output/evaluation
   decoders side by side, three seeds each:
     slimkernels eval --models smollm2-135m-instruct --decoders greedy self-consistency pathfinder --seeds 0 1 2 \\
         --tasks gsm8k commonsenseqa --data data --samples 50 --out runs/decoders
@@ -37,6 +41,7 @@ _SETTINGS: dict[str, tuple[str, type, str]] = {
     "branching_factor": ("--branching", int, "children of a leaf, pathfinder (default: 3)"),
     "beam": ("--beam", int, "leaves kept, pathfinder (default: 3)"),
 }
+HELDOUT = "heldout"
 _STORE_ONLY = {"model": "--model", "json": "--json"}
 _SIDE_BY_SIDE = {
     "models": "--models",
@@ -50,10 +55,15 @@ _SIDE_BY_SIDE = {
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Adds those of the comparison; ``positive`` reads a whole number of at least 1."""
-    source = parser.add_argument_group("side by side, on questions")
+    source = parser.add_argument_group("side by side, on questions and held-out documents")
     add = source.add_argument
-    add("--models", nargs="+", metavar="MODEL", help="folders, .gguf files, smollm2-135m-instruct, or a hub's names")
-    add("--tasks", nargs="+", metavar="TASK", help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly")
+    add("--models", nargs="+", metavar="MODEL", help="folders, .gguf files, a hub's names; NAME=MODEL names one")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly; heldout: the labels of --store",
+    )
     add("--data", metavar="DIR", help="has a folder for each task")
     add("--out", metavar="DIR", help="gets the records and the report")
     add("--decoders", nargs="+", default=["greedy"], metavar="NAME", help="greedy, self-consistency, pathfinder")
@@ -81,9 +91,10 @@ def is_side_by_side(args: argparse.Namespace) -> bool:
         ValueError: The options do not fit together, or some are missing.
     """
     given = [flag for name, flag in _SIDE_BY_SIDE.items() if getattr(args, name)]
-    if args.store is not None:
+    asks_store = HELDOUT in (args.tasks or ())
+    if args.store is not None and not (args.models and asks_store):
         if given:
-            raise ValueError(f"{given[0]} has no meaning with --store: run it by itself")
+            raise ValueError(f"{given[0]} has no meaning with --store but for --models ... --tasks {HELDOUT} ...")
         if args.model is None:
             raise ValueError("--store needs --model: folders or names of models")
         return False
@@ -94,9 +105,13 @@ def is_side_by_side(args: argparse.Namespace) -> bool:
         raise ValueError("eval needs --store DIR with --model, or --out DIR with --models, --rescore or --outputs")
     if (args.models is not None) + args.rescore + (args.outputs is not None) != 1:
         raise ValueError("--out needs one of --models, --rescore and --outputs")
-    for name in ("tasks", "data"):
-        if args.models is not None and getattr(args, name) is None:
-            raise ValueError(f"--models needs --{name}: {'what to ask' if name == 'tasks' else 'the folder with it'}")
+    if args.models is not None:
+        if args.tasks is None:
+            raise ValueError("--models needs --tasks: what to ask")
+        if asks_store and args.store is None:
+            raise ValueError(f"--tasks {HELDOUT} needs --store DIR, a held-out store")
+        if args.data is None and set(args.tasks) != {HELDOUT}:
+            raise ValueError("--models needs --data: the folder with the questions")
     return True
 
 
@@ -117,12 +132,16 @@ def compare(args: argparse.Namespace, task: Callable[[str], Callable[[int, int |
         described, records = rescore(args.out)
     else:
         from slimkernels.evaluate.decoders import DecoderSettings
+        from slimkernels.evaluate.heldout import load_heldout
         from slimkernels.evaluate.models import find_models
         from slimkernels.evaluate.runner import Plan, load_run, run
         from slimkernels.evaluate.tasks import load_task
 
         # The data first: what is missing is found out before a model is looked for.
-        tasks = [load_task(name, args.data, args.samples) for name in args.tasks]
+        tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name != HELDOUT]
+        heldout = None
+        if HELDOUT in args.tasks:
+            heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
         models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
         plan = Plan(
             models,
@@ -132,6 +151,7 @@ def compare(args: argparse.Namespace, task: Callable[[str], Callable[[int, int |
             args.seeds,
             args.shots,
             args.batch_questions,
+            heldout,
         )
         run(plan, args.out, task)
         described, records = load_run(args.out)

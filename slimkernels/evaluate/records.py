@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,6 +89,12 @@ def content_key(*parts: Any) -> str:
     """A name for what decides an output; equal parts have equal names in every process."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def record_path(*names: str, decided_by: Sequence[Any]) -> str:
+    """The file of records in a run's folder: readable, and another one where what decides its outputs is another."""
+    name = "--".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in names)
+    return f"records/{name}--{content_key(*decided_by)[:8]}.jsonl"
 
 
 class RecordFile:
