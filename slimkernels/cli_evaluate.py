@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slimkernels.evaluate.decoders import DecoderSettings
+    from slimkernels.evaluate.judge import Judge
 
 EXAMPLES = """\
 examples:
@@ -25,6 +26,8 @@ examples:
         --tasks gsm8k commonsenseqa --data data --samples 50 --out runs/decoders
   the report again after the scoring has changed, without generating anything:
     slimkernels eval --rescore --out runs/report
+  ratings by a judge beside the scores, asked once for each output; the key is read from OPENAI_API_KEY:
+    slimkernels eval --rescore --out runs/report --judge http://localhost:8000/v1 --judge-model NAME
   outputs that others published (qid, prompt, question, generated_text, answer):
     slimkernels eval --outputs outputs/svamp/*/output.jsonl --out runs/published
 The same command continues after it was stopped; nothing that was answered is asked again. --data DIR holds
@@ -50,6 +53,7 @@ _SIDE_BY_SIDE = {
     "out": "--out",
     "rescore": "--rescore",
     "outputs": "--outputs",
+    "judge": "--judge",
 }
 
 
@@ -82,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         add(flag, dest=field, type=kind, metavar="N" if kind is int else "X", help=text)
     add("--rescore", action="store_true", help="score what is in --out again; generate nothing")
     add("--outputs", nargs="+", metavar="FILE", help="report on outputs from elsewhere")
+    add("--judge", metavar="URL", help="of an OpenAI-compatible server that rates the outputs (default: none)")
+    add("--judge-model", metavar="NAME", help="the server's name for the judge")
+    add("--judge-key-env", metavar="NAME", help="variable with the judge's key (default: OPENAI_API_KEY)")
 
 
 def is_side_by_side(args: argparse.Namespace) -> bool:
@@ -105,6 +112,10 @@ def is_side_by_side(args: argparse.Namespace) -> bool:
         raise ValueError("eval needs --store DIR with --model, or --out DIR with --models, --rescore or --outputs")
     if (args.models is not None) + args.rescore + (args.outputs is not None) != 1:
         raise ValueError("--out needs one of --models, --rescore and --outputs")
+    if (args.judge is None) != (args.judge_model is None):
+        raise ValueError("--judge URL and --judge-model NAME go together: give both, or neither")
+    if args.judge is not None and args.outputs is not None:
+        raise ValueError("--judge rates what was answered here: with --models or --rescore, not with --outputs")
     if args.models is not None:
         if args.tasks is None:
             raise ValueError("--models needs --tasks: what to ask")
@@ -119,44 +130,56 @@ def compare(args: argparse.Namespace, task: Callable[[str], Callable[[int, int |
     """Runs the command; ``task`` makes a progress bar."""
     from slimkernels.evaluate.report import describe_outputs, write_report
 
-    described: dict[str, Any]
     if args.outputs is not None:
         from slimkernels.evaluate.gemini import read_outputs
 
         files = {path: read_outputs(path) for path in args.outputs}
         records = [record for outputs in files.values() for record in outputs.records]
-        described = describe_outputs(files)
-    elif args.rescore:
-        from slimkernels.evaluate.runner import rescore
-
-        described, records = rescore(args.out)
+        page = write_report(records, args.out, describe_outputs(files))
     else:
-        from slimkernels.evaluate.decoders import DecoderSettings
-        from slimkernels.evaluate.heldout import load_heldout
-        from slimkernels.evaluate.models import find_models
-        from slimkernels.evaluate.runner import Plan, load_run, run
-        from slimkernels.evaluate.tasks import load_task
+        from slimkernels.evaluate.runner import load_run, rate, rescore
 
-        # The data first: what is missing is found out before a model is looked for.
-        tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name != HELDOUT]
-        heldout = None
-        if HELDOUT in args.tasks:
-            heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
-        models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
-        plan = Plan(
-            models,
-            args.decoders,
-            tasks,
-            _settings(args, DecoderSettings),
-            args.seeds,
-            args.shots,
-            args.batch_questions,
-            heldout,
-        )
-        run(plan, args.out, task)
+        judge = _judge(args)
+        if args.rescore:
+            rescore(args.out)
+        else:
+            _run(args, task)
         described, records = load_run(args.out)
-    page = write_report(records, args.out, described)
+        page = write_report(records, args.out, described)
+        if judge is not None:
+            with judge:
+                described, records = rate(args.out, judge, task)
+            page = write_report(records, args.out, described)
     return f"{len(records)} outputs; report in {page}"
+
+
+def _judge(args: argparse.Namespace) -> Judge | None:
+    """The judge, which answers: a wrong address is found out before anything is generated."""
+    if args.judge is None:
+        return None
+    from slimkernels.evaluate.judge import Judge
+
+    judge = Judge(args.judge, args.judge_model, key_env=args.judge_key_env)
+    judge.check()
+    return judge
+
+
+def _run(args: argparse.Namespace, task: Callable[[str], Callable[[int, int | None], None]]) -> None:
+    from slimkernels.evaluate.decoders import DecoderSettings
+    from slimkernels.evaluate.heldout import load_heldout
+    from slimkernels.evaluate.models import find_models
+    from slimkernels.evaluate.runner import Plan, run
+    from slimkernels.evaluate.tasks import load_task
+
+    # The data first: what is missing is found out before a model is looked for.
+    tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name != HELDOUT]
+    heldout = None
+    if HELDOUT in args.tasks:
+        heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
+    models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
+    settings = _settings(args, DecoderSettings)
+    plan = Plan(models, args.decoders, tasks, settings, args.seeds, args.shots, args.batch_questions, heldout)
+    run(plan, args.out, task)
 
 
 def _settings(args: argparse.Namespace, kind: type[DecoderSettings]) -> DecoderSettings:

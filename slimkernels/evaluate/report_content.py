@@ -9,7 +9,9 @@ from typing import Any
 from slimkernels.evaluate import summary
 from slimkernels.evaluate.gemini import DECODER as OUTPUTS
 from slimkernels.evaluate.heldout import LOSS
+from slimkernels.evaluate.judge import ratings_of
 from slimkernels.evaluate.metric import JUDGE, column, metric
+from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report_blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best
 from slimkernels.evaluate.report_charts import dot_chart, line_chart
 from slimkernels.evaluate.statistics import Interval
@@ -98,6 +100,9 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
         facts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in described["versions"].items()))
     if facts:
         blocks.append(Paragraph(". ".join(facts) + "."))
+    if "judge" in described:
+        asked = described["judge"]
+        blocks.append(Paragraph(f"Judge: {asked['model']} at {asked['url']}, prompt {asked['prompt']}."))
     for entry in described.get("outputs", ()):
         blocks.append(Paragraph(entry["explained"]))
         if entry["published"]:
@@ -179,9 +184,7 @@ def _scores(records: Records, task: str) -> list[Block]:
     if ROUGE in metrics:
         columns.append(("non-ASCII letters left out", [f"{row.dropped[0]} of {row.dropped[1]}" for row in rows]))
     # A column that says "unknown" all the way down says nothing.
-    columns = [
-        (name, cells) for name, cells in columns if any(cell not in (_UNKNOWN, Cell(_UNKNOWN)) for cell in cells)
-    ]
+    columns = [(head, cells) for head, cells in columns if set(cells) - {_UNKNOWN, Cell(_UNKNOWN)}]
     table = Table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
     title = f"{task}: {metric(metrics[0]).title}, {metric(metrics[0]).unit} with 95 % intervals"
     drawn = [row for row in rows if metrics[0] in row.scores]
@@ -192,8 +195,21 @@ def _scores(records: Records, task: str) -> list[Block]:
     blocks: list[Block] = [Heading(f"Scores: {task}"), table, Chart(chart, title)]
     if silent:
         blocks.insert(1, Paragraph(f"Answered nothing at all: {', '.join(silent)}."))
+    blocks += [Paragraph(text) for row in rows for text in _not_rated(records.of(row.arm, task), row)]
     explained = _explain_questions(bool(budgets)) if what == "question" else _explain_documents(records, task)
     return [*blocks, Paragraph(explained)]
+
+
+def _not_rated(own: Sequence[Record], row: Overall) -> list[str]:
+    errors: dict[str, list[str]] = {}
+    for record in own:
+        for judge, rating in ratings_of(record).items():
+            if rating.error is not None:
+                errors.setdefault(judge, []).append(rating.error)
+    return [
+        f"Not rated by {judge}: {len(found)} of {len(own)} outputs of {row.arm}. The first: {found[0]}."
+        for judge, found in errors.items()
+    ]
 
 
 def _explain_questions(has_budgets: bool) -> str:
@@ -221,9 +237,7 @@ def _explain_documents(records: Records, task: str) -> str:
     if all("teacher_loss" in record.published for record in own):
         labels = sum(record.labels or 0 for record in own)
         loss = sum(record.published["teacher_loss"] * (record.labels or 0) for record in own) / labels
-        explained += (
-            f" The teacher, as it was when it was captured, has perplexity {_perplexity(loss)} on these labels."
-        )
+        explained += f" The teacher had perplexity {_perplexity(loss)} on these labels when it was captured."
     return explained
 
 
@@ -249,9 +263,9 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
         )
     head = ["task, score", "a", "b", "b - a", "p", "samples", "verdict"]
     explained = (
-        "Paired by sample, seeds of a sample averaged first; documents count by their labels. In brackets: 95 % percentile bootstrap interval (10,000 "
-        f"resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for the {len(rows)} comparisons here. A "
-        "difference is shown where the interval leaves 0 out and p is below 0.05."
+        "Paired by sample, seeds of a sample averaged first; documents count by their labels. In brackets: 95 % "
+        "percentile bootstrap interval (10,000 resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for "
+        f"the {len(rows)} comparisons here. A difference is shown where the interval leaves 0 out and p is below 0.05."
     )
     return [Heading("Differences"), Table(head, rows), Paragraph(explained)]
 

@@ -6,6 +6,7 @@ import html
 from collections import Counter
 from collections.abc import Sequence
 
+from slimkernels.evaluate.judge import Rating, ratings_of
 from slimkernels.evaluate.metric import metric as written
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report_blocks import Block, Cell, Heading, Paragraph, Table
@@ -172,10 +173,18 @@ def _output(record: Record, metric: str) -> str:
             "votes: " + ", ".join(f"{answer or 'none'} \u00d7{count}" for answer, count in votes.most_common())
         )
     output = _text(record.output) if record.output.strip() else '<span class="wrong">no output</span>'
+    judged = "".join(_judged(judge, rating) for judge, rating in ratings_of(record).items())
     return (
         f'<div class="output"><strong>{_text(name)}</strong> <span class="{kind}">{word}</span>'
-        f'<pre>{output}</pre><div class="note">{_text("; ".join(facts))}</div></div>'
+        f'<pre>{output}</pre><div class="note">{_text("; ".join(facts))}</div>{judged}</div>'
     )
+
+
+def _judged(judge: str, rating: Rating) -> str:
+    """What a judge gave an output and why, or why it gave nothing."""
+    if rating.error is not None:
+        return f'<div class="wrong">{_text(judge)}: not rated, {_text(rating.error)}</div>'
+    return f'<div class="note">{_text(judge)}: {rating.value:g} of 10. {_text(rating.said)}</div>'
 
 
 def _measured(name: str, record: Record) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
+from slimkernels.evaluate.judge import Judge, answer_of, prompt_hash
 from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
 from slimkernels.evaluate.records import (
     Record,
@@ -26,7 +27,7 @@ from slimkernels.evaluate.records import (
     write_records,
 )
 from slimkernels.evaluate.scoring import check_scorer, score
-from slimkernels.evaluate.tasks import Sample, Task
+from slimkernels.evaluate.tasks import TASKS, Sample, Task
 from slimkernels.search import Question, Result, Tree
 from slimkernels.search.tree import ROOT
 
@@ -188,6 +189,41 @@ def rescore(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Re
         file = Path(output_dir) / cell["file"]
         if file.is_file():
             write_records(file, [score(record) for record in read_records(file)])
+    return load_run(output_dir)
+
+
+def rate(
+    output_dir: str | os.PathLike[str], judge: Judge, progress: Callable[[str], Progress] | None = None
+) -> tuple[dict[str, Any], list[Record]]:
+    """Has a judge rate the outputs of a folder's last run that it has not rated yet.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``load_run``.
+        ServerUnavailableError, ServerRequestError: The judge does not answer; ratings that were written are kept.
+    """
+    output_dir = Path(output_dir)
+    described, records = load_run(output_dir)
+    asked = {"model": judge.model, "url": judge.url, "prompt": prompt_hash()}
+    _write_json(output_dir / RUN_FILE, described | {"judge": asked})
+    wanted = {record.key for record in records if record.task in TASKS}
+    for cell in described["cells"]:
+        if not (output_dir / cell["file"]).is_file():
+            continue
+        with RecordFile(output_dir / cell["file"]) as file:
+            own = [record for record in file.records.values() if record.key in wanted]
+            missing = [record for record in own if not judge.has_rated(record)]
+            if not own:
+                continue
+            report = (
+                progress(f"{judge.model} rates {own[0].model}, {own[0].decoder}, {own[0].task}") if progress else None
+            )
+            for done, (record, rating) in enumerate(
+                zip(missing, judge.rate_all(answer_of(record) for record in missing), strict=True),
+                len(own) - len(missing) + 1,
+            ):
+                file.append(judge.judged(record, rating))
+                if report is not None:
+                    report(done, len(own))
     return load_run(output_dir)
 
 
