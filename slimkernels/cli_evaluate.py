@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slimkernels.evaluate.decoders import DecoderSettings
+    from slimkernels.evaluate.judge import Judge
 
 EXAMPLES = """\
 examples:
@@ -16,11 +17,17 @@ examples:
     slimkernels eval --store runs/held-out --model runs/slim --json
   models side by side on questions, with a report in runs/report/report.html:
     slimkernels eval --models runs/slim runs/kd --tasks gsm8k strategyqa --data data --samples 100 --out runs/report
+  the students of `slimkernels demo` and their teacher, on the held-out store and on questions:
+    slimkernels eval --models demo-output/students/{sft,kd,slim} teacher=smollm2-135m-instruct \\
+        --tasks heldout gsm8k strategyqa commonsenseqa --store demo-output/store/heldout --data data \\
+        --samples 30 --out demo-output/evaluation
   decoders side by side, three seeds each:
     slimkernels eval --models smollm2-135m-instruct --decoders greedy self-consistency pathfinder --seeds 0 1 2 \\
         --tasks gsm8k commonsenseqa --data data --samples 50 --out runs/decoders
   the report again after the scoring has changed, without generating anything:
     slimkernels eval --rescore --out runs/report
+  ratings by a judge beside the scores, asked once for each output; the key is read from OPENAI_API_KEY:
+    slimkernels eval --rescore --out runs/report --judge http://localhost:8000/v1 --judge-model NAME
   outputs that others published (qid, prompt, question, generated_text, answer):
     slimkernels eval --outputs outputs/svamp/*/output.jsonl --out runs/published
 The same command continues after it was stopped; nothing that was answered is asked again. --data DIR holds
@@ -37,6 +44,7 @@ _SETTINGS: dict[str, tuple[str, type, str]] = {
     "branching_factor": ("--branching", int, "children of a leaf, pathfinder (default: 3)"),
     "beam": ("--beam", int, "leaves kept, pathfinder (default: 3)"),
 }
+HELDOUT = "heldout"
 _STORE_ONLY = {"model": "--model", "json": "--json"}
 _SIDE_BY_SIDE = {
     "models": "--models",
@@ -45,15 +53,21 @@ _SIDE_BY_SIDE = {
     "out": "--out",
     "rescore": "--rescore",
     "outputs": "--outputs",
+    "judge": "--judge",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Adds those of the comparison; ``positive`` reads a whole number of at least 1."""
-    source = parser.add_argument_group("side by side, on questions")
+    source = parser.add_argument_group("side by side, on questions and held-out documents")
     add = source.add_argument
-    add("--models", nargs="+", metavar="MODEL", help="folders, .gguf files, smollm2-135m-instruct, or a hub's names")
-    add("--tasks", nargs="+", metavar="TASK", help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly")
+    add("--models", nargs="+", metavar="MODEL", help="folders, .gguf files, a hub's names; NAME=MODEL names one")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly; heldout: the labels of --store",
+    )
     add("--data", metavar="DIR", help="has a folder for each task")
     add("--out", metavar="DIR", help="gets the records and the report")
     add("--decoders", nargs="+", default=["greedy"], metavar="NAME", help="greedy, self-consistency, pathfinder")
@@ -72,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         add(flag, dest=field, type=kind, metavar="N" if kind is int else "X", help=text)
     add("--rescore", action="store_true", help="score what is in --out again; generate nothing")
     add("--outputs", nargs="+", metavar="FILE", help="report on outputs from elsewhere")
+    add("--judge", metavar="URL", help="of an OpenAI-compatible server that rates the outputs (default: none)")
+    add("--judge-model", metavar="NAME", help="the server's name for the judge")
+    add("--judge-key-env", metavar="NAME", help="variable with the judge's key (default: OPENAI_API_KEY)")
 
 
 def is_side_by_side(args: argparse.Namespace) -> bool:
@@ -81,9 +98,10 @@ def is_side_by_side(args: argparse.Namespace) -> bool:
         ValueError: The options do not fit together, or some are missing.
     """
     given = [flag for name, flag in _SIDE_BY_SIDE.items() if getattr(args, name)]
-    if args.store is not None:
+    asks_store = HELDOUT in (args.tasks or ())
+    if args.store is not None and not (args.models and asks_store):
         if given:
-            raise ValueError(f"{given[0]} has no meaning with --store: run it by itself")
+            raise ValueError(f"{given[0]} has no meaning with --store but for --models ... --tasks {HELDOUT} ...")
         if args.model is None:
             raise ValueError("--store needs --model: folders or names of models")
         return False
@@ -94,9 +112,17 @@ def is_side_by_side(args: argparse.Namespace) -> bool:
         raise ValueError("eval needs --store DIR with --model, or --out DIR with --models, --rescore or --outputs")
     if (args.models is not None) + args.rescore + (args.outputs is not None) != 1:
         raise ValueError("--out needs one of --models, --rescore and --outputs")
-    for name in ("tasks", "data"):
-        if args.models is not None and getattr(args, name) is None:
-            raise ValueError(f"--models needs --{name}: {'what to ask' if name == 'tasks' else 'the folder with it'}")
+    if (args.judge is None) != (args.judge_model is None):
+        raise ValueError("--judge URL and --judge-model NAME go together: give both, or neither")
+    if args.judge is not None and args.outputs is not None:
+        raise ValueError("--judge rates what was answered here: with --models or --rescore, not with --outputs")
+    if args.models is not None:
+        if args.tasks is None:
+            raise ValueError("--models needs --tasks: what to ask")
+        if asks_store and args.store is None:
+            raise ValueError(f"--tasks {HELDOUT} needs --store DIR, a held-out store")
+        if args.data is None and set(args.tasks) != {HELDOUT}:
+            raise ValueError("--models needs --data: the folder with the questions")
     return True
 
 
@@ -104,39 +130,56 @@ def compare(args: argparse.Namespace, task: Callable[[str], Callable[[int, int |
     """Runs the command; ``task`` makes a progress bar."""
     from slimkernels.evaluate.report import describe_outputs, write_report
 
-    described: dict[str, Any]
     if args.outputs is not None:
         from slimkernels.evaluate.gemini import read_outputs
 
         files = {path: read_outputs(path) for path in args.outputs}
         records = [record for outputs in files.values() for record in outputs.records]
-        described = describe_outputs(files)
-    elif args.rescore:
-        from slimkernels.evaluate.runner import rescore
-
-        described, records = rescore(args.out)
+        page = write_report(records, args.out, describe_outputs(files))
     else:
-        from slimkernels.evaluate.decoders import DecoderSettings
-        from slimkernels.evaluate.models import find_models
-        from slimkernels.evaluate.runner import Plan, load_run, run
-        from slimkernels.evaluate.tasks import load_task
+        from slimkernels.evaluate.runner import load_run, rate, rescore
 
-        # The data first: what is missing is found out before a model is looked for.
-        tasks = [load_task(name, args.data, args.samples) for name in args.tasks]
-        models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
-        plan = Plan(
-            models,
-            args.decoders,
-            tasks,
-            _settings(args, DecoderSettings),
-            args.seeds,
-            args.shots,
-            args.batch_questions,
-        )
-        run(plan, args.out, task)
+        judge = _judge(args)
+        if args.rescore:
+            rescore(args.out)
+        else:
+            _run(args, task)
         described, records = load_run(args.out)
-    page = write_report(records, args.out, described)
+        page = write_report(records, args.out, described)
+        if judge is not None:
+            with judge:
+                described, records = rate(args.out, judge, task)
+            page = write_report(records, args.out, described)
     return f"{len(records)} outputs; report in {page}"
+
+
+def _judge(args: argparse.Namespace) -> Judge | None:
+    """The judge, which answers: a wrong address is found out before anything is generated."""
+    if args.judge is None:
+        return None
+    from slimkernels.evaluate.judge import Judge
+
+    judge = Judge(args.judge, args.judge_model, key_env=args.judge_key_env)
+    judge.check()
+    return judge
+
+
+def _run(args: argparse.Namespace, task: Callable[[str], Callable[[int, int | None], None]]) -> None:
+    from slimkernels.evaluate.decoders import DecoderSettings
+    from slimkernels.evaluate.heldout import load_heldout
+    from slimkernels.evaluate.models import find_models
+    from slimkernels.evaluate.runner import Plan, run
+    from slimkernels.evaluate.tasks import load_task
+
+    # The data first: what is missing is found out before a model is looked for.
+    tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name != HELDOUT]
+    heldout = None
+    if HELDOUT in args.tasks:
+        heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
+    models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
+    settings = _settings(args, DecoderSettings)
+    plan = Plan(models, args.decoders, tasks, settings, args.seeds, args.shots, args.batch_questions, heldout)
+    run(plan, args.out, task)
 
 
 def _settings(args: argparse.Namespace, kind: type[DecoderSettings]) -> DecoderSettings:

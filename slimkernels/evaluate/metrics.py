@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,26 @@ if TYPE_CHECKING:
     from slimkernels.store import Document, PackedDocument
 
 
-@torch.no_grad()
+class DocumentMetrics(NamedTuple):
+    """Sums over the labels of a document, in nats or of probabilities; each as ``evaluate_store`` explains its mean.
+
+    Attributes:
+        labels: How many there are.
+        loss: Of -log s_y.
+        kl_ghost: Of the divergence from the teacher.
+        teacher_mass: Of the teacher's probability of the kept ids.
+        student_mass: Of the student's.
+        teacher_loss: Of the teacher's -log p_y; None where the store does not have its logits of the labels.
+    """
+
+    labels: int
+    loss: float
+    kl_ghost: float
+    teacher_mass: float
+    student_mass: float
+    teacher_loss: float | None
+
+
 def evaluate_store(
     model: PreTrainedModel,
     store: Sequence[Document | PackedDocument],
@@ -47,52 +66,72 @@ def evaluate_store(
     Raises:
         ValueError: ``store`` holds no label, or its ids do not fit the student's vocabulary.
     """
-    head = LanguageModelHead.of(model)
-    collator = SlimCollator(vocab_size=head.vocab_size)
-    device = head.weight.device
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
-    num_tokens = done = 0
-    has_teacher_labels = True
     start = time.perf_counter()
-    try:
-        for first in range(0, len(store), batch_size):
-            documents = [store[index] for index in range(first, min(first + batch_size, len(store)))]
-            batch = collator(documents)
-            teacher, target = teacher_rows(batch["teacher"].to(device)), batch["target"].to(device)
-            batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")}
-            options = {"rest": "ghost", "token_weight": "none", "reduction": "none"}
-            result = loss_of_batch(model, batch | {"target": target}, teacher=teacher, **options)
-            terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
-            if teacher.target_logit is None:
-                has_teacher_labels = False
-                terms.append(torch.zeros_like(result.ce))
-            else:
-                terms.append(teacher.lse_at(1.0) - teacher.target_logit)
-            sums += torch.stack([term.double().sum() for term in terms]).cpu()
-            num_tokens += len(target)
-            done += len(documents)
-            if on_batch is not None:
-                on_batch(done)
-    finally:
-        model.train(was_training)
+    found: list[DocumentMetrics] = []
+    for metrics in evaluate_documents(model, store, batch_size=batch_size):
+        found.append(metrics)
+        if on_batch is not None and (len(found) % batch_size == 0 or len(found) == len(store)):
+            on_batch(len(found))
+    num_tokens = sum(metrics.labels for metrics in found)
     if not num_tokens:
         raise ValueError("store must hold at least one label to evaluate on, got none")
     seconds = time.perf_counter() - start
-    ce, kl, teacher_mass, student_mass, teacher_ce = (sums / num_tokens).tolist()
-    metrics = {
-        "perplexity": _exp(ce),
-        "loss": ce,
-        "kl_ghost": kl,
-        "teacher_mass": teacher_mass,
-        "student_mass": student_mass,
+    loss = sum(metrics.loss for metrics in found) / num_tokens
+    result = {
+        "perplexity": _exp(loss),
+        "loss": loss,
+        "kl_ghost": sum(metrics.kl_ghost for metrics in found) / num_tokens,
+        "teacher_mass": sum(metrics.teacher_mass for metrics in found) / num_tokens,
+        "student_mass": sum(metrics.student_mass for metrics in found) / num_tokens,
         "tokens": num_tokens,
         "tokens_per_second": num_tokens / seconds,
     }
-    if has_teacher_labels:
-        metrics["teacher_perplexity"] = _exp(teacher_ce)
-    return metrics
+    teacher_losses = [metrics.teacher_loss for metrics in found if metrics.teacher_loss is not None]
+    if len(teacher_losses) == len(found):
+        result["teacher_perplexity"] = _exp(sum(teacher_losses) / num_tokens)
+    return result
+
+
+def evaluate_documents(
+    model: PreTrainedModel, documents: Sequence[Document | PackedDocument], *, batch_size: int = 8
+) -> Iterator[DocumentMetrics]:
+    """What ``evaluate_store`` measures, for each document by itself, in order, ``batch_size`` at a time.
+
+    The model is in eval mode while a batch is computed, and in its own mode between batches.
+
+    Raises:
+        ValueError: Ids of the documents do not fit the student's vocabulary.
+    """
+    head = LanguageModelHead.of(model)
+    collator, device = SlimCollator(vocab_size=head.vocab_size), head.weight.device
+    for first in range(0, len(documents), batch_size):
+        batch = [documents[index] for index in range(first, min(first + batch_size, len(documents)))]
+        was_training = model.training
+        model.eval()
+        try:
+            found = _evaluate_batch(model, collator(batch), [len(document.positions) for document in batch], device)
+        finally:
+            model.train(was_training)
+        yield from found
+
+
+@torch.no_grad()
+def _evaluate_batch(
+    model: PreTrainedModel, batch: dict[str, Any], counts: list[int], device: torch.device
+) -> list[DocumentMetrics]:
+    teacher, target = teacher_rows(batch["teacher"].to(device)), batch["target"].to(device)
+    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")}
+    options = {"rest": "ghost", "token_weight": "none", "reduction": "none"}
+    result = loss_of_batch(model, batch | {"target": target}, teacher=teacher, **options)
+    terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
+    if teacher.target_logit is not None:
+        terms.append(teacher.lse_at(1.0) - teacher.target_logit)
+    rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 5)
+    sums = [part.sum(0).tolist() for part in rows.split(counts)]
+    return [
+        DocumentMetrics(count, *values[:4], values[4] if len(values) == 5 else None)
+        for count, values in zip(counts, sums, strict=True)
+    ]
 
 
 def _exp(value: float) -> float:

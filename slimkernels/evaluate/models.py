@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.evaluate.records import content_key
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from slimkernels.search import Engine
 
 # What of a model's folder decides what it writes; checkpoints hold the state of their training beside it.
@@ -25,14 +28,36 @@ class LoadedModel:
     """A model that can answer.
 
     Attributes:
-        engine: For the search.
-        render: A task's prompt -> what the model reads: the prompt, or a chat with it.
-        encode: That -> its token ids.
+        model: In evaluation mode.
+        tokenizer: Its own.
+        chats: Whether it is asked in its chat template.
     """
 
-    engine: Engine
-    render: Callable[[str], str]
-    encode: Callable[[str], list[int]]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chats: bool
+
+    @cached_property
+    def engine(self) -> Engine:
+        """For the search.
+
+        Raises:
+            ValueError: The search does not know this kind of model.
+        """
+        from slimkernels.search import TransformersEngine
+
+        return TransformersEngine(self.model, self.tokenizer)
+
+    def render(self, prompt: str) -> str:
+        """What the model reads: a task's prompt, or a chat with it."""
+        if not self.chats:
+            return prompt
+        messages = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of what ``render`` gives; a chat template writes the first token of a text itself."""
+        return self.tokenizer(text, add_special_tokens=not self.chats)["input_ids"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +79,7 @@ def find_models(names: list[str], *, dtype: str = "float32", prompt_style: str =
     """Models by the names that ``load_teacher`` takes: a folder, a .gguf file, a shipped one's name, a hub's name.
 
     Args:
-        names: Of the models.
+        names: Of the models; NAME=MODEL calls one NAME in the report.
         dtype: Of the weights.
         prompt_style: "chat" asks in the model's chat template, "plain" lets it continue a text, "auto" chats with
             models that have a template.
@@ -63,9 +88,8 @@ def find_models(names: list[str], *, dtype: str = "float32", prompt_style: str =
         ValueError: The same model twice, or a server, which has no engine here.
         FileNotFoundError: There is no such model.
     """
-    labels = _labels(names)
     found = []
-    for name, label in zip(names, labels, strict=True):
+    for label, name in _labelled(names):
         if name.startswith(("http://", "https://")):
             raise ValueError(f"models must be folders, .gguf files or names, got the server {name}")
         identity = content_key(_fingerprint(name), dtype, prompt_style)
@@ -73,12 +97,25 @@ def find_models(names: list[str], *, dtype: str = "float32", prompt_style: str =
     return found
 
 
-def _labels(names: list[str]) -> list[str]:
-    """The last parts of the names; where two are equal, the names."""
-    if len(set(names)) < len(names):
-        raise ValueError(f"models must be different ones, got {', '.join(names)}")
-    short = [Path(name).expanduser().resolve().name if Path(name).expanduser().exists() else name for name in names]
-    return [label if short.count(label) == 1 else name for label, name in zip(short, names, strict=True)]
+def _labelled(names: list[str]) -> list[tuple[str, str]]:
+    """Labels and names: the label given, or as much of the end of a folder's path as tells it from the others."""
+    given: list[str | None] = []
+    paths: list[str] = []
+    for name in names:
+        label, equals, rest = name.partition("=")
+        is_labelled = bool(equals and label and "/" not in label and not Path(name).expanduser().exists())
+        given.append(label if is_labelled else None)
+        paths.append(rest if is_labelled else name)
+    parts = [Path(path).expanduser().resolve().parts if Path(path).expanduser().exists() else (path,) for path in paths]
+    labels = [label or part[-1] for label, part in zip(given, parts, strict=True)]
+    for depth in range(2, 1 + max(map(len, parts))):
+        labels = [
+            label if own or labels.count(label) == 1 else "/".join(part[-depth:])
+            for label, own, part in zip(labels, given, parts, strict=True)
+        ]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"models must be different ones with names of their own, got {', '.join(names)}")
+    return list(zip(labels, paths, strict=True))
 
 
 def _fingerprint(name: str) -> str:
@@ -106,14 +143,10 @@ def _loader(name: str, dtype: str, prompt_style: str) -> Callable[[], LoadedMode
     def load() -> LoadedModel:
         import torch
 
-        from slimkernels.search import TransformersEngine
         from slimkernels.teacher_model import load_teacher
 
         model, tokenizer = load_teacher(name, dtype=getattr(torch, dtype))
-        chats = _chats(tokenizer, prompt_style, name)
-        return LoadedModel(
-            TransformersEngine(model, tokenizer), _renderer(tokenizer, chats), _encoder(tokenizer, chats)
-        )
+        return LoadedModel(model, tokenizer, _chats(tokenizer, prompt_style, name))
 
     return load
 
@@ -123,18 +156,3 @@ def _chats(tokenizer: Any, prompt_style: str, name: str) -> bool:
     if prompt_style == "chat" and not has_template:
         raise ValueError(f"--prompt-style chat needs a chat template, but the tokenizer of {name} has none: use plain")
     return has_template and prompt_style != "plain"
-
-
-def _renderer(tokenizer: Any, chats: bool) -> Callable[[str], str]:
-    def render(prompt: str) -> str:
-        if not chats:
-            return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    return render
-
-
-def _encoder(tokenizer: Any, chats: bool) -> Callable[[str], list[int]]:
-    # A chat template writes the first token of a text itself.
-    return lambda text: tokenizer(text, add_special_tokens=not chats)["input_ids"]

@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ class Record:
         reference: The right answer.
         output: What the decoder answered with.
         answers: Extracted from the output, by metric; None where none was found.
-        scores: In [0, 1], by metric.
+        scores: By metric; in [0, 1], but for those that ``metric.py`` gives another unit.
         choices: Of a multiple-choice question.
         tokens: Generated for it, those of discarded chains and branches included; None where unknown.
         output_tokens: Of the output; None where unknown.
@@ -39,6 +39,8 @@ class Record:
         candidates: What the output was chosen from: ``text``, ``tokens`` (of the candidate), ``spent`` (tokens
             generated for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``.
         published: Scores that came with the output, from elsewhere.
+        labels: Of a document whose labels were predicted; its scores are means over them. None: an answered question.
+        judged: By the name of a judge, its rating and what came with it, as ``judge.py`` has it.
     """
 
     key: str
@@ -61,6 +63,8 @@ class Record:
     finished: bool | None = None
     candidates: tuple[Mapping[str, Any], ...] = ()
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: int | None = None
+    judged: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_line(self) -> bytes:
         """As one line of JSON."""
@@ -85,6 +89,12 @@ def content_key(*parts: Any) -> str:
     """A name for what decides an output; equal parts have equal names in every process."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def record_path(*names: str, decided_by: Sequence[Any]) -> str:
+    """The file of records in a run's folder: readable, and another one where what decides its outputs is another."""
+    name = "--".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in names)
+    return f"records/{name}--{content_key(*decided_by)[:8]}.jsonl"
 
 
 class RecordFile:

@@ -48,12 +48,12 @@ class Chart:
 Block = Heading | Paragraph | Table | Chart
 
 
-def mark_best(cells: Sequence[str], values: Sequence[float | None]) -> list[Cell]:
-    """Cells of a column whose largest value is marked best, and whose second largest is marked second.
+def mark_best(cells: Sequence[str], values: Sequence[float | None], *, lower_is_better: bool = False) -> list[Cell]:
+    """Cells of a column whose best value is marked best, and whose second best is marked second.
 
     Equal values have equal marks; in a column of one value nothing is marked.
     """
-    ranked = sorted({value for value in values if value is not None}, reverse=True)
+    ranked = sorted({value for value in values if value is not None}, reverse=not lower_is_better)
     marks: dict[float, Literal["best", "second"]] = {}
     if len(ranked) > 1:
         marks = {ranked[0]: "best", ranked[1]: "second"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from slimkernels.evaluate.metric import Metric
 from slimkernels.evaluate.statistics import Interval
 
 _WIDTH = 440
@@ -14,32 +17,67 @@ _ROW = 46
 NUM_STYLES = 6
 
 
-def dot_chart(labels: Sequence[str], intervals: Sequence[Interval], title: str) -> str:
-    """One row for each label: its name, a dot at its value, and a line over its interval; values in [0, 1]."""
+class Axis(NamedTuple):
+    """Values that are marked, the first and the last of which are its ends, and how each is written."""
+
+    marks: Sequence[float]
+    texts: Sequence[str]
+
+    @classmethod
+    def of(cls, values: Sequence[float], metric: Metric) -> Axis:
+        """From 0 to the highest possible score, or around the values in round steps where there is none."""
+        if metric.highest is not None:
+            marks = [metric.highest * share for share in (0, 0.25, 0.5, 0.75, 1)]
+            return cls(marks, [f"{metric.factor * mark:g}" for mark in marks])
+        low, high = min(values), max(values)
+        rough = max((high - low) / 4, 1e-3)
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+        first, last = math.floor(low / step), math.floor(high / step) + 1
+        marks = [step * index for index in range(first, last + 1)]
+        return cls(marks, [f"{mark:.6g}" for mark in marks])
+
+    def share(self, value: float) -> float:
+        """Where a value is, from 0 to 1."""
+        return (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
+
+
+def dot_chart(labels: Sequence[str], intervals: Sequence[Interval], metric: Metric, title: str) -> str:
+    """One row for each label: its name, a dot at its value, and a line over its interval."""
     height = _ROW * len(labels) + 30
-    parts = [_axis(height - 24, 8)]
+    axis = Axis.of([end for interval in intervals for end in interval], metric)
+
+    def across(value: float) -> float:
+        return _across(axis.share(value))
+
+    parts = [_draw(axis, height - 24, 8)]
     for row, (label, interval) in enumerate(zip(labels, intervals, strict=True)):
         y = _ROW * row + 34
         parts.append(f'<text x="{_LEFT}" y="{y - 13}">{html.escape(label)}</text>')
         parts.append(
-            f'<path class="s{row % NUM_STYLES} whisker" d="M{_x(interval.low):.1f} {y}H{_x(interval.high):.1f}'
-            f'M{_x(interval.low):.1f} {y - 5}v10M{_x(interval.high):.1f} {y - 5}v10"/>'
+            f'<path class="s{row % NUM_STYLES} whisker" d="M{across(interval.low):.1f} {y}H{across(interval.high):.1f}'
+            f'M{across(interval.low):.1f} {y - 5}v10M{across(interval.high):.1f} {y - 5}v10"/>'
         )
-        parts.append(_marker(row, _x(interval.value), y))
+        parts.append(_marker(row, across(interval.value), y))
     return _svg(height, title, parts)
 
 
 def line_chart(
-    labels: Sequence[str], series: Sequence[Sequence[float | None]], names: Sequence[str], title: str
+    labels: Sequence[str],
+    series: Sequence[Sequence[float | None]],
+    names: Sequence[str],
+    metric: Metric,
+    title: str,
 ) -> str:
-    """A line for each name over the labels; values in [0, 1], None where there is none."""
+    """A line for each name over the labels; None where there is no value."""
+    axis = Axis.of([value for values in series for value in values if value is not None], metric)
     top, bottom = 12 + 20 * len(names), 150 + 20 * len(names)
     step = (_WIDTH - 2 * _LEFT) / max(len(labels), 1)
     parts = []
-    for share in (0, 0.5, 1):
-        y = bottom - share * (bottom - top)
+    for mark, text in zip(axis.marks, axis.texts, strict=True):
+        y = bottom - axis.share(mark) * (bottom - top)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - 8}"/>')
-        parts.append(f'<text class="small" x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{share * 100:.0f}</text>')
+        parts.append(f'<text class="small" x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for index, label in enumerate(labels):
         x = _LEFT + step * (index + 0.5)
         parts.append(
@@ -47,7 +85,7 @@ def line_chart(
         )
     for row, (values, name) in enumerate(zip(series, names, strict=True)):
         points = [
-            (_LEFT + step * (index + 0.5), bottom - value * (bottom - top))
+            (_LEFT + step * (index + 0.5), bottom - axis.share(value) * (bottom - top))
             for index, value in enumerate(values)
             if value is not None
         ]
@@ -62,16 +100,16 @@ def line_chart(
     return _svg(bottom + 30, title, parts)
 
 
-def _x(share: float) -> float:
+def _across(share: float) -> float:
     return _LEFT + share * (_WIDTH - 2 * _LEFT)
 
 
-def _axis(y: float, top: float) -> str:
-    marks = (0, 0.25, 0.5, 0.75, 1)
-    lines = "".join(f"M{_x(share):.1f} {top}V{y}" for share in marks)
+def _draw(axis: Axis, y: float, top: float) -> str:
+    places = [_across(axis.share(mark)) for mark in axis.marks]
+    lines = "".join(f"M{x:.1f} {top}V{y}" for x in places)
     texts = "".join(
-        f'<text class="small" x="{_x(share):.1f}" y="{y + 16}" text-anchor="middle">{share * 100:.0f}</text>'
-        for share in marks
+        f'<text class="small" x="{x:.1f}" y="{y + 16}" text-anchor="middle">{text}</text>'
+        for x, text in zip(places, axis.texts, strict=True)
     )
     return f'<path class="grid" d="{lines}"/>{texts}'
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimkernels.evaluate import summary
 from slimkernels.evaluate.gemini import DECODER as OUTPUTS
+from slimkernels.evaluate.heldout import LOSS
+from slimkernels.evaluate.judge import ratings_of
+from slimkernels.evaluate.metric import JUDGE, column, metric
+from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report_blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best
 from slimkernels.evaluate.report_charts import dot_chart, line_chart
 from slimkernels.evaluate.statistics import Interval
-from slimkernels.evaluate.summary import Budget, Comparison, Overall, Records
+from slimkernels.evaluate.summary import Arm, Budget, Comparison, Overall, Records
 from slimkernels.evaluate.tasks import ROUGE
 
 TITLE = "Side-by-side evaluation"
-_METRICS = {
-    "strict": "strict: the announced answer",
-    "flexible": "flexible: the announced answer, or else the last possible one",
-    "last_number": "last number",
-    ROUGE: "Rouge-L F1",
-}
 
 
 def content(records: Records, described: Mapping[str, Any]) -> list[Block]:
@@ -40,8 +39,8 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
     if not comparisons:
         return [*blocks, Paragraph("There is one model and decoder only: nothing is compared.")]
     for task in records.tasks:
-        metric = records.metrics(task)[0]
-        found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, metric)]
+        name = records.metrics(task)[0]
+        found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, name)]
         shown = [entry for entry in found if entry.difference.is_shown]
         if not found:
             continue
@@ -52,16 +51,18 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
             others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
             rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
             sentences.append(f"No difference shown between {rest}.")
-        blocks.append(Paragraph(f"{task}, {_name(metric)}, samples: {samples}. {' '.join(sentences)}"))
+        blocks.append(Paragraph(f"{task}, {metric(name).title}, samples: {samples}. {' '.join(sentences)}"))
     return blocks
 
 
 def _sentence(entry: Comparison) -> str:
-    difference = entry.difference
-    higher, lower = (entry.b, entry.a) if difference.value > 0 else (entry.a, entry.b)
+    """The better one first."""
+    difference, shown = entry.difference, metric(entry.metric)
+    b_is_better = (difference.value > 0) != shown.lower_is_better
+    better, worse = (entry.b, entry.a) if b_is_better else (entry.a, entry.b)
     low, high = sorted((abs(difference.low), abs(difference.high)))
-    points = f"{100 * abs(difference.value):.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{higher} is higher than {lower} by {points}."
+    by = f"{shown.text(abs(difference.value))} {shown.difference_unit} [{shown.text(low)}, {shown.text(high)}]"
+    return f"{better} is {'lower' if shown.lower_is_better else 'higher'} than {worse} by {by}."
 
 
 def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]:
@@ -99,6 +100,9 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
         facts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in described["versions"].items()))
     if facts:
         blocks.append(Paragraph(". ".join(facts) + "."))
+    if "judge" in described:
+        asked = described["judge"]
+        blocks.append(Paragraph(f"Judge: {asked['model']} at {asked['url']}, prompt {asked['prompt']}."))
     for entry in described.get("outputs", ()):
         blocks.append(Paragraph(entry["explained"]))
         if entry["published"]:
@@ -107,41 +111,72 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
 
 
 def _overall(records: Records) -> list[Block]:
-    """Every task's first score, a column for each arm."""
-    rows: list[Sequence[Cell | str]] = []
+    """Every task's scores, a column for each arm; tasks of other arms are a table of their own."""
+    by_arms: dict[tuple[Arm, ...], list[str]] = {}
     for task in records.tasks:
-        metric = records.metrics(task)[0]
-        found = [records.scores(arm, task, metric).values() for arm in records.arms]
-        means = [sum(scores) / len(scores) if scores else None for scores in found]
-        texts = [_percent(mean) if mean is not None else "not run" for mean in means]
-        samples = "/".join(dict.fromkeys(str(len(scores)) for scores in found if scores))
-        rows.append([f"{task}, {metric.replace('_', ' ')} %", *mark_best(texts, means), samples])
-    return [Heading("Overall"), Table(["task", *map(str, records.arms), "samples"], rows)]
+        by_arms.setdefault(tuple(records.arms_on(task)), []).append(task)
+    blocks: list[Block] = [Heading("Overall")]
+    for arms, tasks in by_arms.items():
+        rows: list[Sequence[Cell | str]] = []
+        for task in tasks:
+            for name in _overall_metrics(records.metrics(task)):
+                means = [records.mean(arm, task, name) for arm in arms]
+                samples = "/".join(dict.fromkeys(str(len(records.scores(arm, task, name))) for arm in arms))
+                rows.append([f"{task}, {column(name)}", *_marked(name, means), samples])
+                if name == LOSS:
+                    rows.append([f"{task}, perplexity", *_perplexities(means), samples])
+        blocks.append(Table(["task", *map(str, arms), "samples"], rows))
+    return blocks
+
+
+def _overall_metrics(metrics: Sequence[str]) -> list[str]:
+    """The first, and those that say something else: not another way to read the same answer."""
+    return [name for name in metrics if name == metrics[0] or metric(name).unit != "%"]
+
+
+def _marked(name: str, means: Sequence[float | None]) -> list[Cell]:
+    shown = metric(name)
+    texts = [_UNKNOWN if mean is None else shown.text(mean) for mean in means]
+    return mark_best(texts, means, lower_is_better=shown.lower_is_better)
+
+
+def _perplexities(losses: Sequence[float | None]) -> list[Cell]:
+    texts = [_UNKNOWN if loss is None else _perplexity(loss) for loss in losses]
+    return mark_best(texts, losses, lower_is_better=True)
 
 
 def _scores(records: Records, task: str) -> list[Block]:
     budgets = summary.budgets(records, task)
-    arms = [arm for arm in records.arms if records.of(arm, task)]
-    rows = [summary.overall(records, arm, task, budgets) for arm in arms]
+    rows = [summary.overall(records, arm, task, budgets) for arm in records.arms_on(task)]
     metrics = records.metrics(task)
-    columns: list[tuple[str, Sequence[Cell | str]]] = [("model · decoder", [str(row.arm) for row in rows])]
-    for metric in metrics:
-        intervals = [row.scores[metric] for row in rows]
-        cells = [_interval(interval) for interval in intervals]
-        columns.append((f"{metric.replace('_', ' ')} %", mark_best(cells, [interval.value for interval in intervals])))
-    if ROUGE not in metrics:
-        columns += [
-            (f"{metric.replace('_', ' ')} found %", [_found(row, metric) for row in rows])
-            for metric in rows[0].extracted
-        ]
+    what = "question" if rows[0].labels is None else "document"
+    columns: list[tuple[str, Sequence[Cell | str]]] = [
+        ("model \u00b7 decoder" if what == "question" else "model", [str(row.arm) for row in rows])
+    ]
+    for name in metrics:
+        intervals = [row.scores.get(name) for row in rows]
+        values = [None if interval is None else interval.value for interval in intervals]
+        cells = [_interval(name, interval) for interval in intervals]
+        lower_is_better = metric(name).lower_is_better
+        columns.append((column(name), mark_best(cells, values, lower_is_better=lower_is_better)))
+        if name == LOSS:
+            texts = [_UNKNOWN if interval is None else _perplexity(*interval) for interval in intervals]
+            columns.append(("perplexity", mark_best(texts, values, lower_is_better=True)))
+    columns += [
+        (f"{name} rated %" if name.startswith(JUDGE) else f"{name.replace('_', ' ')} found %",
+         [_found(row, name) for row in rows])
+        for name in metrics
+        if name in rows[0].extracted and name != ROUGE
+    ]  # fmt: skip
     for budget in budgets:
         shares = [row.within[budget.unit] for row in rows]
         columns.append((_budget(budget), mark_best([_percent(share) for share in shares], shares)))
     columns += [
-        ("samples", [str(row.samples) for row in rows]),
+        (f"{what}s", [str(row.samples) for row in rows]),
+        ("labels", [_number(row.labels, 0) for row in rows]),
         ("seeds", [_seeds(row) for row in rows]),
         ("tokens per question", [_number(row.tokens, 0) for row in rows]),
-        ("seconds per question", [_number(row.seconds, 2) for row in rows]),
+        (f"seconds per {what}", [_number(row.seconds, 2) for row in rows]),
         ("tokens of the output", [_number(row.output_tokens, 0) for row in rows]),
         ("ended by itself %", [_percent(row.finished) for row in rows]),
         ("empty %", [Cell(_percent(row.empty), "warning" if row.empty == 1 else "") for row in rows]),
@@ -149,38 +184,75 @@ def _scores(records: Records, task: str) -> list[Block]:
     if ROUGE in metrics:
         columns.append(("non-ASCII letters left out", [f"{row.dropped[0]} of {row.dropped[1]}" for row in rows]))
     # A column that says "unknown" all the way down says nothing.
-    columns = [(name, cells) for name, cells in columns if any(cell != _UNKNOWN for cell in cells)]
+    columns = [(head, cells) for head, cells in columns if set(cells) - {_UNKNOWN, Cell(_UNKNOWN)}]
     table = Table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
-    title = f"{task}: {_name(metrics[0])}, % with 95 % intervals"
-    chart = dot_chart([str(row.arm) for row in rows], [row.scores[metrics[0]] for row in rows], title)
+    title = f"{task}: {metric(metrics[0]).title}, {metric(metrics[0]).unit} with 95 % intervals"
+    drawn = [row for row in rows if metrics[0] in row.scores]
+    chart = dot_chart(
+        [str(row.arm) for row in drawn], [row.scores[metrics[0]] for row in drawn], metric(metrics[0]), title
+    )
+    silent = [str(row.arm) for row in rows if row.empty == 1]
+    blocks: list[Block] = [Heading(f"Scores: {task}"), table, Chart(chart, title)]
+    if silent:
+        blocks.insert(1, Paragraph(f"Answered nothing at all: {', '.join(silent)}."))
+    blocks += [Paragraph(text) for row in rows for text in _not_rated(records.of(row.arm, task), row)]
+    explained = _explain_questions(bool(budgets)) if what == "question" else _explain_documents(records, task)
+    return [*blocks, Paragraph(explained)]
+
+
+def _not_rated(own: Sequence[Record], row: Overall) -> list[str]:
+    errors: dict[str, list[str]] = {}
+    for record in own:
+        for judge, rating in ratings_of(record).items():
+            if rating.error is not None:
+                errors.setdefault(judge, []).append(rating.error)
+    return [
+        f"Not rated by {judge}: {len(found)} of {len(own)} outputs of {row.arm}. The first: {found[0]}."
+        for judge, found in errors.items()
+    ]
+
+
+def _explain_questions(has_budgets: bool) -> str:
     explained = (
         "Bold: the best of a column; italic: the second. In brackets: 95 % intervals, Wilson's for shares of right "
         "answers, bootstrap for others. Whether two differ is in the table of differences, not in their intervals."
     )
-    if budgets:
+    if has_budgets:
         explained += (
             " Within a budget: right, had every question been stopped after so many tokens or seconds, the least that "
             "a decoder of several candidates spends on average; independent chains count as one after the other. "
             "Seconds are a question's share of its batch."
         )
-    silent = [str(row.arm) for row in rows if row.empty == 1]
-    blocks: list[Block] = [Heading(f"Scores: {task}"), table, Chart(chart, title), Paragraph(explained)]
-    if silent:
-        blocks.insert(1, Paragraph(f"Answered nothing at all: {', '.join(silent)}."))
-    return blocks
+    return explained
+
+
+def _explain_documents(records: Records, task: str) -> str:
+    explained = (
+        "Lower is better; bold: the best of a column; italic: the second. Means are over all labels; in brackets: 95 % "
+        "bootstrap intervals, documents resampled. Perplexity is exp of the loss. kl is the divergence from the "
+        "teacher's kept ids and one bucket for all others, at temperature 1. Seconds are a document's share of its "
+        "batch."
+    )
+    own = records.of(records.arms_on(task)[0], task)
+    if all("teacher_loss" in record.published for record in own):
+        labels = sum(record.labels or 0 for record in own)
+        loss = sum(record.published["teacher_loss"] * (record.labels or 0) for record in own) / labels
+        explained += f" The teacher had perplexity {_perplexity(loss)} on these labels when it was captured."
+    return explained
 
 
 def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
     if not comparisons:
         return []
     rows = []
-    for task, metric, a, b, difference in comparisons:
-        interval = f"{_signed(difference.value)} [{_signed(difference.low)}, {_signed(difference.high)}]"
+    for task, name, a, b, difference in comparisons:
+        value, low, high = map(metric(name).signed, difference[:3])
+        interval = f"{value} [{low}, {high}] {metric(name).difference_unit}"
         verdict = difference.verdict.replace("a is", f"{a} is").replace("b is", f"{b} is")
         cell = Cell(verdict, "best" if difference.is_shown else "")
         rows.append(
             [
-                f"{task}, {metric.replace('_', ' ')}",
+                f"{task}, {name.replace('_', ' ')}",
                 str(a),
                 str(b),
                 interval,
@@ -189,47 +261,46 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
                 cell,
             ]
         )
-    head = ["task, score", "a", "b", "b - a, points", "p", "samples", "verdict"]
+    head = ["task, score", "a", "b", "b - a", "p", "samples", "verdict"]
     explained = (
-        "Paired by sample, seeds of a sample averaged first. In brackets: 95 % percentile bootstrap interval (10,000 "
-        f"resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for the {len(rows)} comparisons here. A "
-        "difference is shown where the interval leaves 0 out and p is below 0.05."
+        "Paired by sample, seeds of a sample averaged first; documents count by their labels. In brackets: 95 % "
+        "percentile bootstrap interval (10,000 resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for "
+        f"the {len(rows)} comparisons here. A difference is shown where the interval leaves 0 out and p is below 0.05."
     )
     return [Heading("Differences"), Table(head, rows), Paragraph(explained)]
 
 
 def _slices(records: Records, task: str) -> list[Block]:
-    blocks: list[Block] = [Heading(f"Where: {task}, {records.metrics(task)[0].replace('_', ' ')} %")]
-    names = [str(arm) for arm in records.arms]
-    for title in summary.SLICES:
+    name = records.metrics(task)[0]
+    shown = metric(name)
+    blocks: list[Block] = [Heading(f"Where: {task}, {column(name)}")]
+    names = [str(arm) for arm in records.arms_on(task)]
+    for title in summary.slices_of(records, task):
         found = summary.slices(records, task, title)
         rows = []
         for part in found:
             scores = mark_best(
                 [
-                    f"{_percent(score)} (n={count})" if count else "none"
+                    "none" if score is None else f"{shown.text(score)} (n={count})"
                     for score, count in zip(part.scores, part.counts, strict=True)
                 ],
                 part.scores,
+                lower_is_better=shown.lower_is_better,
             )
             rows.append([part.label, *scores])
         blocks += [Heading(f"By {title}", 3), Table([title, *names], rows)]
         if len(found) > 1:
             series = [[part.scores[index] for part in found] for index in range(len(names))]
-            chart = line_chart([part.label for part in found], series, names, f"{task} by {title}")
-            blocks.append(Chart(chart, f"{task}, % by {title}"))
+            chart = line_chart([part.label for part in found], series, names, shown, f"{task} by {title}")
+            blocks.append(Chart(chart, f"{task}, {column(name)} by {title}"))
     return blocks
 
 
 _UNKNOWN = "unknown"
 
 
-def _name(metric: str) -> str:
-    return _METRICS.get(metric, metric)
-
-
-def _found(row: Overall, metric: str) -> Cell:
-    return Cell(_percent(row.extracted[metric]), "warning" if row.extracted[metric] == 0 else "")
+def _found(row: Overall, name: str) -> Cell:
+    return Cell(_percent(row.extracted[name]), "warning" if row.extracted[name] == 0 else "")
 
 
 def _seeds(row: Overall) -> str:
@@ -240,16 +311,20 @@ def _budget(budget: Budget) -> str:
     return f"% within {budget.limit:.0f} tokens" if budget.unit == "tokens" else f"% within {budget.limit:.2g} s"
 
 
-def _interval(interval: Interval) -> str:
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+def _interval(name: str, interval: Interval | None) -> str:
+    if interval is None:
+        return _UNKNOWN
+    value, low, high = map(metric(name).text, interval)
+    return f"{value} [{low}, {high}]"
+
+
+def _perplexity(loss: float, low: float | None = None, high: float | None = None) -> str:
+    text = f"{math.exp(min(loss, 700)):,.4g}"
+    return text if low is None or high is None else f"{text} [{_perplexity(low)}, {_perplexity(high)}]"
 
 
 def _percent(share: float | None) -> str:
     return _UNKNOWN if share is None else f"{100 * share:.1f}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
 
 
 def _number(value: float | None, places: int) -> str:

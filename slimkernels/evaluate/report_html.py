@@ -6,6 +6,8 @@ import html
 from collections import Counter
 from collections.abc import Sequence
 
+from slimkernels.evaluate.judge import Rating, ratings_of
+from slimkernels.evaluate.metric import metric as written
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report_blocks import Block, Cell, Heading, Paragraph, Table
 from slimkernels.evaluate.scoring import vote
@@ -128,12 +130,12 @@ def _filter(records: Records) -> str:
 
 
 def _sample(task: str, metric: str, records: Sequence[Record]) -> str:
-    scores = [record.scores[metric] for record in records]
+    scores = [record.scores[metric] for record in records if metric in record.scores]
     kinds = [
         name
         for name, holds in (
-            ("differ", max(scores) > min(scores)),
-            ("wrong", max(scores) == 0),
+            ("differ", len(set(scores)) > 1),
+            ("wrong", bool(scores) and max(scores) == 0),
             ("silent", any(record.answers.get(metric, "") is None for record in records)),
         )
         if holds
@@ -142,18 +144,21 @@ def _sample(task: str, metric: str, records: Sequence[Record]) -> str:
     return (
         f'<section class="sample" data-task="{_text(task)}" data-kind="{" ".join(kinds)}">'
         f"<h3>{_text(task)}, sample {_text(first.sample)}</h3><pre>{_text(first.question)}</pre>"
-        f'<p class="note">Reference: {_text(first.reference)}</p>'
-        f'<div class="outputs">{"".join(_output(record, metric) for record in records)}</div></section>'
+        + (f'<p class="note">Reference: {_text(first.reference)}</p>' if first.labels is None else "")
+        + f'<div class="outputs">{"".join(_output(record, metric) for record in records)}</div></section>'
     )
 
 
 def _output(record: Record, metric: str) -> str:
-    arm, score = str(Arm(record.model, record.decoder)), record.scores[metric]
+    arm = str(Arm(record.model, record.decoder))
     name = arm if record.seed is None else f"{arm}, seed {record.seed}"
+    if record.labels is not None:
+        return _measured(name, record)
+    score = record.scores[metric]
     if score in (0, 1):
         word, kind = ("right", "right") if score == 1 else ("wrong", "wrong")
     else:
-        word, kind = f"{100 * score:.1f} %", "note"
+        word, kind = f"{written(metric).text(score)} {written(metric).unit}", "note"
     answers = ", ".join(
         f"{other.replace('_', ' ')}: {'none' if answer is None else answer}"
         for other, answer in record.answers.items()
@@ -168,10 +173,25 @@ def _output(record: Record, metric: str) -> str:
             "votes: " + ", ".join(f"{answer or 'none'} \u00d7{count}" for answer, count in votes.most_common())
         )
     output = _text(record.output) if record.output.strip() else '<span class="wrong">no output</span>'
+    judged = "".join(_judged(judge, rating) for judge, rating in ratings_of(record).items())
     return (
         f'<div class="output"><strong>{_text(name)}</strong> <span class="{kind}">{word}</span>'
-        f'<pre>{output}</pre><div class="note">{_text("; ".join(facts))}</div></div>'
+        f'<pre>{output}</pre><div class="note">{_text("; ".join(facts))}</div>{judged}</div>'
     )
+
+
+def _judged(judge: str, rating: Rating) -> str:
+    """What a judge gave an output and why, or why it gave nothing."""
+    if rating.error is not None:
+        return f'<div class="wrong">{_text(judge)}: not rated, {_text(rating.error)}</div>'
+    return f'<div class="note">{_text(judge)}: {rating.value:g} of 10. {_text(rating.said)}</div>'
+
+
+def _measured(name: str, record: Record) -> str:
+    """What a model made of a document's labels."""
+    facts = [f"{other} {written(other).text(score)} {written(other).unit}" for other, score in record.scores.items()]
+    facts.append(f"{record.labels} labels")
+    return f'<div class="output"><strong>{_text(name)}</strong> <div class="note">{_text("; ".join(facts))}</div></div>'
 
 
 def _text(text: str) -> str:

@@ -15,10 +15,19 @@ from typing import Any
 import numpy as np
 
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
+from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
+from slimkernels.evaluate.judge import Judge, answer_of, prompt_hash
 from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
-from slimkernels.evaluate.records import Record, RecordFile, content_key, read_records, write_records
+from slimkernels.evaluate.records import (
+    Record,
+    RecordFile,
+    content_key,
+    read_records,
+    record_path,
+    write_records,
+)
 from slimkernels.evaluate.scoring import check_scorer, score
-from slimkernels.evaluate.tasks import Sample, Task
+from slimkernels.evaluate.tasks import TASKS, Sample, Task
 from slimkernels.search import Question, Result, Tree
 from slimkernels.search.tree import ROOT
 
@@ -31,16 +40,17 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run: every model with every decoder on every task.
+    """What to run: every model on the held-out documents, and with every decoder on every task.
 
     Attributes:
         models: Different ones.
         decoders: Their names.
-        tasks: With the samples to be answered.
+        tasks: With the samples to be answered; with held-out documents there may be none.
         settings: Of the decoders.
         seeds: Of the noise; a decoder without noise runs once.
         shots: Worked examples before each question.
         batch_questions: Samples decoded together.
+        heldout: The held-out documents; None: none.
     """
 
     models: Sequence[EvaluatedModel]
@@ -50,9 +60,12 @@ class Plan:
     seeds: Sequence[int] = (0,)
     shots: int = 3
     batch_questions: int = 8
+    heldout: HeldoutTask | None = None
 
     def __post_init__(self) -> None:
         for name in ("models", "decoders", "tasks", "seeds"):
+            if name == "tasks" and not self.tasks and self.heldout is not None:
+                continue
             values = [getattr(value, "label", getattr(value, "name", value)) for value in getattr(self, name)]
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be at least one, all different, got {values}")
@@ -84,16 +97,16 @@ class _Cell:
     @property
     def file(self) -> str:
         """Named by what decides its outputs, so that other settings do not mix with these."""
-        name = "--".join(
-            "".join(c if c.isalnum() or c in "-._" else "-" for c in part)
-            for part in (self.model.label, self.decoder, self.task.name)
-        )
-        decides = (self.model.identity, self.settings, self.plan.shots, self.task.source_hash, _VERSION)
-        return f"records/{name}--{content_key(*decides)[:8]}.jsonl"
+        decided_by = (self.model.identity, self.settings, self.plan.shots, self.task.source_hash, _VERSION)
+        return record_path(self.model.label, self.decoder, self.task.name, decided_by=decided_by)
 
     def key(self, sample: Sample, seed: int | None) -> str:
         prompt = self.task.prompt(sample, self.plan.shots)
         return content_key(self.model.identity, self.decoder, self.settings, self.task.name, sample.id, prompt, seed)
+
+    def answer(self, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
+        """Decodes samples, ``batch_questions`` at a time; each has an equal share of its batch's time."""
+        return _answer(self, loaded, missing)
 
 
 def run(
@@ -116,17 +129,18 @@ def run(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    cells = [
-        _Cell(model, decoder, task, plan) for model in plan.models for decoder in plan.decoders for task in plan.tasks
-    ]
+    cells: list[_Cell | HeldoutCell] = []
+    for model in plan.models:
+        if plan.heldout is not None:
+            cells.append(HeldoutCell(model, plan.heldout))
+        cells += [_Cell(model, decoder, task, plan) for decoder in plan.decoders for task in plan.tasks]
     _write_json(output_dir / RUN_FILE, _describe(plan, cells))
     records: list[Record] = []
     for model in plan.models:
         loaded: LoadedModel | None = None
         for cell in (cell for cell in cells if cell.model is model):
-            report = (
-                progress(f"{model.label}, {cell.decoder}, {cell.task.name}") if progress else lambda done, total: None
-            )
+            description = ", ".join(filter(None, (model.label, cell.decoder, cell.task.name)))
+            report = progress(description) if progress else lambda done, total: None
             with RecordFile(output_dir / cell.file) as file:
                 wanted = [
                     (order, sample, seed) for seed in cell.seeds for order, sample in enumerate(cell.task.samples)
@@ -135,7 +149,8 @@ def run(
                 report(len(wanted) - len(missing), len(wanted))
                 if missing and loaded is None:
                     loaded = model.load()
-                for done, record in enumerate(_answer(cell, loaded, missing), len(wanted) - len(missing) + 1):
+                answered = cell.answer(loaded, missing) if loaded is not None else ()
+                for done, record in enumerate(answered, len(wanted) - len(missing) + 1):
                     file.append(record)
                     report(done, len(wanted))
                 records += [score(file.records[cell.key(*entry[1:])]) for entry in wanted]
@@ -177,16 +192,47 @@ def rescore(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Re
     return load_run(output_dir)
 
 
-def _answer(
-    cell: _Cell, loaded: LoadedModel | None, missing: Sequence[tuple[int, Sample, int | None]]
-) -> Iterable[Record]:
-    """Decodes samples, ``batch_questions`` at a time; each has an equal share of its batch's time."""
+def rate(
+    output_dir: str | os.PathLike[str], judge: Judge, progress: Callable[[str], Progress] | None = None
+) -> tuple[dict[str, Any], list[Record]]:
+    """Has a judge rate the outputs of a folder's last run that it has not rated yet.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``load_run``.
+        ServerUnavailableError, ServerRequestError: The judge does not answer; ratings that were written are kept.
+    """
+    output_dir = Path(output_dir)
+    described, records = load_run(output_dir)
+    asked = {"model": judge.model, "url": judge.url, "prompt": prompt_hash()}
+    _write_json(output_dir / RUN_FILE, described | {"judge": asked})
+    wanted = {record.key for record in records if record.task in TASKS}
+    for cell in described["cells"]:
+        if not (output_dir / cell["file"]).is_file():
+            continue
+        with RecordFile(output_dir / cell["file"]) as file:
+            own = [record for record in file.records.values() if record.key in wanted]
+            missing = [record for record in own if not judge.has_rated(record)]
+            if not own:
+                continue
+            report = (
+                progress(f"{judge.model} rates {own[0].model}, {own[0].decoder}, {own[0].task}") if progress else None
+            )
+            for done, (record, rating) in enumerate(
+                zip(missing, judge.rate_all(answer_of(record) for record in missing), strict=True),
+                len(own) - len(missing) + 1,
+            ):
+                file.append(judge.judged(record, rating))
+                if report is not None:
+                    report(done, len(own))
+    return load_run(output_dir)
+
+
+def _answer(cell: _Cell, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
     size = cell.plan.batch_questions
     for seed in cell.seeds:
         of_seed = [(order, sample) for order, sample, other in missing if other == seed]
         for first in range(0, len(of_seed), size):
             batch = of_seed[first : first + size]
-            assert loaded is not None  # noqa: S101 -- what is missing has been loaded for
             search = make_search(
                 cell.decoder,
                 loaded.engine,
@@ -266,12 +312,16 @@ def _spent_by_node(result: Result) -> list[int]:
     return np.round(spent * (result.num_tokens / max(int(spent[-1]), 1))).astype(int).tolist()
 
 
-def _describe(plan: Plan, cells: Sequence[_Cell]) -> dict[str, Any]:
+def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell]) -> dict[str, Any]:
     """What a reader of the report must know to judge it, and where the records are."""
+    asked = {"seeds": list(plan.seeds), "shots": plan.shots, "batch_questions": plan.batch_questions}
+    heldout = [] if plan.heldout is None else [plan.heldout]
     return {
         "models": [{"model": model.label, "identity": model.identity} for model in plan.models],
         "decoders": [
-            {"decoder": decoder, "settings": plan.settings.of(decoder, plan.tasks[0])} for decoder in plan.decoders
+            {"decoder": decoder, "settings": plan.settings.of(decoder, plan.tasks[0])}
+            for decoder in plan.decoders
+            if plan.tasks
         ],
         "tasks": [
             {
@@ -281,11 +331,9 @@ def _describe(plan: Plan, cells: Sequence[_Cell]) -> dict[str, Any]:
                 "samples": len(task.samples),
                 "available": task.available,
             }
-            for task in plan.tasks
+            for task in (*heldout, *plan.tasks)
         ],
-        "seeds": list(plan.seeds),
-        "shots": plan.shots,
-        "batch_questions": plan.batch_questions,
+        **(asked if plan.tasks else {}),
         "versions": {name: _version(name) for name in ("slimkernels", "torch", "transformers")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "cells": [{"file": cell.file, "samples": len(cell.task.samples), "seeds": cell.seeds} for cell in cells],

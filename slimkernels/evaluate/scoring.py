@@ -8,12 +8,14 @@ from functools import cache
 from typing import Any
 
 from slimkernels.evaluate.answers import extract, same_answer
+from slimkernels.evaluate.judge import ratings_of
+from slimkernels.evaluate.metric import JUDGE
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.tasks import ROUGE, TASKS, Task
 
 
 def score(record: Record) -> Record:
-    """The record with its answers and scores made anew; of a task that is not one of ours, unchanged.
+    """The record with its answers and scores made anew, and what judges gave it; not one of ours: unchanged.
 
     Raises:
         ImportError: Rouge-L needs the package rouge-score.
@@ -23,12 +25,18 @@ def score(record: Record) -> Record:
     kind = TASKS[record.task][0]
     if kind is None:
         scores: Mapping[str, float] = {ROUGE: rouge_l(record.output, record.reference)}
-        return dataclasses.replace(record, answers={ROUGE: record.output.strip() or None}, scores=scores)
+        answers: Mapping[str, str | None] = {ROUGE: record.output.strip() or None}
+        return dataclasses.replace(record, answers=answers, scores={**scores, **_judged(record)})
     # The flexible answer first: it is what a decoder votes by, and what arms are compared by first.
     found = extract(record.output, kind, record.choices)
     answers = {"flexible": found.flexible, "strict": found.strict}
     scores = {name: float(same_answer(answer, record.reference, kind)) for name, answer in answers.items()}
-    return dataclasses.replace(record, answers=answers, scores=scores)
+    return dataclasses.replace(record, answers=answers, scores={**scores, **_judged(record)})
+
+
+def _judged(record: Record) -> dict[str, float]:
+    rated = {JUDGE + judge: rating.value for judge, rating in ratings_of(record).items()}
+    return {name: value for name, value in rated.items() if value is not None}
 
 
 def check_scorer(task: Task) -> None:

@@ -61,6 +61,7 @@ def paired_difference(
     a: Sequence[float],
     b: Sequence[float],
     *,
+    weights: Sequence[float] | None = None,
     confidence: float = 0.95,
     num_resamples: int = 10_000,
     seed: int = 0,
@@ -73,12 +74,15 @@ def paired_difference(
     Args:
         a: (n,) scores.
         b: (n,) scores of the same samples.
+        weights: (n,) positive numbers, how much each sample counts in the mean: the labels of documents whose scores
+            are means over labels. None: all the same.
         confidence: Of the interval, in (0, 1).
         num_resamples: Of the bootstrap.
         seed: Of the resampling and, where not all sign flips are enumerated, of the flips.
 
     Raises:
-        ValueError: No samples, other lengths, scores that are not finite, or ``confidence`` outside (0, 1).
+        ValueError: No samples, other lengths, scores that are not finite, weights that are not positive, or
+            ``confidence`` outside (0, 1).
 
     References: Efron & Tibshirani 1993, chapter 13; Koehn 2004 (paired bootstrap for comparisons of systems).
     """
@@ -86,16 +90,23 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"a and b must be scores of the same samples, got {first.shape} and {second.shape}")
     differences = second - first
-    low, high = bootstrap_interval(differences, confidence=confidence, num_resamples=num_resamples, seed=seed)[1:]
-    return Difference(
-        float(differences.mean()), low, high, sign_flip_p_value(differences, seed=seed), len(differences), confidence
+    value, low, high = bootstrap_interval(
+        differences, weights=weights, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
+    # Of weighted differences the sum decides, as of others.
+    flipped = differences if weights is None else differences * np.asarray(weights, np.float64)
+    return Difference(value, low, high, sign_flip_p_value(flipped, seed=seed), len(differences), confidence)
 
 
 def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+    values: Sequence[float] | np.ndarray,
+    *,
+    weights: Sequence[float] | np.ndarray | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
-    """The mean of (n,) values with its percentile bootstrap interval.
+    """The mean of (n,) values, weighted if (n,) ``weights`` are given, with its percentile bootstrap interval.
 
     Raises:
         ValueError: As ``paired_difference``.
@@ -107,16 +118,18 @@ def bootstrap_interval(
         raise ValueError("values must be finite scores, got NaN or infinity")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    parts = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
+    if parts.shape != values.shape or not (parts > 0).all():
+        raise ValueError(f"weights must be positive, one for each of the {len(values)} samples, got {parts}")
+    weighted = values * parts
     generator = np.random.default_rng(seed)
     at_once = max(1, _CHUNK // len(values))
-    means = np.concatenate(
-        [
-            values[generator.integers(len(values), size=(min(at_once, num_resamples - done), len(values)))].mean(1)
-            for done in range(0, num_resamples, at_once)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    means = []
+    for done in range(0, num_resamples, at_once):
+        drawn = generator.integers(len(values), size=(min(at_once, num_resamples - done), len(values)))
+        means.append(weighted[drawn].sum(1) / parts[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(weighted.sum() / parts.sum()), float(low), float(high))
 
 
 def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from slimkernels.evaluate.answers import before_next_question, same_answer
+from slimkernels.evaluate.metric import JUDGE
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.scoring import count_dropped, vote
 from slimkernels.evaluate.statistics import (
@@ -28,13 +29,13 @@ _NUM_RESAMPLES = 10_000
 
 
 class Arm(NamedTuple):
-    """What is compared: a model with a decoder."""
+    """What is compared: a model with a decoder, or by itself where nothing is decoded."""
 
     model: str
     decoder: str
 
     def __str__(self) -> str:
-        return f"{self.model} · {self.decoder}"
+        return f"{self.model} · {self.decoder}" if self.decoder else self.model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Overall:
     Attributes:
         samples: Different ones.
         seeds: Of the noise; empty without noise.
-        scores: By metric, over samples; seeds of a sample are averaged first.
-        extracted: By metric with answers, the share of outputs in which one was found.
-        empty: The share of outputs without any text.
+        labels: Of documents, all together; None: questions.
+        scores: By metric, over samples; seeds of a sample are averaged first, documents count by their labels.
+        extracted: By metric with answers, the share of outputs in which one was found; by judge, that were rated.
+        empty: The share of outputs without any text; None where there are none.
         finished: The share of outputs that came to an end by themselves.
         tokens, seconds: Of a question on average, None where unknown.
         output_tokens: Of the output alone.
@@ -65,10 +67,11 @@ class Overall:
     arm: Arm
     task: str
     samples: int
+    labels: int | None
     seeds: tuple[int, ...]
     scores: Mapping[str, Interval]
     extracted: Mapping[str, float]
-    empty: float
+    empty: float | None
     finished: float | None
     tokens: float | None
     seconds: float | None
@@ -113,33 +116,56 @@ class Records:
 
     def metrics(self, task: str) -> list[str]:
         """Of a task, the one to compare by first."""
-        return list(next(records for (_, name), records in self._cells.items() if name == task)[0].scores)
+        own = (record for (_, name), records in self._cells.items() if name == task for record in records)
+        return list(dict.fromkeys(metric for record in own for metric in record.scores))
+
+    def arms_on(self, task: str) -> list[Arm]:
+        """Those that have records of a task."""
+        return [arm for arm in self.arms if self.of(arm, task)]
 
     def scores(self, arm: Arm, task: str, metric: str) -> dict[str, float]:
-        """By sample, the mean over seeds."""
+        """By sample that has this score, the mean over seeds."""
         found: dict[str, list[float]] = defaultdict(list)
         for record in self.of(arm, task):
-            found[record.sample].append(record.scores[metric])
+            if metric in record.scores:
+                found[record.sample].append(record.scores[metric])
         return {sample: sum(values) / len(values) for sample, values in found.items()}
+
+    def weights(self, arm: Arm, task: str) -> dict[str, int]:
+        """By sample, what it counts in a mean: the labels of a document, or 1."""
+        return {record.sample: record.labels or 1 for record in self.of(arm, task)}
+
+    def mean(self, arm: Arm, task: str, metric: str) -> float | None:
+        """Over samples; None where none has this score."""
+        scores, weights = self.scores(arm, task, metric), self.weights(arm, task)
+        total = sum(weights[sample] for sample in scores)
+        return sum(score * weights[sample] for sample, score in scores.items()) / total if total else None
 
 
 def overall(records: Records, arm: Arm, task: str, budgets: Sequence[Budget] = ()) -> Overall:
     """How an arm did on a task, on which it has records."""
     own = records.of(arm, task)
-    metrics = records.metrics(task)
+    weights, labels = records.weights(arm, task), [record.labels for record in own]
+    scores = {metric: records.scores(arm, task, metric) for metric in records.metrics(task)}
     texts = [text for record in own for text in (record.output, record.reference)]
     return Overall(
         arm=arm,
         task=task,
         samples=len({record.sample for record in own}),
+        labels=None if None in labels else sum(filter(None, labels)),
         seeds=tuple(sorted({record.seed for record in own if record.seed is not None})),
-        scores={metric: _interval(list(records.scores(arm, task, metric).values())) for metric in metrics},
-        extracted={
-            metric: _mean([record.answers.get(metric) is not None for record in own]) or 0.0
-            for metric in metrics
-            if metric in own[0].answers
+        scores={
+            metric: _interval(list(found.values()), [weights[sample] for sample in found])
+            for metric, found in scores.items()
+            if found
         },
-        empty=_mean([not record.output.strip() for record in own]) or 0.0,
+        extracted={
+            metric: _mean([metric in record.scores and record.answers.get(metric, "") is not None for record in own])
+            or 0.0
+            for metric in scores
+            if metric in own[0].answers or metric.startswith(JUDGE)
+        },
+        empty=None if own[0].labels is not None else _mean([not record.output.strip() for record in own]),
         finished=_mean([record.finished for record in own]),
         tokens=_mean([record.tokens for record in own]),
         seconds=_mean([record.seconds for record in own]),
@@ -199,13 +225,14 @@ def compare(records: Records, *, seed: int = 0) -> list[Comparison]:
     """Every pair of arms on every task and metric, on the samples that both have; p-values adjusted for all of them."""
     found = []
     for task in records.tasks:
-        arms = [arm for arm in records.arms if records.of(arm, task)]
-        for metric, (a, b) in itertools.product(records.metrics(task), itertools.combinations(arms, 2)):
+        pairs = itertools.combinations(records.arms_on(task), 2)
+        for metric, (a, b) in itertools.product(records.metrics(task), pairs):
             first, second = records.scores(a, task, metric), records.scores(b, task, metric)
             both = [sample for sample in first if sample in second]
             if both:
                 pair = [first[sample] for sample in both], [second[sample] for sample in both]
-                found.append(Comparison(task, metric, a, b, paired_difference(*pair, seed=seed)))
+                weights = [records.weights(a, task)[sample] for sample in both]
+                found.append(Comparison(task, metric, a, b, paired_difference(*pair, weights=weights, seed=seed)))
     adjusted = holm([comparison.difference for comparison in found])
     return [comparison._replace(difference=difference) for comparison, difference in zip(found, adjusted, strict=True)]
 
@@ -224,36 +251,50 @@ def count_words(text: str) -> int:
 
 
 # What the samples of a task are sliced by: the title, and a record's value.
-SLICES: dict[str, Callable[[Record], float]] = {
+_DOCUMENT_SLICES: dict[str, Callable[[Record], float]] = {"document length (labels)": lambda record: record.labels or 0}
+_SLICES: dict[str, Callable[[Record], float]] = {
     "question length (words)": lambda record: count_words(record.question),
     "output length (words)": lambda record: count_words(record.output),
     "reasoning steps": lambda record: count_steps(record.output),
 }
 
 
+def slices_of(records: Records, task: str) -> dict[str, Callable[[Record], float]]:
+    """What the samples of a task may be sliced by."""
+    has_labels = records.of(records.arms_on(task)[0], task)[0].labels is not None
+    return _DOCUMENT_SLICES if has_labels else _SLICES
+
+
 def slices(records: Records, task: str, name: str, *, num_bins: int = 3) -> list[Slice]:
-    """The first metric of every arm on parts of a task of about equal size, from all arms together."""
-    value_of, metric = SLICES[name], records.metrics(task)[0]
-    values = [value_of(record) for arm in records.arms for record in records.of(arm, task)]
+    """The first metric of every arm on a task, on parts of about equal size, from all arms together."""
+    value_of, metric, arms = slices_of(records, task)[name], records.metrics(task)[0], records.arms_on(task)
+    values = [value_of(record) for arm in arms for record in records.of(arm, task)]
     edges = np.unique(np.quantile(values, np.linspace(0, 1, num_bins + 1), method="inverted_cdf"))
     found = []
     for low, high in zip([-math.inf, *edges[1:-1]], edges[1:] if len(edges) > 1 else edges, strict=True):
         own = [
-            [record.scores[metric] for record in records.of(arm, task) if low < value_of(record) <= high]
-            for arm in records.arms
+            [record for record in records.of(arm, task) if metric in record.scores and low < value_of(record) <= high]
+            for arm in arms
         ]
         inside = [value for value in values if low < value <= high]
         if inside:
             label = f"{min(inside):.0f}" if min(inside) == max(inside) else f"{min(inside):.0f} to {max(inside):.0f}"
-            found.append(Slice(label, [len(scores) for scores in own], [_mean(scores) for scores in own]))
+            means = [_weighted_mean([(record.scores[metric], record.labels or 1) for record in part]) for part in own]
+            found.append(Slice(label, [len(part) for part in own], means))
     return found
 
 
-def _interval(values: Sequence[float]) -> Interval:
+def _interval(values: Sequence[float], weights: Sequence[float]) -> Interval:
     """Wilson's for shares, which is right for few samples; the bootstrap's for other scores."""
-    if all(value in (0, 1) for value in values):
+    if all(value in (0, 1) for value in values) and set(weights) == {1}:
         return wilson_interval(int(sum(values)), len(values))
-    return bootstrap_interval(values, num_resamples=_NUM_RESAMPLES)
+    return bootstrap_interval(values, weights=weights, num_resamples=_NUM_RESAMPLES)
+
+
+def _weighted_mean(values: Sequence[tuple[float, float]]) -> float | None:
+    """Of values with their weights; None where there are none."""
+    total = sum(weight for _, weight in values)
+    return sum(value * weight for value, weight in values) / total if total else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

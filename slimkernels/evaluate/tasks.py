@@ -16,7 +16,7 @@ from slimkernels.evaluate.prompts import SHOTS
 
 ROUGE = "rouge_l"
 # Fixed, so that more samples of a task are always the same ones and some more.
-_ORDER_SEED = 0
+ORDER_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
         samples.append(dataclasses.replace(sample, id=sample.id or str(len(samples))))
     if not samples:
         raise ValueError(f"{Path(data_dir) / found} must hold samples of {name}, got none")
-    random.Random(_ORDER_SEED).shuffle(samples)  # noqa: S311 -- an order, not a secret
+    random.Random(ORDER_SEED).shuffle(samples)  # noqa: S311 -- an order, not a secret
     digest = hashlib.blake2b(content, digest_size=12).hexdigest()
     return Task(name, kind, found, digest, tuple(samples[:num_samples]), len(samples))
 

@@ -1,0 +1,63 @@
+"""What a score is called, in which unit it is written, and whether more of it is better."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from slimkernels.evaluate.heldout import KL, LOSS
+from slimkernels.evaluate.tasks import ROUGE
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How to write a score.
+
+    Attributes:
+        title: In a heading or a sentence.
+        unit: Of its values.
+        difference_unit: Of differences of two.
+        factor: From the score to its unit.
+        places: After the point.
+        lower_is_better: Or higher.
+        highest: Possible score; None: no limit.
+    """
+
+    title: str
+    unit: str = "%"
+    difference_unit: str = "points"
+    factor: float = 100
+    places: int = 1
+    lower_is_better: bool = False
+    highest: float | None = 1.0
+
+    def text(self, value: float) -> str:
+        """A value, without its unit."""
+        return f"{self.factor * value:.{self.places}f}"
+
+    def signed(self, value: float) -> str:
+        """A difference, without its unit."""
+        return f"{self.factor * value:+.{self.places}f}"
+
+
+JUDGE = "judge "
+_NATS = {"unit": "nats", "difference_unit": "nats", "factor": 1, "places": 3, "lower_is_better": True, "highest": None}
+_METRICS = {
+    "strict": Metric("strict: the announced answer"),
+    "flexible": Metric("flexible: the announced answer, or else the last possible one"),
+    "last_number": Metric("last number"),
+    ROUGE: Metric("Rouge-L F1"),
+    LOSS: Metric("loss: -log p of a label, the logarithm of the perplexity; lower is better", **_NATS),
+    KL: Metric("KL divergence of a label from the store's teacher; lower is better", **_NATS),
+}
+
+
+def metric(name: str) -> Metric:
+    """How to write a score of this name; a share of right answers, if it is not known here."""
+    if name.startswith(JUDGE):
+        return Metric(f"rating by {name}", "of 10", "of 10", factor=1, places=2, highest=10)
+    return _METRICS.get(name, Metric(name.replace("_", " ")))
+
+
+def column(name: str) -> str:
+    """The name with its unit, to head a column."""
+    return f"{name.replace('_', ' ')} {metric(name).unit}"

@@ -1,0 +1,122 @@
+"""The judge, asked over real HTTP: what it is shown, that it is asked once, and what becomes of its silence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from evaluation import make_data, make_folder, make_record
+from served import _Server
+
+from slimkernels.cli import main
+from slimkernels.evaluate.judge import Answer, Judge, answer_of
+from slimkernels.evaluate.records import read_records
+from slimkernels.evaluate.scoring import score
+from slimkernels.teacher_server_client import ServerRequestError, ServerUnavailableError
+
+pytest.importorskip("httpx2", reason="a judge needs the package httpx2")
+
+
+class JudgeServer(_Server):
+    """Rates a response by its length; "mute" gets no rating, "big" is refused."""
+
+    refuses = False
+
+    def reply(self, path, body):
+        if path == "/v1/models":
+            return 200, {}, json.dumps({"data": []})
+        content = body["messages"][0]["content"]
+        response = content.rpartition("[Response]\n")[2].strip()
+        if self.refuses or "big" in response:
+            return 400, {}, json.dumps({"error": {"message": "the context is too long"}})
+        said = "I cannot say." if "mute" in response else f"[[99]] is no rating. Its length. [[{len(response) % 10}.5]]"
+        return 200, {}, json.dumps({"choices": [{"message": {"content": said}}]})
+
+    @property
+    def asked(self):
+        return [seen["body"]["messages"][0]["content"] for seen in self.seen if seen["body"]]
+
+
+@pytest.fixture
+def server():
+    with JudgeServer() as server:
+        yield server
+
+
+def test_ratings_in_order_and_what_the_judge_is_shown(server):
+    with Judge(server.url, "j", concurrency=2) as judge:
+        answers = [Answer("Say it.", "it", text) for text in ("x", "mute", "{a}", "big", "xxxx")]
+        ratings = list(judge.rate_all(answers))
+    assert [rating.value for rating in ratings] == [1.5, None, 3.5, None, 4.5]
+    assert "holds no rating from 1 to 10" in ratings[1].error
+    assert "the context is too long" in ratings[3].error
+    assert any("[Instruction]\nSay it.\n\n[Reference]\nit\n\n[Response]\n{a}\n" in asked for asked in server.asked)
+    bodies = [seen["body"] for seen in server.seen if seen["body"]]
+    assert {(body["model"], body["temperature"]) for body in bodies} == {("j", 0)}
+    assert answer_of(make_record(0, "B", "B", task="commonsenseqa", choices=("bank", "mall"))).reference == "(B) mall"
+
+
+def test_a_judge_that_refuses_everything_is_an_error(server):
+    server.refuses = True
+    with Judge(server.url, "j", concurrency=1) as judge, pytest.raises(ServerRequestError, match="first 5 outputs"):
+        list(judge.rate_all([Answer("a", "b", str(number)) for number in range(50)]))
+    assert len(server.asked) < 50
+
+
+def test_a_judge_that_is_not_there_is_found_out(server):
+    with Judge("http://127.0.0.1:1/v1", "j", backoff_s=0.01) as judge, pytest.raises(ServerUnavailableError):
+        judge.check()
+
+
+def test_a_rating_belongs_to_one_output():
+    import dataclasses
+
+    with Judge("http://127.0.0.1:1/v1", "j") as judge:
+        record = make_record(0, "The answer is 1.")
+        rated = score(judge.judged(record, judge.rate_all.__globals__["Rating"](7.0, "[[7]]", None)))
+        assert rated.scores == {"flexible": 1.0, "strict": 1.0, "judge j": 7.0}
+        assert judge.has_rated(rated)
+        changed = score(dataclasses.replace(rated, output="The answer is 2."))
+        assert not judge.has_rated(changed)
+        assert "judge j" not in changed.scores
+
+
+@pytest.mark.cpu_kernels
+def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_KEY", "secret-7")
+    out = tmp_path / "out"
+    words = ["eval", "--models", str(make_folder(tmp_path / "m")), "--tasks", "gsm8k"]
+    words += ["--data", str(make_data(tmp_path / "data"))]
+    words += ["--samples", "3", "--shots", "0", "--max-steps", "1", "--max-step-tokens", "3", "--out", str(out)]
+    assert main(words) == 0
+    (file,) = out.glob("records/*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, output in zip(rows, ("big", "mute", "xxxxx"), strict=True):
+        row["output"] = output
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = ["--judge", server.url, "--judge-model", "j", "--judge-key-env", "JUDGE_KEY"]
+    assert main([*words, *judge]) == 0
+    assert len(server.asked) == 3
+    assert {seen["headers"].get("Authorization") for seen in server.seen} == {"Bearer secret-7"}
+    # What was refused is asked again; what was answered, rated or not, is not.
+    assert main(["eval", "--rescore", "--out", str(out), *judge]) == 0
+    assert len(server.asked) == 4
+    records = read_records(out / "records.jsonl")
+    assert [record.scores.get("judge j") for record in records] == [None, None, 5.5]
+    page = (out / "report.html").read_text()
+    assert f"Judge: j at {server.url}" in page
+    assert "Not rated by j: 2 of 3 outputs of m · greedy. The first: the server refused" in page
+    assert "j: not rated, the reply holds no rating" in page
+    assert "j: 5.5 of 10. [[99]] is no rating." in page
+    assert "judge j of 10" in page
+    assert '<td class="number">33.3</td>' in page
+    for path in out.rglob("*"):
+        assert path.is_dir() or b"secret-7" not in path.read_bytes()
+    for arguments, message in (
+        (["--rescore", "--judge", server.url], "--judge URL and --judge-model NAME go together"),
+        (["--outputs", "x", *judge], "not with --outputs"),
+        (["--rescore", *judge[:4], "--judge-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY must hold the server's key"),
+        (["--rescore", "--judge", "localhost", *judge[2:]], "url must be the base URL"),
+    ):
+        assert main(["eval", "--out", str(out), *arguments]) == 2
+        assert message in capsys.readouterr().err
