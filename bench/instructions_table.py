@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from bench.instructions_scores import interval
@@ -15,6 +17,7 @@ MODELS = {
     "warmed_up": "where these four start",
     "dropped": "its layers before any training",
 }
+METHODS = ("sft", "kd", "slim", "minillm")
 _SAME = ("settings", "data")
 
 
@@ -29,7 +32,7 @@ def instructions_table(rows: list[dict]) -> str:
         cells = [_cell(found[dataset]) for dataset in last["scores"]]
         whole = np.concatenate(list(found.values()))
         cells.append(_cell(whole))
-        is_compared = "sft" in values and method not in ("sft", "teacher", "dropped", "warmed_up")
+        is_compared = "sft" in values and method in METHODS and method != "sft"
         cells.append(_cell(whole - np.concatenate(list(values["sft"].values())), "+") if is_compared else "")
         lines.append(f"| {MODELS[method]} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _caption(rows)])
@@ -50,26 +53,26 @@ def _cell(values: np.ndarray, sign: str = "") -> str:
 
 
 def _caption(rows: list[dict]) -> str:
-    row, chosen = rows[-1], rows[-1]["settings"]
-    newest = {(row["method"], row["seed"]): row for row in rows}.values()
-    minutes = {
-        method: np.mean([row["train_seconds"] for row in newest if row["method"] == method]) / 60
-        for method in ("sft", "kd", "slim", "minillm")
-        if any(row["method"] == method for row in newest)
-    }
-    seeds = len({row["seed"] for row in newest if row["method"] in minutes})
-    prompts = sum(len(score["values"]) for score in row["scores"].values())
+    last, chosen = rows[-1], rows[-1]["settings"]
+    newest = list({(row["method"], row["seed"]): row for row in rows}.values())
+    trained = [row for row in newest if row["method"] in METHODS]
+    minutes: dict[str, list[float]] = {}
+    for row in trained:
+        minutes.setdefault(row["method"], []).append(row.get("cpu_seconds", math.nan) / 60)
+    seeds = len({row["seed"] for row in trained})
+    prompts = sum(len(score["values"]) for score in last["scores"].values())
     non_ascii = max(max(row["non_ascii"].values()) for row in newest)
     decoding = f"drawn at temperature {chosen['temperature']:g}" if chosen["temperature"] else "greedy"
-    took = ", ".join(f"{method} {count:.1f}" for method, count in minutes.items())
+    took = ", ".join(f"{method} {np.mean(spent):.1f}" for method, spent in minutes.items() if np.isfinite(spent).all())
+    took = f"; processor minutes of training: {took}" if took else ""
     return (
         f"Rouge-L (F, in %, with stemming) of the first {chosen['max_new_tokens']} tokens, {decoding}; in brackets 95 "
         f"% bootstrap intervals over prompts, in the last column of the paired difference. Teacher: "
         f"{chosen['teacher']}; student: {chosen['layers']} of its layers, after {chosen['warm_up_steps']} steps of SFT "
-        f"that all share. Then {chosen['steps']} steps of {chosen['batch_size']} of {row['documents']:,} examples "
-        f"({row['labels']:,} response tokens), MiniLLM {chosen['minillm_steps']} of as many prompts; minutes of "
-        f"training: {took}. {seeds} seed{'s' * (seeds != 1)}. {row['left_out']} training examples with held-out or "
-        f"repeated instructions were left out; at most {non_ascii} of {prompts} texts hold characters beyond ASCII, "
-        f"which Rouge's tokenizer drops. {row['device']}, {row['threads']} "
-        f"thread{'s' * (row['threads'] != 1)}, {row['date'][:10]}; `python -m bench.reproduce_instructions`."
+        f"that all share. Then {chosen['steps']} steps of {chosen['batch_size']} of {last['documents']:,} examples "
+        f"({last['labels']:,} response tokens), MiniLLM {chosen['minillm_steps']} of as many prompts{took}. "
+        f"{seeds} seed{'s' * (seeds != 1)}. {last['left_out']} training examples with held-out or "
+        f"repeated instructions were left out; of {prompts} references, or responses of a model, at most {non_ascii} hold "
+        f"characters beyond ASCII, which Rouge's tokenizer drops. {last['device']}, {last['threads']} "
+        f"thread{'s' * (last['threads'] != 1)}, {last['date'][:10]}; `python -m bench.reproduce_instructions`."
     )

@@ -135,7 +135,7 @@ def result(method, values, seed=0, **changed):
         "threads": 1,
         "date": "2026-01-01T",
     }
-    said |= {"method": method, "seed": seed, "non_ascii": {"response": 1, "reference": 3}, "train_seconds": 30.0}
+    said |= {"method": method, "seed": seed, "non_ascii": {"response": 1, "reference": 3}, "cpu_seconds": 30.0}
     return said | {"scores": {name: {"values": list(part)} for name, part in values.items()}} | changed
 
 
@@ -155,8 +155,8 @@ def test_instructions_table_by_hand():
     assert lines[3].startswith("| SLIM: adaptive weight | 18.0 [13.0, 23.0] | 9.0 [9.0, 9.0] | 15.0 ")
     assert lines[3].endswith("| +3.0 [+3.0, +3.0] |")
     assert lines[4].endswith("| 0.0 [0.0, 0.0] |  |")
-    assert "2 seeds" in lines[-1]
-    assert "at most 3 of 3 texts" in lines[-1]
+    assert "processor minutes of training: sft 0.5, slim 0.5. 2 seeds" in lines[-1]
+    assert "of 3 references, or responses of a model, at most 3 hold" in lines[-1]
 
 
 @pytest.fixture(scope="module")
