@@ -61,7 +61,7 @@ class Settings:
     top_fraction: float = 0.05
     rounds: int = 50
     sizes: tuple[int, ...] = (5000, 10000, 20000, 40000)
-    ablation_size: int = 20000
+    ablation_size: int = 10000
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
