@@ -14,6 +14,7 @@ from pathlib import Path
 from bench import records
 from bench.case import OURS
 from bench.ops_table import ops_table
+from bench.sample_efficiency import sample_efficiency_block
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
 FIGURES = {
@@ -22,6 +23,7 @@ FIGURES = {
     "growth.png": "Time over N, V and K, with fitted exponents",
 }
 
+SAMPLE_EFFICIENCY_FIGURE = "Held-out perplexity over tokens per method, and with one option changed at a time"
 CUDA_PREFIX = "cuda_"
 
 
@@ -176,6 +178,11 @@ def main() -> None:
     for block, show in (("codecs", codec_table), ("loader", loader_sentence)):
         if rows := records.read(args.results / f"{block}.jsonl"):
             updated = replace_block(updated, block, show(rows))
+    if rows := records.read(args.results / "sample_efficiency.jsonl"):
+        block = sample_efficiency_block(rows)
+        if (args.results / "sample_efficiency.png").exists():
+            block += f"\n\n![{SAMPLE_EFFICIENCY_FIGURE}](bench/results/sample_efficiency.png)"
+        updated = replace_block(updated, "sample-efficiency", block)
     if args.check:
         sys.exit(updated != text and f"{args.readme} does not show {args.results}: run `make plots`")
     args.readme.write_text(updated)
