@@ -158,7 +158,8 @@ class Experiment:
 def sample_efficiency_block(rows: list[dict]) -> str:
     """The tables and what they say in words."""
     experiment = Experiment(rows)
-    parts = [methods_table(experiment), verdict(experiment)]
+    parts = ["Students from random weights, trained on more and more of a teacher's text:"]
+    parts += [methods_table(experiment), verdict(experiment)]
     if experiment.ablation_size is not None:
         parts += [ablation_table(experiment), defaults(experiment)]
     return "\n\n".join([*parts, _conditions(experiment)])
