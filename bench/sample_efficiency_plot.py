@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from bench.sample_efficiency import ABLATIONS, MEASURES, METHODS, Experiment
 
@@ -27,6 +27,7 @@ def sample_efficiency(rows: list[dict]) -> plt.Figure:
 
 
 def _curves(panel: plt.Axes, experiment: Experiment, measure: str) -> None:
+    shown: list[float] = []
     for number, (name, arm) in enumerate(METHODS.items()):
         # Beside each other, or the bars would hide one another.
         shift = 1 + 0.03 * (number - 1.5)
@@ -35,6 +36,7 @@ def _curves(panel: plt.Axes, experiment: Experiment, measure: str) -> None:
         if not points:
             continue
         means = [found.mean for _, found in points]
+        shown += means
         panel.errorbar(
             [size for size, _ in points],
             means,
@@ -50,8 +52,11 @@ def _curves(panel: plt.Axes, experiment: Experiment, measure: str) -> None:
     panel.xaxis.set_major_locator(FixedLocator(experiment.sizes))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
-    for which in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        which(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    # Intervals of few seeds can be wider than all that there is to see.
+    panel.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
     panel.set_xlabel("tokens to train on")
     panel.set_ylabel(MEASURES[measure])
     panel.grid(which="both", linewidth=0.3)
