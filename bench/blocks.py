@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench import records
 from bench.case import OURS
 from bench.instructions_table import instructions_table
+from bench.sample_efficiency import sample_efficiency_block
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
 
@@ -131,4 +132,5 @@ BLOCKS = {
     "training_step": training_step_table,
     "search": search_sentence,
     "instructions": instructions_table,
+    "sample_efficiency": sample_efficiency_block,
 }

@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from bench import records
 from bench.case import OURS
 from bench.records import CaseRecord
+from bench.sample_efficiency_plot import sample_efficiency
 
 SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 # A peer keeps its colour wherever it appears.
@@ -31,6 +32,8 @@ def main() -> None:
     for device, prefix in (("cpu", ""), ("cuda", "cuda_")):
         if (args.results / f"{device}.jsonl").exists():
             draw_all(args.results, records.newest_cases(records.read(args.results / f"{device}.jsonl")), prefix)
+    if rows := records.read(args.results / "sample_efficiency.jsonl"):
+        _save(sample_efficiency(rows), args.results / "sample_efficiency.png")
 
 
 def draw_all(folder: Path, cases: list[CaseRecord], prefix: str) -> None:
@@ -46,10 +49,13 @@ def draw_all(folder: Path, cases: list[CaseRecord], prefix: str) -> None:
         if not chosen:
             print(f"{path}: not drawn, the results have no such cases")
             continue
-        figure = draw(chosen)
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        plt.close(figure)
-        print(path)
+        _save(draw(chosen), path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    print(path)
 
 
 def speedups(cases: list[CaseRecord]) -> plt.Figure:
