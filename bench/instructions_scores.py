@@ -60,7 +60,7 @@ def judge(url: str, model: str, answers: Sequence[dict[str, str]], **client: Any
     Raises:
         ImportError, ServerRequestError, ServerUnavailableError: As ``ServerClient``.
     """
-    from slimkernels.teacher_server_client import ServerClient
+    from slimkernels.server_client import ServerClient
 
     with ServerClient(url, **client) as server:
 

@@ -12,7 +12,7 @@ from slimkernels.cli import main
 from slimkernels.evaluate.judge import Answer, Judge, answer_of
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
-from slimkernels.teacher_server_client import ServerRequestError, ServerUnavailableError
+from slimkernels.server_client import ServerRequestError, ServerUnavailableError
 
 pytest.importorskip("httpx2", reason="a judge needs the package httpx2")
 
