@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -12,12 +11,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimkernels.cli_arguments import IMPORT_OPTIONS, SHIPPED_PROMPTS, TRAIN_FIELDS, make_parser
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from slimkernels.cli_terminal import be_quiet, print_table, progress_bars, progress_task, shown
 
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -87,17 +84,17 @@ def _capture(args: argparse.Namespace) -> None:
         from slimkernels import cli_served
 
         cli_served.check(args)
-        _be_quiet()
-        with _progress() as progress:
+        be_quiet()
+        with progress_bars() as progress:
             capture = cli_served.capture_server if args.logits is None else cli_served.capture_logits
-            report = capture(args, progress.console.print, _task(progress, "documents"))
+            report = capture(args, progress.console.print, progress_task(progress, "documents"))
         _print_captured(report, args.out)
         return
     if args.prompts is None and (args.tokens, args.documents, args.generated) != (None, None, None):
         raise ValueError("--tokens, --documents and --generated say what to generate: give --prompts, not --text")
     if args.prompts is not None and (args.tokens is None) == (args.documents is None):
         raise ValueError("--prompts needs to know how much to generate: give --tokens N or --documents N")
-    _be_quiet()
+    be_quiet()
     import torch
 
     from slimkernels import teacher
@@ -125,7 +122,7 @@ def _capture(args: argparse.Namespace) -> None:
         device=ranks.device,
         tensor_parallel=args.tensor_parallel,
     )
-    with _progress(is_shown=ranks.process == 0) as progress:
+    with progress_bars(is_shown=ranks.process == 0) as progress:
 
         def documents() -> Iterator[list[int]]:
             """Starts when the store is open: what does not fit the store is found out before hours of generation."""
@@ -147,11 +144,11 @@ def _capture(args: argparse.Namespace) -> None:
                 seed=args.seed,
                 batch_size=args.batch_size,
                 wait=ranks.num_ranks > 1,
-                progress=_task(progress, "generated " + ("documents" if args.tokens is None else "tokens")),
+                progress=progress_task(progress, "generated " + ("documents" if args.tokens is None else "tokens")),
             )
             yield from teacher.read_documents(corpus.path, tokenizer, text_field="input_ids", max_length=None)
 
-        captured = _task(progress, "captured tokens")
+        captured = progress_task(progress, "captured tokens")
         report = teacher.capture(
             model,
             tokenizer,
@@ -185,12 +182,12 @@ def _print_captured(report: str, path: str) -> None:
     from slimkernels import store
 
     print(report)
-    _print_table({name: _show(value) for name, value in store.info(path).items()})
+    print_table({name: shown(value) for name, value in store.info(path).items()})
 
 
 def _train(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in TRAIN_FIELDS if getattr(args, name) is not None}
-    _be_quiet()
+    be_quiet()
     from slimkernels import teacher
     from slimkernels.store import Store
     from slimkernels.trainer import train, trainer_of
@@ -236,7 +233,7 @@ def _train(args: argparse.Namespace) -> None:
         # The trainer's bar leaves the cursor behind it.
         if has_bar:
             print(file=sys.stderr)
-    _print_table({name: _show(value) for name, value in metrics.items()})
+    print_table({name: shown(value) for name, value in metrics.items()})
     print(f"student saved in {args.out}")
 
 
@@ -244,10 +241,10 @@ def _eval(args: argparse.Namespace) -> None:
     from slimkernels import cli_evaluate
 
     is_side_by_side = cli_evaluate.is_side_by_side(args)
-    _be_quiet()
+    be_quiet()
     if is_side_by_side:
-        with _progress() as progress:
-            report = cli_evaluate.compare(args, lambda description: _task(progress, description))
+        with progress_bars() as progress:
+            report = cli_evaluate.compare(args, lambda description: progress_task(progress, description))
         print(report)
         return
     from slimkernels import teacher
@@ -256,10 +253,10 @@ def _eval(args: argparse.Namespace) -> None:
 
     store = Store(args.store)
     results = {}
-    with _progress() as progress:
+    with progress_bars() as progress:
         for name in args.model:
             model = teacher.load_model(name)
-            update = _task(progress, f"documents, {name}")
+            update = progress_task(progress, f"documents, {name}")
             results[name] = evaluate_store(
                 model, store, batch_size=args.batch_size, on_batch=lambda done, update=update: update(done, len(store))
             )
@@ -274,7 +271,7 @@ def _eval(args: argparse.Namespace) -> None:
     for name in results:
         table.add_column(name, overflow="fold")
     for metric in next(iter(results.values())):
-        table.add_row(metric, *(_show(metrics[metric]) for metrics in results.values()))
+        table.add_row(metric, *(shown(metrics[metric]) for metrics in results.values()))
     Console().print(table)
 
 
@@ -285,7 +282,7 @@ def _store_info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(content, indent=2))
     else:
-        _print_table({name: _show(value) for name, value in content.items()})
+        print_table({name: shown(value) for name, value in content.items()})
 
 
 def _store_verify(args: argparse.Namespace) -> None:
@@ -299,7 +296,7 @@ def _store_verify(args: argparse.Namespace) -> None:
 
 
 def _verify_complete(args: argparse.Namespace) -> None:
-    _be_quiet()
+    be_quiet()
     from slimkernels import store, teacher
 
     teacher.check_corpus_file(args.complete)
@@ -312,7 +309,7 @@ def _verify_complete(args: argparse.Namespace) -> None:
 
 
 def _store_import(args: argparse.Namespace) -> None:
-    _be_quiet()
+    be_quiet()
     from slimkernels import teacher
     from slimkernels.exchange import IMPORTERS
 
@@ -341,7 +338,7 @@ def _store_export(args: argparse.Namespace) -> None:
 def _decode(args: argparse.Namespace) -> None:
     from slimkernels import cli_search
 
-    _be_quiet()
+    be_quiet()
     cli_search.decode(args, print)
 
 
@@ -349,47 +346,6 @@ def _tree(args: argparse.Namespace) -> None:
     from slimkernels import cli_search
 
     cli_search.tree(args, print)
-
-
-def _be_quiet() -> None:
-    """Silences what the libraries below say about each file they read; errors come through as exceptions."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-
-
-@contextlib.contextmanager
-def _progress(*, is_shown: bool = True) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
-        yield progress
-
-
-def _task(progress: Progress, description: str) -> Callable[[int, int | None], None]:
-    task = progress.add_task(description, total=None)
-    return lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def _print_table(content: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in content.items():
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def _show(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
