@@ -73,6 +73,16 @@ def test_docs_readme_distiller_trains(tmp_path):
     assert all(0 < entry["weight"] < 1 and entry["kd"] > 0 for entry in logs)
 
 
+def test_docs_readme_search_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = snippet("pathfinder").replace("max_tokens=2000", "max_tokens=200, max_step_tokens=4, max_depth=2")
+    names = {"model": make_model(), "tokenizer": make_tokenizer(), "questions": ["w3 w5", "w8"]}
+    exec(code, names)  # noqa: S102 -- the README's
+    assert names["result"].num_tokens > 0
+    assert names["result"].text in capsys.readouterr().out
+    assert (tmp_path / "search.jsonl").stat().st_size > 0
+
+
 def test_docs_readme_tables_come_from_the_results():
     command = [sys.executable, "-m", "bench.table", "--results", "bench/results", "--readme", "README.md", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
