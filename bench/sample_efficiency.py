@@ -167,7 +167,8 @@ def sample_efficiency_block(rows: list[dict]) -> str:
     parts = ["Students from random weights, trained on more and more of a teacher's text:"]
     parts += [methods_table(experiment), verdict(experiment)]
     if experiment.ablation_size is not None:
-        parts += [ablation_table(experiment), defaults(experiment)]
+        folded = "<details><summary>One option changed at a time</summary>"
+        parts += [folded, ablation_table(experiment), "</details>", defaults(experiment)]
     return "\n\n".join([*parts, _conditions(experiment), FIGURE])
 
 
