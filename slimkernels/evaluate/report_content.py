@@ -39,19 +39,19 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
     if not comparisons:
         return [*blocks, Paragraph("There is one model and decoder only: nothing is compared.")]
     for task in records.tasks:
-        name = records.metrics(task)[0]
-        found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, name)]
-        shown = [entry for entry in found if entry.difference.is_shown]
-        if not found:
-            continue
-        numbers = {entry.difference.num_samples for entry in found}
-        samples = f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
-        sentences = [_sentence(entry) for entry in shown]
-        if len(shown) < len(found):
-            others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
-            rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
-            sentences.append(f"No difference shown between {rest}.")
-        blocks.append(Paragraph(f"{task}, {metric(name).title}, samples: {samples}. {' '.join(sentences)}"))
+        for name in _overall_metrics(records.metrics(task)):
+            found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, name)]
+            shown = [entry for entry in found if entry.difference.is_shown]
+            if not found:
+                continue
+            numbers = {entry.difference.num_samples for entry in found}
+            samples = f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
+            sentences = [_sentence(entry) for entry in shown]
+            if len(shown) < len(found):
+                others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
+                rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
+                sentences.append(f"No difference shown between {rest}.")
+            blocks.append(Paragraph(f"{task}, {metric(name).title}, samples: {samples}. {' '.join(sentences)}"))
     return blocks
 
 
