@@ -55,14 +55,19 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
     return blocks
 
 
+def _better(entry: Comparison) -> tuple[Arm, Arm, str]:
+    """The better one, the worse one, and what the better one is."""
+    lower_is_better = metric(entry.metric).lower_is_better
+    better, worse = (entry.b, entry.a) if (entry.difference.value > 0) != lower_is_better else (entry.a, entry.b)
+    return better, worse, "lower" if lower_is_better else "higher"
+
+
 def _sentence(entry: Comparison) -> str:
-    """The better one first."""
     difference, shown = entry.difference, metric(entry.metric)
-    b_is_better = (difference.value > 0) != shown.lower_is_better
-    better, worse = (entry.b, entry.a) if b_is_better else (entry.a, entry.b)
+    better, worse, word = _better(entry)
     low, high = sorted((abs(difference.low), abs(difference.high)))
     by = f"{shown.text(abs(difference.value))} {shown.difference_unit} [{shown.text(low)}, {shown.text(high)}]"
-    return f"{better} is {'lower' if shown.lower_is_better else 'higher'} than {worse} by {by}."
+    return f"{better} is {word} than {worse} by {by}."
 
 
 def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]:
@@ -245,11 +250,14 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
     if not comparisons:
         return []
     rows = []
-    for task, name, a, b, difference in comparisons:
+    for entry in comparisons:
+        task, name, a, b, difference = entry
         value, low, high = map(metric(name).signed, difference[:3])
         interval = f"{value} [{low}, {high}] {metric(name).difference_unit}"
-        verdict = difference.verdict.replace("a is", f"{a} is").replace("b is", f"{b} is")
-        cell = Cell(verdict, "best" if difference.is_shown else "")
+        cell = Cell("no difference shown")
+        if difference.is_shown:
+            better, _, word = _better(entry)
+            cell = Cell(f"{better} is {word}", "best")
         rows.append(
             [
                 f"{task}, {name.replace('_', ' ')}",
