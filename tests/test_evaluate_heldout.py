@@ -84,7 +84,7 @@ def test_the_page_knows_that_lower_is_better(store, report):
     assert f"had perplexity {metrics['a']['teacher_perplexity']:,.4g} on these labels" in text
     assert "9 of 9" in text
     # Nothing was asked or answered.
-    for foreign in ("seeds", "empty", "no output", "Reference:", "Worked examples", "reasoning steps"):
+    for foreign in ("no draws", "empty", "no output", "Reference:", "Worked examples", "reasoning steps"):
         assert foreign not in text
         assert foreign not in page.partition("<script>")[0]
 

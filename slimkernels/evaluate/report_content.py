@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkernels.evaluate import summary
 from slimkernels.evaluate.gemini import DECODER as OUTPUTS
-from slimkernels.evaluate.heldout import LOSS
+from slimkernels.evaluate.heldout import LOSS, NO_DECODER
 from slimkernels.evaluate.judge import ratings_of
 from slimkernels.evaluate.metric import JUDGE, column, metric
 from slimkernels.evaluate.records import Record
@@ -312,7 +312,7 @@ def _found(row: Overall, name: str) -> Cell:
 
 
 def _seeds(row: Overall) -> str:
-    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder == OUTPUTS else "no draws")
+    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder in (OUTPUTS, NO_DECODER) else "no draws")
 
 
 def _budget(budget: Budget) -> str:
