@@ -46,7 +46,7 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
                 continue
             numbers = {entry.difference.num_samples for entry in found}
             samples = f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
-            sentences = [_sentence(entry) for entry in shown]
+            sentences = _sentences(shown)
             if len(shown) < len(found):
                 others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
                 rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
@@ -62,12 +62,16 @@ def _better(entry: Comparison) -> tuple[Arm, Arm, str]:
     return better, worse, "lower" if lower_is_better else "higher"
 
 
-def _sentence(entry: Comparison) -> str:
-    difference, shown = entry.difference, metric(entry.metric)
-    better, worse, word = _better(entry)
-    low, high = sorted((abs(difference.low), abs(difference.high)))
-    by = f"{shown.text(abs(difference.value))} {shown.difference_unit} [{shown.text(low)}, {shown.text(high)}]"
-    return f"{better} is {word} than {worse} by {by}."
+def _sentences(entries: Sequence[Comparison]) -> list[str]:
+    """One for each arm that is better than others."""
+    beaten: dict[tuple[Arm, str], list[str]] = {}
+    for entry in entries:
+        difference, shown = entry.difference, metric(entry.metric)
+        better, worse, word = _better(entry)
+        low, high = sorted((abs(difference.low), abs(difference.high)))
+        by = f"{shown.text(abs(difference.value))} {shown.difference_unit} [{shown.text(low)}, {shown.text(high)}]"
+        beaten.setdefault((better, word), []).append(f"than {worse} by {by}")
+    return [f"{better} is {word} {', '.join(others)}." for (better, word), others in beaten.items()]
 
 
 def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]:
