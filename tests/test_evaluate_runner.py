@@ -192,7 +192,12 @@ def test_a_killed_command_line_redoes_nothing_finished(folders, data, tmp_path):
     before = read_records(file)
     assert 2 <= len(before) < 7
     assert not (tmp_path / "report.html").exists()
+    # What is there can be looked at, and says that it is not all.
+    assert main(["eval", "--rescore", "--out", str(tmp_path)]) == 0
+    said = f"Not finished, outputs that are there: a, self-consistency, gsm8k: {len(before)} of 7."
+    assert said in (tmp_path / "report.html").read_text()
     assert main(words) == 0
+    assert "Not finished" not in (tmp_path / "report.html").read_text()
     # The same lines, with the times that they took; then the others.
     assert read_records(file)[: len(before)] == before
     assert len(load_run(tmp_path)[1]) == 7

@@ -109,6 +109,8 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
         facts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in described["versions"].items()))
     if facts:
         blocks.append(Paragraph(". ".join(facts) + "."))
+    if described.get("unfinished"):
+        blocks.append(Paragraph(f"Not finished, outputs that are there: {'; '.join(described['unfinished'])}."))
     if "judge" in described:
         asked = described["judge"]
         blocks.append(Paragraph(f"Judge: {asked['model']} at {asked['url']}, prompt {asked['prompt']}."))
@@ -265,15 +267,16 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
         rows.append(
             [
                 f"{task}, {name.replace('_', ' ')}",
+                cell,
                 str(a),
                 str(b),
                 interval,
                 f"{difference.p_value:.3g}",
                 str(difference.num_samples),
-                cell,
             ]
         )
-    head = ["task, score", "a", "b", "b - a", "p", "samples", "verdict"]
+    # The verdict first: on a phone the rest is to the right.
+    head = ["task, score", "verdict", "a", "b", "b - a", "p", "samples"]
     explained = (
         "Paired by sample, seeds of a sample averaged first; documents count by their labels. In brackets: 95 % "
         "percentile bootstrap interval (10,000 resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for "
