@@ -71,19 +71,20 @@ def test_each_document_and_their_mean_are_those_of_evaluate_store(store, report)
 
 def test_the_page_knows_that_lower_is_better(store, report):
     page, text = (report / "report.html").read_text(), (report / "report.md").read_text().replace("\\", "")
-    losses = {name: evaluate_store(make_model(seed=seed), store)["loss"] for name, seed in SEEDS.items()}
-    assert losses["teacher"] < min(losses["a"], losses["b"]) - 0.5
-    assert f'<td class="best number">{losses["teacher"]:.3f}</td>' in page
-    second = sorted(losses.values())[1]
-    assert f"*{second:.3f}*" in text
-    assert f"**{math.exp(losses['teacher']):,.4g}**" in text
-    for worse in ("a", "b"):
-        assert re.search(rf"teacher is lower than {worse} by \d\.\d{{3}} nats \[", text)
+    metrics = {name: evaluate_store(make_model(seed=seed), store) for name, seed in SEEDS.items()}
+    for name, places in (("loss", ".3f"), ("perplexity", ",.4g"), ("kl_ghost", ".3f")):
+        best, second, worst = sorted(found[name] for found in metrics.values())
+        assert f'<td class="best number">{abs(best):{places}}</td>' in page
+        assert f"*{second:{places}}*" in text
+        assert f"| {worst:{places}} |" in text
+    assert metrics["teacher"]["kl_ghost"] < 1e-3 < metrics["a"]["kl_ghost"]
+    (verdict,) = re.findall("teacher is lower (.*)", text.partition("## What was run")[0])
+    assert re.fullmatch(r"than a by \d\.\d{3} nats \[.*\], than b by \d\.\d{3} nats \[.*\]\..*", verdict)
     assert "teacher is higher" not in text
-    assert f"perplexity {math.exp(losses['teacher']):,.4g} on these labels" in text
+    assert f"had perplexity {metrics['a']['teacher_perplexity']:,.4g} on these labels" in text
     assert "9 of 9" in text
     # Nothing was asked or answered.
-    for foreign in ("seeds", "empty", "no output", "Reference:", "Worked examples", "reasoning steps"):
+    for foreign in ("no draws", "empty", "no output", "Reference:", "Worked examples", "reasoning steps"):
         assert foreign not in text
         assert foreign not in page.partition("<script>")[0]
 

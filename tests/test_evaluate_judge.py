@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from evaluation import make_data, make_folder, make_record
 from served import _Server
 
 from slimkernels.cli import main
-from slimkernels.evaluate.judge import Answer, Judge, answer_of
+from slimkernels.evaluate.judge import Answer, Judge, Rating, answer_of
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
 from slimkernels.server_client import ServerRequestError, ServerUnavailableError
@@ -69,11 +70,9 @@ def test_a_judge_that_is_not_there_is_found_out(server):
 
 
 def test_a_rating_belongs_to_one_output():
-    import dataclasses
-
     with Judge("http://127.0.0.1:1/v1", "j") as judge:
         record = make_record(0, "The answer is 1.")
-        rated = score(judge.judged(record, judge.rate_all.__globals__["Rating"](7.0, "[[7]]", None)))
+        rated = score(judge.judged(record, Rating(7.0, "[[7]]", None)))
         assert rated.scores == {"flexible": 1.0, "strict": 1.0, "judge j": 7.0}
         assert judge.has_rated(rated)
         changed = score(dataclasses.replace(rated, output="The answer is 2."))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from evaluation import make_data, make_folder
@@ -171,3 +175,29 @@ def test_bad_input_exits_2_with_one_sentence(arguments, message, folders, data, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("slimkernels: ")
     assert message.format(**names) in error
+
+
+def test_a_killed_command_line_redoes_nothing_finished(folders, data, tmp_path):
+    words = ["eval", "--models", folders[0], "--tasks", "gsm8k", "--data", str(data), "--decoders", "self-consistency"]
+    words += ["--chains", "4", "--shots", "0", "--max-step-tokens", "60", "--batch-questions", "1"]
+    words += ["--out", str(tmp_path)]
+    before: list = []
+    with subprocess.Popen([sys.executable, "-m", "slimkernels", *words], stderr=subprocess.DEVNULL) as process:
+        while len(before) < 2 and process.poll() is None:
+            time.sleep(0.01)
+            before = [record for file in tmp_path.glob("records/*.jsonl") for record in read_records(file)]
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    (file,) = tmp_path.glob("records/*.jsonl")
+    before = read_records(file)
+    assert 2 <= len(before) < 7
+    assert not (tmp_path / "report.html").exists()
+    # What is there can be looked at, and says that it is not all.
+    assert main(["eval", "--rescore", "--out", str(tmp_path)]) == 0
+    said = f"Not finished, outputs that are there: a, self-consistency, gsm8k: {len(before)} of 7."
+    assert said in (tmp_path / "report.html").read_text()
+    assert main(words) == 0
+    assert "Not finished" not in (tmp_path / "report.html").read_text()
+    # The same lines, with the times that they took; then the others.
+    assert read_records(file)[: len(before)] == before
+    assert len(load_run(tmp_path)[1]) == 7

@@ -84,6 +84,19 @@ def test_few_samples_show_nothing_however_clear_they_look():
     assert paired_difference([1] * 8, [0] * 8).verdict == "a is higher"
 
 
+def test_weights_by_hand():
+    # Two draws of {0, 1} that count 1 and 3 are (0, 0), (0, 1) and (1, 1): 0, 3/4 and 1.
+    assert bootstrap_interval([0, 1], weights=[1, 3], num_resamples=1000) == (0.75, 0.0, 1.0)
+    assert bootstrap_interval([0, 1], weights=[1, 3], confidence=0.4, num_resamples=1000) == (0.75, 0.75, 0.75)
+    a, b = np.random.default_rng(0).random((2, 30))
+    assert paired_difference(a, b, weights=[2] * 30) == pytest.approx(paired_difference(a, b))
+    # The signs of 1 * 4, 4 * 1 and 1 * 1: a sum as far from 0 as 7 has +-(4, 4, -1) and +-(4, 4, 1).
+    assert paired_difference([0, 0, 0], [4, 1, -1], weights=[1, 4, 1]).p_value == 4 / 8
+    for weights in ([1.0], [1, 0], [1, -1], [1, math.nan]):
+        with pytest.raises(ValueError, match="weights must be positive, one for each of the 2 samples"):
+            bootstrap_interval([0, 1], weights=weights)
+
+
 def test_seeded():
     a, b = np.random.default_rng(0).random((2, 30))
     assert paired_difference(a, b, seed=3) == paired_difference(a, b, seed=3)

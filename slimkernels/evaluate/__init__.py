@@ -1,8 +1,9 @@
 """How good models and decoders are: held-out metrics, answers to questions, and a report that compares them.
 
 ``metrics.py`` measures a student on a store. The rest compares models and decoders side by side: ``tasks.py`` reads the
-questions, ``runner.py`` has them answered, ``answers.py`` finds the answers in what was written, ``records.py`` keeps
-everything, ``summary.py`` and ``statistics.py`` compare, ``report.py`` writes it up.
+questions and ``heldout.py`` the documents, ``runner.py`` has them answered, ``answers.py`` finds the answers in what
+was written, ``judge.py`` has it rated, ``records.py`` keeps everything, ``summary.py`` and ``statistics.py`` compare,
+``report.py`` writes it up.
 """
 
 import importlib

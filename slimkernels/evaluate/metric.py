@@ -32,7 +32,8 @@ class Metric:
 
     def text(self, value: float) -> str:
         """A value, without its unit."""
-        return f"{self.factor * value:.{self.places}f}"
+        # Adding 0 makes a 0 of what is rounded to -0.
+        return f"{round(self.factor * value, self.places) + 0:.{self.places}f}"
 
     def signed(self, value: float) -> str:
         """A difference, without its unit."""

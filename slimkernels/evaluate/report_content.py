@@ -8,7 +8,7 @@ from typing import Any
 
 from slimkernels.evaluate import summary
 from slimkernels.evaluate.gemini import DECODER as OUTPUTS
-from slimkernels.evaluate.heldout import LOSS
+from slimkernels.evaluate.heldout import LOSS, NO_DECODER
 from slimkernels.evaluate.judge import ratings_of
 from slimkernels.evaluate.metric import JUDGE, column, metric
 from slimkernels.evaluate.records import Record
@@ -39,30 +39,39 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
     if not comparisons:
         return [*blocks, Paragraph("There is one model and decoder only: nothing is compared.")]
     for task in records.tasks:
-        name = records.metrics(task)[0]
-        found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, name)]
-        shown = [entry for entry in found if entry.difference.is_shown]
-        if not found:
-            continue
-        numbers = {entry.difference.num_samples for entry in found}
-        samples = f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
-        sentences = [_sentence(entry) for entry in shown]
-        if len(shown) < len(found):
-            others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
-            rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
-            sentences.append(f"No difference shown between {rest}.")
-        blocks.append(Paragraph(f"{task}, {metric(name).title}, samples: {samples}. {' '.join(sentences)}"))
+        for name in _overall_metrics(records.metrics(task)):
+            found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, name)]
+            shown = [entry for entry in found if entry.difference.is_shown]
+            if not found:
+                continue
+            numbers = {entry.difference.num_samples for entry in found}
+            samples = f"{min(numbers)}" if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
+            sentences = _sentences(shown)
+            if len(shown) < len(found):
+                others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
+                rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
+                sentences.append(f"No difference shown between {rest}.")
+            blocks.append(Paragraph(f"{task}, {metric(name).title}, samples: {samples}. {' '.join(sentences)}"))
     return blocks
 
 
-def _sentence(entry: Comparison) -> str:
-    """The better one first."""
-    difference, shown = entry.difference, metric(entry.metric)
-    b_is_better = (difference.value > 0) != shown.lower_is_better
-    better, worse = (entry.b, entry.a) if b_is_better else (entry.a, entry.b)
-    low, high = sorted((abs(difference.low), abs(difference.high)))
-    by = f"{shown.text(abs(difference.value))} {shown.difference_unit} [{shown.text(low)}, {shown.text(high)}]"
-    return f"{better} is {'lower' if shown.lower_is_better else 'higher'} than {worse} by {by}."
+def _better(entry: Comparison) -> tuple[Arm, Arm, str]:
+    """The better one, the worse one, and what the better one is."""
+    lower_is_better = metric(entry.metric).lower_is_better
+    better, worse = (entry.b, entry.a) if (entry.difference.value > 0) != lower_is_better else (entry.a, entry.b)
+    return better, worse, "lower" if lower_is_better else "higher"
+
+
+def _sentences(entries: Sequence[Comparison]) -> list[str]:
+    """One for each arm that is better than others."""
+    beaten: dict[tuple[Arm, str], list[str]] = {}
+    for entry in entries:
+        difference, shown = entry.difference, metric(entry.metric)
+        better, worse, word = _better(entry)
+        low, high = sorted((abs(difference.low), abs(difference.high)))
+        by = f"{shown.text(abs(difference.value))} {shown.difference_unit} [{shown.text(low)}, {shown.text(high)}]"
+        beaten.setdefault((better, word), []).append(f"than {worse} by {by}")
+    return [f"{better} is {word} {', '.join(others)}." for (better, word), others in beaten.items()]
 
 
 def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]:
@@ -100,6 +109,8 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
         facts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in described["versions"].items()))
     if facts:
         blocks.append(Paragraph(". ".join(facts) + "."))
+    if described.get("unfinished"):
+        blocks.append(Paragraph(f"Not finished, outputs that are there: {'; '.join(described['unfinished'])}."))
     if "judge" in described:
         asked = described["judge"]
         blocks.append(Paragraph(f"Judge: {asked['model']} at {asked['url']}, prompt {asked['prompt']}."))
@@ -245,23 +256,27 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
     if not comparisons:
         return []
     rows = []
-    for task, name, a, b, difference in comparisons:
+    for entry in comparisons:
+        task, name, a, b, difference = entry
         value, low, high = map(metric(name).signed, difference[:3])
         interval = f"{value} [{low}, {high}] {metric(name).difference_unit}"
-        verdict = difference.verdict.replace("a is", f"{a} is").replace("b is", f"{b} is")
-        cell = Cell(verdict, "best" if difference.is_shown else "")
+        cell = Cell("no difference shown")
+        if difference.is_shown:
+            better, _, word = _better(entry)
+            cell = Cell(f"{better} is {word}", "best")
         rows.append(
             [
                 f"{task}, {name.replace('_', ' ')}",
+                cell,
                 str(a),
                 str(b),
                 interval,
                 f"{difference.p_value:.3g}",
                 str(difference.num_samples),
-                cell,
             ]
         )
-    head = ["task, score", "a", "b", "b - a", "p", "samples", "verdict"]
+    # The verdict first: on a phone the rest is to the right.
+    head = ["task, score", "verdict", "a", "b", "b - a", "p", "samples"]
     explained = (
         "Paired by sample, seeds of a sample averaged first; documents count by their labels. In brackets: 95 % "
         "percentile bootstrap interval (10,000 resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for "
@@ -304,7 +319,7 @@ def _found(row: Overall, name: str) -> Cell:
 
 
 def _seeds(row: Overall) -> str:
-    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder == OUTPUTS else "no draws")
+    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder in (OUTPUTS, NO_DECODER) else "no draws")
 
 
 def _budget(budget: Budget) -> str:

@@ -21,7 +21,7 @@ _STYLE = """
   --faint: #a4adb8; --good: #5fce8e; --bad: #ff8a80;
   --c0: #6fb1ff; --c1: #ff9a5c; --c2: #5fce8e; --c3: #d59bea; --c4: #dcc25a; --c5: #ff87b0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--page); overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--rule); } h3 { margin-bottom: .3rem; }
 .scroll { overflow-x: auto; margin: .8rem 0; }

@@ -139,8 +139,7 @@ def run(
     for model in plan.models:
         loaded: LoadedModel | None = None
         for cell in (cell for cell in cells if cell.model is model):
-            description = ", ".join(filter(None, (model.label, cell.decoder, cell.task.name)))
-            report = progress(description) if progress else lambda done, total: None
+            report = progress(_name(cell)) if progress else lambda done, total: None
             with RecordFile(output_dir / cell.file) as file:
                 wanted = [
                     (order, sample, seed) for seed in cell.seeds for order, sample in enumerate(cell.task.samples)
@@ -168,14 +167,16 @@ def load_run(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[R
     if not path.is_file():
         raise FileNotFoundError(f"no run found: there is no {path}; run without --rescore first")
     described = json.loads(path.read_text())
-    records = []
+    records, unfinished = [], []
     for cell in described["cells"]:
         file = Path(output_dir) / cell["file"]
         found = read_records(file) if file.is_file() else []
-        records += [
-            score(record) for record in found if record.order < cell["samples"] and record.seed in cell["seeds"]
-        ]
-    return described, records
+        found = [record for record in found if record.order < cell["samples"] and record.seed in cell["seeds"]]
+        wanted = cell["samples"] * len(cell["seeds"])
+        if len(found) < wanted:
+            unfinished.append(f"{cell.get('name', cell['file'])}: {len(found)} of {wanted}")
+        records += map(score, found)
+    return described | {"unfinished": unfinished}, records
 
 
 def rescore(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
@@ -336,8 +337,15 @@ def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell]) -> dict[str, Any
         **(asked if plan.tasks else {}),
         "versions": {name: _version(name) for name in ("slimkernels", "torch", "transformers")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "cells": [{"file": cell.file, "samples": len(cell.task.samples), "seeds": cell.seeds} for cell in cells],
+        "cells": [
+            {"name": _name(cell), "file": cell.file, "samples": len(cell.task.samples), "seeds": cell.seeds}
+            for cell in cells
+        ],
     }
+
+
+def _name(cell: _Cell | HeldoutCell) -> str:
+    return ", ".join(filter(None, (cell.model.label, cell.decoder, cell.task.name)))
 
 
 def _version(package: str) -> str:
