@@ -54,6 +54,14 @@ def everything(result):
     return nodes, result._replace(tree=None, seconds=0.0)
 
 
+def trees_of(path):
+    """Every node of every question, and the results, as the file has them."""
+    return [
+        ([traced.progress.tree.record(node) for node in range(len(traced.progress.tree))], traced.result)
+        for traced in read_trace(path).questions
+    ]
+
+
 def lines_of(path):
     return Path(path).read_bytes().splitlines(keepends=True)
 
@@ -93,6 +101,7 @@ def test_trace_goes_on_after_every_line_and_inside_of_lines(whole, tmp_path):
                 assert resumed.engine.encoded == resumed.engine.batches == []
             # Seconds differ, and what was written before the cut is not written again.
             assert len(lines_of(cut)) == len(lines)
+            assert trees_of(cut) == trees_of(path)
 
 
 def test_trace_goes_on_without_the_work_that_was_done(whole, tmp_path):
