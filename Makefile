@@ -33,7 +33,7 @@ test: $(installed)  ## run the default tests: CPU, no network
 test-isa: $(installed)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
 
-test-servers: $(installed) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from llama.cpp and vLLM on localhost
+test-servers: $(installed) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from, and search with, llama.cpp and vLLM on localhost
 	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) VLLM_PYTHON=$(abspath $(VENV)-vllm/bin/python) \
 	  $(py) -m pytest tests/test_teacher_server_real.py -m server
 

@@ -12,6 +12,7 @@ import torch
 from test_teacher_server import assert_close_to_local
 
 from slimkernels.cli import main
+from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
 from slimkernels.store import Store, verify
 from slimkernels.teacher import capture, capture_server, shipped_prompts
 from slimkernels.teacher_gguf import converted_folder, default_cache_dir
@@ -80,6 +81,22 @@ def test_scored_documents_agree_with_a_local_capture(server, smollm2, tmp_path) 
         exact = other.teacher.target_logit - other.teacher.lse[:, 0]
         assert (document.teacher.target_logit - exact).abs().mean() < 0.1
         assert_close_to_local(document, model)
+
+
+def test_search(server, smollm2) -> None:
+    """A tree that grows on the server, and the same one again: texts and tokens are the tokenizer's."""
+    _, url = server
+    engine = ServerEngine(url, served.MODEL, concurrency=8)
+    config = PathFinderConfig(**served.SEARCH)
+    results = PathFinder(engine, config).solve(served.SEARCHED)
+    assert engine._branches == {}
+    for result in results:
+        assert result.candidates
+        for node in range(1, len(result.tree)):
+            ids = result.tree.token_ids(node)
+            assert result.tree.text(node) == smollm2[1].decode(ids, skip_special_tokens=True)
+            assert -12 * len(ids) < result.tree.sum_logprob[node] < 0
+    engine.close()
 
 
 def test_command_line(server, smollm2, tmp_path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import weakref
 import zlib
 from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -85,8 +86,14 @@ class ServerEngine:
         )
         self._require_logprobs = require_logprobs
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="slimkernels-server", daemon=True).start()
-        self._dialect: ServerDialect = self._run(dialect_of(self._client, model))
+        thread = threading.Thread(target=self._loop.run_forever, name="slimkernels-server", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _shut, self._loop, thread, self._client)
+        try:
+            self._dialect: ServerDialect = self._run(dialect_of(self._client, model))
+        except BaseException:
+            self.close()
+            raise
         self.context_length = context_length or self._dialect.context_length or 1 << 20
         self._notes = dict.fromkeys(self._dialect.notes)
         self._branches: dict[int, _Branch] = {}
@@ -157,9 +164,8 @@ class ServerEngine:
         del self._branches[branch]
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Closes the connections; also done when the engine is no longer used."""
+        self._end()
 
     async def _answer(self, request: StepRequest, step_end: StepEnd) -> Answer:
         """Asks until the step ends: a text that may end it, such as a newline before anything else, need not."""
@@ -225,6 +231,16 @@ class ServerEngine:
         except BaseException:
             future.cancel()
             raise
+
+
+def _shut(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: AsyncServerClient) -> None:
+    if threading.current_thread() is thread:  # the last to use the engine was a request
+        loop.stop()
+        return
+    asyncio.run_coroutine_threadsafe(client.close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 async def _all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
