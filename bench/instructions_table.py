@@ -72,7 +72,7 @@ def _caption(rows: list[dict]) -> str:
         f"that all share. Then {chosen['steps']} steps of {chosen['batch_size']} of {last['documents']:,} examples "
         f"({last['labels']:,} response tokens), MiniLLM {chosen['minillm_steps']} of as many prompts{took}. "
         f"{seeds} seed{'s' * (seeds != 1)}. {last['left_out']} training examples with held-out or "
-        f"repeated instructions were left out; of {prompts} references, or responses of a model, at most {non_ascii} hold "
-        f"characters beyond ASCII, which Rouge's tokenizer drops. {last['device']}, {last['threads']} "
+        f"repeated instructions were left out; of {prompts} references, or responses of a model, at most {non_ascii} "
+        f"hold characters beyond ASCII, which Rouge's tokenizer drops. {last['device']}, {last['threads']} "
         f"thread{'s' * (last['threads'] != 1)}, {last['date'][:10]}; `python -m bench.reproduce_instructions`."
     )
