@@ -234,7 +234,11 @@ def defaults(experiment: Experiment) -> str:
         ]
         better = [name for name, change in changes if _relation(change) == "<"]
         worse = [name for name, change in changes if _relation(change) == ">"]
-        supported = f"lower beyond its interval is {', '.join(better)}" if better else "no other value is lower"
+        supported = (
+            f"lower beyond its interval is {', '.join(better)}"
+            if better
+            else "no other value is lower beyond its interval"
+        )
         supported += f"; higher is {', '.join(worse)}" if worse else "; none is higher"
         undecided = len(changes) - len(better) - len(worse)
         supported += f"; {undecided} of {len(changes)} are not decided" if undecided else ""
