@@ -214,7 +214,7 @@ def test_bad_input_exits_2_with_one_sentence(arguments, message, teacher, corpus
     ("arguments", "message"),
     [
         ("", "required: COMMAND"),
-        ("decode", "invalid choice: 'decode'"),
+        ("encode", "invalid choice: 'encode'"),
         ("capture --teacher x --out y", "one of the arguments --text --prompts is required"),
         ("capture --teacher x --text a --prompts --out y", "not allowed with argument"),
         ("capture --teacher x --text a --out y --batch-tokens 0", "must be a whole number of at least 1, got '0'"),

@@ -147,13 +147,9 @@ def test_partitioned_models_are_known_as_such(tmp_path):
         OnlineTeacher(partition(make_family("llama")), sk.SlimObjective("kd"), 61)
 
 
-@pytest.mark.parametrize("attribute", ["shape", "dtensor"])
-def test_a_head_that_nobody_gathers_is_refused(attribute):
+def test_a_head_that_nobody_gathers_is_refused():
     model, batch = sk.patch_model(make_family("llama")), make_batch()
-    if attribute == "shape":
-        model.lm_head.weight.data = torch.empty(0)
-    else:
-        model.lm_head.weight.full_tensor = None
+    model.lm_head.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"the head's weight must be whole, \(V, 16\), .*shard it with the model"):
         model(**batch)
 
