@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from slimkernels.cli_search_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimkernels.search import PathFinder, Question, Result, Scorer, Tree
+    from slimkernels.search import Engine, PathFinder, Question, Result, Scorer, Tree
     from slimkernels.search.json_lines import JsonLines
 
 Say = Callable[[str], None]
@@ -157,7 +158,7 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
     return asked
 
 
-def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase]:
+def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
 
     options = {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
@@ -168,18 +169,13 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
         raise ValueError(f"--chains must be at least 1, got {chains}")
     checks = _checks(args)
 
-    import torch
-
-    from slimkernels import teacher
-
-    device = None if args.device is None else torch.device(args.device)
-    model, tokenizer = teacher.load_teacher(
-        args.model, gguf_file=args.gguf_file, revision=args.revision, dtype=getattr(torch, args.dtype), device=device
-    )
-    engine = search.TransformersEngine(model, tokenizer)
+    engine, model, tokenizer = _served(args) if args.server is not None else _embedded(args)
     selector: Scorer | None = None
     if args.selector == "verifier":
-        judge = (model, tokenizer) if args.verifier is None else teacher.load_teacher(args.verifier, device=device)
+        from slimkernels import teacher
+
+        own = (model, tokenizer)
+        judge = own if args.verifier is None else teacher.load_teacher(args.verifier, device=_device(args))
         selector = search.Verifier(*judge)
     elif args.selector is not None:
         selector = {
@@ -196,6 +192,41 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     return preset(engine, chains, config, **selection), tokenizer
 
 
+def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+
+    from slimkernels import search, teacher
+
+    if args.tokenizer is not None:
+        raise ValueError("--tokenizer is of --server: a model that runs here has its own")
+    model, tokenizer = teacher.load_teacher(
+        args.model,
+        gguf_file=args.gguf_file,
+        revision=args.revision,
+        dtype=getattr(torch, args.dtype),
+        device=_device(args),
+    )
+    return search.TransformersEngine(model, tokenizer), model, tokenizer
+
+
+def _device(args: argparse.Namespace) -> torch.device | None:
+    import torch
+
+    return None if args.device is None else torch.device(args.device)
+
+
+def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizerBase | None]:
+    from slimkernels import search, teacher
+
+    for option in ("gguf_file", "revision", "device"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --server, which has loaded its model")
+    if args.selector == "verifier" and args.verifier is None:
+        raise ValueError("--selector verifier needs --verifier MODEL with --server: the verifier runs here")
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    return search.ServerEngine(args.server, args.model), None, tokenizer
+
+
 def _checks(args: argparse.Namespace) -> list[Any]:
     from slimkernels import search
 
@@ -209,7 +240,7 @@ def _checks(args: argparse.Namespace) -> list[Any]:
     return checks
 
 
-def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Question:
+def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> Question:
     from slimkernels.search import Question
 
     values = {**item.record, "question": item.text}
@@ -221,7 +252,7 @@ def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase, c
     text = re.sub(r"\{(\w+)\}", value, template)
     if text == template:
         raise ValueError(f"--template must contain {{question}}, where the question goes, got {template!r}")
-    if not chat or not tokenizer.chat_template:
+    if not chat or tokenizer is None or not tokenizer.chat_template:
         return Question(text if text.endswith((" ", "\n", ":")) else f"{text}\n", item.text)
     messages = [{"role": "user", "content": text}]
     # Token ids: the template's special tokens would be encoded a second time with the text.

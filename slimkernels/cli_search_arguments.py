@@ -108,6 +108,8 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("question", nargs="?", metavar="QUESTION", help="a text; -: all of the standard input is one question")
     add("--model", required=True, metavar="MODEL", help="folder, .gguf file, smollm2-135m-instruct, or a hub's name")
+    add("--server", metavar="URL", help="OpenAI-compatible, as http://localhost:8000/v1; MODEL is its name there")
+    add("--tokenizer", metavar="MODEL", help="whose chat template a server is asked in (default: none)")
     add("--gguf-file", metavar="NAME", help="the .gguf file inside the model's folder or repository")
     add("--revision", metavar="REV", help="of a model from the hub")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")

@@ -14,6 +14,8 @@ import served
 import teachers
 import torch
 
+from slimkernels.cli import main
+from slimkernels.cli_search_arguments import DECODE_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEngine
 from slimkernels.search.engine_server import trigram_counts
 from slimkernels.search.server_steps import Answer
@@ -113,6 +115,37 @@ def test_server_of_another_kind_continues_texts_and_is_cut(kind):
             if (tree.parent == node).any():
                 assert question + tree.text(node) in prompts
     assert any(CONFIG.is_step(step) for _, _, step, _ in nodes_of(results))
+
+
+def test_server_search_goes_on_from_its_trace(server, tmp_path):
+    def traced(name):
+        engine = ServerEngine(server.url, served.MODEL, **QUICK)
+        before = len(generations(server))
+        results = PathFinder(engine, CONFIG).solve(served.SEARCHED, trace=tmp_path / name)
+        engine.close()
+        return nodes_of(results), len(generations(server)) - before
+
+    expected, requests = traced("whole")
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").write_bytes(b"".join(lines[: 1 + len(lines) // 2]))
+    nodes, again = traced("cut")
+    assert nodes == expected
+    assert 0 < again < requests
+
+
+def test_decode_asks_a_server(server, tmp_path, capsys):
+    expected = solve(server)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": prompt}) + "\n" for prompt in served.SEARCHED))
+    flags = [word for name, value in served.SEARCH.items() for word in (DECODE_FIELDS[name][0], str(value))]
+    command = ["decode", "--model", served.MODEL, "--server", server.url, "--template", "{question}"]
+    command += ["--questions", str(questions), "--answer-pattern", "(?!)", *flags]
+    assert main([*command, "--out", str(tmp_path / "out.jsonl")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["text"] for record in records] == [result.text for result in expected]
+    for refused in (["--device", "cuda"], ["--selector", "verifier"]):
+        assert main([*command, *refused]) == 2
+        assert "--server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["disconnect", "cut", (500, {}, "{}"), (429, {"Retry-After": "0"}, "{}")])

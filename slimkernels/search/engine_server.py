@@ -84,6 +84,7 @@ class ServerEngine:
             timeout_s=timeout_s,
             backoff_s=backoff_s,
         )
+        self._model = model
         self._require_logprobs = require_logprobs
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="slimkernels-server", daemon=True)
@@ -104,6 +105,10 @@ class ServerEngine:
     def notes(self) -> tuple[str, ...]:
         """What a result of this server should say."""
         return tuple(self._notes)
+
+    def identity(self) -> dict[str, Any]:
+        """The server's model by its name, and how it is spoken to; its weights cannot be seen."""
+        return {"engine": "server", "model": self._model, "dialect": type(self._dialect).__name__}
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt without tokens, that fills the context, or that the server cannot take."""
@@ -158,6 +163,17 @@ class ServerEngine:
                 raise ValueError(f"branch {request.branch} must be shorter than the context: it cannot be continued")
         answers = self._run(_all([self._answer(request, step_end) for request in requests]))
         return [self._step(*pair, embed) for pair in zip(requests, answers, strict=True)]
+
+    def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
+        """Notes steps that were drawn before; the server reads them with the next."""
+        replayed = []
+        for step in steps:
+            above = self._branches[step.branch]
+            more = step.text if isinstance(above.prompt, str) else list(step.token_ids)
+            branch = self._add(_Branch(above.prompt + more, above.length + len(step.token_ids)))
+            embedding = trigram_counts(step.text) if embed else None
+            replayed.append(dataclasses.replace(step, branch=branch, embedding=embedding))
+        return replayed
 
     def free(self, branch: int) -> None:
         """Forgets a branch."""
