@@ -33,6 +33,12 @@ QUESTIONS = [
     for trays in range(4, 12)
 ]
 
+WORKED = (
+    "Question: A farmer has 6 crates with 12 pears each. He sells 20 pears in the morning and gives away 7 pears in the "
+    "evening. How many pears does he have left at the end of the day?\nAnswer: 6 crates hold 6 * 12 = 72 pears. After the "
+    "morning 72 - 20 = 52 are left. After the evening 52 - 7 = 45 are left. The answer is 45.\n\n"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -44,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--beam", type=int, default=8)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--step-tokens", type=int, default=16)
+    parser.add_argument("--shots", type=int, default=0, help="worked examples before each question")
     parser.add_argument("--prompt-tokens", type=int, default=300, help="of the prompts for which memory is compared")
     parser.add_argument("--batch-leaves", type=int, default=8, help="that generate continues at a time; 8 was fastest")
     args = parser.parse_args(arguments)
@@ -58,20 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         top_p=1.0,
         step_end=lambda _: False,
     )
+    questions = [WORKED * args.shots + question for question in QUESTIONS]
     sizes = ("branching", "beam", "depth", "step_tokens", "prompt_tokens")
     shared = {
         "op": "search",
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "shape": {"questions": len(QUESTIONS)} | {name: getattr(args, name) for name in sizes},
-        "question_tokens": len(tokenizer(QUESTIONS[0])["input_ids"]),
+        "question_tokens": len(tokenizer(questions[0])["input_ids"]),
         "rounds": args.rounds,
     }
     torch.manual_seed(0)
     with torch.inference_mode():
         rows = [
             {"provider": name, "metric": "throughput", "unit": "tokens/s"} | percentiles(rates)
-            for name, rates in throughputs(model, tokenizer, config, args.rounds, args.batch_leaves).items()
+            for name, rates in throughputs(model, tokenizer, config, questions, args.rounds, args.batch_leaves).items()
         ]
         rows += [
             {"provider": name, "metric": "kv_memory", "unit": "bytes", "p50": count}
@@ -87,32 +95,33 @@ def throughputs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PathFinderConfig,
+    questions: Sequence[str],
     rounds: int,
     batch_leaves: int,
 ) -> dict[str, list[float]]:
     """Generated tokens per second of every provider in every round."""
     engine = TransformersEngine(model, tokenizer, eos_token_ids=())
     rows = _rows(config)
-    total = len(QUESTIONS) * sum(rows) * config.max_step_tokens
+    total = len(questions) * sum(rows) * config.max_step_tokens
 
     def ours() -> float:
         start = time.perf_counter()
-        results = PathFinder(engine, config, checks=()).solve(QUESTIONS)
+        results = PathFinder(engine, config, checks=()).solve(questions)
         seconds = time.perf_counter() - start
         _require(sum(result.num_tokens for result in results), total)
         return total / seconds
 
     def reencoding() -> float:
         start = time.perf_counter()
-        beams = search_peers.search_with_generate(model, tokenizer, config, QUESTIONS, batch_leaves)
+        beams = search_peers.search_with_generate(model, tokenizer, config, questions, batch_leaves)
         seconds = time.perf_counter() - start
         _require({leaf.num_tokens for beam in beams for leaf in beam}, {config.max_depth * config.max_step_tokens})
         return total / seconds
 
     def plain() -> float:
         tokens = config.max_step_tokens
-        seconds = search_peers.generate_plainly(model, tokenizer, config, QUESTIONS, rows[-1], tokens)
-        return len(QUESTIONS) * rows[-1] * tokens / seconds
+        seconds = search_peers.generate_plainly(model, tokenizer, config, questions, rows[-1], tokens)
+        return len(questions) * rows[-1] * tokens / seconds
 
     return _in_turns({OURS: ours, REENCODING: reencoding, PLAIN: plain}, rounds)
 
