@@ -102,20 +102,25 @@ def _ours_first(figures: dict[str, float]) -> list[float]:
 
 def search_sentence(rows: list[dict]) -> str:
     """How fast the tree search generates, and what its branches take."""
-    latest = {(row["metric"], row["provider"]): row for row in rows}
-    speed, memory = (
-        {provider: row["p50"] for (of, provider), row in latest.items() if of == metric}
-        for metric in ("throughput", "kv_memory")
-    )
-    row = latest["throughput", OURS]
-    beside = ", ".join(
-        f"{speed[OURS] / rate:.1f}x {provider} ({rate:,.0f})" for provider, rate in speed.items() if provider != OURS
-    )
+    speeds: dict[int, dict[str, float]] = {}
+    memory = {row["provider"]: row["p50"] for row in rows if row["metric"] == "kv_memory"}
+    for row in rows:
+        if row["metric"] == "throughput":
+            speeds.setdefault(row["question_tokens"], {})[row["provider"]] = row["p50"]
+    said = []
+    for tokens, speed in sorted(speeds.items()):
+        beside = ", ".join(
+            f"{speed[OURS] / rate:.1f}x {provider} ({rate:,.0f})"
+            for provider, rate in speed.items()
+            if provider != OURS
+        )
+        said.append(f"after prompts of {tokens} tokens {speed[OURS]:,.0f} tokens/s, {beside}")
     [copies] = (count for provider, count in memory.items() if provider != OURS)
+    row = rows[-1]
     shape = row["shape"]
     return (
         f"A search over {shape['questions']} questions at once, branching {shape['branching']}, beam {shape['beam']}, "
-        f"{shape['depth']} steps of {shape['step_tokens']} tokens, generates {speed[OURS]:,.0f} tokens/s: {beside}. "
+        f"{shape['depth']} steps of {shape['step_tokens']} tokens, generates {'; '.join(said)}. "
         f"With prompts of {shape['prompt_tokens']} tokens its keys and values take {memory[OURS] / 2**20:.0f} MiB, "
         f"{copies / memory[OURS]:.0f}x less than a copy for each sequence. The plain batch has the search's "
         f"{shape['questions'] * shape['branching'] * shape['beam']} sequences all the time, and its reading of prompts "

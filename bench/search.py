@@ -34,9 +34,9 @@ QUESTIONS = [
 ]
 
 WORKED = (
-    "Question: A farmer has 6 crates with 12 pears each. He sells 20 pears in the morning and gives away 7 pears in the "
-    "evening. How many pears does he have left at the end of the day?\nAnswer: 6 crates hold 6 * 12 = 72 pears. After the "
-    "morning 72 - 20 = 52 are left. After the evening 52 - 7 = 45 are left. The answer is 45.\n\n"
+    "Question: A farmer has 6 crates with 12 pears each. He sells 20 pears in the morning and gives away 7 pears in "
+    "the evening. How many pears does he have left at the end of the day?\nAnswer: 6 crates hold 6 * 12 = 72 pears. "
+    "After the morning 72 - 20 = 52 are left. After the evening 52 - 7 = 45 are left. The answer is 45.\n\n"
 )
 
 
