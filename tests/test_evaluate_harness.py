@@ -261,7 +261,7 @@ def test_harness_names_the_file_and_question_that_are_not_as_expected(tmp_path, 
 
 def test_harness_without_lm_eval_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'slimkernels\[evaluate\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'slimkernels\[harness\]'"):
         write_local_tasks(tmp_path, ["arc_easy"], tmp_path)
-    with pytest.raises(ImportError, match=r"pip install 'slimkernels\[evaluate\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'slimkernels\[harness\]'"):
         evaluate(None, None, ["arc_easy"])
