@@ -24,6 +24,9 @@ examples:
   decoders side by side, three seeds each:
     slimkernels eval --models smollm2-135m-instruct --decoders greedy self-consistency pathfinder --seeds 0 1 2 \\
         --tasks gsm8k commonsenseqa --data data --samples 50 --out runs/decoders
+  multiple choice, asked and scored by lm-eval, whose choices no decoder writes:
+    slimkernels eval --models runs/slim runs/kd --tasks arc_easy hellaswag mmlu_anatomy truthfulqa_mc1 --data data \\
+        --samples 200 --out runs/choices
   the report again after the scoring has changed, without generating anything:
     slimkernels eval --rescore --out runs/report
   ratings by a judge beside the scores, asked once for each output; the key is read from OPENAI_API_KEY:
@@ -66,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly; heldout: the labels of --store",
+        help="gsm8k, strategyqa, commonsenseqa, self_instruct, dolly; heldout: the labels of --store; "
+        "any other: multiple choice by lm-eval, such as arc_easy, hellaswag, mmlu, truthfulqa_mc1",
     )
     add("--data", metavar="DIR", help="has a folder for each task")
     add("--out", metavar="DIR", help="gets the records and the report")
@@ -74,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     add("--samples", type=positive, metavar="N", help="of each task (default: all)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of the draws (default: 0)")
     add("--shots", type=int, default=3, metavar="N", help="worked examples before a question (default: %(default)s)")
+    add("--num-fewshot", type=int, metavar="N", help="the same for multiple choice (default: what lm-eval's task says)")
     add("--batch-questions", type=positive, default=8, metavar="N", help="decoded together (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")
     add(
@@ -121,7 +126,9 @@ def is_side_by_side(args: argparse.Namespace) -> bool:
             raise ValueError("--models needs --tasks: what to ask")
         if asks_store and args.store is None:
             raise ValueError(f"--tasks {HELDOUT} needs --store DIR, a held-out store")
-        if args.data is None and set(args.tasks) != {HELDOUT}:
+        from slimkernels.evaluate.tasks import TASKS
+
+        if args.data is None and set(args.tasks) & set(TASKS):
             raise ValueError("--models needs --data: the folder with the questions")
     return True
 
@@ -165,20 +172,24 @@ def _judge(args: argparse.Namespace) -> Judge | None:
 
 
 def _run(args: argparse.Namespace, task: Callable[[str], Callable[[int, int | None], None]]) -> None:
+    from slimkernels.evaluate.choices import load_choices
     from slimkernels.evaluate.decoders import DecoderSettings
     from slimkernels.evaluate.heldout import load_heldout
     from slimkernels.evaluate.models import find_models
     from slimkernels.evaluate.runner import Plan, run
-    from slimkernels.evaluate.tasks import load_task
+    from slimkernels.evaluate.tasks import TASKS, load_task
 
     # The data first: what is missing is found out before a model is looked for.
-    tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name != HELDOUT]
+    tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name in TASKS]
+    other = [name for name in args.tasks if name not in (HELDOUT, *TASKS)]
+    options = {"num_fewshot": args.num_fewshot, "batch_size": args.batch_size}
+    choices = load_choices(other, args.data, args.samples, **options) if other else []
     heldout = None
     if HELDOUT in args.tasks:
         heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
     models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
     settings = _settings(args, DecoderSettings)
-    plan = Plan(models, args.decoders, tasks, settings, args.seeds, args.shots, args.batch_questions, heldout)
+    plan = Plan(models, args.decoders, tasks, settings, args.seeds, args.shots, args.batch_questions, heldout, choices)
     run(plan, args.out, task)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -87,6 +89,61 @@ class ChoiceEvaluation:
         return [dataclasses.asdict(sample) for sample in self.samples]
 
 
+@dataclasses.dataclass(frozen=True)
+class ChoiceQuestions:
+    """The questions of a task, before any model is asked.
+
+    Attributes:
+        task: lm-eval's name of the task.
+        questions: In the order of its data, as a model reads them, without few-shot examples.
+        content_hash: Of all fields of the questions and of those that examples are taken from, and of lm-eval's version
+            of the task.
+        num_fewshot: Examples before each question.
+        lm_eval_version: Of the package.
+    """
+
+    task: str
+    questions: list[str]
+    content_hash: str
+    num_fewshot: int
+    lm_eval_version: str
+
+
+def read_multiple_choice(
+    tasks: Sequence[str], *, data: Path | str | None = None, num_fewshot: int | None = None
+) -> list[ChoiceQuestions]:
+    """What ``evaluate_multiple_choice`` would ask with the same arguments, by single task.
+
+    Raises:
+        ImportError, FileNotFoundError, ConnectionError, ValueError: As ``evaluate_multiple_choice``.
+    """
+    _check_fewshot(num_fewshot)
+    require_lm_eval()
+    import lm_eval
+
+    found = []
+    with _random_states_kept(), tempfile.TemporaryDirectory() as folder:
+        _, tasks_of, _ = _load(tasks, data, folder)
+        _check_tasks(tasks_of, num_fewshot)
+        for name, task in tasks_of.items():
+            own = task.get_config("num_fewshot") or 0
+            # As lm-eval has it: a definition that fixes none keeps none.
+            fixed = num_fewshot is None or task.get_config("num_fewshot") == 0
+            questions = list(task.eval_docs)
+            examples = list(task.fewshot_docs()) if (own if fixed else num_fewshot) else []
+            content = json.dumps([lm_eval.__version__, task.VERSION, questions, examples], sort_keys=True, default=str)
+            found.append(
+                ChoiceQuestions(
+                    task=name,
+                    questions=[str(task.doc_to_text(question)) for question in questions],
+                    content_hash=hashlib.blake2b(content.encode(), digest_size=12).hexdigest(),
+                    num_fewshot=own if fixed else num_fewshot or 0,
+                    lm_eval_version=lm_eval.__version__,
+                )
+            )
+    return found
+
+
 def evaluate_multiple_choice(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,8 +184,7 @@ def evaluate_multiple_choice(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if not (value is None and name == "limit") and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if num_fewshot is not None and (not isinstance(num_fewshot, int) or num_fewshot < 0):
-        raise ValueError(f"num_fewshot must be an integer of at least 0, got {num_fewshot!r}")
+    _check_fewshot(num_fewshot)
     require_lm_eval()
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -186,6 +242,11 @@ def _load(tasks: Sequence[str], data: Path | str | None, folder: str) -> tuple[A
     grouped = {task.task_name for group in groups for task in group.get_all_tasks()}
     single = [task for name, task in loaded["tasks"].items() if name not in grouped]
     return manager, loaded["tasks"], [*groups, *single]
+
+
+def _check_fewshot(num_fewshot: int | None) -> None:
+    if num_fewshot is not None and (not isinstance(num_fewshot, int) or num_fewshot < 0):
+        raise ValueError(f"num_fewshot must be an integer of at least 0, got {num_fewshot!r}")
 
 
 def _check_tasks(tasks: dict[str, Any], num_fewshot: int | None) -> None:

@@ -46,6 +46,8 @@ _METRICS = {
     "strict": Metric("strict: the announced answer"),
     "flexible": Metric("flexible: the announced answer, or else the last possible one"),
     "last_number": Metric("last number"),
+    "acc": Metric("acc: the likeliest choice, as lm-eval has it"),
+    "acc_norm": Metric("acc_norm: the choice likeliest for its length, as lm-eval has it"),
     ROUGE: Metric("Rouge-L F1"),
     LOSS: Metric("loss: -log p of a label, the logarithm of the perplexity; lower is better", **_NATS),
     KL: Metric("KL divergence of a label from the store's teacher; lower is better", **_NATS),

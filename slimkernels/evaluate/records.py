@@ -37,7 +37,8 @@ class Record:
         seconds: It took; of samples decoded together, its share. None where unknown.
         finished: Whether the output came to its end by itself; None where unknown.
         candidates: What the output was chosen from: ``text``, ``tokens`` (of the candidate), ``spent`` (tokens
-            generated for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``.
+            generated for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``; of
+            multiple choice the choices, without tokens.
         published: Scores that came with the output, from elsewhere.
         labels: Of a document whose labels were predicted; its scores are means over them. None: an answered question.
         judged: By the name of a judge, its rating and what came with it, as ``judge.py`` has it.

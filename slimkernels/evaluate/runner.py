@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.evaluate.choices import ChoiceCell, ChoiceTask
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
 from slimkernels.evaluate.judge import Judge, answer_of, prompt_hash
@@ -40,17 +41,18 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run: every model on the held-out documents, and with every decoder on every task.
+    """What to run: every model on held-out documents and multiple choice, and with every decoder on every task.
 
     Attributes:
         models: Different ones.
         decoders: Their names.
-        tasks: With the samples to be answered; with held-out documents there may be none.
+        tasks: With the samples to be answered in writing; with held-out documents or multiple choice there may be none.
         settings: Of the decoders.
         seeds: Of the noise; a decoder without noise runs once.
         shots: Worked examples before each question.
         batch_questions: Samples decoded together.
         heldout: The held-out documents; None: none.
+        choices: Multiple-choice tasks, which no decoder is needed for.
     """
 
     models: Sequence[EvaluatedModel]
@@ -61,10 +63,11 @@ class Plan:
     shots: int = 3
     batch_questions: int = 8
     heldout: HeldoutTask | None = None
+    choices: Sequence[ChoiceTask] = ()
 
     def __post_init__(self) -> None:
         for name in ("models", "decoders", "tasks", "seeds"):
-            if name == "tasks" and not self.tasks and self.heldout is not None:
+            if name == "tasks" and not self.tasks and (self.heldout is not None or self.choices):
                 continue
             values = [getattr(value, "label", getattr(value, "name", value)) for value in getattr(self, name)]
             if not values or len(set(values)) < len(values):
@@ -129,10 +132,11 @@ def run(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    cells: list[_Cell | HeldoutCell] = []
+    cells: list[_Cell | HeldoutCell | ChoiceCell] = []
     for model in plan.models:
         if plan.heldout is not None:
             cells.append(HeldoutCell(model, plan.heldout))
+        cells += [ChoiceCell(model, task) for task in plan.choices]
         cells += [_Cell(model, decoder, task, plan) for decoder in plan.decoders for task in plan.tasks]
     _write_json(output_dir / RUN_FILE, _describe(plan, cells))
     records: list[Record] = []
@@ -313,7 +317,7 @@ def _spent_by_node(result: Result) -> list[int]:
     return np.round(spent * (result.num_tokens / max(int(spent[-1]), 1))).astype(int).tolist()
 
 
-def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell]) -> dict[str, Any]:
+def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell | ChoiceCell]) -> dict[str, Any]:
     """What a reader of the report must know to judge it, and where the records are."""
     asked = {"seeds": list(plan.seeds), "shots": plan.shots, "batch_questions": plan.batch_questions}
     heldout = [] if plan.heldout is None else [plan.heldout]
@@ -332,7 +336,7 @@ def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell]) -> dict[str, Any
                 "samples": len(task.samples),
                 "available": task.available,
             }
-            for task in (*heldout, *plan.tasks)
+            for task in (*heldout, *plan.choices, *plan.tasks)
         ],
         **(asked if plan.tasks else {}),
         "versions": {name: _version(name) for name in ("slimkernels", "torch", "transformers")},
@@ -344,7 +348,7 @@ def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell]) -> dict[str, Any
     }
 
 
-def _name(cell: _Cell | HeldoutCell) -> str:
+def _name(cell: _Cell | HeldoutCell | ChoiceCell) -> str:
     return ", ".join(filter(None, (cell.model.label, cell.decoder, cell.task.name)))
 
 

@@ -259,10 +259,16 @@ _SLICES: dict[str, Callable[[Record], float]] = {
 }
 
 
+# Of multiple choice, where nothing is written.
+_CHOICE_SLICES = {name: _SLICES[name] for name in ("question length (words)",)}
+
+
 def slices_of(records: Records, task: str) -> dict[str, Callable[[Record], float]]:
     """What the samples of a task may be sliced by."""
-    has_labels = records.of(records.arms_on(task)[0], task)[0].labels is not None
-    return _DOCUMENT_SLICES if has_labels else _SLICES
+    first = records.of(records.arms_on(task)[0], task)[0]
+    if first.labels is not None:
+        return _DOCUMENT_SLICES
+    return _SLICES if first.decoder else _CHOICE_SLICES
 
 
 def slices(records: Records, task: str, name: str, *, num_bins: int = 3) -> list[Slice]:

@@ -1,0 +1,116 @@
+"""Multiple choice side by side: records with lm-eval's scores, asked once for each model, whatever the decoders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from evaluation import make_data
+from teachers import save_teacher
+
+from slimkernels.cli import main
+from slimkernels.evaluate import models as evaluated_models
+from slimkernels.evaluate.runner import load_run
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'slimkernels[harness]'"
+)
+# Of lm-eval and of what it imports; none is about this package's calls.
+pytestmark = [pytest.mark.cpu_kernels, pytest.mark.filterwarnings("ignore")]
+ARC = [
+    ("Which one barks?", ["a cat", "a dog", "a stone", "rain"], 1),
+    ("What is wet?", ["rain", "sand"], 0),
+    ("What is hard?", ["water", "milk", "a stone"], 2),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = make_data(tmp_path_factory.mktemp("data"))
+    rows = [{"query": f"Question: {question}", "choices": choices, "gold": gold} for question, choices, gold in ARC]
+    (folder / "arc").mkdir()
+    (folder / "arc" / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "truthfulqa").mkdir()
+    lines = [
+        "Type,Question,Best Answer,Correct Answers,Incorrect Answers",
+        "x,Are fish wet?,They are wet,They are wet; Yes,No; They are dry",
+        "x,Do stones talk?,Stones do not talk,Stones do not talk; No,They do",
+    ]
+    (folder / "truthfulqa" / "TruthfulQA.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@needs_lm_eval
+def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from slimkernels.evaluate.harness import evaluate_multiple_choice
+
+    options = {"max_position_embeddings": 512}
+    folders = [str(save_teacher(tmp_path / name, seed=seed, **options)) for seed, name in enumerate(["a", "b"])]
+    out = tmp_path / "out"
+    words = ["eval", "--models", *folders, "--tasks", "arc_easy", "gsm8k", "truthfulqa_mc2", "--data", str(data)]
+    words += ["--out", str(out), "--samples", "2", "--decoders", "greedy", "self-consistency", "--chains", "2"]
+    words += ["--max-steps", "1", "--max-step-tokens", "2", "--shots", "0"]
+    assert main(words) == 0
+    records = load_run(out)[1]
+    chosen = [record for record in records if record.task != "gsm8k"]
+    # Each once, not once for each decoder; of gsm8k there are two decoders.
+    assert [len(chosen), len(records)] == [2 * 2 * 2, 2 * 2 * 2 + 2 * 2 * 2]
+    assert {record.decoder for record in chosen} == {""}
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[1]), AutoTokenizer.from_pretrained(folders[1])
+    theirs = evaluate_multiple_choice(model, tokenizer, ["arc_easy", "truthfulqa_mc2"], data=data, limit=2)
+    for task, found in theirs.tasks.items():
+        own = [record for record in chosen if (record.model, record.task) == ("b", task)]
+        samples = [sample for sample in theirs.samples if sample.task == task]
+        assert [record.scores for record in own] == [sample.scores for sample in samples]
+        for metric, score in found.scores.items():
+            assert sum(record.scores[metric] for record in own) / len(own) == score
+        for record, sample in zip(own, samples, strict=True):
+            assert record.prompt == sample.prompt
+            assert [entry["sum_logprob"] for entry in record.candidates] == sample.loglikelihoods
+            assert record.output == sample.choices[sample.prediction].strip()
+    easy = [record for record in chosen if (record.model, record.task) == ("a", "arc_easy")]
+    assert [(record.question, record.choices, record.reference) for record in easy] == [
+        (f"Question: {question}\nAnswer:", tuple(choices), choices[gold]) for question, choices, gold in ARC[:2]
+    ]
+    assert set(easy[0].scores) == {"acc", "acc_norm"}
+
+    page = (out / "report.html").read_text()
+    assert "2 of 3" in page
+    assert "0-shot" in page
+    for task, metric in (("arc_easy", "acc"), ("arc_easy", "acc norm"), ("truthfulqa_mc2", "acc")):
+        assert f"<td>{task}, {metric}</td>" in page
+    # Nothing is asked again: no model is loaded.
+    monkeypatch.setattr(evaluated_models, "_loader", lambda *_: pytest.fail)
+    assert main(words) == 0
+    assert load_run(out)[1] == records
+    assert main(["eval", "--rescore", "--out", str(out)]) == 0
+    assert load_run(out)[1] == records
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tasks gsm9k", "tasks other than heldout, gsm8k, strategyqa, commonsenseqa, self_instruct, dolly are"),
+        ("--tasks hellaswag", "hellaswag needs a file hellaswag/hellaswag_val"),
+        ("--tasks arc_easy --num-fewshot 2", "num_fewshot must be 0 for arc_easy"),
+    ],
+)
+def test_choices_bad_input_exits_2_with_one_sentence(arguments, message, data, tmp_path, capsys):
+    words = ["eval", "--models", "not-looked-for", "--data", str(data), "--out", str(tmp_path), *arguments.split()]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_choices_without_lm_eval_name_the_extra(data, tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
+    words = ["eval", "--models", "x", "--tasks", "arc_easy", "--data", str(data), "--out", str(tmp_path)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "are multiple-choice tasks of lm-eval, got arc_easy" in error
+    assert "pip install 'slimkernels[harness]'" in error
