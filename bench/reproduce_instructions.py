@@ -29,9 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import slimkernels as sk
 from bench import records
 from bench.instructions_data import Example, documents, prompt_ids, read_examples, short, without
-from bench.instructions_scores import interval, judge, rouge_l
+from bench.instructions_scores import interval, rouge_l
 from bench.machine import machine
 from slimkernels.demo_phases import Phase, quiet_libraries
+from slimkernels.evaluate.judge import Answer, Judge
 from slimkernels.store import Store, StoreWriter
 from slimkernels.student import LanguageModelHead, drop_layers, make_student
 from slimkernels.teacher import load_teacher, tokenizer_fingerprint
@@ -270,7 +271,9 @@ def summary(rows: list[dict]) -> dict[str, Any]:
 
 def judged(rows: list[dict], args: argparse.Namespace) -> dict[str, Any]:
     """The judge's mean rating of every dataset."""
-    ratings = judge(args.judge, args.judge_model, rows, key_env=args.judge_key_env)
+    answers = [Answer(row["instruction"], row["reference"], row["response"]) for row in rows]
+    with Judge(args.judge, args.judge_model, key_env=args.judge_key_env) as judge:
+        ratings = [rating.value for rating in judge.rate_all(answers)]
     by_dataset: dict[str, list[float | None]] = {}
     for row, rating in zip(rows, ratings, strict=True):
         by_dataset.setdefault(row["dataset"], []).append(rating)

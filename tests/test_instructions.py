@@ -13,7 +13,7 @@ import teachers
 
 from bench import records, reproduce_instructions
 from bench.instructions_data import Example, documents, read_examples, without
-from bench.instructions_scores import interval, judge, rouge_l
+from bench.instructions_scores import interval, rouge_l
 from bench.instructions_table import instructions_table
 from slimkernels.store import Store
 
@@ -108,19 +108,6 @@ class Judge(served._Server):
         rating = f"Out of [[10]] it is worth [[{len(response)}]]" if len(response) != 4 else "No rating."
         said = {"choices": [{"message": {"content": rating}}]}
         return 200, {"Content-Type": "application/json"}, json.dumps(said)
-
-
-def test_instructions_judge_over_http(monkeypatch):
-    pytest.importorskip("httpx2", reason="needs the extra server")
-    monkeypatch.setenv("JUDGE_KEY", "secret")
-    answers = [{"instruction": "Say {x}", "reference": "r", "response": "word " * n} for n in (1, 4, 7, 12)]
-    with Judge() as server:
-        assert judge(server.url, "judge-1", answers, key_env="JUDGE_KEY") == [1, None, 7, None]
-    asked = sorted(server.seen, key=lambda request: len(request["body"]["messages"][0]["content"]))
-    assert [request["path"] for request in asked] == ["/v1/chat/completions"] * 4
-    assert asked[0]["headers"]["Authorization"] == "Bearer secret"
-    assert asked[0]["body"]["model"] == "judge-1"
-    assert "[Instruction]\nSay {x}\n\n[Reference]\nr\n\n[Response]\nword" in asked[0]["body"]["messages"][0]["content"]
 
 
 def result(method, values, seed=0, **changed):
