@@ -47,8 +47,7 @@ def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_p
 
     from slimkernels.evaluate.harness import evaluate_multiple_choice
 
-    options = {"max_position_embeddings": 512}
-    folders = [str(save_teacher(tmp_path / name, seed=seed, **options)) for seed, name in enumerate(["a", "b"])]
+    folders = [str(save_teacher(tmp_path / name, seed=seed)) for seed, name in enumerate(["a", "b"])]
     out = tmp_path / "out"
     words = ["eval", "--models", *folders, "--tasks", "arc_easy", "gsm8k", "truthfulqa_mc2", "--data", str(data)]
     words += ["--out", str(out), "--samples", "2", "--decoders", "greedy", "self-consistency", "--chains", "2"]
