@@ -46,6 +46,7 @@ class LogitsSource(Protocol):
 
     inputs: tuple[Tensor | None, ...]
     dtype: torch.dtype
+    partial: tuple[bool, ...]  # of the inputs, whose gradient is a sum over the ranks
 
     def chunks(self, *, again: bool):
         """Yields rows and their logits, which the next chunk may overwrite. ``again``: a second walk will follow."""
