@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 import slimkernels as sk
+from slimkernels._C import supported_cpu_isas
 from slimkernels.demo_phases import Phase, progress_bar, quiet_libraries
 from slimkernels.demo_report import report
 from slimkernels.evaluate.metrics import evaluate_store
@@ -35,7 +36,8 @@ class DemoSettings:
 
     Attributes:
         teacher: Name or folder, as ``load_teacher`` takes it.
-        teacher_dtype: Of its weights. bfloat16 halves the time on processors that have it.
+        teacher_dtype: Of its weights; "auto": bfloat16 on processors that have its instructions, where it halves the
+            time, and float32 on others, where bfloat16 takes four times as long.
         prompts: How many of the shipped prompts to use, from the first: the first 40 open stories.
         heldout_every: Every so many-th prompt is held out, with all its documents.
         documents: How many the teacher writes, over all prompts.
@@ -55,7 +57,7 @@ class DemoSettings:
     """
 
     teacher: str = "smollm2-135m-instruct"
-    teacher_dtype: str = "bfloat16"
+    teacher_dtype: str = "auto"
     prompts: int = 40
     heldout_every: int = 8
     documents: int = 256
@@ -114,6 +116,9 @@ def run_demo(
     settings = settings or (QUICK if quick else DemoSettings())
     if seed is not None:
         settings = dataclasses.replace(settings, seed=seed)
+    if settings.teacher_dtype == "auto":
+        has_bfloat16 = "avx512_bf16" in supported_cpu_isas()
+        settings = dataclasses.replace(settings, teacher_dtype="bfloat16" if has_bfloat16 else "float32")
     console = console or Console()
     start = time.perf_counter()
     with quiet_libraries():
