@@ -105,15 +105,9 @@ def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]
         requests: All of them.
         batch_size: Sequences in a forward.
     """
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    sequences: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, (_, context, continuation) in enumerate(requests):
-        groups[(*context, *continuation[:-1])].append(index)
-
-    def order(group: list[int]) -> tuple[int, list[int]]:
-        # Of a group, the request with the longest continuation is the one whose tokens are read.
-        _, context, continuation = max((requests[index] for index in group), key=lambda request: len(request[2]))
-        return -len(context) - len(continuation), context + continuation
-
-    ordered = sorted(groups.values(), key=order)
+        sequences[(*context, *continuation[:-1])].append(index)
+    ordered = sorted(sequences, key=lambda tokens: (-len(tokens), tokens))
     for first in range(0, len(ordered), batch_size):
-        yield sorted(index for group in ordered[first : first + batch_size] for index in group)
+        yield sorted(index for tokens in ordered[first : first + batch_size] for index in sequences[tokens])
