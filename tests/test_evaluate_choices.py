@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from evaluation import make_data
@@ -11,6 +16,7 @@ from teachers import save_teacher
 
 from slimkernels.cli import main
 from slimkernels.evaluate import models as evaluated_models
+from slimkernels.evaluate.records import RecordFile, read_records
 from slimkernels.evaluate.runner import load_run
 
 needs_lm_eval = pytest.mark.skipif(
@@ -88,6 +94,86 @@ def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_p
     assert load_run(out)[1] == records
     assert main(["eval", "--rescore", "--out", str(out)]) == 0
     assert load_run(out)[1] == records
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The number of sequences in every forward that lm-eval asks for."""
+    from lm_eval.models.huggingface import HFLM
+
+    original, seen = HFLM._model_call, []
+
+    def call(self, inputs, **options):
+        seen.append(len(inputs))
+        return original(self, inputs, **options)
+
+    monkeypatch.setattr(HFLM, "_model_call", call)
+    return seen
+
+
+@needs_lm_eval
+def test_a_killed_command_line_asks_no_batch_of_choices_twice(tmp_path, forwards):
+    (tmp_path / "arc").mkdir()
+    rows = [{"query": f"Question: {n} {'x ' * (n % 7)}?", "choices": ["a", "a dog"], "gold": 1} for n in range(150)]
+    (tmp_path / "arc/arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "--models", str(save_teacher(tmp_path / "model")), "--tasks", "arc_easy", "--data", str(tmp_path)]
+    words += ["--batch-size", "1", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    whole = list(forwards)
+    assert set(whole) == {1}
+
+    lines: list = []
+    out = tmp_path / "cut"
+    with subprocess.Popen([sys.executable, "-m", "slimkernels", *words, out], stderr=subprocess.DEVNULL) as process:
+        while len(lines) < 9 and process.poll() is None:
+            time.sleep(0.01)
+            lines = [line for file in out.glob("records/*.batches") for line in file.read_bytes().split(b"\n")]
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    [journal] = out.glob("records/*.batches")
+    done = journal.read_bytes().count(b"\n")
+    assert 8 <= done < len(whole)
+    assert not load_run(out)[1]
+    with open(journal, "ab") as file:
+        file.write(b'{"batch": "torn')
+
+    forwards.clear()
+    assert main([*words, str(out)]) == 0
+    assert len(forwards) == len(whole) - done
+    # But for the time that they took, the records are those of the run that was left alone.
+    [file], [expected] = (list((tmp_path / name).glob("records/*.jsonl")) for name in ("cut", "whole"))
+    assert file.name == expected.name
+    assert len(read_records(file)) == 150
+    seconds = re.compile(rb'"seconds": [^,]*')
+    assert seconds.sub(b"", file.read_bytes()) == seconds.sub(b"", expected.read_bytes())
+    assert not journal.exists()
+
+
+@needs_lm_eval
+def test_records_that_a_kill_left_out_are_made_without_the_model(data, tmp_path, forwards, monkeypatch):
+    words = ["eval", "--models", str(save_teacher(tmp_path / "model")), "--tasks", "arc_easy", "--data", str(data)]
+    words += ["--out", str(tmp_path / "out")]
+    # As by a kill between the first record and the second.
+    append, written = RecordFile.append, []
+
+    def append_one(file, record):
+        if written:
+            raise KeyboardInterrupt
+        written.append(record)
+        append(file, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordFile, "append", append_one)
+        assert main(words) == 130
+    assert len(forwards) == 2
+    assert main(words) == 0
+    assert len(forwards) == 2
+    assert load_run(tmp_path / "out")[1][0] == written[0]
+    assert len(load_run(tmp_path / "out")[1]) == 3
+    # Nor is a task that is done asked again because another one, before it, is not.
+    assert main([*words, "--tasks", "truthfulqa_mc1", "arc_easy"]) == 0
+    assert len(forwards) == 3
+    assert not list(tmp_path.glob("out/records/*.batches"))
 
 
 @needs_lm_eval

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+import textwrap
 
 import pytest
+from evaluation import GSM8K
 from teachers import END, make_teacher, make_tokenizer, save_teacher
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'slimkernels[evaluate]'")
@@ -180,6 +183,25 @@ def test_command_line_runs_the_model_on_a_generative_task(tmp_path, monkeypatch,
     assert sorted(answers) == sorted(expected)
     assert all(answer for answer in answers)
     assert "three_questions" in capsys.readouterr().out
+
+
+def test_local_files_by_the_recipe_of_the_docstring(tmp_path):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "gsm8k").mkdir()
+    for name, rows in (("train", GSM8K[1:]), ("test", GSM8K[:1])):
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [recipe] = re.findall(r"::\n\n(.*?)\n\n", command_line.__doc__, re.DOTALL)
+    for name, folder in (("LM_EVAL", lm_eval.__path__[0]), ("DATA", str(tmp_path))):
+        recipe = recipe.replace(f"{name}/", f"{folder}/")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "gsm8k.yaml").write_text(textwrap.dedent(recipe))
+    manager = TaskManager(include_path=tmp_path / "tasks", include_defaults=False)
+    task = manager.load(["gsm8k"])["tasks"]["gsm8k"]
+    assert [doc["question"] for doc in task.eval_docs] == [GSM8K[0]["question"]]
+    assert len(list(task.fewshot_docs())) == len(GSM8K) - 1
+    assert task.doc_to_text(task.eval_docs[0]) == f"Question: {GSM8K[0]['question']}\nAnswer:"
 
 
 def _only_included():

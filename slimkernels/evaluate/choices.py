@@ -94,10 +94,18 @@ def load_choices(
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceCell:
-    """One model on one multiple-choice task: the likeliest choice is its answer, whatever the decoders are."""
+    """One model on one multiple-choice task: the likeliest choice is its answer, whatever the decoders are.
+
+    Attributes:
+        model: To be asked.
+        task: With the questions.
+        folder: Of the run: beside the records, what the model gave is kept until all of them are there.
+        decoder: None.
+    """
 
     model: EvaluatedModel
     task: ChoiceTask
+    folder: str | os.PathLike[str]
     decoder: str = NO_DECODER
 
     @property
@@ -121,23 +129,37 @@ class ChoiceCell:
         return content_key(*self._decided_by, sample.id)
 
     def answer(self, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
-        """Has lm-eval evaluate all of the task, for the batches to be the same; questions share the time equally."""
-        from slimkernels.evaluate.harness import evaluate_multiple_choice
+        """Has lm-eval evaluate all of the task, for the batches to be the same; questions share the time equally.
 
+        Batches that a run before this one had from the model are not computed again.
+
+        Raises:
+            ValueError, BlockingIOError: As ``BatchJournal``.
+        """
+        if not missing:
+            return
+        from slimkernels.evaluate.harness import evaluate_multiple_choice
+        from slimkernels.evaluate.harness_batches import BatchJournal
+
+        path = Path(self.folder, self.file).with_suffix(".batches")
         start = time.perf_counter()
-        found = evaluate_multiple_choice(
-            loaded.model,
-            loaded.tokenizer,
-            [self.task.name],
-            data=self.task.data if self.task.data is None else Path(self.task.data),
-            limit=len(self.task.samples),
-            num_fewshot=self.task.num_fewshot,
-            batch_size=self.task.batch_size,
-        )
-        seconds = (time.perf_counter() - start) / len(self.task.samples)
+        with BatchJournal(path, self._decided_by) as journal:
+            found = evaluate_multiple_choice(
+                loaded.model,
+                loaded.tokenizer,
+                [self.task.name],
+                data=self.task.data if self.task.data is None else Path(self.task.data),
+                limit=len(self.task.samples),
+                num_fewshot=self.task.num_fewshot,
+                batch_size=self.task.batch_size,
+                journal=journal,
+            )
+            seconds = (time.perf_counter() - start + journal.seconds) / len(self.task.samples)
         by_id = {str(sample.doc_id): sample for sample in found.samples}
         for order, sample, _ in missing:
             yield self._record(sample, by_id[sample.id], order, seconds)
+        # Whoever takes the records has written the last one when it asks for another.
+        path.unlink(missing_ok=True)
 
     def _record(self, sample: Sample, answered: ChoiceSample, order: int, seconds: float) -> Record:
         choices = tuple(choice.strip() for choice in answered.choices)

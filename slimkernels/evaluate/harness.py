@@ -21,6 +21,8 @@ from slimkernels.evaluate.harness_data import require_lm_eval, write_local_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from slimkernels.evaluate.harness_batches import BatchJournal
+
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceSample:
@@ -154,6 +156,7 @@ def evaluate_multiple_choice(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     log_samples: bool = True,
+    journal: BatchJournal | None = None,
 ) -> ChoiceEvaluation:
     """Scores a model on multiple-choice tasks by lm-eval's ``simple_evaluate``.
 
@@ -170,6 +173,8 @@ def evaluate_multiple_choice(
             none, as TruthfulQA's, keeps none.
         batch_size: Sequences in a forward.
         log_samples: Whether to keep the samples.
+        journal: Keeps what every forward gave, and spares those that it has: ``BatchJournal(path, [identity])``, with
+            all that decides the model's outputs. The result is the same.
 
     Returns:
         Scores by task and the samples. Two evaluations with the same tasks, data, limit and few-shot examples have
@@ -189,13 +194,16 @@ def evaluate_multiple_choice(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    from slimkernels.evaluate.harness_batches import JournalledLM
+
+    options = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": batch_size}
     was_training = model.training
     with _random_states_kept(), tempfile.TemporaryDirectory() as folder:
         manager, tasks_of, items = _load(tasks, data, folder)
         _check_tasks(tasks_of, num_fewshot)
         try:
             outcome = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
+                model=HFLM(model, **options) if journal is None else JournalledLM(model, journal=journal, **options),
                 tasks=items,
                 task_manager=manager,
                 num_fewshot=num_fewshot,

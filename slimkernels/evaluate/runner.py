@@ -136,7 +136,7 @@ def run(
     for model in plan.models:
         if plan.heldout is not None:
             cells.append(HeldoutCell(model, plan.heldout))
-        cells += [ChoiceCell(model, task) for task in plan.choices]
+        cells += [ChoiceCell(model, task, output_dir) for task in plan.choices]
         cells += [_Cell(model, decoder, task, plan) for decoder in plan.decoders for task in plan.tasks]
     _write_json(output_dir / RUN_FILE, _describe(plan, cells))
     records: list[Record] = []
