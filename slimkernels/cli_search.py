@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from slimkernels.cli_search_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
 
@@ -161,9 +161,10 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
 
-    options = {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
+    options: dict[str, Any] = {"answer_pattern": DEFAULT_ANSWER_PATTERN}
+    options |= {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
     # Before the model is loaded: a bad value is found out at once.
-    config = search.PathFinderConfig(**{"answer_pattern": DEFAULT_ANSWER_PATTERN} | options)
+    config = search.PathFinderConfig(**options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains
     if chains < 1:
         raise ValueError(f"--chains must be at least 1, got {chains}")
@@ -174,9 +175,10 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     if args.selector == "verifier":
         from slimkernels import teacher
 
-        own = (model, tokenizer)
-        judge = own if args.verifier is None else teacher.load_teacher(args.verifier, device=_device(args))
-        selector = search.Verifier(*judge)
+        if args.verifier is not None:
+            selector = search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
+        else:
+            selector = search.Verifier(*cast(Any, (model, tokenizer)))  # a server has neither, and needs --verifier
     elif args.selector is not None:
         selector = {
             "consensus": search.consensus(),
@@ -336,7 +338,11 @@ def _watch(asked: Sequence[_Asked], todo: Sequence[int]) -> Iterator[Callable[[i
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda place, tree: sys.stderr.write(f"{line(todo[place], tree)}\n")
+
+        def write(place: int, tree: Tree) -> None:
+            sys.stderr.write(f"{line(todo[place], tree)}\n")
+
+        yield write
         return
     from rich.live import Live
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class HeadLoss:
         self.target: Tensor | None = None
         self.rows: SparseLogits | None = None
         self._hidden: Tensor | None = None
-        self._model: PreTrainedModel | None = None
+        self._model: PreTrainedModel
 
     @contextlib.contextmanager
     def inside(self, model: PreTrainedModel) -> Iterator[None]:
@@ -139,31 +139,40 @@ def loss_of_batch(
         student: The model inside the wrapper.
         **arguments: Of ``linear_slim_loss``.
     """
-    student = model if student is None else student
-    result: SlimLoss | None = None
+    inner = cast(PreTrainedModel, model) if student is None else student
+    results: list[SlimLoss] = []
 
     def forward() -> Tensor:
-        nonlocal result
-        hidden = hidden_states(student, batch)
+        hidden = hidden_states(inner, batch)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        result = _loss_in_call(student, hidden, target=batch["target"], **arguments)
-        return result.loss
+        results.append(_loss_in_call(inner, hidden, target=batch["target"], **arguments))
+        return results[-1].loss
 
-    with forward_as(student, forward):
+    with forward_as(inner, forward):
         loss = model()
-    return result._replace(loss=loss)
+    return results[-1]._replace(loss=loss)
 
 
 class HeadInput:
     """Catches what a model's head is given, and computes no logits, while ``inside(model)``.
 
-    Attributes:
-        hidden: (B, T, D), of the last call.
+    Raises:
+        ValueError: When ``hidden`` is read and the head was not called.
     """
 
     def __init__(self) -> None:
-        self.hidden: Tensor | None = None
+        self._hidden: Tensor | None = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, T, D), of the last call."""
+        if self._hidden is None:
+            raise ValueError(
+                "the model computed its logits without calling its output embeddings, which LanguageModelHead is read "
+                "from: use a causal language model whose get_output_embeddings() is the module that it calls"
+            )
+        return self._hidden
 
     @contextlib.contextmanager
     def inside(self, model: PreTrainedModel) -> Iterator[None]:
@@ -172,7 +181,7 @@ class HeadInput:
             yield
 
     def _head(self, hidden: Tensor) -> Tensor:
-        self.hidden = hidden
+        self._hidden = hidden
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
 
@@ -190,7 +199,8 @@ def output_embeddings(model: PreTrainedModel) -> nn.Module:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside PEFT's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if inner is None else inner())
 
 
 def next_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -201,16 +211,15 @@ def next_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
 @contextlib.contextmanager
 def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Within the context, calls of ``module`` or of a wrapper around it reach ``forward``."""
-    had_own = "forward" in module.__dict__
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if had_own:
-            module.forward = own
-        else:
+        if own is None:
             del module.forward
+        else:
+            module.forward = own
 
 
 def is_partitioned(model: nn.Module) -> bool:
@@ -221,16 +230,15 @@ def is_partitioned(model: nn.Module) -> bool:
 def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
     """``_loss_of_head`` within a call of the head, where engines gather its weight."""
     module = output_embeddings(model)
-    result: SlimLoss | None = None
+    results: list[SlimLoss] = []
 
     def forward(hidden: Tensor) -> Tensor:
-        nonlocal result
-        result = _loss_of_head(model, hidden, **arguments)
-        return result.loss
+        results.append(_loss_of_head(model, hidden, **arguments))
+        return results[-1].loss
 
     with forward_as(module, forward):
         loss = module(hidden)
-    return result._replace(loss=loss)
+    return results[-1]._replace(loss=loss)
 
 
 def _loss_of_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:

@@ -208,7 +208,8 @@ class LanguageModelHead:
         hidden, weight = self._product(hidden)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         # Of a head whose vocabulary is sharded, these are DTensors.
-        hidden, weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (hidden, weight, bias))
+        tensors: tuple[Any, ...] = (hidden, weight, bias)
+        hidden, weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors)
         logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -222,7 +223,7 @@ class LanguageModelHead:
         return (hidden, weights[0]) if len(inputs) == 1 else (torch.cat(inputs, -1), torch.cat(weights, -1))
 
 
-def _adapted_linear(module: nn.Module | None, model_name: str) -> tuple[nn.Linear, tuple[LowRankAdapter, ...]]:
+def _adapted_linear(module: Any, model_name: str) -> tuple[nn.Linear, tuple[LowRankAdapter, ...]]:
     """The linear layer that a head is, and the adapters that PEFT has put around it."""
     is_off = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):

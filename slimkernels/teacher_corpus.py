@@ -136,10 +136,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _encode(batch: list[str | list[int]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[list[int]]:
-    texts = [value for value in batch if isinstance(value, str)]
-    if texts and tokenizer is None:
-        raise ValueError("the corpus holds text: give the tokenizer it was captured with")
-    encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
+    encoded: Iterator[list[int]] = iter(())
+    if texts := [value for value in batch if isinstance(value, str)]:
+        if tokenizer is None:
+            raise ValueError("the corpus holds text: give the tokenizer it was captured with")
+        encoded = iter(tokenizer(texts)["input_ids"])
     for value in batch:
         if isinstance(value, str):
             ids = next(encoded)

@@ -80,7 +80,7 @@ class Selection(NamedTuple):
                 raise FloatingPointError(
                     f"the teacher's logits are not finite in {logits.dtype}: load it in float32 or bfloat16"
                 )
-            options = {"position": position[rows], "target": target[rows]}
+            options: dict[str, Any] = {"position": position[rows], "target": target[rows]}
             if self.select == "sample":
                 parts.append(sample_targets(logits, self.rounds, seed[rows], **options))
             else:

@@ -45,8 +45,8 @@ class LossLog:
             kept = ((teacher.ids == target.unsqueeze(-1)).any(-1) & is_label).sum()
         terms = [getattr(result, name).sum() for name in _TERMS]
         self._sums += torch.stack([*terms, kept, is_label.sum()])
-        step = torch.where(result.loss.detach().isfinite(), _NEVER, step)
-        self._bad_step = torch.minimum(self._bad_step, step)
+        bad_step = torch.where(result.loss.detach().isfinite(), _NEVER, step)
+        self._bad_step = torch.minimum(self._bad_step, bad_step)
 
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means per label since the last call, and the labels per second; starts anew.
@@ -63,7 +63,8 @@ class LossLog:
         self._sums.zero_()
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        means = dict(zip((*_TERMS, "label_kept"), (total / max(num_labels, 1.0) for total in sums), strict=True))
+        names = (*_TERMS, "label_kept")
+        means: dict[str, float] = {n: total / max(num_labels, 1.0) for n, total in zip(names, sums, strict=True)}
         if not self.with_teacher:
             means = {"ce": means["ce"]}
         elif num_labels and means["label_kept"] < _FEW_KEPT and not self._has_warned:

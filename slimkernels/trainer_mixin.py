@@ -166,7 +166,7 @@ class SlimLossMixin:
         head = HeadLoss(teacher, num_items=num_items, **self.objective.loss_options)
         with head.inside(student):
             outputs = model(**inputs)
-        if head.result is None:
+        if head.result is None or head.target is None:
             raise ValueError(f"{type(student).__name__} computed no loss from the labels of its batch")
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
         if not model.training and self.compute_metrics is not None:

@@ -6,9 +6,8 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -103,7 +102,7 @@ def block_of(settings: Launch, size: int) -> int:
     return min(settings.block, triton.next_power_of_2(max(size, 16)))
 
 
-def launch(kernel: Callable, num_programs: int, settings: Launch, like: torch.Tensor, *arguments, **constants) -> None:
+def launch(kernel: Any, num_programs: int, settings: Launch, like: torch.Tensor, *arguments, **constants) -> None:
     """Launches ``num_programs`` of a kernel on the device of ``like``; none at all where that is 0."""
     if num_programs == 0:
         return

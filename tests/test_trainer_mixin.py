@@ -337,6 +337,14 @@ def test_what_would_be_ignored_is_refused(tmp_path, kwargs, message):
         make_plain(tmp_path, Distiller, make_model(), **kwargs)
 
 
+def test_a_teacher_that_does_not_call_its_head_is_refused(tmp_path):
+    teacher = make_model(seed=9)
+    teacher.forward = lambda input_ids, **_: teacher.get_decoder()(input_ids)
+    trainer = make_plain(tmp_path, Distiller, make_model(), teacher_model=teacher, objective=OBJECTIVE)
+    with pytest.raises(ValueError, match="without calling its output embeddings"):
+        trainer.train()
+
+
 def test_a_batch_without_labels_is_refused(tmp_path):
     trainer = make_plain(tmp_path, Distiller, make_model())
     trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "labels"}

@@ -1,5 +1,7 @@
 """Multiple-choice benchmarks through lm-eval, used as a library: its tasks, its scores, every sample kept."""
 
+# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import contextlib

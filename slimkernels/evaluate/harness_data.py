@@ -4,6 +4,8 @@
 them. ``lm_eval --include_path FOLDER`` reads it too.
 """
 
+# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import bz2
@@ -121,7 +123,7 @@ def _expand(tasks: Sequence[str], index: dict[str, Any]) -> tuple[list[str], lis
     groups: dict[str, None] = {}
 
     def visit(name: str) -> None:
-        entry = index.get(name)
+        entry: Any = index.get(name)
         kind = entry.kind.name if entry else ""
         if kind == "GROUP":
             groups[name] = None

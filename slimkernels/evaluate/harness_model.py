@@ -4,6 +4,8 @@ lm-eval knows a model once the module that registers it is imported: ``python -m
 this one and goes on as lm-eval's own command line.
 """
 
+# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import dataclasses
@@ -112,7 +114,8 @@ class PathFinderLM(HFLM):
         # Prompts that are too long lose their beginning, as with lm-eval's own models.
         prompts = [self.tok_encode(context, left_truncate_len=room) for context in contexts]
         engine = LimitedEngine(self.engine, until, options["max_gen_toks"])
-        finder = PathFinder(engine, config, checks=self.checks, selector=self.selector)
+        # Without a trace, no search goes on from one, for which an engine has `identity` and `replay`.
+        finder = PathFinder(engine, config, checks=self.checks, selector=self.selector)  # pyright: ignore[reportArgumentType]
         questions = [Question(prompt, context) for prompt, context in zip(prompts, contexts, strict=True)]
         think_end = self.think_end_token if isinstance(self.think_end_token, str) else None
         for index, result in finder.solve_each(questions):

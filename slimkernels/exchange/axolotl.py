@@ -141,7 +141,7 @@ def _raw_rows(record: dict[str, Any], field: str, length: int, where: str) -> tu
     if not isinstance(rows, list):
         raise ValueError(f"{where}: {field} must be a list with a row for each token, got {str(rows)[:60]}")
     # vLLM gives None for a token that nothing comes before.
-    rows = [row or [] for row in rows]
+    rows: list[list[Any]] = [row or [] for row in rows]
     if any(isinstance(row[0], dict) for row in rows if row):
         ids = [[_token_id(entry, where) for entry in row] for row in rows]
         values = [[entry["logprob"] for entry in row] for row in rows]

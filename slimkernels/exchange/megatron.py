@@ -174,7 +174,8 @@ def _iterations(paths: list[Path], num_ranks: int) -> Iterator[_Iteration]:
                         if micro_batch is None:
                             raise ValueError(f"{path}: must begin with {_META_NAME}")
                         where = f"{path}, {member.name}"
-                        yield _Iteration(where, *map(int, match.groups()), micro_batch, *_payload(data, where))
+                        first, last = map(int, match.groups())
+                        yield _Iteration(where, first, last, micro_batch, *_payload(data, where))
         except tarfile.TarError as error:
             raise ValueError(f"{path} cannot be read as tar: {error}") from error
 

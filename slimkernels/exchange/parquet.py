@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
             "ids": (teacher.ids.numpy()[kept], widths),
             "logits": (teacher.logits.numpy()[kept], widths),
             "lse": (teacher.lse.numpy().reshape(-1), np.full(len(teacher), teacher.lse.shape[1])),
-            "target_logit": teacher.target_logit.numpy(),
+            "target_logit": cast(torch.Tensor, teacher.target_logit).numpy(),  # in every store
         }
         group.append(record)
         size += 8 * int(widths.sum()) + 4 * len(document.input_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,7 +111,7 @@ def document(
     return Document(where, np.asarray(input_ids), np.asarray(positions, dtype=np.int64)[kept], teacher)
 
 
-def padded(rows: list[list[float]], dtype: type) -> np.ndarray:
+def padded(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
     """Ragged rows as an array (R, K), padded with 0."""
     array = np.zeros((len(rows), max(map(len, rows), default=0)), dtype)
     for line, row in zip(array, rows, strict=True):
@@ -242,6 +242,6 @@ def _chain(first: Document, rest: Iterator[Document]) -> Iterator[Document]:
     yield from rest
 
 
-def _raise_at(bad: np.ndarray, what: str) -> None:
+def _raise_at(bad: np.ndarray | np.bool_, what: str) -> None:
     if bad.any():
         raise ValueError(f"teacher row {int(np.flatnonzero(bad)[0])} {what}")

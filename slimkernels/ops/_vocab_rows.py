@@ -8,6 +8,7 @@ chunk of rows at a time, but for the student's logits at S.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,14 +40,17 @@ class VocabRows:
         self.active = target != options.ignore_index
         self._acc = accumulation_dtype(dtype)
         self._has_teacher = options.ids is not None
+        # Read where there is a teacher only, who has all three.
+        self._ids = cast(Tensor, options.ids)
+        self._teacher_logits = cast(Tensor, options.teacher_logits)
+        self._teacher_lse_one = cast(Tensor, options.teacher_lse_one)
         self._temperature = options.temperature if self._has_teacher else 1.0
         self._ghost = self._has_teacher and options.rest == "ghost"
         self._sums_z = options.label_smoothing > 0 or (self._has_teacher and options.rest == "zero_logit")
         self._partials = target.new_zeros(len(PARTIALS), target.numel(), dtype=torch.float64)
         self._unsound = torch.zeros_like(self.active)
-        self._kept_logits = None
         if self._has_teacher:
-            self._kept_logits = torch.empty_like(options.ids, dtype=dtype)
+            self._kept_logits = torch.empty_like(self._ids, dtype=dtype)
         self._chunks: list[slice] = []
 
     def read(self, rows: slice, logits: Tensor) -> None:
@@ -66,14 +70,14 @@ class VocabRows:
             part["sum_z"][:] = z.sum(1, dtype=acc) * (options.logit_scale if plain else 1.0)
         if not self._has_teacher:
             return
-        columns, owned = self.vocab.columns(options.ids[rows])
+        columns, owned = self.vocab.columns(self._ids[rows])
         self._kept_logits[rows] = logits.gather(1, columns)
         z = self._kept_z(rows, owned)
         part["on"][:] = log_sum_exp(z / self._temperature)
         part["sum_kept_z"][:] = z.masked_fill(~owned, 0.0).sum(1, dtype=torch.float64)
-        self._unsound[rows] = _unsorted(options.ids[rows])
+        self._unsound[rows] = _unsorted(self._ids[rows])
         if self._ghost:
-            own_ids = self.vocab.own_ids(options.ids[rows]).masked_fill(self._unsound[rows].unsqueeze(1), -1)
+            own_ids = self.vocab.own_ids(self._ids[rows]).masked_fill(self._unsound[rows].unsqueeze(1), -1)
             _, part["off"][:] = slice_log_sums(logits, active, own_ids, options, self._temperature)
         elif self._temperature == 1:
             part["lse"][:] = part["lse_one"]
@@ -83,7 +87,7 @@ class VocabRows:
     def settle(self) -> tuple[Tensor, Tensor]:
         """Makes the numbers of all slices from those of each: the loss (N,) and the statistics (7, N)."""
         options = self.options
-        gathered = dict(zip(PARTIALS, self.vocab.gather(self._partials).unbind(1), strict=True))
+        gathered: dict[str, Tensor] = dict(zip(PARTIALS, self.vocab.gather(self._partials).unbind(1), strict=True))
         self._vocab_size = gathered["size"].sum(0)
         self._sound = self.vocab.sound_rows(gathered, self.target, self.active, self._highest_id(), self._unsound)
         self._lse_one = gathered["lse_one"].logsumexp(0)
@@ -97,7 +101,6 @@ class VocabRows:
         if options.z_loss_weight:
             loss = loss + options.z_loss_weight * self._lse_one.square()
         kd = w = teacher_mass = student_mass = through_weight = torch.zeros_like(ce)
-        self._kd_scale = 0.0
         if self._has_teacher:
             self._on = gathered["on"].logsumexp(0)
             self._off = gathered["off"].logsumexp(0)
@@ -129,7 +132,7 @@ class VocabRows:
         at_column = at_column * transform_slope(label_z, options)
         columns, values = label, at_column
         if self._has_teacher:
-            columns, owned = self.vocab.columns(options.ids[rows])
+            columns, owned = self.vocab.columns(self._ids[rows])
             values = self._kept_gradient(rows, owned, scale, at_label)
             # The label may be kept. Entries of other slices write once more what is written at the label's column.
             is_label = (columns == label) & owned
@@ -148,11 +151,11 @@ class VocabRows:
 
     def _teacher_z(self, rows: slice) -> Tensor:
         """The teacher's logits / T (rows, K), -inf at padding."""
-        scaled = self.options.teacher_logits[rows].to(self._acc) / self.options.temperature
-        return scaled.masked_fill(self.options.ids[rows] < 0, -math.inf)
+        scaled = self._teacher_logits[rows].to(self._acc) / self.options.temperature
+        return scaled.masked_fill(self._ids[rows] < 0, -math.inf)
 
     def _highest_id(self) -> Tensor | None:
-        return self.options.ids.amax(1) if self._has_teacher else None
+        return self._ids.amax(1) if self._has_teacher else None
 
     def _read_teacher(self) -> tuple[Tensor, Tensor]:
         """Its log-probability of the label, and its mass on S; every rank has the teacher's rows whole."""
@@ -161,13 +164,12 @@ class VocabRows:
         for rows in self._chunks:
             scaled = self._teacher_z(rows)
             log_kept[rows] = log_sum_exp(scaled)
-            at_label = scaled.masked_fill(options.ids[rows] != self.target[rows].unsqueeze(1), -math.inf)
+            at_label = scaled.masked_fill(self._ids[rows] != self.target[rows].unsqueeze(1), -math.inf)
             label_logit[rows] = at_label.amax(1).double() * options.temperature
         if options.target_logit is not None:
             label_logit = torch.where(options.target_logit.isnan(), label_logit, options.target_logit.double())
-        self._num_unkept = self._vocab_size - (options.ids >= 0).sum(1)
-        known = options.teacher_lse is not None
-        lse = options.teacher_lse.double() if known else torch.full_like(log_kept, math.nan)
+        self._num_unkept = self._vocab_size - (self._ids >= 0).sum(1)
+        lse = torch.full_like(log_kept, math.nan) if options.teacher_lse is None else options.teacher_lse.double()
         self._log_teacher_tail = log1m_exp(log_kept - lse).masked_fill(self._num_unkept == 0, -math.inf)
         if options.rest in ("renorm", "renorm_both"):
             self._q_norm = log_kept.masked_fill(log_kept == -math.inf, 0.0)  # nothing kept has mass, and so it stays
@@ -176,7 +178,7 @@ class VocabRows:
         else:
             self._q_norm = lse
         self._p_norm = self._on if options.rest == "renorm_both" else self._lse
-        return label_logit - options.teacher_lse_one.double(), (log_kept - lse).exp()
+        return label_logit - self._teacher_lse_one.double(), (log_kept - lse).exp()
 
     def _kept_terms(self, rows: slice, owned: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """At S (rows, K): z, p, the share of D and p * dD/dp; 0 where another slice has the entry."""
@@ -192,7 +194,7 @@ class VocabRows:
         options = self.options
         sums = self._lse.new_empty(2, self._lse.numel())
         for rows in self._chunks:
-            _, owned = self.vocab.columns(options.ids[rows])
+            _, owned = self.vocab.columns(self._ids[rows])
             _, _, share, slope = self._kept_terms(rows, owned)
             sums[0, rows] = share.sum(1, dtype=torch.float64)
             sums[1, rows] = slope.sum(1, dtype=torch.float64)
@@ -253,7 +255,7 @@ class VocabRows:
         dz = (z - column(self._lse_one[rows])).exp() * column(self._softmax_scale[rows] * scale)
         dz = dz + column(self._everywhere[rows] * scale)
         dz = dz + (slope - p * column(self._mean_slope[rows])) * column(self._kd_scale[rows] * scale)
-        is_label = self.options.ids[rows] == self.target[rows].unsqueeze(1)
+        is_label = self._ids[rows] == self.target[rows].unsqueeze(1)
         dz = dz + at_label * is_label
         return dz * transform_slope(z, self.options)
 

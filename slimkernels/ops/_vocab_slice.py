@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from slimkernels import _checks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +142,13 @@ def whole(tensor: Tensor, name: str) -> Tensor:
     return tensor.to_local()
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
     # Where nobody imported it, no tensor is one, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _shard_of(tensor: Tensor, name: str, dim: int) -> tuple[Tensor, VocabSlice | None]:
+def _shard_of(tensor: DTensor, name: str, dim: int) -> tuple[Tensor, VocabSlice | None]:
     dim = dim % tensor.ndim
     placements, mesh, vocab_size = tensor.placements, tensor.device_mesh, tensor.shape[dim]
     if all(placement.is_replicate() for placement in placements):

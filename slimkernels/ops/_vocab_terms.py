@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def log1m_exp(x: Tensor) -> Tensor:
 
 def slice_log_sums(
     logits: Tensor, active: Tensor, own_ids: Tensor | None, options: SlimOptions, temperature: float
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The log-sum-exp of z / T over a slice (N, V_local) of every row, and over what is outside ``own_ids``, float64.
 
     Both come from ``slim_loss``'s own kernel, which reads the slice once: z / T is the effective logit of another
@@ -74,7 +75,7 @@ def slice_log_sums(
     torch.ops.slimkernels.slim_loss_rows(logits, None, stats, any_label, None, *nobody)
     lse, ghost_ce = stats[6].double(), stats[2].double()
     if own_ids is None:
-        return lse, None
+        return lse, lse
     # The kernel knows that a whole row that is kept leaves nothing, and so says 0.
     all_kept = (own_ids >= 0).sum(1) == logits.shape[1]
     return lse, (lse - ghost_ce).masked_fill(all_kept, -math.inf)
@@ -107,7 +108,7 @@ def weigh(log_student: Tensor, log_teacher: Tensor, given: Tensor | None, option
     """The token's weight w (N,), and dw / d log s_y, 0 where detached."""
     flat = torch.zeros_like(log_student)
     if options.weighting == "tensor":
-        return given.to(log_student.dtype), flat
+        return cast(Tensor, given).to(log_student.dtype), flat
     if options.weighting == "none":
         return torch.ones_like(log_student), flat
     sign = 1.0 if options.weighting == "teacher_over_student" else -1.0

@@ -151,7 +151,8 @@ def sample_distinct(
         raise ValueError(f"m must be at least 1, got {m}")
     *drawn, entropy = _sample(logits, m, seed, position, temperature, top_k, top_p, min_p)
     leading_shape = logits.shape[:-1]
-    return Sampled(*(field.reshape(*leading_shape, m) for field in drawn), entropy.reshape(leading_shape))
+    token, logprob, truncated_logprob = (field.reshape(*leading_shape, m) for field in drawn)
+    return Sampled(token, logprob, truncated_logprob, entropy.reshape(leading_shape))
 
 
 def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, min_p):

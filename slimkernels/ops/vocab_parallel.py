@@ -9,6 +9,7 @@ As in Megatron-LM (arXiv 1909.08053), where two all-reduces serve the cross entr
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -44,15 +45,25 @@ def vocab_parallel_loss(
 class LogitsSource(Protocol):
     """Where the logits (N, V_local) come from, a chunk of rows at a time, and the gradients go."""
 
-    inputs: tuple[Tensor | None, ...]
     dtype: torch.dtype
-    partial: tuple[bool, ...]  # of the inputs, whose gradient is a sum over the ranks
 
-    def chunks(self, *, again: bool):
+    @property
+    def inputs(self) -> Sequence[Tensor | None]:
+        """What the logits are made of."""
+        ...
+
+    @property
+    def partial(self) -> Sequence[bool]:
+        """Of which inputs the gradient is a sum over the ranks."""
+        ...
+
+    def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
         """Yields rows and their logits, which the next chunk may overwrite. ``again``: a second walk will follow."""
+        ...
 
     def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """Of the ``inputs`` that need one. A gradient that other ranks hold parts of is this rank's part."""
+        ...
 
 
 class GivenLogits:
@@ -66,7 +77,7 @@ class GivenLogits:
         self._over_logits = over_logits
         self._chunk_rows = resolve_chunk_rows(0, logits, logits.shape[1])
 
-    def chunks(self, *, again: bool):
+    def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
         """Yields views of the logits."""
         logits = self.inputs[0].detach()
         for begin in range(0, logits.shape[0], self._chunk_rows):
@@ -96,9 +107,9 @@ class HeadLogits:
         self._chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
         self._only_chunk: Tensor | None = None
 
-    def chunks(self, *, again: bool):
+    def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
         """Yields what one buffer holds; the only chunk there is stays in it for the second walk."""
-        hidden, weight, bias = (None if t is None else t.detach() for t in self.inputs)
+        hidden, weight, bias = self._detached()
         if self._only_chunk is not None:
             yield slice(0, hidden.shape[0]), self._only_chunk
             self._only_chunk = None
@@ -110,12 +121,13 @@ class HeadLogits:
 
     def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """Of hidden (this slice's part), weight and bias; the gradient by a chunk's logits takes their place."""
-        hidden, weight, bias = (None if t is None else t.detach() for t in self.inputs)
+        hidden, weight, _ = self._detached()
         dhidden, dweight, dbias = (
-            torch.empty_like(t) if needed else None for t, needed in zip(self.inputs, needs, strict=True)
+            torch.empty_like(t) if t is not None and needed else None
+            for t, needed in zip(self.inputs, needs, strict=True)
         )
         weight_gradient = None if dweight is None else WeightGradient(dweight, hidden, self._chunk_rows)
-        dbias_sum = None if dbias is None else torch.zeros_like(bias, dtype=row_scale.dtype)
+        dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=row_scale.dtype)
         for chunk, logits in self.chunks(again=False):
             rows.write_gradient(chunk, logits, logits, row_scale[chunk])
             if dhidden is not None:
@@ -126,7 +138,13 @@ class HeadLogits:
                 dbias_sum += logits.sum(0, dtype=dbias_sum.dtype)
         if weight_gradient is not None:
             weight_gradient.finish()
-        return [dhidden, dweight, None if dbias is None else dbias.copy_(dbias_sum)]
+        if dbias is not None and dbias_sum is not None:
+            dbias.copy_(dbias_sum)
+        return [dhidden, dweight, dbias]
+
+    def _detached(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden, weight, bias = self.inputs
+        return hidden.detach(), weight.detach(), None if bias is None else bias.detach()
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -142,7 +160,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.needs, ctx.reduced, ctx.group, ctx.partial = needs, scale is not None, rows.vocab.group, source.partial
-        if ctx.reduced:
+        if scale is not None:
             gradients = source.gradients(rows, scale, needs) if makes_gradient else [None] * len(inputs)
             ctx.save_for_backward(*gradients)
             return (loss * scale).sum(), stats

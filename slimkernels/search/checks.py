@@ -12,7 +12,7 @@ import numpy as np
 # Texts -> their embeddings (n, d).
 Embed = Callable[[Sequence[str]], np.ndarray]
 # Pairs of premise and hypothesis -> the probability (n,) that they contradict each other.
-Contradicts = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
+Contradicts = Callable[[Sequence[tuple[str, str]]], Sequence[float] | np.ndarray]
 
 
 @dataclasses.dataclass

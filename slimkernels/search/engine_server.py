@@ -26,7 +26,11 @@ class _Branch:
     """What the server reads on from: token ids where it takes them, else the text."""
 
     prompt: str | list[int]
-    length: int  # tokens, prompt included
+    length: int  # tokens; the prompt's too, where the server takes token ids
+
+    def followed_by(self, text: str, token_ids: Sequence[int]) -> str | list[int]:
+        """What the server reads on from after more of a step."""
+        return self.prompt + text if isinstance(self.prompt, str) else [*self.prompt, *token_ids]
 
 
 class ServerEngine:
@@ -169,8 +173,8 @@ class ServerEngine:
         replayed = []
         for step in steps:
             above = self._branches[step.branch]
-            more = step.text if isinstance(above.prompt, str) else list(step.token_ids)
-            branch = self._add(_Branch(above.prompt + more, above.length + len(step.token_ids)))
+            prompt = above.followed_by(step.text, step.token_ids)
+            branch = self._add(_Branch(prompt, above.length + len(step.token_ids)))
             embedding = trigram_counts(step.text) if embed else None
             replayed.append(dataclasses.replace(step, branch=branch, embedding=embedding))
         return replayed
@@ -190,7 +194,7 @@ class ServerEngine:
         room = min(request.max_tokens, self.context_length - branch.length)
         while True:
             left = dataclasses.replace(request, max_tokens=room - len(answer.token_ids))
-            prompt = branch.prompt + (answer.text if isinstance(branch.prompt, str) else answer.token_ids)
+            prompt = branch.followed_by(answer.text, answer.token_ids)
             more = await self._dialect.complete(prompt, left, len(answer.token_ids))
             answer = answer.followed_by(more).cut(step_end)
             if answer.end != "stop" or len(answer.token_ids) >= room:
@@ -202,10 +206,10 @@ class ServerEngine:
 
     def _step(self, request: StepRequest, answer: Answer, embed: bool) -> Step:
         above = self._branches[request.branch]
-        more = answer.text if isinstance(above.prompt, str) else answer.token_ids
+        prompt = above.followed_by(answer.text, answer.token_ids)
         tokens = answer.token_ids or [UNKNOWN_TOKEN]
         return Step(
-            branch=self._add(_Branch(above.prompt + more, above.length + len(tokens))),
+            branch=self._add(_Branch(prompt, above.length + len(tokens))),
             token_ids=tokens,
             text=answer.text,
             sum_logprob=self._sum_logprob(request, answer),

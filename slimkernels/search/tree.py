@@ -169,7 +169,7 @@ class Tree:
         """The tokens generated from the root to ``node``."""
         return [token for step in self.branch(node) for token in self.step_token_ids(step)]
 
-    def scores(self, nodes: Sequence[int], length_penalty: float) -> np.ndarray:
+    def scores(self, nodes: Sequence[int] | np.ndarray, length_penalty: float) -> np.ndarray:
         """sum_logprob / num_tokens^length_penalty of each node (n,); what pruning keeps is the largest."""
         index = np.asarray(nodes, np.int64)
         return self.sum_logprob[index] / np.maximum(self.num_tokens[index], 1) ** float(length_penalty)

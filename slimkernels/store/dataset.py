@@ -190,7 +190,7 @@ def collate_documents(
         attention_mask[index, : len(tokens)] = 1
         rows.append(index * length + positions - 1)
         targets.append(tokens[positions])
-    kind = PackedLogits if isinstance(documents[0].teacher, PackedLogits) else SparseLogits
+    kind: Any = PackedLogits if isinstance(documents[0].teacher, PackedLogits) else SparseLogits
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -59,7 +59,7 @@ def _row_error(store: Store, row: int, noise: np.random.Generator) -> tuple[floa
     return kl, float(np.linalg.norm(np.exp(log_r) - np.exp(log_q))), abs(after_lse - before_lse)
 
 
-def _stored_row(store: Store, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stored_row(store: Store, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | np.float64]:
     """(1, K) ids and logits of a row, and the distance between the values that its codec could have stored there."""
     number = 0
     while row >= store.shards[number].rows:
