@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 from teachers import END, make_teacher, make_tokenizer
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from slimkernels.search import (
     Candidate,
@@ -76,6 +82,14 @@ def test_judges_nli_refuses_labels_that_do_not_say(tokenizer):
 
 def test_judges_nli_reads_the_start_of_what_is_too_long(tokenizer):
     assert NLIModel(make_nli(), tokenizer)([("a" * 300, "b" * 300)]).shape == (1,)
+
+
+def test_judges_nli_reads_no_more_than_the_tokenizer_says(tokenizer):
+    # RoBERTa's first position is pad_token_id + 1: it reads two tokens fewer than it has positions.
+    labels = dict(enumerate(("entailment", "neutral", "contradiction")))
+    model = RobertaForSequenceClassification(RobertaConfig(**SIZES, pad_token_id=1, num_labels=3, id2label=labels))
+    tokenizer.model_max_length = SIZES["max_position_embeddings"] - 2
+    assert NLIModel(model, tokenizer)([("a" * 300, "b" * 300)]).shape == (1,)
 
 
 def test_judges_verifier_is_the_probability_of_yes(tokenizer):

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_engines import CharacterEngine, ScriptedEngine
+from toy_engines import CharacterEngine, ScriptedEngine, find, nodes_of
 
 from slimkernels.search import (
-    ContradictionCheck,
     PathFinder,
     PathFinderConfig,
     Question,
-    RepetitionCheck,
     Status,
     best_of_n,
     greedy,
@@ -25,24 +23,6 @@ from slimkernels.search import (
     self_consistency,
 )
 from slimkernels.search.question import node_seed
-
-
-def find(script, *, checks=(), selector=log_probability, vectors=None, prompts=("Q",), **fields):
-    """The engine and the results of a search in which two children branch and two leaves are kept."""
-    engine = ScriptedEngine(script, vectors)
-    config = PathFinderConfig(**{"branching_factor": 2, "beam": 2, "max_depth": 4, "max_step_tokens": 20} | fields)
-    results = PathFinder(engine, config, checks=checks, selector=selector).solve(prompts)
-    assert engine.texts == {}, "every branch is freed"
-    return engine, results
-
-
-def nodes_of(tree):
-    """Path -> (text, status, reason) of every node but the root."""
-    return {
-        tree.path(node): (tree.steps[node], Status(tree.status[node]).name, tree.reasons[node])
-        for node in range(1, len(tree))
-    }
-
 
 # Scores are sums over tokens: "a\n" at -1 each has -2 over 2 tokens.
 TWO_LEVELS = {
@@ -109,101 +89,6 @@ def test_pathfinder_anneals_by_depth():
 def test_pathfinder_branching_by_depth():
     engine, _ = find({"": [("a\n", -1.0)] * 3, "a\n": [("b$", -1.0)]}, branching_factor=(3, 1), beam=3)
     assert [len(batch) for batch in engine.batches] == [3, 3]
-
-
-VECTORS = {"a": np.array([1.0, 0.0]), "again": np.array([2.0, 0.1]), "new": np.array([0.0, 1.0])}
-
-
-def test_pathfinder_regenerates_a_repetition_once_then_cuts_it():
-    script = {
-        "": [("a\n", -1.0), ("new\n", -3.0)],
-        # The first child repeats once, the second twice.
-        "a\n": [[("again$", -1.0), ("new$", -1.0)], [("again$", -1.0), ("again$", -2.0)]],
-    }
-    engine, [result] = find(script, beam=1, checks=[RepetitionCheck(0.95)], vectors=VECTORS)
-    assert nodes_of(result.tree) == {
-        (0,): ("a\n", "EXPANDED", ""),
-        (1,): ("new\n", "PRUNED", "pruned"),
-        (0, 0): ("new", "FINISHED", "finished"),
-        (0, 1): ("again", "CUT", "repetition"),
-    }
-    assert result.tree.attempts.tolist() == [0, 1, 1, 2, 2]
-    assert [[(r.path, r.attempt) for r in batch] for batch in engine.batches] == [
-        [((0,), 0), ((1,), 0)],
-        [((0, 0), 0), ((0, 1), 0)],
-        [((0, 0), 1), ((0, 1), 1)],
-    ]
-    # 2 + 4, then again$ twice, new$ and again$: every attempt counts.
-    assert result.num_tokens == 6 + 12 + 4 + 6
-    assert result.checks == ("repetition",)
-
-
-def test_pathfinder_repetition_threshold_is_the_scaled_cosine():
-    # cos of (1, 0) and (0, 1) is 0: a score of one half fails at 0.5 and passes just above.
-    script = {"": [("a\n", -1.0)], "a\n": [("new$", -1.0)]}
-    for threshold, reason in ((0.5, "repetition"), (0.501, "finished")):
-        _, [result] = find(
-            script, branching_factor=1, checks=[RepetitionCheck(threshold)], vectors=VECTORS, max_attempts=1
-        )
-        assert result.reasons == {reason: 1}
-
-
-def test_pathfinder_repetition_by_an_encoder_embeds_every_step_once():
-    embedded = []
-
-    def embed(texts):
-        embedded.extend(text.strip() for text in texts)
-        return np.array([VECTORS[text.strip()] for text in texts])
-
-    script = {"": [("a\n", -1.0)], "a\n": [("new\n", -1.0)], "a\nnew\n": [("again$", -1.0)]}
-    check = RepetitionCheck(0.95, embed)
-    _, [result] = find(script, branching_factor=1, checks=[check], max_attempts=1)
-    assert result.reasons == {"repetition": 1}
-    assert result.node is None
-    assert sorted(embedded) == ["a", "again", "new"]
-
-
-def contradicts_no_after_yes(pairs):
-    return [1.0 if ("yes" in premise and "no" in hypothesis) else 0.0 for premise, hypothesis in pairs]
-
-
-def test_pathfinder_cuts_a_contradiction_of_an_ancestor_or_of_the_context():
-    script = {
-        "one": {"": [("yes sun\n", -1.0)], "yes sun\n": [("no sun$", -1.0)]},
-        "two": {"": [("no sun$", -1.0)]},
-        "three": {"": [("maybe sun\n", -1.0)], "maybe sun\n": [("no sun$", -1.0)]},
-    }
-    questions = [Question("one", "?"), Question("two", "yes, the sun"), Question("three", "?")]
-    check = ContradictionCheck(contradicts_no_after_yes)
-    _, results = find(script, branching_factor=1, checks=[check], max_attempts=1, prompts=questions)
-    assert [result.reasons for result in results] == [{"contradiction": 1}, {"contradiction": 1}, {"finished": 1}]
-    assert all(
-        result.checks == ("contradiction",) and not any("off" in note for note in result.notes) for result in results
-    )
-
-
-def test_pathfinder_contradiction_asks_in_one_batch_only_about_what_shares_words():
-    asked = []
-
-    def contradicts(pairs):
-        asked.append(pairs)
-        return [0.0] * len(pairs)
-
-    script = {"": [("sun up\n", -1.0), ("sun up\n", -1.0)], "sun up\n": [("it rains$", -1.0), ("the sun sets$", -1.0)]}
-    find(script, checks=[ContradictionCheck(contradicts)], prompts=[Question("Q", "moon")])
-    assert asked == [[("sun up", "the sun sets")]]
-    asked.clear()
-    find(script, checks=[ContradictionCheck(contradicts, prefilter=False)], prompts=[Question("Q", "moon")])
-    assert [len(pairs) for pairs in asked] == [1, 4]
-
-
-def test_pathfinder_checks_run_in_order_and_the_first_failure_is_the_reason():
-    script = {"": [("yes sun\n", -1.0)], "yes sun\n": [("no sun$", -1.0)]}
-    vectors = {"yes sun": VECTORS["a"], "no sun": VECTORS["again"]}
-    checks = [RepetitionCheck(0.95), ContradictionCheck(contradicts_no_after_yes)]
-    for ordered, reason in ((checks, "repetition"), (checks[::-1], "contradiction")):
-        _, [result] = find(script, branching_factor=1, checks=ordered, vectors=vectors, max_attempts=1)
-        assert result.reasons == {reason: 1}
 
 
 def test_pathfinder_says_that_the_contradiction_check_is_off():
@@ -281,6 +166,22 @@ def test_pathfinder_does_not_regenerate_beyond_the_budget():
     # Two tokens are spent; 38 allow one whole step.
     assert [len(batch) for batch in engine.batches] == [2, 1]
     assert nodes_of(result.tree) == {(0,): ("a", "FINISHED", "finished"), (1,): ("", "CUT", "empty")}
+
+
+class Talkative(ScriptedEngine):
+    """Generates more tokens than it is asked for, as some servers count them."""
+
+    def extend(self, requests, step_end, *, embed):
+        steps = super().extend(requests, step_end, embed=embed)
+        return [dataclasses.replace(step, token_ids=[0] * 30) for step in steps]
+
+
+def test_pathfinder_branches_no_more_where_the_budget_is_overdrawn():
+    engine = Talkative({"": [("a\n", -1.0), ("b\n", -2.0)]})
+    config = PathFinderConfig(branching_factor=2, max_tokens=40, max_step_tokens=20)
+    [result] = PathFinder(engine, config, checks=()).solve(["Q"])
+    assert result.num_tokens == 60
+    assert result.reasons == {"budget": 2}
 
 
 def test_pathfinder_time_limit_ends_the_search():
@@ -373,6 +274,7 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
         {"max_depth": 0},
         {"max_step_tokens": 0},
         {"max_tokens": 63},
+        {"max_tokens": 200.0},
         {"time_limit_s": 0},
         {"step_delimiter": ""},
         {"end_markers": "stop"},
@@ -382,6 +284,7 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
         {"temperature": float("nan")},
         {"annealing": 0.0},
         {"top_k": -1},
+        {"top_k": 2.5},
         {"top_p": 1.1},
         {"length_penalty": -1.0},
         {"max_attempts": 0},
@@ -391,6 +294,13 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
 def test_pathfinder_config_refuses(field):
     with pytest.raises(ValueError, match=f"^{next(iter(field))} must"):
         PathFinderConfig(**field)
+
+
+def test_pathfinder_answer_is_the_last_and_may_be_none():
+    config = PathFinderConfig(answer_pattern=r"answer: (?:(\d+)|none)")
+    assert config.answer("answer: 1\nanswer: 2\n") == "2"
+    assert config.answer("answer: 1\nanswer: none\n") is None
+    assert PathFinderConfig(answer_pattern="yes|no").answer("no, yes") == "yes"
 
 
 def test_pathfinder_seeds_differ_by_everything_that_names_a_node():

@@ -253,5 +253,6 @@ def test_server_answers_are_cut_at_tokens_or_characters():
     tokens = Answer("a.\n\nb", [1, 2, 3], [-1.0, -2.0, -3.0], "length", ["a", ".\n\n", "b"])
     assert tokens.cut(whole) == Answer("a.\n\n", [1, 2], [-1.0, -2.0], "step", ["a", ".\n\n"])
     assert Answer("a\nbc", [-1, -1], [], "length").cut(whole) == Answer("a\n", [-1], [], "step")
+    assert Answer("a\nbc", [], [], "length").cut(whole) == Answer("a\n", [], [], "step")
     ids_alone = Answer("é\nb", [7, 8, 9], [-1.0], "length")
     assert ids_alone.cut(whole) == ids_alone._replace(end="step")

@@ -1,4 +1,4 @@
-"""Two engines without a model: one plays a script, one draws characters from made-up logits with ``sample_logits``."""
+"""Two engines without a model: one plays a script, one draws characters from made-up logits; and a scripted search."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import torch
 
 import slimkernels as sk
-from slimkernels.search import Step, StepRequest
+from slimkernels.search import PathFinder, PathFinderConfig, Status, Step, StepRequest, log_probability
 
 END = "$"  # end of text in scripts
 
@@ -142,3 +142,20 @@ class CharacterEngine(ToyEngine):
         logits = torch.tensor(list(digest), dtype=torch.float32) / 64
         logits[-1] += self.end_logit
         return logits
+
+
+def find(script, *, checks=(), selector=log_probability, vectors=None, prompts=("Q",), **fields):
+    """The engine and the results of a search in which two children branch and two leaves are kept."""
+    engine = ScriptedEngine(script, vectors)
+    config = PathFinderConfig(**{"branching_factor": 2, "beam": 2, "max_depth": 4, "max_step_tokens": 20} | fields)
+    results = PathFinder(engine, config, checks=checks, selector=selector).solve(prompts)
+    assert engine.texts == {}, "every branch is freed"
+    return engine, results
+
+
+def nodes_of(tree):
+    """Path -> (text, status, reason) of every node but the root."""
+    return {
+        tree.path(node): (tree.steps[node], Status(tree.status[node]).name, tree.reasons[node])
+        for node in range(1, len(tree))
+    }

@@ -73,6 +73,8 @@ class PathFinderConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.max_tokens, int | None):
+            raise ValueError(f"max_tokens must be an integer or None, got {self.max_tokens!r}")
         if self.max_tokens is not None and self.max_tokens < self.max_step_tokens:
             raise ValueError(
                 f"max_tokens must be at least max_step_tokens = {self.max_step_tokens}, as only whole steps are begun, "
@@ -90,8 +92,8 @@ class PathFinderConfig:
                 raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
         if not (math.isfinite(self.annealing) and self.annealing > 0):
             raise ValueError(f"annealing must be finite and above 0, got {self.annealing}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k must be an integer of at least 0, got {self.top_k!r}")
         if self.answer_pattern is not None:
             try:
                 re.compile(self.answer_pattern)
@@ -128,7 +130,7 @@ class PathFinderConfig:
         return self.answer_pattern is not None and re.search(self.answer_pattern, text) is not None
 
     def answer(self, text: str) -> str | None:
-        """What ``answer_pattern`` finds last in a whole branch."""
+        """What ``answer_pattern`` finds last in a whole branch; None also where its first group took no part in it."""
         if self.answer_pattern is None:
             return None
         found = None
@@ -136,4 +138,5 @@ class PathFinderConfig:
             pass
         if found is None:
             return None
-        return (found.group(1) if found.re.groups else found.group(0) or "").strip()
+        text = found[1] if found.re.groups else found[0]
+        return None if text is None else text.strip()

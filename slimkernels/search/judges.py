@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -148,9 +149,14 @@ class Verifier:
         return logits[torch.arange(len(lengths), device=logits.device), torch.searchsorted(ends, lengths - 1)]
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, inputs: list[Any], batch_size: int):
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, inputs: list[Any], batch_size: int
+) -> Iterator[BatchEncoding]:
+    """Encoded inputs, cut to what the model can read."""
+    # RoBERTa's models have two positions more than they can read, which their tokenizers know; others may know none.
+    known = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limit = min((most for most in known if most is not None and most < 1 << 30), default=None)
     for first in range(0, len(inputs), batch_size):
         batch = inputs[first : first + batch_size]
-        limit = getattr(model.config, "max_position_embeddings", None)
         encoded = tokenizer(batch, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt")
         yield encoded.to(model.device)

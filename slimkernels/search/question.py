@@ -72,14 +72,12 @@ class Progress:
         depth: Depths that are done.
         num_tokens: Generated so far.
         seconds: Since the start of its batch of questions, interruptions left out.
-        is_done: Whether its result has been selected.
     """
 
     tree: Tree = dataclasses.field(default_factory=Tree)
     depth: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
-    is_done: bool = False
 
 
 class Child:
@@ -162,7 +160,8 @@ class QuestionSearch:
         """Whole steps that the token budget still allows; None: no limit."""
         if self.config.max_tokens is None:
             return None
-        return (self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
+        # A server may have generated more than it was asked for.
+        return max(0, self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
 
     def new_children(self, factor: int) -> list[Child]:
         """``factor`` for each open leaf; where that is too much, one for each in turn, the best leaf first."""

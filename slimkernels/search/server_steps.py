@@ -11,7 +11,7 @@ from slimkernels.server_client_async import AsyncServerClient
 
 # The id of a token of which a server says nothing but that it is there.
 UNKNOWN_TOKEN = -1
-_KINDS: tuple[Literal["vllm", "llamacpp"], ...] = ("vllm", "llamacpp")
+Kind = Literal["vllm", "llamacpp", "openai"]
 _EMBEDDINGS = (
     "repetition was judged by character trigrams where the check has no encoder: servers give no hidden states"
 )
@@ -47,10 +47,11 @@ class Answer(NamedTuple):
     def cut(self, step_end: StepEnd) -> Answer:
         """Up to the first token after which the step is complete; all of it where none is.
 
-        Where nothing is known of the tokens but their number, up to the first character, with a share of the tokens.
+        Where nothing is known of the tokens but their number, or not even that, up to the first character, with a share
+        of the tokens.
         Where ids are known but not their texts, all of it.
         """
-        if self.pieces is None and set(self.token_ids) == {UNKNOWN_TOKEN}:
+        if self.pieces is None and set(self.token_ids) <= {UNKNOWN_TOKEN}:
             for length in range(1, len(self.text) + 1):
                 if step_end(self.text[:length]):
                     count = max(1, len(self.token_ids) * length // len(self.text))
@@ -80,7 +81,7 @@ class ServerDialect:
 
     client: AsyncServerClient
     model: str
-    kind: Literal["vllm", "llamacpp", "openai"]
+    kind: Kind
     context_length: int | None
 
     last_tokens: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -154,13 +155,15 @@ async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
     owners = {entry.get("owned_by") for entry in entries}
     own = next((entry for entry in entries if entry.get("id") == model), entries[0] if len(entries) == 1 else {})
     length = own.get("max_model_len") or (own.get("meta") or {}).get("n_ctx")
-    return ServerDialect(client, model, next((kind for kind in _KINDS if kind in owners), "openai"), length)
+    kind: Kind = "vllm" if "vllm" in owners else "llamacpp" if "llamacpp" in owners else "openai"
+    return ServerDialect(client, model, kind, length)
 
 
 def _vllm(content: dict[str, Any]) -> Answer:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
-    token_ids, pieces = choice["token_ids"], list(logprobs.get("tokens") or ())
+    token_ids = choice["token_ids"]
+    pieces: list[str] = list(logprobs.get("tokens") or ())
     stopped = choice["finish_reason"] == "stop"
     at_text = isinstance(choice.get("stop_reason"), str)
     text = choice["text"]
@@ -195,7 +198,7 @@ def _openai(content: dict[str, Any]) -> Answer:
         entries = logprobs["content"] or ()
         logprobs = {name + "s": [entry[name] for entry in entries] for name in ("token", "logprob")}
         logprobs["token_logprobs"] = logprobs["logprobs"]
-    pieces = list(logprobs.get("tokens") or ())
+    pieces: list[str] = list(logprobs.get("tokens") or ())
     count = len(pieces) or int((content.get("usage") or {}).get("completion_tokens") or 0)
     # No texts to stop at were given: what stopped it is the end of text.
     end = "end_of_text" if choice["finish_reason"] == "stop" else "length"

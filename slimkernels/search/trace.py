@@ -230,7 +230,6 @@ def _follow(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) ->
                     raise ValueError(f"there is no node {change['node']} to change")
                 tree.mark(change["node"], Status[change["status"].upper()], change["reason"])
             if "result" in line:
-                question.progress.is_done = True
                 traced[line["question"]] = question._replace(result=line["result"])
                 continue
             for record in line["nodes"]:

@@ -44,8 +44,8 @@ def custom_generate(
 
     A streamer gets no answer: a branch is chosen at the end.
     """
-    # The engine reads the model's forward once when it is made: one for each model, as long as the model.
-    engines: dict[int, TransformersEngine] = {}
+    # It reads the model's forward once when it is made, and is kept for the next call with the same model.
+    engine: TransformersEngine | None = None
 
     def generate(
         model: PreTrainedModel,
@@ -53,13 +53,12 @@ def custom_generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,  # a mask of its own name would be passed twice
     ) -> Tensor:
+        nonlocal engine
         for name, only in (("num_return_sequences", 1), ("num_beams", 1), ("return_dict_in_generate", False)):
             if getattr(generation_config, name, None) not in (None, only):
                 raise ValueError(f"{name} must be {only} with this custom_generate, which gives one branch of a prompt")
-        engine = engines.get(id(model))
-        if engine is None:
-            engines.clear()
-            engine = engines[id(model)] = TransformersEngine(model, tokenizer)
+        if engine is None or engine.model is not model:
+            engine = TransformersEngine(model, tokenizer)
         mask = model_kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(input_ids)
