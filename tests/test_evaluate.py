@@ -53,6 +53,12 @@ def dense_metrics(model, store) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_evaluate_store_refuses_batches_of_nothing(store, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        evaluate_store(make_model(), store, batch_size=batch_size)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_evaluate_store_equals_dense_metrics(store, batch_size):
     model = make_model(seed=3).eval()

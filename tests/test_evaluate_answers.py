@@ -37,6 +37,8 @@ NUMBERS = [  # text, strict, flexible
     ("The answer is 20 * 3 = 60 students.", "60", "60"),
     ("The answer is 5 - 5 = 0.", "0", "0"),
     ("A: 5 apples", None, "5"),
+    ("The answer is " + 5000 * "9", None, None),
+    ("5 of " + 5000 * "9", None, "5"),
     ("I do not know.", None, None),
     ("", None, None),
 ]

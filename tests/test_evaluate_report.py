@@ -13,6 +13,7 @@ from evaluation import make_record
 from test_evaluate_gemini import ROWS, write
 
 from slimkernels.evaluate.gemini import read_outputs
+from slimkernels.evaluate.metric import metric
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.report import describe_outputs, write_report
 from slimkernels.evaluate.summary import (
@@ -83,6 +84,11 @@ def test_compare_pairs_samples_and_adjusts_for_all_comparisons(records):
     # Only what both have is compared.
     part = compare(Records([record for record in records if record.model == "good" or record.order < 3]))
     assert {comparison.difference.num_samples for comparison in part} == {3}
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    assert metric("strict").signed(-0.0001) == "+0.0"
+    assert metric("loss").signed(-0.0125) == "-0.013"
 
 
 def test_a_smaller_budget_has_fewer_chains():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from evaluation import make_data, make_record
 
+from slimkernels.evaluate.choices import load_choices
+from slimkernels.evaluate.heldout import load_heldout
 from slimkernels.evaluate.scoring import count_dropped, vote
 from slimkernels.evaluate.tasks import TASKS, load_task
 
@@ -42,6 +44,15 @@ def test_more_samples_are_the_same_and_some_more(data):
     assert [sample.id for sample in every] != sorted(sample.id for sample in every)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_number_of_samples_is_at_least_one(number, data):
+    for load in (lambda: load_task("gsm8k", data, number), lambda: load_heldout(data, number)):
+        with pytest.raises(ValueError, match=f"num_samples must be at least 1, .*got {number}"):
+            load()
+    with pytest.raises(ValueError, match=f"num_samples must be at least 1, .*got {number}"):
+        load_choices(["arc_easy"], data, number)
+
+
 def test_missing_data_names_what_was_looked_for(data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"folder not found: .*no is not there; gsm8k needs gsm8k/test\.jsonl"):
         load_task("gsm8k", tmp_path / "no")
@@ -60,6 +71,7 @@ def test_missing_data_names_what_was_looked_for(data, tmp_path):
         ('{"question": "q"}', "line 2: not a sample of gsm8k"),
         ("{", "must hold JSON"),
         ("[]", "line 2: not a sample of gsm8k"),
+        ('{"question": 5, "answer": "#### 1"}', "line 2: not a sample of gsm8k"),
     ],
 )
 def test_a_bad_row_is_named(line, message, tmp_path):

@@ -36,6 +36,10 @@ _LEADING_LETTER = re.compile(
 )
 
 
+# A longer number is no answer, and Python reads and writes none of more than 4300 digits.
+_MOST_DIGITS = 1000
+
+
 class Extraction(NamedTuple):
     """The answers found in a text, in the one spelling of their kind; None: none was found."""
 
@@ -97,12 +101,14 @@ def canonical(answer: str, kind: AnswerKind) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in a text, exactly; None where there is none."""
+    """The first number in a text, exactly; None where there is none, or one of more than a thousand digits."""
     found = _NUMBER.search(text)
     return None if found is None else _value(found)
 
 
-def _value(found: re.Match[str]) -> Fraction:
+def _value(found: re.Match[str]) -> Fraction | None:
+    if len(found[0]) > _MOST_DIGITS:
+        return None
     top, bottom = (found["top"], found["bottom"]) if found["top"] else (found["first"], found["second"])
     value = Fraction(top.replace(",", ""))
     if bottom is not None:
@@ -146,7 +152,7 @@ def _announced_number(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _last_number(text: str, choices: Sequence[str]) -> str | None:
-    values = [_value(found) for found in _NUMBER.finditer(text)]
+    values = [value for found in _NUMBER.finditer(text) if (value := _value(found)) is not None]
     return _spell(values[-1]) if values else None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from slimkernels.evaluate.heldout import HELDOUT, NO_DECODER
 from slimkernels.evaluate.records import Record, content_key, record_path
-from slimkernels.evaluate.tasks import TASKS, Sample
+from slimkernels.evaluate.tasks import TASKS, Sample, check_num_samples
 
 if TYPE_CHECKING:
     from slimkernels.evaluate.harness import ChoiceSample
@@ -56,15 +56,16 @@ def load_choices(
     Args:
         names: Of lm-eval's tasks and groups; a group stands for its tasks.
         data: A folder laid out as ``write_local_tasks`` says; None: the hub.
-        num_samples: The first so many of each task, as lm-eval's ``limit``; None: all.
+        num_samples: The first so many of each task, at least 1, as lm-eval's ``limit``; None: all.
         num_fewshot: Examples before each question; None: what the definition of a task says.
         batch_size: Sequences in a forward.
 
     Raises:
         ImportError: lm-eval is not installed; the message names the extra.
         FileNotFoundError, ConnectionError: The data are not there.
-        ValueError: Neither a task of ours nor one of lm-eval's that is multiple choice.
+        ValueError: Neither a task of ours nor one of lm-eval's that is multiple choice, or ``num_samples`` below 1.
     """
+    check_num_samples(num_samples)
     own = ", ".join((HELDOUT, *TASKS))
     try:
         from slimkernels.evaluate.harness import read_multiple_choice

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from slimkernels.evaluate.records import Record, content_key, record_path
-from slimkernels.evaluate.tasks import ORDER_SEED, Sample
+from slimkernels.evaluate.tasks import ORDER_SEED, Sample, check_num_samples
 
 if TYPE_CHECKING:
     from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
@@ -57,15 +57,16 @@ def load_heldout(path: str | os.PathLike[str], num_samples: int | None = None, *
 
     Args:
         path: Of the store.
-        num_samples: Documents to take, of one order that is shuffled once for all runs; None: all.
+        num_samples: Documents to take, at least 1, of one order that is shuffled once for all runs; None: all.
         batch_size: Documents at a time.
 
     Raises:
         StoreError: There is no such store, or it is damaged.
-        ValueError: None of its documents has a label.
+        ValueError: None of its documents has a label, or ``num_samples`` is below 1.
     """
     from slimkernels.store import Store
 
+    check_num_samples(num_samples)
     store = Store(path)
     found, first = [], 0
     for number, entry in enumerate(store.shards):
@@ -128,8 +129,8 @@ class HeldoutCell:
                         f"{self.model.label} must have a finite loss on document {sample.id} of "
                         f"{self.task.store.path}, got {scores}: its weights may be damaged, or its dtype too narrow"
                     )
-                text = loaded.tokenizer.decode(document.input_ids.tolist())
-                known = metrics.teacher_loss is not None
+                text = str(loaded.tokenizer.decode(document.input_ids.tolist()))
+                teacher_loss = metrics.teacher_loss
                 yield Record(
                     key=self.key(sample, None),
                     model=self.model.label,
@@ -146,5 +147,5 @@ class HeldoutCell:
                     scores=scores,
                     seconds=seconds,
                     labels=metrics.labels,
-                    published={"teacher_loss": metrics.teacher_loss / metrics.labels} if known else {},
+                    published={} if teacher_loss is None else {"teacher_loss": teacher_loss / metrics.labels},
                 )

@@ -32,12 +32,15 @@ class Metric:
 
     def text(self, value: float) -> str:
         """A value, without its unit."""
-        # Adding 0 makes a 0 of what is rounded to -0.
-        return f"{round(self.factor * value, self.places) + 0:.{self.places}f}"
+        return f"{self._rounded(value):.{self.places}f}"
 
     def signed(self, value: float) -> str:
         """A difference, without its unit."""
-        return f"{self.factor * value:+.{self.places}f}"
+        return f"{self._rounded(value):+.{self.places}f}"
+
+    def _rounded(self, value: float) -> float:
+        # Adding 0 makes a 0 of what is rounded to -0.
+        return round(self.factor * value, self.places) + 0
 
 
 JUDGE = "judge "

@@ -64,7 +64,7 @@ def evaluate_store(
         probability of the kept ids; ``tokens``, the number of labels; ``tokens_per_second``.
 
     Raises:
-        ValueError: ``store`` holds no label, or its ids do not fit the student's vocabulary.
+        ValueError: ``store`` holds no label, its ids do not fit the student's vocabulary, or ``batch_size`` below 1.
     """
     start = time.perf_counter()
     found: list[DocumentMetrics] = []
@@ -100,8 +100,10 @@ def evaluate_documents(
     The model is in eval mode while a batch is computed, and in its own mode between batches.
 
     Raises:
-        ValueError: Ids of the documents do not fit the student's vocabulary.
+        ValueError: Ids of the documents do not fit the student's vocabulary, or ``batch_size`` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     head = LanguageModelHead.of(model)
     collator, device = SlimCollator(vocab_size=head.vocab_size), head.weight.device
     for first in range(0, len(documents), batch_size):
@@ -120,17 +122,16 @@ def _evaluate_batch(
     model: PreTrainedModel, batch: dict[str, Any], counts: list[int], device: torch.device
 ) -> list[DocumentMetrics]:
     teacher, target = teacher_rows(batch["teacher"].to(device)), batch["target"].to(device)
-    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")}
-    options = {"rest": "ghost", "token_weight": "none", "reduction": "none"}
-    result = loss_of_batch(model, batch | {"target": target}, teacher=teacher, **options)
+    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")} | {"target": target}
+    result = loss_of_batch(model, batch, teacher=teacher, rest="ghost", token_weight="none", reduction="none")
     terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
     if teacher.target_logit is not None:
         terms.append(teacher.lse_at(1.0) - teacher.target_logit)
     rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 5)
     sums = [part.sum(0).tolist() for part in rows.split(counts)]
     return [
-        DocumentMetrics(count, *values[:4], values[4] if len(values) == 5 else None)
-        for count, values in zip(counts, sums, strict=True)
+        DocumentMetrics(count, loss, kl, teacher_mass, student_mass, known[0] if known else None)
+        for count, (loss, kl, teacher_mass, student_mass, *known) in zip(counts, sums, strict=True)
     ]
 
 

@@ -51,11 +51,6 @@ class Difference(NamedTuple):
         """
         return not self.low <= 0 <= self.high and self.p_value < 1 - self.confidence
 
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        return ("b is higher" if self.value > 0 else "a is higher") if self.is_shown else "no difference shown"
-
 
 def paired_difference(
     a: Sequence[float],

@@ -77,14 +77,15 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
     Args:
         name: "gsm8k", "strategyqa", "commonsenseqa", "self_instruct", or "dolly".
         data_dir: The folder with a folder for each task.
-        num_samples: How many to take, of one order that is shuffled once for all runs; None: all.
+        num_samples: How many to take, at least 1, of one order that is shuffled once for all runs; None: all.
 
     Raises:
-        ValueError: An unknown name, or a file that does not hold such samples: which line.
+        ValueError: An unknown name, ``num_samples`` below 1, or a file that does not hold such samples: which line.
         FileNotFoundError: The file is not there; the message names those that were looked for.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    check_num_samples(num_samples)
     kind, readers = TASKS[name]
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"data folder not found: {data_dir} is not there; {name} needs {' or '.join(readers)}")
@@ -99,7 +100,7 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
             sample = readers[found](row)
             if kind is not None and canonical(sample.reference, kind) is None:
                 raise ValueError(f"{sample.reference!r} is no answer of kind {kind!r}")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{Path(data_dir) / found}, {place}: not a sample of {name} ({error})") from error
         samples.append(dataclasses.replace(sample, id=sample.id or str(len(samples))))
     if not samples:
@@ -107,6 +108,12 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
     random.Random(ORDER_SEED).shuffle(samples)  # noqa: S311 -- an order, not a secret
     digest = hashlib.blake2b(content, digest_size=12).hexdigest()
     return Task(name, kind, found, digest, tuple(samples[:num_samples]), len(samples))
+
+
+def check_num_samples(num_samples: int | None) -> None:
+    """Raises ValueError for a number of samples to take that is not at least 1, or None."""
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, or None for all, got {num_samples}")
 
 
 def _rows(content: bytes, file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
