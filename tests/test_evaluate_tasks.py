@@ -81,6 +81,14 @@ def test_a_bad_row_is_named(line, message, tmp_path):
         load_task("gsm8k", tmp_path)
 
 
+def test_two_samples_of_one_id_are_refused(tmp_path):
+    (tmp_path / "strategyqa").mkdir()
+    row = '{"qid": "a", "question": "q", "answer": true}'
+    (tmp_path / "strategyqa" / "dev.json").write_text(f"[{row}, {row}]")
+    with pytest.raises(ValueError, match=r"row 2: not a sample of strategyqa .*'a' is that of a row before"):
+        load_task("strategyqa", tmp_path)
+
+
 def test_scores_are_strict_and_flexible():
     record = make_record(0, "So it is 1,000.", "1000")
     assert record.answers == {"flexible": "1000", "strict": None}

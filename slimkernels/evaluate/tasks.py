@@ -94,15 +94,20 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
         looked_for = " or ".join(str(Path(data_dir) / file) for file in readers)
         raise FileNotFoundError(f"data for {name} not found: looked for {looked_for}")
     content = (Path(data_dir) / found).read_bytes()
-    samples = []
+    samples: list[Sample] = []
+    ids: set[str] = set()
     for place, row in _rows(content, found):
         try:
             sample = readers[found](row)
+            sample = dataclasses.replace(sample, id=sample.id or str(len(samples)))
+            if sample.id in ids:
+                raise ValueError(f"the id {sample.id!r} is that of a row before")
             if kind is not None and canonical(sample.reference, kind) is None:
                 raise ValueError(f"{sample.reference!r} is no answer of kind {kind!r}")
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{Path(data_dir) / found}, {place}: not a sample of {name} ({error})") from error
-        samples.append(dataclasses.replace(sample, id=sample.id or str(len(samples))))
+        samples.append(sample)
+        ids.add(sample.id)
     if not samples:
         raise ValueError(f"{Path(data_dir) / found} must hold samples of {name}, got none")
     random.Random(ORDER_SEED).shuffle(samples)  # noqa: S311 -- an order, not a secret
