@@ -79,9 +79,11 @@ def test_few_samples_show_nothing_however_clear_they_look():
     # Every resample of four equal differences has the same mean: only the test knows that four are few.
     four = paired_difference([0] * 4, [1] * 4)
     assert (four.value, four.low, four.high, four.p_value) == (1.0, 1.0, 1.0, 0.125)
-    assert four.verdict == "no difference shown"
-    assert paired_difference([0] * 8, [1] * 8).verdict == "b is higher"
-    assert paired_difference([1] * 8, [0] * 8).verdict == "a is higher"
+    assert not four.is_shown
+    for a, b in ((0, 1), (1, 0)):
+        eight = paired_difference([a] * 8, [b] * 8)
+        assert eight.is_shown
+        assert eight.value == b - a
 
 
 def test_weights_by_hand():
