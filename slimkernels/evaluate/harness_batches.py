@@ -1,5 +1,7 @@
 """lm-eval's log-likelihoods, kept batch by batch: what a killed run had from its model is not asked for again."""
 
+# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import os
