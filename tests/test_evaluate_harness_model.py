@@ -12,7 +12,7 @@ import pytest
 from evaluation import GSM8K
 from teachers import END, make_teacher, make_tokenizer, save_teacher
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'slimkernels[evaluate]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'slimkernels[harness]'")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
