@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from bench import records
 from bench.case import OURS
 from bench.instructions_table import instructions_table
@@ -101,22 +103,24 @@ def _ours_first(figures: dict[str, float]) -> list[float]:
 
 
 def search_sentence(rows: list[dict]) -> str:
-    """How fast the tree search generates, and what its branches take."""
-    speeds: dict[int, dict[str, float]] = {}
-    memory = {row["provider"]: row["p50"] for row in rows if row["metric"] == "kv_memory"}
-    for row in rows:
+    """How fast the tree search generates, what its branches take, and how long the selection among them is."""
+    searches = [row for row in rows if row["op"] == "search"]
+    speeds: dict[int, list[dict]] = {}
+    for row in searches:
         if row["metric"] == "throughput":
-            speeds.setdefault(row["question_tokens"], {})[row["provider"]] = row["p50"]
+            speeds.setdefault(row["question_tokens"], []).append(row)
     said = []
-    for tokens, speed in sorted(speeds.items()):
+    for tokens, of_length in sorted(speeds.items()):
+        speed = _newest_medians(of_length)
         beside = ", ".join(
             f"{speed[OURS] / rate:.1f}x {provider} ({rate:,.0f})"
             for provider, rate in speed.items()
             if provider != OURS
         )
         said.append(f"after prompts of {tokens} tokens {speed[OURS]:,.0f} tokens/s, {beside}")
+    memory = _newest_medians([row for row in searches if row["metric"] == "kv_memory"])
     [copies] = (count for provider, count in memory.items() if provider != OURS)
-    row = rows[-1]
+    row = searches[-1]
     shape = row["shape"]
     return (
         f"A search over {shape['questions']} questions at once, branching {shape['branching']}, beam {shape['beam']}, "
@@ -124,9 +128,31 @@ def search_sentence(rows: list[dict]) -> str:
         f"With prompts of {shape['prompt_tokens']} tokens its keys and values take {memory[OURS] / 2**20:.0f} MiB, "
         f"{copies / memory[OURS]:.0f}x less than a copy for each sequence. The plain batch has the search's "
         f"{shape['questions'] * shape['branching'] * shape['beam']} sequences all the time, and its reading of prompts "
-        f"is not counted. {row['model']}, {row['dtype']}, {row['device']}, {row['threads']} threads, "
-        f"{row['date'][:10]}; `python -m bench.search`."
+        f"is not counted. {_consensus_sentence(rows)}{row['model']}, {row['dtype']}, {row['device']}, {row['threads']} "
+        f"threads, {row['date'][:10]}; `python -m bench.search`."
     )
+
+
+def _consensus_sentence(rows: list[dict]) -> str:
+    times = [row for row in rows if row["op"] == "consensus"]
+    if not times:
+        return ""
+    shape, figures = times[-1]["shape"], _newest_medians(times)
+    [(peer, slow)] = ((provider, time) for provider, time in figures.items() if provider != OURS)
+    return (
+        f"The consensus of {shape['texts']} candidates of {shape['words']} words takes {figures[OURS]:.0f} ms, "
+        f"{slow / figures[OURS]:.0f}x less than {peer} ({slow:,.0f} ms). "
+    )
+
+
+def _newest_medians(rows: list[dict]) -> dict[str, float]:
+    """Of every provider, the median over the rounds of the newest commit and machine."""
+    newest = [[row[field] for field in (*records.MACHINE_FIELDS, "threads")] for row in rows]
+    found: dict[str, list[float]] = {}
+    for row, where in zip(rows, newest, strict=True):
+        if where == newest[-1]:
+            found.setdefault(row["provider"], []).append(row["p50"])
+    return {provider: statistics.median(values) for provider, values in found.items()}
 
 
 # What the README shows between the markers NAME:begin and NAME:end, from bench/results/NAME.jsonl.

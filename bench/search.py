@@ -1,6 +1,9 @@
-"""Times the search, the same search by ``generate``, and plain generation in turns; appends a row for each.
+"""Times the search, the same search by ``generate``, and plain generation in turns; appends a row for each turn.
 
-python -m bench.search --out bench/results/search.jsonl [--rounds 3] [--dtype bfloat16] [--model smollm2-135m-instruct]
+python -m bench.search --out bench/results/search.jsonl [--rounds 2] [--shots 0 3] [--dtype bfloat16 | float32]
+
+Prompts are questions as they are (53 tokens in SmolLM2's), and behind three worked examples (275 tokens). What the file
+has of this commit and machine is not measured again, so that a run that was stopped goes on.
 
 Every provider generates the same number of tokens in every round: steps have a fixed length, texts never end. The
 search is 8 questions by branching 8 by beam 8, so 512 sequences live at its full width, as many as plain generation
@@ -10,23 +13,26 @@ has all the time. Tokens are drawn from the whole softmax, the cheapest way for 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bench import search_peers
+from bench import records, search_peers
 from bench.case import OURS
 from bench.machine import machine
-from bench.measure import percentiles
-from slimkernels.search import PathFinder, PathFinderConfig, TransformersEngine
+from slimkernels.search import Candidate, PathFinder, PathFinderConfig, TransformersEngine, consensus
+from slimkernels.search.selection import Scorer
 from slimkernels.teacher import load_teacher
 
 REENCODING = "generate on the text of each leaf"
 PLAIN = "plain batched generate"
+SETS = "sets of trigrams, pair by pair"
 QUESTIONS = [
     f"Question: A baker has {trays} trays with {trays + 3} buns each. She sells {trays + 9} buns before noon and gives "
     f"away {trays} buns in the evening. How many buns does she have left at the end of the day?\nAnswer:"
@@ -45,14 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="as of load_teacher")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3, help="in which every provider has its turn")
+    parser.add_argument("--rounds", type=int, default=2, help="in which every provider has its turn")
     parser.add_argument("--branching", type=int, default=8)
     parser.add_argument("--beam", type=int, default=8)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--step-tokens", type=int, default=16)
-    parser.add_argument("--shots", type=int, default=0, help="worked examples before each question")
+    parser.add_argument("--shots", type=int, nargs="+", default=[0, 3], help="worked examples before a question")
     parser.add_argument("--prompt-tokens", type=int, default=300, help="of the prompts for which memory is compared")
     parser.add_argument("--batch-leaves", type=int, default=8, help="that generate continues at a time; 8 was fastest")
+    parser.add_argument(
+        "--reencoded", type=int, default=len(QUESTIONS), help="of the questions, that generate searches, in equal parts"
+    )
+    parser.add_argument("--candidates", type=int, default=512, help="of the consensus")
     args = parser.parse_args(arguments)
     model, tokenizer = load_teacher(args.model, dtype=getattr(torch, args.dtype))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -65,30 +75,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
         top_p=1.0,
         step_end=lambda _: False,
     )
-    questions = [WORKED * args.shots + question for question in QUESTIONS]
     sizes = ("branching", "beam", "depth", "step_tokens", "prompt_tokens")
-    shared = {
-        "op": "search",
-        "model": Path(args.model).name,
-        "dtype": args.dtype,
-        "shape": {"questions": len(QUESTIONS)} | {name: getattr(args, name) for name in sizes},
-        "question_tokens": len(tokenizer(questions[0])["input_ids"]),
-        "rounds": args.rounds,
-    }
+    log = Log(
+        args.out,
+        {
+            "op": "search",
+            "model": Path(args.model).name,
+            "dtype": args.dtype,
+            "shape": {"questions": len(QUESTIONS)} | {name: getattr(args, name) for name in sizes},
+            "reencoded": args.reencoded,
+        },
+    )
     torch.manual_seed(0)
     with torch.inference_mode():
-        rows = [
-            {"provider": name, "metric": "throughput", "unit": "tokens/s"} | percentiles(rates)
-            for name, rates in throughputs(model, tokenizer, config, questions, args.rounds, args.batch_leaves).items()
-        ]
-        rows += [
-            {"provider": name, "metric": "kv_memory", "unit": "bytes", "p50": count}
-            for name, count in memory(model, tokenizer, config, args.prompt_tokens).items()
-        ]
-    with args.out.open("a") as out:
-        for row in rows:
-            print(f"{row['provider']}: {row['p50']:,.0f} {row['unit']}")
-            out.write(json.dumps(shared | row | machine()) + "\n")
+        for shots in args.shots:
+            questions = [WORKED * shots + question for question in QUESTIONS]
+            tokens = len(tokenizer(questions[0])["input_ids"])
+            providers = throughputs(model, tokenizer, config, questions, args.reencoded, args.batch_leaves)
+            for turn, name in _turns(list(providers), args.rounds):
+                what = {"provider": name, "metric": "throughput", "question_tokens": tokens, "round": turn}
+                log.measure(what, "tokens/s", providers[name])
+        providers = memory(model, tokenizer, config, args.prompt_tokens)
+        for name, run in providers.items():
+            log.measure({"provider": name, "metric": "kv_memory"}, "bytes", run)
+    log.of_all = {"op": "consensus", "shape": {"texts": args.candidates, "words": 400}}
+    providers = consensus_times(**log.of_all["shape"])
+    for turn, name in _turns(list(providers), args.rounds):
+        log.measure({"provider": name, "metric": "time", "round": turn}, "ms", providers[name])
+
+
+class Log:
+    """Appends a row for each measurement that the file does not have of this commit and machine.
+
+    Attributes:
+        of_all: What all rows say from now on.
+    """
+
+    def __init__(self, path: Path, of_all: dict) -> None:
+        self.of_all = of_all
+        self._path = path
+        self._machine = machine()
+
+    def measure(self, what: dict, unit: str, run: Callable[[], float]) -> None:
+        """Runs a measurement of ``what``."""
+        fields = (*records.MACHINE_FIELDS, "threads")
+        wanted = self.of_all | what | {field: self._machine[field] for field in fields}
+        known = not self._machine["commit"].endswith("-dirty")
+        if known and any(wanted.items() <= row.items() for row in records.read(self._path)):
+            return
+        row = self.of_all | what | {"unit": unit, "p50": run()} | machine()
+        print(f"{row['op']}, {row['provider']}: {row['p50']:,.0f} {unit}", flush=True)
+        with self._path.open("a") as out:
+            out.write(json.dumps(row) + "\n")
 
 
 def throughputs(
@@ -96,10 +134,11 @@ def throughputs(
     tokenizer: PreTrainedTokenizerBase,
     config: PathFinderConfig,
     questions: Sequence[str],
-    rounds: int,
+    reencoded: int,
     batch_leaves: int,
-) -> dict[str, list[float]]:
-    """Generated tokens per second of every provider in every round."""
+) -> dict[str, Callable[[], float]]:
+    """Of every provider, what measures its generated tokens per second."""
+    parts = itertools.cycle(range(0, len(questions), reencoded))
     engine = TransformersEngine(model, tokenizer, eos_token_ids=())
     rows = _rows(config)
     total = len(questions) * sum(rows) * config.max_step_tokens
@@ -112,33 +151,61 @@ def throughputs(
         return total / seconds
 
     def reencoding() -> float:
+        first = next(parts)
+        part = questions[first : first + reencoded]
         start = time.perf_counter()
-        beams = search_peers.search_with_generate(model, tokenizer, config, questions, batch_leaves)
+        beams = search_peers.search_with_generate(model, tokenizer, config, part, batch_leaves)
         seconds = time.perf_counter() - start
         _require({leaf.num_tokens for beam in beams for leaf in beam}, {config.max_depth * config.max_step_tokens})
-        return total / seconds
+        return total / len(questions) * len(part) / seconds
 
     def plain() -> float:
         tokens = config.max_step_tokens
         seconds = search_peers.generate_plainly(model, tokenizer, config, questions, rows[-1], tokens)
         return len(questions) * rows[-1] * tokens / seconds
 
-    return _in_turns({OURS: ours, REENCODING: reencoding, PLAIN: plain}, rounds)
+    return {OURS: ours, REENCODING: reencoding, PLAIN: plain}
 
 
 def memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PathFinderConfig, prompt_tokens: int
-) -> dict[str, int]:
+) -> dict[str, Callable[[], int]]:
     """The most bytes of keys and values in a search on long prompts, and of a batch of as many copies."""
     text = tokenizer(" ".join(QUESTIONS))["input_ids"]
     prompts = [(text * (prompt_tokens // len(text) + 1))[shift:][:prompt_tokens] for shift in range(len(QUESTIONS))]
-    engine = TransformersEngine(model, tokenizer, eos_token_ids=())
-    PathFinder(engine, config, checks=()).solve(prompts)
-    # transformers' own cache of one sequence that is as long as ours are at the end; a batch has one for each.
-    length = prompt_tokens + config.max_depth * config.max_step_tokens
-    cache = model(torch.tensor([(prompts[0] * 2)[:length]]), use_cache=True, logits_to_keep=1).past_key_values
-    one = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    return {OURS: engine.peak.shared_bytes, "unshared copies": len(QUESTIONS) * _rows(config)[-1] * one}
+
+    def ours() -> int:
+        engine = TransformersEngine(model, tokenizer, eos_token_ids=())
+        PathFinder(engine, config, checks=()).solve(prompts)
+        return engine.peak.shared_bytes
+
+    def copies() -> int:
+        # transformers' own cache of one sequence that is as long as ours are at the end; a batch has one for each.
+        length = prompt_tokens + config.max_depth * config.max_step_tokens
+        cache = model(torch.tensor([(prompts[0] * 2)[:length]]), use_cache=True, logits_to_keep=1).past_key_values
+        one = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        return len(QUESTIONS) * _rows(config)[-1] * one
+
+    return {OURS: ours, "unshared copies": copies}
+
+
+def consensus_times(texts: int, words: int) -> dict[str, Callable[[], float]]:
+    """Of every provider, what measures the milliseconds of scoring texts of so many words, whose frequencies fall."""
+    generator = np.random.default_rng(0)
+    drawn = generator.zipf(1.5, (texts, words)) % 2000
+    candidates = [
+        Candidate(index, " ".join(f"w{word}" for word in row), None, -1.0, 1) for index, row in enumerate(drawn)
+    ]
+    expected = search_peers.consensus_of_sets(candidates)
+
+    def timed(score: Scorer) -> float:
+        start = time.perf_counter()
+        scores = score(candidates)
+        seconds = time.perf_counter() - start
+        np.testing.assert_allclose(scores, expected, rtol=1e-9)
+        return 1e3 * seconds
+
+    return {OURS: lambda: timed(consensus()), SETS: lambda: timed(search_peers.consensus_of_sets)}
 
 
 def _rows(config: PathFinderConfig) -> list[int]:
@@ -150,13 +217,10 @@ def _rows(config: PathFinderConfig) -> list[int]:
     return rows
 
 
-def _in_turns(providers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in providers}
-    names = list(providers)
+def _turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Every round, and every name in it, another one first each time."""
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name].append(providers[name]())
-    return found
+        yield from ((turn, name) for name in names[turn % len(names) :] + names[: turn % len(names)])
 
 
 def _require(got: object, wanted: object) -> None:

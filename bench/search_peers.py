@@ -1,8 +1,9 @@
-"""What a user of transformers alone would write: the search with ``generate`` on text, and plain batched generation."""
+"""What a user of transformers would write: the search with ``generate`` on text, plain generation, and consensus."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +11,8 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.search import PathFinderConfig
+from slimkernels.search import Candidate, PathFinderConfig
+from slimkernels.search.selection import word_trigrams
 
 
 class Leaf(NamedTuple):
@@ -109,6 +111,19 @@ class _Clock(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.times.append(time.perf_counter())
         return scores
+
+
+def consensus_of_sets(candidates: Sequence[Candidate]) -> list[float]:
+    """The sum of the Jaccard similarities of a candidate's word trigrams with those of every other."""
+    trigrams = [word_trigrams(candidate.text) for candidate in candidates]
+    scores = [0.0] * len(candidates)
+    for one, two in itertools.combinations(range(len(candidates)), 2):
+        shared = len(trigrams[one] & trigrams[two])
+        if shared:
+            similarity = shared / (len(trigrams[one]) + len(trigrams[two]) - shared)
+            scores[one] += similarity
+            scores[two] += similarity
+    return scores
 
 
 def sampling(config: PathFinderConfig, depth: int) -> dict:

@@ -41,27 +41,28 @@ def test_bench_search_with_generate_is_the_search(model):
             assert leaf.sum_logprob == pytest.approx(max(result.scores), abs=1e-3)
 
 
-def test_bench_search_rows(model, tmp_path, capsys):
+@pytest.fixture
+def run(model, tmp_path, monkeypatch):
+    """Runs the benchmark of a small search, as of a commit without changes; the rows that are there then."""
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    sizes = [
-        "--branching",
-        "2",
-        "--beam",
-        "3",
-        "--depth",
-        "3",
-        "--step-tokens",
-        "2",
-        "--prompt-tokens",
-        "40",
-        "--rounds",
-        "1",
-        "--dtype",
-        "float32",
-    ]
-    search.main(["--out", str(tmp_path / "search.jsonl"), "--model", str(tmp_path / "model"), *sizes])
-    rows = records.read(tmp_path / "search.jsonl")
+    here = search.machine() | {"commit": "0123456789ab"}
+    monkeypatch.setattr(search, "machine", lambda: here)
+    out = tmp_path / "search.jsonl"
+    sizes = (
+        "--branching 2 --beam 3 --depth 3 --step-tokens 2 --prompt-tokens 40 --candidates 9 --dtype float32 --shots 0"
+    )
+
+    def run(*options):
+        search.main(["--out", str(out), "--model", str(tmp_path / "model"), *sizes.split(), *options])
+        return records.read(out)
+
+    run.out = out
+    return run
+
+
+def test_bench_search_rows(run):
+    rows = run("--rounds", "1", "--reencoded", "4")
     speeds = {row["provider"]: row["p50"] for row in rows if row["metric"] == "throughput"}
     assert set(speeds) == {search.OURS, search.REENCODING, search.PLAIN}
     assert all(speed > 0 for speed in speeds.values())
@@ -69,7 +70,33 @@ def test_bench_search_rows(model, tmp_path, capsys):
     # Of a token: keys and values, two layers, two heads of eight float32. 48 rows with 46 tokens each.
     assert bytes_of["unshared copies"] == 48 * 46 * 2 * 2 * 2 * 8 * 4
     assert bytes_of[search.OURS] < bytes_of["unshared copies"] / 3
+    times = {row["provider"]: row["p50"] for row in rows if row["op"] == "consensus"}
     said = blocks.search_sentence(rows)
     assert f"{speeds[search.OURS] / speeds[search.PLAIN]:.1f}x {search.PLAIN}" in said
     assert f"{speeds[search.OURS]:,.0f} tokens/s" in said
     assert "8 questions at once, branching 2, beam 3, 3 steps of 2 tokens" in said
+    assert f"9 candidates of 400 words takes {times[search.OURS]:.0f} ms" in said
+
+
+def test_bench_search_goes_on_where_it_was_stopped(run):
+    rows = run("--rounds", "2")
+    assert len(rows) == 2 * 3 + 2 + 2 * 2
+    run.out.write_text("".join(run.out.read_text().splitlines(keepends=True)[:-3]))
+    again = run("--rounds", "2")
+    assert again[:-3] == rows[:-3]
+    named = ("op", "provider", "metric", "round")
+    assert [[row.get(name) for name in named] for row in again] == [[row.get(name) for name in named] for row in rows]
+
+
+def test_bench_search_says_medians_of_the_newest_commit():
+    def rows(commit, rates):
+        shared = dict.fromkeys(records.MACHINE_FIELDS, "") | {"op": "search", "metric": "throughput", "threads": 2}
+        return [
+            shared | {"commit": commit, "provider": provider, "p50": rate}
+            for provider, of_rounds in rates.items()
+            for rate in of_rounds
+        ]
+
+    old = rows("a", {search.OURS: [900.0], search.PLAIN: [1.0]})
+    new = rows("b", {search.OURS: [10.0, 30.0, 20.0], search.PLAIN: [5.0, 7.0]})
+    assert blocks._newest_medians(old + new) == {search.OURS: 20.0, search.PLAIN: 6.0}

@@ -43,7 +43,12 @@ def test_selection_consensus_by_hand():
         assert consensus(similarity)(candidates(*texts)) == pytest.approx([shared, shared, 0.0, 0.0])
 
 
-@given(st.lists(st.text(alphabet="ab ", max_size=24), max_size=8), st.sampled_from(SIMILARITIES))
+# Beside plain words: punctuation within and around them, capitals whose lower case has two characters or depends on the
+# place, white space beyond ASCII.
+@given(
+    st.lists(st.text(alphabet="ab ", max_size=24) | st.text(alphabet="aB'.Σİ \n\u2003"), max_size=8),
+    st.sampled_from(SIMILARITIES),
+)
 def test_selection_consensus_is_its_definition_after_every_text(texts, similarity):
     pool = TrigramConsensus(similarity)
     for count, text in enumerate(texts, 1):
@@ -60,15 +65,23 @@ def test_selection_consensus_of_trigrams_that_few_or_many_texts_have(similarity)
     assert consensus(similarity)(candidates(*texts)) == pytest.approx(consensus_by_definition(texts, similarity))
 
 
+def test_selection_consensus_of_more_words_than_fit_beside_a_text():
+    # 19 bits for each of 270,000 words, and 7 for one of 64 texts.
+    texts = [" ".join(f"w{word}" for word in range(start, start + 4300)) for start in range(0, 64 * 4200, 4200)]
+    assert consensus()(candidates(*texts)) == pytest.approx(consensus_by_definition(texts, "jaccard"), rel=1e-12)
+
+
 def consensus_by_definition(texts, similarity):
     grams = [word_trigrams(text) for text in texts]
     scores = []
     for index, own in enumerate(grams):
         total = 0.0
         for other in grams[:index] + grams[index + 1 :]:
+            if own.isdisjoint(other):
+                continue
             shared = len(own & other)
             parts = {"jaccard": len(own | other), "count": 1, "f1": (len(own) + len(other)) / 2}
-            total += shared / parts[similarity] if shared else 0.0
+            total += shared / parts[similarity]
         scores.append(total)
     return scores
 

@@ -1,9 +1,9 @@
 """Attention of branches to their prompt, stored once, and to their own tokens, stored once for all that share them.
 
-A row attends to its prompt and to its own tokens in pieces; each piece gives a partial softmax, and the partial results
-are merged in the row's own order. Pieces are cut by the row's own length alone, so that nothing of a row's sums depends
-on what else is in the batch. The split is that of flash-decoding (Dao et al. 2023); one product of a prompt's keys with
-all its rows is Hydragen's (Juravsky et al. 2024, arXiv 2402.05099).
+A row attends to its prompt, to the tokens of the branch that it continues in pieces, and to its new tokens; each gives
+a partial softmax, and the partial results are merged in the row's own order. Pieces are cut by the row's own length
+alone, so that nothing of a row's sums depends on what else is in the batch. The split is that of flash-decoding (Dao et
+al. 2023); one product of keys with all rows that share them is Hydragen's (Juravsky et al. 2024, arXiv 2402.05099).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from slimkernels.search.branch_cache import Prompt, SlotTable, TokenPool, to_device
+from slimkernels.search.branch_cache import Prompt, Steps, TokenPool, to_device
 
-CHUNK = 32  # tokens in a piece of a row's own
+CHUNK = 32  # tokens in a piece of a branch
+SIBLINGS = 8  # rows that attend to a piece together
 ROWS = 16  # batches are padded to a multiple of this many rows: see ``TransformersEngine``
 _NAME = "slimkernels_branches"
 
@@ -63,95 +64,96 @@ class PromptPass:
 class _Partial(NamedTuple):
     """Softmax sums over some of the keys: of exp(score - top) * value, top, and of exp(score - top)."""
 
-    weighted: Tensor  # (H, n, G, d)
-    top: Tensor  # (H, n, G, 1)
-    total: Tensor  # (H, n, G, 1)
+    weighted: Tensor  # (n, m, d), or of rows (R, H, G, d)
+    top: Tensor  # (n, m, 1), or (R, H, G, 1)
+    total: Tensor  # (n, m, 1), or (R, H, G, 1)
 
 
 class DecodePass:
     """Reads one new token in each row, and keeps its keys and values."""
 
     def __init__(
-        self, pool: TokenPool, prompts: Sequence[Prompt], table: SlotTable, rows: np.ndarray, device: torch.device
+        self, pool: TokenPool, prompts: Sequence[Prompt], steps: Steps, rows: np.ndarray, device: torch.device
     ) -> None:
-        """``prompts`` of each of ``rows``, and their slots in ``table``, whose last is that of the new token."""
+        """``prompts`` of each of ``rows``, and their slots in ``steps``, of which the last is the new token's."""
         self.layers_seen = 0
         self._pool = pool
         self._num_rows = len(rows)
-        slots, empty, row, of_rows = table.chunks(rows)
-        self._slots = to_device(slots.reshape(-1), device)
-        self._empty = to_device(empty, device)
-        self._row_of_chunk = to_device(row, device)
-        self._chunks_of_row = to_device(of_rows, device)
-        newest = np.array([table.of(row)[-1] for row in rows], np.int64)
-        self._newest = to_device(newest, device)
         self._groups = [
             _Group(prompt, to_device(_padded(np.array(members, np.int64)), device), len(members))
             for prompt, members in _by_prompt(prompts)
         ]
+        self._inherited = _Chunks.of(steps.siblings(rows, SIBLINGS), len(rows), device)
+        new = steps.new(rows)
+        first, last = int(new[0, 0]), int(new[-1, -1])
+        self._newest = slice(int(new[-1, 0]), last + 1)
+        # Slots are given out in order. They follow each other unless a row of the batch has ended.
+        self._new = slice(first, last + 1) if last - first + 1 == new.size else to_device(new.reshape(-1), device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Every row to its prompt, to its own tokens, and to the new one."""
+        """Every row to its prompt, to the tokens of its branch, and to the new ones."""
         self.layers_seen += 1
         num_rows, heads = self._num_rows, key.shape[1]
-        own_key, own_value = (tensor[:num_rows, :, 0].transpose(0, 1) for tensor in (key, value))
-        self._pool.write(layer, self._newest, own_key, own_value)
+        self._pool.write(layer, self._newest, key[:num_rows, :, 0], value[:num_rows, :, 0])
         accumulate = torch.promote_types(query.dtype, torch.float32)
-        queries = query[:num_rows, :, 0].unflatten(1, (heads, -1)).transpose(0, 1).to(accumulate)  # (H, R, G, d)
-        attended = query.new_zeros(query.shape[0], query.shape[1], query.shape[3])
-        merged = self._merge(self._to_prompts(layer, queries, scale), self._to_own(layer, queries, scale))
-        attended[:num_rows] = merged.transpose(0, 1).flatten(1, 2).to(query.dtype)
+        queries = query[:num_rows, :, 0].unflatten(1, (heads, -1)).to(accumulate)  # (R, H, G, d)
+        sums = self._to_prompts(layer, queries, scale)
+        if self._inherited is not None:
+            parts = self._to_inherited(layer, queries, scale)
+            for chunk in self._inherited.of_rows.T.unbind():
+                sums = _merged(sums, _Partial(*(part.index_select(0, chunk) for part in parts)))
+        sums = _merged(sums, self._to_new(layer, queries, scale))
+        attended = query.new_zeros(query.shape[0], query.shape[1], sums.weighted.shape[-1])
+        attended[:num_rows] = (sums.weighted / sums.total).flatten(1, 2)
         return attended[:, None]
 
     def _to_prompts(self, layer: int, queries: Tensor, scale: float) -> _Partial:
-        heads, num_rows, groups, _ = queries.shape
+        num_rows, heads, groups, _ = queries.shape
         value_size = self._groups[0].prompt.values[layer].shape[2]
-        partial = _Partial(
-            queries.new_empty(heads, num_rows, groups, value_size),
-            queries.new_empty(heads, num_rows, groups, 1),
-            queries.new_empty(heads, num_rows, groups, 1),
-        )
+        partial = _Partial(*(queries.new_empty(num_rows, heads, groups, size) for size in (value_size, 1, 1)))
         for group in self._groups:
             rows = group.rows[: group.num_rows]
             keys, values = (tensor[layer].to(queries.dtype) for tensor in (group.prompt.keys, group.prompt.values))
             # All rows of a prompt in one product for each head, (rows * G, d) x (d, L).
-            own = queries.index_select(1, group.rows).flatten(1, 2)
+            own = queries.index_select(0, group.rows).transpose(0, 1).flatten(1, 2)
             for field, part in zip(partial, _attend(own, keys, values, None, scale), strict=True):
                 part = part.unflatten(1, (-1, groups))[:, : group.num_rows]
-                field.index_copy_(1, rows, part)
+                field.index_copy_(0, rows, part.transpose(0, 1))
         return partial
 
-    def _to_own(self, layer: int, queries: Tensor, scale: float) -> _Partial:
-        heads, _, groups, _ = queries.shape
-        num_chunks = len(self._row_of_chunk)
-        own = queries.index_select(1, self._row_of_chunk).flatten(0, 1)  # (H * n, G, d)
+    def _to_inherited(self, layer: int, queries: Tensor, scale: float) -> _Partial:
+        """Of all siblings with all chunks, (n * SIBLINGS + 1, H, G, d); the last is that of nothing."""
+        chunks = self._inherited
+        num_chunks, (_, heads, groups, size) = len(chunks.empty), queries.shape
+        own = queries.index_select(0, chunks.rows).view(num_chunks, SIBLINGS, heads, groups, size)
         keys, values = (
-            tensor[layer].index_select(1, self._slots).to(queries.dtype).view(heads * num_chunks, CHUNK, -1)
+            tensor[layer].flatten(0, 1).index_select(0, chunks.slots(heads)).to(queries.dtype)
             for tensor in (self._pool.keys, self._pool.values)
         )
-        # A row without a value in a slot is masked; the slot's value is finite, as every slot has been written.
-        parts = _attend(own, keys, values, self._empty, scale)
-        return _Partial(*(part.view(heads, num_chunks, groups, -1) for part in parts))
-
-    def _merge(self, partial: _Partial, own: _Partial) -> Tensor:
-        """(H, R, G, d): the partial sums of every row, its prompt's first, then its chunks' from its first token on."""
-        # One more chunk that holds nothing, for rows that have fewer chunks than others: it adds exact zeros.
-        nothing = (0.0, -math.inf, 0.0)
-        own = _Partial(
-            *(
-                torch.cat([part, part.new_full((part.shape[0], 1, *part.shape[2:]), value)], 1)
-                for part, value in zip(own, nothing, strict=True)
-            )
+        parts = _attend(
+            own.transpose(1, 2).reshape(num_chunks * heads, SIBLINGS * groups, size),
+            keys.view(num_chunks * heads, CHUNK, -1),
+            values.view(num_chunks * heads, CHUNK, -1),
+            chunks.empty,
+            scale,
         )
-        weighted, top, total = partial
-        for chunks in self._chunks_of_row.T.unbind():
-            new = _Partial(*(part.index_select(1, chunks) for part in own))
-            higher = torch.maximum(top, new.top)
-            old_share, new_share = (top - higher).exp(), (new.top - higher).exp()
-            weighted = weighted * old_share + new.weighted * new_share
-            total = total * old_share + new.total * new_share
-            top = higher
-        return weighted / total
+        found = []
+        for part, nothing in zip(parts, (0.0, -math.inf, 0.0), strict=True):
+            of_rows = part.new_full((num_chunks * SIBLINGS + 1, heads, groups, part.shape[-1]), nothing)
+            by_sibling = part.view(num_chunks, heads, SIBLINGS, groups, -1).transpose(1, 2)
+            of_rows[:-1].view(by_sibling.shape).copy_(by_sibling)
+            found.append(of_rows)
+        return _Partial(*found)
+
+    def _to_new(self, layer: int, queries: Tensor, scale: float) -> _Partial:
+        num_rows, heads, groups, _ = queries.shape
+        keys, values = (
+            # (t, R * H, d) in memory, seen as (R * H, t, d).
+            tensor.to(queries.dtype).view(-1, num_rows * heads, tensor.shape[-1]).transpose(0, 1)
+            for tensor in (_taken(layers[layer], self._new) for layers in (self._pool.keys, self._pool.values))
+        )
+        parts = _attend(queries.reshape(num_rows * heads, groups, -1), keys, values, None, scale)
+        return _Partial(*(part.view(num_rows, heads, groups, -1) for part in parts))
 
 
 @dataclasses.dataclass
@@ -161,11 +163,62 @@ class _Group:
     num_rows: int
 
 
+@dataclasses.dataclass
+class _Chunks:
+    """The tokens that rows took over from their branches, in pieces; siblings attend to a piece together."""
+
+    first_slots: Tensor  # (n, CHUNK)
+    empty: Tensor  # (n, CHUNK), True behind a branch's end
+    rows: Tensor  # (n * SIBLINGS,) that attend to each, filled up by repeating one of them
+    of_rows: Tensor  # (R, most chunks of a row), the places of its own sums in their order, n * SIBLINGS for none
+
+    @staticmethod
+    def of(siblings: list[tuple[np.ndarray, np.ndarray]], num_rows: int, device: torch.device) -> _Chunks | None:
+        """Of rows and the slots they inherited; None where no row has any."""
+        siblings = [(members, slots) for members, slots in siblings if len(slots)]
+        if not siblings:
+            return None
+        first_slots, empty, rows, num_chunks = [], [], [], 0
+        of_rows = np.full((num_rows, max(-(-len(slots) // CHUNK) for _, slots in siblings)), -1, np.int64)
+        for members, slots in siblings:
+            # What is behind the end is masked, and must be finite.
+            padded = np.append(slots, np.full(-len(slots) % CHUNK, slots[0])).reshape(-1, CHUNK)
+            first_slots.append(padded)
+            empty.append((np.arange(padded.size) >= len(slots)).reshape(padded.shape))
+            rows.append(np.tile(np.append(members, np.full(SIBLINGS - len(members), members[0])), len(padded)))
+            chunks = num_chunks + np.arange(len(padded))
+            of_rows[members, : len(padded)] = chunks * SIBLINGS + np.arange(len(members))[:, None]
+            num_chunks += len(padded)
+        of_rows[of_rows < 0] = num_chunks * SIBLINGS
+        return _Chunks(
+            *(to_device(np.concatenate(arrays), device) for arrays in (first_slots, empty, rows)),
+            to_device(of_rows, device),
+        )
+
+    def slots(self, heads: int) -> Tensor:
+        """(n * H * CHUNK,) in a layer's keys (slots * H, d)."""
+        return (self.first_slots[:, None] * heads + torch.arange(heads, device=self.empty.device)[:, None]).flatten()
+
+
+def _merged(one: _Partial, other: _Partial) -> _Partial:
+    top = torch.maximum(one.top, other.top)
+    one_share, other_share = (one.top - top).exp_(), (other.top - top).exp_()
+    return _Partial(
+        (one.weighted * one_share).add_(other.weighted * other_share),
+        top,
+        (one.total * one_share).add_(other.total * other_share),
+    )
+
+
+def _taken(layer: Tensor, slots: slice | Tensor) -> Tensor:
+    return layer[slots] if isinstance(slots, slice) else layer.index_select(0, slots)
+
+
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, empty: Tensor | None, scale: float) -> _Partial:
-    """Queries (n, m, d), keys and values (n, t, d); ``empty`` (n / H, t) masks keys, the same for all H heads."""
+    """Queries (n * H, m, d), keys and values (n * H, t, d); ``empty`` (n, t) masks keys, the same for all H heads."""
     scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
     if empty is not None:
-        scores.unflatten(0, (-1, len(empty))).masked_fill_(empty[None, :, None], -math.inf)
+        scores.unflatten(0, (len(empty), -1)).masked_fill_(empty[:, None, None], -math.inf)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     return _Partial(torch.bmm(weights, values), top, weights.sum(-1, keepdim=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -48,12 +49,13 @@ class Branch:
 
 
 class TokenPool:
-    """Keys and values of generated tokens: a slot each in every layer, counted, and reused when no branch has it.
+    """Keys and values of generated tokens: a slot each in every layer, counted, so that branches can share it.
 
-    A branch is the list of its tokens' slots. To fork it is to count its slots once more.
+    A branch is the list of its tokens' slots. To fork it is to count its slots once more. Slots are given out in
+    order: those of a token in all rows of a batch follow each other, and those of the next token follow them.
 
     Attributes:
-        keys: Of each layer (H, slots, d).
+        keys: Of each layer (slots, H, d).
         values: The same.
     """
 
@@ -61,19 +63,18 @@ class TokenPool:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._counts = np.zeros(0, np.int64)
-        self._free = np.zeros(0, np.int64)  # a stack
-        self._num_free = 0
+        self._end = 0  # behind the last slot that was given out
 
     def like(self, prompt: Prompt) -> None:
         """Takes number of layers, shapes, dtype and device from a prompt."""
         if not self.keys:
-            self.keys = [keys.new_empty(keys.shape[0], 0, keys.shape[2]) for keys in prompt.keys]
-            self.values = [values.new_empty(values.shape[0], 0, values.shape[2]) for values in prompt.values]
+            self.keys = [keys.new_empty(0, keys.shape[0], keys.shape[2]) for keys in prompt.keys]
+            self.values = [values.new_empty(0, values.shape[0], values.shape[2]) for values in prompt.values]
 
     @property
     def num_used(self) -> int:
         """Slots that a branch has."""
-        return len(self._counts) - self._num_free
+        return int(np.count_nonzero(self._counts))
 
     @property
     def num_bytes(self) -> int:
@@ -86,83 +87,91 @@ class TokenPool:
         return max(int(num_used * _GROWTH), _LEAST_SLOTS)
 
     def allocate(self, count: int) -> np.ndarray:
-        """``count`` slots (count,) int64, each counted once."""
-        if count > self._num_free:
-            self._grow(count - self._num_free)
-        self._num_free -= count
-        slots = self._free[self._num_free : self._num_free + count].copy()
-        self._counts[slots] = 1
-        return slots
+        """``count`` slots (count,) int64 in a row, each counted once."""
+        start, self._end = self._end, self._end + count
+        if self._end > len(self._counts):
+            self._grow(self._end)
+        self._counts[start : self._end] = 1
+        return np.arange(start, self._end)
 
     def share(self, slots: np.ndarray) -> None:
         """Counts a branch's slots once more."""
         self._counts[slots] += 1
 
     def release(self, slots: np.ndarray) -> None:
-        """Counts a branch's slots once less, and frees those that no branch has any more."""
+        """Counts a branch's slots once less."""
         self._counts[slots] -= 1
-        freed = slots[self._counts[slots] == 0]
-        self._free[self._num_free : self._num_free + len(freed)] = freed
-        self._num_free += len(freed)
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Sets keys and values (H, n, d) of slots (n,)."""
-        self.keys[layer].index_copy_(1, slots, keys)
-        self.values[layer].index_copy_(1, slots, values)
+    def compact(self) -> np.ndarray:
+        """Moves slots that a branch has to the front, in their order; the new number of every old slot."""
+        used = np.flatnonzero(self._counts)
+        if len(used) < self._end:
+            for layers in (self.keys, self.values):
+                for layer in layers:
+                    layer[: len(used)] = layer.index_select(0, to_device(used, layer.device))
+        numbers = np.full(len(self._counts), -1, np.int64)
+        numbers[used] = np.arange(len(used))
+        self._counts[: len(used)] = self._counts[used]
+        self._counts[len(used) :] = 0
+        self._end = len(used)
+        return numbers
 
-    def _grow(self, missing: int) -> None:
+    def write(self, layer: int, slots: slice, keys: Tensor, values: Tensor) -> None:
+        """Sets keys and values (n, H, d) of slots in a row."""
+        self.keys[layer][slots] = keys
+        self.values[layer][slots] = values
+
+    def _grow(self, least: int) -> None:
         before = len(self._counts)
-        after = max(before + missing, int(before * _GROWTH), _LEAST_SLOTS)
+        after = max(least, int(before * _GROWTH), _LEAST_SLOTS)
         for layers in (self.keys, self.values):
             for layer, old in enumerate(layers):
-                layers[layer] = old.new_empty(old.shape[0], after, old.shape[2])
-                layers[layer][:, :before] = old
+                layers[layer] = old.new_empty(after, *old.shape[1:])
+                layers[layer][:before] = old
         self._counts = np.concatenate([self._counts, np.zeros(after - before, np.int64)])
-        free = np.empty(after, np.int64)
-        new = after - before
-        free[:new] = np.arange(after - 1, before - 1, -1)
-        free[new : new + self._num_free] = self._free[: self._num_free]
-        self._free, self._num_free = free, new + self._num_free
 
 
-class SlotTable:
-    """The slots of the rows of a batch, padded, so that a token can be added to all rows at once."""
+class Steps:
+    """The slots of the rows of a batch: those that a row took over from its branch, and those of its new step.
 
-    def __init__(self, slots: list[np.ndarray], room: int, chunk: int) -> None:
-        self._chunk = chunk
-        self.lengths = np.array([len(row) for row in slots], np.int64)
-        width = -(-(int(self.lengths.max(initial=0)) + room) // chunk) * chunk
-        self._slots = np.zeros((len(slots), width), np.int64)
-        for row, own in enumerate(slots):
-            self._slots[row, : len(own)] = own
+    Rows advance together: a row that goes on has as many new tokens as any other that does.
+    """
+
+    def __init__(self, branches: Sequence[Branch], room: int) -> None:
+        """``room`` for new tokens in each row."""
+        self.inherited = [branch.slots for branch in branches]
+        self._branches = branches
+        self._new = np.zeros((room, len(branches)), np.int64)
+        self._num_new = np.zeros(len(branches), np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Slots of each row."""
+        return self._num_new + [len(slots) for slots in self.inherited]
 
     def append(self, rows: np.ndarray, slots: np.ndarray) -> None:
         """Adds a slot to each of the rows."""
-        self._slots[rows, self.lengths[rows]] = slots
-        self.lengths[rows] += 1
+        self._new[self._num_new[rows], rows] = slots
+        self._num_new[rows] += 1
 
     def of(self, row: int) -> np.ndarray:
         """The slots of one row."""
-        return self._slots[row, : self.lengths[row]].copy()
+        return np.concatenate([self.inherited[row], self._new[: self._num_new[row], row]])
 
-    def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The slots of the rows in pieces of the chunk length, counted from each row's first.
+    def new(self, rows: np.ndarray) -> np.ndarray:
+        """The slots (t, rows) of the new tokens of rows that go on."""
+        return self._new[: self._num_new[rows[0]], rows]
 
-        Returns:
-            slots (n, chunk), 0 behind a row's end; empty (n, chunk), True there; row (n,), the place in ``rows`` whose
-            chunk it is; table (rows, most chunks of a row), the chunks of each row in order, n where it has no more.
-        """
-        lengths = self.lengths[rows]
-        most = int(-(-lengths.max(initial=0) // self._chunk))
-        starts = np.arange(most) * self._chunk
-        has = starts[None] < lengths[:, None]  # (rows, most)
-        row, index = np.nonzero(has)
-        slots = self._slots[rows[row][:, None], starts[index][:, None] + np.arange(self._chunk)]
-        empty = starts[index][:, None] + np.arange(self._chunk) >= lengths[row][:, None]
-        slots[empty] = 0
-        table = np.full(has.shape, len(row), np.int64)
-        table[row, index] = np.arange(len(row))
-        return slots, empty, row, table
+    def siblings(self, rows: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The places in ``rows`` of up to ``most`` rows that continue one branch, with the slots they inherited."""
+        members: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            members.setdefault(id(self._branches[row]), []).append(place)
+        return [
+            (np.array(places[first : first + most]), self.inherited[rows[places[0]]])
+            for places in members.values()
+            for first in range(0, len(places), most)
+        ]
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

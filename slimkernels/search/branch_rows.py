@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops.sample_logits import sample_logits
-from slimkernels.search.branch_attention import CHUNK
-from slimkernels.search.branch_cache import Branch, SlotTable
+from slimkernels.search.branch_cache import Branch, Steps
 from slimkernels.search.engine import Step, StepEnd, StepRequest
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Rows:
         self._engine, self._requests, self._step_end, self._replayed = engine, requests, step_end, replayed
         self._parents = [engine.fork(request.branch) for request in requests]
         room = max((request.max_tokens for request in requests), default=0)
-        self._table = SlotTable([parent.slots for parent in self._parents], room, CHUNK)
+        self._slots = Steps(self._parents, room)
         self._tokens: list[list[int]] = [[] for _ in requests]
         self._texts = [""] * len(requests)
         self._ends = [""] * len(requests)
@@ -64,7 +63,7 @@ class Rows:
             self._generate()
         except BaseException:
             for row in range(len(self._requests)):
-                self._engine.release(self._table.of(row))
+                self._engine.release(self._slots.of(row))
             raise
 
     def _generate(self) -> None:
@@ -79,11 +78,11 @@ class Rows:
             if not len(live):
                 break
             logits, hidden = self._engine.read(
-                [self._parents[row] for row in live], self._table, live, [self._tokens[row][-1] for row in live]
+                [self._parents[row] for row in live], self._slots, live, [self._tokens[row][-1] for row in live]
             )
             if self._hidden is not None:
                 self._hidden[live] += hidden
-        self._engine.note_memory(self._parents, self._table)
+        self._engine.note_memory(self._parents, self._slots)
 
     def steps(self) -> list[Step]:
         """The generated steps, as branches of the engine."""
@@ -129,7 +128,7 @@ class Rows:
     def _step(self, row: int) -> Step:
         parent, tokens = self._parents[row], self._tokens[row]
         tail = [*parent.tail, *tokens][-TAIL:]
-        branch = Branch(parent.prompt, self._table.of(row), parent.length + len(tokens), tail, tokens[-1])
+        branch = Branch(parent.prompt, self._slots.of(row), parent.length + len(tokens), tail, tokens[-1])
         logprob, entropy = self._sums[:, row].tolist()
         return Step(
             branch=self._engine.add(branch),

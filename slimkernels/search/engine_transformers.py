@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimkernels.search import branch_attention
-from slimkernels.search.branch_attention import CHUNK, ROWS, DecodePass, PromptPass
+from slimkernels.search.branch_attention import ROWS, DecodePass, PromptPass
 from slimkernels.search.branch_attention import branch_attention as attention_of
-from slimkernels.search.branch_cache import Branch, Prompt, SlotTable, TokenPool
+from slimkernels.search.branch_cache import Branch, Prompt, Steps, TokenPool
 from slimkernels.search.branch_rows import TAIL, Rows
 from slimkernels.search.engine import Prompt as PromptText
 from slimkernels.search.engine import Step, StepEnd, StepRequest
@@ -40,7 +40,8 @@ class TransformersEngine:
     A prompt is encoded once. All branches of all questions advance together, one forward for each token; a branch
     reads on from token ids. Keys and values of a prompt, and of every generated token, exist once however many
     branches share them, and are freed with the last of them. Transient memory: one layer's keys and values of the
-    batch's generated tokens, a copy for each row, and (rows, V) logits.
+    branches that rows continue, a copy for every eight rows of a branch, and of the rows' new tokens once a row has
+    ended; (rows, V) logits.
 
     A row's draw depends on its own logits, seed and position alone, and no sum of the attention over the batch around
     it. Whether its logits are bit-equal in every batch is up to the matrix products: rows are padded to a multiple of
@@ -143,6 +144,7 @@ class TransformersEngine:
         for request in requests:
             if self._branches[request.branch].length >= self.context_length:
                 raise ValueError(f"branch {request.branch} must be shorter than the context: it cannot be continued")
+        self._compact()
         with attention_of(self.model):
             self._read_last_tokens(dict.fromkeys(request.branch for request in requests))
             rows = Rows(self, requests, step_end, embed)
@@ -153,6 +155,7 @@ class TransformersEngine:
     def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
         """Reads steps that were drawn before, through the same passes as when they were."""
         requests = [StepRequest(step.branch, (), 0, 0, 0.0, 0, 1.0, len(step.token_ids)) for step in steps]
+        self._compact()
         with attention_of(self.model):
             self._read_last_tokens(dict.fromkeys(step.branch for step in steps))
             rows = Rows(self, requests, lambda _: False, embed, [list(step.token_ids) for step in steps])
@@ -215,29 +218,35 @@ class TransformersEngine:
         tail = token_ids[-TAIL:]
         return Branch(prompt, nothing, len(token_ids), tail, None, output.logits[0, -1].clone(), hidden[-1].clone())
 
+    def _compact(self) -> None:
+        """Takes back the slots of branches that were freed."""
+        numbers = self._pool.compact()
+        for branch in self._branches.values():
+            branch.slots = numbers[branch.slots]
+
     def _read_last_tokens(self, numbers: Iterable[int]) -> None:
         """Lets the model read the last token of branches that end in an unread one, once for all their children."""
         branches = [self._branches[number] for number in numbers if self._branches[number].unread is not None]
         if not branches:
             return
-        table = SlotTable([branch.slots for branch in branches], 1, CHUNK)
-        logits, hidden = self.read(branches, table, np.arange(len(branches)), [branch.unread for branch in branches])
+        slots = Steps(branches, 1)
+        logits, hidden = self.read(branches, slots, np.arange(len(branches)), [branch.unread for branch in branches])
         for row, branch in enumerate(branches):
-            branch.slots, branch.unread = table.of(row), None
+            branch.slots, branch.unread = slots.of(row), None
             branch.logits, branch.hidden = logits[row].clone(), hidden[row].clone()
 
     def read(
-        self, branches: Sequence[Branch], table: SlotTable, rows: np.ndarray, tokens: Sequence[int]
+        self, branches: Sequence[Branch], slots: Steps, rows: np.ndarray, tokens: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """One token more in each row: the logits (R, V) and the embedding layer's (R, D) float32 after it."""
-        table.append(rows, self._pool.allocate(len(rows)))
+        slots.append(rows, self._pool.allocate(len(rows)))
         prompts = [branch.prompt for branch in branches]
         padding = -len(rows) % ROWS
         positions = [
-            len(prompt.token_ids) + length - 1 for prompt, length in zip(prompts, table.lengths[rows], strict=True)
+            len(prompt.token_ids) + length - 1 for prompt, length in zip(prompts, slots.lengths[rows], strict=True)
         ]
         output = self._forward(
-            DecodePass(self._pool, prompts, table, rows, self.device),
+            DecodePass(self._pool, prompts, slots, rows, self.device),
             torch.tensor([*tokens, *[0] * padding], device=self.device)[:, None],
             torch.tensor([*positions, *[0] * padding], device=self.device)[:, None],
         )
@@ -274,10 +283,10 @@ class TransformersEngine:
         self._pool.share(branch.slots)
         return branch
 
-    def note_memory(self, rows: Sequence[Branch], table: SlotTable) -> None:
+    def note_memory(self, rows: Sequence[Branch], slots: Steps) -> None:
         """Notes the most memory that there was."""
         now = self.memory()
-        unshared = now.unshared_bytes + self._unshared_bytes(rows, table.lengths)
+        unshared = now.unshared_bytes + self._unshared_bytes(rows, slots.lengths)
         self.peak.shared_bytes = max(self.peak.shared_bytes, now.shared_bytes)
         self.peak.unshared_bytes = max(self.peak.unshared_bytes, unshared)
 

@@ -12,6 +12,7 @@ import numpy as np
 _WORD = re.compile(r"\w+")
 SIMILARITIES = ("jaccard", "count", "f1")
 _WORD_BITS = 21  # three words in an int64
+_END = 0  # of a text, among the numbers of pieces and of words
 _FREQUENT = 24  # texts that have a trigram, from which on it is counted in a matrix product
 
 
@@ -105,9 +106,9 @@ class TrigramConsensus:
         f1 = 2 * len(a & b) / (len(a) + len(b))
         score_a = sum(S(a, b) for every other text b)
 
-    An ``add`` numbers a text's words and keeps its trigrams as integers, O(words). ``scores`` sorts the trigrams of all
-    n texts, and counts those of a pair of texts together: rare ones pair by pair, frequent ones in a matrix product.
-    Memory: the trigrams, and O(n^2) numbers while scoring.
+    An ``add`` numbers what stands between a text's white space, O(words). ``scores`` packs a trigram and its text into
+    an integer, sorts those of all n texts, and counts those of a pair of texts together: rare ones pair by pair,
+    frequent ones in a matrix product. Memory: the numbers, and O(n^2) more while scoring.
 
     Args:
         similarity: "jaccard" | "count" | "f1".
@@ -122,29 +123,26 @@ class TrigramConsensus:
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity must be one of {', '.join(map(repr, SIMILARITIES))}, got {similarity!r}")
         self._similarity = similarity
-        self._number_of: dict[str, int] = {}
-        self._trigrams: list[np.ndarray] = []
+        self._pieces = _Pieces()
+        self._texts: list[np.ndarray] = []
 
     def __len__(self) -> int:
-        return len(self._trigrams)
+        return len(self._texts)
 
     def add(self, text: str) -> int:
         """Adds a text; returns its index."""
-        known = self._number_of
-        words = [known.setdefault(word, len(known) + 1) for word in _WORD.findall(text.lower())]
-        if len(known) >= 1 << _WORD_BITS:
+        # White space is no part of a word, so that words can be looked for piece by piece, in each piece once.
+        pieces = list(map(self._pieces.__getitem__, text.lower().split()))
+        if len(self._pieces.words) >= 1 << _WORD_BITS:
             raise ValueError(f"the texts must have fewer than {1 << _WORD_BITS} different words, got more")
-        if words:
-            words += [0] * (3 - len(words))
-        numbers = np.array(words, np.int64)
-        trigrams = (numbers[:-2] << 2 * _WORD_BITS) | (numbers[1:-1] << _WORD_BITS) | numbers[2:]
-        self._trigrams.append(np.unique(trigrams))
-        return len(self._trigrams) - 1
+        self._texts.append(np.array([*pieces, _END, _END], np.int64))
+        return len(self._texts) - 1
 
     def scores(self) -> np.ndarray:
         """The score of every text (n,) float64."""
-        sizes = np.array([len(trigrams) for trigrams in self._trigrams], np.int64)
-        shared = self._shared(sizes)
+        trigrams, text = self._entries()
+        sizes = np.bincount(text, minlength=len(self))
+        shared = _shared(trigrams, text, len(self))
         if self._similarity == "count":
             similarity = shared
         elif self._similarity == "f1":
@@ -153,23 +151,63 @@ class TrigramConsensus:
             similarity = shared / np.maximum(sizes[:, None] + sizes - shared, 1)
         return similarity.sum(1)
 
-    def _shared(self, sizes: np.ndarray) -> np.ndarray:
-        """How many trigrams two texts have in common (n, n) float64; 0 for a text with itself."""
-        count = len(sizes)
-        if not sizes.any():
-            return np.zeros((count, count))
-        trigrams = np.concatenate(self._trigrams)
-        order = np.argsort(trigrams, kind="stable")
-        trigrams, text = trigrams[order], np.repeat(np.arange(count), sizes)[order]
-        starts = np.flatnonzero(np.concatenate([[True], trigrams[1:] != trigrams[:-1]]))
-        lengths = np.diff(np.append(starts, len(trigrams)))  # texts with each trigram
-        frequent = lengths > _FREQUENT
-        entries = np.repeat(frequent, lengths)
-        has = np.zeros((count, np.count_nonzero(frequent)), np.float32)
-        has[text[entries], np.repeat(np.arange(has.shape[1]), lengths[frequent])] = 1
-        shared = (has @ has.T).astype(np.float64)
-        np.fill_diagonal(shared, 0)
-        return shared + _pairs(trigrams[~entries], text[~entries], count)
+    def _entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every trigram of every text once, as a number (m,), and the text's index (m,); trigrams rise."""
+        if not self._texts:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        words, counts = self._pieces.words_of(np.concatenate(self._texts))
+        text = np.repeat(np.repeat(np.arange(len(self)), [len(pieces) for pieces in self._texts]), counts)
+        first, second, third = words[:-2], words[1:-1], words[2:]
+        text, begins = text[:-2], np.diff(text[:-2], prepend=-1) > 0
+        # Whole ones, and the one run of a text of one or two words.
+        kept = (first != _END) & ((third != _END) | begins)
+        bits, text_bits = len(self._pieces.words).bit_length(), len(self).bit_length()
+        trigrams = ((first << 2 * bits) | (second << bits) | third)[kept]
+        if 3 * bits + text_bits > 63:
+            trigrams = np.unique(trigrams, return_inverse=True)[1]
+        entries = np.sort((trigrams << text_bits) | text[kept])
+        entries = entries[np.diff(entries, prepend=-1) > 0]
+        return entries >> text_bits, entries & ((1 << text_bits) - 1)
+
+
+class _Pieces(dict[str, int]):
+    """Numbers pieces of texts, and the words in them, from 1 on, as they come."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, int] = {}
+        self._words = [_END]  # of all pieces, one after the other
+        self._counts = [1]  # words of each piece
+
+    def __missing__(self, piece: str) -> int:
+        words = [self.words.setdefault(word, len(self.words) + 1) for word in _WORD.findall(piece)]
+        self._words += words
+        self._counts.append(len(words))
+        self[piece] = number = len(self) + 1
+        return number
+
+    def words_of(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The words of pieces (n,), one after the other, and how many each of them has (n,)."""
+        counts = np.array(self._counts)
+        starts = np.cumsum(counts) - counts
+        starts, counts = starts[pieces], counts[pieces]
+        places = np.repeat(starts - np.cumsum(counts) + counts, counts)
+        places += np.arange(len(places))
+        return np.array(self._words)[places], counts
+
+
+def _shared(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
+    """How many trigrams two texts have in common (count, count) float64; 0 for a text with itself."""
+    if not len(trigrams):
+        return np.zeros((count, count))
+    starts = np.flatnonzero(np.diff(trigrams, prepend=-1))
+    lengths = np.diff(np.append(starts, len(trigrams)))  # texts with each trigram
+    frequent = lengths > _FREQUENT
+    entries = np.repeat(frequent, lengths)
+    has = np.zeros((count, np.count_nonzero(frequent)), np.float32)
+    has[text[entries], np.repeat(np.arange(has.shape[1]), lengths[frequent])] = 1
+    shared = (has @ has.T).astype(np.float64)
+    np.fill_diagonal(shared, 0)
+    return shared + _pairs(trigrams[~entries], text[~entries], count)
 
 
 def _pairs(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
