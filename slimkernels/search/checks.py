@@ -69,7 +69,7 @@ class RepetitionCheck:
 
     name = "repetition"
 
-    def __init__(self, threshold: float = 0.97, embed: Embed | None = None) -> None:
+    def __init__(self, threshold: float = 0.98, embed: Embed | None = None) -> None:
         _is_probability(threshold)
         self.threshold = threshold
         self.needs_embeddings = embed is None
