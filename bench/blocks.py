@@ -155,6 +155,33 @@ def _newest_medians(rows: list[dict]) -> dict[str, float]:
     return {provider: statistics.median(values) for provider, values in found.items()}
 
 
+STEPS = {
+    "gsm8k": "of GSM8K's solutions",
+    "strategyqa": "of StrategyQA's facts",
+    "own": "of the model's own",
+    "loop": "of the model's own loops",
+    "verbatim": "verbatim",
+    "retyped": "in other case and punctuation",
+    "reworded": "with words replaced",
+    "paraphrased": "paraphrased",
+    "renumbered": "with other numbers",
+}
+
+
+def repetition_sentence(rows: list[dict]) -> str:
+    """Which steps the repetition check cuts as it is by default."""
+    row = [row for row in rows if row["is_default"]][-1]
+    said = {
+        group: ", ".join(f"{100 * share:.0f} % of {row['steps'][kind]} {STEPS[kind]}" for kind, share in cut.items())
+        for group, cut in row["cut"].items()
+    }
+    return (
+        f"The repetition check at its default ({row['embedding']} of {row['model']}, threshold {row['threshold']}) "
+        f"cuts of new steps {said['new']}; of repeated ones {said['repeated']}; of those in between {said['between']}. "
+        f"{row['device']}, {row['date'][:10]}; `python -m bench.repetition`."
+    )
+
+
 # What the README shows between the markers NAME:begin and NAME:end, from bench/results/NAME.jsonl.
 BLOCKS = {
     "demo": demo_table,
@@ -162,6 +189,7 @@ BLOCKS = {
     "loader": loader_sentence,
     "training_step": training_step_table,
     "search": search_sentence,
+    "repetition": repetition_sentence,
     "instructions": instructions_table,
     "sample_efficiency": sample_efficiency_block,
 }

@@ -133,7 +133,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     add("--no-chat", action="store_true", help="ask without the tokenizer's chat template")
     checks = parser.add_argument_group("checks and selection")
     add = checks.add_argument
-    add("--repetition-threshold", type=float, metavar="F", help="of a step's likeness to earlier ones (default: 0.97)")
+    add("--repetition-threshold", type=float, metavar="F", help="of a step's likeness to earlier ones (default: 0.98)")
     add("--no-repetition-check", action="store_true", help="take steps that repeat earlier ones")
     add("--nli", metavar="MODEL", help="an NLI model, which turns the contradiction check on")
     add("--contradiction-threshold", type=float, metavar="F", help="of its probability (default: 0.5)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", choices=("cpu", "triton", "cuda"), default="cpu", help="see tests/kernel_override.py")
+    parser.addoption("--data", metavar="DIR", help="public data sets, a folder each; tests that read them skip without")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +49,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def public_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of ``--data``."""
+    folder = request.config.getoption("--data")
+    if folder is None:
+        pytest.skip("reads public data sets: run with --data DIR")
+    return Path(folder)
 
 
 @pytest.fixture

@@ -56,8 +56,10 @@ class RepetitionCheck:
     score = max over the earlier steps of (1 + cos(step, earlier)) / 2, fails at ``threshold`` and above.
 
     Args:
-        threshold: In [0, 1]. The default lies between exact repeats (0.992 and above) and different steps (up to
-            0.941) as ``TransformersEngine`` embeds them with SmolLM2-135M; other embeddings need another.
+        threshold: In [0, 1]. The default is for what ``TransformersEngine`` embeds by, with SmolLM2-135M: it cut 2 of
+            346 new steps of GSM8K's solutions, all of 27 verbatim repeats, 25 of 41 with words or punctuation changed,
+            none of 13 paraphrases (``bench.repetition``). A sentence encoder finds more, at a threshold of its own:
+            all-MiniLM-L6-v2 at 0.97 cut 8, 27, 40 and 2 of these.
         embed: Texts to embeddings (n, d), each step's computed once; None takes those of the engine, which are pooled
             from hidden states that the generation computed anyway.
 
@@ -69,7 +71,7 @@ class RepetitionCheck:
 
     name = "repetition"
 
-    def __init__(self, threshold: float = 0.97, embed: Embed | None = None) -> None:
+    def __init__(self, threshold: float = 0.98, embed: Embed | None = None) -> None:
         _is_probability(threshold)
         self.threshold = threshold
         self.needs_embeddings = embed is None

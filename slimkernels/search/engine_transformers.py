@@ -56,9 +56,9 @@ class TransformersEngine:
         eos_token_ids: Tokens that end a text; by default those of the model's generation configuration, and the
             tokenizer's.
         embedding_layer: Whose output steps are embedded by, 0 the input embeddings. Early layers tell a repeated step
-            from a new one, late ones hardly: on a dozen repeats and a dozen different steps about three questions,
-            SmolLM2-135M scored exact repeats at least 0.992 and different steps at most 0.941 at layer 2; at the last,
-            0.932 and 0.931.
+            from a new one, late ones hardly: where 1 % of the new steps of GSM8K's solutions and StrategyQA's facts are
+            cut, SmolLM2-135M finds all verbatim repeats by layer 1 or 2, a third by layer 8, a tenth by the last
+            (``bench.repetition``).
 
     Raises:
         ValueError: A model whose forward this engine does not reproduce.
