@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoder", help="a sentence encoder's folder, to be measured too")
     parser.add_argument("--gsm8k", type=int, default=240, help="reference solutions")
     parser.add_argument("--strategyqa", type=int, default=200, help="questions whose facts are read")
-    parser.add_argument("--own", type=int, default=32, help="questions that the model answers")
+    parser.add_argument("--own", type=int, default=24, help="questions that the model answers")
     args = parser.parse_args(arguments)
     model, tokenizer = load_teacher(args.model)
     engine = TransformersEngine(model, tokenizer)
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [row for layer in args.layers for row in judge(f"layer {layer}", *measured[layer])]
     if args.encoder:
         rows += judge(
-            Path(args.encoder).name, *scores_by_encoder(SentenceEncoder.from_pretrained(args.encoder), chains)
+            "/".join(Path(args.encoder).parts[-2:]),
+            *scores_by_encoder(SentenceEncoder.from_pretrained(args.encoder), chains),
         )
     default = f"layer {engine.embedding_layer}"
     with args.out.open("a") as out:

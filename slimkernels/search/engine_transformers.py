@@ -56,9 +56,8 @@ class TransformersEngine:
         eos_token_ids: Tokens that end a text; by default those of the model's generation configuration, and the
             tokenizer's.
         embedding_layer: Whose output steps are embedded by, 0 the input embeddings. Early layers tell a repeated step
-            from a new one, late ones hardly: where 1 % of the new steps of GSM8K's solutions and StrategyQA's facts are
-            cut, SmolLM2-135M finds all verbatim repeats by layer 1 or 2, a third by layer 8, a tenth by the last
-            (``bench.repetition``).
+            from a new one, late ones hardly: at thresholds that cut 1 % of new steps, SmolLM2-135M finds all of 27
+            verbatim repeats by layer 1 or 2, twelve by layer 8, nine by the last (``bench.repetition``).
 
     Raises:
         ValueError: A model whose forward this engine does not reproduce.
