@@ -9,9 +9,11 @@ import pytest
 import served
 import teachers
 import torch
+from evaluation import make_data
 from test_teacher_server import assert_close_to_local
 
 from slimkernels.cli import main
+from slimkernels.evaluate.runner import load_run
 from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
 from slimkernels.store import Store, verify
 from slimkernels.teacher import capture, capture_server, shipped_prompts
@@ -97,6 +99,34 @@ def test_search(server, smollm2) -> None:
             assert result.tree.text(node) == smollm2[1].decode(ids, skip_special_tokens=True)
             assert -12 * len(ids) < result.tree.sum_logprob[node] < 0
     engine.close()
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_side_by_side(server, style, tmp_path) -> None:
+    """The server's model beside the same one here: answers that begin alike, and a second run that asks nothing."""
+    _, url = server
+    command = f"""eval --models here=smollm2-135m-instruct there={url}#{served.MODEL} --tasks gsm8k strategyqa
+        --data {make_data(tmp_path / "data")} --out {tmp_path / "out"} --samples 4 --max-steps 2 --max-step-tokens 16
+        --decoders greedy self-consistency pathfinder --chains 2 --branching 2 --beam 2""".split()
+    command += ["--tokenizer", "smollm2-135m-instruct"] if style == "chat" else ["--prompt-style", "plain"]
+    assert main(command) == 0
+    records = load_run(tmp_path / "out")[1]
+    assert len(records) == 2 * 3 * 2 * 4
+    assert all(record.output.strip() and record.tokens for record in records)
+    there = {(r.decoder, r.task, r.sample): r for r in records if r.model == "there"}
+    same_start = 0
+    for here in (record for record in records if record.model == "here"):
+        other = there[here.decoder, here.task, here.sample]
+        assert other.prompt == here.prompt
+        if here.decoder == "greedy":
+            # The server's arithmetic is another; a close call between two tokens may go the other way.
+            same_start += other.output[:20] == here.output[:20]
+    assert same_start >= 5
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert url in page
+    assert "neither the weights nor their precision are seen" in page
+    assert main(command) == 0
+    assert load_run(tmp_path / "out")[1] == records
 
 
 def test_command_line(server, smollm2, tmp_path, capsys) -> None:

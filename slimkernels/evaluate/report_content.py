@@ -76,13 +76,11 @@ def _sentences(entries: Sequence[Comparison]) -> list[str]:
 
 def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading("What was run")]
-    if described.get("models"):
-        blocks.append(
-            Table(
-                ["model", "identity (hash of its files, precision and prompt style)"],
-                [[entry["model"], entry["identity"]] for entry in described["models"]],
-            )
-        )
+    models = described.get("models", ())
+    local = [[entry["model"], entry["identity"]] for entry in models if "served" not in entry]
+    if local:
+        blocks.append(Table(["model", "identity (hash of its files, precision and prompt style)"], local))
+    blocks += _served([entry for entry in models if "served" in entry])
     if described.get("decoders"):
         rows = [
             [entry["decoder"], ", ".join(f"{name} {value}" for name, value in entry["settings"].items())]
@@ -119,6 +117,21 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
         if entry["published"]:
             blocks.append(Table(["score", "here", "published", "rows that agree"], entry["published"]))
     return blocks
+
+
+def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What is known of models behind servers."""
+    if not models:
+        return []
+    rows = []
+    for entry in models:
+        known = entry["served"]
+        said = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
+        rows.append([entry["model"], known["model"], known["url"], known["style"], said, entry["identity"]])
+    head = ["served model", "its name there", "server", "asked in", "what the server says of it"]
+    notes = dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
+    unseen = "Of a served model neither the weights nor their precision are seen"
+    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(". ".join([unseen, *notes]) + ".")]
 
 
 def _overall(records: Records) -> list[Block]:
