@@ -105,14 +105,14 @@ def test_decoders_that_draw_repeat_themselves_on_a_server(server, data, tmp_path
 
 
 def test_a_server_that_dies_loses_nothing_that_was_answered(server, folder, data, tmp_path):
-    plan = make_plan([f"b={server.url}", str(folder)], data)
+    names, plain = [f"b={server.url}", str(folder)], {"prompt_style": "plain"}
     server.dies_after = 14
     with pytest.raises(ServerUnavailableError, match=r"b: POST .* failed 2 times.*; what it answered is kept in"):
-        run(plan, tmp_path)
+        run(make_plan(names, data, **plain), tmp_path)
     written = [record for file in tmp_path.glob("records/b-*.jsonl") for record in read_records(file)]
     assert 0 < len(written) < 8
     server.dies_after, asked = None, len(server.completions)
-    records = run(make_plan([f"b={server.url}", str(folder)], data), tmp_path)
+    records = run(make_plan(names, data, **plain), tmp_path)
     assert answered(records, "b") == answered(records, "local")
     times = {record.key: record.seconds for record in records}
     assert all(times[record.key] == record.seconds for record in written)
@@ -122,7 +122,7 @@ def test_a_server_that_dies_loses_nothing_that_was_answered(server, folder, data
     assert not any(text.startswith(tuple(prompts)) for text in again)
     # All is there: nothing is asked any more.
     asked = len(server.completions)
-    assert run(make_plan([f"b={server.url}", str(folder)], data), tmp_path) == records
+    assert run(make_plan(names, data, **plain), tmp_path) == records
     assert len(server.completions) == asked
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.evaluate.records import content_key
-from slimkernels.evaluate.served import Server, find_server, is_server
+from slimkernels.evaluate.served import PLAIN, Server, find_server, is_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -145,7 +145,7 @@ def find_models(
 
 
 def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: str | None) -> EvaluatedModel:
-    tokenizer, style, template = None, "plain text", []
+    tokenizer, style, template = None, PLAIN, []
     if tokenizer_name is not None:
         from slimkernels.teacher_checks import tokenizer_fingerprint
         from slimkernels.teacher_model import load_tokenizer

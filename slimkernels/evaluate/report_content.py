@@ -14,6 +14,7 @@ from slimkernels.evaluate.metric import JUDGE, column, metric
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report_blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best
 from slimkernels.evaluate.report_charts import dot_chart, line_chart
+from slimkernels.evaluate.served import PLAIN
 from slimkernels.evaluate.statistics import Interval
 from slimkernels.evaluate.summary import Arm, Budget, Comparison, Overall, Records
 from slimkernels.evaluate.tasks import ROUGE
@@ -126,12 +127,14 @@ def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
     rows = []
     for entry in models:
         known = entry["served"]
-        said = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
-        rows.append([entry["model"], known["model"], known["url"], known["style"], said, entry["identity"]])
+        facts = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
+        rows.append([entry["model"], known["model"], known["url"], known["style"], facts, entry["identity"]])
     head = ["served model", "its name there", "server", "asked in", "what the server says of it"]
-    notes = dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
-    unseen = "Of a served model neither the weights nor their precision are seen"
-    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(". ".join([unseen, *notes]) + ".")]
+    said = ["Of a served model neither the weights nor their precision are seen"]
+    if any(entry["served"]["style"] == PLAIN for entry in models):
+        said.append(f"To ask models that run here in {PLAIN} too, give --prompt-style plain")
+    said += dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
+    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(". ".join(said) + ".")]
 
 
 def _overall(records: Records) -> list[Block]:

@@ -12,6 +12,8 @@ from slimkernels.server_client import ServerClient
 if TYPE_CHECKING:
     from slimkernels.search import ServerEngine
 
+# How a server is asked whose chat template is not known.
+PLAIN = "plain text"
 # What vLLM's and llama.cpp's lists say of a model that stays the same from one request to the next.
 _SAID = ("owned_by", "root", "max_model_len", "n_ctx", "n_vocab", "n_embd", "n_params", "size", "ftype")
 
