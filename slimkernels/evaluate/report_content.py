@@ -130,11 +130,12 @@ def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
         facts = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
         rows.append([entry["model"], known["model"], known["url"], known["style"], facts, entry["identity"]])
     head = ["served model", "its name there", "server", "asked in", "what the server says of it"]
-    said = ["Of a served model neither the weights nor their precision are seen"]
+    said = "Of a served model neither the weights nor their precision are seen."
     if any(entry["served"]["style"] == PLAIN for entry in models):
-        said.append(f"To ask models that run here in {PLAIN} too, give --prompt-style plain")
-    said += dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
-    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(". ".join(said) + ".")]
+        said += f" To ask models that run here in {PLAIN} too, give --prompt-style plain."
+    notes = dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
+    searched = Paragraph(f"Of the search with a server: {'; '.join(notes)}.")
+    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(said), searched]
 
 
 def _overall(records: Records) -> list[Block]:
