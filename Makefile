@@ -37,7 +37,7 @@ test: $(installed) $(VENV)/.slimkernels-encoder  ## run the default tests: CPU, 
 test-isa: $(installed)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
 
-test-servers: $(installed) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from, and search with, llama.cpp and vLLM on localhost
+test-servers: $(installed) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from, search with, and evaluate llama.cpp and vLLM on localhost
 	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) VLLM_PYTHON=$(abspath $(VENV)-vllm/bin/python) \
 	  $(py) -m pytest tests/test_teacher_server_real.py -m server
 

@@ -24,6 +24,9 @@ examples:
   decoders side by side, three seeds each:
     slimkernels eval --models smollm2-135m-instruct --decoders greedy self-consistency pathfinder --seeds 0 1 2 \\
         --tasks gsm8k commonsenseqa --data data --samples 50 --out runs/decoders
+  a model behind an OpenAI-compatible server beside one that runs here; its key is read from OPENAI_API_KEY:
+    slimkernels eval --models runs/slim teacher=http://localhost:8000/v1#NAME --prompt-style plain \\
+        --tasks gsm8k --data data --samples 100 --out runs/served
   multiple choice, asked and scored by lm-eval, whose choices no decoder writes:
     slimkernels eval --models runs/slim runs/kd --tasks arc_easy hellaswag mmlu_anatomy truthfulqa_mc1 --data data \\
         --samples 200 --out runs/choices
@@ -33,8 +36,10 @@ examples:
     slimkernels eval --rescore --out runs/report --judge http://localhost:8000/v1 --judge-model NAME
   outputs that others published (qid, prompt, question, generated_text, answer):
     slimkernels eval --outputs outputs/svamp/*/output.jsonl --out runs/published
-The same command continues after it was stopped; nothing that was answered is asked again. --data DIR holds
-gsm8k/test.jsonl, strategyqa/dev.json, commonsenseqa/dev_rand_split.jsonl, ... as their authors publish them.
+The same command continues after it was stopped; nothing that was answered is asked again. A server is named by
+URL#MODEL, or by URL where it lists one model. It is asked in plain text where --tokenizer gives no chat template (which
+llama.cpp and vLLM take), and not for heldout or multiple choice, which need probabilities of given texts.
+--data DIR holds gsm8k/test.jsonl, strategyqa/dev.json, commonsenseqa/dev_rand_split.jsonl, ... as published.
 """
 # Options of the decoders that are fields of DecoderSettings.
 _SETTINGS: dict[str, tuple[str, type, str]] = {
@@ -57,6 +62,8 @@ _SIDE_BY_SIDE = {
     "rescore": "--rescore",
     "outputs": "--outputs",
     "judge": "--judge",
+    "tokenizer": "--tokenizer",
+    "key_env": "--key-env",
 }
 
 
@@ -64,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
     """Adds those of the comparison; ``positive`` reads a whole number of at least 1."""
     source = parser.add_argument_group("side by side, on questions and held-out documents")
     add = source.add_argument
-    add("--models", nargs="+", metavar="MODEL", help="folders, .gguf files, a hub's names; NAME=MODEL names one")
+    add(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="folders, .gguf files, a hub's names, servers as http://HOST:PORT/v1#MODEL; NAME=MODEL names one",
+    )
     add(
         "--tasks",
         nargs="+",
@@ -85,8 +97,16 @@ def add_arguments(parser: argparse.ArgumentParser, positive: Callable[[str], int
         "--prompt-style",
         choices=("auto", "chat", "plain"),
         default="auto",
-        help="ask in the model's chat template, where it has one (default: %(default)s)",
+        help="ask in the model's chat template, where it has one; servers: in that of --tokenizer, else plain "
+        "(default: %(default)s)",
     )
+    add(
+        "--tokenizer",
+        nargs="+",
+        metavar="MODEL",
+        help="whose chat template servers are asked in; NAME=MODEL: the one called NAME (default: none, plain text)",
+    )
+    add("--key-env", metavar="NAME", help="variable with the key of the models' servers (default: OPENAI_API_KEY)")
     for field, (flag, kind, text) in _SETTINGS.items():
         add(flag, dest=field, type=kind, metavar="N" if kind is int else "X", help=text)
     add("--rescore", action="store_true", help="score what is in --out again; generate nothing")
@@ -187,7 +207,13 @@ def _run(args: argparse.Namespace, task: Callable[[str], Callable[[int, int | No
     heldout = None
     if HELDOUT in args.tasks:
         heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
-    models = find_models(args.models, dtype=args.dtype, prompt_style=args.prompt_style)
+    models = find_models(
+        args.models,
+        dtype=args.dtype,
+        prompt_style=args.prompt_style,
+        tokenizers=args.tokenizer or (),
+        key_env=args.key_env,
+    )
     settings = _settings(args, DecoderSettings)
     plan = Plan(models, args.decoders, tasks, settings, args.seeds, args.shots, args.batch_questions, heldout, choices)
     run(plan, args.out, task)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from slimkernels.evaluate.records import Record, content_key
@@ -48,6 +48,7 @@ def make_folder(path: Path, seed: int = 0) -> Path:
     vocab = {"<end>": 0, "<unk>": 1} | {character: index for index, character in enumerate(characters, 2)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     model = make_student(vocab_size=len(vocab), hidden_size=16, num_layers=2, num_heads=2, max_length=512, seed=seed)
     model.save_pretrained(path)
     PreTrainedTokenizerFast(

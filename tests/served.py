@@ -157,6 +157,67 @@ class RecordingServer(_Server):
         return status, {}, answer
 
 
+class ModelServer(_Server):
+    """Serves a real model of transformers as vLLM does, or, as "openai", as a server that takes texts alone.
+
+    After ``dies_after`` completions it drops every connection.
+    """
+
+    def __init__(self, folder: Path, *, kind: str = "vllm", names: tuple[str, ...] = (MODEL,)) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        super().__init__()
+        self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        self.kind, self.names, self.dies_after = kind, names, None
+
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """The bodies of those that were asked for."""
+        return [seen["body"] for seen in self.seen if seen["path"] == "/v1/completions"]
+
+    def next_fault(self) -> Any:
+        dead = self.dies_after is not None and len(self.completions) > self.dies_after
+        return "disconnect" if dead else super().next_fault()
+
+    def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
+        if path == "/v1/models":
+            # The time of the request, as vLLM has it.
+            own = {"owned_by": self.kind, "max_model_len": 512, "created": time.time()}
+            return 200, {}, json.dumps({"data": [{"id": name} | own for name in self.names]})
+        if body["model"] not in self.names:
+            return 404, {}, json.dumps({"error": {"message": f"The model {body['model']} does not exist."}})
+        if path == "/tokenize" and self.kind == "vllm":
+            return 200, {}, json.dumps({"tokens": self.tokenizer(body["prompt"])["input_ids"]})
+        if path == "/v1/completions" and isinstance(body["prompt"], str) == (self.kind == "openai"):
+            return 200, {}, json.dumps({"choices": [self._choice(body)]})
+        return 400, {}, json.dumps({"error": {"message": f"cannot be asked: {path} {body}"}})
+
+    def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        noise = torch.Generator().manual_seed(body["seed"])
+        prompt = body["prompt"]
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        own: list[int] = []
+        logprobs: list[float] = []
+        text, finish, stopped_at = "", "length", None
+        while len(own) < body["max_tokens"] and finish == "length":
+            with torch.inference_mode():
+                row = self.model(torch.tensor([ids + own])).logits[0, -1].log_softmax(-1)
+            if body["temperature"] == 0:
+                token = int(row.argmax())
+            else:
+                token = int((row / body["temperature"]).softmax(-1).multinomial(1, generator=noise))
+            own.append(token)
+            logprobs.append(float(row[token]))
+            text = self.tokenizer.decode(own, skip_special_tokens=True)
+            stopped_at = next((stop for stop in body.get("stop", ()) if stop in text), None)
+            finish = "stop" if stopped_at or token == self.tokenizer.eos_token_id else "length"
+        pieces = [self.tokenizer.decode(token) for token in own]
+        choice = {"text": text, "finish_reason": finish, "logprobs": {"tokens": pieces, "token_logprobs": logprobs}}
+        return choice | ({"token_ids": own, "stop_reason": stopped_at} if self.kind == "vllm" else {})
+
+
 _LLAMA_CPP = """
 import sys, threading, xllamacpp
 parameters = xllamacpp.CommonParams()

@@ -133,6 +133,14 @@ def test_server_search_goes_on_from_its_trace(server, tmp_path):
     assert 0 < again < requests
 
 
+def test_server_identity_tells_how_the_server_is_spoken_to(server):
+    identities = []
+    for names_itself in (True, False):
+        server.names_itself = names_itself
+        identities.append(ServerEngine(server.url, served.MODEL, **QUICK).identity())
+    assert identities == [{"engine": "server", "model": served.MODEL, "dialect": kind} for kind in ("vllm", "openai")]
+
+
 def test_decode_asks_a_server(server, tmp_path, capsys):
     expected = solve(server)
     questions = tmp_path / "questions.jsonl"

@@ -9,9 +9,11 @@ import pytest
 import served
 import teachers
 import torch
+from evaluation import make_data
 from test_teacher_server import assert_close_to_local
 
 from slimkernels.cli import main
+from slimkernels.evaluate.runner import load_run
 from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
 from slimkernels.store import Store, verify
 from slimkernels.teacher import capture, capture_server, shipped_prompts
@@ -97,6 +99,40 @@ def test_search(server, smollm2) -> None:
             assert result.tree.text(node) == smollm2[1].decode(ids, skip_special_tokens=True)
             assert -12 * len(ids) < result.tree.sum_logprob[node] < 0
     engine.close()
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_side_by_side(server, style, smollm2, tmp_path) -> None:
+    """The server's model beside the same one here, which finds its greedy answers likeliest; nothing is asked twice."""
+    _, url = server
+    model, tokenizer = smollm2
+    command = f"""eval --models here=smollm2-135m-instruct there={url}#{served.MODEL} --tasks gsm8k strategyqa
+        --data {make_data(tmp_path / "data")} --out {tmp_path / "out"} --samples 2 --max-steps 2 --max-step-tokens 16
+        --decoders greedy self-consistency pathfinder --chains 2 --branching 2 --beam 2""".split()
+    command += ["--tokenizer", "smollm2-135m-instruct"] if style == "chat" else ["--prompt-style", "plain"]
+    assert main(command) == 0
+    records = load_run(tmp_path / "out")[1]
+    assert len(records) == 2 * 3 * 2 * 2
+    assert all(record.output.strip() and record.tokens for record in records)
+    here = {(r.decoder, r.task, r.sample): r for r in records if r.model == "here"}
+    regrets = []
+    for record in (record for record in records if record.model == "there"):
+        assert record.prompt == here[record.decoder, record.task, record.sample].prompt
+        if record.decoder == "greedy":
+            texts = [record.prompt, record.output]
+            prompt, own = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+            regrets.append(logits.amax(-1) - logits.gather(-1, torch.tensor(own)[:, None])[:, 0])
+    # The server's arithmetic is another: a close call between two tokens may go the other way.
+    regret = torch.cat(regrets)
+    assert regret.max() < 1.0
+    assert regret.mean() < 0.05
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert url in page
+    assert "neither the weights nor their precision are seen" in page
+    assert main(command) == 0
+    assert load_run(tmp_path / "out")[1] == records
 
 
 def test_command_line(server, smollm2, tmp_path, capsys) -> None:

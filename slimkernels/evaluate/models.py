@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.evaluate.records import content_key
+from slimkernels.evaluate.served import PLAIN, Server, find_server, is_server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,14 +51,37 @@ class LoadedModel:
 
     def render(self, prompt: str) -> str:
         """What the model reads: a task's prompt, or a chat with it."""
-        if not self.chats:
-            return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return _chat(self.tokenizer, prompt) if self.chats else prompt
 
     def encode(self, text: str) -> list[int]:
         """The token ids of what ``render`` gives; a chat template writes the first token of a text itself."""
         return self.tokenizer(text, add_special_tokens=not self.chats)["input_ids"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """A model behind a server that can answer.
+
+    Attributes:
+        engine: For the search.
+        tokenizer: Whose chat template it is asked in; None: it continues a text.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def render(self, prompt: str) -> str:
+        """What the model reads: a task's prompt, or a chat with it."""
+        return prompt if self.tokenizer is None else _chat(self.tokenizer, prompt)
+
+    def encode(self, text: str) -> str | list[int]:
+        """The token ids of a chat; a text stays one, for the server to take as a text's beginning."""
+        return text if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,47 +90,100 @@ class EvaluatedModel:
 
     Attributes:
         label: What it is called in the report, unique there.
-        identity: Changes with its weights, its tokenizer, and its precision.
-        load: Loads it.
+        identity: Changes with its weights, its tokenizer, and its precision; of a server's model, with its URL, its
+            name, what the server says of it, and how it is asked.
+        load: Loads it: a ``LoadedModel``, or a server's ``ServedModel``.
+        served: What is known of a server's model, for the report; None: it runs here.
     """
 
     label: str
     identity: str
-    load: Callable[[], LoadedModel]
+    load: Callable[[], Any]
+    served: Mapping[str, Any] | None = None
 
 
-def find_models(names: list[str], *, dtype: str = "float32", prompt_style: str = "auto") -> list[EvaluatedModel]:
-    """Models by the names that ``load_teacher`` takes: a folder, a .gguf file, a shipped one's name, a hub's name.
+def find_models(
+    names: Sequence[str],
+    *,
+    dtype: str = "float32",
+    prompt_style: str = "auto",
+    tokenizers: Sequence[str] = (),
+    **client: Any,
+) -> list[EvaluatedModel]:
+    """Models by the names that ``load_teacher`` takes, and those of servers, which are asked whether they have them.
 
     Args:
-        names: Of the models; NAME=MODEL calls one NAME in the report.
-        dtype: Of the weights.
+        names: Of the models: a folder, a .gguf file, a shipped one's name, a hub's name, or a server's URL#MODEL (URL
+            alone where it lists one model). NAME=MODEL calls one NAME in the report.
+        dtype: Of the weights of models that run here.
         prompt_style: "chat" asks in the model's chat template, "plain" lets it continue a text, "auto" chats with
             models that have a template.
+        tokenizers: Whose chat templates servers' models are asked in: MODEL for all of them, NAME=MODEL for the one
+            called NAME. Those without one continue a text.
+        **client: Of the servers' ``ServerClient``: ``key_env``, ``max_retries``, ...
 
     Raises:
-        ValueError: The same model twice, or a server, which has no engine here.
+        ValueError: The same model twice, one that a server has not, or a tokenizer that is of no use.
         FileNotFoundError: There is no such model.
+        ServerUnavailableError, ServerRequestError, ImportError: As ``find_server``.
     """
-    found = []
-    for label, name in _labelled(names):
-        if name.startswith(("http://", "https://")):
-            raise ValueError(f"models must be folders, .gguf files or names, got the server {name}")
+    if tokenizers and prompt_style == "plain":
+        raise ValueError("--tokenizer has no meaning with --prompt-style plain: leave one of them out")
+    given = [_split(name) for name in names]
+    servers = [find_server(name, **client) if is_server(name) else None for _, name in given]
+    parts = [_parts(name) if found is None else found.parts for (_, name), found in zip(given, servers, strict=True)]
+    labels = _labels([label for label, _ in given], parts)
+    templates = _templates(tokenizers, [label for label, found in zip(labels, servers, strict=True) if found])
+    models = []
+    for label, (_, name), found in zip(labels, given, servers, strict=True):
+        if found is not None:
+            models.append(_of_server(label, found, prompt_style, templates.get(label)))
+            continue
         identity = content_key(_fingerprint(name), dtype, prompt_style)
-        found.append(EvaluatedModel(label, identity, _loader(name, dtype, prompt_style)))
-    return found
+        models.append(EvaluatedModel(label, identity, _loader(name, dtype, prompt_style)))
+    return models
 
 
-def _labelled(names: list[str]) -> list[tuple[str, str]]:
-    """Labels and names: the label given, or as much of the end of a folder's path as tells it from the others."""
-    given: list[str | None] = []
-    paths: list[str] = []
-    for name in names:
-        label, equals, rest = name.partition("=")
-        is_labelled = bool(equals and label and "/" not in label and not Path(name).expanduser().exists())
-        given.append(label if is_labelled else None)
-        paths.append(rest if is_labelled else name)
-    parts = [Path(path).expanduser().resolve().parts if Path(path).expanduser().exists() else (path,) for path in paths]
+def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: str | None) -> EvaluatedModel:
+    tokenizer, style, template = None, PLAIN, []
+    if tokenizer_name is not None:
+        from slimkernels.teacher_checks import tokenizer_fingerprint
+        from slimkernels.teacher_model import load_tokenizer
+
+        tokenizer = load_tokenizer(tokenizer_name)
+        if not tokenizer.chat_template:
+            raise ValueError(f"--tokenizer must have a chat template to ask {label} in, but {tokenizer_name} has none")
+        style = f"the chat template of {_parts(tokenizer_name)[-1]}"
+        template = [tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
+    elif prompt_style == "chat":
+        raise ValueError(f"--prompt-style chat needs --tokenizer MODEL for {label}: its server gives no template")
+    model = ServedModel(server.engine, tokenizer)
+    try:
+        # Found out now, not after the models before it: not every server takes token ids.
+        server.engine.check(model.encode(model.render("Hi")))
+    except ValueError as error:
+        raise ValueError(f"{label} cannot be asked in {style}: {error}") from error
+    known = {"url": server.url, "model": server.model, "said": server.said, "style": style}
+    identity = content_key("server", server.url, server.model, server.said, template)
+    return EvaluatedModel(label, identity, lambda: model, known | {"notes": server.engine.notes})
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """The label of NAME=MODEL, or None, and the model."""
+    label, equals, rest = name.partition("=")
+    if equals and label and "/" not in label and not Path(name).expanduser().exists():
+        return label, rest
+    return None, name
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Of a folder's path; a name has one."""
+    path = Path(name).expanduser()
+    return path.resolve().parts if path.exists() else (name,)
+
+
+def _labels(given: Sequence[str | None], parts: Sequence[tuple[str, ...]]) -> list[str]:
+    """The labels given, or as much of the end of a model's parts as tells it from the others."""
     labels = [label or part[-1] for label, part in zip(given, parts, strict=True)]
     for depth in range(2, 1 + max(map(len, parts))):
         labels = [
@@ -114,8 +191,22 @@ def _labelled(names: list[str]) -> list[tuple[str, str]]:
             for label, own, part in zip(labels, given, parts, strict=True)
         ]
     if len(set(labels)) < len(labels):
-        raise ValueError(f"models must be different ones with names of their own, got {', '.join(names)}")
-    return list(zip(labels, paths, strict=True))
+        raise ValueError(f"models must be different ones with names of their own, got {', '.join(labels)}")
+    return labels
+
+
+def _templates(tokenizers: Sequence[str], served: Sequence[str]) -> dict[str, str]:
+    """By the label of a server's model, the tokenizer whose chat template it is asked in."""
+    templates: dict[str, str] = {}
+    for label, name in map(_split, tokenizers):
+        if not served or (label is not None and label not in served):
+            those = ", ".join(served) or "none"
+            raise ValueError(
+                f"--tokenizer must be for a server's model (here: {those}), as one that runs here has its own, got "
+                f"{name if label is None else label}"
+            )
+        templates |= dict.fromkeys(served if label is None else [label], name)
+    return templates
 
 
 def _fingerprint(name: str) -> str:

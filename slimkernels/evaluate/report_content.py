@@ -14,6 +14,7 @@ from slimkernels.evaluate.metric import JUDGE, column, metric
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report_blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best
 from slimkernels.evaluate.report_charts import dot_chart, line_chart
+from slimkernels.evaluate.served import PLAIN
 from slimkernels.evaluate.statistics import Interval
 from slimkernels.evaluate.summary import Arm, Budget, Comparison, Overall, Records
 from slimkernels.evaluate.tasks import ROUGE
@@ -76,13 +77,11 @@ def _sentences(entries: Sequence[Comparison]) -> list[str]:
 
 def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading("What was run")]
-    if described.get("models"):
-        blocks.append(
-            Table(
-                ["model", "identity (hash of its files, precision and prompt style)"],
-                [[entry["model"], entry["identity"]] for entry in described["models"]],
-            )
-        )
+    models = described.get("models", ())
+    local = [[entry["model"], entry["identity"]] for entry in models if "served" not in entry]
+    if local:
+        blocks.append(Table(["model", "identity (hash of its files, precision and prompt style)"], local))
+    blocks += _served([entry for entry in models if "served" in entry])
     if described.get("decoders"):
         rows = [
             [entry["decoder"], ", ".join(f"{name} {value}" for name, value in entry["settings"].items())]
@@ -119,6 +118,24 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
         if entry["published"]:
             blocks.append(Table(["score", "here", "published", "rows that agree"], entry["published"]))
     return blocks
+
+
+def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What is known of models behind servers."""
+    if not models:
+        return []
+    rows = []
+    for entry in models:
+        known = entry["served"]
+        facts = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
+        rows.append([entry["model"], known["model"], known["url"], known["style"], facts, entry["identity"]])
+    head = ["served model", "its name there", "server", "asked in", "what the server says of it"]
+    said = "Of a served model neither the weights nor their precision are seen."
+    if any(entry["served"]["style"] == PLAIN for entry in models):
+        said += f" To ask models that run here in {PLAIN} too, give --prompt-style plain."
+    notes = dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
+    searched = Paragraph(f"Of the search with a server: {'; '.join(notes)}.")
+    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(said), searched]
 
 
 def _overall(records: Records) -> list[Block]:

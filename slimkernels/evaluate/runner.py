@@ -18,7 +18,7 @@ from slimkernels.evaluate.choices import ChoiceCell, ChoiceTask
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
 from slimkernels.evaluate.judge import Judge, answer_of, prompt_hash
-from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
+from slimkernels.evaluate.models import EvaluatedModel, LoadedModel, ServedModel
 from slimkernels.evaluate.records import (
     Record,
     RecordFile,
@@ -31,6 +31,7 @@ from slimkernels.evaluate.scoring import check_scorer, score
 from slimkernels.evaluate.tasks import TASKS, Sample, Task
 from slimkernels.search import Question, Result, Tree
 from slimkernels.search.tree import ROOT
+from slimkernels.server_client import ServerUnavailableError
 
 RUN_FILE = "run.json"
 # In which the records were made; a change of what a prompt or a decoder does changes it.
@@ -72,6 +73,13 @@ class Plan:
             values = [getattr(value, "label", getattr(value, "name", value)) for value in getattr(self, name)]
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be at least one, all different, got {values}")
+        texts = [task.name for task in (self.heldout, *self.choices) if task is not None]
+        served = [model.label for model in self.models if model.served is not None]
+        if texts and served:
+            raise ValueError(
+                f"tasks must be ones to answer in writing for servers' models ({', '.join(served)}), got "
+                f"{', '.join(texts)}: they need probabilities of given texts, of models that run here"
+            )
         for task in self.tasks:
             check_scorer(task)
             task.prompt(task.samples[0], self.shots)
@@ -107,7 +115,9 @@ class _Cell:
         prompt = self.task.prompt(sample, self.plan.shots)
         return content_key(self.model.identity, self.decoder, self.settings, self.task.name, sample.id, prompt, seed)
 
-    def answer(self, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
+    def answer(
+        self, loaded: LoadedModel | ServedModel, missing: Sequence[tuple[int, Sample, int | None]]
+    ) -> Iterable[Record]:
         """Decodes samples, ``batch_questions`` at a time; each has an equal share of its batch's time."""
         return _answer(self, loaded, missing)
 
@@ -129,6 +139,7 @@ def run(
         ValueError: A damaged record file, or a question that a model cannot take.
         BlockingIOError: Another run is writing the same records.
         FloatingPointError: A model gave logits that are NaN.
+        ServerUnavailableError, ServerRequestError: A server does not answer any more; what it answered is written.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -141,7 +152,7 @@ def run(
     _write_json(output_dir / RUN_FILE, _describe(plan, cells))
     records: list[Record] = []
     for model in plan.models:
-        loaded: LoadedModel | None = None
+        loaded: Any = None
         for cell in (cell for cell in cells if cell.model is model):
             report = progress(_name(cell)) if progress else lambda done, total: None
             with RecordFile(output_dir / cell.file) as file:
@@ -153,9 +164,14 @@ def run(
                 if missing and loaded is None:
                     loaded = model.load()
                 answered = cell.answer(loaded, missing) if loaded is not None else ()
-                for done, record in enumerate(answered, len(wanted) - len(missing) + 1):
-                    file.append(record)
-                    report(done, len(wanted))
+                try:
+                    for done, record in enumerate(answered, len(wanted) - len(missing) + 1):
+                        file.append(record)
+                        report(done, len(wanted))
+                except ServerUnavailableError as error:
+                    raise ServerUnavailableError(
+                        f"{model.label}: {error}; what it answered is kept in {output_dir}, and not asked again"
+                    ) from error
                 records += [score(file.records[cell.key(*entry[1:])]) for entry in wanted]
     return records
 
@@ -232,7 +248,9 @@ def rate(
     return load_run(output_dir)
 
 
-def _answer(cell: _Cell, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
+def _answer(
+    cell: _Cell, loaded: LoadedModel | ServedModel, missing: Sequence[tuple[int, Sample, int | None]]
+) -> Iterable[Record]:
     size = cell.plan.batch_questions
     for seed in cell.seeds:
         of_seed = [(order, sample) for order, sample, other in missing if other == seed]
@@ -322,7 +340,11 @@ def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell | ChoiceCell]) -> 
     asked = {"seeds": list(plan.seeds), "shots": plan.shots, "batch_questions": plan.batch_questions}
     heldout = [] if plan.heldout is None else [plan.heldout]
     return {
-        "models": [{"model": model.label, "identity": model.identity} for model in plan.models],
+        "models": [
+            {"model": model.label, "identity": model.identity}
+            | ({} if model.served is None else {"served": model.served})
+            for model in plan.models
+        ],
         "decoders": [
             {"decoder": decoder, "settings": plan.settings.of(decoder, plan.tasks[0])}
             for decoder in plan.decoders

@@ -112,7 +112,7 @@ class ServerEngine:
 
     def identity(self) -> dict[str, Any]:
         """The server's model by its name, and how it is spoken to; its weights cannot be seen."""
-        return {"engine": "server", "model": self._model, "dialect": type(self._dialect).__name__}
+        return {"engine": "server", "model": self._model, "dialect": self._dialect.kind}
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt without tokens, that fills the context, or that the server cannot take."""
