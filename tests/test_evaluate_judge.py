@@ -109,6 +109,9 @@ def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, m
     assert "j: 5.5 of 10. [[99]] is no rating." in page
     assert "judge j of 10" in page
     assert '<td class="number">33.3</td>' in page
+    # A run without a judge keeps the ratings, and who gave them.
+    assert main(words) == 0
+    assert (out / "report.html").read_text() == page
     for path in out.rglob("*"):
         assert path.is_dir() or b"secret-7" not in path.read_bytes()
     for arguments, message in (

@@ -15,8 +15,8 @@ from slimkernels.cli import main
 from slimkernels.evaluate import models as evaluated_models
 from slimkernels.evaluate.decoders import DecoderSettings
 from slimkernels.evaluate.models import find_models
-from slimkernels.evaluate.records import read_records
-from slimkernels.evaluate.runner import Plan, load_run, run
+from slimkernels.evaluate.records import RecordFile, read_records
+from slimkernels.evaluate.runner import Plan, load_run, rescore, run
 from slimkernels.evaluate.tasks import load_task
 
 pytestmark = pytest.mark.cpu_kernels
@@ -108,6 +108,28 @@ def test_other_settings_and_other_weights_are_other_records(folders, data, tmp_p
     identities |= {find_models(folders[:1], dtype="bfloat16")[0].identity}
     assert len(identities) == 3
     assert find_models(folders)[0].identity in identities
+
+
+def test_an_adapters_settings_are_another_model(tmp_path):
+    folder = make_folder(tmp_path / "m")
+    identities = {find_models([str(folder)])[0].identity}
+    for file, content in (("adapter_config.json", '{"lora_alpha": 8}'), ("adapter_config.json", '{"lora_alpha": 16}')):
+        (folder / file).write_text(content)
+        identities.add(find_models([str(folder)])[0].identity)
+    assert len(identities) == 3
+    # The state of its training is not the model.
+    (folder / "training_args.bin").write_bytes(b"x")
+    assert find_models([str(folder)])[0].identity in identities
+
+
+def test_rescoring_does_not_take_records_from_under_a_run(folders, data, tmp_path):
+    plan = make_plan(folders[:1], data, decoders=["greedy"], samples=1)
+    records = run(plan, tmp_path)
+    file = next(tmp_path.glob("records/*.jsonl"))
+    with RecordFile(file) as held, pytest.raises(BlockingIOError, match="being written by another run"):
+        rescore(tmp_path)
+    assert list(held.records.values()) == read_records(file)
+    assert rescore(tmp_path)[1] == records
 
 
 @pytest.mark.parametrize(

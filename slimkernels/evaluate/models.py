@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # What of a model's folder decides what it writes; checkpoints hold the state of their training beside it.
 _MODEL_FILES = (
-    *("*.safetensors", "pytorch_model*.bin", "*.gguf", "config.json", "generation_config.json"),
+    *("*.safetensors", "*model*.bin", "*.gguf", "config.json", "adapter_config.json", "generation_config.json", "*.py"),
     *("token*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
 

@@ -149,7 +149,10 @@ def run(
             cells.append(HeldoutCell(model, plan.heldout))
         cells += [ChoiceCell(model, task, output_dir) for task in plan.choices]
         cells += [_Cell(model, decoder, task, plan) for decoder in plan.decoders for task in plan.tasks]
-    _write_json(output_dir / RUN_FILE, _describe(plan, cells))
+    path = output_dir / RUN_FILE
+    # The ratings of an earlier judge stay with the records.
+    judge = json.loads(path.read_text()).get("judge") if path.is_file() else None
+    _write_json(path, _describe(plan, cells) | ({"judge": judge} if judge else {}))
     records: list[Record] = []
     for model in plan.models:
         loaded: Any = None
@@ -196,6 +199,8 @@ def load_run(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[R
         if len(found) < wanted:
             unfinished.append(f"{cell.get('name', cell['file'])}: {len(found)} of {wanted}")
         records += map(score, found)
+    if not any(record.judged for record in records):
+        described.pop("judge", None)
     return described | {"unfinished": unfinished}, records
 
 
@@ -204,12 +209,14 @@ def rescore(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Re
 
     Raises:
         FileNotFoundError, ValueError: As ``load_run``.
+        BlockingIOError: Another run is writing the same records.
     """
     described, _ = load_run(output_dir)
     for cell in described["cells"]:
         file = Path(output_dir) / cell["file"]
         if file.is_file():
-            write_records(file, [score(record) for record in read_records(file)])
+            with RecordFile(file) as held:
+                write_records(file, [score(record) for record in held.records.values()])
     return load_run(output_dir)
 
 
