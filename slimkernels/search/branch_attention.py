@@ -13,7 +13,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class DecodePass:
         queries = query[:num_rows, :, 0].unflatten(1, (heads, -1)).to(accumulate)  # (R, H, G, d)
         sums = self._to_prompts(layer, queries, scale)
         if self._inherited is not None:
-            parts = self._to_inherited(layer, queries, scale)
+            parts = self._to_inherited(self._inherited, layer, queries, scale)
             for chunk in self._inherited.of_rows.T.unbind():
                 sums = _merged(sums, _Partial(*(part.index_select(0, chunk) for part in parts)))
         sums = _merged(sums, self._to_new(layer, queries, scale))
@@ -121,9 +121,8 @@ class DecodePass:
                 field.index_copy_(0, rows, part.transpose(0, 1))
         return partial
 
-    def _to_inherited(self, layer: int, queries: Tensor, scale: float) -> _Partial:
+    def _to_inherited(self, chunks: _Chunks, layer: int, queries: Tensor, scale: float) -> _Partial:
         """Of all siblings with all chunks, (n * SIBLINGS + 1, H, G, d); the last is that of nothing."""
-        chunks = self._inherited
         num_chunks, (_, heads, groups, size) = len(chunks.empty), queries.shape
         own = queries.index_select(0, chunks.rows).view(num_chunks, SIBLINGS, heads, groups, size)
         keys, values = (
@@ -191,7 +190,9 @@ class _Chunks:
             num_chunks += len(padded)
         of_rows[of_rows < 0] = num_chunks * SIBLINGS
         return _Chunks(
-            *(to_device(np.concatenate(arrays), device) for arrays in (first_slots, empty, rows)),
+            to_device(np.concatenate(first_slots), device),
+            to_device(np.concatenate(empty), device),
+            to_device(np.concatenate(rows), device),
             to_device(of_rows, device),
         )
 
@@ -238,7 +239,7 @@ def _padded(rows: np.ndarray) -> np.ndarray:
 @contextlib.contextmanager
 def branch_attention(model: PreTrainedModel) -> Iterator[None]:
     """Lets the model attend by ``running`` passes inside, and as before outside."""
-    before = model.config._attn_implementation
+    before = cast(str, model.config._attn_implementation)
     AttentionInterface.register(_NAME, _attention)
     model.set_attn_implementation(_NAME)
     try:
@@ -272,4 +273,4 @@ def _attention(
                 f"model must use plain softmax attention, got one with {name}: search with a server that runs it"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _PASS.get().attend(module.layer_idx, query, key, value, scale).contiguous(), None
+    return _PASS.get().attend(cast(int, module.layer_idx), query, key, value, scale).contiguous(), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,11 @@ class Rows:
         self._ends = [""] * len(requests)
         self._sums = np.zeros((2, len(requests)))  # of log-probabilities and entropies
         self._before = {id(parent): engine.decode(parent.tail) for parent in self._parents}
-        self._hidden = torch.stack([parent.hidden for parent in self._parents]).zero_() if embed and requests else None
+        self._hidden = (
+            torch.stack([cast(Tensor, parent.hidden) for parent in self._parents]).zero_()
+            if embed and requests
+            else None
+        )
         device = engine.device
         self._seeds = torch.tensor([request.seed for request in requests], device=device)
         self._positions = torch.tensor([parent.length for parent in self._parents], device=device)
@@ -71,7 +75,7 @@ class Rows:
         live = np.arange(len(self._requests))
         if not len(live):
             return
-        logits = torch.stack([parent.logits for parent in self._parents])
+        logits = torch.stack([cast(Tensor, parent.logits) for parent in self._parents])
         while True:
             self._draw(live, logits)
             live = np.array([row for row in live if not self._ends[row]], np.int64)
@@ -144,5 +148,5 @@ class Rows:
         if self._hidden is None:
             return None
         parent, num_read = self._parents[row], len(self._tokens[row]) - 1
-        mean = self._hidden[row] / num_read if num_read else parent.hidden
-        return (mean - parent.prompt.mean_hidden).cpu().numpy()
+        mean = self._hidden[row] / num_read if num_read else cast(Tensor, parent.hidden)
+        return (mean - cast(Tensor, parent.prompt.mean_hidden)).cpu().numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -76,7 +76,8 @@ class TransformersEngine:
         if embedding_layer < 0:
             raise ValueError(f"embedding_layer must be at least 0, got {embedding_layer}")
         self.model, self.tokenizer, self.embedding_layer = model, tokenizer, min(embedding_layer, layers)
-        self.device = model.get_input_embeddings().weight.device
+        embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+        self.device, self._vocab_size = embeddings.weight.device, embeddings.num_embeddings
         self.eos_token_ids = frozenset(_eos_token_ids(model, tokenizer) if eos_token_ids is None else eos_token_ids)
         self.context_length = _context_length(model)
         self.peak = Memory()
@@ -101,9 +102,9 @@ class TransformersEngine:
         token_ids = self._encode(prompt)
         if not token_ids:
             raise ValueError("the prompt must have at least one token, got none")
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        if not all(0 <= token < vocab_size for token in token_ids):
-            raise ValueError(f"the prompt's token ids must be in [0, V = {vocab_size}), got {max(token_ids)}")
+        unknown = [token for token in token_ids if not 0 <= token < self._vocab_size]
+        if unknown:
+            raise ValueError(f"the prompt's token ids must be in [0, V = {self._vocab_size}), got {unknown[0]}")
         if len(token_ids) >= self.context_length:
             raise ValueError(
                 f"the prompt must be shorter than the model's context of {self.context_length} tokens, got "
@@ -225,11 +226,13 @@ class TransformersEngine:
 
     def _read_last_tokens(self, numbers: Iterable[int]) -> None:
         """Lets the model read the last token of branches that end in an unread one, once for all their children."""
-        branches = [self._branches[number] for number in numbers if self._branches[number].unread is not None]
+        found = [self._branches[number] for number in numbers]
+        branches = [branch for branch in found if branch.unread is not None]
+        tokens = [branch.unread for branch in found if branch.unread is not None]
         if not branches:
             return
         slots = Steps(branches, 1)
-        logits, hidden = self.read(branches, slots, np.arange(len(branches)), [branch.unread for branch in branches])
+        logits, hidden = self.read(branches, slots, np.arange(len(branches)), tokens)
         for row, branch in enumerate(branches):
             branch.slots, branch.unread = slots.of(row), None
             branch.logits, branch.hidden = logits[row].clone(), hidden[row].clone()
@@ -270,7 +273,8 @@ class TransformersEngine:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)
 
     def release(self, slots: np.ndarray) -> None:
         """Counts slots once less."""
@@ -289,7 +293,7 @@ class TransformersEngine:
         self.peak.shared_bytes = max(self.peak.shared_bytes, now.shared_bytes)
         self.peak.unshared_bytes = max(self.peak.unshared_bytes, unshared)
 
-    def _unshared_bytes(self, branches: Iterable[Branch], lengths: Sequence[int] | None = None) -> int:
+    def _unshared_bytes(self, branches: Iterable[Branch], lengths: np.ndarray | None = None) -> int:
         total = 0
         for row, branch in enumerate(branches):
             prompt_tokens = len(branch.prompt.token_ids)
@@ -298,8 +302,7 @@ class TransformersEngine:
         return total
 
     def _probe(self) -> list[int]:
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        return [(token * 7919 + 13) % vocab_size for token in range(min(11, self.context_length - 6))]
+        return [(token * 7919 + 13) % self._vocab_size for token in range(min(11, self.context_length - 6))]
 
     @torch.inference_mode()
     def _check_model(self) -> None:
@@ -319,7 +322,7 @@ class TransformersEngine:
                 branch.length += 1
                 self._read_last_tokens([number])
         self._bytes_per_token = branch.prompt.num_bytes // len(branch.prompt.token_ids)
-        ours = branch.logits.float()
+        ours = cast(Tensor, branch.logits).float()
         self.free(number)
         scale = float(own.abs().max())
         tolerance = (1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1) * max(scale, 1.0)
@@ -342,7 +345,8 @@ def _sampled_hash(model: PreTrainedModel) -> str:
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     found: set[int] = set()
-    for ids in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+    given: tuple[Any, ...] = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
+    for ids in given:
         found.update([ids] if isinstance(ids, int) else ids or ())
     return found
 
