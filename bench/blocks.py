@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from bench import records
 from bench.case import OURS
@@ -104,7 +105,7 @@ def _ours_first(figures: dict[str, float]) -> list[float]:
 
 def search_sentence(rows: list[dict]) -> str:
     """How fast the tree search generates, what its branches take, and how long the selection among them is."""
-    rows = _newest(rows)
+    rows = _newest(rows, ("device", "isa", "threads"))
     searches = [row for row in rows if row["op"] == "search"]
     speeds: dict[int, list[dict]] = {}
     for row in searches:
@@ -112,14 +113,14 @@ def search_sentence(rows: list[dict]) -> str:
             speeds.setdefault(row["question_tokens"], []).append(row)
     said = []
     for tokens, of_length in sorted(speeds.items()):
-        speed = _medians(of_length)
+        speed = _newest_medians(of_length)
         beside = ", ".join(
             f"{speed[OURS] / rate:.1f}x {provider} ({rate:,.0f})"
             for provider, rate in speed.items()
             if provider != OURS
         )
         said.append(f"after prompts of {tokens} tokens {speed[OURS]:,.0f} tokens/s, {beside}")
-    memory = _medians([row for row in searches if row["metric"] == "kv_memory"])
+    memory = _newest_medians([row for row in searches if row["metric"] == "kv_memory"])
     [copies] = (count for provider, count in memory.items() if provider != OURS)
     row = searches[-1]
     shape = row["shape"]
@@ -138,7 +139,7 @@ def _consensus_sentence(rows: list[dict]) -> str:
     times = [row for row in rows if row["op"] == "consensus"]
     if not times:
         return ""
-    shape, figures = times[-1]["shape"], _medians(times)
+    shape, figures = times[-1]["shape"], _newest_medians(times)
     [(peer, slow)] = ((provider, time) for provider, time in figures.items() if provider != OURS)
     return (
         f"The consensus of {shape['texts']} candidates of {shape['words']} words takes {figures[OURS]:.0f} ms, "
@@ -146,18 +147,17 @@ def _consensus_sentence(rows: list[dict]) -> str:
     )
 
 
-def _newest(rows: list[dict]) -> list[dict]:
-    """Those of the newest commit and machine."""
-    measured_on = [[row[field] for field in (*records.MACHINE_FIELDS, "threads")] for row in rows]
-    return [row for row, where in zip(rows, measured_on, strict=True) if where == measured_on[-1]]
-
-
-def _medians(rows: list[dict]) -> dict[str, float]:
-    """Of every provider, over the rounds."""
+def _newest_medians(rows: list[dict]) -> dict[str, float]:
+    """Of every provider, the median over the rounds of the newest commit."""
     found: dict[str, list[float]] = {}
-    for row in rows:
+    for row in _newest(rows, ("commit",)):
         found.setdefault(row["provider"], []).append(row["p50"])
     return {provider: statistics.median(values) for provider, values in found.items()}
+
+
+def _newest(rows: list[dict], fields: Sequence[str]) -> list[dict]:
+    """Those that are as the last in some fields, such as where they were measured."""
+    return [row for row in rows if all(row[field] == rows[-1][field] for field in fields)]
 
 
 STEPS = {
