@@ -130,9 +130,18 @@ def search_sentence(rows: list[dict]) -> str:
         f"With prompts of {shape['prompt_tokens']} tokens its keys and values take {memory[OURS] / 2**20:.0f} MiB, "
         f"{copies / memory[OURS]:.0f}x less than a copy for each sequence. The plain batch has the search's "
         f"{shape['questions'] * shape['branching'] * shape['beam']} sequences all the time, and its reading of prompts "
-        f"is not counted. {_consensus_sentence(rows)}{row['model']}, {row['dtype']}, {row['device']}, {row['threads']} "
-        f"threads, {row['date'][:10]}; `python -m bench.search`."
+        f"is not counted. {_search_limits(searches)}{_consensus_sentence(rows)}{row['model']}, {row['dtype']}, "
+        f"{row['device']}, {row['threads']} threads, {row['date'][:10]}; `python -m bench.search`."
     )
+
+
+def _search_limits(searches: list[dict]) -> str:
+    """What a reader must know where less than the whole benchmark was run."""
+    row = next(row for row in reversed(searches) if row["metric"] == "throughput")
+    rounds = 1 + row.get("round", 0)
+    part = row.get("reencoded", row["shape"]["questions"])
+    fewer = f"; generate on text searched {part} of the questions" if part < row["shape"]["questions"] else ""
+    return f"{rounds} {'round' if rounds == 1 else 'rounds'}{fewer}. "
 
 
 def _consensus_sentence(rows: list[dict]) -> str:
