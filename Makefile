@@ -98,10 +98,10 @@ $(VENV)-llamacpp/.installed:
 	@$(@D)/bin/python -m pip --disable-pip-version-check -q install '$(LLAMACPP)'
 	@touch $@
 
-$(VENV)-vllm/.installed: tests/install_vllm.py
+$(VENV)-vllm/.installed: tests/scripts/install_vllm.py
 	@echo 'installing $(VLLM)'
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python tests/install_vllm.py '$(VLLM)' '$(TORCH)'
+	@$(@D)/bin/python tests/scripts/install_vllm.py '$(VLLM)' '$(TORCH)'
 	@touch $@
 
 # A folder with one package, which goes before the environment's.

@@ -191,7 +191,7 @@ setup(
     ext_modules=[
         Extension(
             "slimkernels._C",
-            sources=[str(CSRC / name) for name in ("module.cpp", "ops.cpp", "store_codec.cpp", "cpu/dispatch.cpp")],
+            sources=[str(CSRC / name) for name in ("module.cpp", "ops.cpp", "store/codec.cpp", "cpu/dispatch.cpp")],
             depends=[str(path) for path in sorted(CSRC.rglob("*.[hi]*"))],
             # pybind11 first: some releases of torch bring one that refuses the stable ABI.
             include_dirs=[str(CSRC), pybind11.get_include(), str(torch_root / "include")],

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from bench import records
-from bench.case import OURS
-from bench.instructions_table import instructions_table
-from bench.sample_efficiency import sample_efficiency_block
+from bench.ops.case import OURS
+from bench.reproduce.instructions_table import instructions_table
+from bench.reproduce.sample_efficiency_results import sample_efficiency_block
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
 

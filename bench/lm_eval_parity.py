@@ -20,8 +20,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimkernels.evaluate.harness import ChoiceEvaluation, evaluate_multiple_choice
-from slimkernels.evaluate.harness_data import write_local_tasks
+from slimkernels.evaluate.lm_eval.local_data import write_local_tasks
+from slimkernels.evaluate.lm_eval.tasks import ChoiceEvaluation, evaluate_multiple_choice
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "mmlu_anatomy", "truthfulqa_mc1", "truthfulqa_mc2")
 

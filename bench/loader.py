@@ -19,8 +19,8 @@ import torch
 
 import slimkernels as sk
 from bench.machine import machine
+from slimkernels.models.make_student import make_student
 from slimkernels.store import StoreDataset, StoreWriter
-from slimkernels.student import make_student
 from slimkernels.trainer import SlimConfig, SlimTrainer
 
 # Start-up of the workers, and pages that are read for the first time.

@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench import records
-from bench.case import OURS
+from bench.ops.case import OURS
 from bench.records import CaseRecord
-from bench.sample_efficiency_plot import sample_efficiency
+from bench.reproduce.sample_efficiency_plot import sample_efficiency
 
 SHORT_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 # A peer keeps its colour wherever it appears.

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.case import OURS
+from bench.ops.case import OURS
 
 CASE_FIELDS = ("op", "mode", "shape", "dtype", "sweep")
 MACHINE_FIELDS = ("commit", "device", "isa", "torch")

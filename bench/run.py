@@ -69,12 +69,12 @@ def default_threads() -> list[int]:
 
 
 def start_worker(root: Path, metric: str, threads: int, options: list[str], quiet: bool = False) -> None:
-    """Runs ``bench.worker`` of the checkout at ``root``."""
+    """Runs ``bench.ops.worker`` of the checkout at ``root``."""
     environment = os.environ | (KEEP_PAGES if metric == "time" else RETURN_PAGES)
     environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
     # Compiled code is cached without regard to the thread count that it has baked in.
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / "build" / f"inductor-{threads}-threads")
-    command = [sys.executable, "-m", "bench.worker", "--metric", metric, "--threads", str(threads), *options]
+    command = [sys.executable, "-m", "bench.ops.worker", "--metric", metric, "--threads", str(threads), *options]
     output = subprocess.DEVNULL if quiet else None
     subprocess.run(command, cwd=root, env=environment, stdout=output, check=True)
 

@@ -24,8 +24,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench import records, search_peers
-from bench.case import OURS
 from bench.machine import machine
+from bench.ops.case import OURS
 from slimkernels.search import Candidate, PathFinder, PathFinderConfig, TransformersEngine, consensus
 from slimkernels.search.selection import Scorer
 from slimkernels.teacher import load_teacher

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench import records
 from bench.blocks import BLOCKS
-from bench.case import OURS
+from bench.ops.case import OURS
 from bench.ops_table import ops_table
 
 FIGURES = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.case import OURS
-from bench.cases import all_cases
+from bench.ops.case import OURS
+from bench.ops.cases import all_cases
 
 CASES = {case.name: case for case in all_cases() if case.quick}
 PAIRS = [(name, provider) for name, case in CASES.items() for provider in (OURS, *case.peers)]

@@ -28,14 +28,16 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import slimkernels as sk
-from bench import peers
-from bench.case import OURS, five_per_cent, generator, random_rows, require, require_close
-from bench.clock import clock
 from bench.machine import ROOT, machine
-from bench.measure import percentiles
+from bench.ops import peers
+from bench.ops.case import OURS, five_per_cent, generator, random_rows, require, require_close
+from bench.ops.clock import clock
+from bench.ops.measure import percentiles
 from bench.records import MEMORY
 from bench.run import KEEP_PAGES, RETURN_PAGES
-from slimkernels.student import LanguageModelHead, hidden_states, make_student
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.make_student import make_student
 
 PROVIDERS = {"slim": (OURS, "torch eager"), "sft": (OURS, "transformers")}
 # Of the loss, and of every parameter's gradient in the Euclidean norm. Peers round whole logits to half precision.

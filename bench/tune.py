@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from bench.case import OURS, Case, five_per_cent
-from bench.cases import sample_case, slim_loss_case, topk_case
-from bench.clock import CudaClock
 from bench.machine import ROOT
-from slimkernels import triton_util
-from slimkernels.triton_util import Launch
+from bench.ops.case import OURS, Case, five_per_cent
+from bench.ops.cases import sample_case, slim_loss_case, topk_case
+from bench.ops.clock import CudaClock
+from slimkernels.ops.triton import launch
+from slimkernels.ops.triton.launch import Launch
 
 TABLE = ROOT / "slimkernels/data/launch_settings.json"
 CANDIDATES = [
@@ -65,15 +65,15 @@ def best_of(candidates: Iterable[Launch], seconds_of: Callable[[Launch], float])
 
 def tune(case: Case) -> Launch:
     """The fastest settings of a case's op that give the right result."""
-    shipped, clock = triton_util.launch_settings, CudaClock()
+    shipped, clock = launch.launch_settings, CudaClock()
 
     def seconds_of(candidate: Launch) -> float:
-        triton_util.launch_settings = lambda op, like: candidate if op == case.op else shipped(op, like)
+        launch.launch_settings = lambda op, like: candidate if op == case.op else shipped(op, like)
         try:
             run = case.gated_work(ours_only=True).providers[OURS]
             return statistics.median(clock.seconds(run) for _ in range(ROUNDS))
         finally:
-            triton_util.launch_settings = shipped
+            launch.launch_settings = shipped
 
     best, seconds = best_of(CANDIDATES, seconds_of)
     print(f"{case.name}: {best}, {1e3 * seconds:.3f} ms")
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the cases whose name contains this")
     args = parser.parse_args()
     torch.set_default_device("cuda")
-    architecture = triton_util._architecture(torch.device("cuda", torch.cuda.current_device()))
+    architecture = launch._architecture(torch.device("cuda", torch.cuda.current_device()))
     table = json.loads(TABLE.read_text())
     for case in cases():
         if args.only not in case.name:

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/dispatch.h"
-#include "store_codec.h"
+#include "store/codec.h"
 
 #define SK_STRING_OF(x) #x
 #define SK_STRING(x) SK_STRING_OF(x)

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "packed_rows.h"
+#include "store/packed_rows.h"
 
 namespace slimkernels {
 namespace {

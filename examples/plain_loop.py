@@ -8,8 +8,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slimkernels as sk
+from slimkernels.models.batch import SlimCollator, teacher_rows
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.head_loss import hidden_states
 from slimkernels.store import DocumentOrder, StoreDataset
-from slimkernels.student import LanguageModelHead, SlimCollator, hidden_states, teacher_rows
 
 
 def train(model: PreTrainedModel, dataset: StoreDataset, *, epochs: int = 1, batch_size: int = 8) -> Iterator[float]:

@@ -17,7 +17,7 @@ from torchtune.modules import TransformerDecoder
 
 import slimkernels as sk
 from slimkernels.store import Store
-from slimkernels.trainer_teacher import StoredTeacher
+from slimkernels.trainer.teachers import StoredTeacher
 
 
 class WithoutLogits(TransformerDecoder):

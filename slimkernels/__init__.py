@@ -22,24 +22,24 @@ from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 
 if TYPE_CHECKING:
-    from slimkernels.patching import patch_model, unpatch_model
+    from slimkernels.models.patch import patch_model, unpatch_model
     from slimkernels.search import PathFinder
     from slimkernels.store import Store
     from slimkernels.trainer import SlimConfig, SlimTrainer
-    from slimkernels.trainer_config import SlimObjective
-    from slimkernels.trainer_mixin import SlimLossMixin
+    from slimkernels.trainer.mixin import SlimLossMixin
+    from slimkernels.trainer.objective import SlimObjective
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "PathFinder": "slimkernels.search",
     "SlimConfig": "slimkernels.trainer",
-    "SlimLossMixin": "slimkernels.trainer_mixin",
-    "SlimObjective": "slimkernels.trainer_config",
+    "SlimLossMixin": "slimkernels.trainer.mixin",
+    "SlimObjective": "slimkernels.trainer.objective",
     "SlimTrainer": "slimkernels.trainer",
     "Store": "slimkernels.store",
-    "patch_model": "slimkernels.patching",
-    "unpatch_model": "slimkernels.patching",
+    "patch_model": "slimkernels.models.patch",
+    "unpatch_model": "slimkernels.models.patch",
 }
 
 __all__ = [

@@ -11,7 +11,9 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kernels", choices=("cpu", "triton", "cuda"), default="cpu", help="see tests/kernel_override.py")
+    parser.addoption(
+        "--kernels", choices=("cpu", "triton", "cuda"), default="cpu", help="see support/kernel_override.py"
+    )
     parser.addoption("--data", metavar="DIR", help="public data sets, a folder each; tests that read them skip without")
 
 
@@ -25,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if config.getoption("--kernels") != "cpu":
-        import kernel_override
+        from support import kernel_override
 
         kernel_override.install(config.getoption("--kernels"))
         # The interpreter takes maxima with numpy, which warns of rows of NaN.

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench import blocks, codecs, compare, machine, peers, records, table, training_step, worker
-from bench.case import OURS, Case, Work
-from bench.cases import all_cases
-from bench.cuda_cases import cuda_cases
-from bench.measure import peak_extra_bytes, percentiles, rounds_for, time_providers
+from bench import blocks, codecs, compare, machine, records, table, training_step
+from bench.ops import peers, worker
+from bench.ops.case import OURS, Case, Work
+from bench.ops.cases import all_cases
+from bench.ops.cuda_cases import cuda_cases
+from bench.ops.measure import peak_extra_bytes, percentiles, rounds_for, time_providers
 
 ROOT = Path(__file__).parents[1]
 SMALL = all_cases(shrink=32)

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from teachers import make_teacher, make_tokenizer
-from toy_engines import ScriptedEngine
+from support.teachers import make_teacher, make_tokenizer
+from support.toy_engines import ScriptedEngine
 
 from bench import blocks, records, repetition
 from bench.repetition_chains import SYNONYMS, Chain, Step, gsm8k_chains, own_chains, say_again, strategyqa_chains

@@ -6,7 +6,7 @@ import string
 
 import pytest
 import torch
-from teachers import make_teacher, make_tokenizer
+from support.teachers import make_teacher, make_tokenizer
 
 from bench import blocks, records, search, search_peers
 from slimkernels.search import PathFinder, PathFinderConfig, TransformersEngine, log_probability

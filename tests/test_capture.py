@@ -11,18 +11,18 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import teachers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import teachers
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, PhiConfig
 
 from slimkernels import SparseLogits
 from slimkernels.store import Document, Store, verify
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
-from slimkernels.teacher_capture import _batches
-from slimkernels.teacher_selection import cut_top_p
+from slimkernels.teacher.capture import _batches
+from slimkernels.teacher.selection import cut_top_p
 
 TOP_K = 17
 
@@ -203,7 +203,7 @@ CAPTURE = """
     import os, sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    import teachers
+    from support import teachers
     from test_capture import OPTIONS, make_documents
     from slimkernels.teacher import capture
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import teachers
 import torch
+from support import teachers
 from test_capture import contents, make_documents
 
 import slimkernels as sk
@@ -14,7 +14,7 @@ from slimkernels import reference_sampling as reference
 from slimkernels.cli import main
 from slimkernels.store import Store, verify
 from slimkernels.teacher import capture
-from slimkernels.teacher_selection import document_seed
+from slimkernels.teacher.selection import document_seed
 from slimkernels.trainer import SlimConfig, SlimTrainer
 
 ROUNDS, TOP_K = 8, 5

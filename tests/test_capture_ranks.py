@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import capture_dying_rank
-import capture_killed_ranks
 import pytest
-import teachers
 import torch
+from scripts import capture_dying_rank, capture_killed_ranks
+from support import teachers
 from test_capture import OPTIONS, assert_is_what_the_teacher_says, contents, make_documents
 
 import slimkernels

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import teachers
+from support import teachers
 
 from slimkernels.cli import main
 from slimkernels.store import Store

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import teachers
+from support import teachers
 
 from slimkernels.cli import main
-from slimkernels.cli_search_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
+from slimkernels.cli.decode_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
 

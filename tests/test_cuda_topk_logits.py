@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import COMPILER, DTYPES, ROOT, EmulatedKernel, FaultError, Gpu, Launch, Plan, compile_library
-from helpers import LAYOUTS, assert_same_bits, explain, hostile_rows, sparse_fields
+from support.emulated_cuda import COMPILER, DTYPES, ROOT, EmulatedKernel, FaultError, Gpu, Launch, Plan, compile_library
+from support.helpers import LAYOUTS, assert_same_bits, explain, hostile_rows, sparse_fields
 from test_topk_logits import assert_topk_matches
 
 INF, NAN = math.inf, math.nan
@@ -169,7 +169,7 @@ def test_cuda_topk_logits_needs_its_barriers(library):
     # the histogram that is followed by others before the next, or by no search. In one block, a threshold guessed from
     # half of the sample is as right as another, and at the end there is no other block to wait for.
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/cuda_removed_barriers.py"), str(library)],
+        [sys.executable, str(ROOT / "tests/scripts/cuda_removed_barriers.py"), str(library)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,

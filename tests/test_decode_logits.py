@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits, column_major, explain, misaligned, opcheck_calls_of, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_cases import VALUE_DTYPES, oracle_row, pack, random_ids
+from support.helpers import assert_same_bits, column_major, explain, misaligned, opcheck_calls_of, random_problem
+from support.packed_cases import VALUE_DTYPES, oracle_row, pack, random_ids
 
 import slimkernels as sk
 from slimkernels import PackedLogits

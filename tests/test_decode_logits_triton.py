@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_cases import VALUE_DTYPES, pack, random_ids
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.packed_cases import VALUE_DTYPES, pack, random_ids
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
 from slimkernels.packed_logits import row_words
@@ -25,7 +25,7 @@ def test_decode_logits_compiles_for(architecture, dtype, ragged):
 
 
 def launch(vocab_size: int, top_k: int, dtype: torch.dtype, ragged: bool) -> None:
-    from slimkernels.ops.decode_logits_triton import decode_logits_rows
+    from slimkernels.ops.triton.decode_logits import decode_logits_rows
 
     decode_logits_rows(
         torch.empty(2, row_words(vocab_size, top_k), dtype=torch.int32),

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from teachers import save_teacher
+from support.teachers import save_teacher
 from transformers import AutoModelForCausalLM
 
 from slimkernels.demo import DemoSettings, run_demo

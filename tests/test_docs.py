@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, make_model, make_tokenizer
+from support.tiny import VOCAB_SIZE, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import slimkernels as sk

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import transformers
-from families import _SIZES, FAMILIES
+from support.families import _SIZES, FAMILIES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slimkernels.student import drop_layers
+from slimkernels.models.make_student import drop_layers
 
 IDS = torch.tensor([[1, 5, 9, 3, 7, 7, 2, 11]])
 NAMES = {"llama-tied": "model.layers", "gemma2": "model.layers", "gpt2": "transformer.h", "gpt-neox": "gpt_neox.layers"}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, make_model, make_store
+from support.tiny import VOCAB_SIZE, make_model, make_store
 
 from slimkernels.evaluate import evaluate_store
 from slimkernels.store import Store

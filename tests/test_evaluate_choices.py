@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
-from evaluation import make_data
-from teachers import save_teacher
+from support.evaluation import make_data
+from support.teachers import save_teacher
 
 from slimkernels.cli import main
 from slimkernels.evaluate import models as evaluated_models
@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from slimkernels.evaluate.harness import evaluate_multiple_choice
+    from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 
     folders = [str(save_teacher(tmp_path / name, seed=seed)) for seed, name in enumerate(["a", "b"])]
     out = tmp_path / "out"

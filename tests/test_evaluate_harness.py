@@ -10,9 +10,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from teachers import make_teacher, make_tokenizer, save_teacher
+from support.teachers import make_teacher, make_tokenizer, save_teacher
 
-from slimkernels.evaluate.harness_data import write_local_tasks
+from slimkernels.evaluate.lm_eval.local_data import write_local_tasks
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'slimkernels[harness]'"
@@ -73,7 +73,7 @@ def model():
 
 
 def evaluate(*arguments, **options):
-    from slimkernels.evaluate.harness import evaluate_multiple_choice
+    from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 
     return evaluate_multiple_choice(*arguments, **options)
 

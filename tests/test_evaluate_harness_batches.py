@@ -6,14 +6,14 @@ import json
 import random
 
 import pytest
-from teachers import make_teacher, make_tokenizer
+from support.teachers import make_teacher, make_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'slimkernels[harness]'")
 
 from lm_eval.models.huggingface import HFLM
 
-from slimkernels.evaluate.harness import evaluate_multiple_choice
-from slimkernels.evaluate.harness_batches import BatchJournal, JournalledLM
+from slimkernels.evaluate.lm_eval.journal import BatchJournal, JournalledLM
+from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 
 # Of lm-eval and of what it imports; none is about this package's calls.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,16 +9,16 @@ import sys
 import textwrap
 
 import pytest
-from evaluation import GSM8K
-from teachers import END, make_teacher, make_tokenizer, save_teacher
+from support.evaluation import GSM8K
+from support.teachers import END, make_teacher, make_tokenizer, save_teacher
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'slimkernels[harness]'")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from slimkernels.evaluate import lm_eval as command_line
-from slimkernels.evaluate.harness_model import LimitedEngine, PathFinderLM
+from slimkernels.evaluate.lm_eval import __main__ as command_line
+from slimkernels.evaluate.lm_eval.model import LimitedEngine, PathFinderLM
 from slimkernels.search import StepRequest, TransformersEngine
 
 # Of lm-eval and of what it imports; none is about this package's calls.

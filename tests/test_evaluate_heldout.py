@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
-from evaluation import make_data, make_folder, make_record
-from tiny import make_model, make_store, make_tokenizer
+from support.evaluation import make_data, make_folder, make_record
+from support.tiny import make_model, make_store, make_tokenizer
 
 from slimkernels.cli import main
 from slimkernels.evaluate import evaluate_store, heldout
 from slimkernels.evaluate import models as evaluated_models
-from slimkernels.evaluate.metric import metric
 from slimkernels.evaluate.models import find_models
 from slimkernels.evaluate.records import read_records
-from slimkernels.evaluate.report import write_report
-from slimkernels.evaluate.report_charts import Axis
+from slimkernels.evaluate.report.charts import Axis
+from slimkernels.evaluate.report.write import write_report
+from slimkernels.evaluate.score_units import metric
 from slimkernels.evaluate.summary import Arm, Records, compare, overall, slices
 from slimkernels.store import Store
 
@@ -184,7 +184,7 @@ def test_a_model_whose_loss_is_no_number_is_an_error(store, folders, tmp_path, c
 
 
 def test_a_store_without_labels_is_an_error(tmp_path):
-    from store_cases import SETTINGS
+    from support.store_cases import SETTINGS
 
     from slimkernels.store import StoreWriter
 

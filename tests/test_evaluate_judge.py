@@ -6,14 +6,14 @@ import dataclasses
 import json
 
 import pytest
-from evaluation import make_data, make_folder, make_record
-from served import _Server
+from support.evaluation import make_data, make_folder, make_record
+from support.served import _Server
 
 from slimkernels.cli import main
 from slimkernels.evaluate.judge import Answer, Judge, Rating, answer_of
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
-from slimkernels.server_client import ServerRequestError, ServerUnavailableError
+from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
 
 pytest.importorskip("httpx2", reason="a judge needs the package httpx2")
 

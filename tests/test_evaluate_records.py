@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from evaluation import make_record
+from support.evaluation import make_record
 
 from slimkernels.evaluate.records import RecordFile, content_key, read_records, write_records
 

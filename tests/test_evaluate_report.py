@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from evaluation import make_record
+from support.evaluation import make_record
 from test_evaluate_gemini import ROWS, write
 
 from slimkernels.evaluate.gemini import read_outputs
-from slimkernels.evaluate.metric import metric
 from slimkernels.evaluate.records import read_records
-from slimkernels.evaluate.report import describe_outputs, write_report
+from slimkernels.evaluate.report.write import describe_outputs, write_report
+from slimkernels.evaluate.score_units import metric
 from slimkernels.evaluate.summary import (
     Arm,
     Budget,

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from evaluation import make_data, make_folder
+from support.evaluation import make_data, make_folder
 
 from slimkernels.cli import main
 from slimkernels.evaluate import models as evaluated_models

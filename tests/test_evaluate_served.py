@@ -6,12 +6,11 @@ import dataclasses
 import json
 
 import pytest
-from evaluation import make_data, make_folder
-from served import MODEL, ModelServer
-from tiny import make_store
+from support.evaluation import make_data, make_folder
+from support.served import MODEL, ModelServer
+from support.tiny import make_store
 from transformers import AutoModelForCausalLM
 
-from slimkernels import server_client
 from slimkernels.cli import main
 from slimkernels.evaluate.choices import ChoiceTask
 from slimkernels.evaluate.decoders import DecoderSettings
@@ -20,7 +19,8 @@ from slimkernels.evaluate.models import find_models
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.runner import Plan, load_run, run
 from slimkernels.evaluate.tasks import Sample, load_task
-from slimkernels.server_client import ServerUnavailableError
+from slimkernels.serving import client as server_client
+from slimkernels.serving.client import ServerUnavailableError
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 pytestmark = pytest.mark.cpu_kernels

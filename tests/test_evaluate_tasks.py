@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from evaluation import make_data, make_record
+from support.evaluation import make_data, make_record
 
 from slimkernels.evaluate.choices import load_choices
 from slimkernels.evaluate.heldout import load_heldout

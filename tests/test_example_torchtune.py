@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny import VOCAB_SIZE, make_model
 from test_trainer_mixin import write_store
-from tiny import VOCAB_SIZE, make_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SIZES = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import make_model, make_store
 from test_trainer import batch_terms, dense_loss
-from tiny import make_model, make_store
 from transformers import AutoModelForCausalLM
 
 from slimkernels.store import DocumentOrder, StoreDataset

@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
-import teachers
 import torch
-from exchange_cases import TOP_K, Case, assert_is, make_cases
+from support import teachers
+from support.exchange_cases import TOP_K, Case, assert_is, make_cases
 
 import slimkernels as sk
 from slimkernels.cli import main

@@ -6,12 +6,12 @@ import json
 import math
 from pathlib import Path
 
-import distillkit_writer as writer
 import numpy as np
 import pytest
-import teachers
 import torch
-from exchange_cases import assert_is, make_cases
+from support import distillkit_writer as writer
+from support import teachers
+from support.exchange_cases import assert_is, make_cases
 
 import slimkernels as sk
 from slimkernels.cli import main

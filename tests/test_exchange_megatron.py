@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import teachers
 import torch
-from exchange_cases import TOP_K, Case, assert_is
+from support import teachers
+from support.exchange_cases import TOP_K, Case, assert_is
 
 from slimkernels.cli import main
 from slimkernels.exchange import import_megatron

@@ -9,8 +9,8 @@ import os
 
 import numpy as np
 import pytest
-import teachers
 import torch
+from support import teachers
 
 from slimkernels import SparseLogits
 from slimkernels.cli import main

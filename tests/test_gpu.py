@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_bits, sparse_fields
+from support.helpers import assert_same_bits, sparse_fields
 
 import slimkernels as sk
 
@@ -170,7 +170,7 @@ def test_cuda_cpp_topk_logits_under_compute_sanitizer(tool):
 def check_cuda_cpp_topk_logits(*runner: str, options: tuple[str, ...] = (), **environment: str) -> None:
     """In a process of its own: an error of a kernel would spoil the device for the tests that follow."""
     done = subprocess.run(
-        [*runner, sys.executable, str(HERE / "cuda_check_topk_logits.py"), *options],
+        [*runner, sys.executable, str(HERE / "scripts/cuda_check_topk_logits.py"), *options],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | environment,
         capture_output=True,
         text=True,

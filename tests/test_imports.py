@@ -40,8 +40,8 @@ _SEARCH_MODELS = tuple(
 )
 ROOMS = (
     Room(
-        "slimkernels/ops/*_triton.py",
-        own=("slimkernels.triton_util", "slimkernels.ops._*_triton"),
+        "slimkernels/ops/triton/*.py",
+        own=("slimkernels.ops.triton.launch", "slimkernels.ops._*_triton"),
         packages=("torch", "triton"),
     ),
     Room(
@@ -65,9 +65,9 @@ ROOMS = (
         "slimkernels/exchange/*",
         own=(f"{PACKAGE}.sparse_logits", f"{PACKAGE}._checks", "slimkernels.store*", "slimkernels.exchange*"),
         packages=("numpy", "torch"),
-        lazily=("pyarrow", "yaml", "slimkernels.teacher_checks"),
+        lazily=("pyarrow", "yaml", "slimkernels.models.sanity"),
     ),
-    Room("slimkernels/server_client*.py", own=("slimkernels.server_client",), packages=("httpx2",)),
+    Room("slimkernels/server_client*.py", own=("slimkernels.serving.client",), packages=("httpx2",)),
     Room("slimkernels/teacher*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/trainer*.py", never=("triton", "slimkernels.search*")),
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*", "slimkernels.teacher*")),
@@ -75,8 +75,8 @@ ROOMS = (
         Room(f"slimkernels/search/{name}.py", own=("slimkernels.search.*",), packages=("numpy",), never=_SEARCH_MODELS)
         for name in ("pathfinder", "question", "plan", "checks", "config", "engine", "presets", "trace", "json_lines")
     ),
-    Room("slimkernels/head_loss.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
-    Room("slimkernels/patching.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
+    Room("slimkernels/models/head_loss.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
+    Room("slimkernels/models/patch.py", never=("triton", "slimkernels.search*", "slimkernels.trainer*")),
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),
     Room("slimkernels/search/tree.py", own=(), packages=("torch", "numpy")),
     Room("slimkernels/search/selection.py", own=("slimkernels.search.tree",), packages=("torch", "numpy")),
@@ -171,24 +171,24 @@ def test_every_import_is_allowed():
         ("slimkernels/ops/slim_loss.py", "from ..reference import slim_loss"),
         ("slimkernels/ops/slim_loss.py", "from slimkernels import store"),
         ("slimkernels/ops/slim_loss.py", "def f():\n    import transformers"),
-        ("slimkernels/ops/slim_loss_triton.py", "from slimkernels.ops.slim_loss import slim_loss"),
+        ("slimkernels/ops/triton/slim_loss.py", "from slimkernels.ops.slim_loss import slim_loss"),
         ("slimkernels/reference.py", "from slimkernels.ops.slim_loss import SlimLoss"),
         ("slimkernels/reference.py", "import numpy"),
-        ("slimkernels/trainer.py", "from slimkernels import reference_sampling"),
-        ("slimkernels/trainer.py", "import triton"),
+        ("slimkernels/trainer/slim_trainer.py", "from slimkernels import reference_sampling"),
+        ("slimkernels/trainer/slim_trainer.py", "import triton"),
         ("slimkernels/store/reader.py", "from slimkernels.ops.slim_loss import slim_loss"),
         ("slimkernels/store/reader.py", "from slimkernels import topk_logits, trainer"),
         ("slimkernels/packed_logits.py", "from slimkernels.store import Store"),
         ("slimkernels/store/reader.py", "def f():\n    import transformers"),
-        ("slimkernels/teacher.py", "def f():\n    from slimkernels.search.pathfinder import PathFinder"),
+        ("slimkernels/teacher/__init__.py", "def f():\n    from slimkernels.search.pathfinder import PathFinder"),
         ("slimkernels/search/tree.py", "import transformers"),
         ("slimkernels/search/pathfinder.py", "import torch"),
         ("slimkernels/search/engine_hf.py", "from slimkernels.store import Store"),
-        ("slimkernels/cli.py", "import torch"),
-        ("slimkernels/cli.py", "import rich.table"),
-        ("slimkernels/cli.py", "if True:\n    from slimkernels import trainer"),
-        ("bench/cases.py", "from helpers import hostile_rows"),
-        ("bench/cases.py", "from tests.helpers import hostile_rows"),
+        ("slimkernels/cli/__init__.py", "import torch"),
+        ("slimkernels/cli/__init__.py", "import rich.table"),
+        ("slimkernels/cli/__init__.py", "if True:\n    from slimkernels import trainer"),
+        ("bench/ops/cases.py", "from helpers import hostile_rows"),
+        ("bench/ops/cases.py", "from tests.helpers import hostile_rows"),
     ],
 )
 def test_a_forbidden_import_is_found(tmp_path, path, source):
@@ -202,10 +202,10 @@ def test_allowed_imports_are_not_found(tmp_path):
         {
             "slimkernels/ops/slim_loss.py": "import math\nimport torch\nfrom slimkernels import _checks\n"
             "def f():\n    from slimkernels.ops import slim_loss_triton\n",
-            "slimkernels/ops/slim_loss_triton.py": "import triton.language as tl\nfrom slimkernels import triton_util",
-            "slimkernels/trainer.py": "import transformers\nfrom slimkernels import SparseLogits, slim_loss",
-            "slimkernels/cli.py": "import argparse\ndef f():\n    import torch\n    from slimkernels import trainer",
-            "bench/cases.py": "from slimkernels import reference",
+            "slimkernels/ops/triton/slim_loss.py": "import triton.language as tl\nfrom slimkernels import launch",
+            "slimkernels/trainer/slim_trainer.py": "import transformers\nfrom slimkernels import SparseLogits, slim_loss",
+            "slimkernels/cli/__init__.py": "import argparse\ndef f():\n    import torch\n    from slimkernels import trainer",
+            "bench/ops/cases.py": "from slimkernels import reference",
         },
     )
     assert violations(tmp_path) == []
@@ -213,9 +213,9 @@ def test_allowed_imports_are_not_found(tmp_path):
 
 def write_tree(root: Path, files: dict[str, str]) -> None:
     """A tree with the modules that the rules talk about, empty but for ``files``."""
-    modules = ("reference", "reference_sampling", "sparse_logits", "_checks", "_library", "triton_util", "trainer")
+    modules = ("reference", "reference_sampling", "sparse_logits", "_checks", "_library", "launch", "trainer")
     paths = [f"slimkernels/{module}.py" for module in modules]
-    paths += ["slimkernels/ops/slim_loss.py", "slimkernels/ops/slim_loss_triton.py", "slimkernels/store/reader.py"]
+    paths += ["slimkernels/ops/slim_loss.py", "slimkernels/ops/triton/slim_loss.py", "slimkernels/store/reader.py"]
     paths += ["slimkernels/search/pathfinder.py"]
     for path, source in {**dict.fromkeys(paths, ""), **files}.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)

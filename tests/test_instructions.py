@@ -8,13 +8,13 @@ import json
 
 import numpy as np
 import pytest
-import served
-import teachers
+from support import served, teachers
 
-from bench import records, reproduce_instructions
-from bench.instructions_data import Example, documents, read_examples, without
-from bench.instructions_scores import interval, rouge_l
-from bench.instructions_table import instructions_table
+from bench import records
+from bench.reproduce import instructions as reproduce_instructions
+from bench.reproduce.instructions_data import Example, documents, read_examples, without
+from bench.reproduce.instructions_scores import interval, rouge_l
+from bench.reproduce.instructions_table import instructions_table
 from slimkernels.store import Store
 
 ALPACA = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response:\n"
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 def has_minillm() -> bool:
     with contextlib.suppress(ImportError):
-        import slimkernels.trainer_minillm  # noqa: F401
+        import slimkernels.trainer.minillm  # noqa: F401
 
         return True
     return False

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from tiny import make_store
+from support.tiny import make_store
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 
-from slimkernels.cli_arguments import make_parser
+from slimkernels.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"^    ((?:accelerate|torchrun) .*)$", (ROOT / "examples/README.md").read_text(), re.M)

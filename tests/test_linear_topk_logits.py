@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from support.helpers import (
     DTYPES,
     assert_as_accurate,
     assert_same_bits,

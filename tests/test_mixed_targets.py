@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same_bits, explain, sparse_fields
+from support.helpers import DTYPES, LAYOUTS, assert_same_bits, explain, sparse_fields
 
 import slimkernels as sk
 from slimkernels import reference_sampling as reference

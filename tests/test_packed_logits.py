@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same_bits, sparse_fields
-from packed_cases import VALUE_DTYPES, pack, random_ids
-from store_cases import random_case, write_store
+from support.helpers import assert_same_bits, sparse_fields
+from support.packed_cases import VALUE_DTYPES, pack, random_ids
+from support.store_cases import random_case, write_store
 
 import slimkernels as sk
 from slimkernels import _C, PackedLogits, SparseLogits

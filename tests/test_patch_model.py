@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB_SIZE, make_family
+from support.families import FAMILIES, VOCAB_SIZE, make_family
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 

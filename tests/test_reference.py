@@ -9,7 +9,7 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from support.helpers import (
     HAND_WORKED,
     HAND_WORKED_WEIGHTS,
     RESTS_AND_DIVERGENCES,

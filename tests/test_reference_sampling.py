@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same_bits, loss_and_grads
+from support.helpers import assert_same_bits, loss_and_grads
 
 from slimkernels import reference
 from slimkernels import reference_sampling as sampling

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
-from teachers import make_tokenizer, save_teacher
+from support.teachers import make_tokenizer, save_teacher
 
-from bench import records, reproduce_sample_efficiency
-from bench.reproduce_corpus import Corpus, Settings
-from bench.reproduce_sample_efficiency import all_runs, reproduce
-from bench.sample_efficiency import ABLATIONS, METHODS, Estimate, Experiment, sample_efficiency_block
+from bench import records
+from bench.reproduce import sample_efficiency as reproduce_sample_efficiency
+from bench.reproduce.corpus import Corpus, Settings
+from bench.reproduce.sample_efficiency import all_runs, reproduce
+from bench.reproduce.sample_efficiency_results import ABLATIONS, METHODS, Estimate, Experiment, sample_efficiency_block
 
 # One student of every kind of teacher, and one with an option.
 ONLY = "sft$|kd teacher_top_fraction=0.2|slim rest=ghost|sampled"
@@ -223,7 +224,7 @@ def test_sample_efficiency_plot_shows_means_and_intervals():
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    from bench.sample_efficiency_plot import sample_efficiency
+    from bench.reproduce.sample_efficiency_plot import sample_efficiency
 
     figure = sample_efficiency(ROWS)
     curves, changes = figure.axes

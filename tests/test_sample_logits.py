@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.helpers import (
     DTYPES,
     LAYOUTS,
     assert_same_bits,
@@ -15,8 +17,6 @@ from helpers import (
     num_drawn,
     opcheck_calls_of,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import slimkernels as sk
 from slimkernels import reference_sampling as reference

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, explain
+from support.helpers import DTYPES, assert_same_bits, explain
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 from test_sample_logits import assert_drawn_matches
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
 
@@ -51,7 +51,7 @@ VARIANTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sample_logits_compiles_for(architecture, dtype, variant):
-    from slimkernels.ops.sample_logits_triton import sample_logits_rows
+    from slimkernels.ops.triton.sample_logits import sample_logits_rows
 
     m, options = VARIANTS[variant]
     logits = torch.empty(2, 131072, dtype=dtype)
@@ -74,8 +74,8 @@ def test_sample_logits_compiles_for(architecture, dtype, variant):
 @pytest.fixture
 def block_of_256(monkeypatch):
     """Rows of a few thousand ids take several blocks, and not so many that the interpreter takes long."""
-    triton_util = pytest.importorskip("slimkernels.triton_util")
-    monkeypatch.setattr(triton_util, "launch_settings", lambda *_args: triton_util.Launch(256, 4))
+    launch = pytest.importorskip("slimkernels.ops.triton.launch")
+    monkeypatch.setattr(launch, "launch_settings", lambda *_args: launch.Launch(256, 4))
 
 
 def rows_to_truncate(vocab_size: int) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ def test_draws_among_candidates(dtype, block_of_256):
 
 
 def test_hostile_rows_of_several_blocks(block_of_256):
-    from helpers import hostile_rows
+    from support.helpers import hostile_rows
 
     logits = torch.stack(list(hostile_rows(1000, torch.float16).values()))
     position = torch.arange(len(logits))

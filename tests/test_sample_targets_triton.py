@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.helpers import DTYPES
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
 
@@ -31,7 +31,7 @@ def test_sample_targets_passes_its_tests_interpreted():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_targets_compiles_for(architecture, dtype):
-    from slimkernels.ops.sample_targets_triton import sample_targets_rows
+    from slimkernels.ops.triton.sample_targets import sample_targets_rows
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits, target = torch.empty(2, 131072, dtype=dtype), torch.zeros(2, dtype=torch.int64)

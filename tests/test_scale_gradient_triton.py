@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.helpers import DTYPES, assert_same_bits
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 
 @pytest.mark.interpret
@@ -16,7 +16,7 @@ def test_scale_gradient_passes_its_tests_interpreted():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale_gradient_compiles_for(architecture, dtype):
-    from slimkernels.ops.scale_gradient_triton import scale_in_place
+    from slimkernels.ops.triton.scale_gradient import scale_in_place
 
     factor = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     gradient = torch.empty(2**31 + 16, dtype=dtype)  # more than 32 bits can count, never touched
@@ -30,7 +30,7 @@ def test_scale_in_place(dtype, numel, factor, request, monkeypatch):
     if request.config.getoption("--kernels") == "cpu":
         pytest.skip("CPU tensors are looked at instead")
     if request.config.getoption("--kernels") == "triton":
-        from slimkernels.ops import scale_gradient_triton
+        from slimkernels.ops.triton import scale_gradient as scale_gradient_triton
 
         monkeypatch.setattr(scale_gradient_triton, "_MOST_PROGRAMS", 3)  # each takes several blocks
     upstream = torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from teachers import END, make_teacher, make_tokenizer
-from toy_engines import CharacterEngine
+from support.teachers import END, make_teacher, make_tokenizer
+from support.toy_engines import CharacterEngine
 
 from slimkernels.cli import main
 from slimkernels.search import (

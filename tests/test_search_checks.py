@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from toy_engines import find, nodes_of
+from support.toy_engines import find, nodes_of
 
 from slimkernels.search import ContradictionCheck, Question, RepetitionCheck
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from teachers import END, make_teacher, make_tokenizer, smollm2
+from support.teachers import END, make_teacher, make_tokenizer, smollm2
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, MambaConfig, MistralConfig, Qwen3Config
 
 import slimkernels as sk
@@ -19,10 +19,10 @@ from slimkernels.search import (
     RepetitionCheck,
     StepRequest,
     TransformersEngine,
-    branch_rows,
     greedy,
     log_probability,
 )
+from slimkernels.search.engines import branch_rows
 
 QUESTIONS = ["When the rain stopped", "Anna", "A black cat was sleeping on the old wall, and", "It"]
 CONFIG = PathFinderConfig(branching_factor=3, beam=3, max_depth=3, max_step_tokens=9, temperature=0.9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from teachers import END, make_teacher, make_tokenizer
+from support.teachers import END, make_teacher, make_tokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

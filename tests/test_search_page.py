@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from toy_engines import ScriptedEngine
+from support.toy_engines import ScriptedEngine
 
 from slimkernels.search import PathFinder, PathFinderConfig, Question, Tree, log_probability, read_trace
 from slimkernels.search.question import Progress

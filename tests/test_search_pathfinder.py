@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_engines import CharacterEngine, ScriptedEngine, find, nodes_of
+from support.toy_engines import CharacterEngine, ScriptedEngine, find, nodes_of
 
 from slimkernels.search import (
     PathFinder,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import nli
 import pytest
 import torch
-from toy_engines import ScriptedEngine
+from support import nli
+from support.toy_engines import ScriptedEngine
 
 from slimkernels.search import (
     CheckedBranch,

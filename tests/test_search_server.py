@@ -10,16 +10,15 @@ import time
 
 import numpy as np
 import pytest
-import served
-import teachers
 import torch
+from support import served, teachers
 
 from slimkernels.cli import main
-from slimkernels.cli_search_arguments import DECODE_FIELDS
+from slimkernels.cli.decode_arguments import DECODE_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEngine
-from slimkernels.search.engine_server import trigram_counts
-from slimkernels.search.server_steps import Answer
-from slimkernels.server_client import ServerRequestError, ServerUnavailableError
+from slimkernels.search.engines.server import trigram_counts
+from slimkernels.search.engines.server_steps import Answer
+from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 

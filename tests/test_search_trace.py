@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from teachers import make_teacher, make_tokenizer
-from toy_engines import CharacterEngine
+from support.teachers import make_teacher, make_tokenizer
+from support.toy_engines import CharacterEngine
 
+from slimkernels.durable import JsonLines
 from slimkernels.search import (
     DamagedLineError,
     FileInUseError,
@@ -30,7 +31,6 @@ from slimkernels.search import (
     log_probability,
     read_trace,
 )
-from slimkernels.search.json_lines import JsonLines
 
 CONFIG = PathFinderConfig(branching_factor=3, beam=2, buffer_size=5, max_depth=4, max_step_tokens=6, batch_questions=2)
 QUESTIONS = ["p", "q", Question("r", "what is r?")]
@@ -292,8 +292,8 @@ def test_trace_of_another_model_is_refused(tmp_path):
 def test_trace_survives_sigkill(tmp_path):
     """A process that dies in the middle of an append, or of a generation, again and again; the next one goes on."""
     path = tmp_path / "killed.jsonl"
-    script = Path(__file__).with_name("search_killed.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1])])}
+    script = Path(__file__).parent / "scripts/search_killed.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parents[2])])}
     done = subprocess.run(
         [sys.executable, script, path], capture_output=True, text=True, timeout=120, env=environment, check=True
     )

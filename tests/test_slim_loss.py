@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from support.helpers import (
     DTYPES,
     HAND_WORKED,
     HAND_WORKED_WEIGHTS,

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import assert_same_bits, largest_allocation, random_problem
+from support.helpers import assert_same_bits, largest_allocation, random_problem
 
 import slimkernels as sk
 

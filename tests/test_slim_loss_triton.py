@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import random_problem
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.helpers import random_problem
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
 from slimkernels.ops._slim_options import resolve_options
@@ -48,7 +48,7 @@ def test_slim_loss_passes_its_tests_interpreted():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_slim_loss_compiles_for(architecture, dtype, variant):
-    from slimkernels.ops.slim_loss_triton import slim_loss_rows
+    from slimkernels.ops.triton.slim_loss import slim_loss_rows
 
     settings = {"weight": "teacher_over_student", "softcap": None, **DEFAULTS, **VARIANTS[variant]}
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_as_accurate, row_strided
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.helpers import DTYPES, assert_as_accurate, row_strided
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels  # noqa: F401 -- defines the operator
 
@@ -64,7 +64,7 @@ def test_softmax_gradient_passes_its_tests_interpreted():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_softmax_gradient_compiles_for(architecture, dtype):
-    from slimkernels.ops.softmax_gradient_triton import softmax_gradient_rows
+    from slimkernels.ops.triton.softmax_gradient import softmax_gradient_rows
 
     logits, numbers = make_rows(dtype, vocab_size=32000)
     assert_compiles(lambda: softmax_gradient_rows(logits, logits, numbers, 2.0, 30.0, 1.0), architecture)

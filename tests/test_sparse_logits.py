@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_same_bits, random_problem, sparse_fields
+from support.helpers import assert_same_bits, random_problem, sparse_fields
 
 from slimkernels import SparseLogits, topk_logits
 

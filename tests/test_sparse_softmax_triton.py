@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.helpers import DTYPES
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
 
@@ -21,7 +21,7 @@ def test_sparse_softmax_passes_its_tests_interpreted():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rest", ["renorm", "ghost", "zero_logit"])
 def test_sparse_softmax_compiles_for(architecture, dtype, rest):
-    from slimkernels.ops.sparse_softmax_triton import sparse_softmax_rows
+    from slimkernels.ops.triton.sparse_softmax import sparse_softmax_rows
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ids = torch.zeros(2, 1600, dtype=torch.int32)

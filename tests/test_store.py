@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
-import store_oracle as oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import SETTINGS, Case, assert_stored, random_case, random_teacher, write_store
+from support import store_oracle as oracle
+from support.store_cases import SETTINGS, Case, assert_stored, random_case, random_teacher, write_store
 from torch.utils.data import DataLoader
 
 import slimkernels.store

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import store_oracle as oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import assert_logits
+from support import store_oracle as oracle
+from support.store_cases import assert_logits
 
 from slimkernels import _C
 from slimkernels.store.codec import decode_rows, encode_rows, offsets_of, ragged_values, row_words, words_of

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_cases import assert_stored, random_case, write_store
+from support.store_cases import assert_stored, random_case, write_store
 from torch.utils.data import DataLoader
 
 from slimkernels import PackedLogits, decode_logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from store_fuzz import KINDS, fuzz
+from support.store_fuzz import KINDS, fuzz
 
 from slimkernels.store import reader
 

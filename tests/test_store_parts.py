@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_cases import SETTINGS, Case, assert_stored, random_case, write_store
+from support.store_cases import SETTINGS, Case, assert_stored, random_case, write_store
 
 from slimkernels.store import RankWriter, Store, StoreWriter, errors, info, parts, verify, verify_complete
 from slimkernels.store.codec import document_hash

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import teachers
 import torch
-from store_cases import random_case, write_store
+from support import teachers
+from support.store_cases import random_case, write_store
 
 from slimkernels.store import Store, errors, info
 from slimkernels.teacher import capture, shipped_prompts

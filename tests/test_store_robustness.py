@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import store_killed_writer
-import store_oracle as oracle
 import torch
-from store_cases import SETTINGS, assert_stored, random_case, write_store
+from scripts import store_killed_writer
+from support import store_oracle as oracle
+from support.store_cases import SETTINGS, assert_stored, random_case, write_store
 
 from slimkernels.store import Store, StoreError, StoreWriter, errors, info, verify
 from slimkernels.store.format import seal_manifest, shard_layout, unseal_manifest
@@ -540,8 +540,8 @@ def test_store_full_disk(tmp_path, full, room):
 FULL_TMPFS = """
 import errno, os, sys
 sys.path.insert(0, {tests!r})
-from store_cases import SETTINGS, assert_stored
-from store_killed_writer import documents
+from support.store_cases import SETTINGS, assert_stored
+from scripts.store_killed_writer import documents
 from slimkernels.store import Store, StoreWriter, verify
 
 filler = os.path.join({mount!r}, "filler")

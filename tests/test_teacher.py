@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import teachers
 import torch
+from support import teachers
 from transformers import PreTrainedTokenizerFast
 
-from slimkernels import teacher_generation
+from slimkernels.models.fingerprints import weights_fingerprint
+from slimkernels.models.load import EMBEDDED_TEACHERS
 from slimkernels.teacher import (
     TeacherNotFoundError,
     TeacherSanityError,
@@ -23,8 +24,7 @@ from slimkernels.teacher import (
     shipped_prompts,
     tokenizer_fingerprint,
 )
-from slimkernels.teacher_checks import weights_fingerprint
-from slimkernels.teacher_model import EMBEDDED_TEACHERS
+from slimkernels.teacher import generation as teacher_generation
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ class TestGguf:
 
 
 def test_sanity_refuses_a_tokenizer_that_loses_text(model) -> None:
-    import tiny
+    from support import tiny
 
     with pytest.raises(TeacherSanityError, match="the tokenizer must decode the English text it encoded"):
         check_teacher_sanity(model, tiny.make_tokenizer())

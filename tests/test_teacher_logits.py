@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-import teachers
 import torch
 from safetensors.torch import save_file
+from support import teachers
 
 from slimkernels import topk_logits
 from slimkernels.cli import main

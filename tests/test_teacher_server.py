@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
-import served
-import teachers
 import torch
+from support import served, teachers
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from slimkernels import slim_loss, sparse_softmax
 from slimkernels.cli import main
-from slimkernels.server_client import ServerClient
+from slimkernels.served_rows.tokens import ServerToken, TokenMap
+from slimkernels.serving.client import ServerClient
 from slimkernels.store import Store
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import (
@@ -33,7 +33,6 @@ from slimkernels.teacher import (
     UnmappedTokensError,
     capture_server,
 )
-from slimkernels.teacher_server_tokens import ServerToken, TokenMap
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 
@@ -366,7 +365,7 @@ class TestTroubledServers:
         code = f"""if True:
             import sys
             sys.path.insert(0, {str(Path(__file__).parent)!r})
-            import served, teachers
+            from support import served, teachers
             from slimkernels.teacher import capture_server, load_tokenizer
             capture_server(
                 {vllm.url!r}, served.MODEL, load_tokenizer("smollm2-135m-instruct"), {str(tmp_path)!r},

@@ -6,18 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
-import served
-import teachers
 import torch
-from evaluation import make_data
+from support import served, teachers
+from support.evaluation import make_data
 from test_teacher_server import assert_close_to_local
 
 from slimkernels.cli import main
 from slimkernels.evaluate.runner import load_run
+from slimkernels.models.gguf import converted_folder, default_cache_dir
 from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
 from slimkernels.store import Store, verify
 from slimkernels.teacher import capture, capture_server, shipped_prompts
-from slimkernels.teacher_gguf import converted_folder, default_cache_dir
 
 pytestmark = pytest.mark.server
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.helpers import (
     DTYPES,
     LAYOUTS,
     assert_as_accurate,
@@ -14,8 +16,6 @@ from helpers import (
     opcheck_calls_of,
     sparse_fields,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import slimkernels as sk
 from slimkernels import SparseLogits, reference

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, sparse_fields
-from triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.helpers import DTYPES, assert_same_bits, sparse_fields
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
 from slimkernels import reference
@@ -34,7 +34,7 @@ def test_topk_logits_passes_its_tests_interpreted():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("vocab_size", "top_k"), [(128256, 6413), (200, 10)])
 def test_topk_logits_compiles_for(architecture, dtype, vocab_size, top_k):
-    from slimkernels.ops.topk_logits_triton import topk_logits_rows
+    from slimkernels.ops.triton.topk_logits import topk_logits_rows
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.empty(4, vocab_size, dtype=dtype)
@@ -66,7 +66,7 @@ def sampled_rows(vocab_size: int, sample: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_topk_logits_whatever_the_sample_says(dtype):
-    from slimkernels.ops.topk_logits_triton import sampling
+    from slimkernels.ops.triton.topk_logits import sampling
 
     vocab_size, top_k = 2100, 60
     sample = sampling(vocab_size, top_k)

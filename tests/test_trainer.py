@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
+from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, TrainerCallback
 
+from slimkernels.models.head import LanguageModelHead, check_head
+from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.make_student import make_student
 from slimkernels.store import Document, Store, StoreDataset
-from slimkernels.student import LanguageModelHead, check_head, hidden_states, make_student
 from slimkernels.trainer import SlimCollator, SlimConfig, SlimTrainer, last_complete_checkpoint, train
 
 RECIPE = {

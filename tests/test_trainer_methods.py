@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store
 from test_trainer import RECIPE, make_trainer, training_logs
-from tiny import TOP_K, VOCAB_SIZE, make_model, make_store
 from transformers import TrainerCallback
 
 import slimkernels as sk
+from slimkernels.models.batch import SlimCollator
 from slimkernels.store import Document, Store, StoreDataset, StoreWriter
-from slimkernels.student import SlimCollator
 from slimkernels.trainer import SlimConfig, SlimTrainer
-from slimkernels.trainer_config import METHODS
-from slimkernels.trainer_policy import continue_prompts
+from slimkernels.trainer.objective import METHODS
+from slimkernels.trainer.on_policy import continue_prompts
 
 pytestmark = [
     # peft still calls what transformers renamed, and warns that an adapter's merge would untie the head.

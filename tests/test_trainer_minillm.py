@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import VOCAB_SIZE, make_model, make_store, make_tokenizer
+from support.tiny import VOCAB_SIZE, make_model, make_store, make_tokenizer
 
 from slimkernels.cli import main
 from slimkernels.store import Store
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 try:
-    from slimkernels import trainer_minillm
+    from slimkernels.trainer import minillm as trainer_minillm
 except ImportError:
     trainer_minillm = None
 needs_trl = pytest.mark.skipif(trainer_minillm is None, reason="needs the extra minillm: TRL 1.14")
@@ -152,6 +152,6 @@ def test_minillm_runs_by_the_same_command(tmp_path, store_path, capsys):
 
 def test_minillm_without_trl_names_the_extra(tmp_path, store_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.experimental.minillm", None)
-    monkeypatch.delitem(sys.modules, "slimkernels.trainer_minillm", raising=False)
+    monkeypatch.delitem(sys.modules, "slimkernels.trainer.minillm", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'slimkernels\[minillm\]'"):
         train(store_path, make_model(), "minillm", tmp_path)

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 import torch
-from families import make_family
-from tiny import VOCAB_SIZE, make_model, make_tokenizer
+from support.families import make_family
+from support.tiny import VOCAB_SIZE, make_model, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 

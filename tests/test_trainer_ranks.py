@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_family
+from support.families import make_family
+from support.tiny import make_model, make_store
 from test_patch_model import make_batch
 from test_trainer import RECIPE
 from test_trainer_mixin import OBJECTIVE, Distiller, curve, make_plain, make_rows, write_store
-from tiny import make_model, make_store
 
 import slimkernels as sk
 from slimkernels.store import Store, StoreDataset
@@ -142,9 +142,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, {tests!r})
-from families import make_family
+from support.families import make_family
 from test_patch_model import make_batch
-from slimkernels.head_loss import loss_of_batch
+from slimkernels.models.head_loss import loss_of_batch
 import slimkernels as sk
 
 torch.set_num_threads(1)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_family
+from support.families import make_family
+from support.tiny import make_model, make_store
 from test_patch_model import make_batch
 from test_trainer import RECIPE
 from test_trainer_ranks import assert_same_run, make_mixin, make_slim, run_script
-from tiny import make_model, make_store
 
 import slimkernels as sk
-from slimkernels.head_loss import is_partitioned
+from slimkernels.models.head_loss import is_partitioned
 from slimkernels.store import Store, StoreDataset
-from slimkernels.trainer_teacher import OnlineTeacher
+from slimkernels.trainer.teachers import OnlineTeacher
 
 # accelerate shards on GPUs only. Everything but this choice is its own code: the plugin, the groups, the optimizer.
 FSDP = """
@@ -69,9 +69,9 @@ os.environ |= {{"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}}
 import deepspeed
 import torch
 sys.path.insert(0, {tests!r})
-from families import make_family
+from support.families import make_family
 from test_patch_model import make_batch
-from slimkernels.head_loss import is_partitioned, loss_of_batch
+from slimkernels.models.head_loss import is_partitioned, loss_of_batch
 import slimkernels as sk
 
 torch.set_num_threads(1)

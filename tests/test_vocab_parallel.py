@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_as_accurate, assert_same_bits, explain, to_dtype
-from vocab_parallel_cases import CASES, DEPTH, MEMORY_SHAPE, NUM_ROWS, loss_of, make_operands
+from scripts.vocab_parallel_cases import CASES, DEPTH, MEMORY_SHAPE, NUM_ROWS, loss_of, make_operands
+from support.helpers import assert_as_accurate, assert_same_bits, explain, to_dtype
 
 from slimkernels import reference
 
@@ -22,7 +22,7 @@ def ranks(tmp_path_factory) -> list[dict]:
     """What each rank of one pair of processes computed."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    script = Path(__file__).with_name("vocab_parallel_cases.py")
+    script = Path(__file__).parent / "scripts/vocab_parallel_cases.py"
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(folder), str(rank)], env=environment, stderr=subprocess.PIPE, text=True

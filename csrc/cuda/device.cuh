@@ -1,5 +1,5 @@
-// What a kernel asks of the machine beyond CUDA's own names. tests/cuda_emulator/device.h is the same on a CPU; the one
-// that is included first is in use.
+// What a kernel asks of the machine beyond CUDA's own names. The emulator has the same for a CPU (device.h in tests/support/cuda_emulator);
+// the one that is included first is in use.
 #ifndef SLIMKERNELS_DEVICE
 #define SLIMKERNELS_DEVICE
 

@@ -1,6 +1,6 @@
 // The operator slimkernels::topk_logits_rows_cuda: topk_logits_rows by topk_logits_kernel, to be compared with the
 // Triton kernel, which is the one that serves CUDA tensors. The kernel has run on an emulated GPU
-// (tests/cuda_emulator); neither it nor this file has run on a real one.
+// (tests/support/cuda_emulator); neither it nor this file has run on a real one.
 //
 // Nothing here waits for the device, and data raises nothing: the label of a row that is not in [0, V) makes its
 // target_logit NaN.

@@ -13,10 +13,10 @@ from slimkernels.evaluate.answers import Extraction, extract, same_answer
 from slimkernels.evaluate.statistics import Difference, paired_difference
 
 if TYPE_CHECKING:
-    from slimkernels.evaluate.metrics import evaluate_store
+    from slimkernels.models.heldout import evaluate_store
 
 # What needs transformers is loaded on first use.
-_LAZY = {"evaluate_store": "slimkernels.evaluate.metrics"}
+_LAZY = {"evaluate_store": "slimkernels.models.heldout"}
 
 __all__ = ["Difference", "Extraction", "evaluate_store", "extract", "paired_difference", "same_answer"]
 

@@ -14,7 +14,7 @@ from slimkernels.evaluate.records import Record, content_key, record_path
 from slimkernels.evaluate.tasks import TASKS, Sample, check_num_samples
 
 if TYPE_CHECKING:
-    from slimkernels.evaluate.harness import ChoiceSample
+    from slimkernels.evaluate.lm_eval.tasks import ChoiceSample
     from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
 
 
@@ -68,7 +68,7 @@ def load_choices(
     check_num_samples(num_samples)
     own = ", ".join((HELDOUT, *TASKS))
     try:
-        from slimkernels.evaluate.harness import read_multiple_choice
+        from slimkernels.evaluate.lm_eval.tasks import read_multiple_choice
 
         found = read_multiple_choice(names, data=data if data is None else Path(data), num_fewshot=num_fewshot)
     except ImportError as error:
@@ -139,8 +139,8 @@ class ChoiceCell:
         """
         if not missing:
             return
-        from slimkernels.evaluate.harness import evaluate_multiple_choice
-        from slimkernels.evaluate.harness_batches import BatchJournal
+        from slimkernels.evaluate.lm_eval.journal import BatchJournal
+        from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 
         path = Path(self.folder, self.file).with_suffix(".batches")
         start = time.perf_counter()

@@ -110,9 +110,9 @@ class HeldoutCell:
             ValueError: The model's tokenizer or vocabulary is not that of the store.
             FloatingPointError: The model's loss is not finite.
         """
-        from slimkernels.evaluate.metrics import evaluate_documents
+        from slimkernels.models.fingerprints import tokenizer_fingerprint
+        from slimkernels.models.heldout import evaluate_documents
         from slimkernels.store import Store
-        from slimkernels.teacher_checks import tokenizer_fingerprint
 
         if self.task.store.tokenizer_fingerprint:
             Store(self.task.store.path, tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer))

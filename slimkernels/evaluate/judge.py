@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from slimkernels.evaluate.records import Record, content_key
-from slimkernels.server_client import ServerClient, ServerRequestError
+from slimkernels.serving.client import ServerClient, ServerRequestError
 
 # Outputs refused one after the other, without any rated: then it is not the outputs.
 _MAX_REFUSED = 5

@@ -147,8 +147,8 @@ def find_models(
 def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: str | None) -> EvaluatedModel:
     tokenizer, style, template = None, PLAIN, []
     if tokenizer_name is not None:
-        from slimkernels.teacher_checks import tokenizer_fingerprint
-        from slimkernels.teacher_model import load_tokenizer
+        from slimkernels.models.fingerprints import tokenizer_fingerprint
+        from slimkernels.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(tokenizer_name)
         if not tokenizer.chat_template:
@@ -211,7 +211,7 @@ def _templates(tokenizers: Sequence[str], served: Sequence[str]) -> dict[str, st
 
 def _fingerprint(name: str) -> str:
     """Of a local model's files; of a hub's model, its name and commit."""
-    from slimkernels.teacher_model import model_origin
+    from slimkernels.models.load import model_origin
 
     origin = model_origin(name)
     if isinstance(origin, str):
@@ -234,7 +234,7 @@ def _loader(name: str, dtype: str, prompt_style: str) -> Callable[[], LoadedMode
     def load() -> LoadedModel:
         import torch
 
-        from slimkernels.teacher_model import load_teacher
+        from slimkernels.models.load import load_teacher
 
         model, tokenizer = load_teacher(name, dtype=getattr(torch, dtype))
         return LoadedModel(model, tokenizer, _chats(tokenizer, prompt_style, name))

@@ -31,7 +31,7 @@ from slimkernels.evaluate.scoring import check_scorer, score
 from slimkernels.evaluate.tasks import TASKS, Sample, Task
 from slimkernels.search import Question, Result, Tree
 from slimkernels.search.tree import ROOT
-from slimkernels.server_client import ServerUnavailableError
+from slimkernels.serving.client import ServerUnavailableError
 
 RUN_FILE = "run.json"
 # In which the records were made; a change of what a prompt or a decoder does changes it.

@@ -9,8 +9,8 @@ from typing import Any
 
 from slimkernels.evaluate.answers import extract, same_answer
 from slimkernels.evaluate.judge import ratings_of
-from slimkernels.evaluate.metric import JUDGE
 from slimkernels.evaluate.records import Record
+from slimkernels.evaluate.score_units import JUDGE
 from slimkernels.evaluate.tasks import ROUGE, TASKS, Task
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from slimkernels.server_client import ServerClient
+from slimkernels.serving.client import ServerClient
 
 if TYPE_CHECKING:
     from slimkernels.search import ServerEngine

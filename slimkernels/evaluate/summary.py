@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from slimkernels.evaluate.answers import before_next_question, same_answer
-from slimkernels.evaluate.metric import JUDGE
 from slimkernels.evaluate.records import Record
+from slimkernels.evaluate.score_units import JUDGE
 from slimkernels.evaluate.scoring import count_dropped, vote
 from slimkernels.evaluate.statistics import (
     Difference,

@@ -200,7 +200,7 @@ def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
     """The keywords of ``StoreWriter``, from the file's metadata and the tokenizer."""
     settings = _stored_settings(source)
     if tokenizer is not None:
-        from slimkernels.teacher_checks import tokenizer_fingerprint
+        from slimkernels.models.fingerprints import tokenizer_fingerprint
 
         own = tokenizer_fingerprint(tokenizer)
         stored = settings.get("tokenizer_fingerprint") or own

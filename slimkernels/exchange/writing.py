@@ -148,7 +148,7 @@ def write_store(
         ValueError: A document that cannot be stored, or rows that are about other tokens.
         SettingsMismatchError: The store was made with other settings.
     """
-    from slimkernels.teacher_checks import tokenizer_fingerprint
+    from slimkernels.models.fingerprints import tokenizer_fingerprint
 
     _checks.is_positive(meaning.temperature, "temperature")
     selection = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype
+from slimkernels.ops._library import accumulation_dtype
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkernels._library import check_kernels, define
+from slimkernels.ops._library import check_kernels, define
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 
@@ -75,7 +75,7 @@ define(
     "decode_logits_rows(Tensor id_words, Tensor values, Tensor? affine, Tensor? counts, int vocab_size,"
     " Tensor(a!) ids, Tensor(b!) logits) -> int",
     fake=lambda *_args: 0,
-    triton_module="slimkernels.ops.decode_logits_triton",
+    triton_module="slimkernels.ops.triton.decode_logits",
 )
 define(
     "decode_logits(Tensor id_words, Tensor values, Tensor? affine, Tensor? counts, int vocab_size)"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
 from slimkernels.ops._slim_options import (
     NUM_STATS,
     OPTIONS_SCHEMA,
@@ -18,10 +18,10 @@ from slimkernels.ops._slim_options import (
     resolve_options,
     scale_in_forward,
 )
-from slimkernels.ops._vocab_slice import vocab_slice_of, whole
 from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
-from slimkernels.ops.vocab_parallel import HeadLogits, vocab_parallel_loss
+from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
+from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
 from slimkernels.sparse_logits import SparseLogits
 
 

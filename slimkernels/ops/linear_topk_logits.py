@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define
 from slimkernels.sparse_logits import SparseLogits
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define
 from slimkernels.ops import _sample_options
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define
 
 
 class Sampled(NamedTuple):
@@ -204,7 +204,7 @@ define(
     f"sample_logits_rows({_OPTIONS}, Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) truncated_logprob,"
     " Tensor(d!) entropy) -> int",
     fake=lambda *_args: 0,
-    triton_module="slimkernels.ops.sample_logits_triton",
+    triton_module="slimkernels.ops.triton.sample_logits",
 )
 define(
     f"sample_logits({_OPTIONS}) -> (Tensor token, Tensor logprob, Tensor truncated_logprob, Tensor entropy)",

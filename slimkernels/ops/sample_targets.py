@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define
 from slimkernels.ops import _sample_options
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -117,7 +117,7 @@ _OPTIONS = (
 define(
     f"sample_targets_rows({_OPTIONS}, Tensor(a!) ids, Tensor(b!) log_shares, Tensor(c!)? target_logit) -> int",
     fake=lambda *_args: 0,
-    triton_module="slimkernels.ops.sample_targets_triton",
+    triton_module="slimkernels.ops.triton.sample_targets",
 )
 define(
     f"sample_targets({_OPTIONS}) -> (Tensor ids, Tensor log_shares, Tensor target_logit)",

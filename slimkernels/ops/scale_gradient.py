@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimkernels._library import define
+from slimkernels.ops._library import define
 
 
 def scale_gradients(ctx, gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -38,5 +38,5 @@ def scale_gradients(ctx, gradients: Sequence[Tensor], upstream: Tensor) -> list[
 define(
     "scale_in_place(Tensor(a!) gradient, Tensor upstream) -> ()",
     fake=lambda *_args: None,
-    triton_module="slimkernels.ops.scale_gradient_triton",
+    triton_module="slimkernels.ops.triton.scale_gradient",
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
 from slimkernels.ops._slim_options import (
     NUM_STATS,
     OPTIONS_SCHEMA,
@@ -17,9 +17,9 @@ from slimkernels.ops._slim_options import (
     resolve_options,
     scale_in_forward,
 )
-from slimkernels.ops._vocab_slice import vocab_slice_of, whole
 from slimkernels.ops.scale_gradient import scale_gradients
-from slimkernels.ops.vocab_parallel import GivenLogits, vocab_parallel_loss
+from slimkernels.ops.vocab_parallel.loss import GivenLogits, vocab_parallel_loss
+from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -263,7 +263,7 @@ define(
     "slim_loss_rows(Tensor logits, Tensor(a!)? dlogits, Tensor(b!) stats, Tensor target, Tensor? row_scale,"
     f" {OPTIONS_SCHEMA}) -> int",
     fake=lambda *_args: 0,
-    triton_module="slimkernels.ops.slim_loss_triton",
+    triton_module="slimkernels.ops.triton.slim_loss",
 )
 define(
     f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 
@@ -135,7 +135,7 @@ define(
     "sparse_softmax_rows(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size,"
     " Tensor(a!) logprobs, Tensor(b!) tail_logprob) -> int",
     fake=lambda *_args: 0,
-    triton_module="slimkernels.ops.sparse_softmax_triton",
+    triton_module="slimkernels.ops.triton.sparse_softmax",
 )
 define(
     "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size)"

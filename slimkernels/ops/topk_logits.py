@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -129,7 +129,7 @@ define(
     "topk_logits_rows(Tensor logits, int top_k, Tensor? target, float[] temperatures, Tensor(a!) values,"
     " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!)? target_logit) -> int",
     fake=lambda *_args: 0,
-    triton_module="slimkernels.ops.topk_logits_triton",
+    triton_module="slimkernels.ops.triton.topk_logits",
 )
 define(
     "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"

@@ -7,10 +7,10 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from slimkernels.durable import DamagedLineError, FileInUseError, ForeignFileError
 from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, ContradictionCheck, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
-from slimkernels.search.json_lines import DamagedLineError, FileInUseError, ForeignFileError
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.plan import Plan
 from slimkernels.search.presets import best_of_n, greedy, self_consistency
@@ -28,8 +28,8 @@ from slimkernels.search.trace import TraceDamagedError, TraceMismatchError, read
 from slimkernels.search.tree import Status, Tree
 
 if TYPE_CHECKING:
-    from slimkernels.search.engine_server import ServerEngine
-    from slimkernels.search.engine_transformers import TransformersEngine
+    from slimkernels.search.engines.server import ServerEngine
+    from slimkernels.search.engines.transformers import TransformersEngine
     from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
     from slimkernels.search.transformers_generate import custom_generate
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 _LAZY = {
     "NLIModel": "slimkernels.search.judges",
     "SentenceEncoder": "slimkernels.search.judges",
-    "ServerEngine": "slimkernels.search.engine_server",
-    "TransformersEngine": "slimkernels.search.engine_transformers",
+    "ServerEngine": "slimkernels.search.engines.server",
+    "TransformersEngine": "slimkernels.search.engines.transformers",
     "Verifier": "slimkernels.search.judges",
     "custom_generate": "slimkernels.search.transformers_generate",
 }

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slimkernels.durable import JsonLines, read_json_lines
 from slimkernels.search.checks import Check
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine
-from slimkernels.search.json_lines import JsonLines, read_json_lines
 from slimkernels.search.question import Progress, Question, QuestionSearch, Result
 from slimkernels.search.tree import Status
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from slimkernels.search.checks import Check
 from slimkernels.search.config import PathFinderConfig
-from slimkernels.search.engine_transformers import TransformersEngine
+from slimkernels.search.engines.transformers import TransformersEngine
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.selection import Scorer
 

@@ -31,7 +31,7 @@ VALUE_BITS = {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}
 AFFINE_CODECS = ("affine8", "affine6")
 HASH_BYTES = 16
 
-# The numbers of RowFault in csrc/store_elias_fano.h: what each says of a row.
+# The numbers of RowFault in csrc/store/elias_fano.h: what each says of a row.
 _FAULTS = {
     1: "its offsets leave the shard or disagree with its number of entries",
     2: "its bytes are not those that were written",

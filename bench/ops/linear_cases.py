@@ -1,0 +1,192 @@
+"""The cases that start from hidden states: their time is three matrix products, or one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import slimkernels as sk
+from bench.ops import cuda_peers, peers
+from bench.ops.case import (
+    OURS,
+    Case,
+    Work,
+    five_per_cent,
+    generator,
+    gradient_check,
+    random_rows,
+    random_target,
+    require,
+    require_close,
+    training_step,
+)
+from slimkernels import reference
+
+# Of the largest gradient. The peers round whole logits to half precision before the softmax.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+CHUNKED, TUNED = "F.linear_cross_entropy chunked", "F.linear_cross_entropy tuned"
+
+
+def linear_cases(shrink: int = 1) -> list[Case]:
+    """Every case with an lm_head; ``shrink`` divides N, D and V, for tests."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    narrow = (1024 // shrink, 2048 // shrink, 32000 // shrink)
+    wide = (512 // shrink, 2048 // shrink, 128256 // shrink)
+    return [
+        linear_topk_case(*narrow, bfloat16),
+        linear_slim_loss_case(*narrow, float32, compiled=True),
+        linear_slim_loss_case(*narrow, bfloat16, compiled=True, fused=(TUNED, CHUNKED)),
+        # A call of torch's own chunks takes most of a minute here, so that only the tuned ones take part.
+        linear_slim_loss_case(*wide, bfloat16, fused=(TUNED,)),
+        linear_cross_entropy_case(*wide, bfloat16),
+    ]
+
+
+def _head(num_rows, hidden_size, vocab_size, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = random_rows(num_rows, hidden_size, dtype, 3)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator(4))
+    return hidden, weight.mul_(hidden_size**-0.5).to(dtype)
+
+
+def linear_topk_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
+    """The teacher's side: top-k of an lm_head's output."""
+    top_k = five_per_cent(vocab_size)
+
+    def build() -> Work:
+        hidden, weight = _head(num_rows, hidden_size, vocab_size, dtype)
+        logits = hidden.float() @ weight.float().T
+        least, lse = logits.topk(top_k, -1).values[:, -1:], torch.logsumexp(logits, -1)
+
+        def check(provider: str, result) -> None:
+            ids = result.ids.long() if provider == OURS else result.indices
+            values = logits.gather(-1, ids)
+            # Logits rounded to half precision before or after the selection, so ids near the threshold may differ.
+            slack = 2e-2 * least.abs().max()
+            require(bool((values > least - slack).all()), "an id far below the k-th largest")
+            require(bool((ids.sort(-1).values.diff() > 0).all()), "an id twice")
+            if provider == OURS:
+                require_close(result.lse[:, 0], lse, 5e-3, "lse")  # half a unit in the last place of bfloat16
+                require_close(result.logits, values, 1e-2, "kept logits")
+
+        providers = {
+            OURS: lambda: sk.linear_topk_logits(hidden, weight, top_k),
+            "matmul + torch.topk": lambda: (hidden @ weight.T).topk(top_k, -1, sorted=False),
+        }
+        return Work(providers, check)
+
+    return Case(
+        op="linear_topk_logits",
+        mode="fwd",
+        dtype=dtype,
+        sizes={"N": num_rows, "D": hidden_size, "V": vocab_size, "K": top_k},
+        floor_bytes=(num_rows + vocab_size) * hidden_size * dtype.itemsize + num_rows * top_k * (4 + dtype.itemsize),
+        floor_flops=2 * num_rows * hidden_size * vocab_size,
+        build=build,
+        peers=("matmul + torch.topk",),
+    )
+
+
+def linear_slim_loss_case(num_rows, hidden_size, vocab_size, dtype, *, compiled=False, fused=()) -> Case:
+    """The default loss of an lm_head's output; ``fused`` are torch's own ops, which compute cross entropy alone."""
+    top_k = five_per_cent(vocab_size)
+    fused = fused if peers.HAS_LINEAR_CROSS_ENTROPY else ()
+
+    def build() -> Work:
+        target = random_target(num_rows, vocab_size)
+        teacher = sk.topk_logits(random_rows(num_rows, vocab_size, dtype, 2), top_k, target=target)
+        hidden, weight = leaves = _head(num_rows, hidden_size, vocab_size, dtype)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        steps = {
+            OURS: lambda: sk.linear_slim_loss(hidden, weight, target, teacher).loss,
+            "torch eager": lambda: peers.linear_slim_loss(hidden, weight, target, teacher),
+        }
+        if compiled:
+            function = peers.compiled(peers.linear_slim_loss)
+            steps["torch.compile"] = lambda: function(hidden, weight, target, teacher)
+        providers = {name: training_step(leaves, loss) for name, loss in steps.items()}
+        providers |= _fused_steps(fused, hidden, weight, target, suffix=" (CE only)")
+
+        def exact(copies):
+            return reference.linear_slim_loss(*copies, target, teacher).loss
+
+        def exact_cross_entropy(copies):
+            return F.cross_entropy(copies[0] @ copies[1].T, target)
+
+        check = gradient_check(leaves, exact, torch.float32, TOLERANCE[dtype])
+        if not fused:
+            return Work(providers, check, leaves)
+        cross_entropy_check = gradient_check(leaves, exact_cross_entropy, torch.float32, TOLERANCE[dtype])
+
+        def check_each(provider: str, loss) -> None:
+            (check if provider in steps else cross_entropy_check)(provider, loss)
+
+        return Work(providers, check_each, leaves)
+
+    extra = (*(("torch.compile",) if compiled else ()), *(f"{name} (CE only)" for name in fused))
+    return Case(
+        op="linear_slim_loss",
+        mode="fwd+bwd",
+        dtype=dtype,
+        sizes={"N": num_rows, "D": hidden_size, "V": vocab_size, "K": top_k},
+        floor_bytes=_head_bytes(num_rows, hidden_size, vocab_size, dtype) + num_rows * top_k * (4 + dtype.itemsize),
+        floor_flops=3 * 2 * num_rows * hidden_size * vocab_size,
+        build=build,
+        peers=("torch eager", *extra),
+    )
+
+
+def linear_cross_entropy_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
+    """The loss of an lm_head's output without a teacher."""
+    fused = (TUNED,) if peers.HAS_LINEAR_CROSS_ENTROPY else ()
+    on_cuda = cuda_peers.linear_cross_entropies()
+
+    def build() -> Work:
+        target = random_target(num_rows, vocab_size)
+        hidden, weight = leaves = _head(num_rows, hidden_size, vocab_size, dtype)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        steps = {
+            OURS: lambda: sk.linear_slim_loss(hidden, weight, target).loss,
+            "torch eager": lambda: peers.linear_cross_entropy(hidden, weight, target),
+        }
+        if peers.HAS_LINEAR_CROSS_ENTROPY:
+            steps["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, target)
+        providers = {name: training_step(leaves, loss) for name, loss in steps.items()}
+        providers |= _fused_steps(fused, hidden, weight, target)
+        for name, function in on_cuda.items():
+            providers[name] = training_step(leaves, lambda f=function: f(hidden, weight, target))
+
+        def exact(copies):
+            return F.cross_entropy(copies[0] @ copies[1].T, target)
+
+        return Work(providers, gradient_check(leaves, exact, torch.float32, TOLERANCE[dtype]), leaves)
+
+    return Case(
+        op="linear_slim_loss (CE only)",
+        mode="fwd+bwd",
+        dtype=dtype,
+        sizes={"N": num_rows, "D": hidden_size, "V": vocab_size},
+        floor_bytes=_head_bytes(num_rows, hidden_size, vocab_size, dtype),
+        floor_flops=3 * 2 * num_rows * hidden_size * vocab_size,
+        build=build,
+        peers=(
+            "torch eager",
+            *(("F.linear_cross_entropy", *fused) if peers.HAS_LINEAR_CROSS_ENTROPY else ()),
+            *on_cuda,
+        ),
+        optional_peers=tuple(on_cuda),
+    )
+
+
+def _head_bytes(num_rows, hidden_size, vocab_size, dtype) -> int:
+    """Hidden states and weight read once, their gradients written once."""
+    return 2 * (num_rows + vocab_size) * hidden_size * dtype.itemsize
+
+
+def _fused_steps(names, hidden, weight, target, suffix: str = "") -> dict:
+    functions = {CHUNKED: peers.chunked_cross_entropy, TUNED: peers.tuned_cross_entropy}
+    return {
+        name + suffix: training_step((hidden, weight), lambda f=functions[name]: f(hidden, weight, target))
+        for name in names
+    }

@@ -1,0 +1,1 @@
+"""The experiments of the papers, repeated at a size that two CPU cores can do."""

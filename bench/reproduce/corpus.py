@@ -1,0 +1,204 @@
+"""What the students of the sample-efficiency experiment learn from: a teacher's text, its logits and itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from bench import records
+from slimkernels.models.head_loss import HeadInput
+from slimkernels.store import Store, StoreDataset
+from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
+
+# Documents that the teacher reads at a time when its hidden states are kept.
+_HIDDEN_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides a result beside the method and the seed; the defaults take 3 hours at most on two CPU cores.
+
+    Attributes:
+        teacher: Name or folder, as ``load_teacher`` takes it.
+        teacher_dtype: Of its weights, and of the logits that are captured.
+        prompts: How many of the shipped prompts to use, from the first: the first 40 open stories.
+        heldout_every: Every so many-th prompt is held out, with all its documents.
+        documents: How many the teacher writes, over all prompts.
+        max_new_tokens: Longest continuation of a prompt.
+        sampling_temperature: Of the teacher's sampling.
+        sampling_top_k: The teacher draws among so many tokens.
+        heldout_tokens: So many of held-out documents are measured on, and as many of plain English.
+        top_fraction: Share of the vocabulary kept of each of the teacher's rows.
+        rounds: Draws per row of sampled distillation.
+        sizes: Tokens to train on; a seed's documents of one size are the first of those of the next.
+        ablation_size: The one of them at which single options are changed.
+        hidden_size: D of the student.
+        num_layers: Layers of the student.
+        num_heads: Attention heads of the student.
+        epochs: Passes over the training documents.
+        batch_size: Documents per optimizer step.
+        learning_rate: Peak, after a linear warm-up over a tenth of the steps and before a cosine decay.
+    """
+
+    teacher: str = "smollm2-135m-instruct"
+    teacher_dtype: str = "bfloat16"
+    prompts: int = 40
+    heldout_every: int = 8
+    documents: int = 480
+    max_new_tokens: int = 120
+    sampling_temperature: float = 0.8
+    sampling_top_k: int = 40
+    heldout_tokens: int = 3000
+    top_fraction: float = 0.05
+    rounds: int = 50
+    sizes: tuple[int, ...] = (5000, 10000, 20000, 40000)
+    ablation_size: int = 10000
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    epochs: int = 4
+    batch_size: int = 4
+    learning_rate: float = 6e-3
+
+
+class Corpus:
+    """The teacher's text, and what it says of every token; what is there already is reused.
+
+    Args:
+        work: The folder of everything that is not a result.
+        settings: Of the experiment.
+        english: A file of plain English, one paragraph a line; None: not measured on.
+    """
+
+    def __init__(self, work: Path, settings: Settings, english: Path | None) -> None:
+        self.work, self.settings = work, settings
+        dtype = getattr(torch, settings.teacher_dtype)
+        self.teacher, self.tokenizer = load_teacher(settings.teacher, dtype=dtype)
+        training, heldout = self._split()
+        self.training = training
+        heldout = _first_tokens(heldout, settings.heldout_tokens)
+        fraction = {"top_fraction": settings.top_fraction}
+        self.stores = {
+            "top_k": self._capture("top_k", training, **fraction),
+            "draws": self._capture("draws", training, select="sample", rounds=settings.rounds),
+        }
+        self.heldout = {"teacher": Store(self._capture("heldout", heldout, **fraction))}
+        if english is not None:
+            paragraphs = _first_tokens(self._paragraphs(english), settings.heldout_tokens)
+            self.heldout["english"] = Store(self._capture("english", paragraphs, **fraction))
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.heldout["teacher"].vocab_size
+
+    @cached_property
+    def remembered(self) -> RememberedTeacher:
+        """The teacher of the training documents, which it read once."""
+        path = self.work / "hidden.pt"
+        if path.exists():
+            held = torch.load(path)
+            if held["documents"] == self.training:
+                return RememberedTeacher(self.teacher, self.training, held["hidden"])
+        print("hidden states of the training documents", flush=True)
+        hidden = list(_hidden_states(self.teacher, self.training))
+        torch.save({"documents": self.training, "hidden": hidden}, path)
+        return RememberedTeacher(self.teacher, self.training, hidden)
+
+    def subset(self, seed: int, tokens: int, kind: str) -> Subset:
+        """The first documents of a seed's order that have so many tokens, from the store of this kind."""
+        order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(seed)).tolist()
+        documents = _first_tokens([self.training[index] for index in order], tokens)
+        total = sum(map(len, documents))
+        if total < tokens:
+            raise ValueError(f"the training documents have {total} tokens, {tokens} are asked for: have more written")
+        store = Store(self.stores[kind])
+        return Subset(StoreDataset(self.stores[kind]), [store.find(ids) for ids in documents])
+
+    def _split(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The documents to train on, and those of other prompts to measure on, each once."""
+        settings, path = self.settings, self.work / "text" / "documents.jsonl"
+        prompts = shipped_prompts()[: settings.prompts]
+        generate_documents(
+            self.teacher,
+            self.tokenizer,
+            prompts,
+            path,
+            num_documents=settings.documents,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.sampling_temperature,
+            top_k=settings.sampling_top_k,
+            batch_size=64,
+            progress=lambda done, wanted: print(f"the teacher wrote {done} of {wanted} documents", flush=True),
+        )
+        heldout_prompts = set(prompts[:: settings.heldout_every])
+        parts: dict[bool, dict[tuple[int, ...], None]] = {False: {}, True: {}}
+        for line in records.read(path):
+            parts[line["prompt"] in heldout_prompts][tuple(line["input_ids"])] = None
+        return [list(ids) for ids in parts[False]], [list(ids) for ids in parts[True]]
+
+    def _paragraphs(self, path: Path) -> list[list[int]]:
+        """Paragraphs of running text, as long as the teacher's documents at most."""
+        lines = [re.sub(r" @(.)@ ", r"\1", line.strip()) for line in path.read_text().splitlines()]
+        lines = [line for line in lines if len(line) > 200 and not line.startswith("=") and "<unk>" not in line]
+        return [ids[: self.settings.max_new_tokens] for ids in self.tokenizer(lines)["input_ids"]]
+
+    def _capture(self, name: str, documents: list[list[int]], **options) -> Path:
+        path = self.work / "store" / name
+        print(f"store {name}: {len(documents)} documents, {sum(map(len, documents))} tokens", flush=True)
+        capture(self.teacher, self.tokenizer, documents, path, **options)
+        return path
+
+
+def _first_tokens(documents: list[list[int]], tokens: int) -> list[list[int]]:
+    """The fewest first documents that together have so many tokens, or all where they have not."""
+    totals = itertools.accumulate(map(len, documents))
+    return documents[: next((count for count, total in enumerate(totals, 1) if total >= tokens), None)]
+
+
+class RememberedTeacher(nn.Module):
+    """A ``teacher_model`` for ``SlimTrainer`` that reads no document twice: only its head is computed again.
+
+    A row of the whole vocabulary is 100 kB in a store and one product of the head from a hidden state.
+
+    Args:
+        model: Gives the head and its configuration.
+        documents: Their token ids.
+        hidden: For each document (T, D), what the head is given.
+    """
+
+    def __init__(self, model: PreTrainedModel, documents: list[list[int]], hidden: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.config, self.head = model.config, model.get_output_embeddings()
+        self.hidden_of = {tuple(ids): states for ids, states in zip(documents, hidden, strict=True)}
+
+    def get_output_embeddings(self) -> nn.Module:
+        """As in transformers."""
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        """The logits of a right-padded batch of the documents."""
+        lengths = attention_mask.sum(-1).tolist()
+        states = [self.hidden_of[tuple(ids[:n])] for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
+        hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return self.head(nn.functional.pad(hidden, (0, 0, 0, input_ids.shape[1] - hidden.shape[1])))
+
+
+@torch.no_grad()
+def _hidden_states(model: PreTrainedModel, documents: list[list[int]]) -> Iterator[torch.Tensor]:
+    catch = HeadInput()
+    with catch.inside(model):
+        for first in range(0, len(documents), _HIDDEN_BATCH):
+            batch = [torch.tensor(ids) for ids in documents[first : first + _HIDDEN_BATCH]]
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True)
+            model(nn.utils.rnn.pad_sequence(batch, batch_first=True), attention_mask=mask, use_cache=False)
+            yield from (states[: len(ids)].clone() for states, ids in zip(catch.hidden, batch, strict=True))

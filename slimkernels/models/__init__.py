@@ -1,0 +1,1 @@
+"""What every tool needs of a language model: loading it, its head, its batches, its loss, its fingerprints."""

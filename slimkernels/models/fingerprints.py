@@ -1,0 +1,45 @@
+"""Fingerprints of tokenizers and weights: is this the model that it was?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLES_PER_PARAMETER = 1024
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text, as 64 hex digits.
+
+    Two tokenizers share it if and only if every token id means the same. The padding token is left out: it never
+    occurs in a document, and training code sets it freely.
+    """
+    content = {
+        "vocab": sorted(tokenizer.get_vocab().items()),
+        "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")},
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the names, shapes and evenly spaced elements of all parameters, as 16 hex digits.
+
+    Reads about a thousand elements of each parameter: milliseconds, and another training run or another
+    quantisation is told apart; a change to a handful of weights may not be.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = whole_tensor(parameter.detach()).flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is split over processes, all of which must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

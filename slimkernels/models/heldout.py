@@ -1,0 +1,141 @@
+"""Held-out perplexity and divergence to the teacher, from a store, without the teacher or dense logits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from slimkernels.models.batch import SlimCollator, teacher_rows
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.head_loss import loss_of_batch
+
+if TYPE_CHECKING:
+    from slimkernels.store import Document, PackedDocument
+
+
+class DocumentMetrics(NamedTuple):
+    """Sums over the labels of a document, in nats or of probabilities; each as ``evaluate_store`` explains its mean.
+
+    Attributes:
+        labels: How many there are.
+        loss: Of -log s_y.
+        kl_ghost: Of the divergence from the teacher.
+        teacher_mass: Of the teacher's probability of the kept ids.
+        student_mass: Of the student's.
+        teacher_loss: Of the teacher's -log p_y; None where the store does not have its logits of the labels.
+    """
+
+    labels: int
+    loss: float
+    kl_ghost: float
+    teacher_mass: float
+    student_mass: float
+    teacher_loss: float | None
+
+
+def evaluate_store(
+    model: PreTrainedModel,
+    store: Sequence[Document | PackedDocument],
+    *,
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Measures a student on every label of a store: exp of the mean of -log s_y, and the mean KL to the teacher.
+
+    ``kl_ghost`` is the forward KL, in nats per token at temperature 1, between teacher and student over K + 1
+    outcomes: the K kept ids, and one bucket for all others that holds the teacher's remaining mass. It never
+    exceeds the KL over the whole vocabulary, and it is 0 only where the two agree on all K + 1 outcomes.
+
+    The (N, V) logits never exist; peak extra memory is that of ``linear_slim_loss``'s forward.
+
+    Args:
+        model: A causal language model; evaluated in eval mode on its own device, its mode restored.
+        store: A ``StoreDataset`` or ``Store``, or any sequence of their documents.
+        batch_size: Documents per step; changes nothing but the speed and the memory.
+        on_batch: Called after each batch with the number of documents done.
+
+    Returns:
+        ``perplexity``; ``loss``, its logarithm; ``kl_ghost``; ``teacher_perplexity``, of the teacher on the same
+        labels (only where the store has their logits); ``teacher_mass`` and ``student_mass``, the mean
+        probability of the kept ids; ``tokens``, the number of labels; ``tokens_per_second``.
+
+    Raises:
+        ValueError: ``store`` holds no label, its ids do not fit the student's vocabulary, or ``batch_size`` below 1.
+    """
+    start = time.perf_counter()
+    found: list[DocumentMetrics] = []
+    for metrics in evaluate_documents(model, store, batch_size=batch_size):
+        found.append(metrics)
+        if on_batch is not None and (len(found) % batch_size == 0 or len(found) == len(store)):
+            on_batch(len(found))
+    num_tokens = sum(metrics.labels for metrics in found)
+    if not num_tokens:
+        raise ValueError("store must hold at least one label to evaluate on, got none")
+    seconds = time.perf_counter() - start
+    loss = sum(metrics.loss for metrics in found) / num_tokens
+    result = {
+        "perplexity": _exp(loss),
+        "loss": loss,
+        "kl_ghost": sum(metrics.kl_ghost for metrics in found) / num_tokens,
+        "teacher_mass": sum(metrics.teacher_mass for metrics in found) / num_tokens,
+        "student_mass": sum(metrics.student_mass for metrics in found) / num_tokens,
+        "tokens": num_tokens,
+        "tokens_per_second": num_tokens / seconds,
+    }
+    teacher_losses = [metrics.teacher_loss for metrics in found if metrics.teacher_loss is not None]
+    if len(teacher_losses) == len(found):
+        result["teacher_perplexity"] = _exp(sum(teacher_losses) / num_tokens)
+    return result
+
+
+def evaluate_documents(
+    model: PreTrainedModel, documents: Sequence[Document | PackedDocument], *, batch_size: int = 8
+) -> Iterator[DocumentMetrics]:
+    """What ``evaluate_store`` measures, for each document by itself, in order, ``batch_size`` at a time.
+
+    The model is in eval mode while a batch is computed, and in its own mode between batches.
+
+    Raises:
+        ValueError: Ids of the documents do not fit the student's vocabulary, or ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    head = LanguageModelHead.of(model)
+    collator, device = SlimCollator(vocab_size=head.vocab_size), head.weight.device
+    for first in range(0, len(documents), batch_size):
+        batch = [documents[index] for index in range(first, min(first + batch_size, len(documents)))]
+        was_training = model.training
+        model.eval()
+        try:
+            found = _evaluate_batch(model, collator(batch), [len(document.positions) for document in batch], device)
+        finally:
+            model.train(was_training)
+        yield from found
+
+
+@torch.no_grad()
+def _evaluate_batch(
+    model: PreTrainedModel, batch: dict[str, Any], counts: list[int], device: torch.device
+) -> list[DocumentMetrics]:
+    teacher, target = teacher_rows(batch["teacher"].to(device)), batch["target"].to(device)
+    batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "rows")} | {"target": target}
+    result = loss_of_batch(model, batch, teacher=teacher, rest="ghost", token_weight="none", reduction="none")
+    terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
+    if teacher.target_logit is not None:
+        terms.append(teacher.lse_at(1.0) - teacher.target_logit)
+    rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 5)
+    sums = [part.sum(0).tolist() for part in rows.split(counts)]
+    return [
+        DocumentMetrics(count, loss, kl, teacher_mass, student_mass, known[0] if known else None)
+        for count, (loss, kl, teacher_mass, student_mass, *known) in zip(counts, sums, strict=True)
+    ]
+
+
+def _exp(value: float) -> float:
+    """exp, infinite where it overflows: the perplexity of a diverged student is reported, not raised."""
+    return math.exp(value) if value < 700 else math.inf

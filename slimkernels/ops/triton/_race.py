@@ -1,0 +1,272 @@
+"""The race that counter-based Gumbel noise decides, for Triton: which ids of a row have the largest score plus noise.
+
+As in ``csrc/cpu/gumbel.h``: an upper bound of score plus noise takes a few instructions, and the few ids whose bound
+reaches what leads are evaluated in float64 by the scalar formula that the reference has. The outcome is the CPU's.
+
+A score is (z - top) / T of a logit z whose order key is at least ``least_key``; ``top`` is the largest finite logit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from slimkernels.ops.triton.launch import order_keys
+
+# Not an id: behind every other one in a tie.
+NO_ID = tl.constexpr(0x7FFFFFFF)
+LARGEST_NOISE = tl.constexpr(22.9)  # of bits = 0, rounded up
+LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def random_words(counter, draw, seed, position):
+    """The four words of Philox-4x32-10 for each counter (an id // 4); reference_sampling.py has the definition."""
+    c0 = counter.to(tl.uint32)
+    zero = c0 * 0
+    seed = seed.to(tl.uint64)
+    position = position.to(tl.uint64)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32) + zero
+    k1 = (seed >> 32).to(tl.uint32) + zero
+    c2 = (position & 0xFFFFFFFF).to(tl.uint32) + zero
+    c3 = (position >> 32).to(tl.uint32) + zero
+    return tl.philox_impl(c0, draw.to(tl.uint32) + zero, c2, c3, k0, k1)
+
+
+@triton.jit
+def random_bits(ids, draw, seed, position):
+    """Those of any ids, one call for each."""
+    w0, w1, w2, w3 = random_words(ids // 4, draw, seed, position)
+    return tl.where(ids % 4 < 2, tl.where(ids % 4 == 0, w0, w1), tl.where(ids % 4 == 2, w2, w3))
+
+
+@triton.jit
+def noise_bound(bits):
+    """Not below the Gumbel variate of ``bits`` by more than rounding: -log(1 - u) >= u + u^2 / 2, and u from below."""
+    # The upper 23 bits as the fraction of a float in [1, 2): a conversion would cost four times as much.
+    u = ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return -tl.log(u + 0.5 * u * u)
+
+
+@triton.jit
+def gumbel(bits):
+    """The variate itself. In float64 1 - u is exact, so that the logarithm of it is as good as log1p."""
+    u = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    return -tl.log(-tl.log(1.0 - u))
+
+
+@triton.jit
+def finite_top(top, ACC: tl.constexpr):
+    """The top of a row of +inf, so that differences to it are never NaN: the largest finite number."""
+    return tl.minimum(top, 1.7976931348623157e308 if ACC.primitive_bitwidth == 64 else LARGEST_FLOAT)
+
+
+@triton.jit
+def score_of(z, top, temperature):
+    """A difference above 0 is that of +inf, which ``top`` is too small for."""
+    return tl.where(z < top, z - top, 0.0) / temperature
+
+
+@triton.jit
+def clamped_inverse(temperature):
+    """1 / T within what float32 can hold and multiply with any difference."""
+    return tl.minimum(tl.maximum(1.0 / temperature, 1e-30), 1e30)
+
+
+@triton.jit
+def scores_in_field(z, least_key, top, inv_temperature, ACC: tl.constexpr):
+    """Float32 scores for bounds; -inf outside the field and nowhere else."""
+    wide = z.to(ACC)
+    score = tl.where(wide < top.to(ACC), (wide - top.to(ACC)) * inv_temperature.to(ACC), 0.0)
+    score = tl.maximum(score, -LARGEST_FLOAT).to(tl.float32)
+    return tl.where(order_keys(z) >= least_key, score, float("-inf"))
+
+
+@triton.jit
+def is_ahead(score, token, other_score, other_token):
+    return (score > other_score) | ((score == other_score) & (token < other_token))
+
+
+@triton.jit
+def reach_of(score):
+    """What a bound must reach to be worth looking at: below ``score`` by more than rounding errs, and finite."""
+    reach = score - 1e-4 - 1e-6 * tl.abs(score)
+    return tl.maximum(reach, -LARGEST_FLOAT).to(tl.float32)
+
+
+@triton.jit
+def enter_contenders(
+    bounds,  # float32 tile, -inf where an id does not take part
+    ids,  # the same shape
+    row_ptr,
+    draw,
+    seed,
+    position,
+    top,
+    temperature,
+    last_score,
+    last_id,
+    last_slot,
+    scores_ptr,  # (room,) float64, or None where there is one leader
+    ids_ptr,  # (room,) int32, or None
+    room,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """Lets every id of a tile whose bound reaches the last of the leaders race against it in float64.
+
+    Returns the score and id of the last leader now, and where it stands in the list of leaders.
+    """
+    best = tl.max(bounds)
+    while best >= reach_of(last_score):
+        token = tl.min(tl.where(bounds == best, ids, NO_ID))
+        z = tl.load(row_ptr + token).to(tl.float64)
+        score = score_of(z, top, temperature) + gumbel(random_bits(token, draw, seed, position))
+        if is_ahead(score, token, last_score, last_id):
+            if scores_ptr is None:
+                last_score = score
+                last_id = token
+            else:
+                tl.store(scores_ptr + last_slot, score)
+                tl.store(ids_ptr + last_slot, token)
+                tl.debug_barrier()  # the last leader is sought by all threads
+                last_score, last_id, last_slot = last_leader(scores_ptr, ids_ptr, room, BLOCK_ROOM)
+        bounds = tl.where(ids == token, float("-inf"), bounds)
+        best = tl.max(bounds)
+    return last_score, last_id, last_slot
+
+
+@triton.jit
+def last_leader(scores_ptr, ids_ptr, room, BLOCK_ROOM: tl.constexpr):
+    """The leader that is behind all others; a vacant place is behind every leader."""
+    offs = tl.arange(0, BLOCK_ROOM)
+    last_score = tl.full((), float("inf"), tl.float64)
+    last_id = tl.full((), -1, tl.int32)
+    last_slot = tl.full((), 0, tl.int32)
+    for begin in range(0, room, BLOCK_ROOM):
+        slots = begin + offs
+        scores = tl.load(scores_ptr + slots, mask=slots < room, other=float("inf"))
+        ids = tl.load(ids_ptr + slots, mask=slots < room, other=-1)
+        score = tl.min(scores)
+        token = tl.max(tl.where(scores == score, ids, -1))
+        slot = tl.min(tl.where((scores == score) & (ids == token), slots, NO_ID))
+        behind = is_ahead(last_score, last_id, score, token)
+        last_score = tl.where(behind, score, last_score)
+        last_id = tl.where(behind, token, last_id)
+        last_slot = tl.where(behind, slot, last_slot)
+    return last_score, last_id, last_slot
+
+
+@triton.jit
+def clear_leaders(scores_ptr, ids_ptr, room, BLOCK_ROOM: tl.constexpr):
+    """Makes every place vacant."""
+    offs = tl.arange(0, BLOCK_ROOM)
+    for begin in range(0, room, BLOCK_ROOM):
+        slots = begin + offs
+        tl.store(scores_ptr + slots, float("-inf"), mask=slots < room)
+        tl.store(ids_ptr + slots, tl.full((BLOCK_ROOM,), NO_ID, tl.int32), mask=slots < room)
+    tl.debug_barrier()
+
+
+@triton.jit
+def race_of_row(
+    row_ptr,
+    vocab_size,
+    least_key,
+    top,
+    temperature,
+    seed,
+    position,
+    draw,
+    scores_ptr,
+    ids_ptr,
+    room,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """The race of all of a row that is in the field; returns the last leader's score and id."""
+    inv_temperature = clamped_inverse(temperature)
+    last_score = tl.full((), float("-inf"), tl.float64)
+    last_id = tl.full((), NO_ID, tl.int32)
+    last_slot = tl.full((), 0, tl.int32)
+    groups = tl.arange(0, BLOCK // 4)
+    offs = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
+    for begin in range(0, vocab_size, BLOCK):
+        ids = begin + offs
+        z = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
+        scores = scores_in_field(z, least_key, top, inv_temperature, ACC)
+        # The noise costs more than all else.
+        if tl.max(scores) + LARGEST_NOISE >= reach_of(last_score):
+            # One call for four neighbours, whose words stay in the thread that has them.
+            w0, w1, w2, w3 = random_words(begin // 4 + groups, draw, seed, position)
+            bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK // 4, 4))
+            bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(bits))
+            last_score, last_id, last_slot = enter_contenders(
+                bounds,
+                ids,
+                row_ptr,
+                draw,
+                seed,
+                position,
+                top,
+                temperature,
+                last_score,
+                last_id,
+                last_slot,
+                scores_ptr,
+                ids_ptr,
+                room,
+                BLOCK_ROOM,
+            )
+    return last_score, last_id
+
+
+@triton.jit
+def race_of_candidates(
+    row_ptr,
+    values_ptr,  # (num_candidates,)
+    candidates_ptr,  # (num_candidates,) ids of the values, ascending
+    num_candidates,
+    least_key,
+    top,
+    temperature,
+    seed,
+    position,
+    scores_ptr,
+    ids_ptr,
+    room,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """The same, when all of the field is among a few candidates."""
+    draw = tl.full((), 0, tl.int32)
+    inv_temperature = clamped_inverse(temperature)
+    last_score = tl.full((), float("-inf"), tl.float64)
+    last_id = tl.full((), NO_ID, tl.int32)
+    last_slot = tl.full((), 0, tl.int32)
+    offs = tl.arange(0, BLOCK)
+    for begin in range(0, num_candidates, BLOCK):
+        mask = begin + offs < num_candidates
+        z = tl.load(values_ptr + begin + offs, mask=mask, other=float("-inf"))
+        ids = tl.load(candidates_ptr + begin + offs, mask=mask, other=0)
+        scores = scores_in_field(z, least_key, top, inv_temperature, ACC)
+        bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(random_bits(ids, draw, seed, position)))
+        last_score, last_id, last_slot = enter_contenders(
+            bounds,
+            tl.where(mask, ids, NO_ID),
+            row_ptr,
+            draw,
+            seed,
+            position,
+            top,
+            temperature,
+            last_score,
+            last_id,
+            last_slot,
+            scores_ptr,
+            ids_ptr,
+            room,
+            BLOCK_ROOM,
+        )
+    return last_score, last_id

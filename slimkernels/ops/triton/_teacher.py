@@ -1,0 +1,62 @@
+"""What the Triton kernels know of a teacher's row: its ids, its normaliser, and what it leaves to everything else."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from slimkernels.ops.triton.launch import log1m_exp, log_add_exp
+
+
+@triton.jit
+def kept_entries(ids_ptr, top_k, vocab_size, BLOCK_K: tl.constexpr):
+    """How many ids of a row come before its padding; -1 where they do not ascend strictly inside [0, vocab_size)."""
+    offs_k = tl.arange(0, BLOCK_K)
+    kept = 0
+    bad = 0
+    for begin in range(0, top_k, BLOCK_K):
+        k = begin + offs_k
+        mask_k = k < top_k
+        ids = tl.load(ids_ptr + k, mask=mask_k, other=-1)
+        before = tl.load(ids_ptr + k - 1, mask=mask_k & (k > 0), other=-2)
+        padding = ids == -1
+        sound = tl.where(padding, True, (ids >= 0) & (ids < vocab_size) & ((before > -1) | (k == 0)) & (ids > before))
+        kept += tl.sum((mask_k & ~padding).to(tl.int32))
+        bad += tl.sum((mask_k & ~sound).to(tl.int32))
+    return tl.where(bad > 0, -1, kept)
+
+
+@triton.jit
+def log_sum_exp_of_entries(logits_ptr, kept, inv_temperature, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the first ``kept`` logits times ``inv_temperature``, float64; -inf where there is none."""
+    offs_k = tl.arange(0, BLOCK_K)
+    level = tl.full((), float("-inf"), ACC)
+    total = tl.full((), 0.0, tl.float64)
+    for begin in range(0, kept, BLOCK_K):
+        mask_k = begin + offs_k < kept
+        x = tl.load(logits_ptr + begin + offs_k, mask=mask_k, other=float("-inf")).to(ACC) * inv_temperature
+        higher = tl.maximum(level, tl.max(x))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp((level - shift).to(tl.float64)) + tl.sum(tl.exp(x - shift)).to(tl.float64)
+        level = higher
+    return level + tl.log(total)
+
+
+@triton.jit
+def teacher_log_norm(log_kept, lse, kept, vocab_size, REST: tl.constexpr):
+    """What every kept logit / T is normalised by."""
+    if REST == "renorm" or REST == "renorm_both":
+        # Nothing kept has mass, and so it stays.
+        log_norm = tl.where(log_kept == float("-inf"), 0.0, log_kept)
+    elif REST == "zero_logit":
+        unkept = (vocab_size - kept).to(tl.float64)
+        log_norm = tl.where(unkept > 0, log_add_exp(log_kept, tl.log(tl.maximum(unkept, 1.0))), log_kept)
+    else:
+        log_norm = lse
+    return log_norm
+
+
+@triton.jit
+def log_ghost(log_mass, kept, vocab_size):
+    """The log of what the teacher leaves outside its kept ids; -inf where it keeps every id, whatever rounding says."""
+    return tl.where(kept == vocab_size, float("-inf"), log1m_exp(log_mass))

@@ -1,0 +1,284 @@
+"""Top-k, top-p and min-p for Triton: one threshold on the order key of a logit, found without a sort.
+
+As equal logits stand or fall together, what a truncation keeps is everything not below one threshold. It is sought by
+bisection among candidates: the few ids that a lower bound of the threshold leaves, or, where these are many, the row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from slimkernels.ops.triton._race import clamped_inverse, score_of
+from slimkernels.ops.triton.launch import order_keys
+
+
+@triton.jit
+def truncate(
+    row_ptr,
+    vocab_size,
+    lanes_max_ptr,  # (LANES,)
+    top,
+    total,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    values_ptr,
+    candidates_ptr,
+    lanes_ptr,
+    capacity,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The least key that the options keep, the sum of exp((z - top) / T) that they keep, and the number of candidates.
+
+    -1 candidates stand for the row itself.
+    """
+    X: tl.constexpr = row_ptr.dtype.element_ty
+    inv_temperature = clamped_inverse(temperature)
+    lowest = key_of(tl.full((), float("-inf"), tl.float32), X) + 1
+    highest = key_of(top, X)
+    least_min_p = lowest
+    if min_p > 0:
+        least_min_p = min_p_key(min_p, lowest, highest, top, temperature, ACC, X)
+
+    # A lower bound of what is kept: certain, or a guess.
+    certain = least_min_p
+    least = certain
+    if vocab_size > BLOCK:
+        if top_k > 0:
+            certain = lowest
+            if top_k <= LANES:
+                # As many lanes as that have something at least as large. Whatever min-p drops of it counts for top-p.
+                certain = lowest_key_under(
+                    lanes_max_ptr, LANES, lowest, highest, top_k.to(tl.float64), top, inv_temperature, False, ACC, BLOCK
+                )
+            least = certain
+        elif top_p < 1:
+            allowed = (1 - top_p) * total
+            # What has less than this has less than what may go, even if it is nearly the whole row.
+            mass = 0.999 * allowed / vocab_size
+            value = tl.maximum(top + temperature * tl.log(mass), value_of(lowest, X).to(ACC).to(tl.float64))
+            certain = tl.maximum(certain, key_of(value, X) - 2)
+            guess = sampled_key(row_ptr, vocab_size, values_ptr, highest, allowed, top, inv_temperature, ACC, BLOCK)
+            least = tl.maximum(certain, guess)
+    found = -1
+    searching = (vocab_size > BLOCK) & (least > lowest)
+    while searching:
+        found = collect_candidates(
+            row_ptr,
+            vocab_size,
+            lanes_max_ptr,
+            least,
+            lanes_ptr,
+            values_ptr,
+            candidates_ptr,
+            capacity,
+            LANES,
+            GROUP,
+            BLOCK,
+        )
+        searching = False
+        if found > capacity:
+            found = -1
+        elif least > certain:
+            # The margin is more than sums in another order differ by.
+            mass = amount_above(values_ptr, found, least - 1, top, inv_temperature, True, ACC, BLOCK)
+            if not (mass > (1 + 1e-5) * top_p * total):
+                found = -1
+                least = certain
+                searching = True
+    if found < 0:
+        least = lowest
+
+    num_values = vocab_size
+    field_ptr = row_ptr
+    if found >= 0:
+        num_values = found
+        field_ptr = values_ptr
+    if top_k > 0:
+        least = lowest_key_under(
+            field_ptr, num_values, least, highest, top_k.to(tl.float64), top, inv_temperature, False, ACC, BLOCK
+        )
+        total = amount_above(field_ptr, num_values, least - 1, top, inv_temperature, True, ACC, BLOCK)
+    least = tl.maximum(least, least_min_p)
+    if top_p < 1:
+        least = lowest_key_under(
+            field_ptr, num_values, least, highest, top_p * total, top, inv_temperature, True, ACC, BLOCK
+        )
+    kept = amount_above(field_ptr, num_values, least - 1, top, inv_temperature, True, ACC, BLOCK)
+    return least, kept, found
+
+
+@triton.jit
+def key_of(value, X: tl.constexpr):
+    """The order key of a number, rounded to what a logit can be."""
+    if X.primitive_bitwidth < 32:
+        value = value.to(tl.float32)  # the interpreter has no way from float64 to bfloat16
+    return order_keys(value.to(X))
+
+
+@triton.jit
+def value_of(key, X: tl.constexpr):
+    """The number with an order key; the map of the bits is its own inverse."""
+    if X.primitive_bitwidth == 64:
+        bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
+    elif X.primitive_bitwidth == 32:
+        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    else:
+        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
+    return bits.to(X, bitcast=True)
+
+
+@triton.jit
+def between(low, high):
+    """The middle, rounded down; the sum of the two could overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def amount_above(
+    values_ptr, num_values, key, top, inv_temperature, BY_MASS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How many values lie above a key, or their sum of exp((z - top) / T); float64."""
+    offs = tl.arange(0, BLOCK)
+    # Threads wait for each other once, at the end.
+    amounts = tl.zeros((BLOCK,), ACC if BY_MASS else tl.int32)
+    for begin in range(0, num_values, BLOCK):
+        z = tl.load(values_ptr + begin + offs, mask=begin + offs < num_values, other=float("-inf"))
+        above = order_keys(z) > key
+        if BY_MASS:
+            masses = tl.exp((z.to(ACC) - top.to(ACC)) * inv_temperature.to(ACC))
+            amounts += tl.where(above, masses, 0.0)
+        else:
+            amounts += above.to(tl.int32)
+    return tl.sum(amounts.to(tl.float64))
+
+
+@triton.jit
+def lowest_key_under(
+    values_ptr,
+    num_values,
+    low,
+    high,
+    target,
+    top,
+    inv_temperature,
+    BY_MASS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The lowest key in [low, high] above which there is less than ``target``; ``high`` where there is none."""
+    while low < high:
+        middle = between(low, high)
+        enough = amount_above(values_ptr, num_values, middle, top, inv_temperature, BY_MASS, ACC, BLOCK) < target
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return low
+
+
+@triton.jit
+def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl.constexpr):
+    """The lowest key whose exp((z - top) / T) is at least ``min_p``, as float64 sees it."""
+    low = lowest - 1
+    high = highest
+    # A few keys around the estimate are enough, where it is right.
+    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of(lowest, X).to(ACC).to(tl.float64)), X)
+    below = tl.maximum(estimate - 4, low)
+    if not reaches(below, min_p, lowest, top, temperature, X):
+        low = below
+    above = tl.minimum(estimate + 4, high)
+    if reaches(above, min_p, lowest, top, temperature, X):
+        high = above
+    while high - low > 1:
+        middle = between(low, high)
+        if reaches(middle, min_p, lowest, top, temperature, X):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit
+def reaches(key, min_p, lowest, top, temperature, X: tl.constexpr):
+    """Whether a key is a logit's that min-p keeps."""
+    value = value_of(tl.maximum(key, lowest), X).to(tl.float64)
+    return (key >= lowest) & (tl.exp(score_of(value, top, temperature)) >= min_p)
+
+
+@triton.jit
+def sampled_key(
+    row_ptr,
+    vocab_size,
+    scratch_ptr,  # (BLOCK,)
+    highest,
+    allowed,
+    top,
+    inv_temperature,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A guess of the key below which a row of more than BLOCK ids has nearly the mass ``allowed``.
+
+    A sample of the row knows its tail well, because no part of that is large; of its head it knows nothing.
+    """
+    offs = tl.arange(0, BLOCK)
+    # Runs of 16 neighbours, so that a sector of memory is not read for the sake of one number.
+    ids = (offs // 16) * (vocab_size // (BLOCK // 16)) + offs % 16
+    z = tl.load(row_ptr + ids)
+    tl.store(scratch_ptr + offs, z)
+    tl.debug_barrier()
+    keys = order_keys(z)
+    high = tl.minimum(tl.max(keys), highest)
+    total = tl.sum(tl.exp((z.to(ACC) - top.to(ACC)) * inv_temperature.to(ACC))).to(tl.float64)
+    target = total - 0.7 * allowed * BLOCK / vocab_size
+    lowest = key_of(tl.full((), float("-inf"), tl.float32), z.dtype) + 1
+    return lowest_key_under(scratch_ptr, BLOCK, lowest, high, target, top, inv_temperature, True, ACC, BLOCK)
+
+
+@triton.jit
+def collect_candidates(
+    row_ptr,
+    vocab_size,
+    lanes_max_ptr,  # (LANES,)
+    least_key,
+    lanes_ptr,  # (LANES,) scratch
+    values_ptr,  # (capacity,)
+    candidates_ptr,  # (capacity,)
+    capacity,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes value and id of every logit with at least ``least_key``, by rising id; returns how many there are.
+
+    Only lanes whose largest logit is one of them are read again. Stops once there is no more room, where the result
+    exceeds ``capacity``.
+    """
+    tl.debug_barrier()  # what the scratch held was read by other threads
+    lanes = tl.arange(0, LANES)
+    live = order_keys(tl.load(lanes_max_ptr + lanes)) >= least_key
+    tl.store(lanes_ptr + tl.cumsum(live.to(tl.int32)) - 1, lanes, mask=live)
+    num_live = tl.sum(live.to(tl.int32))
+    tl.debug_barrier()
+    offs = tl.arange(0, BLOCK)
+    num_visited = tl.cdiv(vocab_size, LANES * GROUP) * num_live * GROUP
+    found = 0
+    begin = 0
+    while (begin < num_visited) & (found <= capacity):
+        place = (begin + offs) // GROUP
+        lane = tl.load(lanes_ptr + place % num_live)
+        ids = ((place // num_live) * LANES + lane) * GROUP + offs % GROUP
+        mask = (begin + offs < num_visited) & (ids < vocab_size)
+        z = tl.load(row_ptr + ids, mask=mask, other=float("-inf"))
+        kept = mask & (order_keys(z) >= least_key)
+        slots = found + tl.cumsum(kept.to(tl.int32)) - 1
+        tl.store(values_ptr + slots, z, mask=kept & (slots < capacity))
+        tl.store(candidates_ptr + slots, ids, mask=kept & (slots < capacity))
+        found += tl.sum(kept.to(tl.int32))
+        begin += BLOCK
+    tl.debug_barrier()
+    return found

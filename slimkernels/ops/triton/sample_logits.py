@@ -1,0 +1,384 @@
+"""The Triton kernels of ``sample_logits`` and ``sample_distinct``: a row is read once, then little of it again.
+
+``row_law_kernel`` sums the row and leaves the largest logit of each of some hundred lanes. These give a lower bound of
+what a truncation can keep, so that ``sample_logits_kernel`` seeks the threshold and runs the race among few candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._race import (
+    NO_ID,
+    clear_leaders,
+    finite_top,
+    is_ahead,
+    race_of_candidates,
+    race_of_row,
+    score_of,
+)
+from slimkernels.ops.triton._row_law import (
+    ENTROPY,
+    FIELDS_OF_ROW,
+    LOG_SUM,
+    LOG_TEMPERED,
+    TOP,
+    lanes_of,
+    logprob_of,
+    option_of,
+    row_law,
+)
+from slimkernels.ops.triton._truncation import key_of, truncate
+from slimkernels.ops.triton.launch import double, order_keys
+
+# Programs that a multiprocessor is given where each needs scratch, which serves it for all its rows.
+_PROGRAMS_OF_PROCESSOR = 4
+
+
+@triton.jit(do_not_specialize=["num_distinct", "seed", "position", "top_k"])
+def sample_logits_kernel(
+    logits_ptr,  # (N, V), rows `row_stride` apart
+    row_stride: tl.int64,
+    law_ptr,  # (N, FIELDS)
+    lanes_max_ptr,  # (N, LANES), or None where nothing is truncated
+    num_rows,
+    vocab_size,
+    num_distinct,
+    seed: tl.int64,
+    seeds_ptr,  # (N,) int64 or None, as the tensors below
+    position: tl.int64,
+    positions_ptr,
+    temperature: tl.float64,
+    temperatures_ptr,
+    top_k: tl.int64,
+    top_ks_ptr,
+    top_p: tl.float64,
+    top_ps_ptr,
+    min_p: tl.float64,
+    min_ps_ptr,
+    values_ptr,  # (programs, capacity) of the dtype of the logits: candidates; None where nothing is truncated
+    candidates_ptr,  # (programs, capacity) int32, their ids
+    lanes_ptr,  # (programs, LANES) int32
+    capacity,
+    scores_ptr,  # (programs, room) float64: leaders; None for a single draw
+    ids_ptr,  # (programs, room) int32
+    room,
+    token_ptr,  # (N, num_distinct) int64
+    logprob_ptr,  # (N, num_distinct)
+    truncated_logprob_ptr,  # (N, num_distinct)
+    entropy_ptr,  # (N,)
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """A program has every `num_programs`-th row, one after the other."""
+    program = tl.program_id(0).to(tl.int64)
+    if values_ptr is not None:
+        values_ptr += program * capacity
+        candidates_ptr += program * capacity
+        lanes_ptr += program * LANES
+    if scores_ptr is not None:
+        scores_ptr += program * room
+        ids_ptr += program * room
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.full((), 0, tl.int64) + row  # no 32-bit product below
+        sample_row(
+            logits_ptr + row * row_stride,
+            law_ptr + row * FIELDS_OF_ROW,
+            lanes_max_ptr,
+            row,
+            vocab_size,
+            num_distinct,
+            option_of(row, seed, seeds_ptr),
+            option_of(row, position, positions_ptr),
+            option_of(row, double(temperature), temperatures_ptr),
+            option_of(row, top_k, top_ks_ptr),
+            option_of(row, double(top_p), top_ps_ptr),
+            option_of(row, double(min_p), min_ps_ptr),
+            values_ptr,
+            candidates_ptr,
+            lanes_ptr,
+            capacity,
+            scores_ptr,
+            ids_ptr,
+            room,
+            token_ptr + row * num_distinct,
+            logprob_ptr + row * num_distinct,
+            truncated_logprob_ptr + row * num_distinct,
+            entropy_ptr + row,
+            ACC,
+            LANES,
+            GROUP,
+            BLOCK,
+            BLOCK_ROOM,
+        )
+
+
+@triton.jit
+def sample_row(
+    row_ptr,
+    law_ptr,
+    lanes_max_ptr,
+    row,
+    vocab_size,
+    num_distinct,
+    seed,
+    position,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    values_ptr,
+    candidates_ptr,
+    lanes_ptr,
+    capacity,
+    scores_ptr,
+    ids_ptr,
+    room,
+    token_ptr,
+    logprob_ptr,
+    truncated_logprob_ptr,
+    entropy_ptr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """Truncates one row, draws from it, and writes what was drawn."""
+    X: tl.constexpr = row_ptr.dtype.element_ty
+    given_top = tl.load(law_ptr + TOP)
+    log_kept = tl.load(law_ptr + LOG_TEMPERED)
+    sound = in_range(temperature, 1.7976931348623157e308) & in_range(top_p, 1.0) & in_range(min_p, 1.0) & (top_k >= 0)
+    exists = sound & (given_top == given_top)
+    greedy = temperature == 0  # the argmax, which leaves nothing for the other options to do
+    one_valued = greedy | (given_top == float("inf")) | ~exists
+    temperature = tl.where(one_valued, 1.0, temperature)
+    top = finite_top(given_top, ACC)
+    # All that is drawn from is as large as the largest, or -inf is all that is never drawn.
+    least_key = tl.where(one_valued, key_of(given_top, X), key_of(tl.full((), float("-inf"), tl.float32), X) + 1)
+    log_kept = tl.where(greedy, 0.0, log_kept)
+    found = -1  # candidates; -1: the row itself
+    if values_ptr is not None:  # noqa: SIM102 -- known when the kernel is compiled, unlike the next
+        if ~one_valued:
+            least_key, kept, found = truncate(
+                row_ptr,
+                vocab_size,
+                lanes_max_ptr + row * LANES,
+                top,
+                tl.exp(log_kept),
+                temperature,
+                tl.where(top_k >= vocab_size, 0, top_k),
+                top_p,
+                min_p,
+                values_ptr,
+                candidates_ptr,
+                lanes_ptr,
+                capacity,
+                ACC,
+                LANES,
+                GROUP,
+                BLOCK,
+            )
+            log_kept = tl.log(kept)
+
+    if scores_ptr is not None:
+        clear_leaders(scores_ptr, ids_ptr, room, BLOCK_ROOM)
+    leader = tl.full((), NO_ID, tl.int32)
+    if exists:
+        if greedy:
+            leader = first_reaching(row_ptr, vocab_size, least_key, BLOCK)
+            if scores_ptr is not None:
+                tl.store(scores_ptr, tl.full((), 0.0, tl.float64))
+                tl.store(ids_ptr, leader)
+        else:
+            among_candidates = False
+            if values_ptr is not None:
+                among_candidates = found >= 0
+                if among_candidates:
+                    _, leader = race_of_candidates(
+                        row_ptr,
+                        values_ptr,
+                        candidates_ptr,
+                        found,
+                        least_key,
+                        top,
+                        temperature,
+                        seed,
+                        position,
+                        scores_ptr,
+                        ids_ptr,
+                        room,
+                        ACC,
+                        BLOCK,
+                        BLOCK_ROOM,
+                    )
+            if not among_candidates:
+                _, leader = race_of_row(
+                    row_ptr,
+                    vocab_size,
+                    least_key,
+                    top,
+                    temperature,
+                    seed,
+                    position,
+                    tl.full((), 0, tl.int32),
+                    scores_ptr,
+                    ids_ptr,
+                    room,
+                    ACC,
+                    BLOCK,
+                    BLOCK_ROOM,
+                )
+
+    log_sum = tl.load(law_ptr + LOG_SUM)
+    absent = tl.where(exists, float("-inf"), float("nan"))
+    tl.store(entropy_ptr, tl.where(exists, tl.load(law_ptr + ENTROPY), float("nan")))
+    if scores_ptr is None:
+        z = tl.load(row_ptr + leader, mask=leader != NO_ID, other=0.0).to(tl.float64)
+        truncated_logprob = score_of(z, top, temperature) - log_kept
+        drawn = leader != NO_ID
+        tl.store(token_ptr, tl.where(drawn, leader, -1).to(tl.int64))
+        tl.store(logprob_ptr, tl.where(drawn, logprob_of(z, given_top, log_sum), absent))
+        tl.store(truncated_logprob_ptr, tl.where(drawn, truncated_logprob, absent))
+    else:
+        tl.debug_barrier()  # leaders were stored by other threads
+        offs = tl.arange(0, BLOCK_ROOM)
+        for begin in range(0, num_distinct, BLOCK_ROOM):
+            slots = begin + offs
+            scores = tl.load(scores_ptr + slots, mask=slots < room, other=float("-inf"))
+            ids = tl.load(ids_ptr + slots, mask=slots < room, other=NO_ID)
+            drawn = ids != NO_ID
+            # Vacant places come last and in any order.
+            rank = tl.where(drawn, 0, slots)
+            for other in range(0, room):
+                other_score = tl.load(scores_ptr + other)
+                other_id = tl.load(ids_ptr + other)
+                rank += (drawn & is_ahead(other_score, other_id, scores, ids)).to(tl.int32)
+            z = tl.load(row_ptr + ids, mask=drawn, other=0.0).to(tl.float64)
+            truncated_logprob = score_of(z, top, temperature) - log_kept
+            mask = slots < num_distinct
+            tl.store(token_ptr + rank, tl.where(drawn, ids, -1).to(tl.int64), mask=mask)
+            tl.store(logprob_ptr + rank, tl.where(drawn, logprob_of(z, given_top, log_sum), absent), mask=mask)
+            tl.store(truncated_logprob_ptr + rank, tl.where(drawn, truncated_logprob, absent), mask=mask)
+        tl.debug_barrier()  # before the next row's leaders
+
+
+@triton.jit
+def in_range(value, limit):
+    """False for a NaN."""
+    return (value >= 0) & (value <= limit)
+
+
+@triton.jit
+def first_reaching(row_ptr, vocab_size, least_key, BLOCK: tl.constexpr):
+    """The lowest id of the field."""
+    offs = tl.arange(0, BLOCK)
+    first = tl.full((BLOCK,), NO_ID, tl.int32)
+    for begin in range(0, vocab_size, BLOCK):
+        z = tl.load(row_ptr + begin + offs, mask=begin + offs < vocab_size, other=float("-inf"))
+        first = tl.minimum(first, tl.where(order_keys(z) >= least_key, begin + offs, NO_ID))
+    return tl.min(first)
+
+
+def sample_logits_rows(
+    logits: Tensor,
+    m: int,
+    seed: int,
+    seeds: Tensor | None,
+    position: int,
+    positions: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    top_k: int,
+    top_ks: Tensor | None,
+    top_p: float,
+    top_ps: Tensor | None,
+    min_p: float,
+    min_ps: Tensor | None,
+    token: Tensor,
+    logprob: Tensor,
+    truncated_logprob: Tensor,
+    entropy: Tensor,
+) -> int:
+    """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
+    num_rows, vocab_size = logits.shape
+    settings = launch.launch_settings("sample_logits", logits)
+    block = launch.block_of(settings, vocab_size)
+    lanes, group = lanes_of(logits)
+    room = min(m, vocab_size)
+    top_k_truncates = top_ks is not None or 0 < top_k < vocab_size
+    truncates = top_k_truncates or top_ps is not None or top_p < 1 or min_ps is not None or min_p > 0
+    truncates = truncates and not (temperatures is None and temperature == 0)
+    law, lanes_max = row_law(
+        logits,
+        temperature,
+        temperatures,
+        # At top-k the sum of what is kept takes the place of that over the row.
+        tempered=temperatures is not None
+        or (temperature not in (0, 1) and (top_ks is not None or not top_k_truncates)),
+        with_lanes=truncates,
+    )
+
+    num_programs = num_rows
+    if truncates or m > 1:
+        num_programs = min(num_rows, _PROGRAMS_OF_PROCESSOR * launch.num_processors(logits.device))
+
+    def scratch(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(num_programs, columns, dtype=dtype, device=logits.device)
+
+    values = candidates = live_lanes = scores = ids = None
+    capacity = 0 if vocab_size <= block else max(vocab_size // 8, lanes, block)
+    if truncates:
+        values, candidates = scratch(capacity, logits.dtype), scratch(capacity, torch.int32)
+        live_lanes = scratch(lanes, torch.int32)
+    if m > 1:
+        scores, ids = scratch(room, torch.float64), scratch(room, torch.int32)
+    launch.launch(
+        sample_logits_kernel,
+        num_programs,
+        settings,
+        logits,
+        logits,
+        logits.stride(0),
+        law,
+        lanes_max,
+        num_rows,
+        vocab_size,
+        m,
+        seed,
+        seeds,
+        position,
+        positions,
+        temperature,
+        temperatures,
+        top_k,
+        top_ks,
+        top_p,
+        top_ps,
+        min_p,
+        min_ps,
+        values,
+        candidates,
+        live_lanes,
+        capacity,
+        scores,
+        ids,
+        room,
+        token,
+        logprob,
+        truncated_logprob,
+        entropy,
+        ACC=launch.row_scalar_dtype(logits.dtype),
+        LANES=lanes,
+        GROUP=group,
+        BLOCK=block,
+        BLOCK_ROOM=min(block, triton.next_power_of_2(m)),
+    )
+    return 0

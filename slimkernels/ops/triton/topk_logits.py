@@ -1,0 +1,437 @@
+"""The Triton kernels of ``topk_logits``: a sample guesses a threshold, one pass collects, a bisection decides.
+
+A strided sample of a row gives a threshold that somewhat more than K entries reach. One pass over the row appends those
+candidates to a scratch in the order of their ids and sums the exponentials of all others, which the threshold bounds.
+The exact K-th largest is bisected among the candidates, and they are compacted to the outputs. A sample that misleads
+(fewer than K candidates, or more than the scratch holds) makes the row itself the source of what follows, and so does a
+row that is short or of which much is kept: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slimkernels.ops.triton import launch
+from slimkernels.ops.triton.launch import double, order_keys
+
+# Adjacent entries read for one address of the sample: a sector of memory in 16 bits.
+_RUN = tl.constexpr(16)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def topk_logits_kernel(
+    logits_ptr,  # (N, V), rows row_stride apart
+    target_ptr,  # (N,) or None
+    values_ptr,  # (N, K)
+    ids_ptr,  # (N, K)
+    lse_ptr,  # (N, M)
+    target_logit_ptr,  # (N,) or None
+    scratch_values_ptr,  # (programs, capacity) or None
+    scratch_ids_ptr,  # (programs, capacity) or None
+    num_rows,
+    num_programs,
+    row_stride,
+    vocab_size,
+    top_k,
+    num_temperatures,
+    inv_temperature: tl.float64,
+    inv_second: tl.float64,
+    sample_rank,
+    sample_most,
+    capacity,
+    SAMPLE: tl.constexpr,  # entries of a row that are sampled; 0 for none
+    TWO: tl.constexpr,  # temperatures
+    ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Each program takes every num_programs-th row, so that its scratch stays in the caches."""
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    lowest = order_keys(tl.full((), float("-inf"), dtype))
+    for row in range(tl.program_id(0), num_rows, num_programs):
+        far_row = tl.zeros((), tl.int64) + row
+        row_ptr = logits_ptr + far_row * row_stride
+        _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, ACC)
+
+        # What the rest is selected from: (length,) entries, none of which is below the key low.
+        x_ptr = row_ptr
+        length = vocab_size + tl.zeros((), tl.int32)
+        readable = length
+        low = lowest
+        if SAMPLE > 0:
+            found_ptr = scratch_values_ptr + tl.program_id(0).to(tl.int64) * capacity
+            found_ids_ptr = scratch_ids_ptr + tl.program_id(0).to(tl.int64) * capacity
+            guess = _guess_key(row_ptr, vocab_size, found_ptr, lowest, sample_rank, sample_most, SAMPLE, ACC, BLOCK_V)
+            threshold = _wide(_value_of_key(guess, dtype), ACC)
+            found, below, below_second = _collect(
+                row_ptr,
+                vocab_size,
+                threshold,
+                found_ptr,
+                found_ids_ptr,
+                capacity,
+                inv_temperature,
+                inv_second,
+                TWO,
+                ACC,
+                BLOCK_V,
+            )
+            tl.debug_barrier()  # threads read what others appended
+            sufficient = (found >= top_k) & (found <= capacity)
+            x_ptr = tl.where(sufficient, found_ptr, row_ptr)
+            length = tl.where(sufficient, found, length)
+            readable = tl.where(sufficient, (found + 15) // 16 * 16, readable)
+            low = tl.where(sufficient, guess, low)
+            readable_ids = tl.where(sufficient, readable, 0)
+
+        high = _largest_key(x_ptr, length, readable, lowest, BLOCK_V)
+        level = _wide(_value_of_key(high, dtype), ACC)
+        total = _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC, BLOCK_V)
+        if SAMPLE > 0:
+            total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
+        tl.store(lse_ptr + far_row * num_temperatures, _log_sum_exp(level, total, inv_temperature))
+        if TWO:
+            total = _sum_exp(x_ptr, length, readable, level, inv_second, ACC, BLOCK_V)
+            if SAMPLE > 0:
+                total += tl.where(sufficient, below_second * _exp(threshold - level, inv_second, ACC), 0.0)
+            tl.store(lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
+
+        kth, reaching, above = _select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
+        # Where the bisection stopped at exactly K, all that equal the key are among them.
+        ties = tl.where(reaching == top_k, top_k, top_k - above)
+        kept = 0
+        offs_v = tl.arange(0, BLOCK_V)
+        for begin in range(0, length, BLOCK_V):
+            i = begin + offs_v
+            mask = i < length
+            x = _load(x_ptr, i, length, readable)
+            ids = i
+            if SAMPLE > 0:
+                candidate_ids = tl.load(found_ids_ptr + i, mask=i < readable_ids, other=0)
+                ids = tl.where(sufficient, candidate_ids, i)
+            keys = order_keys(x)
+            larger = mask & (keys > kth)
+            tied = mask & (keys == kth)
+            # Both are counted by one scan, the ties in the upper half: a block has at most 2**14 entries.
+            counts = larger.to(tl.int32) + (tied.to(tl.int32) << 16)
+            ahead = tl.cumsum(counts) - counts
+            taken = larger | (tied & ((ahead >> 16) < ties))
+            k = kept + (ahead & 0xFFFF) + tl.minimum(ahead >> 16, ties)
+            tl.store(values_ptr + far_row * top_k + k, x, mask=taken)
+            tl.store(ids_ptr + far_row * top_k + k, ids, mask=taken)
+            counted = tl.sum(counts)
+            kept += (counted & 0xFFFF) + tl.minimum(counted >> 16, ties)
+            ties -= tl.minimum(counted >> 16, ties)
+        tl.debug_barrier()  # the next row overwrites the scratch
+
+
+@triton.jit
+def topk_logits_lse_kernel(
+    logits_ptr,  # (N, V), rows row_stride apart
+    lse_ptr,  # (N, M)
+    row_stride,
+    vocab_size,
+    num_temperatures,
+    column,
+    inv_temperature: tl.float64,
+    ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program per row: the log-sum-exp at one more temperature."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    high = _largest_key(row_ptr, vocab_size, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
+    level = _wide(_value_of_key(high, dtype), ACC)
+    total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
+    tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
+
+
+@triton.jit
+def _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, ACC: tl.constexpr):
+    if target_ptr is not None:
+        target = tl.load(target_ptr + row)
+        inside = (target >= 0) & (target < vocab_size)
+        x = _wide(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
+        tl.store(target_logit_ptr + row, tl.where(inside, x, float("nan")))
+
+
+@triton.jit
+def _guess_key(
+    row_ptr,
+    vocab_size,
+    scratch_ptr,  # (SAMPLE,) at least
+    lowest,
+    rank,
+    most,
+    SAMPLE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A key that ``rank`` to about ``most`` of the sampled entries reach: runs at equal distances."""
+    stride = vocab_size // (SAMPLE // _RUN)
+    offs_v = tl.arange(0, BLOCK_V)
+    for begin in range(0, SAMPLE, BLOCK_V):
+        i = begin + offs_v
+        x = tl.load(row_ptr + (i // _RUN) * stride + i % _RUN, mask=i < SAMPLE, other=0.0)
+        tl.store(scratch_ptr + i, x, mask=i < SAMPLE)
+    tl.debug_barrier()  # threads read what others sampled
+    high = _largest_key(scratch_ptr, SAMPLE, SAMPLE, lowest, BLOCK_V)
+    key, _, _ = _select_key(scratch_ptr, SAMPLE, SAMPLE, lowest, high, rank, most, ACC, BLOCK_V)
+    tl.debug_barrier()  # the scratch is overwritten
+    return key
+
+
+@triton.jit
+def _collect(
+    row_ptr,
+    vocab_size,
+    threshold,
+    found_ptr,  # (capacity,)
+    found_ids_ptr,  # (capacity,)
+    capacity,
+    inv_temperature,
+    inv_second,
+    TWO: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Appends what reaches the threshold, in the order of ids, as far as there is room; sums exp of the rest to it.
+
+    Returns how many reach it, and the sums of exp((x - threshold) / T).
+    """
+    offs_v = tl.arange(0, BLOCK_V)
+    found = 0
+    sums = tl.zeros((BLOCK_V,), ACC)
+    second_sums = tl.zeros((BLOCK_V,), ACC)
+    for begin in range(0, vocab_size, BLOCK_V):
+        v = begin + offs_v
+        x = tl.load(row_ptr + v, mask=v < vocab_size, other=float("-inf"))
+        wide = _wide(x, ACC)
+        reaches = (v < vocab_size) & _reaches(wide, threshold)
+        counts = reaches.to(tl.int32)
+        place = found + tl.cumsum(counts) - counts
+        fits = reaches & (place < capacity)
+        tl.store(found_ptr + place, x, mask=fits)
+        tl.store(found_ids_ptr + place, v, mask=fits)
+        found += tl.sum(counts)
+        sums += tl.where(reaches, 0.0, _exp(wide - threshold, inv_temperature, ACC))
+        if TWO:
+            second_sums += tl.where(reaches, 0.0, _exp(wide - threshold, inv_second, ACC))
+    return found, tl.sum(sums.to(tl.float64)), tl.sum(second_sums.to(tl.float64))
+
+
+@triton.jit
+def _select_key(x_ptr, length, readable, low, high, rank, most, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Bisects [low, high] for the key of the rank-th largest, or one that at most ``most`` >= rank entries reach.
+
+    Stopping there saves half of the steps where the values differ. Returns the key, how many entries reach it, and, if
+    those are more than ``most``, how many are above it.
+    """
+    reaching = length + tl.zeros((), tl.int32)
+    above = tl.zeros((), tl.int32)
+    while (low < high) & (reaching > most):
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
+        count = _count_reaching(x_ptr, length, readable, middle, ACC, BLOCK_V)
+        enough = count >= rank
+        low = tl.where(enough, middle, low)
+        reaching = tl.where(enough, count, reaching)
+        high = tl.where(enough, high, middle - 1)
+        above = tl.where(enough, above, count)
+    return low, reaching, above
+
+
+@triton.jit
+def _count_reaching(x_ptr, length, readable, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+    offs_v = tl.arange(0, BLOCK_V)
+    threshold = _wide(_value_of_key(key, x_ptr.dtype.element_ty), ACC)
+    counts = tl.zeros((BLOCK_V,), tl.int32)
+    for begin in range(0, length, BLOCK_V):
+        i = begin + offs_v
+        x = _wide(_load(x_ptr, i, length, readable), ACC)
+        counts += (_reaches(x, threshold) & (i < length)).to(tl.int32)
+    return tl.sum(counts)
+
+
+@triton.jit
+def _largest_key(x_ptr, length, readable, lowest, BLOCK_V: tl.constexpr):
+    offs_v = tl.arange(0, BLOCK_V)
+    largest = tl.zeros((BLOCK_V,), lowest.dtype) + lowest
+    for begin in range(0, length, BLOCK_V):
+        i = begin + offs_v
+        largest = tl.maximum(largest, order_keys(_load(x_ptr, i, length, readable)))
+    return tl.max(largest)
+
+
+@triton.jit
+def _load(x_ptr, i, length, readable):
+    """Entries of which there are ``length``, -inf for others; memory is read up to ``readable``.
+
+    Vectors are loaded only where the end of what may be read is known to be a multiple of them.
+    """
+    x = tl.load(x_ptr + i, mask=i < readable, other=float("-inf"))
+    return tl.where(i < length, x, float("-inf"))
+
+
+@triton.jit
+def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The sum of exp((x - level) / T), float64, of a level that no x exceeds."""
+    offs_v = tl.arange(0, BLOCK_V)
+    sums = tl.zeros((BLOCK_V,), ACC)
+    for begin in range(0, length, BLOCK_V):
+        i = begin + offs_v
+        x = _wide(_load(x_ptr, i, length, readable), ACC)
+        sums += _exp(x - level, inv_temperature, ACC)
+    return tl.sum(sums.to(tl.float64))
+
+
+@triton.jit
+def _log_sum_exp(level, total, inv_temperature):
+    """Of a row whose largest entry is ``level``: that entry itself where it is no number."""
+    wide = level.to(tl.float64)
+    finite = tl.abs(wide) < float("inf")
+    return tl.where(finite, wide * double(inv_temperature) + tl.log(tl.where(finite, total, 1.0)), wide)
+
+
+@triton.jit
+def _exp(x, inv_temperature, ACC: tl.constexpr):
+    """exp(x / T) by one multiplication."""
+    return tl.exp2(x * (double(inv_temperature) * _LOG2E).to(ACC))
+
+
+@triton.jit
+def _reaches(x, threshold):
+    """Whether x >= threshold in the order of keys: a NaN reaches everything, and only a NaN reaches a NaN."""
+    return (x >= threshold) | (x != x)
+
+
+@triton.jit
+def _wide(x, ACC: tl.constexpr):
+    """x.to(ACC), exactly: the interpreter of Triton 3.9 loses denormals of bfloat16."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        wide = bits.to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(ACC)
+    return wide
+
+
+@triton.jit
+def _value_of_key(key, dtype: tl.constexpr):
+    """The inverse of ``order_keys``; a NaN for keys above that of +inf."""
+    if dtype.primitive_bitwidth == 64:
+        bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
+    elif dtype.primitive_bitwidth == 32:
+        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    else:
+        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
+    return bits.to(dtype, bitcast=True)
+
+
+class Sampling(NamedTuple):
+    """How a row is sampled: the size, the ranks between which the threshold lies in it, and room for candidates."""
+
+    size: int
+    rank: int
+    most: int
+    capacity: int
+
+
+def sampling(vocab_size: int, top_k: int) -> Sampling | None:
+    """How rows are sampled; None where they are short, or so much is kept that collecting would save nothing.
+
+    Of randomly ordered entries the sample's rank-th largest is below the row's K-th but for four standard deviations,
+    and so is the room.
+    """
+    size = min(max(triton.next_power_of_2(vocab_size // 32), 256), 4096)
+    share = top_k / vocab_size
+    rank = int(size * share + 4 * math.sqrt(size * share * (1 - share)) + 2)
+    most = rank + rank // 8
+    needed = math.ceil((most + 4 * math.sqrt(most) + 4) * vocab_size / size)
+    capacity = (max(needed, size) + 63) // 64 * 64
+    return Sampling(size, rank, most, capacity) if vocab_size >= 4 * size and 2 * capacity <= vocab_size else None
+
+
+def topk_logits_rows(
+    logits: Tensor,
+    top_k: int,
+    target: Tensor | None,
+    temperatures: list[float],
+    values: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    target_logit: Tensor | None,
+) -> int:
+    """Launches the kernels; always 0, because the host does not wait to learn what is wrong with a row."""
+    num_rows, vocab_size = logits.shape
+    settings = launch.launch_settings("topk_logits", logits)
+    constants = {
+        "ACC": launch.row_scalar_dtype(logits.dtype),
+        "BLOCK_V": launch.block_of(settings, vocab_size),
+    }
+    num_programs = min(num_rows, _resident_programs(logits.device, settings.num_warps))
+    sample = sampling(vocab_size, top_k)
+    scratch_values, scratch_ids = None, None
+    if sample is not None:
+        scratch_values = logits.new_empty(num_programs, sample.capacity)
+        scratch_ids = logits.new_empty(num_programs, sample.capacity, dtype=torch.int32)
+    else:
+        sample = Sampling(0, 0, 0, 0)
+    inverses = [1 / temperature for temperature in temperatures]
+    launch.launch(
+        topk_logits_kernel,
+        num_programs,
+        settings,
+        logits,
+        logits,
+        target,
+        values,
+        ids,
+        lse,
+        target_logit,
+        scratch_values,
+        scratch_ids,
+        num_rows,
+        num_programs,
+        logits.stride(0),
+        vocab_size,
+        top_k,
+        len(temperatures),
+        inverses[0],
+        inverses[1] if len(inverses) > 1 else 1.0,
+        sample.rank,
+        sample.most,
+        sample.capacity,
+        SAMPLE=sample.size,
+        TWO=len(inverses) > 1,
+        **constants,
+    )
+    for column in range(2, len(inverses)):
+        launch.launch(
+            topk_logits_lse_kernel,
+            num_rows,
+            settings,
+            logits,
+            logits,
+            lse,
+            logits.stride(0),
+            vocab_size,
+            len(temperatures),
+            column,
+            inverses[column],
+            **constants,
+        )
+    return 0
+
+
+def _resident_programs(device: torch.device, num_warps: int) -> int:
+    """Programs that the device runs at a time at 64 registers a thread; each loops over rows."""
+    if device.type != "cuda":
+        return 2  # the interpreter: enough that programs take several rows
+    return torch.cuda.get_device_properties(device).multi_processor_count * max(32 // num_warps, 1)

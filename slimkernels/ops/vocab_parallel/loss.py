@@ -1,0 +1,188 @@
+"""``slim_loss`` and ``linear_slim_loss`` where every rank holds a slice of the vocabulary.
+
+A row's gradient is a scalar of the row times softmax, plus a constant, plus corrections at the kept ids and the label,
+whatever the divergence. So ranks need to tell each other a few numbers of each row only: one all-gather of 10, of what
+a slice sums to, and one all-reduce of 2, of the divergence's terms over the kept ids, which need the former.
+
+As in Megatron-LM (arXiv 1909.08053), where two all-reduces serve the cross entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._slim_options import SlimLoss, SlimOptions, pack_result, scale_in_forward
+from slimkernels.ops._weight_gradient import WeightGradient
+from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.vocab_parallel.rows import VocabRows
+from slimkernels.ops.vocab_parallel.slice import VocabSlice
+
+
+# As torch.compiler.disable, which imports the compiler at once.
+@_disable_dynamo
+def vocab_parallel_loss(
+    source: LogitsSource,
+    target: Tensor,
+    row_scale: Tensor | None,
+    options: SlimOptions,
+    vocab: VocabSlice,
+    leading_shape: torch.Size,
+) -> SlimLoss:
+    """The loss of the rows of ``source``, whose logits are this rank's slice; equal on all ranks."""
+    rows = VocabRows(source.dtype, target, options, vocab)
+    scale = scale_in_forward(row_scale, source.dtype)
+    loss, stats = _VocabParallelLoss.apply(source, rows, scale, torch.is_grad_enabled(), *source.inputs)
+    return pack_result(loss, stats, row_scale, leading_shape)
+
+
+class LogitsSource(Protocol):
+    """Where the logits (N, V_local) come from, a chunk of rows at a time, and the gradients go."""
+
+    dtype: torch.dtype
+
+    @property
+    def inputs(self) -> Sequence[Tensor | None]:
+        """What the logits are made of."""
+        ...
+
+    @property
+    def partial(self) -> Sequence[bool]:
+        """Of which inputs the gradient is a sum over the ranks."""
+        ...
+
+    def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yields rows and their logits, which the next chunk may overwrite. ``again``: a second walk will follow."""
+        ...
+
+    def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Of the ``inputs`` that need one. A gradient that other ranks hold parts of is this rank's part."""
+        ...
+
+
+class GivenLogits:
+    """Logits that exist already. ``over_logits``: their gradient takes their place."""
+
+    partial = (False,)
+
+    def __init__(self, logits: Tensor, over_logits: bool = False) -> None:
+        self.inputs = (logits,)
+        self.dtype = logits.dtype
+        self._over_logits = over_logits
+        self._chunk_rows = resolve_chunk_rows(0, logits, logits.shape[1])
+
+    def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yields views of the logits."""
+        logits = self.inputs[0].detach()
+        for begin in range(0, logits.shape[0], self._chunk_rows):
+            rows = slice(begin, min(begin + self._chunk_rows, logits.shape[0]))
+            yield rows, logits[rows]
+
+    def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Of the slice's logits."""
+        logits = self.inputs[0].detach()
+        dlogits = logits if self._over_logits else logits.new_empty(logits.shape)
+        for chunk, chunk_logits in self.chunks(again=False):
+            rows.write_gradient(chunk, chunk_logits, dlogits[chunk], row_scale[chunk])
+        if self._over_logits:
+            # So that autograd notices where somebody else needs the logits.
+            torch.autograd.graph.increment_version(logits)
+        return [dlogits]
+
+
+class HeadLogits:
+    """The logits of a slice of the lm_head: made once to be read, and once more where there is more than one chunk."""
+
+    partial = (True, False, False)
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int) -> None:
+        self.inputs = (hidden, weight, bias)
+        self.dtype = hidden.dtype
+        self._chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
+        self._only_chunk: Tensor | None = None
+
+    def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yields what one buffer holds; the only chunk there is stays in it for the second walk."""
+        hidden, weight, bias = self._detached()
+        if self._only_chunk is not None:
+            yield slice(0, hidden.shape[0]), self._only_chunk
+            self._only_chunk = None
+            return
+        for rows, logits in row_chunks(hidden, weight, bias, self._chunk_rows):
+            if again and hidden.shape[0] <= self._chunk_rows:
+                self._only_chunk = logits
+            yield rows, logits
+
+    def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Of hidden (this slice's part), weight and bias; the gradient by a chunk's logits takes their place."""
+        hidden, weight, _ = self._detached()
+        dhidden, dweight, dbias = (
+            torch.empty_like(t) if t is not None and needed else None
+            for t, needed in zip(self.inputs, needs, strict=True)
+        )
+        weight_gradient = None if dweight is None else WeightGradient(dweight, hidden, self._chunk_rows)
+        dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=row_scale.dtype)
+        for chunk, logits in self.chunks(again=False):
+            rows.write_gradient(chunk, logits, logits, row_scale[chunk])
+            if dhidden is not None:
+                torch.mm(logits, weight, out=dhidden[chunk])
+            if weight_gradient is not None:
+                weight_gradient.add(chunk, logits)
+            if dbias_sum is not None:
+                dbias_sum += logits.sum(0, dtype=dbias_sum.dtype)
+        if weight_gradient is not None:
+            weight_gradient.finish()
+        if dbias is not None and dbias_sum is not None:
+            dbias.copy_(dbias_sum)
+        return [dhidden, dweight, dbias]
+
+    def _detached(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden, weight, bias = self.inputs
+        return hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+
+
+class _VocabParallelLoss(torch.autograd.Function):
+    """Reads every row, settles its numbers with the other ranks, and makes the gradient, now or in ``backward``."""
+
+    @staticmethod
+    def forward(ctx, source, rows: VocabRows, scale: Tensor | None, grad_enabled: bool, *inputs: Tensor | None):
+        needs = [grad_enabled and t is not None and t.requires_grad for t in inputs]
+        makes_gradient = scale is not None and any(needs)
+        for chunk, logits in source.chunks(again=makes_gradient):
+            rows.read(chunk, logits)
+        loss, stats = rows.settle()
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.needs, ctx.reduced, ctx.group, ctx.partial = needs, scale is not None, rows.vocab.group, source.partial
+        if scale is not None:
+            gradients = source.gradients(rows, scale, needs) if makes_gradient else [None] * len(inputs)
+            ctx.save_for_backward(*gradients)
+            return (loss * scale).sum(), stats
+        ctx.source, ctx.rows = source, rows
+        ctx.save_for_backward(*inputs)
+        return loss, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor | None, _grad_stats):
+        absent = (None,) * 4
+        if grad_loss is None:
+            return *absent, *(None for _ in ctx.needs)
+        saved = ctx.saved_tensors  # which raises where an input was modified since
+        if ctx.reduced:
+            scaled = iter(scale_gradients(ctx, [g for g in saved if g is not None], grad_loss))
+            gradients = [next(scaled) if needed else None for needed in ctx.needs]
+        else:
+            gradients = ctx.source.gradients(ctx.rows, grad_loss.contiguous(), ctx.needs)
+        for i, (gradient, partial) in enumerate(zip(gradients, ctx.partial, strict=True)):
+            if partial and gradient is not None:
+                # On a CPU a second backward pass may want this rank's part again.
+                gradients[i] = gradient.clone() if gradient.device.type == "cpu" else gradient
+                dist.all_reduce(gradients[i], group=ctx.group)
+        return *absent, *gradients

@@ -1,0 +1,171 @@
+"""A server's answer as a document of a store: its tokens, and rows whose kept and other mass is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from slimkernels.served_rows.api import Answer, Position, Request, ServerApi
+from slimkernels.served_rows.tokens import ServerToken, TokenMap
+from slimkernels.serving.client import ServerRequestError
+from slimkernels.sparse_logits import SparseLogits
+
+# Servers write -9999 or the lowest float for what they do not know; no float32 softmax goes so low.
+_LEAST_LOGPROB = -1000.0
+# What the store, too, allows for rounding.
+_MAX_MASS = 1.0 + 1e-3
+# Before so many entries a few special tokens would look like a wrong tokenizer.
+_JUDGED_ENTRIES = 500
+
+
+class UnmappedTokensError(ValueError):
+    """Too many of the server's tokens are not the tokenizer's."""
+
+
+class ServedDocument(NamedTuple):
+    """What ``StoreWriter.add`` takes."""
+
+    input_ids: list[int]
+    positions: list[int]
+    teacher: SparseLogits
+
+
+class AnswerReader:
+    """Makes documents of answers, and counts what it cannot map.
+
+    Args:
+        server: Which was asked.
+        tokens: Maps its tokens to ids.
+        max_unmapped_fraction: As in ``capture_server``.
+    """
+
+    def __init__(self, server: ServerApi, tokens: TokenMap, max_unmapped_fraction: float) -> None:
+        self._url, self._model, self._top_logprobs = server.client.url, server.model, server.top_logprobs
+        self._max_unmapped_fraction = max_unmapped_fraction
+        self.tokens = tokens
+
+    def scored(self, request: Request, answer: Answer) -> ServedDocument:
+        """The document that was asked about, with a row for every token but the first.
+
+        Raises:
+            ServerRequestError: The server read other tokens, or gave what are no log-probabilities.
+        """
+        self._check_prompt(request, answer)
+        ids = request.prompt_ids
+        for place, position in enumerate(answer.positions, 1):
+            if not self.tokens.may_be(position.chosen, ids[place]):
+                raise ServerRequestError(
+                    f"{self._url} scored {position.chosen.text!r} where the document has token {ids[place]} at "
+                    f"{place}: it did not read the tokens that it was sent, or put others in front"
+                )
+        return ServedDocument(ids, *self._rows(range(1, len(ids)), answer.positions))
+
+    def generated(self, request: Request, answer: Answer) -> ServedDocument | None:
+        """The prompt and its continuation, with rows for that; None where the id of one of its tokens is not known.
+
+        Raises:
+            ServerRequestError: As ``scored``.
+        """
+        self._check_prompt(request, answer)
+        reported = [position.chosen for position in answer.positions]
+        generated, places = list(answer.token_ids or ()), []
+        if answer.token_ids is not None:
+            places = list(self.tokens.split(generated, reported))
+            # llama.cpp reports no token of a character that the end cut off.
+            generated = generated[: places[-1] + 1] if places else []
+            is_known = len(places) == len(reported)
+        else:
+            for token in reported:
+                pieces = self.tokens.pieces_of(token)
+                if pieces is None:
+                    return self._dropped(answer, token)
+                generated += pieces
+                places.append(len(generated) - 1)
+            is_whole = answer.generated_tokens in (None, len(generated))
+            is_known = is_whole and _agree(self.tokens.text_of(generated), answer.text)
+        ids = request.prompt_ids + generated
+        if not is_known or max(ids) >= self.tokens.vocab_size:
+            return self._dropped(answer, ServerToken(answer.text[:40], 0.0))
+        return ServedDocument(ids, *self._rows([len(request.prompt_ids) + place for place in places], answer.positions))
+
+    def check_unmapped(self, *, is_last: bool = False) -> None:
+        """Checks the share of entries without an id, once there are enough of them, or at the end.
+
+        Raises:
+            UnmappedTokensError: It is above ``max_unmapped_fraction``.
+        """
+        seen, unmapped = self.tokens.seen, self.tokens.unmapped
+        if (seen >= _JUDGED_ENTRIES or is_last) and unmapped > self._max_unmapped_fraction * seen:
+            raise UnmappedTokensError(
+                f"{unmapped} of the {seen} entries of {self._url} are no token of the tokenizer, more than "
+                f"max_unmapped_fraction={self._max_unmapped_fraction:g} allows, among them "
+                f"{', '.join(self.tokens.examples)}: give the tokenizer of the model {self._model!r}, or a "
+                "server that names tokens by id or bytes"
+            )
+
+    def _dropped(self, answer: Answer, token: ServerToken) -> None:
+        lost = sum(1 + len(position.top) for position in answer.positions)
+        self.tokens.seen += lost
+        self.tokens.count_unmapped(token, lost)
+
+    def _rows(self, places: Iterable[int], positions: list[Position]) -> tuple[list[int], SparseLogits]:
+        """The rows of the positions with at least one entry, and where in the document they are."""
+        top_logprobs = self._top_logprobs
+        kept_places, rows, target_logits = [], [], []
+        for place, position in zip(places, positions, strict=True):
+            row = self._row(position)
+            if row:
+                kept_places.append(place)
+                rows.append(row)
+                known = position.chosen.logprob > _LEAST_LOGPROB
+                target_logits.append(position.chosen.logprob if known else math.nan)
+        ids = torch.full((len(rows), top_logprobs), -1, dtype=torch.int32)
+        logprobs = torch.zeros((len(rows), top_logprobs))
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor([token for token, _ in row], dtype=torch.int32)
+            logprobs[number, : len(row)] = torch.tensor([logprob for _, logprob in row])
+        lse = torch.zeros((len(rows), 1))
+        return kept_places, SparseLogits(ids, logprobs, lse, target_logit=torch.tensor(target_logits))
+
+    def _row(self, position: Position) -> list[tuple[int, float]]:
+        """(id, logprob), ascending in ids: the most probable ``top_logprobs`` of the entries that have an id."""
+        kept: dict[int, float] = {}
+        for token in position.top:
+            if not token.logprob > _LEAST_LOGPROB:
+                continue
+            found = self.tokens.id_of(token)
+            if found is None:
+                continue
+            # Two tokens that the server names alike: the more probable one is the tokenizer's.
+            if found in kept:
+                self.tokens.count_unmapped(token)
+            kept[found] = max(token.logprob, kept.get(found, -math.inf))
+        mass = math.fsum(map(math.exp, kept.values())) if max(kept.values(), default=0.0) < 1.0 else math.inf
+        if mass > _MAX_MASS:
+            raise ServerRequestError(
+                f"{self._url} gave entries with a probability of {mass:.4g} together, at most 1 is "
+                "possible: it must report log-probabilities (vLLM: --logprobs-mode raw_logprobs), not logits"
+            )
+        # A server adds the token that is there when it is not among the most probable ones.
+        return sorted(sorted(kept.items(), key=lambda entry: -entry[1])[: self._top_logprobs])
+
+    def _check_prompt(self, request: Request, answer: Answer) -> None:
+        ids, length = answer.prompt_ids, answer.prompt_tokens
+        asked = len(request.prompt_ids)
+        if (ids is None or ids == request.prompt_ids) and length in (None, asked):
+            return
+        read = f"{length} tokens" if ids is None else f"the tokens {ids}"
+        sent = f"{asked} tokens" if ids is None else f"{request.prompt_ids}"
+        raise ServerRequestError(
+            f"{self._url} read {read[:200]} where the tokenizer makes {sent[:200]}: the server adds special tokens, or "
+            "has another chat template or another tokenizer; give its own tokenizer, or use api='completions'"
+        )
+
+
+def _agree(data: bytes, text: str) -> bool:
+    """Whether a document's bytes end in the text that the server shows, reasoning and broken characters aside."""
+    shown, spelled = (whole.replace("\ufffd", "").strip() for whole in (text, data.decode(errors="replace")))
+    return spelled.endswith(shown)

@@ -1,0 +1,1 @@
+"""The HTTP side of a served model: clients, and which kind of server is answering."""

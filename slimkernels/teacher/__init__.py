@@ -1,0 +1,49 @@
+"""The teacher's side: load it, let it write its own text or read yours, and capture its logits into a store.
+
+Each step is a module of its own; this one names what is public.
+"""
+
+from slimkernels.models.fingerprints import tokenizer_fingerprint
+from slimkernels.models.load import (
+    EMBEDDED_TEACHERS,
+    TeacherNotFoundError,
+    load_model,
+    load_teacher,
+    load_tokenizer,
+)
+from slimkernels.models.sanity import TeacherSanityError, check_teacher_sanity
+from slimkernels.served_rows.rows import UnmappedTokensError
+from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
+from slimkernels.teacher.capture import CaptureReport, capture
+from slimkernels.teacher.corpus import check_corpus_file, read_documents, read_prompts, shipped_prompts
+from slimkernels.teacher.generation import GeneratedCorpus, generate_documents
+from slimkernels.teacher.logits import capture_logits
+from slimkernels.teacher.ranks import Ranks
+from slimkernels.teacher.server import ServerCost, ServerReport, capture_server
+
+__all__ = [
+    "EMBEDDED_TEACHERS",
+    "CaptureReport",
+    "GeneratedCorpus",
+    "Ranks",
+    "ServerCost",
+    "ServerReport",
+    "ServerRequestError",
+    "ServerUnavailableError",
+    "TeacherNotFoundError",
+    "TeacherSanityError",
+    "UnmappedTokensError",
+    "capture",
+    "capture_logits",
+    "capture_server",
+    "check_corpus_file",
+    "check_teacher_sanity",
+    "generate_documents",
+    "load_model",
+    "load_teacher",
+    "load_tokenizer",
+    "read_documents",
+    "read_prompts",
+    "shipped_prompts",
+    "tokenizer_fingerprint",
+]

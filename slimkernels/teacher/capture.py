@@ -1,0 +1,325 @@
+"""``capture``: what the teacher says about every token of every document, straight from hidden states to a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint, whole_tensor
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import RankWriter
+from slimkernels.teacher.ranks import TeacherProcesses
+from slimkernels.teacher.selection import default_codec, resolve_selection
+
+# A batch ends before a document that is this much longer than its shortest one: bounds the padding.
+_MAX_LENGTH_RATIO = 1.25
+_CHECKED_TOKENS = 16
+
+
+class CaptureReport(NamedTuple):
+    """What one call of ``capture`` did.
+
+    Attributes:
+        documents: Documents added to the store.
+        tokens: Tokens in them.
+        skipped: Documents passed over: in the store already, or without a label (fewer than 2 tokens; counted by
+            rank 0).
+    """
+
+    documents: int
+    tokens: int
+    skipped: int
+
+
+def capture(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Sequence[int]],
+    store_path: str | os.PathLike[str],
+    *,
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    top_p: float | None = None,
+    select: str = "top_k",
+    rounds: int | None = None,
+    seed: int = 0,
+    temperatures: Sequence[float] = (1.0,),
+    codec: str | None = None,
+    batch_tokens: int = 4096,
+    window: int = 512,
+    shard_rows: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+    num_parts: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CaptureReport:
+    """Adds every document to a store, with the teacher's kept logits of every token but the first.
+
+    Equivalent to, for each document::
+
+        logits = model(ids[None]).logits[0, :-1]
+        writer.add(ids, torch.arange(1, len(ids)), topk_logits(logits, top_k, top_fraction, target=ids[1:]))
+
+    but the (N, V) logits of a batch never exist, with draws those of a few hundred rows: O(batch_tokens * K) memory
+    beside the model's.
+
+    Documents are sorted by length within windows of consecutive ones and run in right-padded batches. Windows and
+    batches depend on the documents alone, so a call that was killed is continued by the same call and gives the
+    same store, bit for bit; documents that are in the store are skipped. A window's documents are stored longest
+    first.
+
+    Several processes fill one store together when each calls this with the same documents and a ``rank`` of its own.
+    Windows and batches are then formed within a part of the store (``RankWriter``), so they depend on the documents
+    and on ``num_parts``, never on ``num_ranks``. Ranks do not wait for each other: one that died is started again,
+    alone or with the others, and ``num_ranks`` may be another one then. Every rank reads all documents.
+
+    A teacher whose parameters are split over several processes (DTensors, as ``load_teacher`` makes them with
+    ``tensor_parallel``) is one rank: all of its processes call this alike, and the first of them writes.
+
+    Args:
+        model: A causal language model whose head is one linear layer; a final softcap or scale is taken from its
+            configuration, and checked against the model's own logits.
+        tokenizer: Its tokenizer; its fingerprint goes into the store.
+        documents: Token id lists, as from ``read_documents``.
+        store_path: A new directory, or a store made with the same settings.
+        top_k: K, the entries kept of every row.
+        top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
+        top_p: In (0, 1]: of every row's K entries, keeps only the fewest that hold this much of the teacher's
+            probability at temperature 1, so that rows differ in length. A row whose K entries hold less keeps them all.
+        select: "top_k" keeps the largest logits. "sample" keeps the ids of ``rounds`` draws instead, as
+            ``sample_targets``, and "mixed" both, as ``mixed_targets``: unbiased teachers, for rest "zero" or "renorm"
+            at temperature 1.
+        rounds: Draws of every row, by default 50.
+        seed: Of the draws; beside it they depend on nothing but the document.
+        temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first, and with draws the
+            only one.
+        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32". By default "affine8", and "float32" with
+            draws, whose shares it keeps to seven digits.
+        batch_tokens: Tokens of a batch, padding included; a longer document is a batch of its own.
+        window: Documents that are sorted together.
+        shard_rows: As in ``StoreWriter``; a kill loses the rows of an unfinished shard.
+        rank: This process among those that fill the store together.
+        num_ranks: How many there are.
+        num_parts: Of a new store; None makes one per rank, and takes what a store has.
+        progress: Called as progress(documents, tokens) after each batch, with what is done so far, skipped documents
+            included.
+
+    Returns:
+        CaptureReport, of this rank.
+
+    Raises:
+        ValueError: An argument out of range, a token id outside the teacher's vocabulary, a document longer than
+            the teacher can read, no document at all, or a teacher whose logits this cannot compute.
+        SettingsMismatchError: The store was made with another teacher, tokenizer, selection, codec or number of
+            parts.
+        StoreLockedError: Another process writes to the store, or to a part of this rank.
+        FloatingPointError: The teacher's logits are not finite.
+    """
+    for name, value in (("batch_tokens", batch_tokens), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    teacher = _Teacher(
+        model,
+        tokenizer,
+        select=select,
+        top_k=top_k,
+        top_fraction=top_fraction,
+        top_p=top_p,
+        rounds=rounds,
+        seed=seed,
+        temperatures=temperatures,
+    )
+    if not teacher.processes.is_first:
+        teacher.follow()
+        return CaptureReport(0, 0, 0)
+    added = tokens = skipped = done_tokens = 0
+    with RankWriter(
+        store_path,
+        rank=rank,
+        num_ranks=num_ranks,
+        num_parts=num_parts,
+        vocab_size=teacher.head.vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        teacher=teacher.description,
+        selection=teacher.selection.description,
+        temperatures=teacher.selection.temperatures,
+        codec=default_codec(select) if codec is None else codec,
+        shard_rows=shard_rows,
+    ) as writer:
+        for batch in _batches(teacher.checked(documents), window, batch_tokens, writer.part_of):
+            # A batch is computed whole or not at all: rounding must not depend on where a capture was killed.
+            missing = [ids not in writer for ids in batch]
+            if any(missing):
+                rows = teacher(batch)
+                for ids, sparse in zip(batch, rows, strict=True):
+                    # A document can be in the batch twice.
+                    if ids in writer:
+                        skipped += 1
+                        continue
+                    writer.add(ids, torch.arange(1, len(ids)), sparse)
+                    added += 1
+                    tokens += len(ids)
+            else:
+                skipped += len(batch)
+            done_tokens += sum(map(len, batch))
+            if progress is not None:
+                progress(added + skipped, done_tokens)
+    if not teacher.labelled:
+        raise ValueError("documents must hold at least one document of 2 tokens, got none")
+    teacher.dismiss()
+    # Documents without a label belong to no part: the first rank counts them.
+    return CaptureReport(added, tokens, skipped + (teacher.short if rank == 0 else 0))
+
+
+class _Teacher:
+    """Turns batches of documents into kept logits."""
+
+    def __init__(self, model, tokenizer, *, select, **options) -> None:
+        self.model = model
+        self.processes = TeacherProcesses.of(model)
+        self.head = _whole_head(model)
+        self.selection = resolve_selection(select, self.head.vocab_size, **options)
+        self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.short = self.labelled = 0
+        # Computed once and by all processes of the teacher.
+        self.description = _describe(model)
+        self._is_checked = False
+        # Many models have more rows than their tokenizer has tokens; the other way round is a wrong pair.
+        if len(tokenizer) > self.head.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the teacher {self.head.vocab_size}: load the "
+                "tokenizer that belongs to the teacher"
+            )
+
+    def checked(self, documents: Iterable[Sequence[int]]) -> Iterator[list[int]]:
+        """The documents that have a label, each within the teacher's vocabulary and length."""
+        for number, document in enumerate(documents, 1):
+            ids = list(document)
+            if len(ids) < 2:
+                self.short += 1
+                continue
+            if min(ids) < 0 or max(ids) >= self.head.vocab_size:
+                raise ValueError(
+                    f"token ids must lie in [0, {self.head.vocab_size}), the teacher's vocabulary, got {min(ids)} to "
+                    f"{max(ids)} in document {number}"
+                )
+            if self.max_length is not None and len(ids) > self.max_length:
+                raise ValueError(
+                    f"document {number} has {len(ids)} tokens, but the teacher reads {self.max_length}: split it, as "
+                    f"read_documents does with max_length={self.max_length}"
+                )
+            self.labelled += 1
+            yield ids
+
+    def __call__(self, batch: list[list[int]]) -> list[SparseLogits]:
+        """The kept logits (T_i - 1, K) of each document, on the CPU."""
+        self.processes.share(batch)
+        return self._kept(batch)
+
+    def follow(self) -> None:
+        """Takes part in every batch of the teacher's first process, until that dismisses the others."""
+        while (batch := self.processes.share(None)) is not None:
+            self._kept(batch)
+
+    def dismiss(self) -> None:
+        """Lets the processes that follow this one return."""
+        self.processes.share(None)
+
+    @torch.inference_mode()
+    def _kept(self, batch: list[list[int]]) -> list[SparseLogits]:
+        device = self.model.device
+        lengths = [len(ids) for ids in batch]
+        padded = torch.zeros((len(batch), max(lengths)), dtype=torch.int64)
+        for row, ids in zip(padded, batch, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        padded = padded.to(device)
+        if not self._is_checked:
+            self._check_head(padded[:1, : min(lengths[0], _CHECKED_TOKENS)])
+        # Without a mask: padding is at the right, where no causal model looks.
+        hidden = self._hidden(padded)
+        has_label = torch.arange(1, max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        kept = self.selection(self.head, hidden[:, :-1][has_label], padded[:, 1:][has_label], batch)
+        if not torch.isfinite(kept.lse).all():
+            raise FloatingPointError(
+                f"the teacher's logits are not finite in {self.model.dtype}: load it in float32 or bfloat16"
+            )
+        ends = list(itertools.accumulate(length - 1 for length in lengths))
+        return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            self.model.train(was_training)
+
+    def _check_head(self, ids: Tensor) -> None:
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        actual = self.head.logits(self._hidden(ids)).float()
+        error, scale = (actual - expected).abs().max(), expected.abs().max().clamp(min=1.0)
+        # Written so that NaN passes on to the check of the logits.
+        if error > (1e-4 if self.model.dtype == torch.float32 else 5e-2) * scale:
+            raise ValueError(
+                f"the logits of {type(self.model).__name__} are not softcap(logit_scale * (hidden @ weight.T + bias)) "
+                f"of its decoder's last hidden state (they differ by {float(error):.3g}): pass the model's own logits "
+                "to slimkernels.topk_logits and its result to slimkernels.store.StoreWriter"
+            )
+        self._is_checked = True
+
+
+def _describe(model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "name": str(model.name_or_path),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "model_type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_fingerprint(model),
+    }
+
+
+def _whole_head(model: PreTrainedModel) -> LanguageModelHead:
+    head = LanguageModelHead.of(model)
+    bias = None if head.bias is None else whole_tensor(head.bias)
+    return dataclasses.replace(head, weight=whole_tensor(head.weight), bias=bias)
+
+
+def _batches(
+    documents: Iterable[list[int]],
+    window: int,
+    batch_tokens: int,
+    part_of: Callable[[list[int]], int | None] = lambda ids: 0,
+) -> Iterator[list[list[int]]]:
+    """Batches of documents of one part and of similar length; documents without a part are left out."""
+    windows: dict[int, list[list[int]]] = {}
+    for ids in documents:
+        part = part_of(ids)
+        if part is None:
+            continue
+        waiting = windows.setdefault(part, [])
+        waiting.append(ids)
+        if len(waiting) == window:
+            yield from _batches_of_window(windows.pop(part), batch_tokens)
+    for _, waiting in sorted(windows.items()):
+        yield from _batches_of_window(waiting, batch_tokens)
+
+
+def _batches_of_window(documents: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+    """Batches of at most ``batch_tokens`` with padding; a longer document is one of its own."""
+    batch: list[list[int]] = []
+    # Longest first, so that a batch that does not fit in memory fails early.
+    for ids in sorted(documents, key=len, reverse=True):
+        longest = len(batch[0]) if batch else 0
+        if batch and ((len(batch) + 1) * longest > batch_tokens or longest > _MAX_LENGTH_RATIO * len(ids)):
+            yield batch
+            batch = []
+        batch.append(ids)
+    yield batch

@@ -1,0 +1,275 @@
+"""``capture_logits``: logits that were computed elsewhere, from arrays or files, streamed into a store."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimkernels._checks import resolve_temperatures, resolve_top_k
+from slimkernels.models.fingerprints import tokenizer_fingerprint
+from slimkernels.ops.topk_logits import topk_logits
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import StoreWriter
+from slimkernels.teacher.capture import CaptureReport
+from slimkernels.teacher.selection import DEFAULT_TOP_FRACTION
+
+# 256 rows of 128256 float32 logits are 131 MB.
+_CHUNK_ROWS = 256
+
+
+class _Rows(NamedTuple):
+    """Logits of one document, not read yet."""
+
+    count: int
+    vocab_size: int
+    read: Callable[[int, int], Any]
+
+
+def capture_logits(
+    logits: str | os.PathLike[str] | np.ndarray | Tensor | Iterable[np.ndarray | Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Sequence[int]],
+    store_path: str | os.PathLike[str],
+    *,
+    name: str,
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    temperatures: Sequence[float] = (1.0,),
+    codec: str = "affine8",
+    shard_rows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CaptureReport:
+    """Adds every document to a store, with the kept logits of every token but the first.
+
+    Equivalent to, for document i of T tokens and its logits (T, V), whose row t predicts token t + 1::
+
+        writer.add(ids, torch.arange(1, T), topk_logits(logits[i][:-1], top_k, top_fraction, target=ids[1:]))
+
+    A document's last row, which predicts what comes after it, may be missing. Files are read a few hundred rows at a
+    time. Documents that are in the store are skipped, and their logits not read: the same call continues after a
+    kill. Log-probabilities are logits too.
+
+    Args:
+        logits: A ``.npy`` or ``.safetensors`` file, an array, or arrays one after the other, of float32, bfloat16,
+            float16 or float64. By shape:
+
+            - (N, V): the rows of all documents, one document after the other, with N = sum(T) or sum(T - 1).
+            - (B, T, V): the documents of a batch, padded at the end.
+            - an array (T or T - 1, V) per document. In a ``.safetensors`` file, the tensors are named by the
+              document's number: "0", "1", ..., or with any common beginning, as in "logits.0".
+        tokenizer: The teacher's; its fingerprint goes into the store.
+        documents: Token id lists, in the order of the logits, each of at least 2 tokens.
+        store_path: A new directory, or a store made with the same settings.
+        name: The teacher's, for the store.
+        top_k: K, the entries kept of every row.
+        top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
+        temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first.
+        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32".
+        shard_rows: As in ``StoreWriter``.
+        progress: Called as progress(documents, tokens) after each document, with what is done so far, skipped ones
+            included.
+
+    Returns:
+        CaptureReport.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file that is not one of the two, logits of another shape or dtype, logits and documents that do
+            not fit together, or a token id outside the vocabulary.
+        FloatingPointError: A row's logits are not finite.
+        SettingsMismatchError: The store was made with another teacher, tokenizer, selection or codec.
+    """
+    if top_k is None and top_fraction is None:
+        top_fraction = DEFAULT_TOP_FRACTION
+    temperatures = resolve_temperatures(temperatures)
+    ids_of = [list(ids) for ids in documents]
+    _check_documents(ids_of)
+    rows_of = _open(logits, [len(ids) for ids in ids_of])
+    first = next(rows_of, None)
+    if first is None:
+        raise ValueError("logits must hold the logits of at least one document, got none")
+    vocab_size = first.vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the logits have {vocab_size} columns: give the "
+            "tokenizer that belongs to the teacher"
+        )
+    kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
+    kept = resolve_top_k(top_k, top_fraction, vocab_size)
+    added = tokens = skipped = done_tokens = 0
+    with StoreWriter(
+        store_path,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        teacher={"name": name},
+        selection={"kind": kind, "value": value, "top_k": kept},
+        temperatures=temperatures,
+        codec=codec,
+        shard_rows=shard_rows,
+    ) as writer:
+        numbered = enumerate(itertools.chain([first], rows_of))
+        for number, rows in numbered:
+            if number >= len(ids_of):
+                raise ValueError(f"logits must have one array per document, got more than the {len(ids_of)} documents")
+            ids = ids_of[number]
+            _check_rows(rows, ids, vocab_size, number)
+            if ids in writer:
+                skipped += 1
+            else:
+                writer.add(ids, torch.arange(1, len(ids)), _select(rows, ids, kept, temperatures, number))
+                added += 1
+                tokens += len(ids)
+            done_tokens += len(ids)
+            if progress is not None:
+                progress(added + skipped, done_tokens)
+        if added + skipped < len(ids_of):
+            raise ValueError(f"logits must have one array per document, got {added + skipped} for {len(ids_of)}")
+    return CaptureReport(added, tokens, skipped)
+
+
+def _select(rows: _Rows, ids: list[int], top_k: int, temperatures: tuple[float, ...], number: int) -> SparseLogits:
+    parts = []
+    for start in range(0, len(ids) - 1, _CHUNK_ROWS):
+        stop = min(start + _CHUNK_ROWS, len(ids) - 1)
+        chunk = _as_tensor(rows.read(start, stop))
+        label = torch.tensor(ids[start + 1 : stop + 1])
+        part = topk_logits(chunk, top_k, target=label, temperatures=temperatures)
+        if not torch.isfinite(part.lse).all():
+            raise FloatingPointError(f"the logits of document {number} are not finite in rows {start} to {stop - 1}")
+        parts.append(part)
+    return SparseLogits.cat(parts)
+
+
+def _as_tensor(chunk: Any) -> Tensor:
+    # A copy of the rows: a mapped array cannot be written, and torch wants that it could.
+    return chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
+
+
+def _check_documents(ids_of: list[list[int]]) -> None:
+    if not ids_of:
+        raise ValueError("documents must hold at least one document, got none")
+    short = next((number for number, ids in enumerate(ids_of) if len(ids) < 2), None)
+    if short is not None:
+        raise ValueError(f"every document must have at least 2 tokens, got {len(ids_of[short])} in document {short}")
+
+
+def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, number: int) -> None:
+    if rows.vocab_size != vocab_size:
+        raise ValueError(f"document {number} has logits of {rows.vocab_size} columns, the first {vocab_size}")
+    if rows.count not in (len(ids) - 1, len(ids)):
+        raise ValueError(
+            f"document {number} has {len(ids)} tokens, so {len(ids)} or {len(ids) - 1} rows of logits are expected, "
+            f"got {rows.count}: give the documents as the teacher read them"
+        )
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {min(ids)} to {max(ids)} in document {number}")
+
+
+def _open(logits: Any, lengths: list[int]) -> Iterator[_Rows]:
+    """The logits of each document; raises at once for a file or an array that cannot be meant."""
+    if isinstance(logits, (str, os.PathLike)):
+        path = Path(logits)
+        if not path.is_file():
+            raise FileNotFoundError(f"logits not found: there is no file {path}")
+        if path.suffix == ".npy":
+            return _split(_load_numpy(path), lengths)
+        if path.suffix == ".safetensors":
+            return _open_safetensors(path, lengths)
+        raise ValueError(f"logits must be a .npy or a .safetensors file, got {path}")
+    if isinstance(logits, (np.ndarray, Tensor)):
+        return _split(logits, lengths)
+    return map(_one, logits)
+
+
+def _load_numpy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy file: {error}") from error
+
+
+def _open_safetensors(path: Path, lengths: list[int]) -> Iterator[_Rows]:
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a .safetensors file: {error}") from error
+    names = list(file.keys())
+    if len(names) == 1 and not names[0][-1:].isdecimal():
+        return _split(_Slice(file, names[0]), lengths)
+    stem = names[0].rstrip("0123456789") if names else ""
+    numbered = {name.removeprefix(stem): name for name in names}
+    wanted = [str(number) for number in range(len(names))]
+    if set(numbered) != set(wanted):
+        raise ValueError(
+            f"the tensors of {path} must be one (N, V) or (B, T, V), or one per document named by its number from 0, "
+            f"as in logits.0, logits.1; got {sorted(names)[:5]}"
+        )
+    return (_one(_Slice(file, numbered[number])) for number in wanted)
+
+
+class _Slice:
+    """A tensor of a safetensors file, read where it is indexed."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._slice = file.get_slice(name)
+        self.shape = tuple(self._slice.get_shape())
+        self.ndim = len(self.shape)
+        # Reads nothing.
+        self.dtype = self._slice[tuple(slice(0, 0) for _ in self.shape)].dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._slice[index]
+
+
+def _one(array: Any) -> _Rows:
+    _check_array(array, (2,))
+    return _Rows(array.shape[0], array.shape[1], lambda start, stop: array[start:stop])
+
+
+def _split(array: Any, lengths: list[int]) -> Iterator[_Rows]:
+    """The documents of one array, flat or padded."""
+    _check_array(array, (2, 3))
+    if array.ndim == 3:
+        if array.shape[0] != len(lengths) or array.shape[1] < max(lengths) - 1:
+            raise ValueError(
+                f"logits must have shape (B, T, V) for {len(lengths)} documents of up to {max(lengths)} tokens, got "
+                f"{tuple(array.shape)}"
+            )
+        return (_padded(array, number, length) for number, length in enumerate(lengths))
+    total = array.shape[0]
+    for missing in (0, 1):
+        counts = [length - missing for length in lengths]
+        if sum(counts) == total:
+            ends = itertools.accumulate(counts)
+            return (_part(array, end - count, count) for end, count in zip(ends, counts, strict=True))
+    raise ValueError(
+        f"logits must have {sum(lengths)} or {sum(lengths) - len(lengths)} rows for {len(lengths)} documents of "
+        f"{sum(lengths)} tokens, got shape {tuple(array.shape)}: give the documents as the teacher read them"
+    )
+
+
+def _padded(array: Any, number: int, length: int) -> _Rows:
+    return _Rows(min(length, array.shape[1]), array.shape[2], lambda start, stop: array[number, start:stop])
+
+
+def _part(array: Any, first: int, count: int) -> _Rows:
+    return _Rows(count, array.shape[1], lambda start, stop: array[first + start : first + stop])
+
+
+def _check_array(array: Any, dimensions: tuple[int, ...]) -> None:
+    dtype = str(array.dtype).removeprefix("torch.")
+    if array.ndim not in dimensions or dtype not in ("float32", "bfloat16", "float16", "float64"):
+        shapes = " or ".join({2: "(N, V)", 3: "(B, T, V)"}[count] for count in dimensions)
+        raise ValueError(
+            f"logits must have shape {shapes} and dtype float32, bfloat16, float16 or float64, got "
+            f"{tuple(array.shape)} {dtype}"
+        )

@@ -1,0 +1,134 @@
+"""Many processes that capture together: the rank of this one, its device, and a teacher that is split over several."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among those that ``torchrun`` or ``accelerate launch`` started; alone when there are no others.
+
+    ``tensor_parallel`` consecutive processes hold one teacher together and are one rank of the capture.
+
+    Attributes:
+        process: In [0, num_processes), over all machines.
+        num_processes: A multiple of ``tensor_parallel``.
+        local_process: In [0, num_local_processes), on this machine.
+        num_local_processes: On this machine.
+        tensor_parallel: Processes of one teacher.
+    """
+
+    process: int = 0
+    num_processes: int = 1
+    local_process: int = 0
+    num_local_processes: int = 1
+    tensor_parallel: int = 1
+
+    @classmethod
+    def from_environment(cls, tensor_parallel: int = 1, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+        Raises:
+            ValueError: Some of them are set, but not all; one is not a number; or the number of processes is not a
+                multiple of ``tensor_parallel``.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        values = [environment[name] for name in names if name in environment]
+        if values and (len(values) < len(names) or not all(value.isdecimal() for value in values)):
+            found = {name: environment.get(name) for name in names}
+            raise ValueError(
+                f"a launcher must set {', '.join(names)} to numbers, got {found}: start with torchrun or accelerate "
+                "launch, or unset them"
+            )
+        ranks = cls(*map(int, values), tensor_parallel=tensor_parallel)
+        if tensor_parallel < 1 or ranks.num_processes % tensor_parallel:
+            raise ValueError(
+                f"the number of processes must be a multiple of tensor_parallel={tensor_parallel}, got "
+                f"{ranks.num_processes}: start with torchrun --nproc-per-node {max(tensor_parallel, 1)}"
+            )
+        return ranks
+
+    @property
+    def rank(self) -> int:
+        """The rank of the capture that this process belongs to."""
+        return self.process // self.tensor_parallel
+
+    @property
+    def num_ranks(self) -> int:
+        """The ranks of the capture."""
+        return self.num_processes // self.tensor_parallel
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU where there is none."""
+        return torch.device("cuda", self.local_process) if torch.cuda.is_available() else torch.device("cpu")
+
+    def start(self, num_threads: int | None = None) -> None:
+        """Takes this process' share of the machine, and joins the processes that hold the same teacher.
+
+        Args:
+            num_threads: On the CPU; None shares the processors among the processes of this machine, also where a
+                launcher has set OMP_NUM_THREADS to 1. A process alone keeps what it has.
+
+        Raises:
+            ValueError: The machine has fewer GPUs than processes.
+        """
+        if num_threads is None and self.num_local_processes > 1:
+            num_threads = max(1, len(os.sched_getaffinity(0)) // self.num_local_processes)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        if self.device.type == "cuda":
+            if self.local_process >= torch.cuda.device_count():
+                raise ValueError(
+                    f"every process needs a GPU of its own, got {torch.cuda.device_count()} GPUs for "
+                    f"{self.num_local_processes} processes: start fewer with --nproc-per-node"
+                )
+            torch.cuda.set_device(self.device)
+        if self.tensor_parallel > 1:
+            # A world of its own for every teacher: one that dies leaves the others alone.
+            store, _, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(f"teacher-{self.rank}", store),
+                rank=self.process % self.tensor_parallel,
+                world_size=self.tensor_parallel,
+            )
+
+    def finish(self) -> None:
+        """Leaves the processes that hold the same teacher, once all of it is done; a failed process just ends."""
+        if self.tensor_parallel > 1:
+            dist.destroy_process_group()
+
+
+class TeacherProcesses:
+    """The processes that hold one teacher together: its parameters are DTensors over them. Often it is one alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TeacherProcesses:
+        """Finds them by the model's parameters."""
+        meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
+        return cls(meshes[0].get_group() if meshes else None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self._group is None or dist.get_rank(self._group) == 0
+
+    def share(self, batch: list[list[int]] | None) -> list[list[int]] | None:
+        """Sends the first process' batch to the others; returns it in each of them."""
+        if self._group is None:
+            return batch
+        shared = [batch]
+        dist.broadcast_object_list(shared, group_src=0, group=self._group)
+        return shared[0]

@@ -1,0 +1,213 @@
+"""MiniLLM, the reverse-KL baseline: TRL's trainer on the prompts of a store, with its sums kept to written tokens."""
+
+# transformers.Trainer declares its attributes (args, model, datasets) wider than they are in this subclass.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportMissingImports=false
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimkernels.models.batch import check_tokenizer
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.head_loss import base_model
+from slimkernels.models.heldout import evaluate_store
+from slimkernels.store import Store, StoreDataset
+from slimkernels.trainer.checkpoint import SlimRun, check_same_run, last_complete_checkpoint
+
+try:
+    with warnings.catch_warnings():
+        # That it is experimental; the extra names the releases that have it.
+        warnings.simplefilter("ignore")
+        from trl.experimental.minillm import MiniLLMConfig as _MiniLLMConfig
+        from trl.experimental.minillm import MiniLLMTrainer as _MiniLLMTrainer
+except ImportError as error:
+    raise ImportError(
+        "method 'minillm' needs TRL's MiniLLMTrainer, which releases from 1.15 on do not have: "
+        "pip install 'slimkernels[minillm]'"
+    ) from error
+
+_SETTINGS = ("gamma", "length_normalization", "rkl_advantage", "single_step_decomposition", "kd_temperature")
+_SETTINGS += ("max_completion_length", "temperature", "num_generations", "learning_rate", "seed", "data_seed")
+
+
+@dataclasses.dataclass
+class MiniLLMConfig(_MiniLLMConfig):
+    """TRL's ``MiniLLMConfig`` with the defaults of ``SlimConfig`` and of the paper, where TRL's differ.
+
+    Attributes:
+        method: Always "minillm".
+        gamma: Discount of the rewards of later tokens; 0 leaves no more than the next token's reverse KL.
+        num_generations: Continuations of each prompt.
+        max_completion_length: Of a continuation, in tokens.
+    """
+
+    method: str = "minillm"
+    gamma: float = 0.95
+    num_generations: int | None = 1
+    max_completion_length: int | None = 128
+    bf16: bool | None = False
+    gradient_checkpointing: bool = False
+    logging_nan_inf_filter: bool = False
+    dataloader_pin_memory: bool = dataclasses.field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        if self.method != "minillm":
+            raise ValueError(f"method must be 'minillm', got {self.method!r}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {self.gamma}")
+        super().__post_init__()
+
+
+class MiniLLMTrainer(_MiniLLMTrainer):
+    """Policy gradient on the reverse KL divergence, KL(student || teacher) (arXiv 2306.08543), by TRL.
+
+    The student continues each prompt of a store, what stands before a document's first label. Token t's reward is
+    r_t = log q(y_t) - log p(y_t), teacher over student, its advantage the discounted mean of r_t, r_(t+1), ...; beside
+    it goes the reverse KL of every next token, in closed form. The labels and the store's rows are not read.
+
+    TRL forms both over padding, too, discounts from the start of the continuation in place of the token, and lets the
+    gradient through the advantage; here they are sums over the tokens written, and the advantage is a constant.
+
+    A stopped run continues bit for bit within an epoch; TRL's sampler starts its order anew with every run.
+
+    Args:
+        model: The student.
+        args: A ``MiniLLMConfig``.
+        train_dataset: A ``Store`` or ``StoreDataset``; documents without a label are left out.
+        eval_dataset: The same, to evaluate on as ``SlimTrainer`` does.
+        processing_class: The tokenizer of student and store.
+        teacher_model: With as many tokens as the student.
+        **kwargs: Passed on to TRL's trainer.
+
+    Raises:
+        ValueError: A missing teacher or tokenizer, one that does not fit, or a prompt that leaves no room for
+            ``max_completion_length`` tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MiniLLMConfig,
+        train_dataset: Store | StoreDataset,
+        eval_dataset: Store | StoreDataset | None = None,
+        processing_class=None,
+        teacher_model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> None:
+        if teacher_model is None:
+            raise ValueError("method 'minillm' needs a teacher_model (--teacher) to score what the student writes")
+        if processing_class is None:
+            raise ValueError(
+                "method 'minillm' needs the student's tokenizer (--tokenizer), which its prompts go through"
+            )
+        check_tokenizer(train_dataset, processing_class)
+        rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
+        if rows[0] != rows[1]:
+            raise ValueError(f"student and teacher must have heads of as many rows, got {rows[0]} and {rows[1]}")
+        prompts = _prompts(train_dataset)
+        _check_lengths(prompts, args.max_completion_length, model)
+        texts = [processing_class.decode(ids) for ids in prompts]
+        # TRL's data are texts; tokenised again they can become other tokens than the store's.
+        self._ids_of = dict(zip(texts, prompts, strict=True))
+        self._heldout, self._is_bad = eval_dataset, torch.zeros((), dtype=torch.bool)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            super().__init__(
+                model=model,
+                teacher_model=teacher_model,
+                args=args,
+                train_dataset=Dataset.from_dict({"prompt": texts}),
+                processing_class=processing_class,
+                **kwargs,
+            )
+        self.add_callback(SlimRun(self._settings, self.check_finite))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As ``SlimTrainer.train``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_same_run(resume_from_checkpoint, self._settings())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
+        """``evaluate_store`` of the student on the held-out store."""
+        metrics = evaluate_store(self.model, self._heldout, batch_size=self.args.eval_batch_size)
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """TRL's, which also notes whether the loss was finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._is_bad = self._is_bad.to(loss.device) | ~torch.isfinite(loss)
+        return loss
+
+    def check_finite(self) -> None:
+        """Raises if any loss so far was NaN or infinite.
+
+        Raises:
+            FloatingPointError: It was.
+        """
+        if self._is_bad:
+            raise FloatingPointError(
+                f"the loss became NaN or infinite by optimizer step {self.state.global_step} of "
+                f"{self.state.max_steps}: lower learning_rate or max_grad_norm"
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's, with the tokens that were written as the mask of both terms."""
+        self._written = inputs["completion_mask"].bool()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _tokenize_prompts(self, prompts: list[str]):
+        return [self._ids_of[text] for text in prompts], None, {}
+
+    @torch.no_grad()
+    def _compute_advantage(self, student_log_probs_on_labels, teacher_log_probs_on_labels, mask=None) -> Tensor:
+        """(B, T) of (B, T): a_t = sum_(i >= t) gamma^(i - t) r_i, over sum_(i >= t) gamma^(i - t) if so configured."""
+        written = self._written
+        rewards = (teacher_log_probs_on_labels - student_log_probs_on_labels).float().masked_fill(~written, 0.0)
+        advantages, total, length = torch.zeros_like(rewards), rewards.new_zeros(len(rewards)), 0.0
+        for place in reversed(range(rewards.shape[1])):
+            total = rewards[:, place] + self.gamma * total
+            length = written[:, place] + self.gamma * length
+            advantages[:, place] = total / length.clamp(min=1.0) if self.length_normalization else total
+        return advantages
+
+    def _single_step_decomposition_loss(self, student_log_probs, teacher_log_probs, mask=None, **options) -> Tensor:
+        loss = super()._single_step_decomposition_loss(student_log_probs, teacher_log_probs, self._written, **options)
+        # The policy's loss is divided by the number of micro-batches, this one is not.
+        return loss / self.current_gradient_accumulation_steps
+
+    def _settings(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that continues it."""
+        args = self.args
+        documents = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {name: getattr(args, name) for name in _SETTINGS} | {
+            "method": args.method,
+            "prompts": len(self.train_dataset),
+            "documents_per_step": documents,
+        }
+
+
+def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
+    documents = (dataset[index] for index in range(len(dataset)))
+    return [doc.input_ids[: int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)]
+
+
+def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:
+    if not prompts:
+        raise ValueError("train_dataset must hold a document with a label, got none")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if limit is not None and longest + (max_completion_length or 0) > limit:
+        raise ValueError(
+            f"max_completion_length must leave room for the longest prompt, {longest} tokens, within the student's "
+            f"{limit}, got {max_completion_length}"
+        )

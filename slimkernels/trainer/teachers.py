@@ -1,0 +1,180 @@
+"""Teachers of a training step: a model beside the student, or a store asked by the tokens of the batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.head_loss import HeadInput, base_model, is_partitioned
+from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.ops.sample_targets import sample_targets
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import Store
+from slimkernels.trainer.objective import SlimObjective
+
+DEFAULT_ROUNDS = 50
+DEFAULT_TOP_FRACTION = {"slim": 0.05}
+# A head is padded to some multiple at most as large as this; more rows than that are another vocabulary.
+_LARGEST_PADDING = 1024
+_CHUNK_ROWS = 256
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineTeacher:
+    """Scores a batch with a model that is not trained, and keeps of it what the objective asks for.
+
+    Its logits never exist whole, except where they are kept whole: "kd" on the whole vocabulary holds 8 bytes for each
+    of (N, V) while the loss is computed.
+
+    Args:
+        model: A causal language model; set to evaluation mode.
+        objective: Says which and how many logits are kept.
+        vocab_size: V of the student. Where the two heads are padded differently, the rows that both have count, with a
+            warning.
+
+    Raises:
+        ValueError: The vocabularies differ by more than padding, the head is not one linear layer, or DeepSpeed ZeRO-3
+            has partitioned the weights.
+    """
+
+    def __init__(self, model: nn.Module, objective: SlimObjective, vocab_size: int) -> None:
+        self.model = model.eval()
+        self.objective = objective
+        if is_partitioned(model):
+            raise ValueError(
+                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before the "
+                "training arguments that turn ZeRO-3 on are made"
+            )
+        rows = LanguageModelHead.of(base_model(model)).vocab_size
+        if abs(rows - vocab_size) > _LARGEST_PADDING:
+            raise ValueError(
+                f"teacher and student must have the same vocabulary, got heads of {rows} and {vocab_size} rows: choose "
+                "a teacher with the student's tokenizer"
+            )
+        if rows != vocab_size:
+            logger.warning(
+                "the teacher's head has %d rows and the student's %d: the first %d are taken to be the same tokens",
+                rows,
+                vocab_size,
+                min(rows, vocab_size),
+            )
+        self.num_rows = min(rows, vocab_size)
+
+    @torch.no_grad()
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """What the teacher's head is given for the batch, (B, T, D)."""
+        catch = HeadInput()
+        with catch.inside(base_model(self.model)):
+            self.model(**inputs | {"use_cache": False})
+        return catch.hidden
+
+    @torch.no_grad()
+    def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
+        """What is kept of hidden states (N, D) whose next tokens are ``target`` (N,)."""
+        head = self._head()
+        objective = self.objective
+        if objective.method == "sampled":
+            return self._draw(head, hidden, target)
+        top_k, top_fraction = objective.teacher_top_k, objective.teacher_top_fraction
+        if top_k is None and top_fraction is None:
+            top_fraction = DEFAULT_TOP_FRACTION.get(objective.method, 1.0)
+        temperatures = tuple(dict.fromkeys((1.0, float(objective.temperature))))
+        arguments = head.arguments(hidden)
+        return linear_topk_logits(
+            top_k=top_k, top_fraction=top_fraction, target=target, temperatures=temperatures, **arguments
+        )
+
+    def _head(self) -> LanguageModelHead:
+        head = LanguageModelHead.of(base_model(self.model))
+        return head if head.vocab_size == self.num_rows else head.first_rows(self.num_rows)
+
+    def _draw(self, head: LanguageModelHead, hidden: Tensor, target: Tensor) -> SparseLogits:
+        rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
+        # From the generator whose state checkpoints keep, so that a resumed run draws what it would have drawn.
+        seed = int(torch.randint(2**62, ()))
+        parts = []
+        for start in range(0, len(hidden), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            logits = head.logits(hidden[rows])
+            position = torch.arange(start, start + len(logits), device=logits.device)
+            parts.append(sample_targets(logits, rounds, seed, position=position, target=target[rows]))
+        return SparseLogits.cat(parts)
+
+
+class StoredTeacher:
+    """Finds the rows of a batch's documents in a store, by their tokens; for batches that any collator made.
+
+    Args:
+        store: Of the documents, tokenised as in the batch: whole, or packed with ``position_ids``.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:
+        """The teacher's rows of labels.
+
+        Args:
+            inputs: ``input_ids`` (B, T) and either ``position_ids``, which start at 0 in every document of a packed
+                batch, or ``attention_mask``.
+            places: (N,) ascending, in B * T, of the hidden states that predict the labels.
+
+        Returns:
+            SparseLogits (N, K) on the device of ``places``.
+
+        Raises:
+            ValueError: A document or a label of it is not in the store.
+        """
+        input_ids = inputs["input_ids"].cpu()
+        wanted = places.cpu()
+        length = input_ids.shape[1]
+        parts = []
+        for row, start, stop in _documents(input_ids, inputs):
+            first = row * length + start
+            asked = wanted[(wanted >= first) & (wanted < row * length + stop)] - first + 1
+            if len(asked):
+                parts.append(self._document(input_ids[row, start:stop], asked))
+        found = SparseLogits.cat(parts) if parts else None
+        if found is None or found.leading_shape != (len(wanted),):
+            count = 0 if found is None else found.leading_shape[0]
+            raise ValueError(f"every label must lie in a document of the batch, got {count} that do of {len(wanted)}")
+        return found.to(places.device)
+
+    def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
+        index = self.store.find(input_ids)
+        if index is None:
+            raise ValueError(
+                f"every document of a batch must be in the store, got one of {len(input_ids)} tokens that is not, "
+                f"{input_ids[:8].tolist()}...: capture the same text with the same tokenizer, template and max_length"
+            )
+        document = self.store[index]
+        rows = torch.searchsorted(document.positions, positions)
+        known = rows < len(document.positions)
+        known &= document.positions[rows.clamp(max=len(document.positions) - 1)] == positions
+        if not known.all():
+            raise ValueError(
+                f"the store must hold a row for each label, got none for position {int(positions[~known][0])} of a "
+                f"document of {len(input_ids)} tokens: capture with the labels that the student is trained on"
+            )
+        return document.teacher[rows]
+
+
+def _documents(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every document of a batch."""
+    found = []
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    for row, ids in enumerate(input_ids):
+        if positions is not None:
+            starts = positions[row].cpu().eq(0).nonzero().flatten().tolist()
+            found += [(row, a, b) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+        elif mask is None:
+            found.append((row, 0, len(ids)))
+        else:
+            attended = mask[row].cpu().nonzero().flatten()
+            found += [(row, int(attended[0]), int(attended[-1]) + 1)] if len(attended) else []
+    return found

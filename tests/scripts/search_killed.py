@@ -1,0 +1,72 @@
+"""Kills searches: `python search_killed.py PATH` traces two of them to PATH.toy and PATH.tiny, a JSON line per death.
+
+One process forks the searches, so that torch is imported once. Each dies by SIGKILL at its next moment of a list:
+half-way through the bytes of an append, or before the n-th generation. The last of each search is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import torch
+from test_search_trace import QUESTIONS, TINY_QUESTIONS, finder, tiny_finder
+
+from slimkernels import durable as json_lines
+
+# What dies, in which append or generation after the search went on.
+TOY = [("append", 0), ("append", 1), ("append", 0), ("extend", 2), ("append", 2), ("extend", 1), ("append", 1)] * 2
+TINY = [("extend", 2), ("append", 1), ("extend", 1)]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(engine, kind: str, count: int) -> None:
+    """Lets the process die in its append or generation number ``count``, from 0."""
+    calls = iter(range(1 << 30))
+    if kind == "extend":
+        extend = engine.extend
+        engine.extend = lambda *args, **options: die() if next(calls) == count else extend(*args, **options)
+        return
+    append = json_lines.JsonLines.append
+
+    def torn_append(lines, record):
+        if next(calls) == count:
+            content = json.dumps(record).encode()
+            lines._file.truncate(lines._whole_bytes)
+            lines._file.write(content[: len(content) // 2])
+            lines._file.flush()
+            die()
+        append(lines, record)
+
+    json_lines.JsonLines.append = torn_append
+
+
+def search(make_finder, questions, path: str, moment) -> int:
+    process = os.fork()
+    if process == 0:
+        path_finder = make_finder()
+        arm(path_finder.engine, *moment)
+        path_finder.solve(questions, trace=path)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for make_finder, questions, name, moments in (
+        (finder, QUESTIONS, "toy", TOY),
+        (tiny_finder, TINY_QUESTIONS, "tiny", TINY),
+    ):
+        path = f"{sys.argv[1]}.{name}"
+        for moment in moments:
+            code = search(make_finder, questions, path, moment)
+            sys.stdout.write(json.dumps({"signal": -code, "bytes": os.path.getsize(path)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Runs the tests of the ops on other kernels than the CPU's: ``pytest --kernels=triton`` or ``--kernels=cuda``.
+
+Every row operator's CPU implementation is replaced, so that the public functions, their autograd and every test go
+through the other kernels unchanged. ``triton`` is the Triton launchers under the interpreter (TRITON_INTERPRET=1),
+``cuda`` moves the operands to the GPU, calls the CUDA implementation, and moves the results back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimkernels.ops import _library
+
+# Small, so that a short row takes several of them, and not a divisor of the tests' shapes.
+INTERPRETED_BLOCK = 64
+
+
+def install(kernels: str) -> None:
+    """Replaces the CPU kernels for the life of the process."""
+    if kernels == "triton":
+        from slimkernels.ops.triton import launch
+
+        np.seterr(all="ignore")  # the interpreter computes with numpy, where log(0) warns
+        convert_bfloat16_like_a_gpu()
+        launch.launch_settings = lambda *_args: launch.Launch(INTERPRETED_BLOCK, 4)
+    for name, module in _library.triton_launchers.items():
+        if kernels == "triton":
+            function = getattr(importlib.import_module(module), name)
+        else:
+            function = functools.partial(on_cuda, getattr(torch.ops.slimkernels, name).default)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is overridden is the point
+            _library._library.impl(name, function, "CPU")
+
+
+def convert_bfloat16_like_a_gpu() -> None:
+    """Makes the interpreter round float32 to the nearest bfloat16, where it truncates, and keep subnormal numbers."""
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converting(values, from_dtype, to_dtype, mode):
+        bits = np.array(values, copy=True, ndmin=1)
+        if (from_dtype, to_dtype) == (float32, bfloat16):
+            narrow = torch.from_numpy(bits.view(np.float32)).to(torch.bfloat16)
+            return narrow.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(values))
+        if (from_dtype, to_dtype) == (bfloat16, float32):
+            return (bits.view(np.uint16).astype(np.uint32) << 16).reshape(np.shape(values))
+        return convert(values, from_dtype, to_dtype, mode)
+
+    interpreter._convert_float = converting
+
+
+def on_cuda(op: torch._ops.OpOverload, *arguments):
+    """Calls ``op`` on copies of the arguments that keep their layout, and copies what it wrote back."""
+    moved = [to_cuda(a) if isinstance(a, Tensor) else a for a in arguments]
+    result = op(*moved)
+    for before, after, argument in zip(arguments, moved, op._schema.arguments, strict=True):
+        if argument.alias_info is not None and argument.alias_info.is_write and before is not None:
+            before.copy_(after)
+    return result
+
+
+def to_cuda(tensor: Tensor) -> Tensor:
+    """The same view of a copy of the whole storage: strides and misalignment stay."""
+    storage = tensor.untyped_storage().cuda()
+    view = torch.empty(0, dtype=tensor.dtype, device="cuda")
+    return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,0 +1,67 @@
+"""A tiny teacher, student, tokenizer and store for the tests of the trainer, the metrics and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import slimkernels as sk
+from slimkernels.models.make_student import make_student
+from slimkernels.store import StoreWriter
+from slimkernels.teacher import tokenizer_fingerprint
+
+VOCAB_SIZE = 97
+TOP_K = 11
+
+
+def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Whole words "w3" ... to ids, with "<end>" as end of text and padding."""
+    vocab = {"<end>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        pad_token="<end>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(seed: int = 0, **sizes) -> PreTrainedModel:
+    """A Llama of a few thousand parameters; its head is spread out so that probabilities differ."""
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_length": 64} | sizes
+    model = make_student(seed=seed, **sizes)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    return model
+
+
+def make_store(
+    path: Path, *, num_documents: int = 8, seed: int = 0, temperatures=(1.0,), codec: str = "float32"
+) -> str:
+    """Documents of 5 to 20 random tokens, of which the later half are labels, seen by a tiny teacher."""
+    teacher = make_model(seed=1234).eval()
+    generator = torch.Generator().manual_seed(seed)
+    writer = StoreWriter(
+        path,
+        vocab_size=VOCAB_SIZE,
+        tokenizer_fingerprint=tokenizer_fingerprint(make_tokenizer()),
+        teacher={"name": "tiny"},
+        selection={"kind": "top_k", "value": TOP_K, "top_k": TOP_K},
+        temperatures=temperatures,
+        codec=codec,
+    )
+    with writer:
+        for _ in range(num_documents):
+            length = int(torch.randint(5, 21, (), generator=generator))
+            tokens = torch.randint(2, VOCAB_SIZE, (length,), generator=generator)
+            positions = torch.arange(length // 2, length)
+            with torch.no_grad():
+                logits = teacher(tokens[None]).logits[0, positions - 1]
+            kept = sk.topk_logits(logits, top_k=TOP_K, target=tokens[positions], temperatures=temperatures)
+            writer.add(tokens, positions, kept)
+    return str(path)

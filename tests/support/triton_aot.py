@@ -1,0 +1,108 @@
+"""Compiles what the Triton launchers would launch, ahead of time and for GPUs that are not there.
+
+A launcher runs as always, on CPU tensors; what it launches is compiled for the target instead of run, with Triton's own
+binding and specialisation of the arguments. Not for a process with TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.jit import JITFunction
+
+from slimkernels.ops.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Compiled(NamedTuple):
+    """One kernel for one target: what its assembler says of it, per thread and per program."""
+
+    kernel: str
+    architecture: str
+    num_warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+class _AbsentDevice:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return hash(self._target)  # what Triton keeps compiled kernels by
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
+    """A context in which launches are compiled for ``architecture``; yields what was compiled."""
+    found: list[Compiled] = []
+    run, architecture_of = JITFunction.run, launch._architecture
+
+    def compile_instead(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append(_measure(kernel, architecture))
+
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_AbsentDevice(TARGETS[architecture]))
+    JITFunction.run = compile_instead
+    launch._architecture = lambda _device: architecture
+    try:
+        yield found
+    finally:
+        triton.runtime.driver._active = active
+        JITFunction.run = run
+        launch._architecture = architecture_of
+
+
+def _measure(kernel, architecture: str) -> Compiled:
+    metadata = kernel.metadata
+    if architecture.startswith("gfx"):
+        assembly = kernel.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{what}:\s*(\d+)", assembly)[1]) for what in ("vgpr_count", "vgpr_spill_count")
+        )
+        return Compiled(metadata.name, architecture, metadata.num_warps, registers, 4 * spilled, metadata.shared)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        target = re.search(r"^\.target\s+(\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
+        log = subprocess.run(
+            [
+                get_ptxas(TARGETS[architecture].arch).path,
+                "-v",
+                f"-arch={target}",
+                str(source),
+                "-o",
+                str(Path(folder) / "kernel.cubin"),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
+    registers = max(int(count) for count in re.findall(r"Used (\d+) registers", log))
+    return Compiled(metadata.name, architecture, metadata.num_warps, registers, spilled, metadata.shared)

@@ -1,0 +1,41 @@
+"""The two checks of a Triton kernel that need no GPU: it passes its op's tests interpreted, and it compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def assert_tests_pass_interpreted(*tests: str, timeout: float = 600) -> None:
+    """Runs tests of this folder (``file.py`` or ``file.py::test``) on the Triton kernels, interpreted on the CPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--kernels=triton"]
+        + [str(HERE / test) for test in tests],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def assert_compiles(launch: Callable[[], object], architecture: str, *, may_spill: bool = False) -> None:
+    """Compiles every kernel that ``launch()`` launches for an absent GPU; none may spill registers unless said so."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from support import triton_aot
+
+    with triton_aot.compiling_for(architecture) as compiled:
+        launch()
+    assert compiled, "nothing was launched"
+    spilling = [kernel for kernel in compiled if kernel.spilled_bytes]
+    assert may_spill or not spilling, f"registers are spilled: {spilling}"
