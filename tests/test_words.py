@@ -48,9 +48,10 @@ def faults_of_docstrings(source: str) -> list[str]:
     """Every docstring, description and help text of a module that begins as none should."""
     found = []
 
-    def is_property(node: ast.AST) -> bool:
+    def acts(node: ast.AST) -> bool:
+        """Tells a function from a property, which is a noun."""
         names = [getattr(d, "id", getattr(d, "attr", "")) for d in getattr(node, "decorator_list", ())]
-        return "property" in names or "cached_property" in names
+        return not isinstance(node, (ast.Module, ast.ClassDef)) and not {"property", "cached_property"} & set(names)
 
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
