@@ -114,7 +114,7 @@ def is_allowed(imported: Import, rule: Rule, table: list[Rule]) -> bool:
     if home is rule:
         return True
     rooms = [room for room in allowed if rule_of(room, table) is home]
-    return any(home is not None and room in home.rooms or is_within(target, (room,)) for room in rooms)
+    return any((home is not None and room in home.rooms) or is_within(target, (room,)) for room in rooms)
 
 
 def violations(root: Path) -> list[str]:
