@@ -61,9 +61,7 @@ def faults_of_docstrings(source: str) -> list[str]:
             name, line = getattr(node, "name", "the module"), getattr(node, "lineno", 1)
             if first_word(text) in FRAGMENTS:
                 found.append(f"{line}: {name} begins with {first_word(text)!r}")
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not (
-                is_property(node) or VERB.match(text)
-            ):
+            elif acts(node) and not VERB.match(text):
                 found.append(f"{line}: {name} must begin with a verb, got {first_word(text)!r}")
             for entry, word in entries(text):
                 if word in FRAGMENTS + LOOSE:
