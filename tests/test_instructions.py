@@ -8,12 +8,12 @@ import json
 
 import numpy as np
 import pytest
+from bench.reproduce.instructions_scores import interval, rouge_l
 from support import served, teachers
 
 from bench import records
 from bench.reproduce import instructions as reproduce_instructions
 from bench.reproduce.instructions_data import Example, documents, read_examples, without
-from bench.reproduce.instructions_scores import interval, rouge_l
 from bench.reproduce.instructions_table import instructions_table
 from slimkernels.store import Store
 

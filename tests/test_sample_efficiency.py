@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+from bench.reproduce.corpus import Corpus, Settings
 from support.teachers import make_tokenizer, save_teacher
 
 from bench import records
 from bench.reproduce import sample_efficiency as reproduce_sample_efficiency
-from bench.reproduce.corpus import Corpus, Settings
 from bench.reproduce.sample_efficiency import all_runs, reproduce
 from bench.reproduce.sample_efficiency_results import ABLATIONS, METHODS, Estimate, Experiment, sample_efficiency_block
 
