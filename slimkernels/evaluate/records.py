@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from slimkernels.durable import Journal, whole_lines, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,21 +119,15 @@ class RecordFile:
 
     Raises:
         ValueError: A complete line is not a record; the message names the line.
-        BlockingIOError: Another process has the file open.
+        FileInUseError: Another process has the file open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._journal = Journal(self.path)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = self.path.read_bytes()
-            self.records = {record.key: record for record in parse_records(content, self.path)}
-            os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
-        except BlockingIOError as error:
-            self.close()
-            raise BlockingIOError(f"{self.path} is being written by another run: wait until it has ended") from error
+            self.records = {record.key: record for record in read_records(self.path)}
         except BaseException:
             self.close()
             raise
@@ -146,17 +141,12 @@ class RecordFile:
         Raises:
             OSError: The record could not be written completely.
         """
-        line = record.to_line()
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        self._journal.append(record.to_line())
         self.records[record.key] = record
 
     def close(self) -> None:
         """Closes the file, so that other processes can open it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._journal.close()
 
     def __enter__(self) -> RecordFile:
         return self
@@ -174,31 +164,19 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         FileNotFoundError: The file does not exist.
         ValueError: A complete line is not a record; the message names the line.
     """
-    return list({record.key: record for record in parse_records(Path(path).read_bytes(), path)}.values())
+    records = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(whole_lines(file), 1):
+            try:
+                record = Record.from_line(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}, must be a record: {error}; delete the line to answer its sample again"
+                ) from error
+            records[record.key] = record
+    return list(records.values())
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Replaces a file of records atomically."""
-    partial = Path(f"{os.fspath(path)}.tmp")
-    with open(partial, "wb") as file:
-        file.writelines(record.to_line() for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def parse_records(content: bytes, path: str | os.PathLike[str]) -> list[Record]:
-    """Parses the complete lines of a file's content.
-
-    Raises:
-        ValueError: A complete line is not a record; the message names the line.
-    """
-    found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            found.append(Record.from_line(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}, must be a record: {error}; delete the line to answer its sample again"
-            ) from error
-    return found
+    write_atomically(path, b"".join(record.to_line() for record in records))
