@@ -32,6 +32,7 @@ from bench import records
 from bench.machine import machine
 from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, without
 from slimkernels.demo.phases import Phase, quiet_libraries
+from slimkernels.durable import Journal
 from slimkernels.evaluate.judge import Answer, Judge
 from slimkernels.evaluate.scoring import rouge_l
 from slimkernels.evaluate.statistics import bootstrap_interval
@@ -351,8 +352,8 @@ def main(argv: list[str] | None = None) -> None:
             row |= {} if method in BOUNDS else experiment.train(method, seed)
             responses = experiment.respond(method, seed)
             row |= summary(responses) | ({} if args.judge is None else {"judge": judged(responses, args)})
-            with args.out.open("a") as out:
-                out.write(json.dumps(row | {"versions": versions()} | machine()) + "\n")
+            with Journal(args.out) as out:
+                out.append(json.dumps(row | {"versions": versions()} | machine()).encode() + b"\n")
             shown = {dataset: round(score["rouge_l"], 2) for dataset, score in row["scores"].items()}
             experiment.console.print(f"{method} {seed}: Rouge-L {shown}", highlight=False)
 

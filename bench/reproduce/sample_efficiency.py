@@ -34,6 +34,7 @@ from bench import records
 from bench.machine import machine
 from bench.reproduce.sample_efficiency_corpus import Corpus, Settings
 from bench.reproduce.sample_efficiency_results import ABLATIONS, METHODS
+from slimkernels.durable import Journal
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.make_student import make_student
 from slimkernels.store import Store
@@ -185,7 +186,7 @@ def reproduce(
     asked = dataclasses.asdict(settings) | {"english": None if english is None else english.name}
     # A training's result does not depend on the other trainings; its own size is part of the run.
     del asked["sizes"], asked["ablation_size"]
-    _cut_off_unfinished(out)
+
     done = {key_of(row) for row in records.read(out)}
     missing = []
     for run in all_runs(settings, seeds):
@@ -196,22 +197,15 @@ def reproduce(
     if not missing:
         return 0
     corpus = Corpus(work, settings, english)
-    for number, (run, row) in enumerate(missing, 1):
-        start = time.perf_counter()
-        row |= train(run, corpus)
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        with out.open("a") as file:
-            file.write(json.dumps(row | machine()) + "\n")
-        last = row["curve"][-1]["teacher_perplexity"]
-        print(f"{number} of {len(missing)}, {run.name}: perplexity {last:.1f}, {row['seconds']} s", flush=True)
+    with Journal(out) as journal:
+        for number, (run, row) in enumerate(missing, 1):
+            start = time.perf_counter()
+            row |= train(run, corpus)
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            journal.append(json.dumps(row | machine()).encode() + b"\n")
+            last = row["curve"][-1]["teacher_perplexity"]
+            print(f"{number} of {len(missing)}, {run.name}: perplexity {last:.1f}, {row['seconds']} s", flush=True)
     return len(missing)
-
-
-def _cut_off_unfinished(out: Path) -> None:
-    """Removes an incomplete last line, left by a killed call."""
-    written = out.read_bytes() if out.exists() else b""
-    if not written.endswith(b"\n") and written:
-        out.write_bytes(written[: written.rfind(b"\n") + 1])
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A journal of lm-eval's log-likelihoods, batch by batch, from which a killed run resumes."""
 
-# lm-eval is an optional dependency, which pyright may not find.
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 ``lm_eval --include_path FOLDER`` reads the folder as well.
 """
 
-# lm-eval is an optional dependency, which pyright may not find.
-# pyright: reportMissingImports=false
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import bz2

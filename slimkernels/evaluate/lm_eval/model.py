@@ -4,8 +4,8 @@ Importing this module registers the model. ``python -m slimkernels.evaluate.lm_e
 own command line.
 """
 
-# lm-eval is an optional dependency, which pyright may not find.
-# pyright: reportMissingImports=false
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import dataclasses

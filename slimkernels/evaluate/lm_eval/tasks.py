@@ -1,7 +1,7 @@
 """Multiple-choice benchmarks with lm-eval as a library: its tasks and its scores, with every sample kept."""
 
-# lm-eval is an optional dependency, which pyright may not find.
-# pyright: reportMissingImports=false
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import contextlib

@@ -130,7 +130,7 @@ def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
         facts = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
         rows.append([entry["model"], known["model"], known["url"], known["style"], facts, entry["identity"]])
     head = ["served model", "name on the server", "server", "prompt style", "facts stated by the server"]
-    said = "A server shows neither a model's weights nor their precision."
+    said = "A server shows neither the weights of a model nor their precision."
     if any(entry["served"]["style"] == PLAIN for entry in models):
         said += f" Run with --prompt-style plain to ask local models in {PLAIN} as well."
     notes = dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
