@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import time
@@ -29,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimkernels as sk
 from bench import records
-from bench.machine import machine
+from bench.machine import installed_version, machine
 from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, without
 from slimkernels.demo.phases import Phase, quiet_libraries
 from slimkernels.durable import Journal
@@ -45,6 +44,8 @@ from slimkernels.trainer import train
 # Models that are measured without further training.
 BOUNDS = ("teacher", "dropped", "warmed_up")
 METHODS = ("sft", "kd", "minillm", "slim")
+# Packages other than torch whose versions decide a result.
+PACKAGES = ("transformers", "trl", "rouge-score")
 _WARM_UP_SEED = 1234
 
 
@@ -293,17 +294,6 @@ def judged(rows: list[dict], args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.judge_model, "ratings": means}
 
 
-def versions() -> dict[str, str | None]:
-    """Returns the versions of the packages that decide a result, except torch; None for a missing package."""
-    found: dict[str, str | None] = {}
-    for package in ("transformers", "trl", "rouge-score"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files")
@@ -352,8 +342,9 @@ def main(argv: list[str] | None = None) -> None:
             row |= {} if method in BOUNDS else experiment.train(method, seed)
             responses = experiment.respond(method, seed)
             row |= summary(responses) | ({} if args.judge is None else {"judge": judged(responses, args)})
+            row["versions"] = {name: installed_version(name) for name in PACKAGES}
             with Journal(args.out) as out:
-                out.append(json.dumps(row | {"versions": versions()} | machine()).encode() + b"\n")
+                out.append(json.dumps(row | machine()).encode() + b"\n")
             shown = {dataset: round(score["rouge_l"], 2) for dataset, score in row["scores"].items()}
             experiment.console.print(f"{method} {seed}: Rouge-L {shown}", highlight=False)
 
