@@ -39,7 +39,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return prompts
 
 
-def without_end(ids: list[int], end: int | None) -> list[int]:
+def without_end(ids: list[int], end: Any) -> list[int]:
     """Removes an end of text that a tokenizer appends to a prompt, because the prompt continues."""
     return ids[:-1] if ids and ids[-1] == end else ids
 

@@ -16,7 +16,7 @@ from test_search_trace import QUESTIONS, TINY_QUESTIONS, finder, tiny_finder
 
 from slimkernels.durable import Journal
 
-# What dies, in which append or generation after the search went on.
+# The kind of the fatal call, and its number since the search continued.
 TOY = [("append", 0), ("append", 1), ("append", 0), ("extend", 2), ("append", 2), ("extend", 1), ("append", 1)] * 2
 TINY = [("extend", 2), ("append", 1), ("extend", 1)]
 
