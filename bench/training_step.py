@@ -3,9 +3,9 @@
 python -m bench.training_step --out bench/results/training_step.jsonl [--layers 30] [--dtype float32 bfloat16]
 
 A step is forward, loss, backward, AdamW and ``zero_grad`` of a Llama with V = 49152 and D = 576, in float32 or under
-bfloat16 autocast. ``slim`` compares ``SlimTrainer``'s path, from hidden states, with the README's eager loss, both
-given the teacher's kept logits; ``sft`` compares ``patch_model`` with the loss of transformers. Before any figure,
-both must give the same loss and the same gradient of every parameter.
+bfloat16 autocast. ``slim`` compares ``SlimTrainer``'s path, from hidden states, with the eager loss of
+docs/training.md, both given the teacher's kept logits; ``sft`` compares ``patch_model`` with the loss of transformers.
+Before any figure, both must give the same loss and the same gradient of every parameter.
 
 Times are taken in one process per dtype, in which providers take turns on one student; peak memory, over weights and
 optimizer state, in a fresh process per provider.

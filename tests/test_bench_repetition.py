@@ -93,7 +93,7 @@ def test_bench_repetition_chooses_on_one_half_and_tells_of_the_other():
     assert chosen["steps"] == {"gsm8k": 2, "own": 1, "verbatim": 2}
 
 
-def test_bench_repetition_appends_rows_that_the_readme_shows(data, tmp_path):
+def test_bench_repetition_appends_rows_that_the_docs_show(data, tmp_path):
     make_teacher(max_position_embeddings=512).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     out = tmp_path / "repetition.jsonl"
@@ -106,4 +106,5 @@ def test_bench_repetition_appends_rows_that_the_readme_shows(data, tmp_path):
     [default] = [row for row in rows if row["is_default"]]
     assert (default["embedding"], default["threshold"]) == ("layer 2", 0.98)
     assert default["steps"]["gsm8k"] == 10
-    assert f"{100 * default['cut']['new']['gsm8k']:.0f} % of 10 of GSM8K's" in blocks.repetition_sentence(rows)
+    cut = f"{100 * default['cut']['new']['gsm8k']:.0f} %"
+    assert f"| new | a solution of GSM8K | 10 | {cut} |" in blocks.repetition_table(rows)

@@ -71,9 +71,10 @@ def test_bench_search_rows(run):
     assert bytes_of["unshared copies"] == 48 * 46 * 2 * 2 * 2 * 8 * 4
     assert bytes_of[search.OURS] < bytes_of["unshared copies"] / 3
     times = {row["provider"]: row["p50"] for row in rows if row["op"] == "consensus"}
-    said = blocks.search_sentence(rows)
-    assert f"{speeds[search.OURS] / speeds[search.PLAIN]:.1f}x {search.PLAIN}" in said
-    assert f"{speeds[search.OURS]:,.0f} tokens/s" in said
+    said = blocks.search_table(rows)
+    line = said.splitlines()[2]
+    ratios = [f"{speeds[search.OURS] / speeds[peer]:.1f}x" for peer in (search.REENCODING, search.PLAIN)]
+    assert line.split(" | ")[3:6] == [f"{speeds[search.OURS]:,.0f} tokens/s", *ratios]
     assert "8 questions at once, branching 2, beam 3, 3 steps of 2 tokens" in said
     assert f"9 candidates of 400 words takes {times[search.OURS]:.0f} ms" in said
 
