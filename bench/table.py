@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -24,13 +25,14 @@ from bench.ops_table import ops_table
 
 FIGURES = {
     "speedup.png": "Speed-up over every peer, per case",
-    "roofline.png": "Achieved bytes and flops per second beside what the machine was measured to reach",
+    "roofline.png": "Bytes and flops per second that the ops reach, and those that the machine was measured to reach",
     "growth.png": "Time over N, V and K, with fitted exponents",
 }
 
 CUDA_PREFIX = "cuda_"
 # Generated text names figures and documents from the root of the repository.
 RESULTS_LINK, WIDTH = "](bench/results", 120
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
@@ -67,7 +69,7 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
     dates = sorted({case.row["date"][:10] for case in cases})
     floor = (
         "Floor: the bytes that must move over the copy bandwidth, or the flops over the matrix rate, both measured "
-        "beside the case, whichever takes longer. "
+        "with the case, whichever takes longer. "
     )
     lines += [
         "",
@@ -147,7 +149,10 @@ def _wrapped(line: str) -> str:
     if line.startswith(("|", "!", "<")):
         return line
     indent = "  " if line.startswith("- ") else ""
-    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    # Commands in backticks stay on one line.
+    line = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", _NO_BREAK), line)
+    filled = textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return filled.replace(_NO_BREAK, " ")
 
 
 def main() -> None:
