@@ -244,8 +244,8 @@ def without_head():
     [
         (with_hook, "logits of LlamaForCausalLM are not softcap.*call slimkernels.slim_loss"),
         (with_own_loss, "must be transformers' ForCausalLMLoss, got <lambda>"),
-        (with_inline_loss, "Inline does not leave its loss to its loss_function"),
-        (encoder_decoder, "T5ForConditionalGeneration does not leave its loss"),
+        (with_inline_loss, "Inline does not compute its loss with its loss_function"),
+        (encoder_decoder, "T5ForConditionalGeneration does not compute its loss"),
         (without_head, "LlamaModel must be one torch.nn.Linear|causal language model with output embeddings"),
     ],
 )
@@ -259,11 +259,11 @@ def test_a_model_with_another_loss_is_refused_and_left_as_it_was(make, message):
 
 def test_patching_twice_or_not_at_all_is_an_error():
     model = sk.patch_model(make_family("llama"))
-    with pytest.raises(ValueError, match="patched already: call unpatch_model"):
+    with pytest.raises(ValueError, match="already patched: call unpatch_model"):
         sk.patch_model(model)
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(ValueError, match="replaced once more after patch_model"):
+    with pytest.raises(ValueError, match="replaced again after patch_model"):
         sk.unpatch_model(model)
     model.forward = forward
     sk.unpatch_model(model)

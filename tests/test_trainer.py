@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, TrainerCallback
 
 from slimkernels.models.head import LanguageModelHead, check_head
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.models.make_student import make_student
 from slimkernels.store import Document, Store, StoreDataset
 from slimkernels.trainer import SlimCollator, SlimConfig, SlimTrainer, last_complete_checkpoint, train

@@ -324,7 +324,7 @@ def test_observability_of_every_step(tmp_path, store):
     ("fields", "message"),
     [
         ({"method": "gkd"}, "'gkd' needs a teacher_model"),
-        ({"method": "kd", "teacher_top_k": 4}, "choose what is kept of a teacher_model, got none"),
+        ({"method": "kd", "teacher_top_k": 4}, "select logits of a teacher_model, got none"),
     ],
 )
 def test_a_method_without_its_teacher_is_refused(tmp_path, store, fields, message):
@@ -342,7 +342,7 @@ def test_sft_with_a_teacher_model_is_refused(tmp_path, store):
     [
         ({"method": "kd", "teacher_rounds": 4}, "teacher_rounds must stay None with method 'kd'"),
         ({"method": "sampled", "teacher_top_k": 4}, "not with method 'sft' or 'sampled'"),
-        ({"method": "kd", "teacher_top_k": 4, "teacher_top_fraction": 0.1}, "one or the other"),
+        ({"method": "kd", "teacher_top_k": 4, "teacher_top_fraction": 0.1}, "set one or the other"),
         ({"method": "gkd", "on_policy_fraction": 1.5}, r"on_policy_fraction must be in \[0, 1\], got 1.5"),
         ({"method": "gkd", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"method": "gkd", "sampling_temperature": 0.0}, "sampling_temperature must be positive"),

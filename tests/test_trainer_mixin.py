@@ -326,7 +326,7 @@ def test_heads_padded_differently_share_their_first_rows(tmp_path, caplog):
     [
         ({"objective": sk.SlimObjective("kd")}, "method 'kd' needs one of teacher_model and teacher_store"),
         ({"objective": sk.SlimObjective("sft"), "teacher_model": make_model()}, "method 'sft' needs no teacher"),
-        ({"objective": sk.SlimObjective("gkd"), "teacher_model": make_model()}, "SlimTrainer does"),
+        ({"objective": sk.SlimObjective("gkd"), "teacher_model": make_model()}, "as only SlimTrainer does"),
         ({"options": {"label_smoothing_factor": 0.1}}, "use label_smoothing"),
         ({"options": {"torch_compile": True}}, "torch_compile must be False"),
         ({"compute_loss_func": lambda *args, **kwargs: None}, "compute_loss_func must be None"),

@@ -13,7 +13,7 @@ from test_trainer import RECIPE
 from test_trainer_ranks import assert_same_run, make_mixin, make_slim, run_script
 
 import slimkernels as sk
-from slimkernels.models.head_loss import is_partitioned
+from slimkernels.models.sharding import is_partitioned
 from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.teachers import OnlineTeacher
 
@@ -71,7 +71,8 @@ import torch
 sys.path.insert(0, {tests!r})
 from support.families import make_family
 from test_patch_model import make_batch
-from slimkernels.models.head_loss import is_partitioned, loss_of_batch
+from slimkernels.models.head_loss import loss_of_batch
+from slimkernels.models.sharding import is_partitioned
 import slimkernels as sk
 
 torch.set_num_threads(1)

@@ -1,0 +1,10 @@
+"""Deprecated import path, kept for one release: the names have moved to ``slimkernels.trainer.teachers``."""
+
+from slimkernels._moved import moved
+
+__getattr__ = moved(
+    __name__,
+    dict.fromkeys(
+        ("DEFAULT_ROUNDS", "DEFAULT_TOP_FRACTION", "OnlineTeacher", "StoredTeacher"), "slimkernels.trainer.teachers"
+    ),
+)
