@@ -1,4 +1,4 @@
-"""Models patched to compute their loss without logits, against the same models as they are."""
+"""Models patched to compute their loss without logits, against the same models unpatched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from transformers import LlamaForCausalLM
 import slimkernels as sk
 
 pytestmark = [
-    # peft still calls what transformers renamed, and warns that an adapter's merge would untie Gemma's head.
+    # peft still calls functions that transformers renamed, and warns that merging an adapter would untie Gemma's head.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
 
 def make_batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two right-padded sequences whose first tokens are a prompt."""
+    """Makes two right-padded sequences whose first tokens are a prompt."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB_SIZE, (2, 12), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -57,7 +57,7 @@ def generate(model) -> torch.Tensor:
 
 
 class NoLogits(TorchDispatchMode):
-    """Fails on a tensor (..., V) with as many rows as the batch has tokens."""
+    """A mode that fails on a tensor (..., V) with as many rows as the batch has tokens."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -297,7 +297,7 @@ def test_lora_is_trained_as_it_is_by_the_eager_loss(family, placement):
     model, batch = peft.get_peft_model(make_family(family), config), make_batch()
 
     def run():
-        torch.manual_seed(11)  # of the adapter's dropout
+        torch.manual_seed(11)  # for the adapter's dropout
         return loss_and_gradients(model, **batch)
 
     expected = run()
