@@ -1,4 +1,4 @@
-"""Deprecated import path, kept for one release: the names have moved to modules of ``slimkernels.models``."""
+"""Old import path, kept for one release with a DeprecationWarning: the names are now in ``slimkernels.models``."""
 
 from slimkernels._moved import moved
 

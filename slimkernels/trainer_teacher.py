@@ -1,4 +1,4 @@
-"""Deprecated import path, kept for one release: the names have moved to ``slimkernels.trainer.teachers``."""
+"""Old import path, kept for one release with a DeprecationWarning: now ``slimkernels.trainer.teachers``."""
 
 from slimkernels._moved import moved
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 MOVED = [
     ("slimkernels.student", "LanguageModelHead", "slimkernels.models.head"),
@@ -17,6 +19,10 @@ MOVED = [
     ("slimkernels.student", "hidden_states", "slimkernels.models.hidden_states"),
     ("slimkernels.student", "make_student", "slimkernels.models.make_student"),
     ("slimkernels.student", "teacher_rows", "slimkernels.models.batch"),
+    ("slimkernels.trainer_config", "METHODS", "slimkernels.trainer.objective"),
+    ("slimkernels.trainer_config", "SlimConfig", "slimkernels.trainer.objective"),
+    ("slimkernels.trainer_config", "SlimObjective", "slimkernels.trainer.objective"),
+    ("slimkernels.trainer_config", "check_training_arguments", "slimkernels.trainer.objective"),
     ("slimkernels.trainer_teacher", "DEFAULT_ROUNDS", "slimkernels.trainer.teachers"),
     ("slimkernels.trainer_teacher", "DEFAULT_TOP_FRACTION", "slimkernels.trainer.teachers"),
     ("slimkernels.trainer_teacher", "OnlineTeacher", "slimkernels.trainer.teachers"),
@@ -39,6 +45,15 @@ def test_old_path_warns_and_has_the_new_object(old, name, new):
     (warning,) = caught
     # The warning points at the import, and not at the machinery behind it.
     assert warning.filename == "<string>"
+
+
+def test_training_arguments_of_an_earlier_checkpoint_are_unpickled():
+    from slimkernels.trainer import SlimConfig
+
+    path = Path(__file__).parent / "data/earlier/training/checkpoint-2/training_args.bin"
+    with pytest.warns(DeprecationWarning, match=r"trainer_config\.SlimConfig has moved to"):
+        arguments = torch.load(path, weights_only=False)
+    assert type(arguments) is SlimConfig
 
 
 @pytest.mark.parametrize("old", sorted({old for old, _, _ in MOVED}))

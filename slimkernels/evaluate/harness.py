@@ -1,4 +1,4 @@
-"""Deprecated import path, kept for one release: the names have moved to ``slimkernels.evaluate.lm_eval.tasks``."""
+"""Old import path, kept for one release with a DeprecationWarning: now ``slimkernels.evaluate.lm_eval.tasks``."""
 
 from slimkernels._moved import moved
 
