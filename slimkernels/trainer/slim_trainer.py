@@ -93,11 +93,10 @@ class SlimTrainer(DistillationMixin, Trainer):
         for dataset in (self.train_dataset, *evaluations):
             self._check_store(dataset)
         if data_collator is None:
-            pad = getattr(self.processing_class, "pad_token_id", None)
             self.data_collator = SlimCollator(
-                pad_token_id=0 if pad is None else pad,
+                pad_token_id=self._pad_token_id(),
                 vocab_size=LanguageModelHead.of(self.model).vocab_size,
-                max_length=getattr(self.model.config, "max_position_embeddings", None),
+                max_length=self._max_length(),
                 with_teacher=args.needs_teacher and teacher_model is None,
             )
         self.add_callback(SlimRun(self._settings, self.check_finite))
@@ -128,7 +127,7 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def _maybe_continue(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
         """Returns a batch, or with probability ``on_policy_fraction`` the student's continuations of its prompts."""
-        args, pad = self.args, getattr(self.processing_class, "pad_token_id", None)
+        args = self.args
         # Seeded by the place in the run, as a resumed run restores the global generator only after it has its batches.
         place = f"{args.seed} {self.state.global_step} {args.process_index} {number}"
         with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
@@ -140,9 +139,17 @@ class SlimTrainer(DistillationMixin, Trainer):
                 batch,
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.sampling_temperature,
-                pad_token_id=0 if pad is None else pad,
-                max_length=getattr(self.model.config, "max_position_embeddings", None),
+                pad_token_id=self._pad_token_id(),
+                max_length=self._max_length(),
             )
+
+    def _pad_token_id(self) -> int:
+        pad = getattr(self.processing_class, "pad_token_id", None)
+        return 0 if pad is None else pad
+
+    def _max_length(self) -> int | None:
+        """Returns the number of tokens that the student can read, or None if its configuration does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
