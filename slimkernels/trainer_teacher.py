@@ -2,9 +2,4 @@
 
 from slimkernels._moved import moved
 
-__getattr__ = moved(
-    __name__,
-    dict.fromkeys(
-        ("DEFAULT_ROUNDS", "DEFAULT_TOP_FRACTION", "OnlineTeacher", "StoredTeacher"), "slimkernels.trainer.teachers"
-    ),
-)
+__getattr__ = moved(__name__, dict.fromkeys(("OnlineTeacher", "StoredTeacher"), "slimkernels.trainer.teachers"))

@@ -23,8 +23,6 @@ MOVED = [
     ("slimkernels.trainer_config", "SlimConfig", "slimkernels.trainer.objective"),
     ("slimkernels.trainer_config", "SlimObjective", "slimkernels.trainer.objective"),
     ("slimkernels.trainer_config", "check_training_arguments", "slimkernels.trainer.objective"),
-    ("slimkernels.trainer_teacher", "DEFAULT_ROUNDS", "slimkernels.trainer.teachers"),
-    ("slimkernels.trainer_teacher", "DEFAULT_TOP_FRACTION", "slimkernels.trainer.teachers"),
     ("slimkernels.trainer_teacher", "OnlineTeacher", "slimkernels.trainer.teachers"),
     ("slimkernels.trainer_teacher", "StoredTeacher", "slimkernels.trainer.teachers"),
     ("slimkernels.evaluate.harness", "ChoiceEvaluation", "slimkernels.evaluate.lm_eval.tasks"),

@@ -263,7 +263,7 @@ class _Teacher:
 
     def _check_head(self, ids: Tensor) -> None:
         logits = self.model(input_ids=ids, use_cache=False).logits
-        # A teacher whose logits are not finite has its own error, after the head.
+        # Logits that are not finite raise an error of their own when rows are selected.
         if torch.isfinite(logits).all():
             check_logits(
                 self.model,

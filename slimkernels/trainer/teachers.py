@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.hidden_states import HeadInput
 from slimkernels.models.sharding import is_partitioned
+from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
-from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.trainer.objective import SlimObjective
 
-DEFAULT_ROUNDS = 50
-DEFAULT_TOP_FRACTION = {"slim": 0.05}
 # Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
 _LARGEST_PADDING = 1024
-_CHUNK_ROWS = 256
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ class OnlineTeacher:
             return self._draw(head, hidden, target)
         top_k, top_fraction = objective.teacher_top_k, objective.teacher_top_fraction
         if top_k is None and top_fraction is None:
-            top_fraction = DEFAULT_TOP_FRACTION.get(objective.method, 1.0)
+            top_fraction = DEFAULT_TOP_FRACTION if objective.method == "slim" else 1.0
         temperatures = tuple(dict.fromkeys((1.0, float(objective.temperature))))
         arguments = head.arguments(hidden)
         return linear_topk_logits(
@@ -98,13 +95,7 @@ class OnlineTeacher:
         rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
         # Checkpoints keep the state of the global generator, so a resumed run gets the seed it would have got.
         seed = int(torch.randint(2**62, ()))
-        parts = []
-        for start in range(0, len(hidden), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            logits = head.logits(hidden[rows])
-            position = torch.arange(start, start + len(logits), device=logits.device)
-            parts.append(sample_targets(logits, rounds, seed, position=position, target=target[rows]))
-        return SparseLogits.cat(parts)
+        return draw_targets(head, hidden, target, rounds, seed, torch.arange(len(hidden), device=hidden.device))
 
 
 class StoredTeacher:
