@@ -36,7 +36,7 @@ from bench.ops.measure import percentiles
 from bench.records import MEMORY
 from bench.run import KEEP_PAGES, RETURN_PAGES
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.models.make_student import make_student
 
 PROVIDERS = {"slim": (OURS, "torch eager"), "sft": (OURS, "transformers")}
