@@ -343,7 +343,7 @@ def test_pathfinder_never_exceeds_a_budget(config, end_logit):
     def spy(prune):
         def pruned(search):
             prune(search)
-            kept.append((search.tree.with_status(Status.OPEN), search.hypotheses()))
+            kept.append((search.tree.with_status(Status.OPEN), search.tree.hypotheses()))
 
         return pruned
 
