@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SAMPLES_PER_PARAMETER = 1024
+
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text, as 64 hex digits.
@@ -25,33 +27,31 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Returns SHA-256 over the names, shapes, dtypes and samples of all parameters, as 16 hex digits.
+    """Computes SHA-256 over the names, shapes, dtypes and evenly spaced elements of all parameters.
 
-    Reads about 1024 evenly spaced elements of each parameter, which takes milliseconds. Another training run or another
-    quantisation changes it; a change to a handful of weights may not.
+    It reads about a thousand elements of each parameter, which takes milliseconds. That tells apart training runs and
+    quantisations, but may miss a change to a handful of weights.
+
+    Returns:
+        16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter, sample in _sampled_parameters(model, 1024):
+    for name, parameter, sample in sampled_parameters(model, _SAMPLES_PER_PARAMETER):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample)
     return digest.hexdigest()[:16]
 
 
-def trace_fingerprint(model: PreTrainedModel) -> str:
-    """Returns the hash of the weights that a search's trace records, as 16 hex digits.
+def sampled_parameters(model: PreTrainedModel, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
+    """Yields the name, the parameter and evenly spaced elements of it, for all parameters of a model by name.
 
-    BLAKE2b over names, shapes and about 1000 elements of each parameter. It is not ``weights_fingerprint`` because a
-    search must still resume from older traces, which hold this hash. A trace records the dtype separately.
+    Args:
+        model: Any module. The processes that share a sharded one must all iterate.
+        num_samples: Least number of elements of a parameter; fewer only where it has fewer, never twice as many.
+
+    Yields:
+        The name, the parameter, and the elements as the bytes of float32 numbers.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter, sample in _sampled_parameters(model, 1000):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample)
-    return digest.hexdigest()
-
-
-def _sampled_parameters(model: PreTrainedModel, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
-    """Yields the name, the parameter and its evenly spaced elements as float32 bytes, sorted by name."""
     for name, parameter in sorted(model.named_parameters()):
         flat = whole_tensor(parameter.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // num_samples)]
