@@ -1,4 +1,4 @@
-"""The embedded engine beside the plain model: the same draws, the same log-probabilities, whatever is in the batch."""
+"""``TransformersEngine`` gives the draws and log-probabilities of the plain model, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def never(_text):
 
 
 def logits_after(model, token_ids):
-    """Plain logits (L, V) of a whole sequence."""
+    """Computes the plain model's logits (L, V) of a whole sequence."""
     with torch.inference_mode():
         return model(torch.tensor([token_ids])).logits[0]
 
@@ -62,7 +62,7 @@ def nodes_of(tree):
 
 
 def test_engine_draws_what_sample_logits_draws_from_the_plain_model(model, engine):
-    # Rows of different prompts, lengths and options in one batch, and a second step on branches of the first.
+    # One batch has rows of different prompts, lengths and options; a second batch continues their branches.
     prompts = [engine.tokenizer(question)["input_ids"] for question in QUESTIONS]
     roots = engine.start(QUESTIONS)
     options = [(1.0, 0, 1.0, 5), (0.7, 5, 1.0, 2), (1.5, 0, 0.8, 40), (0.0, 0, 1.0, 1)]
@@ -222,7 +222,7 @@ def test_engine_ends_a_branch_where_the_context_ends(model, engine):
 
 
 def test_engine_text_joins_what_tokens_split(engine):
-    # A character of two bytes whose tokens fall into two steps, and one that a step begins with.
+    # The two tokens of one character fall into different steps; another character begins a step.
     branch = engine.start(["x"])[0]
     state = engine._branch_model.branches[branch]
     text = "né à"
@@ -306,7 +306,7 @@ def test_engine_embeddings_of_a_real_model_tell_a_repeated_step_from_a_new_one()
     branches = engine.start([prompt])
     steps = []
     for text in (said, "She bakes muffins with 4 eggs, so 13 - 4 = 9 eggs remain.\n", said):
-        # A step that is given: drawn from logits that leave nothing else.
+        # The logits allow only the tokens of the given step.
         tokens = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
         with pytest.MonkeyPatch.context() as patch:
             drawn = iter(tokens)

@@ -1,4 +1,4 @@
-"""Models that judge: beside their own forward of one input at a time, and in a search."""
+"""The models that judge, compared with their own forward of one input at a time, and used in a search."""
 
 from __future__ import annotations
 

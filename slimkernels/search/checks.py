@@ -1,4 +1,4 @@
-"""Quality checks of a new step against the steps before it. Models come in as plain functions."""
+"""Quality checks of a new step against the steps before it. Models are passed in as plain functions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Check(Protocol):
 
 
 class RepetitionCheck:
-    """Fails a step that repeats an earlier step of its branch.
+    """A check that fails steps which repeat an earlier step of their branch.
 
     score = max over the earlier steps of (1 + cos(step, earlier)) / 2; a step fails if score >= ``threshold``.
 
@@ -123,7 +123,7 @@ class RepetitionCheck:
 
 
 class ContradictionCheck:
-    """Fails a step that contradicts the question or an earlier step of its branch.
+    """A check that fails steps which contradict the question or an earlier step of their branch.
 
     score = max over the context and the earlier steps of P(contradiction | premise, step); a step fails if
     score >= ``threshold``. Pairs without a common content word are skipped, because sentences about different things

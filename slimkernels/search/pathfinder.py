@@ -23,7 +23,7 @@ OnDepth = Callable[[int, Tree], None]
 
 
 class PathFinder:
-    """Grows a tree of reasoning steps for every question, keeps its best branches, and selects one.
+    """A search that grows a tree of reasoning steps for every question, keeps the best branches, and selects one.
 
     At every depth each open leaf gets ``branching_factor`` children; those of all leaves and questions are generated in
     one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. Then the
