@@ -1,4 +1,4 @@
-"""The benchmark of the repetition check: its embeddings are the engine's, its chains are what they are said to be."""
+"""The benchmark of the repetition check: its embeddings are the engine's, and its steps have the kinds they claim."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_bench_repetition_knows_a_loop_of_the_model():
     engine.tokenizer = make_tokenizer()
     [chain] = own_chains(engine, ["Why?"], PathFinderConfig(max_depth=5))
     assert [(step.text, step.kind) for step in chain.steps] == list(
-        zip(said, ["", "own", "", "loop"], strict=False)  # three of five words are the same: neither new nor repeated
+        zip(
+            said, ["", "own", "", "loop"], strict=False
+        )  # the third shares three of five words: neither new nor repeated
     )
     assert engine.encoded == [engine.tokenizer.decode(chain.prompt)] == ["Q: Why?\nA:"]
 

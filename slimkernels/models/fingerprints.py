@@ -65,13 +65,13 @@ def weights_fingerprint(model: nn.Module) -> str:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter, sample in _sampled_parameters(model, _SAMPLES_PER_PARAMETER):
+    for name, parameter, sample in sampled_parameters(model, _SAMPLES_PER_PARAMETER):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample)
     return digest.hexdigest()[:16]
 
 
-def _sampled_parameters(model: nn.Module, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
+def sampled_parameters(model: nn.Module, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
     """Yields the name, the parameter and evenly spaced elements of it, for all parameters of a model by name.
 
     Args:
