@@ -65,13 +65,25 @@ def weights_fingerprint(model: nn.Module) -> str:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter, sample in sampled_parameters(model, _SAMPLES_PER_PARAMETER):
+    for name, parameter, sample in _sampled_parameters(model, _SAMPLES_PER_PARAMETER):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample)
     return digest.hexdigest()[:16]
 
 
-def sampled_parameters(model: nn.Module, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
+def trace_weights_fingerprint(model: nn.Module) -> str:
+    """Returns a hash of the names, shapes and about 1000 elements of every parameter, as 16 hexadecimal digits.
+
+    Traces of searches hold this hash. It differs from ``weights_fingerprint``, which stores hold, in its inputs alone.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter, sample in _sampled_parameters(model, 1000):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def _sampled_parameters(model: nn.Module, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
     """Yields the name, the parameter and evenly spaced elements of it, for all parameters of a model by name.
 
     Args:

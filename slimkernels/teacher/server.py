@@ -22,6 +22,7 @@ from slimkernels.serving.client import ServerClient, ServerRequestError
 from slimkernels.serving.kinds import server_kind
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
+from slimkernels.teacher.corpus import without_end
 
 APIS = ("auto", "completions", "chat", "llama.cpp")
 
@@ -373,10 +374,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
         messages = [{"role": "user", "content": prompt}]
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return list(encoded)
-    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
-    # The text continues, so an end of text that the tokenizer appends is removed.
-    if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    if isinstance(prompt, str):
+        ids = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
+    else:
+        ids = list(prompt)
     if not ids:
         raise ValueError(f"every prompt must have at least one token, got {prompt!r}")
     return ids

@@ -7,13 +7,12 @@ attention to the shared keys and values that ``branch_cache`` stores.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import sampled_parameters
+from slimkernels.models.fingerprints import trace_weights_fingerprint
 from slimkernels.search.engine import Prompt, Step, StepEnd, StepRequest
 from slimkernels.search.engines.branch_attention import ROWS
 from slimkernels.search.engines.branch_model import BranchModel, Memory
@@ -78,7 +77,7 @@ class TransformersEngine:
             "engine": "transformers",
             "model": type(self.model).__name__,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "weights": _weights_hash(self.model),
+            "weights": trace_weights_fingerprint(self.model),
             "eos_token_ids": sorted(self.eos_token_ids),
             "embedding_layer": self.embedding_layer,
         }
@@ -168,18 +167,6 @@ class TransformersEngine:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else [int(token) for token in prompt]
-
-
-def _weights_hash(model: PreTrainedModel) -> str:
-    """Returns a hash of the names, shapes and about 1000 elements of every parameter, as 16 hexadecimal digits.
-
-    It is not ``weights_fingerprint``, because a search must still resume from older traces, which hold this hash.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter, sample in sampled_parameters(model, 1000):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample)
-    return digest.hexdigest()
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
