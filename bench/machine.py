@@ -47,7 +47,7 @@ def commit(root: Path) -> str:
     described = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if described.returncode != 0:
         return "unknown"
-    results = (":(exclude)bench/results", ":(exclude)README.md")
+    results = (":(exclude)bench/results", ":(exclude)README.md", ":(exclude)docs")
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *results], check=False).returncode == 0
     return described.stdout.strip() + ("" if clean else "-dirty")
 

@@ -1,4 +1,4 @@
-"""Loading teachers, telling them apart, and reading and writing their documents."""
+"""Loading teachers, their fingerprints, and reading and writing their documents."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint, whole_tensor
-from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from slimkernels.models.head import LanguageModelHead, check_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
 from slimkernels.teacher.ranks import TeacherProcesses
@@ -183,7 +182,7 @@ class _Teacher:
     def __init__(self, model, tokenizer, *, select, **options) -> None:
         self.model = model
         self.processes = TeacherProcesses.of(model)
-        self.head = _whole_head(model)
+        self.head = LanguageModelHead.of(model).gathered()
         self.selection = resolve_selection(select, self.head.vocab_size, **options)
         self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.short = self.labelled = 0
@@ -261,15 +260,17 @@ class _Teacher:
             self.model.train(was_training)
 
     def _check_head(self, ids: Tensor) -> None:
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        actual = self.head.logits(self._hidden(ids)).float()
-        error, scale = (actual - expected).abs().max(), expected.abs().max().clamp(min=1.0)
-        # The comparison is false for NaN, which the check of the logits reports.
-        if error > (1e-4 if self.model.dtype == torch.float32 else 5e-2) * scale:
-            raise ValueError(
-                f"the logits of {type(self.model).__name__} are not softcap(logit_scale * (hidden @ weight.T + bias)) "
-                f"of its decoder's last hidden state (they differ by {float(error):.3g}): pass the model's own logits "
-                "to slimkernels.topk_logits and its result to slimkernels.store.StoreWriter"
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        # Logits that are not finite raise an error of their own when rows are selected.
+        if torch.isfinite(logits).all():
+            check_logits(
+                self.model,
+                self.head,
+                self._hidden(ids),
+                logits,
+                hidden_name="its decoder's last hidden state",
+                advice=": pass the model's own logits to slimkernels.topk_logits and its result to "
+                "slimkernels.store.StoreWriter",
             )
         self._is_checked = True
 
@@ -282,12 +283,6 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_fingerprint(model),
     }
-
-
-def _whole_head(model: PreTrainedModel) -> LanguageModelHead:
-    head = LanguageModelHead.of(model)
-    bias = None if head.bias is None else whole_tensor(head.bias)
-    return dataclasses.replace(head, weight=whole_tensor(head.weight), bias=bias)
 
 
 def _batches(
