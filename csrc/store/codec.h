@@ -16,7 +16,7 @@ enum class Codec { kAffine8, kAffine6, kBfloat16, kFloat32 };
 // The bytes of the values of a row of n entries.
 int64_t row_value_bytes(Codec codec, int64_t n);
 
-// Where the values of a row begin in a ragged shard, `entry` being the number of entries before it.
+// Offset of the values of a row in a ragged shard, `entry` being the number of entries before it.
 int64_t ragged_value_offset(Codec codec, int64_t row, int64_t entry);
 
 // The encoded rows of one shard. `top_k` > 0: every row keeps top_k entries and the offsets are null.
@@ -42,7 +42,7 @@ struct ShardRows {
 int64_t decode_rows(const ShardRows& shard, Codec codec, int64_t vocab_size, int64_t first, int64_t count,
                     int64_t width, int32_t* ids, float* logits, RowFault* fault);
 
-// Where encode_rows writes; sizes follow from the offsets, which the caller computes with row_layout. The values of
+// Outputs of encode_rows; sizes follow from the offsets, which the caller computes with row_layout. The values of
 // the rows follow each other without a gap.
 struct EncodedRows {
   const int64_t* entry_offsets;    // (count + 1)

@@ -29,7 +29,7 @@ enum class RowFault : int {
   kValueBits = 14,  // a bit behind the values of a row is set
 };
 
-// How one row's ids lie in its 32-bit words: K fields of `low_bits` bits, then the high bitmap.
+// Layout of the ids of a row in its 32-bit words: K fields of `low_bits` bits, then the high bitmap.
 struct RowLayout {
   int low_bits;
   int64_t low_words;
