@@ -80,7 +80,7 @@ ROOMS = (
     Room("slimkernels/search/*", never=("slimkernels.trainer*", "slimkernels.store*")),
     Room("slimkernels/search/tree.py", own=(), packages=("torch", "numpy")),
     Room("slimkernels/search/selection.py", own=("slimkernels.search.tree",), packages=("torch", "numpy")),
-    Room("slimkernels/cli*.py", own=("slimkernels.cli_*",), packages=("typer",), lazily=("*",)),
+    Room("slimkernels/cli*.py", own=("slimkernels.cli*",), packages=("typer",), lazily=("*",)),
     Room("bench/*", never=("tests", "helpers", "conftest")),
 )
 
