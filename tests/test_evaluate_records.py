@@ -49,7 +49,7 @@ def test_damage_before_the_last_line_is_named(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    with RecordFile(tmp_path / "a.jsonl"), pytest.raises(BlockingIOError, match="being written by another run"):
+    with RecordFile(tmp_path / "a.jsonl"), pytest.raises(BlockingIOError, match="being written by another process"):
         RecordFile(tmp_path / "a.jsonl")
     RecordFile(tmp_path / "a.jsonl").close()
 

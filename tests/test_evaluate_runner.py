@@ -126,7 +126,7 @@ def test_rescoring_does_not_take_records_from_under_a_run(folders, data, tmp_pat
     plan = make_plan(folders[:1], data, decoders=["greedy"], samples=1)
     records = run(plan, tmp_path)
     file = next(tmp_path.glob("records/*.jsonl"))
-    with RecordFile(file) as held, pytest.raises(BlockingIOError, match="being written by another run"):
+    with RecordFile(file) as held, pytest.raises(BlockingIOError, match="being written by another process"):
         rescore(tmp_path)
     assert list(held.records.values()) == read_records(file)
     assert rescore(tmp_path)[1] == records

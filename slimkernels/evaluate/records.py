@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from slimkernels.durable import Journal, whole_lines, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,21 +109,15 @@ class RecordFile:
 
     Raises:
         ValueError: A line other than a torn last one is no record: which.
-        BlockingIOError: Another process has it open.
+        FileInUseError: Another process has the file open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._journal = Journal(self.path)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = self.path.read_bytes()
-            self.records = {record.key: record for record in parse_records(content, self.path)}
-            os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
-        except BlockingIOError as error:
-            self.close()
-            raise BlockingIOError(f"{self.path} is being written by another run: wait until it has ended") from error
+            self.records = {record.key: record for record in read_records(self.path)}
         except BaseException:
             self.close()
             raise
@@ -136,17 +131,12 @@ class RecordFile:
         Raises:
             OSError: It could not be written whole.
         """
-        line = record.to_line()
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        self._journal.append(record.to_line())
         self.records[record.key] = record
 
     def close(self) -> None:
         """Lets other processes have the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._journal.close()
 
     def __enter__(self) -> RecordFile:
         return self
@@ -164,29 +154,19 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         FileNotFoundError: There is no such file.
         ValueError: A line is no record: which.
     """
-    return list({record.key: record for record in parse_records(Path(path).read_bytes(), path)}.values())
+    records = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(whole_lines(file), 1):
+            try:
+                record = Record.from_line(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}, must be a record: {error}; delete the line to redo it"
+                ) from error
+            records[record.key] = record
+    return list(records.values())
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Replaces a file of records, whole or not at all."""
-    partial = Path(f"{os.fspath(path)}.tmp")
-    with open(partial, "wb") as file:
-        file.writelines(record.to_line() for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def parse_records(content: bytes, path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a file's whole lines.
-
-    Raises:
-        ValueError: A line is no record: which.
-    """
-    found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            found.append(Record.from_line(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, must be a record: {error}; delete the line to redo it") from error
-    return found
+    write_atomically(path, b"".join(record.to_line() for record in records))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.durable import write_json
 from slimkernels.evaluate.choices import ChoiceCell, ChoiceTask
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
@@ -152,7 +153,7 @@ def run(
     path = output_dir / RUN_FILE
     # The ratings of an earlier judge stay with the records.
     judge = json.loads(path.read_text()).get("judge") if path.is_file() else None
-    _write_json(path, _describe(plan, cells) | ({"judge": judge} if judge else {}))
+    write_json(path, _describe(plan, cells) | ({"judge": judge} if judge else {}))
     records: list[Record] = []
     for model in plan.models:
         loaded: Any = None
@@ -232,7 +233,7 @@ def rate(
     output_dir = Path(output_dir)
     described, records = load_run(output_dir)
     asked = {"model": judge.model, "url": judge.url, "prompt": prompt_hash()}
-    _write_json(output_dir / RUN_FILE, described | {"judge": asked})
+    write_json(output_dir / RUN_FILE, described | {"judge": asked})
     wanted = {record.key for record in records if record.task in TASKS}
     for cell in described["cells"]:
         if not (output_dir / cell["file"]).is_file():
@@ -386,9 +387,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

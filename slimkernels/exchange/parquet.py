@@ -6,12 +6,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from slimkernels.durable import replaced_atomically
 from slimkernels.exchange.records import flat_list, ragged_list, read_batches, require_pyarrow, source_files
 from slimkernels.exchange.writing import Document, ImportReport, write_documents
 from slimkernels.sparse_logits import SparseLogits
@@ -61,15 +61,13 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     types = (ints, ints, pyarrow.list_(ints), pyarrow.list_(floats), pyarrow.list_(floats), floats)
     metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(store.settings))}
     schema = pyarrow.schema(list(zip(_COLUMNS, types, strict=True)), metadata=metadata)
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    try:
-        with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for group in _groups(store):
-                columns = [_column(pyarrow, [record[name] for record in group]) for name in _COLUMNS]
-                writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replaced_atomically(path) as temporary,
+        pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for group in _groups(store):
+            columns = [_column(pyarrow, [record[name] for record in group]) for name in _COLUMNS]
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
     return len(store)
 
 

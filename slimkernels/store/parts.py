@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from slimkernels.durable import write_atomically
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import document_hash
 from slimkernels.store.errors import NotAStoreError, SettingsMismatchError, StoreError
-from slimkernels.store.files import lock, make_directory, sync_directory, write_durably
+from slimkernels.store.files import lock_directory, make_directory
 from slimkernels.store.format import (
     MANIFEST_NAME,
     MAX_PARTS,
-    TEMPORARY_SUFFIX,
     parse_parts,
     part_name,
     part_of,
@@ -144,8 +144,8 @@ class RankWriter:
     def _make_parts(self, num_parts: int, options: dict[str, Any]) -> None:
         """Makes the parts, then the manifest that names them: where it is, they all are."""
         names = [part_name(part) for part in range(num_parts)]
-        make_directory(self.path, beside=names)
-        descriptor = lock(self.path, _LOCK_WAIT_S)
+        make_directory(self.path, parts=names)
+        descriptor = lock_directory(self.path, _LOCK_WAIT_S)
         try:
             if (self.path / MANIFEST_NAME).exists():
                 return
@@ -156,9 +156,6 @@ class RankWriter:
                             f"{self.path / name} holds documents, but {self.path} has lost its {MANIFEST_NAME}: put it "
                             "back, or use another directory"
                         )
-            temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
-            write_durably(temporary, [seal_manifest(parts_content(writer.settings, num_parts))])
-            os.replace(temporary, self.path / MANIFEST_NAME)
-            sync_directory(self.path)
+            write_atomically(self.path / MANIFEST_NAME, seal_manifest(parts_content(writer.settings, num_parts)))
         finally:
             os.close(descriptor)

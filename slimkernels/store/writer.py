@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from slimkernels.durable import sync_directory, write_atomically, write_durably
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
     EncodedRows,
@@ -23,7 +24,7 @@ from slimkernels.store.codec import (
     words_of,
 )
 from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchError
-from slimkernels.store.files import lock, make_directory, sync_directory, write_durably
+from slimkernels.store.files import lock_directory, make_directory
 from slimkernels.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
@@ -106,7 +107,7 @@ class StoreWriter:
         self._pending_rows = self._pending_bytes = 0
         make_directory(self.path)
         # Closes the lock's descriptor, and so gives up the lock, also when the writer is dropped without close().
-        self._release = weakref.finalize(self, os.close, lock(self.path, lock_wait_s))
+        self._release = weakref.finalize(self, os.close, lock_directory(self.path, lock_wait_s))
         try:
             self._shards, self._stored = self._resume()
         except BaseException:
@@ -197,10 +198,7 @@ class StoreWriter:
     def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
         manifest = self.path / MANIFEST_NAME
         if not manifest.exists():
-            temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
-            write_durably(temporary, [seal_manifest(manifest_content(self.settings, ()))])
-            os.replace(temporary, manifest)
-            sync_directory(self.path)
+            write_atomically(manifest, seal_manifest(manifest_content(self.settings, ())))
             return (), set()
         store = Store(self.path)
         if store.num_parts is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import json
@@ -12,13 +11,14 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.durable import Journal, write_json
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.models.head import LanguageModelHead
 
@@ -113,10 +113,9 @@ def generate_documents(
     path = Path(path)
     sampler = _Sampler(model, tokenizer, prompts, options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        _lock(file, path, wait)
-        _check_settings(path, file, sampler.settings)
-        state = _resume(file, path)
+    with Journal(path, math.inf if wait else 0.0) as journal:
+        _check_settings(path, sampler.settings)
+        state = _resume(journal)
         while True:
             done = state.tokens if unit == "num_tokens" else state.documents
             if progress is not None:
@@ -129,7 +128,7 @@ def generate_documents(
             lines = sampler.batch(state, min(count, batch_size))
             if unit == "num_tokens":
                 lines = _shortest_prefix(lines, wanted - done)
-            state = _append(file, lines, state)
+            state = _append(journal, lines, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,11 +305,9 @@ def _shortest_prefix(lines: list[dict[str, Any]], num_tokens: int) -> list[dict[
     return lines
 
 
-def _append(file: BinaryIO, lines: list[dict[str, Any]], state: _State) -> _State:
+def _append(journal: Journal, lines: list[dict[str, Any]], state: _State) -> _State:
     whole = [line | {"batch_documents": len(lines)} for line in lines]
-    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole).encode())
-    file.flush()
-    os.fsync(file.fileno())
+    journal.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole).encode())
     return _after(state, whole)
 
 
@@ -319,23 +316,23 @@ def _after(state: _State, batch: list[dict[str, Any]]) -> _State:
     return _State(state.batches + 1, state.documents + len(batch), state.tokens + tokens)
 
 
-def _resume(file: BinaryIO, path: Path) -> _State:
-    """Reads what is there, and cuts off what a killed call left of its last batch."""
-    file.seek(0)
+def _resume(journal: Journal) -> _State:
+    """Reads the whole batches of the file, and cuts off what a killed call left of its last one."""
     state, batch, place, end = _State(), [], 0, 0
     torn = None
-    for number, raw in enumerate(file, 1):
-        if torn is not None:
-            raise ValueError(f"line {torn} of {path} is damaged: remove it and the lines after it")
-        place += len(raw)
-        line = _parse(raw)
-        if line is None or (line["batch"], line["document"]) != (state.batches, state.documents + len(batch)):
-            torn = number
-            continue
-        batch.append(line)
-        if len(batch) == line["batch_documents"]:
-            state, batch, end = _after(state, batch), [], place
-    file.truncate(end)
+    with open(journal.path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if torn is not None:
+                raise ValueError(f"line {torn} of {journal.path} is damaged: remove it and the lines after it")
+            place += len(raw)
+            line = _parse(raw)
+            if line is None or (line["batch"], line["document"]) != (state.batches, state.documents + len(batch)):
+                torn = number
+                continue
+            batch.append(line)
+            if len(batch) == line["batch_documents"]:
+                state, batch, end = _after(state, batch), [], place
+    journal.truncate(end)
     return state
 
 
@@ -350,23 +347,15 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and line.keys() == _LINE_FIELDS else None
 
 
-def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        raise BlockingIOError(f"{path} is being written by another process: wait until it has ended") from error
-
-
-def _check_settings(path: Path, file: BinaryIO, settings: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + ".settings.json")
-    if file.seek(0, os.SEEK_END) == 0:
-        temporary = beside.with_name(beside.name + ".tmp")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        temporary.replace(beside)
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a new file; raises ValueError for a file that was generated with others."""
+    settings_path = path.with_name(path.name + ".settings.json")
+    if path.stat().st_size == 0:
+        write_json(settings_path, settings)
         return
-    if not beside.is_file():
-        raise ValueError(f"{path} is there already and was not generated (no {beside.name}): choose another path")
-    stored = json.loads(beside.read_text())
+    if not settings_path.is_file():
+        raise ValueError(f"{path} exists but was not generated (no {settings_path.name}): choose another path")
+    stored = json.loads(settings_path.read_text())
     for name, asked in settings.items():
         # The weights' fingerprint says more than the teacher's name.
         if name != "teacher" and stored.get(name) != asked:

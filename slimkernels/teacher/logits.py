@@ -16,14 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from slimkernels._checks import resolve_temperatures, resolve_top_k
 from slimkernels.models.fingerprints import tokenizer_fingerprint
+from slimkernels.models.sparse_targets import CHUNK_ROWS, DEFAULT_TOP_FRACTION
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
 from slimkernels.teacher.capture import CaptureReport
-from slimkernels.teacher.selection import DEFAULT_TOP_FRACTION
-
-# 256 rows of 128256 float32 logits are 131 MB.
-_CHUNK_ROWS = 256
 
 
 class _Rows(NamedTuple):
@@ -138,8 +135,8 @@ def capture_logits(
 
 def _select(rows: _Rows, ids: list[int], top_k: int, temperatures: tuple[float, ...], number: int) -> SparseLogits:
     parts = []
-    for start in range(0, len(ids) - 1, _CHUNK_ROWS):
-        stop = min(start + _CHUNK_ROWS, len(ids) - 1)
+    for start in range(0, len(ids) - 1, CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, len(ids) - 1)
         chunk = _as_tensor(rows.read(start, stop))
         label = torch.tensor(ids[start + 1 : stop + 1])
         part = topk_logits(chunk, top_k, target=label, temperatures=temperatures)

@@ -12,17 +12,13 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
-from slimkernels.ops.mixed_targets import mixed_targets
-from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.sparse_logits import SparseLogits
 
 SELECTS = ("top_k", "sample", "mixed")
-DEFAULT_TOP_FRACTION = 0.05
-DEFAULT_ROUNDS = 50
 # Quantising the logarithm of a share would bias it; there are few of them.
 _DEFAULT_CODECS = {"top_k": "affine8", "sample": "float32", "mixed": "float32"}
-_CHUNK_ROWS = 256
 
 
 class Selection(NamedTuple):
@@ -72,20 +68,8 @@ class Selection(NamedTuple):
         seed = torch.cat([torch.full((len(ids) - 1,), document_seed(self.seed, ids)) for ids in documents])
         position = torch.cat([torch.arange(1, len(ids)) for ids in documents])
         seed, position = seed.to(hidden.device), position.to(hidden.device)
-        parts = []
-        for start in range(0, len(hidden), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            logits = head.logits(hidden[rows])
-            if not torch.isfinite(logits.amax(-1)).all():
-                raise FloatingPointError(
-                    f"the teacher's logits are not finite in {logits.dtype}: load it in float32 or bfloat16"
-                )
-            options: dict[str, Any] = {"position": position[rows], "target": target[rows]}
-            if self.select == "sample":
-                parts.append(sample_targets(logits, self.rounds, seed[rows], **options))
-            else:
-                parts.append(mixed_targets(logits, self.top_k, self.rounds, seed[rows], **options))
-        return SparseLogits.cat(parts).to("cpu")
+        drawn = draw_targets(head, hidden, target, self.rounds, seed, position, top_k=self.top_k, require_finite=True)
+        return drawn.to("cpu")
 
 
 def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:

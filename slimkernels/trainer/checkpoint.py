@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+
+from slimkernels.durable import write_json
 
 SETTINGS_NAME = "slim_run.json"
 
@@ -76,6 +77,4 @@ class SlimRun(TrainerCallback):
         """Marks the checkpoint as complete, with the settings it belongs to."""
         checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if args.should_save and checkpoint.is_dir():
-            partial = checkpoint / f"{SETTINGS_NAME}.tmp"
-            partial.write_text(json.dumps(self.settings(), indent=2))
-            os.replace(partial, checkpoint / SETTINGS_NAME)
+            write_json(checkpoint / SETTINGS_NAME, self.settings())

@@ -10,17 +10,14 @@ from torch import Tensor, nn
 
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.head_loss import HeadInput, base_model, is_partitioned
+from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
-from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.trainer.objective import SlimObjective
 
-DEFAULT_ROUNDS = 50
-DEFAULT_TOP_FRACTION = {"slim": 0.05}
 # A head is padded to some multiple at most as large as this; more rows than that are another vocabulary.
 _LARGEST_PADDING = 1024
-_CHUNK_ROWS = 256
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ class OnlineTeacher:
             return self._draw(head, hidden, target)
         top_k, top_fraction = objective.teacher_top_k, objective.teacher_top_fraction
         if top_k is None and top_fraction is None:
-            top_fraction = DEFAULT_TOP_FRACTION.get(objective.method, 1.0)
+            top_fraction = DEFAULT_TOP_FRACTION if objective.method == "slim" else 1.0
         temperatures = tuple(dict.fromkeys((1.0, float(objective.temperature))))
         arguments = head.arguments(hidden)
         return linear_topk_logits(
@@ -97,13 +94,7 @@ class OnlineTeacher:
         rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
         # From the generator whose state checkpoints keep, so that a resumed run draws what it would have drawn.
         seed = int(torch.randint(2**62, ()))
-        parts = []
-        for start in range(0, len(hidden), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            logits = head.logits(hidden[rows])
-            position = torch.arange(start, start + len(logits), device=logits.device)
-            parts.append(sample_targets(logits, rounds, seed, position=position, target=target[rows]))
-        return SparseLogits.cat(parts)
+        return draw_targets(head, hidden, target, rounds, seed, torch.arange(len(hidden), device=hidden.device))
 
 
 class StoredTeacher:

@@ -14,7 +14,7 @@ import sys
 import torch
 from test_search_trace import QUESTIONS, TINY_QUESTIONS, finder, tiny_finder
 
-from slimkernels import durable as json_lines
+from slimkernels.durable import Journal
 
 # What dies, in which append or generation after the search went on.
 TOY = [("append", 0), ("append", 1), ("append", 0), ("extend", 2), ("append", 2), ("extend", 1), ("append", 1)] * 2
@@ -32,18 +32,15 @@ def arm(engine, kind: str, count: int) -> None:
         extend = engine.extend
         engine.extend = lambda *args, **options: die() if next(calls) == count else extend(*args, **options)
         return
-    append = json_lines.JsonLines.append
+    append = Journal.append
 
-    def torn_append(lines, record):
+    def torn_append(journal, lines):
         if next(calls) == count:
-            content = json.dumps(record).encode()
-            lines._file.truncate(lines._whole_bytes)
-            lines._file.write(content[: len(content) // 2])
-            lines._file.flush()
+            append(journal, lines[: len(lines) // 2])
             die()
-        append(lines, record)
+        append(journal, lines)
 
-    json_lines.JsonLines.append = torn_append
+    Journal.append = torn_append
 
 
 def search(make_finder, questions, path: str, moment) -> int:

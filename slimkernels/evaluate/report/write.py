@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimkernels.durable import write_atomically
 from slimkernels.evaluate.gemini import PUBLISHED, Outputs
 from slimkernels.evaluate.records import Record, write_records
 from slimkernels.evaluate.report.content import TITLE, content
@@ -65,7 +66,5 @@ def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
     # A lone surrogate, which JSON may hold, has no UTF-8.
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    write_atomically(path, text.encode("utf-8", "replace"))
