@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slimkernels.models.patch import patch_model, unpatch_model
-    from slimkernels.ops._slim_options import SlimLoss
     from slimkernels.ops.decode_logits import decode_logits
     from slimkernels.ops.linear_slim_loss import linear_slim_loss
     from slimkernels.ops.linear_topk_logits import linear_topk_logits
     from slimkernels.ops.mixed_targets import mixed_targets
     from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
     from slimkernels.ops.sample_targets import sample_targets
-    from slimkernels.ops.slim_loss import slim_loss
+    from slimkernels.ops.slim_loss import SlimLoss, slim_loss
     from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
     from slimkernels.ops.topk_logits import topk_logits
     from slimkernels.packed_logits import PackedLogits
@@ -65,7 +64,7 @@ _MODULES = {
     "PathFinder": "search",
     "Sampled": "ops.sample_logits",
     "SlimConfig": "trainer",
-    "SlimLoss": "ops._slim_options",
+    "SlimLoss": "ops.slim_loss",
     "SlimLossMixin": "trainer",
     "SlimObjective": "trainer",
     "SlimTrainer": "trainer",

@@ -89,6 +89,14 @@ def test_modules_that_documents_run_exist():
         assert importlib.util.find_spec(name) is not None, name
 
 
+def test_make_targets_that_documents_name_exist():
+    texts = [path.read_text() for path in commands.DOCUMENTS]
+    targets = {target for text in texts for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.M)}
+    assert {"demo", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
+
+
 def test_extras_in_messages_exist():
     """Errors advise `pip install 'slimkernels[EXTRA]'`."""
     extras = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))

@@ -95,14 +95,6 @@ def test_docs_readme_links_exist():
             assert link.startswith("https://") or (ROOT / link).exists(), f"{document}: {link}"
 
 
-def test_docs_readme_commands_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"(?:`|^    )make ([a-z]+)", readme, re.M))
-    makefile = (ROOT / "Makefile").read_text()
-    assert {"demo", "test"} <= targets
-    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
-
-
 def call(op: str, dtype: torch.dtype) -> torch.Tensor:
     """Something that a call of the op returns, and that has a gradient where there is one."""
     if op == "decode_logits":  # uint8 is a dtype of its alone, and of no logits

@@ -133,7 +133,7 @@ def _add_served_arguments(parser: Parser) -> None:
         type=float,
         default=0.01,
         metavar="F",
-        help="largest share of entries whose token the tokenizer does not know (default: %(default)s)",
+        help="largest accepted share of entries whose token the tokenizer does not know (default: %(default)s)",
     )
 
 
@@ -141,13 +141,13 @@ def _add_selection_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("selection of the logits to keep")
     add = group.add_mutually_exclusive_group().add_argument
     add("--top-fraction", type=float, metavar="F", help="share of the vocabulary to keep (default: 0.05)")
-    add("--top-k", type=positive_int, metavar="K", help="entries to keep per row (--server: default 20)")
+    add("--top-k", type=positive_int, metavar="K", help="number of logits to keep per row (--server: default 20)")
     add = group.add_argument
     add(
         "--top-p",
         type=float,
         metavar="P",
-        help="of these entries, keep only the fewest whose probabilities add up to P (default: keep all)",
+        help="keep, of the selected logits, only the fewest whose probabilities add up to P (default: keep all)",
     )
     add(
         "--select",

@@ -34,6 +34,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the demonstration."""
+    if not args.quick:
+        print("the demonstration takes a few minutes on two CPU cores")
     print("loading torch and transformers", flush=True)
     from slimkernels.demo import run_demo
 

@@ -51,7 +51,7 @@ that need probabilities of given texts, heldout and multiple choice, are refused
 # Options that are fields of DecoderSettings: flag, type, help.
 _SETTINGS: dict[str, tuple[str, type, str]] = {
     "temperature": ("--temperature", float, "sampling temperature (default: 0.8)"),
-    "top_p": ("--top-p", float, "sample from the fewest tokens whose probabilities add up to P (default: 0.95)"),
+    "top_p": ("--top-p", float, "sample from the fewest tokens whose probabilities add up to X (default: 0.95)"),
     "max_steps": ("--max-steps", int, "maximum number of lines in an answer (default: 12)"),
     "max_step_tokens": ("--max-step-tokens", int, "maximum number of tokens in a line (default: 64)"),
     "max_tokens": ("--max-tokens", int, "maximum number of tokens generated per question (default: no limit)"),
@@ -125,7 +125,12 @@ def _add_side_by_side_arguments(parser: Parser) -> None:
     add("--samples", type=positive_int, metavar="N", help="questions per task, from the first (default: all)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="random seeds for sampling (default: 0)")
     add("--shots", type=int, default=3, metavar="N", help="worked examples before a question (default: %(default)s)")
-    add("--num-fewshot", type=int, metavar="N", help="the same for multiple choice (default: set by lm-eval's task)")
+    add(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="worked examples before a multiple-choice question (default: set by lm-eval)",
+    )
     add(
         "--batch-questions",
         type=positive_int,
@@ -152,7 +157,7 @@ def _add_side_by_side_arguments(parser: Parser) -> None:
     for field, (flag, kind, text) in _SETTINGS.items():
         add(flag, dest=field, type=kind, metavar="N" if kind is int else "X", help=text)
     add("--rescore", action="store_true", help="score the records in --out again without generating anything")
-    add("--outputs", nargs="+", metavar="FILE", help="files with outputs of others to report on")
+    add("--outputs", nargs="+", metavar="FILE", help="files of published outputs to score and report")
     add("--judge", metavar="URL", help="OpenAI-compatible server that rates the outputs (default: none)")
     add("--judge-model", metavar="NAME", help="name of the judge on its server")
     add("--judge-key-env", metavar="NAME", help="environment variable with the judge's key (default: OPENAI_API_KEY)")
