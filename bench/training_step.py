@@ -3,9 +3,9 @@
 python -m bench.training_step --out bench/results/training_step.jsonl [--layers 30] [--dtype float32 bfloat16]
 
 A step is forward, loss, backward, AdamW and ``zero_grad`` of a Llama with V = 49152 and D = 576, in float32 or under
-bfloat16 autocast. ``slim`` compares ``SlimTrainer``'s path, from hidden states, with the README's eager loss, both
-given the teacher's kept logits; ``sft`` compares ``patch_model`` with the loss of transformers. Before any figure,
-both must give the same loss and the same gradient of every parameter.
+bfloat16 autocast. ``slim`` compares ``SlimTrainer``'s path, from hidden states, with the eager loss of
+docs/training.md, both given the teacher's kept logits; ``sft`` compares ``patch_model`` with the loss of transformers.
+Before any figure, both must give the same loss and the same gradient of every parameter.
 
 Times are taken in one process per dtype, in which providers take turns on one student; peak memory, over weights and
 optimizer state, in a fresh process per provider.
@@ -36,7 +36,7 @@ from bench.ops.measure import percentiles
 from bench.records import MEMORY
 from bench.run import KEEP_PAGES, RETURN_PAGES
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.models.make_student import make_student
 
 PROVIDERS = {"slim": (OURS, "torch eager"), "sft": (OURS, "transformers")}

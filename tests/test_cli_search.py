@@ -13,7 +13,7 @@ import pytest
 from support import teachers
 
 from slimkernels.cli import main
-from slimkernels.cli.decode import SEARCH_FIELDS, DEFAULT_ANSWER_PATTERN
+from slimkernels.cli.decode import DEFAULT_ANSWER_PATTERN, SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
 

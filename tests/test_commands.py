@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import re
 import sys
@@ -76,25 +75,6 @@ def test_command_in_a_sentence_has_known_options(command):
     flags = set(re.findall(r"(?<!\S)--[a-z-]+", command.text))
     assert flags <= set(known[prog]._option_string_actions), f"{prog}: {command.source}"
     assert names
-
-
-def test_modules_that_documents_run_exist():
-    found = {
-        name
-        for path in commands.DOCUMENTS
-        for name in re.findall(r"python3? -m ((?:bench|slimkernels)[\w.]*)", path.read_text())
-    }
-    assert found
-    for name in found:
-        assert importlib.util.find_spec(name) is not None, name
-
-
-def test_make_targets_that_documents_name_exist():
-    texts = [path.read_text() for path in commands.DOCUMENTS]
-    targets = {target for text in texts for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.M)}
-    assert {"demo", "test"} <= targets
-    makefile = (ROOT / "Makefile").read_text()
-    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
 
 
 def test_extras_in_messages_exist():
