@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of the method's configuration that were given, by flag or by --option."""
-    from slimkernels.trainer.slim_trainer import trainer_of
+    from slimkernels.trainer import trainer_of
 
     config = trainer_of(args.method)[1]
     known = {field.name for field in dataclasses.fields(config)} - {"method", "output_dir"}
