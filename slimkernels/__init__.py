@@ -86,16 +86,14 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker that sees __getattr__ would accept any name
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module 'slimkernels' has no attribute {name!r}")
+    import importlib
 
-    def __getattr__(name):
-        if name not in _MODULES:
-            raise AttributeError(f"module 'slimkernels' has no attribute {name!r}")
-        import importlib
-
-        value = getattr(importlib.import_module(f"slimkernels.{_MODULES[name]}"), name)
-        globals()[name] = value  # later uses bypass __getattr__
-        return value
+    value = getattr(importlib.import_module(f"slimkernels.{_MODULES[name]}"), name)
+    globals()[name] = value  # later uses bypass __getattr__
+    return value
 
 
 def __dir__() -> list[str]:
