@@ -113,7 +113,7 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(fin
 torch.version.cuda = sys.argv[2] or None
 if sys.argv[3]:
     ctypes.CDLL(sys.argv[3], mode=ctypes.RTLD_GLOBAL)
-import slimkernels
+import slimkernels.ops
 assert slimkernels.__file__.startswith(sys.argv[1])
 assert not torch.cuda.is_initialized()
 """

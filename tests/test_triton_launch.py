@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import slimkernels.ops  # noqa: F401 -- registers the operators
 from bench import tune
 from slimkernels.ops import _library
 from slimkernels.ops.triton import launch

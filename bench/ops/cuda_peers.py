@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import slimkernels  # noqa: F401 -- loads the CUDA C++ operators, where they are built
+import slimkernels.ops  # noqa: F401 -- loads the CUDA C++ operators, where they are built
 
 
 def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

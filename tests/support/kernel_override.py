@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import slimkernels.ops  # noqa: F401 -- registers the operators
 from slimkernels.ops import _library
 
 # Small, so that a short row takes several of them, and not a divisor of the tests' shapes.
