@@ -18,11 +18,11 @@ from bench.ops.case import OURS, Case, five_per_cent
 from bench.ops.cases import sample_case, slim_loss_case, topk_case
 from bench.ops.clock import CudaClock
 from slimkernels.ops.triton import launch
-from slimkernels.ops.triton.launch import Launch
+from slimkernels.ops.triton.launch import Settings
 
 TABLE = ROOT / "slimkernels/data/launch_settings.json"
 CANDIDATES = [
-    Launch(block, warps, max_registers)
+    Settings(block, warps, max_registers)
     for max_registers in (None, 255)  # as the assembler chooses, or all that there are
     for block in (1024, 2048, 4096, 8192, 16384, 32768)
     for warps in (4, 8, 16, 32)
@@ -45,13 +45,13 @@ def cases() -> list[Case]:
     return found
 
 
-def best_of(candidates: Iterable[Launch], seconds_of: Callable[[Launch], float]) -> tuple[Launch, float]:
+def best_of(candidates: Iterable[Settings], seconds_of: Callable[[Settings], float]) -> tuple[Settings, float]:
     """The fastest candidate and its seconds; those that the device has no room for are passed over.
 
     Raises:
         RuntimeError: There is no room for any.
     """
-    times: dict[Launch, float] = {}
+    times: dict[Settings, float] = {}
     for candidate in candidates:
         try:
             times[candidate] = seconds_of(candidate)
@@ -63,17 +63,17 @@ def best_of(candidates: Iterable[Launch], seconds_of: Callable[[Launch], float])
     return best, times[best]
 
 
-def tune(case: Case) -> Launch:
+def tune(case: Case) -> Settings:
     """The fastest settings of a case's op that give the right result."""
-    shipped, clock = launch.launch_settings, CudaClock()
+    shipped, clock = launch.settings_of, CudaClock()
 
-    def seconds_of(candidate: Launch) -> float:
-        launch.launch_settings = lambda op, like: candidate if op == case.op else shipped(op, like)
+    def seconds_of(candidate: Settings) -> float:
+        launch.settings_of = lambda op, like: candidate if op == case.op else shipped(op, like)
         try:
             run = case.gated_work(ours_only=True).providers[OURS]
             return statistics.median(clock.seconds(run) for _ in range(ROUNDS))
         finally:
-            launch.launch_settings = shipped
+            launch.settings_of = shipped
 
     best, seconds = best_of(CANDIDATES, seconds_of)
     print(f"{case.name}: {best}, {1e3 * seconds:.3f} ms")
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the cases whose name contains this")
     args = parser.parse_args()
     torch.set_default_device("cuda")
-    architecture = launch._architecture(torch.device("cuda", torch.cuda.current_device()))
+    architecture = launch.architecture_of(torch.device("cuda", torch.cuda.current_device()))
     table = json.loads(TABLE.read_text())
     for case in cases():
         if args.only not in case.name:

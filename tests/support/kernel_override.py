@@ -28,7 +28,7 @@ def install(kernels: str) -> None:
 
         np.seterr(all="ignore")  # the interpreter computes with numpy, where log(0) warns
         convert_bfloat16_like_a_gpu()
-        launch.launch_settings = lambda *_args: launch.Launch(INTERPRETED_BLOCK, 4)
+        launch.settings_of = lambda *_args: launch.Settings(INTERPRETED_BLOCK, 4)
     for name, module in _library.triton_launchers.items():
         if kernels == "triton":
             function = getattr(importlib.import_module(module), name)

@@ -60,7 +60,7 @@ class _AbsentDevice:
 def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
     """A context in which launches are compiled for ``architecture``; yields what was compiled."""
     found: list[Compiled] = []
-    run, architecture_of = JITFunction.run, launch._architecture
+    run, architecture_of = JITFunction.run, launch.architecture_of
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -69,13 +69,13 @@ def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(_AbsentDevice(TARGETS[architecture]))
     JITFunction.run = compile_instead
-    launch._architecture = lambda _device: architecture
+    launch.architecture_of = lambda _device: architecture
     try:
         yield found
     finally:
         triton.runtime.driver._active = active
         JITFunction.run = run
-        launch._architecture = architecture_of
+        launch.architecture_of = architecture_of
 
 
 def _measure(kernel, architecture: str) -> Compiled:

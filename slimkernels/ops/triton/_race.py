@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.ops.triton.launch import order_keys
+from slimkernels.ops.triton._math import order_keys
 
 # Not an id: behind every other one in a tie.
 NO_ID = tl.constexpr(0x7FFFFFFF)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._race import clamped_inverse
-from slimkernels.ops.triton.launch import double
 
 # What the kernel writes of a row, float64. The top is +inf where it shares the mass and NaN where there is no softmax.
 FIELDS = 4
@@ -143,7 +143,7 @@ def logprob_of(z, top, log_sum):
 def lanes_of(logits: Tensor) -> tuple[int, int]:
     """How many lanes the kernel reads a row in, and how many neighbours a lane has at a time: 16 bytes."""
     group = 16 // logits.dtype.itemsize
-    return launch.block_of(launch.launch_settings("row_law", logits), logits.shape[-1]) // group, group
+    return launch.block_of(launch.settings_of("row_law", logits), logits.shape[-1]) // group, group
 
 
 def row_law(
@@ -157,10 +157,10 @@ def row_law(
     lanes, group = lanes_of(logits)
     law = torch.empty(num_rows, FIELDS, dtype=torch.float64, device=logits.device)
     lanes_max = logits.new_empty(num_rows, lanes) if with_lanes else None
-    launch.launch(
+    launch.run(
         row_law_kernel,
         num_rows,
-        launch.launch_settings("row_law", logits),
+        launch.settings_of("row_law", logits),
         logits,
         logits,
         logits.stride(0),
@@ -170,7 +170,7 @@ def row_law(
         law,
         lanes_max,
         TEMPERED=tempered,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         LANES=lanes,
         GROUP=group,
     )

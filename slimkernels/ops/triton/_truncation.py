@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from slimkernels.ops.triton._math import order_keys, value_of_key
 from slimkernels.ops.triton._race import clamped_inverse, score_of
-from slimkernels.ops.triton.launch import order_keys
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def truncate(
             allowed = (1 - top_p) * total
             # What has less than this has less than what may go, even if it is nearly the whole row.
             mass = 0.999 * allowed / vocab_size
-            value = tl.maximum(top + temperature * tl.log(mass), value_of(lowest, X).to(ACC).to(tl.float64))
+            value = tl.maximum(top + temperature * tl.log(mass), value_of_key(lowest, X).to(ACC).to(tl.float64))
             certain = tl.maximum(certain, key_of(value, X) - 2)
             guess = sampled_key(row_ptr, vocab_size, values_ptr, highest, allowed, top, inv_temperature, ACC, BLOCK)
             least = tl.maximum(certain, guess)
@@ -122,18 +122,6 @@ def key_of(value, X: tl.constexpr):
 
 
 @triton.jit
-def value_of(key, X: tl.constexpr):
-    """The number with an order key; the map of the bits is its own inverse."""
-    if X.primitive_bitwidth == 64:
-        bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
-    elif X.primitive_bitwidth == 32:
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    else:
-        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
-    return bits.to(X, bitcast=True)
-
-
-@triton.jit
 def between(low, high):
     """The middle, rounded down; the sum of the two could overflow."""
     return (low & high) + ((low ^ high) >> 1)
@@ -186,7 +174,7 @@ def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl
     low = lowest - 1
     high = highest
     # A few keys around the estimate are enough, where it is right.
-    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of(lowest, X).to(ACC).to(tl.float64)), X)
+    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of_key(lowest, X).to(ACC).to(tl.float64)), X)
     below = tl.maximum(estimate - 4, low)
     if not reaches(below, min_p, lowest, top, temperature, X):
         low = below
@@ -205,7 +193,7 @@ def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl
 @triton.jit
 def reaches(key, min_p, lowest, top, temperature, X: tl.constexpr):
     """Whether a key is a logit's that min-p keeps."""
-    value = value_of(tl.maximum(key, lowest), X).to(tl.float64)
+    value = value_of_key(tl.maximum(key, lowest), X).to(tl.float64)
     return (key >= lowest) & (tl.exp(score_of(value, top, temperature)) >= min_p)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import widen
 from slimkernels.ops.triton._teacher import kept_entries
 
 # Neither an id nor padding, so that whatever reads the row finds it broken.
@@ -61,23 +62,13 @@ def decode_logits_kernel(
 
     for begin in range(0, top_k, BLOCK):
         k = begin + offs
-        logits = as_float32(tl.load(values_ptr + k, mask=k < count, other=0))
+        logits = widen(tl.load(values_ptr + k, mask=k < count, other=0), tl.float32)
         if affine_ptr is not None:
             logits = tl.load(affine_ptr + 2 * row + 1) + tl.load(affine_ptr + 2 * row) * logits
         logits = tl.where(k < count, logits, 0.0)
         # No host reads what is wrong with a row. That it is broken is known only when all of its ids have been read.
         tl.store(logits_ptr + k, tl.where(broken, float("nan"), logits), mask=k < top_k)
         tl.store(ids_ptr + k, BROKEN_ID, mask=k < tl.where(broken, top_k, 0))
-
-
-@triton.jit
-def as_float32(values):
-    """Exactly, bfloat16 denormals included, which the interpreter takes for 0."""
-    if values.dtype == tl.bfloat16:
-        wide = (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        wide = values.to(tl.float32)
-    return wide
 
 
 @triton.jit
@@ -155,8 +146,8 @@ def decode_logits_rows(
     """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, top_k = values.shape
     # What decides is the number of entries, which stands where other ops have their vocabulary.
-    settings = launch.launch_settings("decode_logits", logits)
-    launch.launch(
+    settings = launch.settings_of("decode_logits", logits)
+    launch.run(
         decode_logits_kernel,
         num_rows,
         settings,

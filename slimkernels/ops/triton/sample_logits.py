@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double, order_keys
 from slimkernels.ops.triton._race import (
     NO_ID,
     clear_leaders,
@@ -33,7 +34,6 @@ from slimkernels.ops.triton._row_law import (
     row_law,
 )
 from slimkernels.ops.triton._truncation import key_of, truncate
-from slimkernels.ops.triton.launch import double, order_keys
 
 # Programs that a multiprocessor is given where each needs scratch, which serves it for all its rows.
 _PROGRAMS_OF_PROCESSOR = 4
@@ -309,7 +309,7 @@ def sample_logits_rows(
 ) -> int:
     """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("sample_logits", logits)
+    settings = launch.settings_of("sample_logits", logits)
     block = launch.block_of(settings, vocab_size)
     lanes, group = lanes_of(logits)
     room = min(m, vocab_size)
@@ -340,7 +340,7 @@ def sample_logits_rows(
         live_lanes = scratch(lanes, torch.int32)
     if m > 1:
         scores, ids = scratch(room, torch.float64), scratch(room, torch.int32)
-    launch.launch(
+    launch.run(
         sample_logits_kernel,
         num_programs,
         settings,
@@ -375,7 +375,7 @@ def sample_logits_rows(
         logprob,
         truncated_logprob,
         entropy,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         LANES=lanes,
         GROUP=group,
         BLOCK=block,

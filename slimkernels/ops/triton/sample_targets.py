@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._race import NO_ID, finite_top, race_of_row
 from slimkernels.ops.triton._row_law import FIELDS_OF_ROW, LOG_SUM, TOP, logprob_of, option_of, row_law
 from slimkernels.ops.triton._truncation import key_of
-from slimkernels.ops.triton.launch import double
 
 
 @triton.jit(do_not_specialize=["rounds", "seed", "position"])
@@ -132,10 +132,10 @@ def sample_targets_rows(
 ) -> int:
     """Launches the kernels; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("sample_targets", logits)
+    settings = launch.settings_of("sample_targets", logits)
     law, _ = row_law(logits, 1.0, None, tempered=False, with_lanes=False)
     drawn = torch.empty(num_rows, rounds, dtype=torch.int32, device=logits.device)
-    launch.launch(
+    launch.run(
         draw_targets_kernel,
         num_rows * rounds,
         settings,
@@ -151,10 +151,10 @@ def sample_targets_rows(
         positions,
         temperature,
         drawn,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK=launch.block_of(settings, vocab_size),
     )
-    launch.launch(
+    launch.run(
         count_targets_kernel,
         num_rows,
         settings,

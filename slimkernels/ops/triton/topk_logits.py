@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
-from slimkernels.ops.triton.launch import double, order_keys
+from slimkernels.ops.triton._math import double, order_keys, value_of_key, widen
 
 # Adjacent entries read for one address of the sample: a sector of memory in 16 bits.
 _RUN = tl.constexpr(16)
@@ -68,7 +68,7 @@ def topk_logits_kernel(
             found_ptr = scratch_values_ptr + tl.program_id(0).to(tl.int64) * capacity
             found_ids_ptr = scratch_ids_ptr + tl.program_id(0).to(tl.int64) * capacity
             guess = _guess_key(row_ptr, vocab_size, found_ptr, lowest, sample_rank, sample_most, SAMPLE, ACC, BLOCK_V)
-            threshold = _wide(_value_of_key(guess, dtype), ACC)
+            threshold = widen(value_of_key(guess, dtype), ACC)
             found, below, below_second = _collect(
                 row_ptr,
                 vocab_size,
@@ -91,7 +91,7 @@ def topk_logits_kernel(
             readable_ids = tl.where(sufficient, readable, 0)
 
         high = _largest_key(x_ptr, length, readable, lowest, BLOCK_V)
-        level = _wide(_value_of_key(high, dtype), ACC)
+        level = widen(value_of_key(high, dtype), ACC)
         total = _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
             total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
@@ -148,7 +148,7 @@ def topk_logits_lse_kernel(
     row_ptr = logits_ptr + row * row_stride
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     high = _largest_key(row_ptr, vocab_size, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
-    level = _wide(_value_of_key(high, dtype), ACC)
+    level = widen(value_of_key(high, dtype), ACC)
     total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
     tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
 
@@ -158,7 +158,7 @@ def _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, A
     if target_ptr is not None:
         target = tl.load(target_ptr + row)
         inside = (target >= 0) & (target < vocab_size)
-        x = _wide(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
+        x = widen(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
         tl.store(target_logit_ptr + row, tl.where(inside, x, float("nan")))
 
 
@@ -213,7 +213,7 @@ def _collect(
     for begin in range(0, vocab_size, BLOCK_V):
         v = begin + offs_v
         x = tl.load(row_ptr + v, mask=v < vocab_size, other=float("-inf"))
-        wide = _wide(x, ACC)
+        wide = widen(x, ACC)
         reaches = (v < vocab_size) & _reaches(wide, threshold)
         counts = reaches.to(tl.int32)
         place = found + tl.cumsum(counts) - counts
@@ -250,11 +250,11 @@ def _select_key(x_ptr, length, readable, low, high, rank, most, ACC: tl.constexp
 @triton.jit
 def _count_reaching(x_ptr, length, readable, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     offs_v = tl.arange(0, BLOCK_V)
-    threshold = _wide(_value_of_key(key, x_ptr.dtype.element_ty), ACC)
+    threshold = widen(value_of_key(key, x_ptr.dtype.element_ty), ACC)
     counts = tl.zeros((BLOCK_V,), tl.int32)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = _wide(_load(x_ptr, i, length, readable), ACC)
+        x = widen(_load(x_ptr, i, length, readable), ACC)
         counts += (_reaches(x, threshold) & (i < length)).to(tl.int32)
     return tl.sum(counts)
 
@@ -286,7 +286,7 @@ def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr,
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = _wide(_load(x_ptr, i, length, readable), ACC)
+        x = widen(_load(x_ptr, i, length, readable), ACC)
         sums += _exp(x - level, inv_temperature, ACC)
     return tl.sum(sums.to(tl.float64))
 
@@ -309,29 +309,6 @@ def _exp(x, inv_temperature, ACC: tl.constexpr):
 def _reaches(x, threshold):
     """Whether x >= threshold in the order of keys: a NaN reaches everything, and only a NaN reaches a NaN."""
     return (x >= threshold) | (x != x)
-
-
-@triton.jit
-def _wide(x, ACC: tl.constexpr):
-    """x.to(ACC), exactly: the interpreter of Triton 3.9 loses denormals of bfloat16."""
-    if x.dtype == tl.bfloat16:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        wide = bits.to(tl.float32, bitcast=True)
-    else:
-        wide = x.to(ACC)
-    return wide
-
-
-@triton.jit
-def _value_of_key(key, dtype: tl.constexpr):
-    """The inverse of ``order_keys``; a NaN for keys above that of +inf."""
-    if dtype.primitive_bitwidth == 64:
-        bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
-    elif dtype.primitive_bitwidth == 32:
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    else:
-        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
-    return bits.to(dtype, bitcast=True)
 
 
 class Sampling(NamedTuple):
@@ -370,9 +347,9 @@ def topk_logits_rows(
 ) -> int:
     """Launches the kernels; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("topk_logits", logits)
+    settings = launch.settings_of("topk_logits", logits)
     constants = {
-        "ACC": launch.row_scalar_dtype(logits.dtype),
+        "ACC": launch.accumulation_dtype(logits.dtype),
         "BLOCK_V": launch.block_of(settings, vocab_size),
     }
     num_programs = min(num_rows, _resident_programs(logits.device, settings.num_warps))
@@ -384,7 +361,7 @@ def topk_logits_rows(
     else:
         sample = Sampling(0, 0, 0, 0)
     inverses = [1 / temperature for temperature in temperatures]
-    launch.launch(
+    launch.run(
         topk_logits_kernel,
         num_programs,
         settings,
@@ -413,7 +390,7 @@ def topk_logits_rows(
         **constants,
     )
     for column in range(2, len(inverses)):
-        launch.launch(
+        launch.run(
             topk_logits_lse_kernel,
             num_rows,
             settings,
