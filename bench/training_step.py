@@ -203,7 +203,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def times(steps: Steps, rounds: int) -> dict[tuple[str, str], dict]:
-    """Returns percentiles of every provider's step time; providers take turns, and the first step of each is a warm-up."""
+    """Returns percentiles of every provider's step time; providers take turns, after an untimed first step each."""
     runs = {(mode, provider): steps.run(mode, provider) for mode in PROVIDERS for provider in PROVIDERS[mode]}
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):

@@ -160,7 +160,7 @@ constexpr A largest_finite() {
 
 // Who takes part in the race, and with which scores: (z - max) / T of every logit z >= threshold.
 template <class A>
-struct Field {
+struct Scoring {
   A max;        // finite: the largest finite number stands for +inf
   A threshold;  // at least -largest_finite, so that a logit of -inf never takes part
   double temperature;
@@ -175,30 +175,30 @@ struct Field {
 };
 
 template <class A, class V>
-SK_INLINE V scores_of(V z, const Field<A>& field, A inv_temperature) {
-  V score = (z - field.max) * inv_temperature;
+SK_INLINE V scores_of(V z, const Scoring<A>& scoring, A inv_temperature) {
+  V score = (z - scoring.max) * inv_temperature;
   score = score < 0 ? score : V{};
   score = score > -__FLT_MAX__ ? score : V{} - A(__FLT_MAX__);
-  return z >= field.threshold ? score : V{} - infinity<A>();
+  return z >= scoring.threshold ? score : V{} - infinity<A>();
 }
 
 // Whether one of kGroup logits takes part.
 template <class X, class A>
-SK_INLINE bool any_in_field(const X* z, const Field<A>& field) {
+SK_INLINE bool any_eligible(const X* z, const Scoring<A>& scoring) {
   constexpr int kWidth = Lanes<A>::kWidth;
   auto best = load(z);
   for (int i = kWidth; i < kGroup; i += kWidth) best = max(best, load(z + i));
-  return count(not_below(best, field.threshold)) != 0;
+  return count(not_below(best, scoring.threshold)) != 0;
 }
 
 template <class X>
-SK_INLINE VecF scores_at(const X* z, const Field<float>& field, float inv_temperature) {
-  return scores_of(load(z), field, inv_temperature);
+SK_INLINE VecF scores_at(const X* z, const Scoring<float>& scoring, float inv_temperature) {
+  return scores_of(load(z), scoring, inv_temperature);
 }
-SK_INLINE VecF scores_at(const double* z, const Field<double>& field, double inv_temperature) {
+SK_INLINE VecF scores_at(const double* z, const Scoring<double>& scoring, double inv_temperature) {
   VecF scores;
   for (int half = 0; half < 2; ++half) {
-    const VecD wide = scores_of(load(z + 8 * half), field, inv_temperature);
+    const VecD wide = scores_of(load(z + 8 * half), scoring, inv_temperature);
     for (int lane = 0; lane < 8; ++lane) scores[8 * half + lane] = float(wide[lane]);
   }
   return scores;
@@ -276,11 +276,11 @@ SK_INLINE VecF highest_of(const VecF scores[kVectors]) {
 // Evaluates the ids of a group whose bounds reach what leads. Rare, and kept out of the loop that is not.
 template <class X, class A>
 __attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const VecF bounds[kVectors],
-                                           const VecU bits[kVectors], const Field<A>& field, Leaders& leading) {
+                                           const VecU bits[kVectors], const Scoring<A>& scoring, Leaders& leading) {
   for (int j = 0; j < kVectors; ++j) {
     for (uint32_t lanes = lanes_reaching(bounds[j], leading.bound); lanes != 0; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
-      const double score = field.score(double(load_one(z + 16 * j + lane)));
+      const double score = scoring.score(double(load_one(z + 16 * j + lane)));
       leading.enter({score + gumbel(bits[j][lane]), first_id + 16 * j + lane});
     }
   }
@@ -288,9 +288,9 @@ __attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const V
 
 // Runs `num_draws` races over one row; leaders[draw] collects the outcome of the race with the noise of that draw.
 template <class X, class A>
-void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKey& key, int64_t num_draws,
+void race(const X* row, int64_t vocab_size, const Scoring<A>& scoring, const NoiseKey& key, int64_t num_draws,
           Leaders* leaders) {
-  const A inv_temperature = field.inv_temperature();
+  const A inv_temperature = scoring.inv_temperature();
   X padded_group[kGroup];
   for (int64_t first = 0; first < vocab_size; first += kGroup) {
     const X* z = row + first;
@@ -300,9 +300,9 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
       memcpy(padded_group, z, (vocab_size - first) * sizeof(X));
       z = padded_group;
     }
-    if (!any_in_field(z, field)) continue;
+    if (!any_eligible(z, scoring)) continue;
     VecF scores[kVectors];
-    for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
+    for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, scoring, inv_temperature);
     const VecF best = highest_of(scores);
     for (int64_t draw = 0; draw < num_draws; ++draw) {
       Leaders& leading = leaders[draw];
@@ -312,7 +312,7 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
       VecF bounds[kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
-      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, field, leading);
+      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, scoring, leading);
     }
   }
 }

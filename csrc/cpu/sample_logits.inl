@@ -41,21 +41,21 @@ struct RowSums {
   }
 };
 
-// softmax(z) and what is drawn from a row. Log-probabilities are relative to `field.max`, the largest logit.
+// softmax(z) and what is drawn from a row. Log-probabilities are relative to `scoring.max`, the largest logit.
 template <class A>
-struct RowLaw {
+struct RowSoftmax {
   bool exists;    // no: a NaN, or nothing but -inf
   bool infinite;  // the logits of +inf share the mass equally, the limit of ever larger ones
   double log_sum;
   double entropy;
   double log_kept;  // log of the sum of exp((z - max) / T) over what is kept
-  Field<A> field;
+  Scoring<A> scoring;
 
   double logprob(double z) const {
     if (infinite) return z == infinity<double>() ? -log_sum : -infinity<double>();
-    return z - double(field.max) - log_sum;
+    return z - double(scoring.max) - log_sum;
   }
-  double truncated_logprob(double z) const { return field.score(z) - log_kept; }
+  double truncated_logprob(double z) const { return scoring.score(z) - log_kept; }
 };
 
 template <class A>
@@ -283,13 +283,13 @@ int64_t keep_reaching(A threshold, int64_t length, A* values, A* masses) {
 
 // The lowest number whose exp((z - max) / T) is at least min_p, as float64 sees it.
 template <class A>
-A min_p_threshold(const Field<A>& field, double min_p) {
+A min_p_threshold(const Scoring<A>& scoring, double min_p) {
   using Key = typename Lanes<A>::Key;
   using Bits = typename UnsignedOf<Key>::type;
-  const auto reaches = [&](Key key) { return __builtin_exp(field.score(double(value_of_key<A>(key)))) >= min_p; };
-  Key low = order_key(-largest_finite<A>()), high = order_key(field.max);
+  const auto reaches = [&](Key key) { return __builtin_exp(scoring.score(double(value_of_key<A>(key)))) >= min_p; };
+  Key low = order_key(-largest_finite<A>()), high = order_key(scoring.max);
   if (reaches(low)) return -largest_finite<A>();
-  const double estimate = double(field.max) + field.temperature * __builtin_log(min_p);
+  const double estimate = double(scoring.max) + scoring.temperature * __builtin_log(min_p);
   if (estimate > -double(largest_finite<A>())) {
     const Key key = order_key(A(estimate));
     if (key - 4 > low && !reaches(key - 4)) low = key - 4;
@@ -310,61 +310,61 @@ void keys_of(const A* values, int64_t length, typename Lanes<A>::Key* keys) {
   }
 }
 
-// Finds the threshold of the field and the sum of what it keeps. `total` is that of the whole row at T.
+// Finds the threshold of the scoring and the sum of what it keeps. `total` is that of the whole row at T.
 template <class A>
-void truncate(const RowOptions& options, int64_t found, double total, const SampleScratch<A>& scratch, RowLaw<A>* law) {
+void truncate(const RowOptions& options, int64_t found, double total, const SampleScratch<A>& scratch, RowSoftmax<A>* softmax) {
   constexpr int kWidth = Lanes<A>::kWidth;
-  Field<A>& field = law->field;
+  Scoring<A>& scoring = softmax->scoring;
   if (options.top_k > 0 && found > options.top_k) {
     keys_of(scratch.values, found, scratch.keys);
-    field.threshold = value_of_key<A>(select_key(scratch.keys, found, options.top_k));
-    found = keep_reaching<A>(field.threshold, found, scratch.values, nullptr);
+    scoring.threshold = value_of_key<A>(select_key(scratch.keys, found, options.top_k));
+    found = keep_reaching<A>(scoring.threshold, found, scratch.values, nullptr);
   }
   for (int64_t i = found; i % kWidth != 0; ++i) scratch.values[i] = -infinity<A>();
-  const A inv_temperature = field.inv_temperature();
+  const A inv_temperature = scoring.inv_temperature();
   VecD sum = {};
   for (int64_t i = 0; i < found; i += kWidth) {
-    const auto mass = exp((load(scratch.values + i) - field.max) * inv_temperature);
+    const auto mass = exp((load(scratch.values + i) - scoring.max) * inv_temperature);
     store(scratch.masses + i, mass);
     sum += widened_sum(mass);
   }
   double kept = sum_lanes(sum);
   if (options.top_k > 0) total = kept;
   if (options.min_p > 0) {
-    const A threshold = min_p_threshold(field, options.min_p);
-    field.threshold = threshold > field.threshold ? threshold : field.threshold;
-    found = keep_reaching(field.threshold, found, scratch.values, scratch.masses);
+    const A threshold = min_p_threshold(scoring, options.min_p);
+    scoring.threshold = threshold > scoring.threshold ? threshold : scoring.threshold;
+    found = keep_reaching(scoring.threshold, found, scratch.values, scratch.masses);
     kept = 0;
     for (int64_t i = 0; i < found; ++i) kept += double(scratch.masses[i]);
   }
   if (options.top_p < 1) {
     keys_of(scratch.values, found, scratch.keys);
     const auto key = lowest_key_of_nucleus(scratch.keys, scratch.masses, found, options.top_p * total, &kept);
-    field.threshold = value_of_key<A>(key);
+    scoring.threshold = value_of_key<A>(key);
   }
-  law->log_kept = __builtin_log(kept);
+  softmax->log_kept = __builtin_log(kept);
 }
 
 // A row with a NaN, a +inf, or nothing but -inf.
 template <class X, class A>
-RowLaw<A> law_without_sums(const X* row, int64_t vocab_size, bool greedy) {
+RowSoftmax<A> softmax_without_sums(const X* row, int64_t vocab_size, bool greedy) {
   int64_t infinite = 0;
   for (int64_t v = 0; v < vocab_size; ++v) {
     const A z = load_one(row + v);
     if (z != z) return {};
     infinite += z == infinity<A>();
   }
-  RowLaw<A> law = {};
-  law.exists = law.infinite = infinite > 0;
-  law.log_sum = law.entropy = __builtin_log(double(infinite));
-  law.log_kept = greedy ? 0 : law.log_sum;
-  law.field = {largest_finite<A>(), infinity<A>(), 1};
-  return law;
+  RowSoftmax<A> softmax = {};
+  softmax.exists = softmax.infinite = infinite > 0;
+  softmax.log_sum = softmax.entropy = __builtin_log(double(infinite));
+  softmax.log_kept = greedy ? 0 : softmax.log_sum;
+  softmax.scoring = {largest_finite<A>(), infinity<A>(), 1};
+  return softmax;
 }
 
-// Temperature 0 stands for the argmax: the field's threshold is then the largest logit.
+// Temperature 0 stands for the argmax: the scoring's threshold is then the largest logit.
 template <class X, class A>
-RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const SampleScratch<A>& scratch) {
+RowSoftmax<A> softmax_of_row(const X* row, int64_t vocab_size, RowOptions options, const SampleScratch<A>& scratch) {
   const bool greedy = options.temperature == 0;
   if (greedy) options = {1, 0, 1, 0};
   if (options.top_k < 0 || options.top_k >= vocab_size) options.top_k = 0;
@@ -384,7 +384,7 @@ RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const
   int64_t found = options.temperature == 1 || options.top_k > 0
                       ? read_row<false>(row, vocab_size, options, guess, collecting, scratch, &sums)
                       : read_row<true>(row, vocab_size, options, guess, collecting, scratch, &sums);
-  if (!(sums.exps > 0.5 && sums.exps < 1e300)) return law_without_sums<X, A>(row, vocab_size, greedy);
+  if (!(sums.exps > 0.5 && sums.exps < 1e300)) return softmax_without_sums<X, A>(row, vocab_size, greedy);
   if (found < options.top_k && guess.threshold > -largest_finite<A>()) {
     found = 0;
     for (int64_t v = 0; v < vocab_size; ++v) {
@@ -393,19 +393,19 @@ RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const
     }
   }
 
-  RowLaw<A> law = {};
-  law.exists = true;
-  law.log_sum = __builtin_log(sums.exps);
-  law.entropy = law.log_sum - sums.moments / sums.exps;
-  law.entropy = law.entropy > 0 ? law.entropy : 0;
-  law.log_kept = __builtin_log(sums.tempered);
-  law.field = {A(sums.level), -largest_finite<A>(), options.temperature};
-  if (truncates) truncate(options, found, sums.tempered, scratch, &law);
+  RowSoftmax<A> softmax = {};
+  softmax.exists = true;
+  softmax.log_sum = __builtin_log(sums.exps);
+  softmax.entropy = softmax.log_sum - sums.moments / sums.exps;
+  softmax.entropy = softmax.entropy > 0 ? softmax.entropy : 0;
+  softmax.log_kept = __builtin_log(sums.tempered);
+  softmax.scoring = {A(sums.level), -largest_finite<A>(), options.temperature};
+  if (truncates) truncate(options, found, sums.tempered, scratch, &softmax);
   if (greedy) {
-    law.field.threshold = law.field.max;
-    law.log_kept = 0;
+    softmax.scoring.threshold = softmax.scoring.max;
+    softmax.log_kept = 0;
   }
-  return law;
+  return softmax;
 }
 
 template <class X, class A>
@@ -438,27 +438,27 @@ int64_t sample_logits_rows(const SampleLogitsArgs& args, int64_t begin, int64_t 
     const RowOptions options = {args.temperature.values[n * args.temperature.step],
                                 args.top_k.values[n * args.top_k.step], args.top_p.values[n * args.top_p.step],
                                 args.min_p.values[n * args.min_p.step]};
-    const RowLaw<A> law = law_of_row<X, A>(row, args.vocab_size, options, scratch);
+    const RowSoftmax<A> softmax = softmax_of_row<X, A>(row, args.vocab_size, options, scratch);
     leaders.clear();
-    if (law.exists && options.temperature == 0) {
-      leaders.enter({0, first_reaching(row, args.vocab_size, law.field.threshold)});
-    } else if (law.exists) {
+    if (softmax.exists && options.temperature == 0) {
+      leaders.enter({0, first_reaching(row, args.vocab_size, softmax.scoring.threshold)});
+    } else if (softmax.exists) {
       const NoiseKey key =
           noise_key(args.seed.values[n * args.seed.step], args.position.values[n * args.position.step]);
-      race(row, args.vocab_size, law.field, key, 1, &leaders);
+      race(row, args.vocab_size, softmax.scoring, key, 1, &leaders);
       leaders.sort();
     }
-    const A absent = law.exists ? -infinity<A>() : A(__builtin_nan(""));
+    const A absent = softmax.exists ? -infinity<A>() : A(__builtin_nan(""));
     int64_t* token = args.token + n * num_distinct;
     A* logprob = static_cast<A*>(args.logprob) + n * num_distinct;
     A* truncated_logprob = static_cast<A*>(args.truncated_logprob) + n * num_distinct;
     for (int64_t i = 0; i < num_distinct; ++i) {
       token[i] = i < leaders.size ? leaders.runners[i].id : -1;
       const double z = token[i] >= 0 ? double(load_one(row + token[i])) : 0;
-      logprob[i] = token[i] >= 0 ? A(law.logprob(z)) : absent;
-      truncated_logprob[i] = token[i] >= 0 ? A(law.truncated_logprob(z)) : absent;
+      logprob[i] = token[i] >= 0 ? A(softmax.logprob(z)) : absent;
+      truncated_logprob[i] = token[i] >= 0 ? A(softmax.truncated_logprob(z)) : absent;
     }
-    static_cast<A*>(args.entropy)[n] = law.exists ? A(law.entropy) : absent;
+    static_cast<A*>(args.entropy)[n] = softmax.exists ? A(softmax.entropy) : absent;
   }
   free(memory);
   return kOk;
