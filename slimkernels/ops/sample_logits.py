@@ -63,8 +63,8 @@ def sample_logits(
         seed: int64, a number or a tensor (...).
         position: int64, a number or a tensor (...). Rows that share seed and position share their noise, so give every
             row and every step of a text its own.
-        temperature: At least 0, a number or a floating-point tensor (...). 0 takes the argmax, the lowest id on a tie;
-            the other options then have no effect.
+        temperature: T, at least 0, a number or a floating-point tensor (...). 0 takes the argmax, the lowest id on a
+            tie; the other options then have no effect.
         top_k: Number of ids that top-k keeps, and all that tie with the last of them; a number or an int64 tensor
             (...). 0, or V and more, keeps every id.
         top_p: Mass of the nucleus, in [0, 1], a number or a tensor (...). After top-k and renormalisation, an id is

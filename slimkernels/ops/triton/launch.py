@@ -1,4 +1,4 @@
-"""How Triton kernels are launched: shipped settings per GPU and vocabulary size, and the launch itself."""
+"""Launches Triton kernels with settings that are shipped per GPU architecture and vocabulary size."""
 
 from __future__ import annotations
 

@@ -315,7 +315,7 @@ def _reaches(x, threshold):
 
 
 class Sampling(NamedTuple):
-    """How a row is sampled.
+    """Parameters of the sample of a row.
 
     Attributes:
         size: Number of sampled entries.
