@@ -87,9 +87,8 @@ def cuda_extensions() -> list[Extension]:
     if wanted == "0" or (wanted == "" and torch.version.cuda is None):
         return []
     if wanted == "1" and find_nvcc() is None:
-        stop(
-            "SLIMKERNELS_CUDA=1, but no nvcc was found; install the CUDA toolkit, set CUDA_HOME, or set it to 0"
-        )
+        remedy = "install the CUDA toolkit, set CUDA_HOME, or set SLIMKERNELS_CUDA=0"
+        stop(f"SLIMKERNELS_CUDA=1, but no nvcc was found; {remedy}")
     if find_nvcc() is None:
         return []
     sources = [str(CSRC / "cuda/topk_logits.cu")]

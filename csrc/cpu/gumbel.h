@@ -160,7 +160,7 @@ constexpr A largest_finite() {
   return sizeof(A) == 4 ? A(__FLT_MAX__) : A(__DBL_MAX__);
 }
 
-// Which ids of a row are eligible and their scores: the score of a logit z >= threshold is (z - max) / T.
+// The scores of a row: a logit z >= threshold is eligible and has the score (z - max) / T.
 template <class A>
 struct Scoring {
   A max;        // finite; the largest finite number stands for +inf
