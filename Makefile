@@ -54,11 +54,11 @@ gpu: $(VENV)/.slimkernels-gpu  ## on a machine with a GPU: test the GPU kernels,
 	$(py) -m pytest tests -m gpu
 	$(py) -m bench.run --device cuda --out bench/results/cuda.jsonl $(BENCH)
 	$(py) -m bench.plots --results bench/results
-	$(py) -m bench.table --results bench/results --readme README.md
+	$(py) -m bench.table --results bench/results
 
-plots: $(installed)  ## redraw the figures and rewrite the README's tables from bench/results
+plots: $(installed)  ## redraw the figures and rewrite the tables of README and docs from bench/results
 	$(py) -m bench.plots --results bench/results
-	$(py) -m bench.table --results bench/results --readme README.md
+	$(py) -m bench.table --results bench/results
 
 wheel: $(installed)  ## build a wheel for this Python; it serves torch 2.10 and later
 	$(pip) install build

@@ -33,8 +33,8 @@ def packed_24_bits(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> tu
     """Encodes 17 bits of id and 7 bits of position between the row's smallest and largest log-probability.
 
     Returns:
-        The bytes of the row, and the log-probabilities as they are read back, in the order of ``ids``; so do the
-        functions below.
+        The bytes of the row, and the log-probabilities as they are read back, in the order of ``ids``. The
+        functions below return the same.
     """
     if vocab_size > 1 << 17:
         raise ValueError(f"17 bits hold ids below {1 << 17}, got a vocabulary of {vocab_size}")

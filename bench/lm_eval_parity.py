@@ -1,9 +1,9 @@
-"""Whether our multiple-choice scores equal those of lm-eval's own command line, on the same model and files.
+"""Compares our multiple-choice scores with those of lm-eval's own command line on the same model and files.
 
     python -m bench.lm_eval_parity --model FOLDER --data DIR [--tasks arc_easy hellaswag ...] [--limit 40]
 
-Runs ``lm_eval run --model hf`` in a process of its own and ``evaluate_multiple_choice`` in this one, prints both scores
-of every task, and fails on any difference: of scores, their standard errors, or a sample's log-likelihoods.
+Runs ``lm_eval run --model hf`` in another process and ``evaluate_multiple_choice`` in this one, and prints both scores
+of every task. Fails on any difference of scores, standard errors, or log-likelihoods of samples.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command_line(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """The results of ``lm_eval`` by task, and its samples."""
+    """Runs ``lm_eval`` and returns its results and its samples, both by task."""
     with tempfile.TemporaryDirectory() as folder:
         names = write_local_tasks(Path(folder, "tasks"), options.tasks, options.data)
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--log_samples"]
@@ -75,7 +75,7 @@ def run_command_line(options: argparse.Namespace) -> tuple[dict[str, Any], dict[
 
 
 def compare(ours: ChoiceEvaluation, theirs: dict[str, Any], their_samples: dict[str, list[dict[str, Any]]]):
-    """A line for every number that is not equal, bit for bit."""
+    """Yields a line for every number that is not equal bit for bit."""
     for name, found in (ours.tasks | ours.groups).items():
         for metric, score in found.scores.items():
             their_score, their_error = theirs[name][f"{metric},none"], theirs[name][f"{metric}_stderr,none"]

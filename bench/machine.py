@@ -27,7 +27,7 @@ def machine() -> dict:
         "isa": "sm_{}{}".format(*torch.cuda.get_device_capability()) if on_cuda else _C.cpu_isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": installed_version("triton"),
         "python": platform.python_version(),
         "commit": commit(ROOT),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -47,14 +47,15 @@ def commit(root: Path) -> str:
     described = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if described.returncode != 0:
         return "unknown"
-    results = (":(exclude)bench/results", ":(exclude)README.md")
+    results = (":(exclude)bench/results", ":(exclude)README.md", ":(exclude)docs")
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *results], check=False).returncode == 0
     return described.stdout.strip() + ("" if clean else "-dirty")
 
 
-def _triton_version() -> str | None:
+def installed_version(package: str) -> str | None:
+    """Returns the version of an installed package, or None for a missing one."""
     try:
-        return importlib.metadata.version("triton")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

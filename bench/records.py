@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.ops.case import OURS
+from slimkernels.durable import whole_lines
 
 CASE_FIELDS = ("op", "mode", "shape", "dtype", "sweep")
 MACHINE_FIELDS = ("commit", "device", "isa", "torch")
@@ -16,7 +17,10 @@ MEMORY = "peak_extra_memory"
 
 def read(path: Path) -> list[dict]:
     """Returns the rows of a JSONL file; no rows if it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [json.loads(line) for line in whole_lines(file)]
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:

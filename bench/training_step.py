@@ -3,9 +3,9 @@
 python -m bench.training_step --out bench/results/training_step.jsonl [--layers 30] [--dtype float32 bfloat16]
 
 A step is forward, loss, backward, AdamW and ``zero_grad`` of a Llama with V = 49152 and D = 576, in float32 or under
-bfloat16 autocast. Mode ``slim`` compares ``SlimTrainer``'s path from hidden states with the eager loss, both given the
-teacher's kept logits. Mode ``sft`` compares ``patch_model`` with the loss of transformers. Before anything is timed,
-both providers must give the same loss and the same gradient of every parameter.
+bfloat16 autocast. Mode ``slim`` compares ``SlimTrainer``'s path from hidden states with the eager loss of
+docs/training.md, both given the teacher's kept logits. Mode ``sft`` compares ``patch_model`` with the loss of
+transformers. Before anything is timed, both providers must give the same loss and the same gradient of every parameter.
 
 Times are taken in one process per dtype, where providers take turns on one student. Peak memory, without weights and
 optimizer state, is taken in a fresh process per provider.
@@ -32,7 +32,7 @@ from bench.ops.clock import clock
 from bench.ops.measure import percentiles
 from bench.ops.processes import KEEP_PAGES, RETURN_PAGES, run_module
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.models.make_student import make_student
 
 PROVIDERS = {"slim": (OURS, "torch eager"), "sft": (OURS, "transformers")}

@@ -1,81 +1,189 @@
-"""``JsonLines``: a file to which one JSON object after the other is appended, and which outlives its writer's death."""
+"""Files that survive a kill or a power cut: locks, atomic writes, and journals that a restarted process resumes."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_POLL_S = 0.05
 
 
 class DamagedLineError(ValueError):
-    """A whole line of the file is not a JSON object."""
+    """A line of the file ends in a newline but is not a JSON object."""
 
 
 class ForeignFileError(ValueError):
-    """The file is of another kind; it is left as it is."""
+    """The file is of another kind; it is not changed."""
 
 
 class FileInUseError(BlockingIOError):
-    """Another process writes the file."""
+    """Another process is writing the file."""
 
 
-def read_json_lines(path: str | os.PathLike[str], first_key: str) -> list[dict[str, Any]]:
-    """The objects in the file; a last line that its writer did not finish is left out.
-
-    Args:
-        path: Of the file.
-        first_key: With which the file begins.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ForeignFileError: The file begins with something else.
-        DamagedLineError: A line other than the last is not a JSON object.
-    """
-    return _parse(Path(path).read_bytes(), path, first_key)[0]
-
-
-class JsonLines:
-    """The file, held for appending: no other process can open it so until ``close``.
-
-    A process that is killed loses at most the line that it was writing, which the next ``append`` overwrites.
+def lock_file(file: int | IO[bytes], path: str | os.PathLike[str], wait_s: float = 0.0) -> None:
+    """Takes the exclusive lock (flock) of an open file; closing the file, or the end of the process, releases it.
 
     Args:
-        path: Created where it is not there.
-        first_key: The first key of the first object that is appended to a new file.
-
-    Attributes:
-        found: The objects that were there.
+        file: The open file, or its descriptor.
+        path: Path of the file, for the error.
+        wait_s: Seconds to wait for another process to release the lock; ``math.inf`` waits without a limit.
 
     Raises:
-        FileInUseError: Another process has it open.
-        ForeignFileError: The file begins with something else.
-        DamagedLineError: A line other than the last is not a JSON object.
+        FileInUseError: Another process still holds the lock after ``wait_s`` seconds.
     """
-
-    def __init__(self, path: str | os.PathLike[str], first_key: str) -> None:
-        self.path = Path(path)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 -- closed by close
+    deadline = time.monotonic() + wait_s
+    while True:
         try:
-            self._lock()
-            self._file.seek(0)
-            self.found, self._whole_bytes = _parse(self._file.read(), path, first_key)
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise FileInUseError(f"{path} is being written by another process: wait until it has ended") from error
+        time.sleep(_POLL_S)
+
+
+def write_durably(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
+    """Writes a file from bytes-like chunks and flushes its content, but not its name, to the disk.
+
+    The name of a new file survives a power cut only after ``sync_directory`` of its folder.
+    """
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Flushes the names in a directory to the disk: files created or renamed there survive a power cut."""
+    _sync(path, os.O_DIRECTORY)
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Creates or replaces a file (text as UTF-8), so that readers and a kill see the old content or the new."""
+    with replaced_atomically(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file with ``write_atomically``."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replaced_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the path of a temporary file to write, which takes the place of ``path`` when the block ends.
+
+    The temporary file is ``path`` with the suffix ".tmp". An exception in the block deletes it and leaves the file
+    at ``path`` as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields the lines of a file with their newlines, except a last line without one, which was never finished."""
+    return (line for line in file if line.endswith(b"\n"))
+
+
+class Journal:
+    """An append-only file of lines, locked for as long as it is open.
+
+    A process that is killed loses at most what it was appending: the next ``append`` overwrites an unfinished line.
+
+    Args:
+        path: Path of the file, which is created if it does not exist.
+        wait_s: Seconds to wait for another process that has the file open; ``math.inf`` waits without a limit.
+
+    Raises:
+        FileInUseError: Another process has the file open.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], wait_s: float = 0.0) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 -- closed by close
+        try:
+            lock_file(self._file, self.path, wait_s)
+            with open(self.path, "rb") as file:
+                self._num_bytes = sum(map(len, whole_lines(file)))
         except BaseException:
             self._file.close()
             raise
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one object; it is on the disk when this returns."""
-        self._file.truncate(self._whole_bytes)
-        self._whole_bytes += self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+    def append(self, lines: bytes) -> None:
+        """Appends whole lines, which are on the disk when this returns."""
+        self._file.truncate(self._num_bytes)
+        unwritten = memoryview(lines)
+        while unwritten:
+            unwritten = unwritten[self._file.write(unwritten) :]
         os.fsync(self._file.fileno())
+        if self._num_bytes == 0:
+            sync_directory(self.path.parent)
+        self._num_bytes += len(lines)
+
+    def truncate(self, num_bytes: int) -> None:
+        """Cuts the file off after its first ``num_bytes`` bytes, which end a line."""
+        self._file.truncate(num_bytes)
+        self._num_bytes = num_bytes
 
     def close(self) -> None:
-        """Lets others open the file."""
+        """Releases the lock, so that other processes can open the file; a second call does nothing."""
         self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class JsonLines:
+    """A journal of JSON objects, one a line.
+
+    Args:
+        path: Path of the file, which is created if it does not exist.
+        first_key: The first key of the first object, by which a file of this kind is recognised.
+
+    Attributes:
+        path: Path of the file.
+        found: The objects that the file held when it was opened.
+
+    Raises:
+        FileInUseError: Another process has the file open.
+        ForeignFileError: The file does not begin with ``first_key``.
+        DamagedLineError: A line other than an unfinished last one is not a JSON object.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], first_key: str) -> None:
+        self.path = Path(path)
+        self._journal = Journal(path)
+        try:
+            self.found = read_json_lines(path, first_key)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Appends one object, which is on the disk when this returns."""
+        self._journal.append(json.dumps(record).encode() + b"\n")
+
+    def close(self) -> None:
+        """Releases the lock, so that other processes can open the file."""
+        self._journal.close()
 
     def __enter__(self) -> JsonLines:
         return self
@@ -83,26 +191,42 @@ class JsonLines:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileInUseError(f"{self.path} is being written by another process: wait for it") from error
 
+def read_json_lines(path: str | os.PathLike[str], first_key: str) -> list[dict[str, Any]]:
+    """Reads the objects of a ``JsonLines`` file, also while another process appends to it.
 
-def _parse(content: bytes, path: str | os.PathLike[str], first_key: str) -> tuple[list[dict[str, Any]], int]:
-    """The objects, and the bytes of the lines that are whole."""
-    begins = f'{{"{first_key}": '.encode()
-    if not begins.startswith(content[: len(begins)]):
-        raise ForeignFileError(f"{path} must be new, or begin with {begins.decode()!r}: give another path")
-    *lines, torn = content.split(b"\n")
+    Args:
+        path: Path of the file.
+        first_key: The first key of the first object, by which a file of this kind is recognised.
+
+    Returns:
+        The objects, without one whose line was not finished.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ForeignFileError: The file does not begin with ``first_key``.
+        DamagedLineError: A line other than an unfinished last one is not a JSON object.
+    """
+    prefix = f'{{"{first_key}": '.encode()
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise DamagedLineError(f"line {number} of {path} must be a JSON object: restore the file, or remove it")
-        records.append(record)
-    return records, len(content) - len(torn)
+    with open(path, "rb") as file:
+        if not prefix.startswith(file.read(len(prefix))):
+            raise ForeignFileError(f"{path} must be new, or begin with {prefix.decode()!r}: give another path")
+        file.seek(0)
+        for number, line in enumerate(whole_lines(file), 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise DamagedLineError(f"line {number} of {path} must be a JSON object: restore the file, or remove it")
+            records.append(record)
+    return records
+
+
+def _sync(path: str | os.PathLike[str], flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,7 +19,7 @@ def store(tmp_path_factory) -> Store:
 
 @torch.no_grad()
 def dense_metrics(model, store) -> dict[str, float]:
-    """Each metric from (T, V) float64 logits of one document at a time."""
+    """Computes each metric from (T, V) float64 logits of one document at a time."""
     rows = []
     for document in store:
         logits = model(document.input_ids[None]).logits[0, document.positions - 1].double()

@@ -1,4 +1,4 @@
-"""Answers found in texts, by hand-written texts; and that equal answers are equal however they are spelt."""
+"""Answers extracted from hand-written texts, and the equality of answers in different spellings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple choice side by side: records with lm-eval's scores, asked once for each model, whatever the decoders."""
+"""Multiple choice side by side: records with lm-eval's scores, asked once per model and not once per decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from support.evaluation import make_data
+from support.evaluation import make_data, needs_lm_eval
 from support.teachers import save_teacher
 
 from slimkernels.cli import main
@@ -19,10 +19,7 @@ from slimkernels.evaluate import models as evaluated_models
 from slimkernels.evaluate.records import RecordFile, read_records
 from slimkernels.evaluate.runner import load_run
 
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'slimkernels[harness]'"
-)
-# Of lm-eval and of what it imports; none is about this package's calls.
+# lm-eval and its dependencies warn; no warning is about this package's calls.
 pytestmark = [pytest.mark.cpu_kernels, pytest.mark.filterwarnings("ignore")]
 ARC = [
     ("Which one barks?", ["a cat", "a dog", "a stone", "rain"], 1),
@@ -61,7 +58,7 @@ def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_p
     assert main(words) == 0
     records = load_run(out)[1]
     chosen = [record for record in records if record.task != "gsm8k"]
-    # Each once, not once for each decoder; of gsm8k there are two decoders.
+    # Multiple choice is asked once, gsm8k once per decoder.
     assert [len(chosen), len(records)] == [2 * 2 * 2, 2 * 2 * 2 + 2 * 2 * 2]
     assert {record.decoder for record in chosen} == {""}
 
@@ -98,7 +95,7 @@ def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_p
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """The number of sequences in every forward that lm-eval asks for."""
+    """Records the number of sequences in every forward pass of lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
     original, seen = HFLM._model_call, []
@@ -140,7 +137,7 @@ def test_a_killed_command_line_asks_no_batch_of_choices_twice(tmp_path, forwards
     forwards.clear()
     assert main([*words, str(out)]) == 0
     assert len(forwards) == len(whole) - done
-    # But for the time that they took, the records are those of the run that was left alone.
+    # Apart from their times, the records equal those of the uninterrupted run.
     [file], [expected] = (list((tmp_path / name).glob("records/*.jsonl")) for name in ("cut", "whole"))
     assert file.name == expected.name
     assert len(read_records(file)) == 150
@@ -150,10 +147,10 @@ def test_a_killed_command_line_asks_no_batch_of_choices_twice(tmp_path, forwards
 
 
 @needs_lm_eval
-def test_records_that_a_kill_left_out_are_made_without_the_model(data, tmp_path, forwards, monkeypatch):
+def test_records_missing_after_a_kill_are_made_without_the_model(data, tmp_path, forwards, monkeypatch):
     words = ["eval", "--models", str(save_teacher(tmp_path / "model")), "--tasks", "arc_easy", "--data", str(data)]
     words += ["--out", str(tmp_path / "out")]
-    # As by a kill between the first record and the second.
+    # Simulates a kill between the first and the second record.
     append, written = RecordFile.append, []
 
     def append_one(file, record):
@@ -170,7 +167,7 @@ def test_records_that_a_kill_left_out_are_made_without_the_model(data, tmp_path,
     assert len(forwards) == 2
     assert load_run(tmp_path / "out")[1][0] == written[0]
     assert len(load_run(tmp_path / "out")[1]) == 3
-    # Nor is a task that is done asked again because another one, before it, is not.
+    # A finished task is not asked again when an unfinished one comes before it.
     assert main([*words, "--tasks", "truthfulqa_mc1", "arc_easy"]) == 0
     assert len(forwards) == 3
     assert not list(tmp_path.glob("out/records/*.batches"))
@@ -180,7 +177,7 @@ def test_records_that_a_kill_left_out_are_made_without_the_model(data, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--tasks gsm9k", "tasks other than heldout, gsm8k, strategyqa, commonsenseqa, self_instruct, dolly are"),
+        ("--tasks gsm9k", "tasks must be heldout, gsm8k, strategyqa, commonsenseqa, self_instruct, dolly, or multiple"),
         ("--tasks hellaswag", "hellaswag needs a file hellaswag/hellaswag_val"),
         ("--tasks arc_easy --num-fewshot 2", "num_fewshot must be 0 for arc_easy"),
     ],
@@ -197,5 +194,5 @@ def test_choices_without_lm_eval_name_the_extra(data, tmp_path, monkeypatch, cap
     words = ["eval", "--models", "x", "--tasks", "arc_easy", "--data", str(data), "--out", str(tmp_path)]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert "are multiple-choice tasks of lm-eval, got arc_easy" in error
+    assert "or multiple-choice tasks of lm-eval, got arc_easy" in error
     assert "pip install 'slimkernels[harness]'" in error

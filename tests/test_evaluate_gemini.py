@@ -1,4 +1,4 @@
-"""Files in the layout of neulab/gemini-benchmark: both of its scorings, by hand-made rows, and bad rows."""
+"""Files in the layout of neulab/gemini-benchmark: both scoring rules by hand-made rows, and bad rows."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_published_columns_tell_which_scoring_made_them(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"qid": 1}', "line 2, must have qid, .* has no prompt, question, generated_text, answer"),
+        ('{"qid": 1}', "line 2, must have the fields qid, .* has no prompt, question, generated_text, answer"),
         ("[1]", "line 2, must have"),
-        ("{", "line 2, must be a row of JSON"),
-        ('{"qid": 1, "prompt": "", "question": "", "generated_text": null, "answer": "1"}', "must be texts"),
+        ("{", "line 2, must be a JSON object"),
+        ('{"qid": 1, "prompt": "", "question": "", "generated_text": null, "answer": "1"}', "must be strings"),
         ('{"qid": 1, "prompt": "", "question": "", "generated_text": "", "answer": "x"}', "must be a number, got 'x'"),
     ],
 )

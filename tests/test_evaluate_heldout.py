@@ -1,4 +1,4 @@
-"""Held-out documents side by side: every number against ``evaluate_store``, and lower is better wherever it is said."""
+"""Held-out documents side by side: numbers equal those of ``evaluate_store``, and lower is better in all texts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from slimkernels.evaluate import evaluate_store, heldout
 from slimkernels.evaluate import models as evaluated_models
 from slimkernels.evaluate.models import find_models
 from slimkernels.evaluate.records import read_records
+from slimkernels.evaluate.report import write_report
 from slimkernels.evaluate.report.charts import Axis
-from slimkernels.evaluate.report.write import write_report
 from slimkernels.evaluate.score_units import metric
 from slimkernels.evaluate.summary import Arm, Records, compare, overall, slices
 from slimkernels.store import Store
@@ -81,10 +81,10 @@ def test_the_page_knows_that_lower_is_better(store, report):
     (verdict,) = re.findall("teacher is lower (.*)", text.partition("## What was run")[0])
     assert re.fullmatch(r"than a by \d\.\d{3} nats \[.*\], than b by \d\.\d{3} nats \[.*\]\..*", verdict)
     assert "teacher is higher" not in text
-    assert f"had perplexity {metrics['a']['teacher_perplexity']:,.4g} on these labels" in text
+    assert f"perplexity on these labels was {metrics['a']['teacher_perplexity']:,.4g} at capture" in text
     assert "9 of 9" in text
-    # Nothing was asked or answered.
-    for foreign in ("no draws", "empty", "no output", "Reference:", "Worked examples", "reasoning steps"):
+    # Texts about questions and answers do not occur.
+    for foreign in ("no sampling", "empty", "no output", "Reference:", "Worked examples", "reasoning steps"):
         assert foreign not in text
         assert foreign not in page.partition("<script>")[0]
 
@@ -95,7 +95,7 @@ def test_a_document_is_measured_once(store, folders, report, tmp_path, monkeypat
     before = read_records(next(tmp_path.glob("records/*.jsonl")))
     assert main([*words, str(tmp_path), "--samples", "6"]) == 0
     after = read_records(next(tmp_path.glob("records/*.jsonl")))
-    # More documents are the same and some more; the old ones keep the time that they took.
+    # A larger number of documents extends the smaller one, whose records keep their times.
     assert (after[:4], len(after)) == (before, 6)
     monkeypatch.setattr(evaluated_models, "_loader", lambda *_: pytest.fail)
     assert main([*words, str(tmp_path)[:], "--samples", "6"]) == 0
@@ -110,7 +110,7 @@ def test_questions_and_documents_share_a_report(tmp_path):
     path = make_store(tmp_path / "store", num_documents=2)
     words = ["eval", "--models", f"small={model}", "--data", str(data), "--samples", "1", "--shots", "0"]
     words += ["--max-steps", "1", "--max-step-tokens", "3", "--store", path, "--out", str(tmp_path / "out")]
-    # The store is of another tokenizer.
+    # The store has another tokenizer.
     assert main([*words, "--tasks", "gsm8k", "heldout"]) == 2
     assert len(tokenizer) != len(make_tokenizer())
     make_model(vocab_size=len(make_tokenizer())).save_pretrained(model)
@@ -144,14 +144,14 @@ def test_axis_of_nats_is_round_and_holds_every_value():
     assert Axis.of([0.3], metric("strict")).texts == ["0", "25", "50", "75", "100"]
 
 
-def test_models_are_called_by_what_tells_them_apart(tmp_path):
+def test_models_are_labelled_by_the_parts_of_their_paths_that_differ(tmp_path):
     for run in ("one", "two"):
         make_folder(tmp_path / run / "slim")
     make_folder(tmp_path / "kd=1")
     paths = [str(tmp_path / name) for name in ("one/slim", "two/slim", "kd=1")]
     labels = [model.label for model in find_models([*paths, f"mine={paths[0]}"])]
     assert labels == ["one/slim", "two/slim", "kd=1", "mine"]
-    with pytest.raises(ValueError, match="models must be different ones with names of their own"):
+    with pytest.raises(ValueError, match="models must be different and have different names"):
         find_models([f"x={paths[0]}", f"x={paths[1]}"])
 
 

@@ -1,4 +1,4 @@
-"""The judge, asked over real HTTP: what it is shown, that it is asked once, and what becomes of its silence."""
+"""The judge over real HTTP: the prompt that it gets, one request per output, and outputs that it does not rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest.importorskip("httpx2", reason="a judge needs the package httpx2")
 
 
 class JudgeServer(_Server):
-    """Rates a response by its length; "mute" gets no rating, "big" is refused."""
+    """A server that rates a response by its length, gives "mute" no rating, and refuses "big"."""
 
     refuses = False
 
@@ -49,7 +49,7 @@ def test_ratings_in_order_and_what_the_judge_is_shown(server):
         answers = [Answer("Say it.", "it", text) for text in ("x", "mute", "{a}", "big", "xxxx")]
         ratings = list(judge.rate_all(answers))
     assert [rating.value for rating in ratings] == [1.5, None, 3.5, None, 4.5]
-    assert "holds no rating from 1 to 10" in ratings[1].error
+    assert "has no rating from 1 to 10" in ratings[1].error
     assert "the context is too long" in ratings[3].error
     assert any("[Instruction]\nSay it.\n\n[Reference]\nit\n\n[Response]\n{a}\n" in asked for asked in server.asked)
     bodies = [seen["body"] for seen in server.seen if seen["body"]]
@@ -64,7 +64,7 @@ def test_a_judge_that_refuses_everything_is_an_error(server):
     assert len(server.asked) < 50
 
 
-def test_a_judge_that_is_not_there_is_found_out(server):
+def test_a_judge_at_a_wrong_address_is_an_error(server):
     with Judge("http://127.0.0.1:1/v1", "j", backoff_s=0.01) as judge, pytest.raises(ServerUnavailableError):
         judge.check()
 
@@ -97,19 +97,19 @@ def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, m
     assert main([*words, *judge]) == 0
     assert len(server.asked) == 3
     assert {seen["headers"].get("Authorization") for seen in server.seen} == {"Bearer secret-7"}
-    # What was refused is asked again; what was answered, rated or not, is not.
+    # Refused outputs are asked again; outputs with a reply, rated or not, are not.
     assert main(["eval", "--rescore", "--out", str(out), *judge]) == 0
     assert len(server.asked) == 4
     records = read_records(out / "records.jsonl")
     assert [record.scores.get("judge j") for record in records] == [None, None, 5.5]
     page = (out / "report.html").read_text()
     assert f"Judge: j at {server.url}" in page
-    assert "Not rated by j: 2 of 3 outputs of m · greedy. The first: the server refused" in page
-    assert "j: not rated, the reply holds no rating" in page
+    assert "Not rated by j: 2 of 3 outputs of m · greedy. The first error: the server refused" in page
+    assert "j: not rated, the reply has no rating" in page
     assert "j: 5.5 of 10. [[99]] is no rating." in page
     assert "judge j of 10" in page
     assert '<td class="number">33.3</td>' in page
-    # A run without a judge keeps the ratings, and who gave them.
+    # A run without a judge keeps the ratings and the name of their judge.
     assert main(words) == 0
     assert (out / "report.html").read_text() == page
     for path in out.rglob("*"):

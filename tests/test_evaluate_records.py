@@ -1,4 +1,4 @@
-"""Record files: nothing is lost but a torn last line, nothing is mixed, and damage is named."""
+"""Record files: only an incomplete last line is lost, records are never mixed, and damaged lines are named."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_damage_before_the_last_line_is_named(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    with RecordFile(tmp_path / "a.jsonl"), pytest.raises(BlockingIOError, match="being written by another run"):
+    with RecordFile(tmp_path / "a.jsonl"), pytest.raises(BlockingIOError, match="being written by another process"):
         RecordFile(tmp_path / "a.jsonl")
     RecordFile(tmp_path / "a.jsonl").close()
 
 
 def test_keys_depend_on_content_alone():
     assert content_key("m", {"a": 1, "b": 2}, None) == content_key("m", {"b": 2, "a": 1}, None)
-    # The same in every process and release: caches must not be lost.
+    # Keys must be the same in every process and release, or old records would not be found.
     assert content_key("m", {"a": 1}, 0) == "4ea40a3005c7d592306a7cfa"
     assert len({content_key(*parts) for parts in (("a", "b"), ("ab",), ("a", "b", None), ("a", ["b"]))}) == 4

@@ -1,4 +1,4 @@
-"""The report: numbers by hand, what a reader must find on the page, and that nothing on it is live."""
+"""The report: numbers by hand, texts that a reader must find on the page, and no active content from outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_evaluate_gemini import ROWS, write
 
 from slimkernels.evaluate.gemini import read_outputs
 from slimkernels.evaluate.records import read_records
-from slimkernels.evaluate.report.write import describe_outputs, write_report
+from slimkernels.evaluate.report import describe_outputs, write_report
 from slimkernels.evaluate.score_units import metric
 from slimkernels.evaluate.summary import (
     Arm,
@@ -37,7 +37,7 @@ def chain(answer, spent, logprob=-1.0):
 
 
 def make_records():
-    """Twelve questions: "good" has them all right, "bad" one in four, "mid" all but the last, from votes."""
+    """Makes records of twelve questions: "good" has all right, "bad" one in four, "mid" all but the last, by votes."""
     records = []
     for n in range(12):
         right, wrong = f"a\nThe answer is {n}.", "b\nThe answer is 99."
@@ -82,7 +82,7 @@ def test_compare_pairs_samples_and_adjusts_for_all_comparisons(records):
     assert found["strict", "good", "bad"].is_shown
     assert found["strict", "good", "bad"].value < 0
     assert not found["strict", "good", "mid"].is_shown
-    # Only what both have is compared.
+    # Only samples that both have are compared.
     part = compare(Records([record for record in records if record.model == "good" or record.order < 3]))
     assert {comparison.difference.num_samples for comparison in part} == {3}
 
@@ -158,7 +158,7 @@ def test_page_tells_what_was_run_and_whether_a_difference_is_real(records, tmp_p
     page = write_report(records, tmp_path / "report", described).read_text()
     for text in (page, (tmp_path / "report" / "report.md").read_text().replace("\\", "")):
         for said in (
-            "12 of 1319", "abc123", "f00d", "max_steps 6", "torch 2.13", "Seeds of the draws: 3",
+            "12 of 1319", "abc123", "f00d", "max_steps 6", "torch 2.13", "Sampling seeds: 3",
             "good · greedy is higher than bad · greedy by 75.0 points",
             "No difference shown between good · greedy and mid · self-consistency.", "no difference shown",
             "% within 40 tokens", "% within 2 s", "1 to 4", "25.0 [8.9, 53.2]",
@@ -191,7 +191,7 @@ def test_nothing_on_the_page_is_live(tmp_path):
 def test_a_model_that_answers_nothing_is_marked(tmp_path):
     silent = [make_record(n, " ", model="silent") for n in range(2)] + [make_record(0, "The answer is 1.")]
     page = write_report(silent, tmp_path).read_text()
-    assert "Answered nothing at all: silent · greedy." in page
+    assert "All outputs are empty: silent · greedy." in page
     assert '<td class="warning number">100.0</td>' in page
     assert "no output" in page
     with pytest.raises(ValueError, match="records must be at least one"):
@@ -204,7 +204,7 @@ def test_report_of_published_outputs(tmp_path):
     page = write_report(outputs.records, tmp_path / "out", describe_outputs({str(path): outputs})).read_text()
     assert '<td>strict (is_correct)</td><td class="number">50.00</td><td class="number">50.00</td>' in page
     assert "4 of 4" in page
-    assert "There is one model and decoder only" in page
+    assert "There is only one model and decoder" in page
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -213,7 +213,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to draw the page")
 def test_page_is_drawn_by_a_browser_and_its_filter_works(records, tmp_path):
     page = write_report(records, tmp_path).resolve()
-    # A phone's width; the page fits it if nothing but the tables' own boxes scrolls sideways.
+    # The page fits the width of a phone if only the boxes of tables scroll sideways.
     probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, "
     probe += "document.getElementById('shown').textContent].join();</script></body>"
     Path(page).write_text(page.read_text().replace("</body>", probe))

@@ -1,4 +1,4 @@
-"""Side-by-side runs of real small models: what is asked, that nothing is asked twice, and the command line."""
+"""Side-by-side runs of real small models: every question is asked once, runs resume, and the command line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_plan(folders, data, samples=3, **changes):
 def test_every_model_decoder_task_sample_and_seed_is_answered_once(folders, data, tmp_path):
     records = run(make_plan(folders, data), tmp_path)
     cells = {(r.model, r.decoder, r.task, r.sample, r.seed) for r in records}
-    # Greedy decoding has no noise: one seed. Two models, two tasks, three samples.
+    # There are two models, two tasks and three samples. Greedy decoding runs once, sampling with two seeds.
     assert len(records) == len(cells) == 2 * 2 * 3 * (1 + 2)
     assert {record.seed for record in records if record.decoder == "greedy"} == {None}
     assert len(list((tmp_path / "records").iterdir())) == 8
@@ -50,7 +50,7 @@ def test_every_model_decoder_task_sample_and_seed_is_answered_once(folders, data
     assert len({record.output for record in chains}) > 1
     assert {len(record.candidates) for record in chains} == {1, 2}
     for record in chains:
-        # A chain that no end was found for is no candidate where another has one, but its tokens are spent.
+        # A chain without an end is not a candidate if another chain has one, but its tokens count as spent.
         spent = [candidate["spent"] for candidate in record.candidates]
         assert spent == sorted(spent)
         assert spent[0] >= record.candidates[0]["tokens"]
@@ -62,7 +62,7 @@ def test_every_model_decoder_task_sample_and_seed_is_answered_once(folders, data
     assert load_run(tmp_path)[1] == records
 
 
-def test_a_stopped_run_goes_on_where_it_was(folders, data, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_where_it_was(folders, data, tmp_path, monkeypatch):
     whole = {record.key: record.output for record in run(make_plan(folders, data), tmp_path / "whole")}
 
     def stop_after(count):
@@ -84,13 +84,13 @@ def test_a_stopped_run_goes_on_where_it_was(folders, data, tmp_path, monkeypatch
     for count in (3, 9):
         with pytest.raises(KeyboardInterrupt):
             run(make_plan(folders, data), tmp_path / "cut", stop_after(count))
-        # What was written stays as it was, with the time that it took: it was not made again.
+        # Written records keep their times, so they were not made again.
         assert before.items() < written().items()
         before = written()
     run(make_plan(folders, data), tmp_path / "cut")
     assert before.items() < written().items()
     assert {r.key: r.output for r in load_run(tmp_path / "cut")[1]} == whole
-    # All is there: no model is loaded any more, and more samples are added to the old ones.
+    # All records exist, so no model is loaded, and a smaller number of samples is a part of them.
     monkeypatch.setattr(evaluated_models, "_loader", lambda *_: pytest.fail)
     assert len(run(make_plan(folders, data), tmp_path / "cut")) == len(whole)
     assert len(run(make_plan(folders, data, samples=2), tmp_path / "cut")) == len(whole) * 2 // 3
@@ -117,16 +117,16 @@ def test_an_adapters_settings_are_another_model(tmp_path):
         (folder / file).write_text(content)
         identities.add(find_models([str(folder)])[0].identity)
     assert len(identities) == 3
-    # The state of its training is not the model.
+    # The training state is not part of the model.
     (folder / "training_args.bin").write_bytes(b"x")
     assert find_models([str(folder)])[0].identity in identities
 
 
-def test_rescoring_does_not_take_records_from_under_a_run(folders, data, tmp_path):
+def test_rescoring_does_not_replace_records_during_a_run(folders, data, tmp_path):
     plan = make_plan(folders[:1], data, decoders=["greedy"], samples=1)
     records = run(plan, tmp_path)
     file = next(tmp_path.glob("records/*.jsonl"))
-    with RecordFile(file) as held, pytest.raises(BlockingIOError, match="being written by another run"):
+    with RecordFile(file) as held, pytest.raises(BlockingIOError, match="being written by another process"):
         rescore(tmp_path)
     assert list(held.records.values()) == read_records(file)
     assert rescore(tmp_path)[1] == records
@@ -144,7 +144,7 @@ def test_rescoring_does_not_take_records_from_under_a_run(folders, data, tmp_pat
 def test_bad_plans(changes, message, folders, data):
     with pytest.raises(ValueError, match=message):
         make_plan(folders, data, **changes)
-    with pytest.raises(ValueError, match="models must be different ones"):
+    with pytest.raises(ValueError, match="models must be different and have different names"):
         find_models([folders[0], folders[0]])
 
 
@@ -158,7 +158,7 @@ def test_command_line(folders, data, tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "2 of 7" in page
     assert "b · pathfinder" in page
-    # Scores are made again from the outputs, by hand-changed ones.
+    # Rescoring computes the scores from the outputs, one of which is changed here.
     file = next(out.glob("records/a--greedy--gsm8k--*.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["scores"]["strict"] for row in rows} == {0}
@@ -187,7 +187,7 @@ def test_command_line(folders, data, tmp_path, capsys):
             "--out {tmp} --models {model} --tasks gsm8k --data {data} --prompt-style chat",
             "tokenizer of {model} has none",
         ),
-        ("--out {tmp} --rescore", "no run found: there is no {tmp}/run.json"),
+        ("--out {tmp} --rescore", "no run found: {tmp}/run.json does not exist"),
         ("--out {tmp} --outputs {tmp}/no.jsonl", "outputs not found"),
     ],
 )
@@ -214,12 +214,12 @@ def test_a_killed_command_line_redoes_nothing_finished(folders, data, tmp_path):
     before = read_records(file)
     assert 2 <= len(before) < 7
     assert not (tmp_path / "report.html").exists()
-    # What is there can be looked at, and says that it is not all.
+    # The unfinished run has a report, which says that it is unfinished.
     assert main(["eval", "--rescore", "--out", str(tmp_path)]) == 0
-    said = f"Not finished, outputs that are there: a, self-consistency, gsm8k: {len(before)} of 7."
+    said = f"The run is unfinished. Outputs so far: a, self-consistency, gsm8k: {len(before)} of 7."
     assert said in (tmp_path / "report.html").read_text()
     assert main(words) == 0
-    assert "Not finished" not in (tmp_path / "report.html").read_text()
-    # The same lines, with the times that they took; then the others.
+    assert "unfinished" not in (tmp_path / "report.html").read_text()
+    # The old lines come first, unchanged even in their times.
     assert read_records(file)[: len(before)] == before
     assert len(load_run(tmp_path)[1]) == 7

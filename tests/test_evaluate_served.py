@@ -1,4 +1,4 @@
-"""Models behind servers side by side: the answers of the same model here, what is asked again, and what is refused."""
+"""Models behind servers side by side: same answers as the local model, resumed runs, identities, and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_plan(names, data, samples=4, decoders=("greedy",), batch_questions=2, *
 
 
 def answered(records, model):
-    """What was answered, without whose answer it is, the time that it took, and sums that rounding changes."""
+    """Returns a model's records without its name, the times, and the sums that rounding changes."""
     found = []
     for record in (record for record in records if record.model == model):
         candidates = tuple({name: entry[name] for name in ("text", "tokens", "spent")} for entry in record.candidates)
@@ -107,7 +107,7 @@ def test_decoders_that_draw_repeat_themselves_on_a_server(server, data, tmp_path
 def test_a_server_that_dies_loses_nothing_that_was_answered(server, folder, data, tmp_path):
     names, plain = [f"b={server.url}", str(folder)], {"prompt_style": "plain"}
     server.dies_after = 14
-    with pytest.raises(ServerUnavailableError, match=r"b: POST .* failed 2 times.*; what it answered is kept in"):
+    with pytest.raises(ServerUnavailableError, match=r"b: POST .* failed 2 times.*; its answers so far are kept in"):
         run(make_plan(names, data, **plain), tmp_path)
     written = [record for file in tmp_path.glob("records/b-*.jsonl") for record in read_records(file)]
     assert 0 < len(written) < 8
@@ -120,13 +120,13 @@ def test_a_server_that_dies_loses_nothing_that_was_answered(server, folder, data
     again = [server.tokenizer.decode(body["prompt"]) for body in server.completions[asked:]]
     assert again
     assert not any(text.startswith(tuple(prompts)) for text in again)
-    # All is there: nothing is asked any more.
+    # All records exist, so the server is not asked again.
     asked = len(server.completions)
     assert run(make_plan(names, data, **plain), tmp_path) == records
     assert len(server.completions) == asked
 
 
-def test_what_a_server_is_and_says_makes_other_records(server, folder):
+def test_identity_depends_on_the_server_and_its_statements(server, folder):
     def identity(name=server.url, **options):
         return find_models([name], **QUICK | options)[0].identity
 
@@ -155,7 +155,7 @@ def test_served_models_have_names_of_their_own(server, folder):
         two = labels(f"{server.url}#{MODEL}", other.url)
         assert two == [f"{host}/{MODEL}", f"{other.url.removeprefix('http://').removesuffix('/v1')}/{MODEL}"]
     assert labels(f"a={server.url}#{MODEL}", f"b={server.url}#{MODEL}") == ["a", "b"]
-    with pytest.raises(ValueError, match="models must be different ones") as error:
+    with pytest.raises(ValueError, match="models must be different and have different names") as error:
         labels(f"{secret}#{MODEL}", f"{secret}#{MODEL}")
     assert "secret-7" not in str(error.value)
 
@@ -184,7 +184,7 @@ def test_a_server_without_a_list_is_asked_by_name(server, monkeypatch):
         ("{url}#other", {"tokenizers": ["b={folder}"]}, r"for a server's model \(here: other\).* got b"),
         ("{folder}", {"tokenizers": ["{folder}"]}, r"for a server's model \(here: none\)"),
         ("{url}#other", {"tokenizers": ["{plain}"]}, "must have a chat template to ask other in"),
-        ("{url}#other", {"tokenizers": ["{folder}"], "prompt_style": "plain"}, "--tokenizer has no meaning with"),
+        ("{url}#other", {"tokenizers": ["{folder}"], "prompt_style": "plain"}, "--tokenizer has no effect with"),
         ("{url}#other", {"key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY must hold the server's key"),
     ],
 )
@@ -212,7 +212,7 @@ def test_tasks_that_need_probabilities_of_given_texts_are_refused(server, data, 
     heldout = load_heldout(make_store(tmp_path / "store", num_documents=2))
     choices = [ChoiceTask("arc_easy", "a file", "hash", (Sample("0", "Which?", ""),), 1)]
     for name, tasks in (("heldout", {"heldout": heldout}), ("arc_easy", {"choices": choices})):
-        with pytest.raises(ValueError, match=rf"servers' models \(smollm2\), got {name}: they need probabilities"):
+        with pytest.raises(ValueError, match=rf"servers' models \(smollm2\), got {name}, which need probabilities"):
             dataclasses.replace(plan, **tasks)
     assert not server.completions
 
@@ -222,7 +222,7 @@ def command(out, data, *models):
     return [*words, "--shots", "0", "--max-steps", "2", "--max-step-tokens", "6", "--batch-questions", "1"]
 
 
-def test_command_line_reports_what_is_known_of_a_server(server, folder, data, tmp_path, monkeypatch, capsys):
+def test_command_line_reports_the_facts_of_a_server(server, folder, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SERVED_KEY", "secret-7")
     out = tmp_path / "out"
     words = [*command(out, data, str(folder), f"far={server.url}#{MODEL}"), "--tokenizer", f"far={folder}"]
@@ -234,12 +234,12 @@ def test_command_line_reports_what_is_known_of_a_server(server, folder, data, tm
     for page in ((out / "report.html").read_text(), (out / "report.md").read_text().replace("\\", "")):
         for said in (
             f"{MODEL}", server.url, "the chat template of local", "owned_by vllm, max_model_len 512", far["identity"],
-            "neither the weights nor their precision are seen", "repetition was judged by character trigrams",
+            "shows neither the weights of a model nor their precision", "repetition was judged by character trigrams",
         ):  # fmt: skip
             assert said in page, said
     for path in out.rglob("*"):
         assert path.is_dir() or b"secret-7" not in path.read_bytes()
-    # A login in the URL is used, and shown nowhere.
+    # A login in the URL is used but never shown.
     login = command(tmp_path / "login", data, server.url.replace("://", "://me:secret-8@"))
     assert main(login) == 0
     assert server.seen[-1]["headers"]["Authorization"].startswith("Basic ")
@@ -247,13 +247,13 @@ def test_command_line_reports_what_is_known_of_a_server(server, folder, data, tm
         assert path.is_dir() or b"secret-8" not in path.read_bytes()
 
 
-def test_command_line_fails_before_and_amid_answers(server, folder, data, tmp_path, monkeypatch, capsys):
+def test_command_line_fails_before_and_between_answers(server, folder, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(server_client, "_MAX_BACKOFF_S", 0.01)
 
     def last_line():
         return capsys.readouterr().err.strip().splitlines()[-1]
 
-    # Nothing is asked of the model that is there, and nothing written.
+    # The command fails before the local model is asked and before anything is written.
     out = tmp_path / "out"
     assert main(command(out, data, str(folder), "far=http://127.0.0.1:9/v1#m")) == 1
     assert last_line().startswith("slimkernels: GET http://127.0.0.1:9/v1/models failed 2 times")

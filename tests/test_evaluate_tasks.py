@@ -1,4 +1,4 @@
-"""Tasks from the files of their authors, prompts, and scores."""
+"""Tasks read from files as their authors publish them, prompts, and scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_other_tasks(data):
     assert instructed.prompt(instructed.samples[0], 3) == "Translate.\n\nthe cat\n"
 
 
-def test_more_samples_are_the_same_and_some_more(data):
+def test_a_larger_number_of_samples_extends_a_smaller_one(data):
     every = load_task("gsm8k", data).samples
     for number in (1, 3, 6):
         assert load_task("gsm8k", data, number).samples == every[:number]
@@ -54,7 +54,7 @@ def test_a_number_of_samples_is_at_least_one(number, data):
 
 
 def test_missing_data_names_what_was_looked_for(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"folder not found: .*no is not there; gsm8k needs gsm8k/test\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"folder not found: .*no; gsm8k needs gsm8k/test\.jsonl or .* in it"):
         load_task("gsm8k", tmp_path / "no")
     with pytest.raises(FileNotFoundError) as error:
         load_task("dolly", data)
@@ -67,7 +67,7 @@ def test_missing_data_names_what_was_looked_for(data, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "q", "answer": "#### many"}', r"line 2: not a sample of gsm8k \('many' is no answer"),
+        ('{"question": "q", "answer": "#### many"}', r"line 2: not a sample of gsm8k \('many' is not an answer"),
         ('{"question": "q"}', "line 2: not a sample of gsm8k"),
         ("{", "must hold JSON"),
         ("[]", "line 2: not a sample of gsm8k"),
@@ -85,7 +85,7 @@ def test_two_samples_of_one_id_are_refused(tmp_path):
     (tmp_path / "strategyqa").mkdir()
     row = '{"qid": "a", "question": "q", "answer": true}'
     (tmp_path / "strategyqa" / "dev.json").write_text(f"[{row}, {row}]")
-    with pytest.raises(ValueError, match=r"row 2: not a sample of strategyqa .*'a' is that of a row before"):
+    with pytest.raises(ValueError, match=r"row 2: not a sample of strategyqa .*has the same id 'a'"):
         load_task("strategyqa", tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_scores_are_strict_and_flexible():
     assert vote("dolly", "1", ()) is None
 
 
-def test_rouge_l_and_what_it_does_not_see():
+def test_rouge_l_and_the_letters_that_it_drops():
     pytest.importorskip("rouge_score", reason="Rouge-L needs the package rouge-score")
     # The longest common subsequence has 3 of 3 and 3 of 4 words.
     assert make_record(0, "the cats sat", "the cat sat down", task="dolly").scores == {"rouge_l": pytest.approx(6 / 7)}

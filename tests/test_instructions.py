@@ -1,4 +1,4 @@
-"""The instruction-following benchmark: its data, scores, judge and table by hand, and all of it on a tiny teacher."""
+"""The instruction-following experiment: its data and its table by hand, and a whole run with a tiny teacher."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import contextlib
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 from support import served, teachers
 
 from bench import records
 from bench.reproduce import instructions as reproduce_instructions
 from bench.reproduce.instructions_data import Example, documents, read_examples, without
-from bench.reproduce.instructions_scores import interval, rouge_l
 from bench.reproduce.instructions_table import instructions_table
+from slimkernels.evaluate.scoring import rouge_l
 from slimkernels.store import Store
 
 ALPACA = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Response:\n"
@@ -53,7 +52,7 @@ def test_instructions_layouts(tmp_path, record, expected):
     assert read_examples(tmp_path / "data.jsonl") == ([] if expected is None else [expected])
 
 
-def test_instructions_of_turns_have_their_references_beside_them(tmp_path):
+def test_instructions_of_turns_have_references_in_the_same_folder(tmp_path):
     write(tmp_path / "question.jsonl", *({"question_id": n, "turns": [f"Question {n}", "More"]} for n in (1, 2)))
     write(tmp_path / "reference_judge.jsonl", {"question_id": 2, "choices": [{"turns": ["Two", "Other"]}]})
     assert read_examples(tmp_path / "question.jsonl") == [Example("Question 2", "Two")]
@@ -86,22 +85,14 @@ def test_instructions_documents_end_in_the_response_and_the_end_of_text():
 
 @needs_rouge
 def test_instructions_rouge_by_hand():
-    # 3 of 6 and of 3 words; stemming; nothing that the tokenizer keeps; an order that breaks the subsequence.
+    # The cases are 3 of 6 and of 3 words, stemming, no word that the tokenizer keeps, and a broken order.
     references = ["the cat sat on the mat", "cats running", "日本", "one two three four"]
     responses = ["the cat sat", "cat runs", "日本", "four three two one"]
-    assert rouge_l(references, responses) == pytest.approx([100 * 2 / 3, 100, 0, 25])
-
-
-def test_instructions_interval_is_that_of_the_mean():
-    values = np.random.default_rng(1).normal(10, 2, 400)
-    low, high = interval(values)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
-    assert interval([3.0, 3.0]) == (3.0, 3.0)
+    assert list(map(rouge_l, responses, references)) == pytest.approx([2 / 3, 1, 0, 0.25])
 
 
 class Judge(served._Server):
-    """Rates a response by its number of words, in the form that was asked for, but not one of four words."""
+    """A server that rates a response by its number of words, and gives no rating to one of four words."""
 
     def reply(self, path, body):
         response = body["messages"][0]["content"].split("[Response]\n")[1].split()
@@ -136,14 +127,14 @@ def test_instructions_table_by_hand():
         result("dropped", {"a": [0, 0], "b": [0]}),
     ]
     lines = instructions_table(rows).splitlines()
-    assert lines[0] == "| | a (2) | b (1) | all | less SFT |"
+    assert lines[0] == "| | a (2) | b (1) | all | minus SFT |"
     assert lines[2].startswith("| SFT: responses only | 15.0 [10.0, 20.0] | 6.0 [6.0, 6.0] | 12.0 [6.0,")
-    # Every prompt gains 3 in the mean over the seeds, so the paired interval has no width.
+    # The mean over seeds gains 3 on every prompt, so the paired interval has no width.
     assert lines[3].startswith("| SLIM: adaptive weight | 18.0 [13.0, 23.0] | 9.0 [9.0, 9.0] | 15.0 ")
     assert lines[3].endswith("| +3.0 [+3.0, +3.0] |")
     assert lines[4].endswith("| 0.0 [0.0, 0.0] |  |")
-    assert "processor minutes of training: sft 0.5, slim 0.5. 2 seeds" in lines[-1]
-    assert "of 3 references, or responses of a model, at most 3 hold" in lines[-1]
+    assert "Processor minutes of training: sft 0.5, slim 0.5. 2 seeds" in lines[-1]
+    assert "in at most 3 of a model's 3 responses or of the references" in lines[-1]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +159,7 @@ def test_instructions_benchmark_resumes(tmp_path, data, capsys):
     reproduce_instructions.main([*command, "--methods", "sft"])
     before = out.read_bytes()
     reproduce_instructions.main([*command, "--methods", *methods])
-    assert "sft 0: in" in capsys.readouterr().out
+    assert "sft 0: already in" in capsys.readouterr().out
     rows = records.read(out)
     assert out.read_bytes().startswith(before)
     assert [row["method"] for row in rows] == ["teacher", "dropped", "warmed_up", *methods]
@@ -191,10 +182,10 @@ def test_instructions_benchmark_resumes(tmp_path, data, capsys):
     assert new[0]["judge"]["ratings"]["mine"].keys() == {"rating", "unrated"}
 
 
-def test_instructions_arguments_that_do_not_go_together(tmp_path, data, capsys):
+def test_instructions_arguments_that_contradict_each_other(tmp_path, data, capsys):
     command = [*data, "--work", str(tmp_path), "--out", str(tmp_path / "out.jsonl")]
     same = ["--eval", "x/a/e.jsonl", "y/a/f.jsonl"]
-    for more, message in ((["--judge", "http://localhost"], "go together"), (same, "which must differ")):
+    for more, message in ((["--judge", "http://localhost"], "must be given together"), (same, "which must differ")):
         with pytest.raises(SystemExit):
             reproduce_instructions.parse([*command, *more])
         assert message in capsys.readouterr().err

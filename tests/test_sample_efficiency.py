@@ -1,4 +1,4 @@
-"""The sample-efficiency experiment from end to end with a tiny teacher, and what is made of its results."""
+"""The sample-efficiency experiment from end to end with a tiny teacher, and its tables and figure by hand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from support.teachers import make_tokenizer, save_teacher
 
 from bench import records
 from bench.reproduce import sample_efficiency as reproduce_sample_efficiency
-from bench.reproduce.corpus import Corpus, Settings
 from bench.reproduce.sample_efficiency import all_runs, reproduce
+from bench.reproduce.sample_efficiency_corpus import Corpus, Settings
 from bench.reproduce.sample_efficiency_results import ABLATIONS, METHODS, Estimate, Experiment, sample_efficiency_block
 
-# One student of every kind of teacher, and one with an option.
+# These trainings cover every kind of teacher, and an option.
 ONLY = "sft$|kd teacher_top_fraction=0.2|slim rest=ghost|sampled"
 ENGLISH = """
  = A heading that is long enough to be a paragraph of running text, were it not for the signs of equality around it,
@@ -51,7 +51,7 @@ def settings(tmp_path_factory) -> Settings:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, settings):
-    """The results of seed 0 at the smaller size, in two calls, the first of them stopped and killed in a write."""
+    """Runs seed 0 at the smaller size in two calls, the first of which was stopped and then killed in a write."""
     folder = tmp_path_factory.mktemp("experiment")
     out, english = folder / "out.jsonl", folder / "english.txt"
     english.write_text(ENGLISH)
@@ -75,20 +75,20 @@ def test_sample_efficiency_appends_what_is_missing(finished):
     for row in rows:
         assert 100 <= row["tokens"] < 150
         assert len(row["curve"]) == 2
-        # It learns, from not much more than the vocabulary's size of 300.
+        # The student learns: its perplexity falls, from not much more than the vocabulary's size of 300.
         assert row["curve"][1]["teacher_perplexity"] < row["curve"][0]["teacher_perplexity"] < 400
         assert {"teacher", "english"} == set(row["teacher_perplexity"])
         assert {"commit", "device", "threads", "torch", "date"} <= set(row)
     assert len({row["curve"][1]["teacher_kl"] for row in rows}) == len(rows)
 
 
-def test_sample_efficiency_continues_with_the_same_numbers(finished, settings, monkeypatch):
+def test_sample_efficiency_resumes_with_the_same_numbers(finished, settings, monkeypatch):
     folder, rows, asked = finished
     out = folder / "again.jsonl"
     out.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert reproduce(out, folder / "work", settings, **asked) == 1
     assert records.read(out)[-1]["curve"] == rows[-1]["curve"]
-    # Nothing is missing, so nothing is loaded.
+    # No training is missing, so no corpus is loaded.
     monkeypatch.setattr(reproduce_sample_efficiency, "Corpus", None)
     assert reproduce(out, folder / "work", settings, **asked) == 0
 
@@ -110,7 +110,7 @@ def test_sample_efficiency_subsets_are_nested(finished, settings):
     }
     (english,) = corpus.heldout["english"]
     assert make_tokenizer().decode(english.input_ids).startswith("The well-kn")
-    with pytest.raises(ValueError, match="100000 are asked for"):
+    with pytest.raises(ValueError, match=r"tokens must be at most .*, got 100000"):
         corpus.subset(0, 100_000, "top_k")
 
 
@@ -131,7 +131,7 @@ def test_sample_efficiency_refuses_english_that_is_not_there(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path / "out"), "--english", str(tmp_path / "none.txt")])
     with pytest.raises(SystemExit):
         reproduce_sample_efficiency.main()
-    assert "none.txt, which is none" in capsys.readouterr().err
+    assert "none.txt, which is not a file" in capsys.readouterr().err
 
 
 def test_sample_efficiency_finishes_a_seed_before_the_next():
@@ -144,7 +144,7 @@ def test_sample_efficiency_finishes_a_seed_before_the_next():
 
 
 def rows_of(perplexities: dict[str, tuple[float, ...]], size: int = 1000) -> list[dict]:
-    """Rows with these perplexities, one a seed, of methods or of values of ``rest``."""
+    """Makes rows of methods, or of values of ``rest``, with one perplexity per seed."""
     settings = {"teacher": "t", "num_layers": 2, "hidden_size": 64, "epochs": 4, "batch_size": 4, "top_fraction": 0.05}
     settings |= {"learning_rate": 0.006, "heldout_tokens": 3000, "rounds": 50}
     rows = []
@@ -205,10 +205,10 @@ def test_sample_efficiency_block_by_hand():
     assert order.endswith("dense KD to SFT -50.0 % [-50.0, -50.0]")
     (ghost,) = [line for line in lines if line.startswith("|  | `ghost`")]
     assert ghost.startswith("|  | `ghost` | 90.00 ± 7.45 | -9.4 % [")
-    (rest,) = [line for line in lines if 'The default `rest="renorm"`' in line]
-    assert 'The default `rest="renorm"`: lower beyond its interval is `ghost`' in rest
-    assert "higher is `zero`" in rest
-    assert "not decided" not in rest.partition("The default `token_weight")[0]
+    (rest,) = [line for line in lines if 'the default `rest="renorm"`' in line]
+    assert 'Compared with the default `rest="renorm"`, the perplexity is lower with `ghost`' in rest
+    assert "and higher with `zero`" in rest
+    assert "undecided" not in rest.partition("the default `token_weight")[0]
 
 
 def test_sample_efficiency_uses_the_newest_settings_and_the_last_row_of_a_training():

@@ -1,4 +1,4 @@
-"""The embedded engine beside the plain model: the same draws, the same log-probabilities, whatever is in the batch."""
+"""``TransformersEngine`` gives the draws and log-probabilities of the plain model, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimkernels.search import (
     greedy,
     log_probability,
 )
-from slimkernels.search.engines import branch_rows
+from slimkernels.search.engines import draw_steps
 
 QUESTIONS = ["When the rain stopped", "Anna", "A black cat was sleeping on the old wall, and", "It"]
 CONFIG = PathFinderConfig(branching_factor=3, beam=3, max_depth=3, max_step_tokens=9, temperature=0.9)
@@ -44,7 +44,7 @@ def never(_text):
 
 
 def logits_after(model, token_ids):
-    """Plain logits (L, V) of a whole sequence."""
+    """Computes the plain model's logits (L, V) of a whole sequence."""
     with torch.inference_mode():
         return model(torch.tensor([token_ids])).logits[0]
 
@@ -62,7 +62,7 @@ def nodes_of(tree):
 
 
 def test_engine_draws_what_sample_logits_draws_from_the_plain_model(model, engine):
-    # Rows of different prompts, lengths and options in one batch, and a second step on branches of the first.
+    # One batch has rows of different prompts, lengths and options; a second batch continues their branches.
     prompts = [engine.tokenizer(question)["input_ids"] for question in QUESTIONS]
     roots = engine.start(QUESTIONS)
     options = [(1.0, 0, 1.0, 5), (0.7, 5, 1.0, 2), (1.5, 0, 0.8, 40), (0.0, 0, 1.0, 1)]
@@ -139,13 +139,13 @@ def test_engine_branches_are_bit_equal_in_every_batch(dtype, threads, set_thread
 
 
 def test_engine_invariance_check_can_fail(model, engine, monkeypatch):
-    read = engine.read
+    read = engine._branch_model.read
 
     def noisy(branches, *rest):
         logits, hidden = read(branches, *rest)
         return logits + 1e-6 * len(branches), hidden
 
-    monkeypatch.setattr(engine, "read", noisy)
+    monkeypatch.setattr(engine._branch_model, "read", noisy)
     assert not engine.is_batch_invariant()
 
 
@@ -176,13 +176,13 @@ def test_engine_keys_and_values_are_shared_and_freed(model):
     assert planned.prompt_tokens == engine.count_tokens(prompt)
     assert planned.cache_bytes >= engine.peak.shared_bytes
     assert engine.peak.unshared_bytes > 3 * engine.peak.shared_bytes > 0
-    assert engine._pool.num_used == 0
-    assert engine._branches == {}
+    assert engine._branch_model.pool.num_used == 0
+    assert engine._branch_model.branches == {}
     assert engine.memory().unshared_bytes == 0
     # Slots are reused: a second search needs no more.
-    before = engine._pool.num_bytes
+    before = engine._branch_model.pool.num_bytes
     PathFinder(engine, config, checks=()).solve([prompt])
-    assert engine._pool.num_bytes == before
+    assert engine._branch_model.pool.num_bytes == before
 
 
 def test_engine_frees_everything_where_logits_are_nan():
@@ -192,24 +192,24 @@ def test_engine_frees_everything_where_logits_are_nan():
         model.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN"):
         PathFinder(engine, CONFIG).solve(QUESTIONS)
-    assert engine._pool.num_used == 0
-    assert engine._branches == {}
+    assert engine._branch_model.pool.num_used == 0
+    assert engine._branch_model.branches == {}
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_engine_frees_everything_where_a_later_token_is_nan(model, engine, monkeypatch):
-    read, calls = engine.read, []
+    read, calls = engine._branch_model.read, []
 
     def failing(branches, *rest):
         calls.append(len(branches))
         logits, hidden = read(branches, *rest)
         return (logits * float("nan") if len(calls) == 12 else logits), hidden
 
-    monkeypatch.setattr(engine, "read", failing)
+    monkeypatch.setattr(engine._branch_model, "read", failing)
     with pytest.raises(FloatingPointError, match="after the text"):
         PathFinder(engine, CONFIG).solve(QUESTIONS)
-    assert engine._pool.num_used == 0
-    assert engine._branches == {}
+    assert engine._branch_model.pool.num_used == 0
+    assert engine._branch_model.branches == {}
 
 
 def test_engine_ends_a_branch_where_the_context_ends(model, engine):
@@ -222,16 +222,16 @@ def test_engine_ends_a_branch_where_the_context_ends(model, engine):
 
 
 def test_engine_text_joins_what_tokens_split(engine):
-    # A character of two bytes whose tokens fall into two steps, and one that a step begins with.
+    # The two tokens of one character fall into different steps; another character begins a step.
     branch = engine.start(["x"])[0]
-    state = engine._branches[branch]
+    state = engine._branch_model.branches[branch]
     text = "né à"
     ids = engine.tokenizer(text)["input_ids"]
     assert len(ids) == 6
     pieces = []
     for token in ids:
-        before = engine.decode(state.tail)
-        pieces.append(engine.decode([*state.tail, token])[len(before.rstrip("\ufffd")) :])
+        before = engine._branch_model.decode(state.tail)
+        pieces.append(engine._branch_model.decode([*state.tail, token])[len(before.rstrip("\ufffd")) :])
         state.tail = [*state.tail, token][-8:]
     assert [piece for piece in pieces if "\ufffd" not in piece] == ["n", "é", " ", "à"]
 
@@ -306,11 +306,11 @@ def test_engine_embeddings_of_a_real_model_tell_a_repeated_step_from_a_new_one()
     branches = engine.start([prompt])
     steps = []
     for text in (said, "She bakes muffins with 4 eggs, so 13 - 4 = 9 eggs remain.\n", said):
-        # A step that is given: drawn from logits that leave nothing else.
+        # The logits allow only the tokens of the given step.
         tokens = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
         with pytest.MonkeyPatch.context() as patch:
             drawn = iter(tokens)
-            patch.setattr(branch_rows, "sample_logits", lambda logits, **_: only(logits, next(drawn)))  # noqa: B023
+            patch.setattr(draw_steps, "sample_logits", lambda logits, **_: only(logits, next(drawn)))  # noqa: B023
             request = dataclasses.replace(REQUEST, branch=branches[-1], max_tokens=len(tokens))
             [step] = engine.extend([request], never, embed=True)
         assert step.text == text

@@ -1,4 +1,4 @@
-"""Tree search on a scripted language model, worked out by hand, and its budgets on a made-up one."""
+"""Tree searches on a scripted language model, worked out by hand, and budgets on a random one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slimkernels.search import (
 )
 from slimkernels.search.question import node_seed
 
-# Scores are sums over tokens: "a\n" at -1 each has -2 over 2 tokens.
+# Log-probabilities are per token: "a\n" at -1 sums to -2 over 2 tokens.
 TWO_LEVELS = {
     "": [("a\n", -1.0), ("b\n", -2.0)],
     "a\n": [("c$", -1.0), ("d\n", -3.0)],
@@ -142,8 +142,8 @@ def test_pathfinder_end_marker_and_answer_pattern_finish_a_branch():
 
 
 def test_pathfinder_token_budget_grants_whole_steps_in_turn():
-    # 46 tokens: 2 steps at depth 0 (up to 40); 42 are left for depth 1, two steps: one for each leaf, better first.
-    # They take 4 tokens; 38 are left, one whole step: for the better leaf's first child.
+    # A step may take 20 tokens. Of 46 tokens, the two steps at depth 0 take 4. The 42 left allow two steps at depth 1,
+    # one for each leaf, better leaf first; they take 4. The 38 left allow one step, for the better leaf's first child.
     script = {
         "": [("a\n", -1.0), ("b\n", -2.0)],
         "a\n": [("c\n", -1.0), None],
@@ -163,13 +163,13 @@ def test_pathfinder_token_budget_grants_whole_steps_in_turn():
 def test_pathfinder_does_not_regenerate_beyond_the_budget():
     script = {"": [[("$", -1.0), ("a$", -1.0)], [("$", -1.0), ("b$", -1.0)]]}
     engine, [result] = find(script, max_tokens=40)
-    # Two tokens are spent; 38 allow one whole step.
+    # Two tokens are spent; the 38 left allow one whole step.
     assert [len(batch) for batch in engine.batches] == [2, 1]
     assert nodes_of(result.tree) == {(0,): ("a", "FINISHED", "finished"), (1,): ("", "CUT", "empty")}
 
 
 class Talkative(ScriptedEngine):
-    """Generates more tokens than it is asked for, as some servers count them."""
+    """An engine that generates more tokens than requested, as some servers do by their own count."""
 
     def extend(self, requests, step_end, *, embed):
         steps = super().extend(requests, step_end, embed=embed)
@@ -219,8 +219,8 @@ def test_pathfinder_presets_are_chains():
 
 
 def test_pathfinder_plan_by_hand():
-    # Leaves 1, 3, 3 of four, children 3, 6, 6: fifteen steps of 10 tokens, twice. At most, three leaves of two steps
-    # and six children are kept.
+    # Leaves are 1, 3 and 3, children 3, 6 and 6: fifteen steps of 10 tokens, each generated up to twice. At most three
+    # leaves of two steps and six children are kept at a time.
     config = PathFinderConfig(branching_factor=(3, 2), beam=3, max_depth=3, max_step_tokens=10, batch_questions=2)
     engine = CharacterEngine()
     assert PathFinder(engine, config).plan(["p", "qq", "rrr"]) == (6, 900, 12, 3 + 2 * 120)
@@ -236,7 +236,7 @@ def test_pathfinder_async_is_the_same():
 
 
 def test_pathfinder_frees_everything_when_the_engine_fails():
-    engine = ScriptedEngine({"": [("a\n", -1.0), ("b\n", -2.0)]})  # nothing below them: a KeyError
+    engine = ScriptedEngine({"": [("a\n", -1.0), ("b\n", -2.0)]})  # the script ends here, with a KeyError
     with pytest.raises(KeyError):
         PathFinder(engine, PathFinderConfig(branching_factor=2)).solve(["Q"])
     assert engine.texts == {}
@@ -343,7 +343,7 @@ def test_pathfinder_never_exceeds_a_budget(config, end_logit):
     def spy(prune):
         def pruned(search):
             prune(search)
-            kept.append((search.tree.with_status(Status.OPEN), search.hypotheses()))
+            kept.append((search.tree.with_status(Status.OPEN), search.tree.hypotheses()))
 
         return pruned
 

@@ -593,7 +593,10 @@ def test_store_killed_writers_lose_nothing(tmp_path, kills):
     count = 60
     cases = store_killed_writer.documents(count)
     command = [sys.executable, store_killed_writer.__file__, str(tmp_path), str(count), "5", str(kills)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         lines = iter(process.stdout.readline, "{}\n")
         seen = []
         for line in lines:

@@ -176,7 +176,7 @@ class TestRecordedServers:
             report = run(server, tokenizer, tmp_path / "a", name, kind, max_unmapped_fraction=1.0)
             assert (report.documents, report.dropped) == (1, 1)
             assert report.unmapped_fraction > 0.2
-            with pytest.raises(UnmappedTokensError, match=r"are no token of the tokenizer, more than max_unmapped_.*'"):
+            with pytest.raises(UnmappedTokensError, match=r"have no id in the tokenizer, more than max_unmapped_.*'"):
                 run(server, tokenizer, tmp_path / "b", name, kind)
 
     def test_llama_cpp_cannot_score(self, tokenizer, tmp_path, llamacpp) -> None:
@@ -547,8 +547,8 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"prompts": None}, "give documents to score or prompts to continue"),
-            ({"documents": [[1, 2]]}, "give documents to score or prompts to continue"),
+            ({"prompts": None}, "give either documents to score or prompts to continue"),
+            ({"documents": [[1, 2]]}, "give either documents to score or prompts to continue"),
             ({"prompts": []}, "prompts must hold at least one prompt"),
             ({"prompts": [""]}, "every prompt must have at least one token"),
             ({"prompts": [[1, 2]], "api": "chat"}, "a prompt of api='chat' must be text"),

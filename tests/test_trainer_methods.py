@@ -20,7 +20,7 @@ from slimkernels.trainer.objective import METHODS
 from slimkernels.trainer.on_policy import continue_prompts
 
 pytestmark = [
-    # peft still calls what transformers renamed, and warns that an adapter's merge would untie the head.
+    # peft still calls functions that transformers renamed, and warns that merging an adapter would untie the head.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
@@ -32,7 +32,7 @@ def store(tmp_path_factory) -> Store:
 
 
 def make_teacher():
-    """The model that ``make_store`` captured."""
+    """Makes the model that ``make_store`` captured."""
     return make_model(seed=1234)
 
 
@@ -48,7 +48,7 @@ def online(tmp_path, store, **options) -> SlimTrainer:
 
 
 def dense_divergence(method: str, logits, teacher_logits, beta: float = 0.5) -> torch.Tensor:
-    """(N,) over the whole vocabulary, straight from the definitions."""
+    """Computes the divergence (N,) over the whole vocabulary, straight from the definitions."""
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     if method in ("kd", "slim"):
@@ -60,7 +60,7 @@ def dense_divergence(method: str, logits, teacher_logits, beta: float = 0.5) -> 
 
 
 def eager_losses(method: str, store, steps: int, temperature: float = 1.0, beta: float = 0.5) -> list[float]:
-    """The losses of an eager loop with a dense teacher over documents in order, four a step."""
+    """Returns the losses of an eager loop with a dense teacher over documents in order, four a step."""
     model, teacher = make_model().train(), make_teacher().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=0.0)
     losses = []
@@ -122,7 +122,7 @@ def test_offline_equals_online_where_the_same_logits_are_kept(tmp_path, store, m
 
 
 def make_drawn_store(path, rounds: int, kind: str = "sample") -> Store:
-    """The documents of ``make_store`` with draws in place of the largest logits."""
+    """Writes the documents of ``make_store`` with draws in place of the largest logits."""
     documents = Store(make_store(Path(path) / "documents"))
     teacher = make_teacher().eval()
     writer = StoreWriter(
@@ -146,7 +146,7 @@ def make_drawn_store(path, rounds: int, kind: str = "sample") -> Store:
 
 
 def drawn_losses(model, document) -> torch.Tensor:
-    """(N,) CE + KL of shares of draws, from the full logits."""
+    """Computes CE + KL (N,) to the shares of draws from the full logits."""
     ids, positions = document.input_ids, document.positions
     logprobs = model(ids[None]).logits[0, positions - 1].log_softmax(-1)
     losses = []
@@ -160,7 +160,7 @@ def drawn_losses(model, document) -> torch.Tensor:
 
 
 def test_sampled_learns_from_draws(tmp_path, store):
-    """Offline the very rows of the store; with many draws, on line and off, the dense curve."""
+    """Compares the loss with that of the store's rows, and with the dense loss when there are many draws."""
     few = make_drawn_store(tmp_path / "few", rounds=20)
     trainer = make_trainer(tmp_path, few, method="sampled", max_steps=1)
     trainer.train()
@@ -181,7 +181,7 @@ def test_sampled_learns_from_draws(tmp_path, store):
 
 
 def documents_of(batch: dict) -> list[tuple[list[int], list[int]]]:
-    """(tokens, labels) of every document of a batch."""
+    """Returns the tokens and the labels of every document of a batch."""
     length = batch["input_ids"].shape[1]
     found = []
     for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
@@ -210,7 +210,7 @@ def test_student_continues_every_document_from_its_prompt():
     assert [len(target) for _, target in written] == [6, 6, 6]
     assert model.training
 
-    # The same draws, where one of the first document's tokens now ends the text.
+    # The draws are the same, but one of the first document's tokens now ends the text.
     tokens = written[0][1]
     end = next(place for place, token in enumerate(tokens) if place and token not in tokens[:place])
     model.generation_config.eos_token_id = [tokens[end], VOCAB_SIZE + 5]
@@ -225,7 +225,7 @@ def test_student_continues_every_document_from_its_prompt():
 
 
 def test_student_writes_from_its_own_distribution():
-    """Four thousand continuations of one prompt by one token, against softmax(logits / T)."""
+    """Compares four thousand continuations of one prompt by one token with softmax(logits / T)."""
     model = make_model().eval()
     model.generation_config.eos_token_id = None
     batch = {
@@ -242,7 +242,7 @@ def test_student_writes_from_its_own_distribution():
 
 
 class KeepWeights(TrainerCallback):
-    """Notes the student's weights before each step."""
+    """A callback that keeps the student's weights before each step."""
 
     def __init__(self):
         self.weights = []
@@ -324,7 +324,7 @@ def test_observability_of_every_step(tmp_path, store):
     ("fields", "message"),
     [
         ({"method": "gkd"}, "'gkd' needs a teacher_model"),
-        ({"method": "kd", "teacher_top_k": 4}, "choose what is kept of a teacher_model, got none"),
+        ({"method": "kd", "teacher_top_k": 4}, "select logits of a teacher_model, got none"),
     ],
 )
 def test_a_method_without_its_teacher_is_refused(tmp_path, store, fields, message):
@@ -342,7 +342,7 @@ def test_sft_with_a_teacher_model_is_refused(tmp_path, store):
     [
         ({"method": "kd", "teacher_rounds": 4}, "teacher_rounds must stay None with method 'kd'"),
         ({"method": "sampled", "teacher_top_k": 4}, "not with method 'sft' or 'sampled'"),
-        ({"method": "kd", "teacher_top_k": 4, "teacher_top_fraction": 0.1}, "one or the other"),
+        ({"method": "kd", "teacher_top_k": 4, "teacher_top_fraction": 0.1}, "set one or the other"),
         ({"method": "gkd", "on_policy_fraction": 1.5}, r"on_policy_fraction must be in \[0, 1\], got 1.5"),
         ({"method": "gkd", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"method": "gkd", "sampling_temperature": 0.0}, "sampling_temperature must be positive"),

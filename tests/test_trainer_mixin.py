@@ -43,7 +43,7 @@ def make_rows(seed: int = 0, count: int = 20) -> list[dict[str, list[int]]]:
 
 
 def collate(rows) -> dict[str, torch.Tensor]:
-    """Right-padded, the first two tokens a prompt."""
+    """Pads on the right and makes the first two tokens a prompt."""
     length = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
     mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows])
@@ -57,7 +57,7 @@ class Distiller(sk.SlimLossMixin, Trainer):
 
 
 def eager_loss(model, teacher, inputs, num_items, *, method: str = "slim"):
-    """CE + w KL on the teacher's TOP_K largest logits, renormalised, from full logits, in plain torch."""
+    """Computes CE + w KL on the teacher's TOP_K largest logits, renormalised, from full logits in plain torch."""
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     target = labels[:, 1:].flatten()
@@ -78,7 +78,7 @@ def eager_loss(model, teacher, inputs, num_items, *, method: str = "slim"):
 
 
 def eagerly(trainer_class):
-    """The trainer with ``eager_loss`` in place of the mixin's."""
+    """Returns a subclass of a trainer that uses ``eager_loss`` in place of the mixin."""
 
     class Eager(trainer_class):
         def __init__(self, *args, teacher_model, method="slim", **kwargs):
@@ -263,7 +263,7 @@ def test_trl_sft_follows_the_eager_curve(tmp_path, case):
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
 @pytest.mark.parametrize("case", ["plain", "packing"])
 def test_trl_sft_learns_from_a_store(tmp_path, case):
-    """Packed or padded, each document gets the rows it was captured with by itself."""
+    """Gives each document, packed or padded, the rows that it was captured with alone."""
     teacher = make_model(seed=9).eval()
     store = write_store(tmp_path / "store", teacher, make_rows(count=40))
     online = make_sft(tmp_path, distilling, case, teacher_model=teacher, objective=OBJECTIVE)
@@ -326,7 +326,7 @@ def test_heads_padded_differently_share_their_first_rows(tmp_path, caplog):
     [
         ({"objective": sk.SlimObjective("kd")}, "method 'kd' needs one of teacher_model and teacher_store"),
         ({"objective": sk.SlimObjective("sft"), "teacher_model": make_model()}, "method 'sft' needs no teacher"),
-        ({"objective": sk.SlimObjective("gkd"), "teacher_model": make_model()}, "SlimTrainer does"),
+        ({"objective": sk.SlimObjective("gkd"), "teacher_model": make_model()}, "as only SlimTrainer does"),
         ({"options": {"label_smoothing_factor": 0.1}}, "use label_smoothing"),
         ({"options": {"torch_compile": True}}, "torch_compile must be False"),
         ({"compute_loss_func": lambda *args, **kwargs: None}, "compute_loss_func must be None"),

@@ -48,9 +48,10 @@ def faults_of_docstrings(source: str) -> list[str]:
     """Every docstring, description and help text of a module that begins as none should."""
     found = []
 
-    def is_property(node: ast.AST) -> bool:
+    def acts(node: ast.AST) -> bool:
+        """Tells a function from a property, which is a noun."""
         names = [getattr(d, "id", getattr(d, "attr", "")) for d in getattr(node, "decorator_list", ())]
-        return "property" in names or "cached_property" in names
+        return not isinstance(node, (ast.Module, ast.ClassDef)) and not {"property", "cached_property"} & set(names)
 
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -60,9 +61,8 @@ def faults_of_docstrings(source: str) -> list[str]:
             name, line = getattr(node, "name", "the module"), getattr(node, "lineno", 1)
             if first_word(text) in FRAGMENTS:
                 found.append(f"{line}: {name} begins with {first_word(text)!r}")
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_property(node):
-                if not VERB.match(text):
-                    found.append(f"{line}: {name} must begin with a verb, got {first_word(text)!r}")
+            elif acts(node) and not VERB.match(text):
+                found.append(f"{line}: {name} must begin with a verb, got {first_word(text)!r}")
             for entry, word in entries(text):
                 if word in FRAGMENTS + LOOSE:
                     found.append(f"{line}: {name}: {entry} must begin with a noun, got {word!r}")

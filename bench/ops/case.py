@@ -113,7 +113,7 @@ class Case:
         """
         work = self.build()
         if tuple(work.providers) != (OURS, *self.peers):
-            raise ValueError(f"{self.name} declares {self.peers} beside {OURS}, but builds {tuple(work.providers)}")
+            raise ValueError(f"{self.name} declares {OURS} and {self.peers}, but builds {tuple(work.providers)}")
         if ours_only:
             work.providers = {OURS: work.providers[OURS]}
         for provider, run in list(work.providers.items()):

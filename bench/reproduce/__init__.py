@@ -1,1 +1,1 @@
-"""The experiments of the papers, repeated at a size that two CPU cores can do."""
+"""Experiments of published papers, reproduced at a size that two CPU cores can run."""

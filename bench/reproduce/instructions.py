@@ -1,13 +1,14 @@
-"""Instruction following: SFT, KD, MiniLLM and SLIM from one student of some of the teacher's layers, by Rouge-L.
+"""Reproduces an instruction-following experiment: SFT, KD, MiniLLM and SLIM train the same student, scored by Rouge-L.
 
 python -m bench.reproduce.instructions --train dolly/train.jsonl --eval dolly/test.jsonl self_instruct/test.jsonl \
     --work runs/instructions --out bench/results/instructions.jsonl
 
-The data are yours (``instructions_data.py`` lists the layouts). The student is made of some layers of the teacher and
-trained for --warm-up-steps on the responses, once; from there every method goes its own way: SFT on the responses,
-KD and SLIM on them with the teacher's kept logits, MiniLLM (extra ``minillm``) on the prompts, answered by the student.
-Teacher, dropped and warmed-up student are measured, too. Every response is in --work; a method and seed that --out
-holds with the same settings is not run again, and what --work holds is not computed again.
+The data are not shipped; ``instructions_data.read_examples`` lists the supported layouts. The student consists of some
+layers of the teacher and is first trained on the responses for --warm-up-steps. All methods start from this student:
+SFT trains on the responses, KD and SLIM on the responses with the teacher's kept logits, and MiniLLM (extra
+``minillm``) on the student's own responses to the prompts. The teacher and the student before and after the warm-up are
+measured as well. --work keeps all responses and intermediate results, which are not computed again. A method and seed
+that --out has with the same settings is not run again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import math
 import time
@@ -28,43 +28,49 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimkernels as sk
 from bench import records
-from bench.machine import machine
+from bench.machine import installed_version, machine
 from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, without
-from bench.reproduce.instructions_scores import interval, rouge_l
 from slimkernels.demo.phases import Phase, quiet_libraries
+from slimkernels.durable import Journal
 from slimkernels.evaluate.judge import Answer, Judge
+from slimkernels.evaluate.scoring import rouge_l
+from slimkernels.evaluate.statistics import bootstrap_interval
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.make_student import drop_layers, make_student
 from slimkernels.store import Store, StoreWriter
 from slimkernels.teacher import load_teacher, tokenizer_fingerprint
 from slimkernels.trainer import train
 
-# Models that are measured as they are, before those that are trained.
+# Models that are measured without further training.
 BOUNDS = ("teacher", "dropped", "warmed_up")
 METHODS = ("sft", "kd", "minillm", "slim")
+# Packages other than torch whose versions decide a result.
+PACKAGES = ("transformers", "trl", "rouge-score")
 _WARM_UP_SEED = 1234
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result beside the data; the defaults take 40 minutes on one CPU core with bfloat16.
+    """Settings that decide the result, in addition to the data.
+
+    The experiment takes 40 minutes on one CPU core with bfloat16 and the defaults.
 
     Attributes:
-        teacher: Name or folder, as ``load_teacher`` takes it.
-        layers: Of the student.
-        train_examples: At most so many, the first that fit.
-        eval_examples: Of each file, at most so many, evenly spread over those that fit.
-        max_length: Longest training example, in tokens of prompt and response, and longest prompt to evaluate on.
-        max_new_tokens: Longest response.
-        temperature: Of the responses that are measured; 0 takes the most probable token.
-        top_fraction: Share of the vocabulary kept of each of the teacher's rows.
-        warm_up_steps: Of SFT, for all methods together.
-        steps: Of every method but MiniLLM.
-        minillm_steps: Of MiniLLM.
-        batch_size: Examples or prompts of a step.
-        learning_rate: Peak, after a tenth of the steps and before a linear decay.
-        minillm_learning_rate: The same of MiniLLM.
-        bf16: 1 computes in bfloat16, with float32 weights; 0 in float32.
+        teacher: Name or folder of the teacher, as for ``load_teacher``.
+        layers: Number of layers of the student.
+        train_examples: Maximum number of training examples; the first ones that fit are used.
+        eval_examples: Maximum number of examples per evaluation file, evenly spread over those that fit.
+        max_length: Maximum number of tokens of a training example (prompt and response), and of an evaluation prompt.
+        max_new_tokens: Maximum number of tokens of a response.
+        temperature: Sampling temperature of the measured responses; 0 decodes greedily.
+        top_fraction: Share of the vocabulary kept of each row of the teacher's logits.
+        warm_up_steps: Number of SFT steps before the methods start.
+        steps: Number of steps of every method except MiniLLM.
+        minillm_steps: Number of steps of MiniLLM.
+        batch_size: Number of examples or prompts per step.
+        learning_rate: Peak learning rate, after a warm-up over a tenth of the steps and before a linear decay.
+        minillm_learning_rate: Peak learning rate of MiniLLM.
+        bf16: 1 computes in bfloat16 with float32 weights, 0 computes in float32.
     """
 
     teacher: str = "smollm2-135m-instruct"
@@ -85,11 +91,11 @@ class Settings:
 
 
 class Experiment:
-    """The phases, in the order in which they are called; each leaves its result in ``work``.
+    """The phases of the experiment in the order in which they run; each keeps its result in ``work``.
 
     Attributes:
-        held_out: The examples of each data set that are measured.
-        data: Names the examples.
+        held_out: Evaluation examples by data set.
+        data: Hash of the training and evaluation examples.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class Experiment:
         self._key = {"data": self.data, "version": sk.__version__}
 
     def capture(self) -> dict[str, Any]:
-        """The teacher's kept logits of every response, into a store whose prompts have no labels."""
+        """Captures the teacher's top logits for every response token in a store; prompts have no labels."""
         key = self._key | self._pick("teacher", "top_fraction", "train_examples", "max_length")
         with self._phase("store", "store", key) as phase:
             if not phase.is_done:
@@ -114,7 +120,7 @@ class Experiment:
         return phase.result
 
     def start(self) -> None:
-        """The student that every method starts from."""
+        """Makes the student that every method starts from."""
         key = self._key | self._pick(*_STUDENT)
         with self._phase("dropped", "students/dropped", key) as phase:
             if not phase.is_done:
@@ -127,7 +133,7 @@ class Experiment:
                 phase.finish(self._train("sft", self._student("dropped"), phase.folder, _WARM_UP_SEED, options))
 
     def train(self, method: str, seed: int) -> dict[str, Any]:
-        """One method's student, and what its training took."""
+        """Trains one method's student and returns its training loss and times."""
         is_minillm = method == "minillm"
         names = ("minillm_steps", "minillm_learning_rate") if is_minillm else ("steps", "learning_rate")
         options = dict(zip(("max_steps", "learning_rate"), self._pick(*names).values(), strict=True))
@@ -140,7 +146,7 @@ class Experiment:
         return phase.result
 
     def respond(self, method: str, seed: int) -> list[dict[str, str]]:
-        """What a model says to every held-out prompt, with the reference and its Rouge-L."""
+        """Returns a model's responses to all held-out prompts, with references and Rouge-L in %."""
         name = method if method in BOUNDS else f"{method}-{seed}"
         key = self._key | dataclasses.asdict(self.settings) | {"seed": seed}
         with self._phase(f"responses of {name}", f"responses/{method}-{seed}", key) as phase:
@@ -151,9 +157,9 @@ class Experiment:
                 rows = []
                 for dataset, examples in self.held_out.items():
                     said = respond(model, self.tokenizer, examples, self.settings)
-                    scores = rouge_l([example.reference for example in examples], said)
-                    for example, response, score in zip(examples, said, scores, strict=True):
-                        rows.append({"dataset": dataset, **example._asdict(), "response": response, "rouge_l": score})
+                    for example, response in zip(examples, said, strict=True):
+                        row = {"dataset": dataset, **example._asdict(), "response": response}
+                        rows.append(row | {"rouge_l": 100 * rouge_l(response, example.reference)})
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 phase.finish({})
         return records.read(path)
@@ -179,7 +185,7 @@ class Experiment:
             logging_steps=10,
             **options,
         )
-        # On a machine with other work the processor's seconds say more.
+        # Processor time is the better measure on a machine that does other work as well.
         seconds = {"train_seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
         return seconds | {"train_loss": metrics["train_loss"]}
 
@@ -205,7 +211,9 @@ _STUDENT += ("learning_rate", "bf16")
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_teacher(name, dtype=torch.bfloat16)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise ValueError(f"the teacher {name} must have a chat template and an end of text: choose an instructed model")
+        raise ValueError(
+            f"the teacher {name} must have a chat template and an end-of-text token: choose an instruction-tuned model"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -237,7 +245,7 @@ def _capture(teacher, tokenizer, found: list[tuple[list[int], int]], folder: Pat
 
 @torch.inference_mode()
 def respond(model, tokenizer, examples: list[Example], settings: Settings, batch_size: int = 32) -> list[str]:
-    """Each example's response, up to the end of text, in the order of the examples."""
+    """Generates a response to each example, in the order of the examples."""
     prompts = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     said: dict[int, str] = {}
@@ -261,17 +269,18 @@ def respond(model, tokenizer, examples: list[Example], settings: Settings, batch
 
 
 def summary(rows: list[dict]) -> dict[str, Any]:
-    """Rouge-L of every dataset: mean, interval and what each prompt scored; and how many texts are not all ASCII."""
+    """Returns Rouge-L by data set (mean, interval, values), and counts texts outside ASCII and empty responses."""
     scores: dict[str, Any] = {}
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         values = [round(row["rouge_l"], 3) for row in rows if row["dataset"] == dataset]
-        scores[dataset] = {"rouge_l": math.fsum(values) / len(values), "interval": interval(values), "values": values}
+        interval = bootstrap_interval(values)[1:]
+        scores[dataset] = {"rouge_l": math.fsum(values) / len(values), "interval": interval, "values": values}
     non_ascii = {name: sum(not row[name].isascii() for row in rows) for name in ("reference", "response")}
     return {"scores": scores, "non_ascii": non_ascii, "empty": sum(not row["response"] for row in rows)}
 
 
 def judged(rows: list[dict], args: argparse.Namespace) -> dict[str, Any]:
-    """The judge's mean rating of every dataset."""
+    """Returns the judge's mean rating and its number of unrated responses by data set."""
     answers = [Answer(row["instruction"], row["reference"], row["response"]) for row in rows]
     with Judge(args.judge, args.judge_model, key_env=args.judge_key_env) as judge:
         ratings = [rating.value for rating in judge.rate_all(answers)]
@@ -285,34 +294,27 @@ def judged(rows: list[dict], args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.judge_model, "ratings": means}
 
 
-def versions() -> dict[str, str | None]:
-    """Of the packages that decide a result beside torch."""
-    found: dict[str, str | None] = {}
-    for package in ("transformers", "trl", "rouge-score"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL")
-    parser.add_argument("--eval", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL, a folder each")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="store, students and responses")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL to append to")
+    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files")
+    parser.add_argument(
+        "--eval", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files, each in a folder of its own"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="folder for the store, students and responses"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to append to")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    parser.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible server; off by default")
-    parser.add_argument("--judge-model", metavar="NAME")
-    parser.add_argument("--judge-key-env", metavar="NAME", help="variable with its key (default: OPENAI_API_KEY)")
+    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server that rates the responses")
+    parser.add_argument("--judge-model", metavar="NAME", help="name of the judge on the server")
+    parser.add_argument("--judge-key-env", metavar="NAME", help="variable with the key (default: OPENAI_API_KEY)")
     for field in dataclasses.fields(Settings):
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=type(field.default), default=field.default, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if (args.judge is None) != (args.judge_model is None):
-        parser.error("--judge and --judge-model go together")
+        parser.error("--judge and --judge-model must be given together")
     folders = [path.resolve().parent.name for path in args.eval]
     if len(set(folders)) < len(folders):
         parser.error(f"--eval files are named by their folders, which must differ, got {folders}")
@@ -335,19 +337,20 @@ def main(argv: list[str] | None = None) -> None:
         for method, seed in runs:
             row = said | {"method": method, "seed": seed}
             if any(all(old.get(name) == value for name, value in row.items()) for old in records.read(args.out)):
-                experiment.console.print(f"{method} {seed}: in {args.out}")
+                experiment.console.print(f"{method} {seed}: already in {args.out}")
                 continue
             row |= {} if method in BOUNDS else experiment.train(method, seed)
             responses = experiment.respond(method, seed)
             row |= summary(responses) | ({} if args.judge is None else {"judge": judged(responses, args)})
-            with args.out.open("a") as out:
-                out.write(json.dumps(row | {"versions": versions()} | machine()) + "\n")
+            row["versions"] = {name: installed_version(name) for name in PACKAGES}
+            with Journal(args.out) as out:
+                out.append(json.dumps(row | machine()).encode() + b"\n")
             shown = {dataset: round(score["rouge_l"], 2) for dataset, score in row["scores"].items()}
             experiment.console.print(f"{method} {seed}: Rouge-L {shown}", highlight=False)
 
 
 def _spread(examples: list[Example], count: int) -> list[Example]:
-    """At most ``count``, evenly spread over the file, whose neighbours are often alike."""
+    """Picks at most ``count`` examples evenly from a file, since neighbours are often similar."""
     count = min(count, len(examples))
     return [examples[index * len(examples) // count] for index in range(count)]
 

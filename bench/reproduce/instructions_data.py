@@ -1,4 +1,4 @@
-"""Instruction data in the layouts that public sets have, and the documents that students are trained on."""
+"""Instruction data in the layouts of public data sets, and the documents that students are trained on."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ _ALPACA = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### 
 
 
 class Example(NamedTuple):
-    """An instruction, with its input if it has one, and the response that the data give."""
+    """An instruction, followed by its input if it has one, and the reference response of the data."""
 
     instruction: str
     reference: str
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The examples of a JSONL file that have a response.
+    """Reads the examples of a JSONL file that have a response.
 
-    Layouts: ``prompt`` with ``response`` or ``answer`` (Alpaca's frame around a prompt is taken off); ``instruction``
-    with ``input`` or ``context`` and ``output`` or ``response``; ``instruction`` with ``instances``, of which the
-    first counts (Self-Instruct); ``turns``, of which the first counts, with the answers in ``reference_*.jsonl``
-    beside the file (MT-Bench, Vicuna).
+    These layouts are supported:
+
+    - ``prompt`` with ``response`` or ``answer``; Alpaca's template around a prompt is removed.
+    - ``instruction`` with ``input`` or ``context``, and ``output`` or ``response``.
+    - ``instruction`` with ``instances``, of which the first is used (Self-Instruct).
+    - ``turns``, of which the first is used, with the answers in ``reference_*.jsonl`` in the same folder (MT-Bench,
+      Vicuna).
 
     Raises:
-        ValueError: A record of another layout.
+        ValueError: A record has another layout; the message names it.
     """
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     references: dict[int, str] = {}
     if records and "turns" in records[0]:
-        for beside in sorted(path.parent.glob("reference_*.jsonl")):
-            answers = map(json.loads, beside.read_text().splitlines())
+        for file in sorted(path.parent.glob("reference_*.jsonl")):
+            answers = map(json.loads, file.read_text().splitlines())
             references |= {answer["question_id"]: answer["choices"][0]["turns"][0] for answer in answers}
     found = []
     for number, record in enumerate(records, 1):
@@ -67,7 +70,7 @@ def _joined(instruction: str, given: str | None) -> str:
 
 
 def without(examples: Iterable[Example], held_out: Iterable[Example]) -> list[Example]:
-    """The examples whose instruction, but for case and spaces, is none of those held out, each instruction once."""
+    """Returns the examples without those whose instruction is held out or repeated, ignoring case and white space."""
     seen = {_normalised(example) for example in held_out}
     left = []
     for example in examples:
@@ -82,20 +85,23 @@ def _normalised(example: Example) -> str:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """The instruction as the tokenizer's chat template puts it to an assistant."""
+    """Tokenizes an instruction as a user's message in the tokenizer's chat template."""
     messages = [{"role": "user", "content": example.instruction}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def short(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int) -> list[Example]:
-    """The examples whose prompts have at most ``max_length`` tokens."""
+    """Returns the examples whose prompts have at most ``max_length`` tokens."""
     return [example for example in examples if len(prompt_ids(tokenizer, example)) <= max_length]
 
 
 def documents(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Token ids of prompt, response and end, and how many are the prompt's; longer examples are left out."""
+    """Yields each example's token ids of prompt, response and end of text, and the length of the prompt.
+
+    Examples of more than ``max_length`` tokens are skipped.
+    """
     for example in examples:
         prompt = prompt_ids(tokenizer, example)
         response = tokenizer(example.reference, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""The README's table of bench/reproduce/instructions.py."""
+"""The documentation's table of the instruction-following experiment."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import math
 
 import numpy as np
 
-from bench.reproduce.instructions_scores import interval
+from slimkernels.evaluate.statistics import bootstrap_interval
 
 MODELS = {
     "teacher": "the teacher",
     "sft": "SFT: responses only",
     "kd": "KD: responses + top 5 % logits",
-    "minillm": "MiniLLM: reverse KL on its own words (TRL)",
+    "minillm": "MiniLLM: reverse KL on the student's own responses (TRL)",
     "slim": "SLIM: adaptive weight",
-    "warmed_up": "where these four start",
-    "dropped": "its layers before any training",
+    "warmed_up": "the student that all methods start from",
+    "dropped": "the student before any training",
 }
 METHODS = ("sft", "kd", "slim", "minillm")
 _SAME = ("settings", "data")
 
 
 def instructions_table(rows: list[dict]) -> str:
-    """Rouge-L of the newest settings, with 95 % intervals over prompts, and the differences from SFT, in pairs."""
+    """Tabulates Rouge-L of the newest settings with 95 % intervals over prompts, and paired differences from SFT."""
     rows = [row for row in rows if all(row[name] == rows[-1][name] for name in _SAME)]
     last = rows[-1]
     values = {method: _values(rows, method) for method in MODELS if any(row["method"] == method for row in rows)}
     heads = [f"{dataset} ({len(score['values'])})" for dataset, score in last["scores"].items()]
-    lines = [f"| | {' | '.join(heads)} | all | less SFT |", f"|---|{'---:|' * (len(heads) + 2)}"]
+    lines = [f"| | {' | '.join(heads)} | all | minus SFT |", f"|---|{'---:|' * (len(heads) + 2)}"]
     for method, found in values.items():
         cells = [_cell(found[dataset]) for dataset in last["scores"]]
         whole = np.concatenate(list(found.values()))
@@ -39,7 +39,7 @@ def instructions_table(rows: list[dict]) -> str:
 
 
 def _values(rows: list[dict], method: str) -> dict[str, np.ndarray]:
-    """What each prompt scored, the mean over seeds; of rows of the same seed the newest counts."""
+    """Returns each prompt's mean score over seeds, from the newest row of every seed."""
     seeds = {row["seed"]: row["scores"] for row in rows if row["method"] == method}
     return {
         dataset: np.mean([scores[dataset]["values"] for scores in seeds.values()], axis=0)
@@ -48,8 +48,8 @@ def _values(rows: list[dict], method: str) -> dict[str, np.ndarray]:
 
 
 def _cell(values: np.ndarray, sign: str = "") -> str:
-    low, high = interval(values)
-    return f"{values.mean():{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    value, low, high = bootstrap_interval(values)
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def _caption(rows: list[dict]) -> str:
@@ -62,17 +62,18 @@ def _caption(rows: list[dict]) -> str:
     seeds = len({row["seed"] for row in trained})
     prompts = sum(len(score["values"]) for score in last["scores"].values())
     non_ascii = max(max(row["non_ascii"].values()) for row in newest)
-    decoding = f"drawn at temperature {chosen['temperature']:g}" if chosen["temperature"] else "greedy"
+    decoding = f"sampled at temperature {chosen['temperature']:g}" if chosen["temperature"] else "decoded greedily"
     took = ", ".join(f"{method} {np.mean(spent):.1f}" for method, spent in minutes.items() if np.isfinite(spent).all())
-    took = f"; processor minutes of training: {took}" if took else ""
+    took = f" Processor minutes of training: {took}." if took else ""
     return (
-        f"Rouge-L (F, in %, with stemming) of the first {chosen['max_new_tokens']} tokens, {decoding}; in brackets 95 "
-        f"% bootstrap intervals over prompts, in the last column of the paired difference. Teacher: "
-        f"{chosen['teacher']}; student: {chosen['layers']} of its layers, after {chosen['warm_up_steps']} steps of SFT "
-        f"that all share. Then {chosen['steps']} steps of {chosen['batch_size']} of {last['documents']:,} examples "
-        f"({last['labels']:,} response tokens), MiniLLM {chosen['minillm_steps']} of as many prompts{took}. "
-        f"{seeds} seed{'s' * (seeds != 1)}. {last['left_out']} training examples with held-out or "
-        f"repeated instructions were left out; of {prompts} references, or responses of a model, at most {non_ascii} "
-        f"hold characters beyond ASCII, which Rouge's tokenizer drops. {last['device']}, {last['threads']} "
-        f"thread{'s' * (last['threads'] != 1)}, {last['date'][:10]}; `python -m bench.reproduce.instructions`."
+        f"Rouge-L (F1 in %, with stemming) of responses of at most {chosen['max_new_tokens']} tokens, {decoding}. "
+        f"Brackets hold 95 % bootstrap intervals over prompts, in the last column those of the paired difference. "
+        f"Teacher: {chosen['teacher']}. Student: {chosen['layers']} of its layers, after {chosen['warm_up_steps']} "
+        f"steps of SFT that all methods share. Each method then trains for {chosen['steps']} steps with "
+        f"{chosen['batch_size']} of {last['documents']:,} examples ({last['labels']:,} response tokens) per step, "
+        f"MiniLLM for {chosen['minillm_steps']} steps with as many prompts.{took} {seeds} seed{'s' * (seeds != 1)}. "
+        f"{last['left_out']} training examples with held-out or repeated instructions were removed. Rouge's tokenizer "
+        f"drops characters outside ASCII, which occur in at most {non_ascii} of a model's {prompts} responses or of "
+        f"the references. {last['device']}, {last['threads']} thread{'s' * (last['threads'] != 1)}, "
+        f"{last['date'][:10]}; `python -m bench.reproduce.instructions`."
     )

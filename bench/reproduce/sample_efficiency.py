@@ -2,16 +2,16 @@
 
 python -m bench.reproduce.sample_efficiency --out bench/results/sample_efficiency.jsonl [--english FILE]
 
-After the pre-training experiment of "For Distillation, Tokens Are Not All You Need" (Raman, Mani, Liang, Lipton, 2023;
-OpenReview 2fc5GOPYip), with a smaller teacher and smaller students. The teacher continues the shipped prompts; its top
-5 % of logits go to a store. Students learn from doubling numbers of its tokens by supervised training (sft), dense
-distillation (kd, on the whole vocabulary), SLIM (slim) and sampled distillation (sampled), all by one recipe, and are
-measured after every epoch on text of held-out prompts and on plain English. The recipe's learning rate was checked on
-a seed that is not in the results: at 10,000 tokens 6e-3 was better than 2e-3 with the labels alone (perplexity 773
-against 822) and with the teacher (520 against 647).
+The experiment follows the pre-training experiment of "For Distillation, Tokens Are Not All You Need" (Raman, Mani,
+Liang, Lipton, 2023; OpenReview 2fc5GOPYip), with a smaller teacher and smaller students. The teacher continues the
+shipped prompts, and the top 5 % of its logits go to a store. Students learn from 5,000 to 40,000 of its tokens by
+supervised training (sft), dense distillation on the whole vocabulary (kd), SLIM (slim) and sampled distillation
+(sampled), all with the same recipe. They are measured after every epoch on text of held-out prompts and on plain
+English. The learning rate was chosen on a seed that is not in the results: at 10,000 tokens, 6e-3 gave a lower
+perplexity than 2e-3, both on labels alone (773 against 822) and with the teacher (520 against 647).
 
-Every finished training is one line of the JSONL. What is there is not done again, so the command continues where it was
-stopped; one seed is finished before the next begins.
+Every finished training is one line of the results file. The same command resumes an experiment that was stopped, and
+finishes one seed before the next.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from transformers.utils import logging
 import slimkernels as sk
 from bench import records
 from bench.machine import machine
-from bench.reproduce.corpus import Corpus, Settings
+from bench.reproduce.sample_efficiency_corpus import Corpus, Settings
 from bench.reproduce.sample_efficiency_results import ABLATIONS, METHODS
+from slimkernels.durable import Journal
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.make_student import make_student
 from slimkernels.store import Store
@@ -44,11 +45,11 @@ class Run:
     """One training.
 
     Attributes:
-        method: Of ``SlimConfig``.
-        size: Tokens to train on.
-        seed: Chooses the documents, their order and the student's initialisation.
-        teacher: As in ``Arm``.
-        options: Of ``SlimConfig``, beside the method's own.
+        method: Method of ``SlimConfig``.
+        size: Number of tokens to train on.
+        seed: Seed of the choice of documents, of their order and of the student's initialisation.
+        teacher: Source of the teacher's rows, as in ``Arm``.
+        options: Options of ``SlimConfig`` that differ from the method's defaults.
     """
 
     method: str
@@ -59,13 +60,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For the log, and to choose by."""
+        """The name in the log, which ``--only`` is matched with."""
         options = " ".join(f"{name}={value}" for name, value in self.options.items())
         return f"seed {self.seed}, {self.size} tokens, {self.method} {options}".rstrip()
 
 
 def all_runs(settings: Settings, seeds: Sequence[int]) -> Iterator[Run]:
-    """Every training, all of one seed before the next seed; what two tables share is there once."""
+    """Yields all trainings, seed by seed; a training that belongs to two tables occurs once."""
     changed = dict.fromkeys(arm for ablation in ABLATIONS.values() for arm in ablation.arms.values())
     asked = [(arm, size) for size in settings.sizes for arm in METHODS.values()]
     asked += [(arm, settings.ablation_size) for arm in changed]
@@ -75,30 +76,38 @@ def all_runs(settings: Settings, seeds: Sequence[int]) -> Iterator[Run]:
 
 
 class HeldoutCurve(TrainerCallback):
-    """Measures the student on every held-out store after every epoch, off the clock."""
+    """A callback that measures the student on every held-out store after every epoch.
+
+    Attributes:
+        heldout: Stores to measure on, by name.
+        points: Measurements after every epoch.
+        teacher_perplexity: Perplexity of the teacher on every store, by the store's name.
+        train_seconds: Wall time of training, without the measurements.
+    """
 
     def __init__(self, heldout: dict[str, Store]) -> None:
         self.heldout = heldout
         self.points: list[dict[str, float]] = []
+        self.teacher_perplexity: dict[str, float] = {}
         self.train_seconds = 0.0
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        """The clock runs."""
+        """Starts the clock."""
         self._start = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs) -> None:
-        """The clock stands."""
+        """Stops the clock and measures the student."""
         self.train_seconds += time.perf_counter() - self._start
         point = {"epoch": round(state.epoch, 3), "step": state.global_step}
         for name, store in self.heldout.items():
             metrics = evaluate_store(model, store, batch_size=16)
             point |= {f"{name}_perplexity": metrics["perplexity"], f"{name}_kl": metrics["kl_ghost"]}
-            self.teacher_perplexity = getattr(self, "teacher_perplexity", {}) | {name: metrics["teacher_perplexity"]}
+            self.teacher_perplexity[name] = metrics["teacher_perplexity"]
         self.points.append(point)
 
 
 def train(run: Run, corpus: Corpus) -> dict[str, Any]:
-    """Trains one student; what it reached, measured after every epoch."""
+    """Trains one student and returns its measurements after every epoch."""
     settings = corpus.settings
     student = make_student(
         tokenizer=corpus.tokenizer,
@@ -149,7 +158,7 @@ def train(run: Run, corpus: Corpus) -> dict[str, Any]:
 
 
 def key_of(row: dict[str, Any]) -> str:
-    """What names a training in the results: all that decides it."""
+    """Returns everything that decides a training's result, as a key."""
     return json.dumps([row["run"], row["settings"]], sort_keys=True)
 
 
@@ -163,21 +172,21 @@ def reproduce(
     only: str = "",
     most: int | None = None,
 ) -> int:
-    """Appends every training to ``out`` that is not there, and returns how many it did.
+    """Runs every training that ``out`` does not have, appends its result, and returns the number of trainings run.
 
     Args:
-        out: The JSONL.
-        work: Gets text and stores.
-        settings: Of the experiment.
-        seeds: In this order.
-        english: Plain English to measure on.
-        only: A regular expression; of a run's name.
-        most: Stops after so many.
+        out: JSONL file of results.
+        work: Folder for text and stores.
+        settings: Settings of the experiment.
+        seeds: Seeds, in the order in which they are run.
+        english: File of plain English to measure on.
+        only: Regular expression that is searched in the names of the trainings to run.
+        most: Maximum number of trainings to run.
     """
     asked = dataclasses.asdict(settings) | {"english": None if english is None else english.name}
-    # Which other trainings there are decides nothing; a run names its own size.
+    # A training's result does not depend on the other trainings; its own size is part of the run.
     del asked["sizes"], asked["ablation_size"]
-    _cut_off_unfinished(out)
+
     done = {key_of(row) for row in records.read(out)}
     missing = []
     for run in all_runs(settings, seeds):
@@ -188,39 +197,32 @@ def reproduce(
     if not missing:
         return 0
     corpus = Corpus(work, settings, english)
-    for number, (run, row) in enumerate(missing, 1):
-        start = time.perf_counter()
-        row |= train(run, corpus)
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        with out.open("a") as file:
-            file.write(json.dumps(row | machine()) + "\n")
-        last = row["curve"][-1]["teacher_perplexity"]
-        print(f"{number} of {len(missing)}, {run.name}: perplexity {last:.1f}, {row['seconds']} s", flush=True)
+    with Journal(out) as journal:
+        for number, (run, row) in enumerate(missing, 1):
+            start = time.perf_counter()
+            row |= train(run, corpus)
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            journal.append(json.dumps(row | machine()).encode() + b"\n")
+            last = row["curve"][-1]["teacher_perplexity"]
+            print(f"{number} of {len(missing)}, {run.name}: perplexity {last:.1f}, {row['seconds']} s", flush=True)
     return len(missing)
-
-
-def _cut_off_unfinished(out: Path) -> None:
-    """Takes away a last line that a killed call did not end."""
-    written = out.read_bytes() if out.exists() else b""
-    if not written.endswith(b"\n") and written:
-        out.write_bytes(written[: written.rfind(b"\n") + 1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
-    parser.add_argument("--work", type=Path, default=Path("runs/sample-efficiency"), help="gets text and stores")
+    parser.add_argument("--work", type=Path, default=Path("runs/sample-efficiency"), help="folder for text and stores")
     parser.add_argument("--english", type=Path, help="plain English to measure on, one paragraph a line")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", metavar="REGEX", help="only the trainings whose name it is found in")
-    parser.add_argument("--runs", type=int, metavar="N", help="stop after so many trainings")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only trainings whose name matches")
+    parser.add_argument("--runs", type=int, metavar="N", help="maximum number of trainings to run")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.english is not None and not args.english.is_file():
-        parser.error(f"--english must be a file of text, got {args.english}, which is none")
+        parser.error(f"--english must be a text file, got {args.english}, which is not a file")
     if args.english is None:
-        print("plain English is not measured on: give a file of it, such as WikiText-2's test.txt, by --english")
+        print("perplexity on plain English is not measured: pass a file, such as WikiText-2's test.txt, as --english")
     count = reproduce(
         args.out,
         args.work,
@@ -230,7 +232,7 @@ def main() -> None:
         only=args.only,
         most=args.runs,
     )
-    print(f"{count} trainings done")
+    print(f"{count} trainings finished")
 
 
 if __name__ == "__main__":

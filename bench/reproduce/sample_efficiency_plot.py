@@ -11,7 +11,7 @@ from bench.reproduce.sample_efficiency_results import ABLATIONS, MEASURES, METHO
 
 
 def sample_efficiency(rows: list[dict]) -> plt.Figure:
-    """Perplexity over tokens per method, and what changing one option does to it; bars are 95 % t-intervals."""
+    """Draws perplexity over tokens by method, and its change by single options; bars are 95 % t-intervals."""
     experiment = Experiment(rows)
     measures = [name for name in experiment.measures if name.endswith("perplexity")]
     with_changes = experiment.ablation_size is not None
@@ -29,7 +29,7 @@ def sample_efficiency(rows: list[dict]) -> plt.Figure:
 def _curves(panel: plt.Axes, experiment: Experiment, measure: str) -> None:
     shown: list[float] = []
     for number, (name, arm) in enumerate(METHODS.items()):
-        # Beside each other, or the bars would hide one another.
+        # Methods are shifted sideways so that their bars do not overlap.
         shift = 1 + 0.03 * (number - 1.5)
         points = [(shift * size, experiment.estimate(arm, size, measure)) for size in experiment.sizes]
         points = [(size, found) for size, found in points if found is not None]
@@ -55,7 +55,7 @@ def _curves(panel: plt.Axes, experiment: Experiment, measure: str) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    # Intervals of few seeds can be wider than all that there is to see.
+    # The limits ignore the bars, since the interval of a few seeds can be much wider than the range of the curves.
     panel.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
     panel.set_xlabel("tokens to train on")
     panel.set_ylabel(MEASURES[measure])

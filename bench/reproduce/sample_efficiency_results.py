@@ -1,4 +1,4 @@
-"""The sample-efficiency experiment: what is compared, and what its results say."""
+"""Results of the sample-efficiency experiment: the compared methods, estimates, and the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Arm(NamedTuple):
     """A way to train a student.
 
     Attributes:
-        method: Of ``SlimConfig``.
-        teacher: "none"; "top_k" or "draws", a store; "online", the remembered teacher's rows made again in every epoch.
-        options: Of ``SlimConfig``, beside the method's own.
+        method: Method of ``SlimConfig``.
+        teacher: Source of the teacher's rows: "none", "top_k" or "draws" (stores), or "online" (``RememberedTeacher``).
+        options: Options of ``SlimConfig`` that differ from the method's defaults.
     """
 
     method: str
@@ -23,7 +23,7 @@ class Arm(NamedTuple):
 
 
 SFT, DENSE_KD, SLIM = Arm("sft", "none"), Arm("kd", "online"), Arm("slim", "top_k")
-# Method "kd" on a store is "slim" without its weight.
+# On a store, method "kd" equals "slim" without the adaptive weight.
 SPARSE_KD = Arm("kd", "top_k")
 METHODS = {"SFT": SFT, "dense KD": DENSE_KD, "SLIM": SLIM, "sampled KD": Arm("sampled", "draws")}
 
@@ -33,11 +33,11 @@ def _with(arm: Arm, **options) -> Arm:
 
 
 class Ablation(NamedTuple):
-    """One option changed, all else as it is.
+    """Arms that differ in one option.
 
     Attributes:
-        default: The value that the others are compared with.
-        arms: By value.
+        default: Value that the other values are compared with.
+        arms: Arms by the value of the option.
     """
 
     default: str
@@ -90,7 +90,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of one value per seed, at most 10."""
+        """Estimates the mean from one value per seed, for at most 10 seeds."""
         mean, count = statistics.fmean(values), len(values)
         half = _T95[count - 1] * statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
         return cls(mean, mean - half, mean + half)
@@ -100,15 +100,15 @@ class Experiment:
     """The trainings of the newest settings.
 
     Args:
-        rows: Of the results file, at least one.
+        rows: Rows of the results file, at least one.
 
     Attributes:
-        last: The newest row.
-        rows: Those with its settings.
-        seeds: Ascending.
-        sizes: Tokens of the subsets, ascending.
-        ablation_size: Of the rows with options; None where there are none.
-        measures: Those of ``MEASURES`` that there are.
+        last: Newest row.
+        rows: Rows with the settings of the newest row.
+        seeds: Seeds, ascending.
+        sizes: Numbers of training tokens, ascending.
+        ablation_size: Size at which single options were changed; None if none was.
+        measures: Names of the available ``MEASURES``.
     """
 
     def __init__(self, rows: Iterable[dict]) -> None:
@@ -127,14 +127,14 @@ class Experiment:
         self.measures = [name for name in MEASURES if name in self.last["curve"][-1]]
 
     def estimate(self, arm: Arm, size: int, measure: str) -> Estimate | None:
-        """What the students of an arm reach after the last epoch."""
+        """Estimates a measure of an arm's students after the last epoch; None without results."""
         points = self._final.get((arm, size))
         return Estimate.of([point[measure] for point in points.values()]) if points else None
 
     def change(self, arm: Arm, reference: Arm, *sizes: int, measure: str = "teacher_perplexity") -> Estimate | None:
-        """By what percentage an arm is above another, of seeds that have both at all of the sizes.
+        """Estimates the relative difference of an arm from another in percent; None without paired results.
 
-        A seed counts with the mean logarithm of the ratio over the sizes.
+        Only seeds with results of both arms at all sizes count, each with its mean log-ratio over the sizes.
         """
         pairs = [(self._final.get((arm, size), {}), self._final.get((reference, size), {})) for size in sizes]
         logs = [
@@ -145,7 +145,7 @@ class Experiment:
         return Estimate(*(100 * math.expm1(value) for value in Estimate.of(logs))) if logs else None
 
     def changes(self) -> dict[tuple[str, str], Estimate]:
-        """(option, value) of every ablation that there is, the defaults left out."""
+        """Estimates the change for every (option, value) that differs from the option's default and has results."""
         found = {}
         for option, (default, arms) in ABLATIONS.items():
             for value, arm in arms.items():
@@ -162,7 +162,7 @@ FIGURE = (
 
 
 def sample_efficiency_block(rows: list[dict]) -> str:
-    """The tables and what they say in words."""
+    """Writes the tables of the experiment and their interpretation in words."""
     experiment = Experiment(rows)
     parts = ["Students from random weights, trained on more and more of a teacher's text:"]
     parts += [methods_table(experiment), verdict(experiment)]
@@ -173,7 +173,7 @@ def sample_efficiency_block(rows: list[dict]) -> str:
 
 
 def methods_table(experiment: Experiment) -> str:
-    """Every method at every size, by every measure."""
+    """Tabulates all methods at all sizes by all measures."""
     lines = [_line("after training on", "", *(_tokens(size) for size in experiment.sizes))]
     lines.append(f"|---|---|{'---:|' * len(experiment.sizes)}")
     for measure in experiment.measures:
@@ -184,10 +184,10 @@ def methods_table(experiment: Experiment) -> str:
 
 
 def verdict(experiment: Experiment) -> str:
-    """The order of SLIM, KD and SFT at every size."""
+    """Ranks SLIM, KD and SFT at every size."""
     lines = [
-        "Held-out perplexity on the teacher's text, with 95 % t-intervals of paired differences; `<` and `>` are clear "
-        "of 0, `~` is not decided:",
+        "Held-out perplexity on the teacher's text, with 95 % t-intervals of paired relative differences. `<` and `>` "
+        "mean that the interval excludes 0, `~` that it does not:",
         "",
     ]
     sizes = [(_tokens(size), (size,)) for size in experiment.sizes]
@@ -202,7 +202,7 @@ def verdict(experiment: Experiment) -> str:
 
 
 def ablation_table(experiment: Experiment) -> str:
-    """One option changed at a time."""
+    """Tabulates the changes of single options."""
     size, changes = experiment.ablation_size, experiment.changes()
     perplexities = [name for name in experiment.measures if name.endswith("perplexity")]
     titles = ["option", f"at {_tokens(size)}", *(MEASURES[name] for name in perplexities), "change, teacher's text"]
@@ -217,13 +217,13 @@ def ablation_table(experiment: Experiment) -> str:
 
 
 def defaults(experiment: Experiment) -> str:
-    """Whether the weight helps, and whether the table supports the defaults of ``rest`` and ``token_weight``."""
+    """States whether the weight helps, and whether the results support the defaults of two options."""
     size, said = experiment.ablation_size, []
     weight = experiment.change(SLIM, SPARSE_KD, size)
     if weight:
         effect = {"<": "helps", ">": "hurts", "~": "neither helps nor hurts as far as these seeds can tell"}
         said.append(
-            f"SLIM's adaptive weight by itself, against weight none on the same store, {effect[_relation(weight)]}: "
+            f"SLIM's adaptive weight alone, compared with no weight on the same store, {effect[_relation(weight)]}: "
             f"{_percent(weight)} at {_tokens(size)}."
         )
     for argument, default in (("rest", "renorm"), ("token_weight", "teacher_over_student")):
@@ -234,15 +234,12 @@ def defaults(experiment: Experiment) -> str:
         ]
         better = [name for name, change in changes if _relation(change) == "<"]
         worse = [name for name, change in changes if _relation(change) == ">"]
-        supported = (
-            f"lower beyond its interval is {', '.join(better)}"
-            if better
-            else "no other value is lower beyond its interval"
-        )
-        supported += f"; higher is {', '.join(worse)}" if worse else "; none is higher"
         undecided = len(changes) - len(better) - len(worse)
-        supported += f"; {undecided} of {len(changes)} are not decided" if undecided else ""
-        said.append(f'The default `{argument}="{default}"`: {supported}.')
+        said.append(
+            f'Compared with the default `{argument}="{default}"`, the perplexity is lower with '
+            f"{', '.join(better) or 'no other value'} and higher with {', '.join(worse) or 'no other value'}"
+            + (f"; {undecided} of {len(changes)} comparisons are undecided." if undecided else ".")
+        )
     return " ".join(said)
 
 
@@ -253,15 +250,15 @@ def _conditions(experiment: Experiment) -> str:
     seeds = ", ".join(map(str, experiment.seeds))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in experiment.rows))
     return (
-        f"Teacher: {settings['teacher']} (its own perplexity {own}), which wrote all text to train on. Students: "
-        f"{last['parameters']:,} parameters from random weights, {settings['num_layers']} layers of "
-        f"{settings['hidden_size']}, {settings['epochs']} epochs, {settings['batch_size']} documents a step, learning "
-        f"rate {settings['learning_rate']:g} with cosine decay for all, measured after the last epoch on about "
-        f"{settings['heldout_tokens']:,} tokens each. Seeds {seeds} choose documents, their order "
-        f"and the initialisation; mean ± 95 % t-interval. SLIM and sampled KD learn from stores of the top "
-        f"{100 * settings['top_fraction']:g} % of logits and of {settings['rounds']} draws a row. {last['device']}, "
-        f"{last['threads']} thread{'s' * (last['threads'] > 1)}, commit {commits}, {last['date'][:10]}; "
-        "`python -m bench.reproduce.sample_efficiency`."
+        f"Teacher: {settings['teacher']} (its own perplexity {own}), which wrote all training text. Students: "
+        f"{last['parameters']:,} parameters, randomly initialised, {settings['num_layers']} layers, hidden size "
+        f"{settings['hidden_size']}. Training: {settings['epochs']} epochs, {settings['batch_size']} documents per "
+        f"step, learning rate {settings['learning_rate']:g} with cosine decay for all methods. Values are measured "
+        f"after the last epoch on about {settings['heldout_tokens']:,} tokens each: mean ± 95 % t-interval over seeds "
+        f"{seeds}, which decide the documents, their order and the initialisation. SLIM learns from a store of the top "
+        f"{100 * settings['top_fraction']:g} % of logits, sampled KD from a store of {settings['rounds']} draws per "
+        f"row. {last['device']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, commit {commits}, "
+        f"{last['date'][:10]}; `python -m bench.reproduce.sample_efficiency`."
     )
 
 
@@ -274,7 +271,7 @@ def _tokens(size: int) -> str:
 
 
 def _plus_minus(estimate: Estimate | None) -> str:
-    """672 ± 40; without the interval where there is one seed, a dash where there is none."""
+    """Formats an estimate as "672 ± 40", as "672" for a single seed, and as "-" if it is None."""
     if estimate is None:
         return "-"
     digits = 0 if estimate.mean >= 100 else 2

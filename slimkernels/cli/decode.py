@@ -334,17 +334,19 @@ def _watch(asked: Sequence[_Asked], todo: Sequence[int]) -> Iterator[Callable[[i
     """What to do when a depth is done: draw the tree in a terminal, else write a line."""
     from rich.console import Console
 
-    from slimkernels.search.tree_text import draw, line
+    from slimkernels.search.tree_text import progress_line, render_tree
 
     console = Console(stderr=True)
     if not console.is_terminal:
 
         def write(place: int, tree: Tree) -> None:
-            sys.stderr.write(f"{line(todo[place], tree)}\n")
+            sys.stderr.write(f"{progress_line(todo[place], tree)}\n")
 
         yield write
         return
     from rich.live import Live
 
     with Live(console=console, transient=True, auto_refresh=False) as live:
-        yield lambda place, tree: live.update(draw(asked[todo[place]].text, tree, console.height - 2), refresh=True)
+        yield lambda place, tree: live.update(
+            render_tree(asked[todo[place]].text, tree, console.height - 2), refresh=True
+        )

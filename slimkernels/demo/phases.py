@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
-from slimkernels.demo.report import write_json
+from slimkernels.durable import write_json
 
 PHASE_NAME = "phase.json"
 

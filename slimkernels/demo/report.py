@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from slimkernels.durable import write_json
 
 LABELS = {"sft": "SFT (labels only)", "kd": "KD (CE + KL)", "slim": "SLIM (CE + w * KL)"}
 
@@ -78,10 +78,3 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     perplexity.legend()
     figure.savefig(path, dpi=120)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

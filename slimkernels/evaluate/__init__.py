@@ -1,9 +1,8 @@
-"""How good models and decoders are: held-out metrics, answers to questions, and a report that compares them.
+"""Evaluation of models and decoders: held-out metrics, answered questions, and a report that compares them.
 
-``metrics.py`` measures a student on a store. The rest compares models and decoders side by side: ``tasks.py`` reads the
-questions and ``heldout.py`` the documents, ``runner.py`` has them answered, ``answers.py`` finds the answers in what
-was written, ``judge.py`` has it rated, ``records.py`` keeps everything, ``summary.py`` and ``statistics.py`` compare,
-``report.py`` writes it up.
+``evaluate_store`` measures one student on a store. Everything else compares models and decoders side by side, and data
+flows one way: samples (``tasks``, ``heldout``, ``choices``) -> answers of models and decoders (``runner``) -> records
+-> comparisons (``summary``, ``statistics``) -> ``report``.
 """
 
 import importlib
@@ -15,7 +14,7 @@ from slimkernels.evaluate.statistics import Difference, paired_difference
 if TYPE_CHECKING:
     from slimkernels.models.heldout import evaluate_store
 
-# What needs transformers is loaded on first use.
+# Names whose modules need transformers are loaded on first use.
 _LAZY = {"evaluate_store": "slimkernels.models.heldout"}
 
 __all__ = ["Difference", "Extraction", "evaluate_store", "extract", "paired_difference", "same_answer"]

@@ -1,8 +1,8 @@
-r"""The answer in a text: strict, where the text announces it, and flexible, wherever it may be.
+r"""Extraction of answers from texts: strictly, where the text announces one, or flexibly, from anywhere in the text.
 
-Strict is what follows the last "the answer is", "answer:", ``####`` or ``\boxed``. Flexible is the strict answer, or,
-where there is none, the last number, "yes" or "no", or letter of the text. What follows a question that the model asks
-itself ("Q: ...") belongs to no answer.
+The strict answer is the one that follows the last "the answer is", "answer:", ``####`` or ``\boxed``. The flexible
+answer is the strict one; in a text without a strict answer it is the last number, "yes" or "no", or letter. Both ignore
+everything from the first question on that the model asks itself ("Q: ...").
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 AnswerKind = Literal["number", "yes_no", "letter"]
 
 _NEXT_QUESTION = re.compile(r"(?:^|\n)\s*(?:Q|Question)\s*:")
-# Asked "Q: ... A:", models begin with an "A:" of their own.
+# Some models repeat the "A:" with which a prompt of the form "Q: ... A:" ends.
 _OWN_PREFIX = re.compile(r"^\s*A:")
 _ANNOUNCED = re.compile(r"####|\\boxed|\banswer\s+is\b|\banswer\s*:", re.IGNORECASE)
-# A sign belongs to the number where no digit, letter or bracket stands before it: "16-3" has a 16 and a 3.
+# A sign belongs to a number unless a digit, a letter or a bracket precedes it: "16-3" holds 16 and 3, not -3.
 _SIGN = r"(?:(?<![\w)\]])[-+\u2212]\s?)?"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
@@ -27,38 +27,43 @@ _NUMBER = re.compile(
     rf"|(?P<first>{_DECIMAL})(?:\s?/\s?(?P<second>{_DECIMAL}))?)"
 )
 _YES_NO = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
-# "no" that stands for an answer, not before a noun.
+# "no" counts as an answer only before punctuation or the end of a line: "no evidence" is not an answer.
 _YES_NO_ALONE = re.compile(r"\b(yes|true|false)\b|\b(no)\b(?=\s*(?:[.,;:!?)*\n]|$))", re.IGNORECASE)
 _YES = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _MARKED_LETTER = re.compile(r"\(([A-Za-z])\)|\b([A-Z])\b(?=\s*(?:[).:,]|\n|$))|\b(?:option|choice)\s+([A-Za-z])\b")
 _LEADING_LETTER = re.compile(
     r"[\s:*\"'`{]*(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Z])\b(?!['\u2019])|([a-z])(?=\s*(?:[).:,]|\n|$)))"
 )
-
-
-# A longer number is no answer, and Python reads and writes none of more than 4300 digits.
-_MOST_DIGITS = 1000
+# Longer numbers are ignored: no answer is that long, and Python refuses to convert more than 4300 digits.
+_MAX_NUMBER_LENGTH = 1000
 
 
 class Extraction(NamedTuple):
-    """The answers found in a text, in the one spelling of their kind; None: none was found."""
+    """The answers found in a text, in canonical spelling.
+
+    Attributes:
+        strict: The announced answer; None if none was found.
+        flexible: The announced answer, or else the last possible one; None if none was found.
+    """
 
     strict: str | None
     flexible: str | None
 
 
 def extract(text: str, kind: AnswerKind, choices: Sequence[str] = ()) -> Extraction:
-    """The answer of a text.
+    """Extracts the strict and the flexible answer from a text.
 
     Args:
-        text: What a model wrote.
-        kind: "number" (commas, currency, units, decimals, fractions and signs are understood; the answer is a decimal
-            or a fraction), "yes_no" ("yes" or "no"; true and false too), or "letter" (of a choice, upper case).
-        choices: With "letter": what the letters A, B, ... stand for; a text that ends by naming exactly one of them has
-            chosen it. Their number bounds the letters.
+        text: Output of a model.
+        kind: "number" (commas, currency signs, units, decimals, fractions and signs are understood; the answer is a
+            decimal or a fraction), "yes_no" (the answer is "yes" or "no"; "true" and "false" count as these), or
+            "letter" (the answer is the upper-case letter of a choice).
+        choices: Texts that the letters A, B, ... stand for, for "letter". If no letter is found, but the announced line
+            or the last line names exactly one of the texts, its letter is the answer. Letters beyond the last choice
+            are ignored.
 
     Raises:
-        ValueError: An unknown kind.
+        ValueError: ``kind`` is unknown.
     """
     if kind not in _FINDERS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _FINDERS))}, got {kind!r}")
@@ -72,16 +77,16 @@ def extract(text: str, kind: AnswerKind, choices: Sequence[str] = ()) -> Extract
 
 
 def before_next_question(text: str) -> str:
-    """The text until it asks a question of its own."""
+    """Returns the text up to the first question that the model asks itself."""
     found = _NEXT_QUESTION.search(text)
     return text if found is None else text[: found.start()]
 
 
 def same_answer(answer: str | None, reference: str, kind: AnswerKind) -> bool:
-    """Whether an answer is the reference's, numbers by value: "1,000.0" is "1000", "1/2" is "0.5".
+    """Returns whether an answer equals the reference; numbers are compared by value, so "1/2" equals "0.5".
 
     Raises:
-        ValueError: The reference is no answer of this kind.
+        ValueError: ``reference`` is not an answer of this kind.
     """
     expected = canonical(reference, kind)
     if expected is None:
@@ -90,7 +95,7 @@ def same_answer(answer: str | None, reference: str, kind: AnswerKind) -> bool:
 
 
 def canonical(answer: str, kind: AnswerKind) -> str | None:
-    """The one spelling of an answer that is written without anything around it; None where it is none."""
+    """Returns the canonical spelling of a bare answer, without any text around it; None if it is not an answer."""
     answer = answer.strip()
     if kind == "number":
         value = parse_number(answer)
@@ -101,37 +106,38 @@ def canonical(answer: str, kind: AnswerKind) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in a text, exactly; None where there is none, or one of more than a thousand digits."""
+    """Returns the exact value of the first number in a text; None without one, or if it has over 1000 characters."""
     found = _NUMBER.search(text)
     return None if found is None else _value(found)
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    if len(found[0]) > _MOST_DIGITS:
+    if len(found[0]) > _MAX_NUMBER_LENGTH:
         return None
     top, bottom = (found["top"], found["bottom"]) if found["top"] else (found["first"], found["second"])
     value = Fraction(top.replace(",", ""))
     if bottom is not None:
         divisor = Fraction(bottom.replace(",", ""))
-        # "5/0" is a 5 with something after it.
+        # "5/0" is read as 5, since division by zero has no value.
         value = value / divisor if divisor else value
     return -value if found[0][0] in "-\u2212" else value
 
 
 def _spell(value: Fraction) -> str:
-    """An integer, an exact decimal, or a fraction in lowest terms."""
+    """Spells a value as an integer, as an exact decimal if it has one, or else as a fraction in lowest terms."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:
             rest //= prime
     if value.denominator == 1 or rest != 1:
         return str(value)
-    places = max(_count(value.denominator, 2), _count(value.denominator, 5))
+    places = max(_multiplicity(value.denominator, 2), _multiplicity(value.denominator, 5))
     digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
     return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
 
 
-def _count(number: int, prime: int) -> int:
+def _multiplicity(number: int, prime: int) -> int:
+    """Counts how often a prime divides a number."""
     count = 0
     while number % prime == 0:
         number, count = number // prime, count + 1
@@ -139,13 +145,13 @@ def _count(number: int, prime: int) -> int:
 
 
 def _first_line(text: str) -> str:
-    """Of what follows an announcement; the answer may stand on the next line."""
+    """Returns the first line with text after an announcement, since the answer may stand on the next line."""
     return text.lstrip(" :*\n").partition("\n")[0]
 
 
 def _announced_number(text: str, choices: Sequence[str]) -> str | None:
     line = _first_line(text)
-    # "The answer is 20 * 3 = 60."
+    # In "The answer is 20 * 3 = 60." the answer is 60.
     value = parse_number(line.rpartition("=")[2])
     value = parse_number(line) if value is None else value
     return None if value is None else _spell(value)
@@ -162,7 +168,7 @@ def _announced_yes_no(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _any_yes_no(text: str, choices: Sequence[str]) -> str | None:
-    """The first word, if it is one; else the last that stands for an answer."""
+    """Returns the first word if it is an answer, or else the last word that stands alone as one."""
     leading = re.match(r"\W*(yes|no|true|false)\b", text, re.IGNORECASE)
     if leading is not None:
         return _YES[leading[1].lower()]
@@ -201,7 +207,7 @@ def _named_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 _Finder = Callable[[str, Sequence[str]], str | None]
-# Of each kind: what finds it right after its announcement, and what finds it anywhere.
+# Each kind has two functions: one finds an answer right after its announcement, the other anywhere in the text.
 _FINDERS: dict[str, tuple[_Finder, _Finder]] = {
     "number": (_announced_number, _last_number),
     "yes_no": (_announced_yes_no, _any_yes_no),

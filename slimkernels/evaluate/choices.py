@@ -1,4 +1,4 @@
-"""Multiple-choice benchmarks as tasks of a side-by-side run: lm-eval asks and scores, its samples become records."""
+"""Multiple-choice benchmarks as tasks of a side-by-side run, asked and scored by lm-eval and kept as records."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class ChoiceTask:
     """A multiple-choice task of lm-eval.
 
     Attributes:
-        name: lm-eval's.
-        source: Where its questions come from, and how they are asked.
-        source_hash: Of its questions and its few-shot examples.
-        samples: The first of its data; the id is the index there. References and choices come with the answers.
-        available: How many its data have.
-        data: The folder with local files; None: the hub.
-        num_fewshot: Examples before each question; None: what its definition says.
-        batch_size: Sequences in a forward; as other sums, another one may change the last digits.
+        name: lm-eval's name of the task.
+        source: Origin of the questions, lm-eval's version and the number of few-shot examples, in words.
+        source_hash: Hash of the questions and of the few-shot examples.
+        samples: First samples of the data; an id is the index in the data. Their references and choices are empty here
+            and become known with the answers.
+        available: Number of samples that the data have.
+        data: Folder with local files; None takes the data from the hub.
+        num_fewshot: Number of examples before each question; None uses that of the task's definition.
+        batch_size: Sequences per forward pass; another size sums in another order and may change the last digits.
     """
 
     name: str
@@ -54,16 +55,17 @@ def load_choices(
     """Reads the questions of multiple-choice tasks.
 
     Args:
-        names: Of lm-eval's tasks and groups; a group stands for its tasks.
-        data: A folder laid out as ``write_local_tasks`` says; None: the hub.
-        num_samples: The first so many of each task, at least 1, as lm-eval's ``limit``; None: all.
-        num_fewshot: Examples before each question; None: what the definition of a task says.
-        batch_size: Sequences in a forward.
+        names: Names of lm-eval's tasks and groups; a group stands for its tasks.
+        data: Folder laid out as ``write_local_tasks`` describes; None takes the data from the hub.
+        num_samples: Number of samples to take from the start of each task, at least 1, as lm-eval's ``limit``; None
+            takes all.
+        num_fewshot: Number of examples before each question; None uses that of a task's definition.
+        batch_size: Sequences per forward pass.
 
     Raises:
         ImportError: lm-eval is not installed; the message names the extra.
-        FileNotFoundError, ConnectionError: The data are not there.
-        ValueError: Neither a task of ours nor one of lm-eval's that is multiple choice, or ``num_samples`` below 1.
+        FileNotFoundError, ConnectionError: The data are missing, or the hub does not answer.
+        ValueError: A name is not a multiple-choice task of lm-eval, or ``num_samples`` is below 1.
     """
     check_num_samples(num_samples)
     own = ", ".join((HELDOUT, *TASKS))
@@ -73,10 +75,10 @@ def load_choices(
         found = read_multiple_choice(names, data=data if data is None else Path(data), num_fewshot=num_fewshot)
     except ImportError as error:
         raise ImportError(
-            f"tasks other than {own} are multiple-choice tasks of lm-eval, got {', '.join(names)}: {error}"
+            f"tasks must be {own}, or multiple-choice tasks of lm-eval, got {', '.join(names)}: {error}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"tasks other than {own} are multiple-choice tasks of lm-eval: {error}") from error
+        raise ValueError(f"tasks must be {own}, or multiple-choice tasks of lm-eval: {error}") from error
     where = "the hub" if data is None else "local files"
     return [
         ChoiceTask(
@@ -95,13 +97,13 @@ def load_choices(
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceCell:
-    """One model on one multiple-choice task: the likeliest choice is its answer, whatever the decoders are.
+    """One model on one multiple-choice task, whose answer is the likeliest choice; decoders play no part.
 
     Attributes:
-        model: To be asked.
-        task: With the questions.
-        folder: Of the run: beside the records, what the model gave is kept until all of them are there.
-        decoder: None.
+        model: Model to evaluate.
+        task: Task with the questions.
+        folder: Folder of the run. A journal in it keeps the model's answers until all records are written.
+        decoder: Name of the decoder, which is ``NO_DECODER``.
     """
 
     model: EvaluatedModel
@@ -111,31 +113,32 @@ class ChoiceCell:
 
     @property
     def seeds(self) -> list[int | None]:
-        """There is no noise."""
+        """The seeds of a task without randomness: only None."""
         return [None]
 
     @property
     def _decided_by(self) -> list[str | int]:
-        # With which others a sample is in a batch may change its last digits.
+        # The other samples in a sample's batch may change its last digits, so the number of samples counts.
         task = self.task
         return [self.model.identity, task.name, task.source_hash, task.source, len(task.samples), task.batch_size]
 
     @property
     def file(self) -> str:
-        """Named by what decides its records."""
+        """The path of the records in the run's folder; it contains a hash of everything that decides them."""
         return record_path(self.model.label, self.task.name, decided_by=self._decided_by)
 
     def key(self, sample: Sample, seed: int | None) -> str:
-        """Of a question's record."""
+        """Returns the key of a question's record."""
         return content_key(*self._decided_by, sample.id)
 
     def answer(self, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
-        """Has lm-eval evaluate all of the task, for the batches to be the same; questions share the time equally.
+        """Evaluates the task with lm-eval and yields the missing records; the wall time is shared equally.
 
-        Batches that a run before this one had from the model are not computed again.
+        lm-eval always gets the whole task, so that its batches, and with them the last digits, do not depend on which
+        records are missing. Batches that an earlier run computed are read from the journal.
 
         Raises:
-            ValueError, BlockingIOError: As ``BatchJournal``.
+            ValueError, BlockingIOError: The journal is damaged or in use, as for ``BatchJournal``.
         """
         if not missing:
             return
@@ -159,7 +162,7 @@ class ChoiceCell:
         by_id = {str(sample.doc_id): sample for sample in found.samples}
         for order, sample, _ in missing:
             yield self._record(sample, by_id[sample.id], order, seconds)
-        # Whoever takes the records has written the last one when it asks for another.
+        # The consumer has written the last record by the time that it asks for the next one.
         path.unlink(missing_ok=True)
 
     def _record(self, sample: Sample, answered: ChoiceSample, order: int, seconds: float) -> Record:

@@ -1,4 +1,4 @@
-"""Decoders by name: the settings of one search each, so that comparisons differ in nothing else."""
+"""Decoders by name: each is one configuration of the search, so that compared decoders differ in nothing else."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from slimkernels.search import (
 from slimkernels.search.selection import Scorer
 
 DECODERS = ("greedy", "self-consistency", "pathfinder")
-# A branch is finished with the step that announces its answer, or that begins a question of its own.
+# The step that announces an answer, or that begins a new question, finishes its branch.
 _ANNOUNCEMENT = r"(?i)\banswer is\b.*\w|####.*\d"
 _OWN_QUESTION = ("Q:", "Question:")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSettings:
-    """What all decoders of a comparison share, and what each of them adds.
+    """Settings that the decoders of a comparison share, and those of single decoders.
 
     Attributes:
-        temperature: Of the draws; greedy decoding has none.
-        top_p: Of the draws.
-        max_steps: Steps (lines) of an answer at most.
-        max_step_tokens: Tokens of a step at most.
-        max_tokens: Tokens generated for a question at most, all chains and branches together; None: no limit.
-        num_chains: Of self-consistency.
-        branching_factor: Of PathFinder.
-        beam: Of PathFinder.
+        temperature: Sampling temperature, unused by greedy decoding.
+        top_p: Probability mass that sampling keeps, unused by greedy decoding.
+        max_steps: Maximum number of steps (lines) of an answer.
+        max_step_tokens: Maximum number of tokens of a step.
+        max_tokens: Maximum number of tokens generated for a question, over all chains and branches; None for no limit.
+        num_chains: Number of chains of self-consistency.
+        branching_factor: Number of children of a leaf, for PathFinder.
+        beam: Number of leaves kept after each step, for PathFinder.
     """
 
     temperature: float = 0.8
@@ -51,10 +51,10 @@ class DecoderSettings:
     beam: int = 3
 
     def of(self, decoder: str, task: Task) -> dict[str, Any]:
-        """What decides the outputs of a decoder on a task, beside the seed.
+        """Returns all settings that decide a decoder's outputs on a task, except for the seed.
 
         Raises:
-            ValueError: An unknown decoder.
+            ValueError: ``decoder`` is unknown.
         """
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
@@ -71,10 +71,10 @@ class DecoderSettings:
         return limits | own[decoder] | {"selector": selector}
 
     def config(self, task: Task) -> PathFinderConfig:
-        """Of the search.
+        """Returns the configuration of the search on a task.
 
         Raises:
-            ValueError: A setting outside its range.
+            ValueError: A setting is outside its range.
         """
         if self.num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got {self.num_chains}")
@@ -84,7 +84,7 @@ class DecoderSettings:
             max_depth=self.max_steps,
             max_step_tokens=self.max_step_tokens,
             max_tokens=self.max_tokens,
-            # A whole text has lines of its own, and no announced answer.
+            # A free text may have any lines and announces no answer.
             answer_pattern=None if task.kind is None else _ANNOUNCEMENT,
             end_markers=() if task.kind is None else _OWN_QUESTION,
             temperature=self.temperature,
@@ -93,17 +93,17 @@ class DecoderSettings:
 
 
 def is_random(decoder: str) -> bool:
-    """Whether the seed changes what a decoder answers."""
+    """Returns whether a decoder's answers depend on the seed."""
     return decoder != "greedy"
 
 
 def make_search(
     decoder: str, engine: Engine, settings: DecoderSettings, task: Task, *, seed: int = 0, batch_questions: int = 8
 ) -> PathFinder:
-    """The search that answers a task's samples, given as ``Question(prompt, sample.question)``.
+    """Makes the search that answers a task's samples, given as ``Question(prompt, sample.question)``.
 
     Raises:
-        ValueError: An unknown decoder, or settings outside their range.
+        ValueError: ``decoder`` is unknown, or a setting is outside its range.
     """
     settings.of(decoder, task)
     config = dataclasses.replace(settings.config(task), seed=seed, batch_questions=batch_questions)
@@ -115,7 +115,7 @@ def make_search(
 
 
 def _majority(task: Task) -> Scorer:
-    """Votes by the flexible answers; whole texts, of which no two are equal, by what they have in common."""
+    """Makes a majority vote over the flexible answers; free texts, which are never equal, are scored by consensus."""
     if task.kind is None:
         return consensus()
     choices = {sample.question: sample.choices for sample in task.samples}

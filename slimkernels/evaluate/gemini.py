@@ -1,11 +1,11 @@
-"""Output files in the layout of neulab/gemini-benchmark: their strict and last-number accuracies, computed again.
+"""Output files in the layout of neulab/gemini-benchmark, with their strict and last-number accuracies recomputed.
 
-A row has ``qid, prompt, question, generated_text, answer``; rows that were published have the scores ``is_correct,
-is_correct_last`` and the numbers ``predict, predict_last`` besides. Published files were scored in one of two ways,
-which give ``is_correct`` different meanings: by the first number after the last "The answer is" (nothing where that is
-not written), or by the first number after the last "Answer:" (the last number where that is not written). A file with
-``is_correct`` tells which by its rows; without, it is the first. Both, and the last number, stop where the text goes on
-to a question of its own.
+A row has ``qid, prompt, question, generated_text, answer``. Published rows also have the scores ``is_correct,
+is_correct_last`` and the numbers ``predict, predict_last``. The published files were scored by one of two rules, so
+``is_correct`` has one of two meanings: it judges the first number after the last "The answer is" (no answer without
+that phrase), or the first number after the last "Answer:" (the last number without that phrase). For a file with
+``is_correct``, the rule that agrees with more of its rows is used; for other files, the first rule. Both rules, and the
+last number, ignore text from a question on that the model asks itself.
 
 References: Akter et al. 2023, "An in-depth look at Gemini's language abilities", arXiv 2312.11444.
 """
@@ -23,10 +23,10 @@ from slimkernels.evaluate.records import Record, content_key
 
 FIELDS = ("qid", "prompt", "question", "generated_text", "answer")
 DECODER = "outputs"
-# The published column that each of our metrics is compared with.
+# Each metric is compared with this published column.
 PUBLISHED = {"strict": "is_correct", "last_number": "is_correct_last"}
 
-# A sign belongs to the number even right after another one: this is how the files were scored.
+# A sign belongs to a number even right after another number, because the published files were scored that way.
 _NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
 
 
@@ -34,9 +34,9 @@ class Outputs(NamedTuple):
     """A scored file.
 
     Attributes:
-        records: One for each row.
-        strict_rule: What "strict" means in it, in words.
-        agreement: By metric: rows whose published score is the same as ours, of rows that have one.
+        records: One record per row.
+        strict_rule: Meaning of "strict" for this file, in words.
+        agreement: Number of rows whose published score equals ours, and number of rows that have one, by metric.
     """
 
     records: list[Record]
@@ -45,11 +45,11 @@ class Outputs(NamedTuple):
 
 
 def read_outputs(path: str | os.PathLike[str]) -> Outputs:
-    """Reads and scores a file; its model and task are the names of the folders it lies in.
+    """Reads and scores a file; its folder names the model, and the folder above names the task.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A row is not of the layout: which, and what it lacks.
+        FileNotFoundError: The file does not exist.
+        ValueError: A row does not have the layout; the message names the row and what it lacks.
     """
     path = Path(path)
     rows = _read_rows(path)
@@ -82,13 +82,13 @@ def read_outputs(path: str | os.PathLike[str]) -> Outputs:
 
 
 def after_the_answer_is(text: str) -> str | None:
-    """The first number after the last "The answer is"; None where that is not written."""
+    """Returns the first number after the last "The answer is"; None without that phrase or a number after it."""
     _, marker, after = text.partition("Q:")[0].rpartition("The answer is")
     return _first(after) if marker else None
 
 
 def after_answer_colon(text: str) -> str | None:
-    """The first number after the last "Answer:", if there is one; else the last number."""
+    """Returns the first number after the last "Answer:"; the last number without that phrase or a number after it."""
     text = text.partition("\nQ:")[0]
     _, marker, after = text.rpartition("Answer:")
     found = _first(after) if marker else None
@@ -96,7 +96,7 @@ def after_answer_colon(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number before a question of its own."""
+    """Returns the last number before the first question that the model asks itself."""
     numbers = _NUMBER.findall(text.partition("Q:")[0])
     return numbers[-1].replace(",", "") if numbers else None
 
@@ -125,7 +125,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]], find: _Finder, column: str) ->
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"outputs not found: there is no file {path}")
+        raise FileNotFoundError(f"outputs not found: {path} is not a file")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -134,11 +134,13 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             missing = [name for name in FIELDS if name not in row]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, must be a row of JSON: {error}") from error
+            raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from error
         if missing:
-            raise ValueError(f"{path}, line {number}, must have {', '.join(FIELDS)}, but has no {', '.join(missing)}")
+            raise ValueError(
+                f"{path}, line {number}, must have the fields {', '.join(FIELDS)}, but has no {', '.join(missing)}"
+            )
         if not all(isinstance(row[name], str) for name in ("prompt", "question", "generated_text")):
-            raise ValueError(f"{path}, line {number}: prompt, question and generated_text must be texts")
+            raise ValueError(f"{path}, line {number}: prompt, question and generated_text must be strings")
         try:
             float(str(row["answer"]).replace(",", ""))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Held-out perplexity and divergence to a teacher as a task: no questions, but the labels of a store's documents."""
+"""Held-out perplexity and divergence from a teacher as a task whose samples are the documents of a store."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from slimkernels.store import Store
 
 HELDOUT = "heldout"
-# The arm of a model that predicts labels: nothing is decoded.
+# The decoder's name in records of tasks on which nothing is decoded.
 NO_DECODER = ""
 LOSS, KL = "loss", "kl"
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutTask:
-    """Documents of a store, and how many are measured at a time.
+    """Documents of a store, and the number of them that are measured at a time.
 
     Attributes:
-        store: With the teacher's rows.
-        samples: Documents with labels, in the order in which they are taken, the same for every run; the id is the
-            index in the store, and their text is filled in with a model's tokenizer.
-        available: How many documents with labels the store has.
-        batch_size: Documents at a time; changes nothing but the speed and the memory.
+        store: Store of documents with the teacher's rows.
+        samples: Documents with labels, in an order that is the same for every run. An id is the index in the store; the
+            text is empty here, as it takes a model's tokenizer to decode it.
+        available: Number of documents with labels in the store.
+        batch_size: Documents at a time; affects only speed and memory.
+        name: Name of the task.
     """
 
     store: Store
@@ -43,12 +44,12 @@ class HeldoutTask:
 
     @property
     def source(self) -> str:
-        """The store's folder, without its path."""
+        """The name of the store's folder, without its path."""
         return self.store.path.resolve().name
 
     @property
     def source_hash(self) -> str:
-        """Of all bytes of the store."""
+        """A hash of all bytes of the store."""
         return self.store.manifest["checksum"][:24]
 
 
@@ -56,12 +57,13 @@ def load_heldout(path: str | os.PathLike[str], num_samples: int | None = None, *
     """Opens a store of held-out documents.
 
     Args:
-        path: Of the store.
-        num_samples: Documents to take, at least 1, of one order that is shuffled once for all runs; None: all.
+        path: Folder of the store.
+        num_samples: Number of documents to take, at least 1, from the start of a shuffled order that is the same for
+            all runs; None takes all.
         batch_size: Documents at a time.
 
     Raises:
-        StoreError: There is no such store, or it is damaged.
+        StoreError: The store does not exist or is damaged.
         ValueError: None of its documents has a label, or ``num_samples`` is below 1.
     """
     from slimkernels.store import Store
@@ -91,20 +93,20 @@ class HeldoutCell:
 
     @property
     def seeds(self) -> list[int | None]:
-        """There is no noise."""
+        """The seeds of a task without randomness: only None."""
         return [None]
 
     @property
     def file(self) -> str:
-        """Named by what decides its records."""
+        """The path of the records in the run's folder; it contains a hash of everything that decides them."""
         return record_path(self.model.label, self.task.name, decided_by=(self.model.identity, self.task.source_hash))
 
     def key(self, sample: Sample, seed: int | None) -> str:
-        """Of a document's record."""
+        """Returns the key of a document's record."""
         return content_key(self.model.identity, self.task.name, self.task.source_hash, sample.id)
 
     def answer(self, loaded: LoadedModel, missing: Sequence[tuple[int, Sample, int | None]]) -> Iterable[Record]:
-        """Measures documents, a batch at a time; each has an equal share of its batch's time.
+        """Measures documents batch by batch and yields their records; a batch's wall time is shared equally.
 
         Raises:
             ValueError: The model's tokenizer or vocabulary is not that of the store.

@@ -1,7 +1,8 @@
 """A model behind an OpenAI-compatible server that rates outputs from 1 to 10.
 
-Reference: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena", arXiv 2306.05685: single
-answers, graded against a reference, the rating in double brackets.
+Each output is graded by itself against a reference answer, and the judge writes its rating in double brackets.
+
+References: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena", arXiv 2306.05685.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from slimkernels.evaluate.records import Record, content_key
 from slimkernels.serving.client import ServerClient, ServerRequestError
 
-# Outputs refused one after the other, without any rated: then it is not the outputs.
+# If the server refuses this many outputs before it has rated any, the fault is not in the outputs.
 _MAX_REFUSED = 5
 _MAX_TOKENS = 256
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
@@ -35,7 +36,7 @@ rating in this form: [[5]]
 
 
 class Answer(NamedTuple):
-    """What is rated."""
+    """A response to rate, with its instruction and a reference response."""
 
     instruction: str
     reference: str
@@ -43,12 +44,12 @@ class Answer(NamedTuple):
 
 
 class Rating(NamedTuple):
-    """What the judge made of an answer.
+    """A judge's rating of an answer.
 
     Attributes:
-        value: From 1 to 10; None: there is none.
-        said: All that the judge said.
-        error: Why there is no rating; None where there is one.
+        value: Rating from 1 to 10; None without a rating.
+        said: Full reply of the judge.
+        error: Reason why there is no rating; None with a rating.
     """
 
     value: float | None
@@ -57,38 +58,38 @@ class Rating(NamedTuple):
 
 
 class Judge:
-    """Asks a server for ratings, several at a time, at temperature 0.
+    """A judge behind a server, asked for several ratings at a time at temperature 0.
 
     Args:
-        url: The base URL, as in ``http://localhost:8000/v1``.
-        model: The server's name for the judge.
-        **client: Of ``ServerClient``: ``key_env``, ``concurrency``, ...
+        url: Base URL of the server, such as ``http://localhost:8000/v1``.
+        model: Name of the judge on the server.
+        **client: Options of ``ServerClient``, such as ``key_env`` and ``concurrency``.
 
     Raises:
-        ImportError, ValueError: As ``ServerClient``.
+        ImportError, ValueError: ``ServerClient`` raises them.
     """
 
     def __init__(self, url: str, model: str, **client: Any) -> None:
         if not model:
-            raise ValueError("model must be the server's name for the judge, got an empty one")
+            raise ValueError("model must be the name of the judge on the server, got an empty one")
         self.model = model
         self._client = ServerClient(url, **client)
         self.url = self._client.url
 
     def check(self) -> None:
-        """Asks the server what it serves, so that a wrong address is found out before anything else is done.
+        """Lists the server's models, to fail early on a wrong address or key.
 
         Raises:
-            ServerUnavailableError: It does not answer.
-            ServerRequestError: It refuses, as without its key.
+            ServerUnavailableError: The server does not answer.
+            ServerRequestError: The server refuses the request, for example without its key.
         """
         self._client.get("/models")
 
     def rate(self, answer: Answer) -> Rating:
-        """Rates one answer; a request that the server refuses is a rating with an error.
+        """Rates one answer; if the server refuses the request, the rating holds the error.
 
         Raises:
-            ServerUnavailableError: The server does not answer, however often it is asked.
+            ServerUnavailableError: The server does not answer after all retries.
         """
         messages = [{"role": "user", "content": _PROMPT.format(**answer._asdict())}]
         payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
@@ -103,21 +104,23 @@ class Judge:
         ratings = [float(rating) for rating in _RATING.findall(said)]
         if ratings and 1 <= ratings[-1] <= 10:
             return Rating(ratings[-1], said, None)
-        return Rating(None, said, "the reply holds no rating from 1 to 10, as in [[5]]")
+        return Rating(None, said, "the reply has no rating from 1 to 10 in the form [[5]]")
 
     def rate_all(self, answers: Iterable[Answer]) -> Iterator[Rating]:
-        """The rating of each answer, in order.
+        """Rates answers and yields the ratings in order.
 
         Raises:
-            ServerUnavailableError: The server does not answer.
-            ServerRequestError: It refuses the first five: it is not the answers.
+            ServerUnavailableError: The server does not answer after all retries.
+            ServerRequestError: The server refuses the first five answers, so the fault is not in the answers.
         """
         refused, has_said = 0, False
         for _, rating in self._client.map(self.rate, answers):
             has_said = has_said or bool(rating.said)
             refused += rating.error is not None
             if refused == _MAX_REFUSED and not has_said:
-                raise ServerRequestError(f"the judge refused the first {refused} outputs, at last: {rating.error}")
+                raise ServerRequestError(
+                    f"the judge refused the first {refused} outputs; the last error: {rating.error}"
+                )
             yield rating
 
     def close(self) -> None:
@@ -131,18 +134,18 @@ class Judge:
         self.close()
 
     def has_rated(self, record: Record) -> bool:
-        """Whether this judge said something about this very output; what a server refused is asked again."""
+        """Returns whether this judge replied to the record's present output; refused requests do not count."""
         entry = record.judged.get(self.model)
         return entry is not None and entry["key"] == _key(self.model, record) and bool(entry["said"])
 
     def judged(self, record: Record, rating: Rating) -> Record:
-        """The record with a rating, for ``score`` to make a score of."""
+        """Returns the record with a rating, which ``score`` turns into a score."""
         entry = {"key": _key(self.model, record), "url": self.url, **rating._asdict()}
         return dataclasses.replace(record, judged={**record.judged, self.model: entry})
 
 
 def ratings_of(record: Record) -> dict[str, Rating]:
-    """By judge: what each said of this very output."""
+    """Returns the ratings of the record's present output by the names of the judges."""
     return {
         judge: Rating(entry["value"], entry["said"], entry["error"])
         for judge, entry in record.judged.items()
@@ -151,7 +154,7 @@ def ratings_of(record: Record) -> dict[str, Rating]:
 
 
 def answer_of(record: Record) -> Answer:
-    """What a judge is shown of a record: choices are part of the question, their letters' texts of the reference."""
+    """Returns what a judge is shown of a record; a letter as reference is shown with the text of its choice."""
     reference = record.reference
     if record.choices and len(reference) == 1:
         reference = f"({reference}) {record.choices[ord(reference) - ord('A')]}"
@@ -163,5 +166,5 @@ def _key(judge: str, record: Record) -> str:
 
 
 def prompt_hash() -> str:
-    """Changes with what a judge is asked."""
+    """Returns a hash of the judge's prompt."""
     return content_key(_PROMPT)

@@ -1,15 +1,14 @@
-"""Models to evaluate: what identifies one, and an engine and a prompt format for it."""
+"""Models to evaluate: each has an identity, an engine for the search and a prompt format."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.evaluate.records import content_key
+from slimkernels.evaluate.records import content_hash, content_key
 from slimkernels.evaluate.served import PLAIN, Server, find_server, is_server
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
     from slimkernels.search import Engine
 
-# What of a model's folder decides what it writes; checkpoints hold the state of their training beside it.
+# These files of a model's folder decide its outputs. Others do not, such as the training state in checkpoints.
 _MODEL_FILES = (
     *("*.safetensors", "*model*.bin", "*.gguf", "config.json", "adapter_config.json", "generation_config.json", "*.py"),
     *("token*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -26,12 +25,12 @@ _MODEL_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model that can answer.
+    """A model that runs in this process.
 
     Attributes:
-        model: In evaluation mode.
-        tokenizer: Its own.
-        chats: Whether it is asked in its chat template.
+        model: Model in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        chats: Whether prompts use the tokenizer's chat template.
     """
 
     model: PreTrainedModel
@@ -40,42 +39,42 @@ class LoadedModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """For the search.
+        """The engine for the search.
 
         Raises:
-            ValueError: The search does not know this kind of model.
+            ValueError: The search does not support this kind of model.
         """
         from slimkernels.search import TransformersEngine
 
         return TransformersEngine(self.model, self.tokenizer)
 
     def render(self, prompt: str) -> str:
-        """What the model reads: a task's prompt, or a chat with it."""
+        """Returns the text that the model reads: the prompt, in the chat template if the model has one."""
         return _chat(self.tokenizer, prompt) if self.chats else prompt
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of what ``render`` gives; a chat template writes the first token of a text itself."""
+        """Tokenizes the result of ``render``, without special tokens for a chat, whose template writes them."""
         return self.tokenizer(text, add_special_tokens=not self.chats)["input_ids"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """A model behind a server that can answer.
+    """A model behind a server.
 
     Attributes:
-        engine: For the search.
-        tokenizer: Whose chat template it is asked in; None: it continues a text.
+        engine: Engine for the search.
+        tokenizer: Tokenizer whose chat template prompts use; None sends plain text to continue.
     """
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def render(self, prompt: str) -> str:
-        """What the model reads: a task's prompt, or a chat with it."""
+        """Returns the text that the model reads: the prompt, in the chat template if there is a tokenizer."""
         return prompt if self.tokenizer is None else _chat(self.tokenizer, prompt)
 
     def encode(self, text: str) -> str | list[int]:
-        """The token ids of a chat; a text stays one, for the server to take as a text's beginning."""
+        """Tokenizes a chat, and returns plain text as it is, so that the server adds the special tokens."""
         return text if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -86,14 +85,14 @@ def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluatedModel:
-    """A model by name; it is loaded when the first answer is needed.
+    """A model to evaluate, which is loaded when the first answer is needed.
 
     Attributes:
-        label: What it is called in the report, unique there.
-        identity: Changes with its weights, its tokenizer, and its precision; of a server's model, with its URL, its
-            name, what the server says of it, and how it is asked.
-        load: Loads it: a ``LoadedModel``, or a server's ``ServedModel``.
-        served: What is known of a server's model, for the report; None: it runs here.
+        label: Name in the report, unique there.
+        identity: Hash of the weights, the tokenizer, the precision and the prompt style. For a server's model, hash of
+            its URL, its name, the facts that the server states about it, and the chat template.
+        load: Function that loads it as a ``LoadedModel``, or as a ``ServedModel`` if it is a server's.
+        served: Facts about a server's model, for the report; None for a model that runs in this process.
     """
 
     label: str
@@ -110,25 +109,25 @@ def find_models(
     tokenizers: Sequence[str] = (),
     **client: Any,
 ) -> list[EvaluatedModel]:
-    """Models by the names that ``load_teacher`` takes, and those of servers, which are asked whether they have them.
+    """Finds models by name, local or behind servers; servers are asked whether they have the model.
 
     Args:
-        names: Of the models: a folder, a .gguf file, a shipped one's name, a hub's name, or a server's URL#MODEL (URL
-            alone where it lists one model). NAME=MODEL calls one NAME in the report.
-        dtype: Of the weights of models that run here.
-        prompt_style: "chat" asks in the model's chat template, "plain" lets it continue a text, "auto" chats with
-            models that have a template.
-        tokenizers: Whose chat templates servers' models are asked in: MODEL for all of them, NAME=MODEL for the one
-            called NAME. Those without one continue a text.
-        **client: Of the servers' ``ServerClient``: ``key_env``, ``max_retries``, ...
+        names: A folder, a .gguf file, the name of a shipped model, a name on the hub, or a server's URL#MODEL (the URL
+            alone if the server lists one model) for each model. NAME=MODEL labels a model NAME in the report.
+        dtype: Data type of the weights of models that run in this process.
+        prompt_style: "chat" uses the model's chat template, "plain" lets the model continue a text, and "auto" uses the
+            chat template of models that have one.
+        tokenizers: Models whose chat templates are used for servers' models: MODEL for all of them, NAME=MODEL for the
+            one labelled NAME. Servers' models without a tokenizer continue a text.
+        **client: Options of ``ServerClient``, such as ``key_env`` and ``max_retries``.
 
     Raises:
-        ValueError: The same model twice, one that a server has not, or a tokenizer that is of no use.
-        FileNotFoundError: There is no such model.
-        ServerUnavailableError, ServerRequestError, ImportError: As ``find_server``.
+        ValueError: A model occurs twice, a server does not have a model, or a tokenizer fits no model.
+        FileNotFoundError: A model does not exist.
+        ServerUnavailableError, ServerRequestError, ImportError: ``find_server`` raises them.
     """
     if tokenizers and prompt_style == "plain":
-        raise ValueError("--tokenizer has no meaning with --prompt-style plain: leave one of them out")
+        raise ValueError("--tokenizer has no effect with --prompt-style plain: give only one of them")
     given = [_split(name) for name in names]
     servers = [find_server(name, **client) if is_server(name) else None for _, name in given]
     parts = [_parts(name) if found is None else found.parts for (_, name), found in zip(given, servers, strict=True)]
@@ -156,10 +155,10 @@ def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: st
         style = f"the chat template of {_parts(tokenizer_name)[-1]}"
         template = [tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
     elif prompt_style == "chat":
-        raise ValueError(f"--prompt-style chat needs --tokenizer MODEL for {label}: its server gives no template")
+        raise ValueError(f"--prompt-style chat needs --tokenizer MODEL for {label}: servers do not give a template")
     model = ServedModel(server.engine, tokenizer)
     try:
-        # Found out now, not after the models before it: not every server takes token ids.
+        # Not every server takes token ids. Fail before the other models have spent hours on their answers.
         server.engine.check(model.encode(model.render("Hi")))
     except ValueError as error:
         raise ValueError(f"{label} cannot be asked in {style}: {error}") from error
@@ -169,7 +168,7 @@ def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: st
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """The label of NAME=MODEL, or None, and the model."""
+    """Splits NAME=MODEL into label and model; the label of a bare MODEL is None."""
     label, equals, rest = name.partition("=")
     if equals and label and "/" not in label and not Path(name).expanduser().exists():
         return label, rest
@@ -177,13 +176,13 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Of a folder's path; a name has one."""
+    """Splits a path into its parts; a name that is not a path is its own single part."""
     path = Path(name).expanduser()
     return path.resolve().parts if path.exists() else (name,)
 
 
 def _labels(given: Sequence[str | None], parts: Sequence[tuple[str, ...]]) -> list[str]:
-    """The labels given, or as much of the end of a model's parts as tells it from the others."""
+    """Returns the given labels; a model without one is labelled by as many of its last parts as make it unique."""
     labels = [label or part[-1] for label, part in zip(given, parts, strict=True)]
     for depth in range(2, 1 + max(map(len, parts))):
         labels = [
@@ -191,18 +190,18 @@ def _labels(given: Sequence[str | None], parts: Sequence[tuple[str, ...]]) -> li
             for label, own, part in zip(labels, given, parts, strict=True)
         ]
     if len(set(labels)) < len(labels):
-        raise ValueError(f"models must be different ones with names of their own, got {', '.join(labels)}")
+        raise ValueError(f"models must be different and have different names, got {', '.join(labels)}")
     return labels
 
 
 def _templates(tokenizers: Sequence[str], served: Sequence[str]) -> dict[str, str]:
-    """By the label of a server's model, the tokenizer whose chat template it is asked in."""
+    """Returns the name of the tokenizer for every server's model that has one, by the model's label."""
     templates: dict[str, str] = {}
     for label, name in map(_split, tokenizers):
         if not served or (label is not None and label not in served):
             those = ", ".join(served) or "none"
             raise ValueError(
-                f"--tokenizer must be for a server's model (here: {those}), as one that runs here has its own, got "
+                f"--tokenizer must be for a server's model (here: {those}), since local models have their own, got "
                 f"{name if label is None else label}"
             )
         templates |= dict.fromkeys(served if label is None else [label], name)
@@ -210,7 +209,7 @@ def _templates(tokenizers: Sequence[str], served: Sequence[str]) -> dict[str, st
 
 
 def _fingerprint(name: str) -> str:
-    """Of a local model's files; of a hub's model, its name and commit."""
+    """Returns a hash of a local model's files, or the name and commit of a model on the hub."""
     from slimkernels.models.load import model_origin
 
     origin = model_origin(name)
@@ -224,10 +223,7 @@ def _fingerprint(name: str) -> str:
 
 def _hash(path: Path) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.blake2b(digest_size=12)
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return content_hash(iter(lambda: file.read(1 << 22), b""))
 
 
 def _loader(name: str, dtype: str, prompt_style: str) -> Callable[[], LoadedModel]:

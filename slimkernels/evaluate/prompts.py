@@ -1,4 +1,4 @@
-"""Worked examples for questions that are answered step by step: a step a line, the answer announced on the last."""
+"""Worked examples for few-shot prompts: each answer has one step per line and announces its result on the last line."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Everything a model was asked and answered, as lines of JSON that survive a kill and are never made twice."""
+"""Records of what a model was asked and answered, as lines of JSON that survive a kill; no answer is made twice."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -12,36 +11,38 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from slimkernels.durable import Journal, whole_lines, write_atomically
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One sample, answered once.
+    """One answer of a model to one sample.
 
     Attributes:
-        key: ``content_key`` of what decides the output: model, decoder, task, sample and seed.
-        model: Its label.
-        decoder: Its name.
-        task: Its name.
-        sample: The sample's id in its task.
-        order: Its place in the order in which the task's samples are taken.
-        seed: Of the noise; None where there is none.
-        prompt: All that the model read.
-        question: The sample's own part of it.
-        reference: The right answer.
-        output: What the decoder answered with.
-        answers: Extracted from the output, by metric; None where none was found.
-        scores: By metric; in [0, 1], but for those that ``metric.py`` gives another unit.
-        choices: Of a multiple-choice question.
-        tokens: Generated for it, those of discarded chains and branches included; None where unknown.
-        output_tokens: Of the output; None where unknown.
-        seconds: It took; of samples decoded together, its share. None where unknown.
-        finished: Whether the output came to its end by itself; None where unknown.
-        candidates: What the output was chosen from: ``text``, ``tokens`` (of the candidate), ``spent`` (tokens
-            generated for the sample until it was there), ``score`` (the decoder's), ``sum_logprob``; of
-            multiple choice the choices, without tokens.
-        published: Scores that came with the output, from elsewhere.
-        labels: Of a document whose labels were predicted; its scores are means over them. None: an answered question.
-        judged: By the name of a judge, its rating and what came with it, as ``judge.py`` has it.
+        key: ``content_key`` of everything that decides the output: model, decoder, task, sample and seed.
+        model: Label of the model.
+        decoder: Name of the decoder; empty for tasks on which nothing is decoded.
+        task: Name of the task.
+        sample: Id of the sample in its task.
+        order: Position of the sample in the task's fixed order.
+        seed: Seed of the sampling; None for decoders without randomness.
+        prompt: Full text that the model read.
+        question: Part of the prompt that belongs to the sample.
+        reference: Correct answer.
+        output: Text that the decoder returned.
+        answers: Answers extracted from the output, by metric; None for a metric that found no answer.
+        scores: Scores by metric, in [0, 1] unless ``score_units`` gives the metric another unit.
+        choices: Texts of the choices of a multiple-choice question.
+        tokens: Number of tokens generated for the sample, including discarded chains and branches; None if unknown.
+        output_tokens: Number of tokens of the output; None if unknown.
+        seconds: Wall time, shared equally within a batch; None if unknown.
+        finished: Whether the output ended before a limit cut it off; None if unknown.
+        candidates: Candidates for the output, each with its ``text``, ``tokens`` (of the candidate), ``spent`` (tokens
+            generated for the sample up to its end), ``score`` (by the decoder) and ``sum_logprob``. For multiple
+            choice these are the choices, without token counts.
+        published: Scores that came with an output from elsewhere, and a teacher's loss on a document.
+        labels: Number of predicted labels of a document, over which its scores are means; None for a question.
+        judged: Ratings by the name of the judge, as ``Judge.judged`` writes them.
     """
 
     key: str
@@ -68,15 +69,15 @@ class Record:
     judged: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_line(self) -> bytes:
-        """As one line of JSON."""
+        """Returns the record as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Record:
-        """Reads ``to_line``.
+        """Reads a line that ``to_line`` made.
 
         Raises:
-            ValueError: It is no JSON, or not of a record.
+            ValueError: The line is not JSON, or not a record.
         """
         fields = json.loads(line)
         try:
@@ -87,42 +88,46 @@ class Record:
 
 
 def content_key(*parts: Any) -> str:
-    """A name for what decides an output; equal parts have equal names in every process."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    """Hashes JSON values that decide an output to 24 hex digits, the same in every process and release."""
+    return content_hash([json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()])
+
+
+def content_hash(chunks: Iterable[bytes]) -> str:
+    """Hashes bytes, given in chunks, to 24 hex digits."""
+    digest = hashlib.blake2b(digest_size=12)
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def record_path(*names: str, decided_by: Sequence[Any]) -> str:
-    """The file of records in a run's folder: readable, and another one where what decides its outputs is another."""
+    """Returns a file's path in a run's folder: readable names, and a hash of everything that decides its records."""
     name = "--".join("".join(c if c.isalnum() or c in "-._" else "-" for c in part) for part in names)
     return f"records/{name}--{content_key(*decided_by)[:8]}.jsonl"
 
 
 class RecordFile:
-    """Records of one model, decoder and task: read when opened, then appended to, a whole line at a time.
+    """A file with the records of one model, decoder and task, which are read when it is opened and then appended to.
 
-    A last line that a kill tore is dropped. Only one process has the file open at a time.
+    An incomplete last line, left by a kill, is dropped. Only one process can have the file open at a time.
 
     Args:
-        path: Made if it is not there, with its folder.
+        path: Path of the file, created with its folder if it does not exist.
+
+    Attributes:
+        records: Records by key; of records with equal keys, the last.
 
     Raises:
-        ValueError: A line other than a torn last one is no record: which.
-        BlockingIOError: Another process has it open.
+        ValueError: A complete line is not a record; the message names the line.
+        FileInUseError: Another process has the file open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._journal = Journal(self.path)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = self.path.read_bytes()
-            self.records = {record.key: record for record in parse_records(content, self.path)}
-            os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
-        except BlockingIOError as error:
-            self.close()
-            raise BlockingIOError(f"{self.path} is being written by another run: wait until it has ended") from error
+            self.records = {record.key: record for record in read_records(self.path)}
         except BaseException:
             self.close()
             raise
@@ -131,22 +136,17 @@ class RecordFile:
         return key in self.records
 
     def append(self, record: Record) -> None:
-        """Writes one record; when this returns it is on the disk.
+        """Appends one record, which is on the disk when this returns.
 
         Raises:
-            OSError: It could not be written whole.
+            OSError: The record could not be written completely.
         """
-        line = record.to_line()
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        self._journal.append(record.to_line())
         self.records[record.key] = record
 
     def close(self) -> None:
-        """Lets other processes have the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Closes the file, so that other processes can open it."""
+        self._journal.close()
 
     def __enter__(self) -> RecordFile:
         return self
@@ -158,35 +158,25 @@ class RecordFile:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a file, of equal keys the last; a torn last line is left out.
+    """Reads the records of a file, the last of those with equal keys; an incomplete last line is skipped.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is no record: which.
+        FileNotFoundError: The file does not exist.
+        ValueError: A complete line is not a record; the message names the line.
     """
-    return list({record.key: record for record in parse_records(Path(path).read_bytes(), path)}.values())
+    records = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(whole_lines(file), 1):
+            try:
+                record = Record.from_line(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}, must be a record: {error}; delete the line to answer its sample again"
+                ) from error
+            records[record.key] = record
+    return list(records.values())
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Replaces a file of records, whole or not at all."""
-    partial = Path(f"{os.fspath(path)}.tmp")
-    with open(partial, "wb") as file:
-        file.writelines(record.to_line() for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def parse_records(content: bytes, path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a file's whole lines.
-
-    Raises:
-        ValueError: A line is no record: which.
-    """
-    found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            found.append(Record.from_line(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, must be a record: {error}; delete the line to redo it") from error
-    return found
+    """Replaces a file of records atomically."""
+    write_atomically(path, b"".join(record.to_line() for record in records))

@@ -1,4 +1,4 @@
-"""Has every sample answered by every model and decoder, once, and keeps the records and what was run."""
+"""Runs an evaluation: every model and decoder answers every sample once, and records and settings are written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.durable import write_json
 from slimkernels.evaluate.choices import ChoiceCell, ChoiceTask
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
@@ -34,7 +35,7 @@ from slimkernels.search.tree import ROOT
 from slimkernels.serving.client import ServerUnavailableError
 
 RUN_FILE = "run.json"
-# In which the records were made; a change of what a prompt or a decoder does changes it.
+# Increment it when prompts or decoders change, so that new records are not mixed with old ones.
 _VERSION = 1
 
 Progress = Callable[[int, int], None]
@@ -42,18 +43,18 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run: every model on held-out documents and multiple choice, and with every decoder on every task.
+    """An evaluation: every model on held-out documents and multiple choice, and with every decoder on written tasks.
 
     Attributes:
-        models: Different ones.
-        decoders: Their names.
-        tasks: With the samples to be answered in writing; with held-out documents or multiple choice there may be none.
-        settings: Of the decoders.
-        seeds: Of the noise; a decoder without noise runs once.
-        shots: Worked examples before each question.
-        batch_questions: Samples decoded together.
-        heldout: The held-out documents; None: none.
-        choices: Multiple-choice tasks, which no decoder is needed for.
+        models: Different models.
+        decoders: Names of the decoders.
+        tasks: Tasks with questions to answer in writing; may be empty if there is another kind of task.
+        settings: Settings of the decoders.
+        seeds: Seeds of the sampling; a decoder without randomness runs once.
+        shots: Number of worked examples before each question.
+        batch_questions: Number of samples that are decoded together.
+        heldout: Held-out documents; None if there are none.
+        choices: Multiple-choice tasks, which need no decoder.
     """
 
     models: Sequence[EvaluatedModel]
@@ -77,8 +78,8 @@ class Plan:
         served = [model.label for model in self.models if model.served is not None]
         if texts and served:
             raise ValueError(
-                f"tasks must be ones to answer in writing for servers' models ({', '.join(served)}), got "
-                f"{', '.join(texts)}: they need probabilities of given texts, of models that run here"
+                f"tasks must have written answers for servers' models ({', '.join(served)}), got {', '.join(texts)}, "
+                "which need probabilities of given texts: evaluate these with models that run here"
             )
         for task in self.tasks:
             check_scorer(task)
@@ -107,7 +108,7 @@ class _Cell:
 
     @property
     def file(self) -> str:
-        """Named by what decides its outputs, so that other settings do not mix with these."""
+        """The path of the records in the run's folder; it contains a hash of everything that decides the outputs."""
         decided_by = (self.model.identity, self.settings, self.plan.shots, self.task.source_hash, _VERSION)
         return record_path(self.model.label, self.decoder, self.task.name, decided_by=decided_by)
 
@@ -118,28 +119,28 @@ class _Cell:
     def answer(
         self, loaded: LoadedModel | ServedModel, missing: Sequence[tuple[int, Sample, int | None]]
     ) -> Iterable[Record]:
-        """Decodes samples, ``batch_questions`` at a time; each has an equal share of its batch's time."""
+        """Decodes samples batch by batch and yields their records; a batch's wall time is shared equally."""
         return _answer(self, loaded, missing)
 
 
 def run(
     plan: Plan, output_dir: str | os.PathLike[str], progress: Callable[[str], Progress] | None = None
 ) -> list[Record]:
-    """Answers what has not been answered yet; the same call continues after it was stopped.
+    """Answers all samples without a record; the same call resumes a run that was stopped.
 
     Args:
-        plan: What to run.
-        output_dir: Gets ``records/*.jsonl`` and ``run.json``.
-        progress: Given a description, returns what is called with the number of samples done, and of all.
+        plan: Models, decoders and tasks to run.
+        output_dir: Folder for ``records/*.jsonl`` and ``run.json``.
+        progress: Function of a description that returns a callback of the number of samples done and their total.
 
     Returns:
-        The records of the plan, old and new, with scores made anew.
+        Old and new records of the plan, scored again.
 
     Raises:
-        ValueError: A damaged record file, or a question that a model cannot take.
+        ValueError: A record file is damaged, or a model cannot process a question.
         BlockingIOError: Another run is writing the same records.
-        FloatingPointError: A model gave logits that are NaN.
-        ServerUnavailableError, ServerRequestError: A server does not answer any more; what it answered is written.
+        FloatingPointError: A model returned NaN logits.
+        ServerUnavailableError, ServerRequestError: A server stopped answering; its earlier answers are on the disk.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -150,9 +151,9 @@ def run(
         cells += [ChoiceCell(model, task, output_dir) for task in plan.choices]
         cells += [_Cell(model, decoder, task, plan) for decoder in plan.decoders for task in plan.tasks]
     path = output_dir / RUN_FILE
-    # The ratings of an earlier judge stay with the records.
+    # Records keep the ratings of an earlier judge, so the description keeps the judge.
     judge = json.loads(path.read_text()).get("judge") if path.is_file() else None
-    _write_json(path, _describe(plan, cells) | ({"judge": judge} if judge else {}))
+    write_json(path, _describe(plan, cells) | ({"judge": judge} if judge else {}))
     records: list[Record] = []
     for model in plan.models:
         loaded: Any = None
@@ -173,22 +174,23 @@ def run(
                         report(done, len(wanted))
                 except ServerUnavailableError as error:
                     raise ServerUnavailableError(
-                        f"{model.label}: {error}; what it answered is kept in {output_dir}, and not asked again"
+                        f"{model.label}: {error}; its answers so far are kept in {output_dir}: run the same command to "
+                        "continue"
                     ) from error
                 records += [score(file.records[cell.key(*entry[1:])]) for entry in wanted]
     return records
 
 
 def load_run(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
-    """What was run last in a folder, and its records, with scores made anew.
+    """Reads the description and the records of a folder's last run, and scores the records again.
 
     Raises:
-        FileNotFoundError: Nothing was run there.
-        ValueError: A damaged file.
+        FileNotFoundError: The folder holds no run.
+        ValueError: A file is damaged.
     """
     path = Path(output_dir) / RUN_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no run found: there is no {path}; run without --rescore first")
+        raise FileNotFoundError(f"no run found: {path} does not exist; run without --rescore first")
     described = json.loads(path.read_text())
     records, unfinished = [], []
     for cell in described["cells"]:
@@ -205,10 +207,10 @@ def load_run(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[R
 
 
 def rescore(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
-    """Makes answers and scores anew in every record file of a folder's last run; nothing is generated.
+    """Extracts answers and scores again in every record file of a folder's last run, without generating anything.
 
     Raises:
-        FileNotFoundError, ValueError: As ``load_run``.
+        FileNotFoundError, ValueError: ``load_run`` raises them.
         BlockingIOError: Another run is writing the same records.
     """
     described, _ = load_run(output_dir)
@@ -226,13 +228,13 @@ def rate(
     """Has a judge rate the outputs of a folder's last run that it has not rated yet.
 
     Raises:
-        FileNotFoundError, ValueError: As ``load_run``.
-        ServerUnavailableError, ServerRequestError: The judge does not answer; ratings that were written are kept.
+        FileNotFoundError, ValueError: ``load_run`` raises them.
+        ServerUnavailableError, ServerRequestError: The judge stopped answering; its earlier ratings are on the disk.
     """
     output_dir = Path(output_dir)
     described, records = load_run(output_dir)
     asked = {"model": judge.model, "url": judge.url, "prompt": prompt_hash()}
-    _write_json(output_dir / RUN_FILE, described | {"judge": asked})
+    write_json(output_dir / RUN_FILE, described | {"judge": asked})
     wanted = {record.key for record in records if record.task in TASKS}
     for cell in described["cells"]:
         if not (output_dir / cell["file"]).is_file():
@@ -310,9 +312,9 @@ def _record(
 
 
 def _candidates(decoder: str, result: Result) -> Iterable[dict[str, Any]]:
-    """What was chosen from, with the tokens generated until each was there.
+    """Yields the candidates for an output, each with the number of tokens generated up to its end.
 
-    Independent chains count as generated one after the other, a tree's steps in the order in which they were.
+    Independent chains count as if they were generated one after the other; a tree's steps count in their real order.
     """
     spent = _spent_by_chain(result.tree) if decoder == "self-consistency" else _spent_by_node(result)
     for candidate, value in zip(result.candidates, result.scores, strict=True):
@@ -326,7 +328,7 @@ def _candidates(decoder: str, result: Result) -> Iterable[dict[str, Any]]:
 
 
 def _spent_by_chain(tree: Tree) -> list[int]:
-    """By node: the tokens of its chain and of all chains before it."""
+    """Returns, for every node, the number of tokens of its chain and of all chains before it."""
     chains = [tree.path(node)[0] if node != ROOT else 0 for node in range(len(tree))]
     lengths = np.zeros(max(chains) + 1, np.int64)
     np.maximum.at(lengths, chains, tree.num_tokens)
@@ -334,16 +336,16 @@ def _spent_by_chain(tree: Tree) -> list[int]:
 
 
 def _spent_by_node(result: Result) -> list[int]:
-    """By node: the tokens generated until it was there."""
+    """Returns, for every node, the number of tokens that had been generated when it was complete."""
     tree = result.tree
     own = tree.num_tokens - np.where(tree.parent >= 0, tree.num_tokens[tree.parent], 0)
     spent = np.cumsum(own * np.maximum(tree.attempts, 1))
-    # Steps that failed their checks and were generated again count as long as those that replaced them.
+    # Discarded attempts at a step are assumed to be as long as the step that replaced them.
     return np.round(spent * (result.num_tokens / max(int(spent[-1]), 1))).astype(int).tolist()
 
 
 def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell | ChoiceCell]) -> dict[str, Any]:
-    """What a reader of the report must know to judge it, and where the records are."""
+    """Describes a run for the report: models, decoders, tasks, versions, the machine, and the files of the records."""
     asked = {"seeds": list(plan.seeds), "shots": plan.shots, "batch_questions": plan.batch_questions}
     heldout = [] if plan.heldout is None else [plan.heldout]
     return {
@@ -386,9 +388,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

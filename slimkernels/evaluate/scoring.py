@@ -1,4 +1,4 @@
-"""A record's answers and scores, from its output."""
+"""Scoring of records: extracts answers from an output and compares them with the reference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from slimkernels.evaluate.tasks import ROUGE, TASKS, Task
 
 
 def score(record: Record) -> Record:
-    """The record with its answers and scores made anew, and what judges gave it; not one of ours: unchanged.
+    """Returns the record with answers and scores computed from its output, and with its judges' ratings as scores.
+
+    Records of tasks that are not in ``TASKS`` are returned unchanged.
 
     Raises:
-        ImportError: Rouge-L needs the package rouge-score.
+        ImportError: Rouge-L needs the package rouge-score, which is not installed.
     """
     if record.task not in TASKS:
         return record
@@ -27,7 +29,7 @@ def score(record: Record) -> Record:
         scores: Mapping[str, float] = {ROUGE: rouge_l(record.output, record.reference)}
         answers: Mapping[str, str | None] = {ROUGE: record.output.strip() or None}
         return dataclasses.replace(record, answers=answers, scores={**scores, **_judged(record)})
-    # The flexible answer first: it is what a decoder votes by, and what arms are compared by first.
+    # The first metric is the main one. It is the flexible answer, by which decoders vote as well.
     found = extract(record.output, kind, record.choices)
     answers = {"flexible": found.flexible, "strict": found.strict}
     scores = {name: float(same_answer(answer, record.reference, kind)) for name, answer in answers.items()}
@@ -46,18 +48,19 @@ def check_scorer(task: Task) -> None:
 
 
 def vote(task: str, text: str, choices: tuple[str, ...]) -> str | None:
-    """What a candidate's text counts for in a vote: its flexible answer; of a whole text, None."""
+    """Returns the flexible answer that a candidate's text votes for; None without one, and for tasks of free text."""
     kind = TASKS[task][0] if task in TASKS else None
     return None if kind is None else extract(text, kind, choices).flexible
 
 
 def rouge_l(output: str, reference: str) -> float:
-    """Rouge-L F1 of two texts, as rouge-score has it with stemming.
+    """Computes the Rouge-L F1 score of two texts, in [0, 1], by the package rouge-score with stemming.
 
-    Its tokenizer keeps the letters a to z and the digits alone; ``count_dropped`` says how much that leaves out.
+    Its tokenizer keeps only digits and the letters a to z, so texts in other scripts score 0; ``count_dropped`` counts
+    the letters that it drops.
 
     Raises:
-        ImportError: The package is missing.
+        ImportError: rouge-score is not installed.
 
     References: Lin 2004, "ROUGE: a package for automatic evaluation of summaries".
     """
@@ -65,7 +68,7 @@ def rouge_l(output: str, reference: str) -> float:
 
 
 def count_dropped(text: str) -> int:
-    """Letters and digits outside ASCII: what Rouge-L's tokenizer does not see."""
+    """Counts the letters and digits outside ASCII, which Rouge-L's tokenizer drops."""
     return sum(character.isalnum() and not character.isascii() for character in text)
 
 

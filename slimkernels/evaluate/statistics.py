@@ -1,4 +1,4 @@
-"""Is a difference real? Paired bootstrap intervals, an exact sign-flip test, and Holm's correction for many of them."""
+"""Statistics of scores: bootstrap and Wilson intervals, an exact sign-flip test, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Up to this many samples that differ, all sign flips are enumerated; above, this many are drawn.
+# All sign assignments are enumerated for up to _MAX_EXACT differing samples; for more, _NUM_FLIPS are drawn.
 _MAX_EXACT = 16
 _NUM_FLIPS = 20_000
-# Numbers drawn at a time by the bootstrap, so that its memory stays small.
+# Random numbers drawn at a time, to bound the memory.
 _CHUNK = 1_000_000
 
 
@@ -30,10 +30,10 @@ class Difference(NamedTuple):
     Attributes:
         value: Mean of b - a.
         low: Lower end of the bootstrap interval.
-        high: Upper end.
-        p_value: Of the two-sided sign-flip test; after ``holm`` the adjusted one.
-        num_samples: Pairs.
-        confidence: Of the interval.
+        high: Upper end of the bootstrap interval.
+        p_value: P-value of the two-sided sign-flip test, adjusted for multiple comparisons if ``holm`` returned it.
+        num_samples: Number of pairs.
+        confidence: Confidence level of the interval.
     """
 
     value: float
@@ -45,9 +45,9 @@ class Difference(NamedTuple):
 
     @property
     def is_shown(self) -> bool:
-        """Whether the samples show a difference: the interval leaves zero out, and the test agrees.
+        """Whether the samples show a difference: the interval excludes zero, and the test rejects equality.
 
-        The interval alone is too short for a handful of samples; the test is right for any number of them.
+        The bootstrap interval alone is too narrow for a handful of samples; the test is valid for any number of them.
         """
         return not self.low <= 0 <= self.high and self.p_value < 1 - self.confidence
 
@@ -61,23 +61,23 @@ def paired_difference(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """mean(b - a) over samples that both were scored on, its percentile bootstrap interval, and its p-value.
+    """Computes mean(b - a) over paired scores, its percentile bootstrap interval, and its p-value.
 
-    Samples are resampled with replacement, both scores of one together. Scores from several seeds are averaged for each
-    sample first: the samples are what is drawn from a population.
+    Samples are resampled with replacement as pairs. Average the scores of several seeds per sample first, since the
+    samples, not the seeds, are drawn from the population of interest.
 
     Args:
         a: (n,) scores.
         b: (n,) scores of the same samples.
-        weights: (n,) positive numbers, how much each sample counts in the mean: the labels of documents whose scores
-            are means over labels. None: all the same.
-        confidence: Of the interval, in (0, 1).
-        num_resamples: Of the bootstrap.
-        seed: Of the resampling and, where not all sign flips are enumerated, of the flips.
+        weights: (n,) positive weights of the samples in the mean, such as the numbers of labels of documents whose
+            scores are means over labels. None weights all samples equally.
+        confidence: Confidence level of the interval, in (0, 1).
+        num_resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling, and of the sign flips where not all of them are enumerated.
 
     Raises:
-        ValueError: No samples, other lengths, scores that are not finite, weights that are not positive, or
-            ``confidence`` outside (0, 1).
+        ValueError: There are no samples, the lengths differ, a score is not finite, a weight is not positive, or
+            ``confidence`` is outside (0, 1).
 
     References: Efron & Tibshirani 1993, chapter 13; Koehn 2004 (paired bootstrap for comparisons of systems).
     """
@@ -88,7 +88,7 @@ def paired_difference(
     value, low, high = bootstrap_interval(
         differences, weights=weights, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
-    # Of weighted differences the sum decides, as of others.
+    # Flipping signs tests the sum of the differences, here the weighted ones.
     flipped = differences if weights is None else differences * np.asarray(weights, np.float64)
     return Difference(value, low, high, sign_flip_p_value(flipped, seed=seed), len(differences), confidence)
 
@@ -101,10 +101,11 @@ def bootstrap_interval(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The mean of (n,) values, weighted if (n,) ``weights`` are given, with its percentile bootstrap interval.
+    """Computes the mean of (n,) values, with (n,) ``weights`` if given, and its percentile bootstrap interval.
 
     Raises:
-        ValueError: As ``paired_difference``.
+        ValueError: There are no values, a value is not finite, a weight is not positive, or ``confidence`` is outside
+            (0, 1).
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
@@ -128,29 +129,30 @@ def bootstrap_interval(
 
 
 def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
-    """A share with Wilson's interval, which is not empty where all or none succeeded.
+    """Computes the share of successes and its Wilson interval, which has a positive width even at shares of 0 and 1.
 
     Raises:
-        ValueError: No trials, or more successes than trials.
+        ValueError: There are no trials, or more successes than trials.
 
     References: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
     if not 0 <= successes <= trials or not trials:
         raise ValueError(f"successes must be between 0 and at least one trial, got {successes} of {trials}")
-    z = _normal_quantile((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, weight = successes / trials, z * z / trials
     centre = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
-    # The ends are exactly 0 and 1 where none and all succeeded, up to rounding.
+    # Rounding can move an end slightly outside [0, 1] when all or none succeeded.
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def sign_flip_p_value(differences: Sequence[float] | np.ndarray, *, seed: int = 0) -> float:
-    """Two-sided p-value of the mean of paired differences under random signs.
+    """Computes the two-sided p-value of the mean of paired differences under random signs.
 
-    The share of sign assignments whose absolute sum is at least the one seen: all of them where at most 16 differences
-    are not zero, else 20,000 draws (the one seen counts as one more). For differences of +-1 it is exactly the
-    two-sided binomial test on the samples that differ (McNemar's exact test), for any number of them.
+    The p-value is the share of sign assignments whose absolute sum is at least the observed one. All assignments are
+    enumerated for at most 16 nonzero differences; for more, 20,000 are drawn, and the observed one is added to them. If
+    all nonzero differences have the same absolute value, the test is the two-sided binomial test on the samples that
+    differ (McNemar's exact test), which is computed exactly for any number of them.
     """
     differences = np.asarray(differences, np.float64)
     differences = differences[differences != 0]
@@ -172,7 +174,7 @@ def sign_flip_p_value(differences: Sequence[float] | np.ndarray, *, seed: int = 
 
 
 def holm(differences: Sequence[Difference]) -> list[Difference]:
-    """The same differences with p-values that hold for all of them together.
+    """Returns the differences with p-values adjusted for multiple comparisons by Holm's method.
 
     References: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
@@ -185,10 +187,6 @@ def holm(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def _binomial_p_value(successes: int, trials: int) -> float:
-    """Two-sided, at probability 1/2."""
+    """Computes the two-sided p-value of a binomial test at probability 1/2."""
     tail = min(successes, trials - successes)
     return min(1.0, 2 * sum(math.comb(trials, k) for k in range(tail + 1)) / 2**trials)
-
-
-def _normal_quantile(probability: float) -> float:
-    return NormalDist().inv_cdf(probability)

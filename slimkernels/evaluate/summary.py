@@ -1,4 +1,4 @@
-"""From records to numbers: scores with intervals, differences, slices, and what a smaller budget would have given."""
+"""Summaries of records: scores with intervals, paired differences, slices, and scores within a smaller budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUM_RESAMPLES = 10_000
 
 
 class Arm(NamedTuple):
-    """What is compared: a model with a decoder, or by itself where nothing is decoded."""
+    """One side of a comparison: a model with a decoder, or with an empty decoder if nothing is decoded."""
 
     model: str
     decoder: str
@@ -40,7 +40,7 @@ class Arm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Tokens or seconds for each question."""
+    """A limit on the tokens or the seconds spent on each question."""
 
     unit: Literal["tokens", "seconds"]
     limit: float
@@ -48,20 +48,23 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Overall:
-    """How an arm did on a task.
+    """The results of an arm on a task.
 
     Attributes:
-        samples: Different ones.
-        seeds: Of the noise; empty without noise.
-        labels: Of documents, all together; None: questions.
-        scores: By metric, over samples; seeds of a sample are averaged first, documents count by their labels.
-        extracted: By metric with answers, the share of outputs in which one was found; by judge, that were rated.
-        empty: The share of outputs without any text; None where there are none.
-        finished: The share of outputs that came to an end by themselves.
-        tokens, seconds: Of a question on average, None where unknown.
-        output_tokens: Of the output alone.
-        dropped: Letters outside ASCII in outputs and references, which Rouge-L does not see, and all of any kind.
-        within: What the first metric would be within a budget.
+        arm: Model and decoder.
+        task: Name of the task.
+        samples: Number of different samples.
+        labels: Total number of labels of documents; None for questions.
+        seeds: Seeds of the sampling; empty for decoders without randomness.
+        scores: Mean and interval by metric. Seeds of a sample are averaged first; documents are weighted by labels.
+        extracted: Share of outputs in which an answer was found by metric, or which a judge rated.
+        empty: Share of outputs without any text; None for documents.
+        finished: Share of outputs that ended before a limit cut them off; None if unknown.
+        tokens: Mean number of tokens generated for a question; None if unknown.
+        seconds: Mean wall time of a question or document; None if unknown.
+        output_tokens: Mean number of tokens of an output; None if unknown.
+        dropped: Number of letters outside ASCII in outputs and references, which Rouge-L drops, and of all letters.
+        within: Share of right answers within a budget by its unit; None if unknown.
     """
 
     arm: Arm
@@ -81,7 +84,7 @@ class Overall:
 
 
 class Comparison(NamedTuple):
-    """Arm ``b`` against arm ``a``."""
+    """The difference of a metric between two arms on a task, ``b`` minus ``a``."""
 
     task: str
     metric: str
@@ -91,7 +94,13 @@ class Comparison(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """A part of the samples of a task: for each arm the number of outputs in it and their mean score."""
+    """A part of a task's samples.
+
+    Attributes:
+        label: Range of values that the part covers.
+        counts: Number of outputs in the part for each arm.
+        scores: Mean score of these outputs for each arm; None if it has none.
+    """
 
     label: str
     counts: list[int]
@@ -99,7 +108,15 @@ class Slice(NamedTuple):
 
 
 class Records:
-    """Records by arm and task, in the order in which those first come."""
+    """Records grouped by arm and task, both in the order of their first record.
+
+    Attributes:
+        arms: All arms.
+        tasks: Names of all tasks.
+
+    Raises:
+        ValueError: There are no records.
+    """
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._cells: dict[tuple[Arm, str], list[Record]] = defaultdict(list)
@@ -111,20 +128,20 @@ class Records:
         self.tasks = list(dict.fromkeys(task for _, task in self._cells))
 
     def of(self, arm: Arm, task: str) -> list[Record]:
-        """The records of an arm on a task."""
+        """Returns the records of an arm on a task."""
         return self._cells.get((arm, task), [])
 
     def metrics(self, task: str) -> list[str]:
-        """Of a task, the one to compare by first."""
+        """Returns the names of a task's metrics, the main one first."""
         own = (record for (_, name), records in self._cells.items() if name == task for record in records)
         return list(dict.fromkeys(metric for record in own for metric in record.scores))
 
     def arms_on(self, task: str) -> list[Arm]:
-        """Those that have records of a task."""
+        """Returns the arms that have records of a task."""
         return [arm for arm in self.arms if self.of(arm, task)]
 
     def scores(self, arm: Arm, task: str, metric: str) -> dict[str, float]:
-        """By sample that has this score, the mean over seeds."""
+        """Returns the mean score over seeds of every sample that has this metric."""
         found: dict[str, list[float]] = defaultdict(list)
         for record in self.of(arm, task):
             if metric in record.scores:
@@ -132,18 +149,18 @@ class Records:
         return {sample: sum(values) / len(values) for sample, values in found.items()}
 
     def weights(self, arm: Arm, task: str) -> dict[str, int]:
-        """By sample, what it counts in a mean: the labels of a document, or 1."""
+        """Returns the weight of every sample in a mean: its number of labels for a document, 1 for a question."""
         return {record.sample: record.labels or 1 for record in self.of(arm, task)}
 
     def mean(self, arm: Arm, task: str, metric: str) -> float | None:
-        """Over samples; None where none has this score."""
+        """Returns the weighted mean score over samples; None if no sample has this metric."""
         scores, weights = self.scores(arm, task, metric), self.weights(arm, task)
         total = sum(weights[sample] for sample in scores)
         return sum(score * weights[sample] for sample, score in scores.items()) / total if total else None
 
 
 def overall(records: Records, arm: Arm, task: str, budgets: Sequence[Budget] = ()) -> Overall:
-    """How an arm did on a task, on which it has records."""
+    """Summarises an arm on a task of which it has records."""
     own = records.of(arm, task)
     weights, labels = records.weights(arm, task), [record.labels for record in own]
     scores = {metric: records.scores(arm, task, metric) for metric in records.metrics(task)}
@@ -176,9 +193,9 @@ def overall(records: Records, arm: Arm, task: str, budgets: Sequence[Budget] = (
 
 
 def budgets(records: Records, task: str) -> list[Budget]:
-    """What every arm is held to: the least that an arm of several candidates spends on a question on average.
+    """Returns the budgets to compare arms within: the lowest mean costs of a question in arms with several candidates.
 
-    Empty where fewer than two arms say what they spent, or where none has more than one candidate.
+    There are no budgets if fewer than two arms recorded their cost, or if no arm has several candidates.
     """
     if task not in TASKS or TASKS[task][0] is None:
         return []
@@ -196,10 +213,10 @@ def budgets(records: Records, task: str) -> list[Budget]:
 
 
 def score_within(record: Record, budget: Budget) -> float | None:
-    """Whether the answer would have been right, had the decoder been stopped at the budget; None where unknown.
+    """Returns 1 if the answer would have been right had the decoder stopped at the budget, else 0; None if unknown.
 
-    It answers from the candidates that were there by then: by their votes if it is one that votes, else with the one
-    that it scored highest in the end. Time passes as tokens do.
+    A stopped decoder chooses among the candidates completed within the budget: self-consistency by their votes, others
+    by the scores that the candidates had in the end. Time is assumed to be proportional to tokens.
     """
     if record.tokens is None or record.seconds is None or record.task not in TASKS:
         return None
@@ -207,7 +224,7 @@ def score_within(record: Record, budget: Budget) -> float | None:
     if kind is None:
         return None
     limit = budget.limit if budget.unit == "tokens" else budget.limit * record.tokens / max(record.seconds, 1e-9)
-    # Half a token: the mean of whole numbers may be rounded below one that equals it.
+    # Half a token absorbs rounding: a mean of integers may fall just below the integer that it equals.
     there = [candidate for candidate in record.candidates if candidate["spent"] <= limit + 0.5]
     answers = [vote(record.task, candidate["text"], record.choices) for candidate in there]
     if record.decoder == "self-consistency":
@@ -222,7 +239,10 @@ def score_within(record: Record, budget: Budget) -> float | None:
 
 
 def compare(records: Records, *, seed: int = 0) -> list[Comparison]:
-    """Every pair of arms on every task and metric, on the samples that both have; p-values adjusted for all of them."""
+    """Compares every pair of arms on every task and metric, on the samples that both arms have.
+
+    The p-values are adjusted for the number of comparisons in the whole report.
+    """
     found = []
     for task in records.tasks:
         pairs = itertools.combinations(records.arms_on(task), 2)
@@ -238,7 +258,7 @@ def compare(records: Records, *, seed: int = 0) -> list[Comparison]:
 
 
 def count_steps(output: str) -> int:
-    """Reasoning steps: lines with text, up to the model's next question; in one line, its sentences."""
+    """Counts reasoning steps up to the model's next question: lines with text, or the sentences of a single line."""
     lines = [line for line in before_next_question(output).splitlines() if line.strip()]
     if len(lines) == 1:
         return max(1, sum(1 for part in lines[0].replace("? ", ". ").replace("! ", ". ").split(". ") if part.strip()))
@@ -246,25 +266,23 @@ def count_steps(output: str) -> int:
 
 
 def count_words(text: str) -> int:
-    """Words of a text, separated by white space."""
+    """Counts the words of a text, separated by white space."""
     return len(text.split())
 
 
-# What the samples of a task are sliced by: the title, and a record's value.
+# Quantities by which the samples of a task are sliced, by title.
 _DOCUMENT_SLICES: dict[str, Callable[[Record], float]] = {"document length (labels)": lambda record: record.labels or 0}
 _SLICES: dict[str, Callable[[Record], float]] = {
     "question length (words)": lambda record: count_words(record.question),
     "output length (words)": lambda record: count_words(record.output),
     "reasoning steps": lambda record: count_steps(record.output),
 }
-
-
-# Of multiple choice, where nothing is written.
+# Multiple choice has no outputs to slice by.
 _CHOICE_SLICES = {name: _SLICES[name] for name in ("question length (words)",)}
 
 
 def slices_of(records: Records, task: str) -> dict[str, Callable[[Record], float]]:
-    """What the samples of a task may be sliced by."""
+    """Returns the quantities by which the samples of a task can be sliced, by title."""
     first = records.of(records.arms_on(task)[0], task)[0]
     if first.labels is not None:
         return _DOCUMENT_SLICES
@@ -272,7 +290,7 @@ def slices_of(records: Records, task: str) -> dict[str, Callable[[Record], float
 
 
 def slices(records: Records, task: str, name: str, *, num_bins: int = 3) -> list[Slice]:
-    """The first metric of every arm on a task, on parts of about equal size, from all arms together."""
+    """Splits the outputs of all arms on a task into parts of similar size, with each arm's mean of the main metric."""
     value_of, metric, arms = slices_of(records, task)[name], records.metrics(task)[0], records.arms_on(task)
     values = [value_of(record) for arm in arms for record in records.of(arm, task)]
     edges = np.unique(np.quantile(values, np.linspace(0, 1, num_bins + 1), method="inverted_cdf"))
@@ -291,20 +309,20 @@ def slices(records: Records, task: str, name: str, *, num_bins: int = 3) -> list
 
 
 def _interval(values: Sequence[float], weights: Sequence[float]) -> Interval:
-    """Wilson's for shares, which is right for few samples; the bootstrap's for other scores."""
+    """Computes Wilson's interval for shares, since it holds for few samples, and the bootstrap's for other scores."""
     if all(value in (0, 1) for value in values) and set(weights) == {1}:
         return wilson_interval(int(sum(values)), len(values))
     return bootstrap_interval(values, weights=weights, num_resamples=_NUM_RESAMPLES)
 
 
 def _weighted_mean(values: Sequence[tuple[float, float]]) -> float | None:
-    """Of values with their weights; None where there are none."""
+    """Returns the mean of (value, weight) pairs; None if there are none."""
     total = sum(weight for _, weight in values)
     return sum(value * weight for value, weight in values) / total if total else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """None where a value is unknown, or there are none."""
+    """Returns the mean of values; None if one is unknown or there are none."""
     known = list(values)
     if not known or any(value is None for value in known):
         return None

@@ -1,9 +1,8 @@
-"""Questions to answer in writing, from local files in the form in which their authors publish them."""
+"""Tasks with questions to answer in writing, read from local files in the layouts that their authors publish."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -13,21 +12,22 @@ from typing import Any
 
 from slimkernels.evaluate.answers import AnswerKind, canonical
 from slimkernels.evaluate.prompts import SHOTS
+from slimkernels.evaluate.records import content_hash
 
 ROUGE = "rouge_l"
-# Fixed, so that more samples of a task are always the same ones and some more.
+# The order is the same for every run, so that a larger number of samples extends a smaller one.
 ORDER_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A question with its right answer.
+    """A question with its correct answer.
 
     Attributes:
-        id: Unique in its task.
-        question: As the model is asked it.
-        reference: The right answer; a number, "yes" or "no", a letter, or a whole text.
-        choices: What the letters stand for.
+        id: Identifier, unique in its task.
+        question: Text of the question, with the choices if there are any.
+        reference: Correct answer: a number, "yes" or "no", a letter, or a free text.
+        choices: Texts that the letters A, B, ... stand for; empty without letters.
     """
 
     id: str
@@ -41,12 +41,12 @@ class Task:
     """Samples, and how they are asked and scored.
 
     Attributes:
-        name: Of the task.
-        kind: Of its answers; None: they are whole texts, scored by Rouge-L.
-        source: The file they come from, without its folder's path.
-        source_hash: Of the file's content.
-        samples: In the order in which they are taken, the same for every run.
-        available: How many samples the file has.
+        name: Name of the task.
+        kind: Kind of the answers; None for free texts, which are scored by Rouge-L.
+        source: Path of the file with the samples, relative to the data folder.
+        source_hash: Hash of the file's content.
+        samples: Samples in an order that is the same for every run.
+        available: Number of samples in the file.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Task:
     available: int
 
     def prompt(self, sample: Sample, shots: int) -> str:
-        """The question after this many worked examples, without any model's chat template.
+        """Returns the question after ``shots`` worked examples, without any model's chat template.
 
         Raises:
-            ValueError: There are not so many examples.
+            ValueError: The task has fewer examples than ``shots``.
         """
         if self.kind is None:
             return f"{sample.question}\n"
@@ -76,19 +76,21 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
 
     Args:
         name: "gsm8k", "strategyqa", "commonsenseqa", "self_instruct", or "dolly".
-        data_dir: The folder with a folder for each task.
-        num_samples: How many to take, at least 1, of one order that is shuffled once for all runs; None: all.
+        data_dir: Folder that has a folder for each task.
+        num_samples: Number of samples to take, at least 1, from the start of a shuffled order that is the same for all
+            runs; None takes all.
 
     Raises:
-        ValueError: An unknown name, ``num_samples`` below 1, or a file that does not hold such samples: which line.
-        FileNotFoundError: The file is not there; the message names those that were looked for.
+        ValueError: ``name`` is unknown, ``num_samples`` is below 1, or the file has a row that is not a sample of the
+            task; the message names the row.
+        FileNotFoundError: No file of the task exists; the message names the paths that were tried.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
     check_num_samples(num_samples)
     kind, readers = TASKS[name]
     if not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"data folder not found: {data_dir} is not there; {name} needs {' or '.join(readers)}")
+        raise FileNotFoundError(f"data folder not found: {data_dir}; {name} needs {' or '.join(readers)} in it")
     found = next((file for file in readers if (Path(data_dir) / file).is_file()), None)
     if found is None:
         looked_for = " or ".join(str(Path(data_dir) / file) for file in readers)
@@ -101,9 +103,9 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
             sample = readers[found](row)
             sample = dataclasses.replace(sample, id=sample.id or str(len(samples)))
             if sample.id in ids:
-                raise ValueError(f"the id {sample.id!r} is that of a row before")
+                raise ValueError(f"an earlier row has the same id {sample.id!r}")
             if kind is not None and canonical(sample.reference, kind) is None:
-                raise ValueError(f"{sample.reference!r} is no answer of kind {kind!r}")
+                raise ValueError(f"{sample.reference!r} is not an answer of kind {kind!r}")
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{Path(data_dir) / found}, {place}: not a sample of {name} ({error})") from error
         samples.append(sample)
@@ -111,18 +113,17 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
     if not samples:
         raise ValueError(f"{Path(data_dir) / found} must hold samples of {name}, got none")
     random.Random(ORDER_SEED).shuffle(samples)  # noqa: S311 -- an order, not a secret
-    digest = hashlib.blake2b(content, digest_size=12).hexdigest()
-    return Task(name, kind, found, digest, tuple(samples[:num_samples]), len(samples))
+    return Task(name, kind, found, content_hash([content]), tuple(samples[:num_samples]), len(samples))
 
 
 def check_num_samples(num_samples: int | None) -> None:
-    """Raises ValueError for a number of samples to take that is not at least 1, or None."""
+    """Raises ValueError unless a number of samples is at least 1, or None for all."""
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, or None for all, got {num_samples}")
 
 
 def _rows(content: bytes, file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a .json list or a .jsonl file, with where each stands."""
+    """Yields the rows of a .json list or a .jsonl file, each with its place for messages."""
     try:
         text = content.decode()
         if file.endswith(".json"):
@@ -131,7 +132,7 @@ def _rows(content: bytes, file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             lines = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             rows = [(place, json.loads(line)) for place, line in lines]
     except ValueError as error:
-        raise ValueError(f"{file} must hold JSON, as its name says: {error}") from error
+        raise ValueError(f"{file} must hold JSON: {error}") from error
     yield from rows
 
 
@@ -169,7 +170,7 @@ def _dolly(row: Mapping[str, Any]) -> Sample:
 
 
 _Reader = Callable[[Mapping[str, Any]], Sample]
-# The kind of a task's answers, and the files that it may be read from, the first that is there.
+# Each task has the kind of its answers, and files with their readers; the first file that exists is read.
 TASKS: dict[str, tuple[AnswerKind | None, dict[str, _Reader]]] = {
     "gsm8k": ("number", {"gsm8k/test.jsonl": _gsm8k, "gsm8k/foundry_gsm8k.jsonl": _gsm8k_foundry}),
     "strategyqa": ("yes_no", {"strategyqa/dev.json": _strategyqa}),

@@ -1,4 +1,4 @@
-"""``export_parquet`` and ``import_parquet``: a store as columns that any parquet reader understands."""
+"""``export_parquet`` and ``import_parquet``: convert between a store and columns for any parquet reader."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from slimkernels.durable import replaced_atomically
 from slimkernels.exchange.records import flat_list, ragged_list, read_batches, require_pyarrow, source_files
 from slimkernels.exchange.writing import Document, ImportReport, write_documents
 from slimkernels.sparse_logits import SparseLogits
@@ -40,12 +40,12 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     ================  ============================  ============================================================
 
     So q = exp(logits - lse[:, 0]) are the teacher's probabilities. The file's key-value metadata has, under
-    "slimkernels", what the store's manifest says of all documents (vocabulary, tokenizer, teacher, selection,
-    temperatures, codec) as JSON. Documents are read and written one after the other.
+    "slimkernels", the settings in the store's manifest (vocabulary, tokenizer, teacher, selection, temperatures, codec)
+    as JSON. Documents are streamed.
 
     Args:
         store: A store, or its directory.
-        path: The file; replaced when it is there, and only once all is written.
+        path: Path of the file; an existing file is replaced, but only when everything is written.
 
     Returns:
         The number of documents.
@@ -61,15 +61,13 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     types = (ints, ints, pyarrow.list_(ints), pyarrow.list_(floats), pyarrow.list_(floats), floats)
     metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(store.settings))}
     schema = pyarrow.schema(list(zip(_COLUMNS, types, strict=True)), metadata=metadata)
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    try:
-        with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for group in _groups(store):
-                columns = [_column(pyarrow, [record[name] for record in group]) for name in _COLUMNS]
-                writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replaced_atomically(path) as temporary,
+        pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for group in _groups(store):
+            columns = [_column(pyarrow, [record[name] for record in group]) for name in _COLUMNS]
+            writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
     return len(store)
 
 
@@ -83,29 +81,30 @@ def import_parquet(
     teacher: str | None = None,
     codec: str | None = None,
 ) -> ImportReport:
-    """Streams the columns of ``export_parquet`` into a store; the way back is exact up to the codec.
+    """Streams the columns of ``export_parquet`` into a store; the round trip is exact up to the codec.
 
-    The values mean what they mean in a store: raw logits with the exact lse of the whole row at each temperature, or
-    log-probabilities with lse 0. Under codec "float32" and "bfloat16" a store, its file and the store of the file hold
-    the same numbers bit for bit; under "affine8" logits are quantised once more, to within a step. Files of another
-    origin, or rewritten by ``datasets``, which drops the metadata, can be read too, given a tokenizer.
+    The values have the same meaning as in a store: raw logits with the exact lse of the whole row at each temperature,
+    or log-probabilities with lse 0. With codec "float32" and "bfloat16" a store, its file and the store of the file
+    hold the same numbers bit for bit; "affine8" quantises the logits once more, to within a step. Files of another
+    origin, or rewritten by ``datasets``, which drops the metadata, can be read if a tokenizer is given.
 
     Args:
         source: A .parquet or .arrow file, or a folder of them with the same settings.
-        store_path: A new directory, or a store made with the same settings; documents that are in it are skipped.
-        tokenizer: Checked against the file's; needed where the file says nothing about it.
-        vocab_size: Instead of the file's, or of ``len(tokenizer)``.
-        temperatures: Those of the columns of ``lse``, instead of the file's, or of (1.0,).
-        teacher: Its name, instead of what the file says.
-        codec: Instead of the file's: "affine8", "affine6", "bfloat16" or "float32".
+        store_path: New directory, or a store made with the same settings, whose documents are skipped.
+        tokenizer: Tokenizer to check against that of the file; needed if the file does not name one.
+        vocab_size: V; by default that of the file, or ``len(tokenizer)``.
+        temperatures: Temperatures of the columns of ``lse``; by default those of the file, or (1.0,).
+        teacher: Name of the teacher; by default that of the file.
+        codec: "affine8", "affine6", "bfloat16" or "float32"; by default that of the file.
 
     Returns:
         ImportReport.
 
     Raises:
-        FileNotFoundError, ImportError: There is no such source, or no pyarrow to read it with.
+        FileNotFoundError: There is no such source.
+        ImportError: pyarrow is not installed.
         ValueError: A column is missing, a row cannot be stored, the tokenizer is another one, or neither the file nor
-            the arguments say what it is.
+            the arguments name it.
     """
     require_pyarrow()
     settings = _settings(source, tokenizer)
@@ -122,7 +121,7 @@ def import_parquet(
 
 
 def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
-    """The columns of some documents at a time, about ``_GROUP_BYTES`` of them."""
+    """Yields the records of consecutive documents in groups of about ``_GROUP_BYTES``."""
     group, size = [], 0
     for index in range(len(store)):
         document = store[index]
@@ -135,7 +134,7 @@ def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
             "ids": (teacher.ids.numpy()[kept], widths),
             "logits": (teacher.logits.numpy()[kept], widths),
             "lse": (teacher.lse.numpy().reshape(-1), np.full(len(teacher), teacher.lse.shape[1])),
-            "target_logit": cast(torch.Tensor, teacher.target_logit).numpy(),  # in every store
+            "target_logit": cast(torch.Tensor, teacher.target_logit).numpy(),
         }
         group.append(record)
         size += 8 * int(widths.sum()) + 4 * len(document.input_ids)
@@ -147,7 +146,7 @@ def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
 
 
 def _column(pyarrow: Any, values: list[Any]) -> Any:
-    """Arrays, or arrays with the widths of their rows, one of a document each, as a column of lists."""
+    """Makes a column of lists from one array per document, or of nested lists from (array, widths of the rows)."""
     if not isinstance(values[0], tuple):
         return pyarrow.ListArray.from_arrays(_offsets([len(array) for array in values]), np.concatenate(values))
     rows = pyarrow.ListArray.from_arrays(
@@ -197,7 +196,7 @@ def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...
 
 
 def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
-    """The keywords of ``StoreWriter``, from the file's metadata and the tokenizer."""
+    """Returns the settings for ``StoreWriter``, from the file's metadata and the tokenizer."""
     settings = _stored_settings(source)
     if tokenizer is not None:
         from slimkernels.models.fingerprints import tokenizer_fingerprint
@@ -221,7 +220,7 @@ def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _stored_settings(source: Any) -> dict[str, Any]:
-    """What the first file's metadata says, all of it or nothing."""
+    """Returns the settings in the metadata of the first file, or {} if it has none."""
     pyarrow = require_pyarrow()
     path = source_files(source, (".parquet", ".arrow"))[0]
     try:

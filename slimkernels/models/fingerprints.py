@@ -1,22 +1,31 @@
-"""Fingerprints of tokenizers and weights: is this the model that it was?"""
+"""Fingerprints of tokenizers and weights, which tell whether a model is the one that was used before."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+
+from slimkernels.models.sharding import full_tensor
+
+if TYPE_CHECKING:
+    # Rooms that do without transformers import this module.
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLES_PER_PARAMETER = 1024
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text, as 64 hex digits.
+    """Computes SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text.
 
-    Two tokenizers share it if and only if every token id means the same. The padding token is left out: it never
-    occurs in a document, and training code sets it freely.
+    Two tokenizers have the same fingerprint if and only if every token id means the same in both. The padding token
+    does not count: it never occurs in a document, and training code sets it freely.
+
+    Returns:
+        64 hexadecimal digits.
     """
     content = {
         "vocab": sorted(tokenizer.get_vocab().items()),
@@ -25,21 +34,66 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, shapes and evenly spaced elements of all parameters, as 16 hex digits.
+def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Checks that a student's tokenizer is the one that a store was captured with, where both are known.
 
-    Reads about a thousand elements of each parameter: milliseconds, and another training run or another
-    quantisation is told apart; a change to a handful of weights may not be.
+    Args:
+        dataset: A ``Store`` or ``StoreDataset``. Other data sets have no fingerprint and pass.
+        tokenizer: The student's tokenizer. None passes.
+
+    Raises:
+        ValueError: The tokenizers differ.
+    """
+    stored = getattr(dataset, "tokenizer_fingerprint", None)
+    if not stored or tokenizer is None:
+        return
+    own = tokenizer_fingerprint(tokenizer)
+    if own != stored:
+        raise ValueError(
+            f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
+            "load the teacher's tokenizer, or capture again with this one"
+        )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Computes SHA-256 over the names, shapes, dtypes and evenly spaced elements of all parameters.
+
+    It reads about a thousand elements of each parameter, which takes milliseconds. That tells apart training runs and
+    quantisations, but may miss a change to a handful of weights.
+
+    Returns:
+        16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = whole_tensor(parameter.detach()).flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
+    for name, parameter, sample in _sampled_parameters(model, _SAMPLES_PER_PARAMETER):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.float().cpu().numpy().tobytes())
+        digest.update(sample)
     return digest.hexdigest()[:16]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is split over processes, all of which must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def trace_weights_fingerprint(model: nn.Module) -> str:
+    """Returns a hash of the names, shapes and about 1000 elements of every parameter, as 16 hexadecimal digits.
+
+    Traces of searches hold this hash. It differs from ``weights_fingerprint``, which stores hold, in its inputs alone.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter, sample in _sampled_parameters(model, 1000):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def _sampled_parameters(model: nn.Module, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
+    """Yields the name, the parameter and evenly spaced elements of it, for all parameters of a model by name.
+
+    Args:
+        model: Any module. The processes that share a sharded one must all iterate.
+        num_samples: Least number of elements of a parameter; fewer only where it has fewer, never twice as many.
+
+    Yields:
+        The name, the parameter, and the elements as the bytes of float32 numbers.
+    """
+    for name, parameter in sorted(model.named_parameters()):
+        flat = full_tensor(parameter.detach()).flatten()
+        sample = flat[:: max(1, flat.numel() // num_samples)]
+        yield name, parameter, sample.float().cpu().numpy().tobytes()

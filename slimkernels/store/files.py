@@ -1,29 +1,33 @@
-"""What writers do to files: a directory made, locked and synced, a file written so that it survives a power cut."""
+"""Makes the directory of a store, and locks it for writing."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from slimkernels.durable import FileInUseError, lock_file, sync_directory
 from slimkernels.store.errors import NotAStoreError, StoreLockedError
 from slimkernels.store.format import LOCK_NAME, MANIFEST_NAME, TEMPORARY_SUFFIX
 
-_POLL_S = 0.05
 
+def make_directory(path: Path, parts: Iterable[str] = ()) -> None:
+    """Makes the directory of a store.
 
-def make_directory(path: Path, beside: Iterable[str] = ()) -> None:
-    """Makes a store's directory; one without a manifest may hold a killed writer's files and ``beside``, no others."""
+    Args:
+        path: The directory; without a manifest it may hold only what a killed writer leaves there.
+        parts: Names of the folders of its parts, which a killed writer leaves as well.
+
+    Raises:
+        NotAStoreError: The path is a file, or the directory holds other files.
+    """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = set(os.listdir(path))
     except (FileExistsError, NotADirectoryError) as error:
         raise NotAStoreError(f"{path} is not a directory: choose another path for the store") from error
-    foreign = names - {LOCK_NAME, MANIFEST_NAME + TEMPORARY_SUFFIX, *beside}
+    foreign = names - {LOCK_NAME, MANIFEST_NAME + TEMPORARY_SUFFIX, *parts}
     if MANIFEST_NAME not in names and foreign:
         raise NotAStoreError(
             f"{path} holds {sorted(foreign)[:3]} but no {MANIFEST_NAME}: choose an empty or new directory"
@@ -32,40 +36,18 @@ def make_directory(path: Path, beside: Iterable[str] = ()) -> None:
         sync_directory(folder.parent)
 
 
-def lock(path: Path, wait_s: float = 0.0) -> int:
-    """Locks a store for writing; the descriptor holds the lock until it is closed or the process ends.
+def lock_directory(path: Path, wait_s: float = 0.0) -> int:
+    """Locks a store for writing; the returned descriptor holds the lock until it is closed or the process ends.
 
     Raises:
-        StoreLockedError: Another writer still holds it after ``wait_s`` seconds.
+        StoreLockedError: Another writer still holds the lock after ``wait_s`` seconds, or the file system has no locks.
     """
     descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except OSError as error:
-            if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
-                os.close(descriptor)
-                raise StoreLockedError(
-                    f"{path} is held by another writer ({error.strerror}): wait until it is closed"
-                ) from error
-        time.sleep(_POLL_S)
-
-
-def write_durably(path: Path, chunks: list[Any]) -> None:
-    """Writes a file whose content is on the disk when this returns; its name is only after ``sync_directory``."""
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Puts the names in a directory on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
-    finally:
+        lock_file(descriptor, path, wait_s)
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, FileInUseError):
+            raise StoreLockedError(f"{path} is held by another writer: wait until it is closed") from error
+        raise StoreLockedError(f"{path} cannot be locked ({error.strerror}): choose another file system") from error
+    return descriptor

@@ -1,4 +1,4 @@
-"""StoreWriter: appends documents to a store so that a kill at any moment loses nothing that was reported written."""
+"""``StoreWriter``: appends documents to a store; a kill at any moment loses none that was reported written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from slimkernels.durable import sync_directory, write_atomically, write_durably
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
     EncodedRows,
@@ -23,7 +24,7 @@ from slimkernels.store.codec import (
     words_of,
 )
 from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchError
-from slimkernels.store.files import lock, make_directory, sync_directory, write_durably
+from slimkernels.store.files import lock_directory, make_directory
 from slimkernels.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
@@ -51,28 +52,28 @@ class _Pending:
 class StoreWriter:
     """Creates a store, or appends to one that was made with the same settings.
 
-    ``add`` buffers a document; ``flush`` (and ``close``, and leaving the ``with`` block, also by an exception)
-    writes the buffered ones as one shard. When ``flush`` returns they are on the disk and survive a kill or a
-    power cut; a kill before that leaves the store as it was. Documents are whole or absent. ``add`` flushes by
-    itself when a shard is full. One writer at a time may hold a store; readers are never in its way.
+    ``add`` buffers a document. ``flush`` writes the buffered documents as one shard; ``close`` and the end of the
+    ``with`` block, also by an exception, flush too. When ``flush`` returns, the documents are on the disk and survive a
+    kill or a power cut; a kill before that leaves the store as it was. Documents are either whole or absent. ``add``
+    flushes when a shard is full. Only one writer at a time can open a store; readers can always read it.
 
     Args:
-        path: The directory; made when absent.
+        path: Directory of the store, made if it does not exist.
         vocab_size: V, in [1, 2^31).
-        tokenizer_fingerprint: Names the tokenizer; any text.
-        teacher: A JSON object about the teacher (name, revision, dtype, ...).
-        selection: A JSON object about how the kept ids were chosen.
-        temperatures: The temperatures of every teacher's lse; the first is 1.0.
-        codec: How logits are stored: "affine8" (8 bits; half a step of (max - min) / 255 of error at most, the
-            row's kept probability preserved), "affine6" (the same with 6 bits), "bfloat16" or "float32".
-        shard_rows: A shard is full at this many rows; None means at about 64 MiB.
-        lock_wait_s: Waits this many seconds for another writer to end before it gives up.
+        tokenizer_fingerprint: Text that identifies the tokenizer.
+        teacher: JSON object that describes the teacher (name, revision, dtype, ...).
+        selection: JSON object that describes how the kept ids were chosen.
+        temperatures: Temperatures of every teacher's lse; the first is 1.0.
+        codec: Encoding of the logits: "affine8" (8 bits; an error of at most half a step of (max - min) / 255, the
+            kept probability of a row preserved), "affine6" (the same with 6 bits), "bfloat16" or "float32".
+        shard_rows: Number of rows at which a shard is full; None means about 64 MiB.
+        lock_wait_s: Seconds to wait for another writer to finish.
 
     Raises:
         SettingsMismatchError: The store exists with other settings, or is a store of parts.
-        StoreLockedError: Another writer holds it.
+        StoreLockedError: Another writer holds the store.
         NotAStoreError: The path holds other files.
-        StoreError: Any other of its kinds: the existing store is damaged.
+        StoreError: The existing store is damaged; the subclass says how.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class StoreWriter:
             tokenizer_fingerprint=tokenizer_fingerprint,
             teacher=teacher,
             selection=selection,
-            # StoreSettings makes it a tuple, or says what is wrong with it.
+            # StoreSettings converts it to a tuple and checks it.
             temperatures=cast(tuple[float, ...], temperatures),
             codec=codec,
         )
@@ -105,8 +106,8 @@ class StoreWriter:
         self._pending: list[_Pending] = []
         self._pending_rows = self._pending_bytes = 0
         make_directory(self.path)
-        # Closes the lock's descriptor, and so gives up the lock, also when the writer is dropped without close().
-        self._release = weakref.finalize(self, os.close, lock(self.path, lock_wait_s))
+        # Closes the lock's descriptor, which releases the lock, also if the writer is dropped without close().
+        self._release = weakref.finalize(self, os.close, lock_directory(self.path, lock_wait_s))
         try:
             self._shards, self._stored = self._resume()
         except BaseException:
@@ -117,15 +118,15 @@ class StoreWriter:
         """Buffers one document.
 
         Args:
-            input_ids: (T,) integers in [0, V), T >= 1; a tensor, an array or a list.
+            input_ids: (T,) integers in [0, V), T >= 1, as a tensor, an array or a list.
             positions: (R,) integers, ascending in [1, T). Row r predicts ``input_ids[positions[r]]``.
             teacher: SparseLogits (R, K) for V ids. Every row keeps at least one entry; kept logits are finite.
-                A NaN ``target_logit`` says that the teacher's logit of the label is not known; without a
-                ``target_logit`` it is taken from the kept logits, -inf where the label is not kept.
+                A NaN ``target_logit`` means that the teacher's logit of the label is not known. Without a
+                ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept.
 
         Raises:
-            DuplicateDocumentError: A document with these ids is stored or buffered already.
-            ValueError: Anything else that does not fit; nothing is buffered then.
+            DuplicateDocumentError: A document with these ids is already stored or buffered.
+            ValueError: Any other argument is invalid; nothing is buffered then.
         """
         self._require_open()
         ids = tokens_as_int32(input_ids, self.settings.vocab_size)
@@ -148,7 +149,7 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the buffered documents; they are durable when this returns. Does nothing when there are none."""
+        """Writes the buffered documents, which are durable when this returns; without any, does nothing."""
         self._require_open()
         if not self._pending:
             return
@@ -159,7 +160,7 @@ class StoreWriter:
         shards = (*self._shards, entry)
         write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
         sync_directory(self.path)
-        # The temporary manifest is there for as long as the shard is not in the manifest, and explains it.
+        # Until the manifest lists the shard, the temporary manifest accounts for it.
         os.replace(shard_temporary, self.path / name)
         sync_directory(self.path)
         os.replace(manifest_temporary, self.path / MANIFEST_NAME)
@@ -169,7 +170,7 @@ class StoreWriter:
         self._pending_rows = self._pending_bytes = 0
 
     def close(self) -> None:
-        """Flushes and gives up the store; a second call does nothing."""
+        """Flushes and unlocks the store; a second call does nothing."""
         if self._release.alive:
             try:
                 self.flush()
@@ -177,11 +178,11 @@ class StoreWriter:
                 self._release()
 
     def __contains__(self, input_ids: object) -> bool:
-        """Whether a document with these token ids is stored or buffered."""
+        """Returns whether a document with these token ids is stored or buffered."""
         return document_hash(tokens_as_int32(input_ids, self.settings.vocab_size)) in self._stored
 
     def __len__(self) -> int:
-        """The number of documents, buffered ones included."""
+        """Returns the number of documents, buffered ones included."""
         return len(self._stored)
 
     def __enter__(self) -> StoreWriter:
@@ -197,10 +198,7 @@ class StoreWriter:
     def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
         manifest = self.path / MANIFEST_NAME
         if not manifest.exists():
-            temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
-            write_durably(temporary, [seal_manifest(manifest_content(self.settings, ()))])
-            os.replace(temporary, manifest)
-            sync_directory(self.path)
+            write_atomically(manifest, seal_manifest(manifest_content(self.settings, ())))
             return (), set()
         store = Store(self.path)
         if store.num_parts is not None:
@@ -212,10 +210,10 @@ class StoreWriter:
             stored, asked = getattr(store.settings, field.name), getattr(self.settings, field.name)
             if stored != asked:
                 raise SettingsMismatchError(
-                    f"{self.path} was made with {field.name}={stored!r}, but {field.name}={asked!r} is asked for: "
+                    f"{self.path} was made with {field.name}={stored!r}, but {field.name}={asked!r} was requested: "
                     "use the same settings, or another directory"
                 )
-        # What a killed writer left. The manifest goes last: it explains the shard that it lists.
+        # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))
         for leftover in (name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
             (self.path / leftover).unlink(missing_ok=True)

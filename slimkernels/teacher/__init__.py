@@ -1,6 +1,6 @@
-"""The teacher's side: load it, let it write its own text or read yours, and capture its logits into a store.
+"""Loads a teacher, lets it generate text or reads yours, and captures its logits into a store.
 
-Each step is a module of its own; this one names what is public.
+Each step is a module; this one exports the public names.
 """
 
 from slimkernels.models.fingerprints import tokenizer_fingerprint

@@ -1,4 +1,4 @@
-"""Where documents come from: your files, read by ``datasets``, and the prompts from which a teacher writes its own."""
+"""Reads corpora of documents through ``datasets``, and the prompts from which a teacher generates its own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TEXTS_AT_ONCE = 64
 
 
 def shipped_prompts() -> list[str]:
-    """The short English openings that come with the package: stories, explanations, letters, dialogues, lists."""
+    """Returns the short English openings of the package: stories, explanations, letters, dialogues, lists."""
     return _lines(importlib.resources.files("slimkernels").joinpath("data/prompts.txt").read_text(encoding="utf-8"))
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text file that are not blank.
+    """Returns the lines of a text file that are not blank.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -39,6 +39,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return prompts
 
 
+def without_end(ids: list[int], end: Any) -> list[int]:
+    """Removes an end of text that a tokenizer appends to a prompt, because the prompt continues."""
+    return ids[:-1] if ids and ids[-1] == end else ids
+
+
 def read_documents(
     path: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -46,28 +51,27 @@ def read_documents(
     text_field: str = "text",
     max_length: int | None = 1024,
 ) -> Iterator[list[int]]:
-    """Reads a corpus as token ids, one document after the other; the file is streamed, never held whole.
+    """Streams the documents of a corpus as token ids.
 
     ``.jsonl`` and ``.json`` hold an object per line, ``.parquet`` a row per document; in ``.txt`` a blank line ends a
-    document. Text is encoded as the tokenizer does by default (a tokenizer that starts every text with a special
-    token does so here). A field of integer lists is taken as token ids, unchanged: read what
-    ``generate_documents`` wrote with ``text_field="input_ids"``.
+    document. Text is encoded with the defaults of the tokenizer, including a special token at the start of every text
+    if it adds one. A field of integer lists is taken as token ids, unchanged: use ``text_field="input_ids"`` for the
+    output of ``generate_documents``.
 
     Args:
-        path: The file.
-        tokenizer: The teacher's; None for a field of token ids.
-        text_field: The name of the field or column; "text" for ``.txt``.
-        max_length: Longer documents are split into pieces of this many tokens, at least 2; None keeps them whole.
+        path: Path of the file.
+        tokenizer: The teacher's tokenizer; None for a field of token ids.
+        text_field: Name of the field or column; "text" for ``.txt``.
+        max_length: Largest number of tokens, at least 2; longer documents are split into pieces. None keeps them whole.
 
     Returns:
-        An iterator of token id lists. Blank texts, and pieces of less than 2 tokens, are left out: they have no
-        label.
+        An iterator of token id lists, without blank texts and pieces of fewer than 2 tokens, which have no label.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The ending is not one of the four, the field is missing, a value is neither text nor token ids,
-            text without a tokenizer, or no document has 2 tokens. The first is raised at once, the others when the
-            iterator gets there.
+        ValueError: The suffix is not one of the four, the field is missing, a value is neither text nor token ids,
+            there is text but no tokenizer, or no document has 2 tokens. The first is raised at once, the others by the
+            iterator.
     """
     check_corpus_file(path)
     if max_length is not None and max_length < 2:
@@ -76,10 +80,10 @@ def read_documents(
 
 
 def check_corpus_file(path: str | os.PathLike[str]) -> None:
-    """Checks that ``read_documents`` will find a file of a kind it reads, before a teacher is loaded for it.
+    """Checks that a file exists and has a suffix that ``read_documents`` reads, before a teacher is loaded for it.
 
     Raises:
-        FileNotFoundError, ValueError: As ``read_documents``.
+        FileNotFoundError, ValueError: The same as in ``read_documents``.
     """
     _require_file(path, "corpus")
     if Path(path).suffix.lower() not in _LOADERS:
@@ -122,15 +126,17 @@ def _values(path: Path, text_field: str) -> Iterator[str | list[int]]:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
+    # Heavy, and only needed for files.
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     loader, options = _LOADERS[path.suffix.lower()]
     try:
         yield from datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
-    except StopIteration:  # What datasets raises for an empty file.
+    # datasets raises StopIteration for an empty file.
+    except StopIteration:
         return
-    # pyarrow's errors are ValueErrors.
+    # The errors of pyarrow are ValueErrors.
     except (ValueError, DatasetGenerationError) as error:
         raise ValueError(f"the corpus {path} cannot be read as {path.suffix[1:]}: {error}") from error
 

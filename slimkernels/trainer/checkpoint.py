@@ -1,22 +1,23 @@
-"""Which checkpoint a stopped run continues from, and whether it is one of the same run."""
+"""Checkpoints to continue from: the newest complete one of a run, and whether it belongs to the same run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+
+from slimkernels.durable import write_json
 
 SETTINGS_NAME = "slim_run.json"
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest ``checkpoint-STEP`` folder that was written to its end, or None.
+    """Returns the newest ``checkpoint-STEP`` folder that was written completely, or None.
 
     ``trainer_state.json`` is the last file of a checkpoint, so a folder in which it parses is complete.
     """
@@ -27,13 +28,40 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return max(found, default=(0, None))[1]
 
 
-def check_same_run(checkpoint: str, settings: dict[str, Any]) -> None:
-    """Compares the settings recorded in a checkpoint with those of the run that wants to continue it.
+def checkpoint_to_resume(
+    resume_from_checkpoint: str | bool | None, output_dir: str, settings: dict[str, Any]
+) -> str | bool | None:
+    """Resolves the argument of ``Trainer.train`` and checks that the checkpoint belongs to the same run.
 
-    A checkpoint that was not written by ``SlimTrainer`` records none and passes.
+    Args:
+        resume_from_checkpoint: A checkpoint's folder, True for the newest complete one in ``output_dir``, or None or
+            False to start from the beginning.
+        output_dir: Folder of the run's checkpoints.
+        settings: Settings of the run, JSON values.
+
+    Returns:
+        The folder to resume from, or a false value to start from the beginning.
 
     Raises:
-        ValueError: Some differ; the message names each.
+        ValueError: The checkpoint's settings differ.
+    """
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = last_complete_checkpoint(output_dir)
+    if resume_from_checkpoint:
+        _check_same_run(resume_from_checkpoint, settings)
+    return resume_from_checkpoint
+
+
+def documents_per_step(args: TrainingArguments) -> int:
+    """Returns the number of documents in an optimizer step, over all micro-batches and processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _check_same_run(checkpoint: str, settings: dict[str, Any]) -> None:
+    """Compares the settings recorded in a checkpoint, if it has any, with those of the run that continues it.
+
+    Raises:
+        ValueError: Settings differ; the message names each.
     """
     recorded = Path(checkpoint, SETTINGS_NAME)
     if not recorded.exists():
@@ -52,11 +80,14 @@ def check_same_run(checkpoint: str, settings: dict[str, Any]) -> None:
 
 
 class SlimRun(TrainerCallback):
-    """Records in every checkpoint what the run was, and looks at its loss where the Trainer synchronises anyway.
+    """A callback that records the run's settings in every checkpoint, and checks the loss before it is used.
+
+    The loss is checked only where the Trainer synchronises with the device anyway.
 
     Args:
-        settings: Gives what ``check_same_run`` compares, JSON values.
-        check_finite: Raises where the loss was not finite; called before every log, evaluation, checkpoint and end.
+        settings: Function that returns the settings which ``checkpoint_to_resume`` compares, JSON values.
+        check_finite: Function that raises if a loss was not finite; called before every log, evaluation, checkpoint
+            and end of training.
     """
 
     def __init__(self, settings: Callable[[], dict[str, Any]], check_finite: Callable[[], None]) -> None:
@@ -64,18 +95,16 @@ class SlimRun(TrainerCallback):
         self.check_finite = check_finite
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Looks at the loss where the trainer is about to read or keep something."""
+        """Checks the loss where the trainer is about to log, evaluate, save or stop."""
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.check_finite()
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        """Looks at the loss once an epoch."""
+        """Checks the loss once an epoch."""
         self.check_finite()
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Marks the checkpoint as complete, with the settings it belongs to."""
+        """Writes the run's settings into the checkpoint."""
         checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if args.should_save and checkpoint.is_dir():
-            partial = checkpoint / f"{SETTINGS_NAME}.tmp"
-            partial.write_text(json.dumps(self.settings(), indent=2))
-            os.replace(partial, checkpoint / SETTINGS_NAME)
+            write_json(checkpoint / SETTINGS_NAME, self.settings())

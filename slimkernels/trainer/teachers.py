@@ -1,4 +1,4 @@
-"""Teachers of a training step: a model beside the student, or a store asked by the tokens of the batch."""
+"""Teachers of a training step: a model that scores the batch, or a store that is searched for its documents."""
 
 from __future__ import annotations
 
@@ -8,34 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import HeadInput, base_model, is_partitioned
+from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.hidden_states import HeadInput
+from slimkernels.models.sharding import is_partitioned
+from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
-from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.trainer.objective import SlimObjective
 
-DEFAULT_ROUNDS = 50
-DEFAULT_TOP_FRACTION = {"slim": 0.05}
-# A head is padded to some multiple at most as large as this; more rows than that are another vocabulary.
+# Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
 _LARGEST_PADDING = 1024
-_CHUNK_ROWS = 256
 
 logger = logging.getLogger(__name__)
 
 
 class OnlineTeacher:
-    """Scores a batch with a model that is not trained, and keeps of it what the objective asks for.
+    """A teacher model, not trained, that scores batches and keeps the logits that the objective selects.
 
-    Its logits never exist whole, except where they are kept whole: "kd" on the whole vocabulary holds 8 bytes for each
-    of (N, V) while the loss is computed.
+    The (N, V) logits never exist, unless all of them are kept: "kd" on the whole vocabulary holds 8 bytes for each of
+    N x V entries while the loss is computed.
 
     Args:
         model: A causal language model; set to evaluation mode.
-        objective: Says which and how many logits are kept.
-        vocab_size: V of the student. Where the two heads are padded differently, the rows that both have count, with a
-            warning.
+        objective: Training objective, which tells how the logits are selected.
+        vocab_size: Number of rows V of the student's head. Where teacher and student are padded differently, only the
+            rows that both heads have are used, and a warning is logged.
 
     Raises:
         ValueError: The vocabularies differ by more than padding, the head is not one linear layer, or DeepSpeed ZeRO-3
@@ -47,8 +45,8 @@ class OnlineTeacher:
         self.objective = objective
         if is_partitioned(model):
             raise ValueError(
-                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before the "
-                "training arguments that turn ZeRO-3 on are made"
+                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before creating "
+                "the training arguments that enable ZeRO-3"
             )
         rows = LanguageModelHead.of(base_model(model)).vocab_size
         if abs(rows - vocab_size) > _LARGEST_PADDING:
@@ -67,7 +65,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """What the teacher's head is given for the batch, (B, T, D)."""
+        """Computes the input (B, T, D) of the teacher's head for a batch."""
         catch = HeadInput()
         with catch.inside(base_model(self.model)):
             self.model(**inputs | {"use_cache": False})
@@ -75,14 +73,14 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
-        """What is kept of hidden states (N, D) whose next tokens are ``target`` (N,)."""
+        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,)."""
         head = self._head()
         objective = self.objective
         if objective.method == "sampled":
             return self._draw(head, hidden, target)
         top_k, top_fraction = objective.teacher_top_k, objective.teacher_top_fraction
         if top_k is None and top_fraction is None:
-            top_fraction = DEFAULT_TOP_FRACTION.get(objective.method, 1.0)
+            top_fraction = DEFAULT_TOP_FRACTION if objective.method == "slim" else 1.0
         temperatures = tuple(dict.fromkeys((1.0, float(objective.temperature))))
         arguments = head.arguments(hidden)
         return linear_topk_logits(
@@ -95,40 +93,34 @@ class OnlineTeacher:
 
     def _draw(self, head: LanguageModelHead, hidden: Tensor, target: Tensor) -> SparseLogits:
         rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
-        # From the generator whose state checkpoints keep, so that a resumed run draws what it would have drawn.
+        # Checkpoints keep the state of the global generator, so a resumed run gets the seed it would have got.
         seed = int(torch.randint(2**62, ()))
-        parts = []
-        for start in range(0, len(hidden), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            logits = head.logits(hidden[rows])
-            position = torch.arange(start, start + len(logits), device=logits.device)
-            parts.append(sample_targets(logits, rounds, seed, position=position, target=target[rows]))
-        return SparseLogits.cat(parts)
+        return draw_targets(head, hidden, target, rounds, seed, torch.arange(len(hidden), device=hidden.device))
 
 
 class StoredTeacher:
-    """Finds the rows of a batch's documents in a store, by their tokens; for batches that any collator made.
+    """A store in which the rows of a batch's documents are found by their tokens, for batches of any collator.
 
     Args:
-        store: Of the documents, tokenised as in the batch: whole, or packed with ``position_ids``.
+        store: Store of the documents, tokenised as in the batches, which may pack them with ``position_ids``.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:
-        """The teacher's rows of labels.
+        """Finds the teacher's rows of the labels of a batch.
 
         Args:
-            inputs: ``input_ids`` (B, T) and either ``position_ids``, which start at 0 in every document of a packed
-                batch, or ``attention_mask``.
-            places: (N,) ascending, in B * T, of the hidden states that predict the labels.
+            inputs: Tensors ``input_ids`` (B, T) and either ``position_ids``, which start at 0 in every document of a
+                packed batch, or ``attention_mask``.
+            places: Flat indices (N,) into B * T of the hidden states that predict the labels, ascending.
 
         Returns:
             SparseLogits (N, K) on the device of ``places``.
 
         Raises:
-            ValueError: A document or a label of it is not in the store.
+            ValueError: The store lacks a document, or a row for one of its labels.
         """
         input_ids = inputs["input_ids"].cpu()
         wanted = places.cpu()
@@ -142,7 +134,9 @@ class StoredTeacher:
         found = SparseLogits.cat(parts) if parts else None
         if found is None or found.leading_shape != (len(wanted),):
             count = 0 if found is None else found.leading_shape[0]
-            raise ValueError(f"every label must lie in a document of the batch, got {count} that do of {len(wanted)}")
+            raise ValueError(
+                f"every label must lie in a document of the batch, got {len(wanted)} labels, {count} of which do"
+            )
         return found.to(places.device)
 
     def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
@@ -165,7 +159,7 @@ class StoredTeacher:
 
 
 def _documents(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every document of a batch."""
+    """Returns the row, the start and the end of every document of a batch."""
     found = []
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     for row, ids in enumerate(input_ids):

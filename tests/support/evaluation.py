@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +15,9 @@ from slimkernels.evaluate.records import Record, content_key
 from slimkernels.evaluate.scoring import score
 from slimkernels.models.make_student import make_student
 
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'slimkernels[harness]'"
+)
 GSM8K = [
     {"question": f"Ann has {n} apples and gets {n} more. How many has she?", "answer": f"{n}+{n}\n#### {2000 * n:,}"}
     for n in range(1, 8)
@@ -29,7 +34,7 @@ SELF_INSTRUCT = [
 
 
 def make_data(folder: Path) -> Path:
-    """Small files in the forms in which the data sets are published."""
+    """Writes small files in the layouts in which the data sets are published."""
     for name, rows in (
         ("gsm8k/test.jsonl", GSM8K),
         ("commonsenseqa/dev_rand_split.jsonl", CSQA),
@@ -43,7 +48,7 @@ def make_data(folder: Path) -> Path:
 
 
 def make_folder(path: Path, seed: int = 0) -> Path:
-    """A Llama of a few thousand parameters that writes characters, with its tokenizer."""
+    """Saves a Llama of a few thousand parameters that writes characters, with its tokenizer."""
     characters = sorted(set("\n .,:()#0123456789ABCDEQabcdefghijklmnopqrstuvwxyz"))
     vocab = {"<end>": 0, "<unk>": 1} | {character: index for index, character in enumerate(characters, 2)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -62,7 +67,7 @@ def make_folder(path: Path, seed: int = 0) -> Path:
 
 
 def make_record(sample: int | str, output: str, reference: str = "1", **fields: Any) -> Record:
-    """A scored record of GSM8K, or of the task given."""
+    """Makes a scored record of GSM8K, or of the given task."""
     given = {"model": "m", "decoder": "greedy", "task": "gsm8k", "seed": None} | fields
     return score(
         Record(

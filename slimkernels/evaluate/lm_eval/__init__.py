@@ -1,1 +1,1 @@
-"""Multiple-choice benchmarks through lm-eval, and this package's search as one of its models."""
+"""Multiple-choice benchmarks through lm-eval, and the search of this package as one of lm-eval's models."""

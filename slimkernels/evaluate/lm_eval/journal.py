@@ -1,6 +1,6 @@
-"""lm-eval's log-likelihoods, kept batch by batch: what a killed run had from its model is not asked for again."""
+"""A journal of lm-eval's log-likelihoods, batch by batch, from which a killed run resumes."""
 
-# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from tqdm import tqdm
 from slimkernels.durable import JsonLines
 from slimkernels.evaluate.records import content_key
 
-# The texts of context and continuation, and their tokens.
+# (texts of context and continuation, token ids of the context, token ids of the continuation)
 Request = tuple[tuple[str, str], list[int], list[int]]
-# log P(continuation | context) in nats, and whether it is what greedy decoding gives.
+# (log P(continuation | context) in nats, whether greedy decoding gives the continuation)
 Answer = tuple[float, bool]
 
 
 class BatchJournal:
-    """A file with the answers of every batch that a model was asked, on the disk as soon as they are known.
+    """A file with a model's answers to batches of requests, each written to the disk as soon as it is known.
 
-    A line is found again by ``decided_by`` and the token ids of its whole batch: lines of anything else are passed
-    over. A last line that a kill tore is dropped. Only one process has the file open at a time.
+    A batch's answers are looked up by ``decided_by`` and the token ids of the whole batch; other lines are ignored. An
+    incomplete last line, left by a kill, is dropped. Only one process can have the file open at a time.
 
     Args:
-        path: Made if it is not there.
-        decided_by: What decides the answers beside the tokens: above all, the model's identity.
+        path: Path of the file, created if it does not exist.
+        decided_by: JSON values that decide the answers in addition to the tokens, above all the model's identity.
 
     Attributes:
-        seconds: That the batches took which were found again.
+        seconds: Total time of the batches served from the journal.
 
     Raises:
-        ValueError: The file is no journal, or a line other than a torn last one is no JSON object.
-        BlockingIOError: Another process has it open.
+        ValueError: The file is not a journal, or a complete line is not a JSON object.
+        BlockingIOError: Another process has the file open.
     """
 
     def __init__(self, path: str | os.PathLike[str], decided_by: Sequence[Any]) -> None:
@@ -48,7 +48,7 @@ class BatchJournal:
         self._found = {line["batch"]: line for line in self._file.found}
 
     def answers(self, batch: Sequence[Request], ask: Callable[[], list[Answer]]) -> list[Answer]:
-        """Of a batch's requests: those in the file, or else what ``ask`` returns, which is written."""
+        """Returns the answers to a batch from the file, or else from ``ask``, and writes the latter to the file."""
         key = content_key(self._decided_by, [tokens for _, *tokens in batch])
         if key in self._found:
             self.seconds += self._found[key]["seconds"]
@@ -59,7 +59,7 @@ class BatchJournal:
         return answers
 
     def close(self) -> None:
-        """Lets other processes have the file."""
+        """Closes the file, so that other processes can open it."""
         self._file.close()
 
     def __enter__(self) -> BatchJournal:
@@ -70,13 +70,14 @@ class BatchJournal:
 
 
 class JournalledLM(HFLM):
-    """lm-eval's ``hf`` with a causal model, whose log-likelihoods are asked by batch, each once for a journal.
+    """lm-eval's ``hf`` with a causal model, which takes the log-likelihoods of batches from a journal if it has them.
 
-    Equal to ``HFLM`` to the last digit: the batches are its own, and it is what computes each.
+    The results equal those of ``HFLM`` to the last digit, since ``HFLM`` computes the same batches.
 
     Args:
-        journal: Keeps the answers.
-        options: Of ``HFLM``; ``batch_size`` is a number.
+        *arguments: Arguments of ``HFLM``.
+        journal: Journal of the answers.
+        **options: Options of ``HFLM``; ``batch_size`` must be a number.
     """
 
     def __init__(self, *arguments: Any, journal: BatchJournal, **options: Any) -> None:
@@ -98,14 +99,14 @@ class JournalledLM(HFLM):
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """The indices of the requests that lm-eval answers from one forward, forward by forward.
+    """Yields, for every forward pass of lm-eval, the indices of the requests that it answers.
 
-    Requests of the same tokens but for the last one share a sequence. Sequences go from the longest to the shortest,
-    equally long ones by their tokens.
+    Requests whose tokens differ only in the last one share a sequence. lm-eval sorts sequences from the longest to the
+    shortest, and equally long ones by their tokens.
 
     Args:
-        requests: All of them.
-        batch_size: Sequences in a forward.
+        requests: All requests of a call.
+        batch_size: Sequences per forward pass.
     """
     sequences: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, (_, context, continuation) in enumerate(requests):

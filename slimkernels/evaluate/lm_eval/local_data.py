@@ -1,10 +1,10 @@
-"""Local files of ARC, HellaSwag, MMLU and TruthfulQA, as tasks of lm-eval: its own definitions, other data.
+"""Local files of ARC, HellaSwag, MMLU and TruthfulQA as tasks of lm-eval: its definitions with other data.
 
-``write_local_tasks`` is the whole of it: a folder of YAML files that include lm-eval's, and of rows as the hub has
-them. ``lm_eval --include_path FOLDER`` reads it too.
+``write_local_tasks`` writes a folder of YAML files that include lm-eval's definitions, and of rows in the hub's layout.
+``lm_eval --include_path FOLDER`` reads the folder as well.
 """
 
-# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Source(NamedTuple):
-    """Where the rows of one split of a task are looked for, and how a file becomes rows.
+    """The local files of one split of a task, and their reader.
 
     Attributes:
-        split: As lm-eval's definition of the task calls it.
-        patterns: Of paths below the data folder, in lower case; the first that matches counts.
-        read: A file to rows with the columns of the hub's data set.
+        split: Name of the split in lm-eval's definition of the task.
+        patterns: Patterns of lower-case paths below the data folder; the first with a matching file is used.
+        read: Function that reads a file as rows with the columns of the hub's data set.
     """
 
     split: str
@@ -40,32 +40,32 @@ def write_local_tasks(folder: Path | str, tasks: Sequence[str], data: Path | str
     """Writes lm-eval tasks of the same names whose rows come from local files.
 
     A task's prompt, choices, metrics and few-shot settings are those of the installed lm-eval: the YAML file written
-    here includes its file and replaces the source of the data alone. Splits that are not there are switched off.
+    here includes lm-eval's file and replaces only the source of the data. Splits without a file are switched off.
 
-    The files, below ``data``, upper or lower case, ``.jsonl`` as published by the sets' authors, by llm-foundry (ARC),
-    or as exported from the hub:
+    The files lie below ``data``, with names in upper or lower case. The ``.jsonl`` files are those of the sets'
+    authors, of llm-foundry (ARC), or exports from the hub:
 
-    - ``arc/*easy*.jsonl`` and ``arc/*challenge*.jsonl``; where there are several, that with "test" in its name.
-    - ``hellaswag/hellaswag_val*``: ``.jsonl``, or llama.cpp's text of six lines for each question (``.txt``,
-      ``.txt.bz2``). The text does not say where the unfinished last sentence begins, which lm-eval capitalises: here,
-      after the last ``.``, ``!`` or ``?``.
+    - ``arc/*easy*.jsonl`` and ``arc/*challenge*.jsonl``; of several files, the one with "test" in its name.
+    - ``hellaswag/hellaswag_val*``: ``.jsonl``, or llama.cpp's text of six lines per question (``.txt``, ``.txt.bz2``).
+      lm-eval capitalises the unfinished last sentence of a question. The text does not mark its beginning, which is
+      assumed to be after the last ``.``, ``!`` or ``?``.
     - ``mmlu/test/SUBJECT_test.csv`` and ``mmlu/dev/SUBJECT_dev.csv``, with or without a header.
-    - ``truthfulqa/mc_task.json``, or ``truthfulqa/TruthfulQA.csv``: its answers end in a full stop, the best one first,
-      as in the authors' evaluation.
+    - ``truthfulqa/mc_task.json`` or ``truthfulqa/TruthfulQA.csv``. Answers of the latter get a full stop, and the best
+      answer comes first, as in the authors' evaluation.
 
     Args:
-        folder: To be written; made where it does not exist.
-        tasks: Names of lm-eval: arc_easy, arc_challenge, hellaswag, truthfulqa_mc1, truthfulqa_mc2, mmlu_anatomy and
-            the other subjects, and groups or tags of these, such as mmlu and ai2_arc.
-        data: The folder with the files.
+        folder: Folder to write, created if it does not exist.
+        tasks: Names of lm-eval's tasks: arc_easy, arc_challenge, hellaswag, truthfulqa_mc1, truthfulqa_mc2,
+            mmlu_anatomy and the other subjects, and groups or tags of these, such as mmlu and ai2_arc.
+        data: Folder with the files.
 
     Returns:
         The names of the single tasks.
 
     Raises:
         ImportError: lm-eval is not installed.
-        FileNotFoundError: A task's file is not there.
-        ValueError: A task that is not one of these, or a file that does not have the expected layout.
+        FileNotFoundError: A task's file does not exist.
+        ValueError: A task is not one of these, or a file does not have the expected layout.
     """
     require_lm_eval()
     import yaml
@@ -73,7 +73,7 @@ def write_local_tasks(folder: Path | str, tasks: Sequence[str], data: Path | str
     index = _definitions()
     folder, data = Path(folder), Path(data)
     if not data.is_dir():
-        raise FileNotFoundError(f"data must be a folder with the tasks' files, got {str(data)!r}: there is none")
+        raise FileNotFoundError(f"data must be a folder with the tasks' files, got {str(data)!r}, which does not exist")
     names, groups = _expand(tasks, index)
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -101,13 +101,13 @@ def write_local_tasks(folder: Path | str, tasks: Sequence[str], data: Path | str
 
 
 def require_lm_eval() -> None:
-    """Raises ImportError, with what to install, where lm-eval is not."""
+    """Raises ImportError, with the command that installs it, if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ImportError("lm-eval is not installed: pip install 'slimkernels[harness]'")
 
 
 def _definitions() -> dict[str, Any]:
-    """lm-eval's own entries of these tasks, their groups and tags, by name."""
+    """Returns lm-eval's entries of the supported tasks, their groups and their tags, by name."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -116,7 +116,7 @@ def _definitions() -> dict[str, Any]:
 
 
 def _expand(tasks: Sequence[str], index: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The single tasks, and the groups, that names stand for."""
+    """Resolves names to single tasks and the groups among them."""
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be a sequence of names that is not empty, got {tasks!r}")
     names: dict[str, None] = {}
@@ -137,8 +137,9 @@ def _expand(tasks: Sequence[str], index: dict[str, Any]) -> tuple[list[str], lis
         else:
             known = sorted(known for known in index if _sources(known) and not known.startswith("mmlu_"))
             raise ValueError(
-                f"tasks must be multiple-choice tasks whose local files are known ({', '.join(known)}, mmlu, "
-                f"mmlu_SUBJECT), got {name!r}: leave data out to take another task's data from the hub"
+                "tasks must be multiple-choice tasks with a supported layout of local files "
+                f"({', '.join(known)}, mmlu, mmlu_SUBJECT), got {name!r}: omit data to take another task's data from "
+                "the hub"
             )
 
     for name in tasks:
@@ -151,7 +152,7 @@ def _evaluated_split(definition: dict[str, Any]) -> str:
 
 
 def _sources(task: str) -> tuple[Source, ...]:
-    """Where a task's splits are, or nothing for a task that is not known here."""
+    """Returns the local files of a task's splits, or an empty tuple for an unsupported task."""
     if task in ("arc_easy", "arc_challenge"):
         kind = task.removeprefix("arc_")
         return (Source("test", (f"arc/*{kind}*test*.jsonl", f"arc/*{kind}*.jsonl"), _read_arc),)
@@ -174,14 +175,14 @@ def _find(data: Path, source: Source, task: str, *, required: bool) -> Path | No
         if len(found) > 1:
             raise ValueError(
                 f"data must have one file for {task} that matches {pattern}, got "
-                f"{', '.join(path.name for path in found)}: leave one in {str(data / folder)!r}"
+                f"{', '.join(path.name for path in found)}: keep only one in {str(data / folder)!r}"
             )
         if found:
             return found[0]
     if required:
         raise FileNotFoundError(
-            f"{task} needs a file {' or '.join(source.patterns)} in data = {str(data)!r}, there is none: put it there, "
-            "or leave data out to take it from the hub"
+            f"{task} needs a file {' or '.join(source.patterns)} in data = {str(data)!r}, which has none: add the "
+            "file, or omit data to take it from the hub"
         )
     return None
 
@@ -195,11 +196,11 @@ def _write_rows(target: Path, path: Path, source: Source) -> Path:
                 count += 1
         except (KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
             raise ValueError(
-                f"{path} must have the layout that is documented at write_local_tasks, question {count} has not: "
-                f"{type(error).__name__}: {error}"
+                f"{path} must have the layout that is documented at write_local_tasks, but question {count} (counted "
+                f"from 0) does not: {type(error).__name__}: {error}"
             ) from error
     if not count:
-        raise ValueError(f"{path} must have questions, got none")
+        raise ValueError(f"{path} must have at least one question, got none")
     return target.absolute()
 
 

@@ -1,10 +1,10 @@
 """``slimkernels-pathfinder``: PathFinder as a model of lm-eval.
 
-lm-eval knows a model once the module that registers it is imported: ``python -m slimkernels.evaluate.lm_eval`` imports
-this one and goes on as lm-eval's own command line.
+Importing this module registers the model. ``python -m slimkernels.evaluate.lm_eval`` imports it and then runs lm-eval's
+own command line.
 """
 
-# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 class PathFinderLM(HFLM):
     """A causal language model of transformers that answers generative tasks by tree search.
 
-    ``generate_until`` is ``PathFinder`` over ``TransformersEngine``; likelihoods are those of lm-eval's ``hf``. A
-    branch is finished at the first of the task's stop strings or the end of text, and has ``max_gen_toks`` tokens at
-    most; ``max_depth`` and ``max_step_tokens`` limit it too. A task that asks for sampling (``do_sample``) sets
-    temperature, top_k and top_p; the greedy decoding that most ask for is taken for what it is, a default.
+    ``generate_until`` runs ``PathFinder`` over ``TransformersEngine``; likelihoods are computed by lm-eval's ``hf``. A
+    branch ends at the first stop string of the task, at the end of text, or after ``max_gen_toks`` tokens; it is also
+    limited by ``max_depth`` and ``max_step_tokens``. A task that asks for sampling (``do_sample``) sets temperature,
+    top_k and top_p. Greedy decoding, which most tasks ask for by default, leaves the settings of the search unchanged.
 
-    Equal prompts have equal trees, whatever else is asked; where a task repeats a prompt, the seed goes up by one each
-    time. lm-eval's ``--seed`` does not change the search, ``seed`` does.
+    The tree of a prompt does not depend on the other requests. If a task repeats a prompt, the seed increases by one
+    for each repetition. The search is seeded by ``seed``, not by lm-eval's ``--seed``.
 
     Args:
-        pretrained: A folder, a hub name, or a model.
+        pretrained: A folder, a name on the hub, or a model.
         selector: "consensus" | "log_probability" | "majority_vote" (which needs an ``answer_pattern``).
-        repetition_check: Whether steps that repeat an earlier one are generated again, then cut.
-        options: Fields of ``PathFinderConfig`` by name, such as branching_factor, beam and seed; all others are those
-            of lm-eval's ``hf``, such as dtype and device.
+        repetition_check: Whether a step that repeats an earlier one is generated again, and cut if it still does.
+        **options: Fields of ``PathFinderConfig`` by name, such as branching_factor, beam and seed; all other options go
+            to lm-eval's ``hf``, such as dtype and device.
 
     Raises:
-        ValueError: An unknown selector, a search setting outside its range, or, at the first generative task, a model
-            that the engine does not reproduce.
+        ValueError: ``selector`` is unknown, a setting of the search is outside its range, or, at the first generative
+            task, the engine does not support the model.
     """
 
     def __init__(
@@ -77,15 +77,17 @@ class PathFinderLM(HFLM):
         self.checks = (RepetitionCheck(),) if repetition_check else ()
         super().__init__(pretrained, **options)
         if self.backend != "causal":
-            raise ValueError(f"pretrained must be a causal language model, got a {self.backend} one: use lm-eval's hf")
+            raise ValueError(
+                f"pretrained must be a causal language model, got a {self.backend} one: use lm-eval's hf for it"
+            )
 
     @functools.cached_property
     def engine(self) -> TransformersEngine:
-        """Made for the first generative task."""
+        """The engine of the search, made for the first generative task."""
         return TransformersEngine(self.model, self.tokenizer)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text of the selected branch of each request, before the first stop string."""
+        """Returns the text of each request's selected branch, up to the first stop string."""
         answers = [""] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Searching")
         with progress:
@@ -111,10 +113,10 @@ class PathFinderLM(HFLM):
                 f"max_gen_toks must be at least 1 and leave room for a prompt in the model's {self.max_length} tokens, "
                 f"got {options['max_gen_toks']}"
             )
-        # Prompts that are too long lose their beginning, as with lm-eval's own models.
+        # Prompts that are too long are truncated at the beginning, as by lm-eval's own models.
         prompts = [self.tok_encode(context, left_truncate_len=room) for context in contexts]
         engine = LimitedEngine(self.engine, until, options["max_gen_toks"])
-        # Without a trace, no search goes on from one, for which an engine has `identity` and `replay`.
+        # An engine needs `identity` and `replay` only to resume from a trace, and this search writes none.
         finder = PathFinder(engine, config, checks=self.checks, selector=self.selector)  # pyright: ignore[reportArgumentType]
         questions = [Question(prompt, context) for prompt, context in zip(prompts, contexts, strict=True)]
         think_end = self.think_end_token if isinstance(self.think_end_token, str) else None
@@ -123,35 +125,35 @@ class PathFinderLM(HFLM):
 
 
 class LimitedEngine:
-    """An engine whose branches end at stop strings, also where one lies across two steps, and at a number of tokens.
+    """An engine whose branches end at stop strings, even across steps, and at a maximum number of tokens.
 
-    A step in which a stop string is completed ends the text, and its own text is cut before the stop string, or after
-    it where it began in an earlier step. A branch of ``max_tokens`` cannot be continued: its last step ends as by the
-    model's context.
+    The step that completes a stop string has the end "end_of_text". Its text is cut before the stop string, or after it
+    if the stop string began in an earlier step. The step that reaches ``max_tokens`` has the end "context", as if the
+    model's context were full.
 
     Args:
-        engine: Does the work.
-        until: The stop strings, none empty.
-        max_tokens: Of a branch, without its prompt, at least 1.
+        engine: Engine that generates the steps.
+        until: Stop strings, none of them empty.
+        max_tokens: Maximum number of tokens of a branch, not counting its prompt, at least 1.
     """
 
     def __init__(self, engine: Engine, until: Sequence[str], max_tokens: int) -> None:
         self._engine, self._until, self._max_tokens = engine, tuple(until), max_tokens
-        # What could become a stop string with the next step: all but one character of the longest.
+        # A stop string that the next step completes begins at most this many characters before that step.
         self._tail_length = max((len(stop) for stop in until), default=1) - 1
         self._tails: dict[int, str] = {}
         self._num_tokens: dict[int, int] = {}
         self.check, self.count_tokens, self.cache_bytes = engine.check, engine.count_tokens, engine.cache_bytes
 
     def start(self, prompts: Sequence[Prompt]) -> list[int]:
-        """As the engine."""
+        """Starts a branch for every prompt."""
         branches = self._engine.start(prompts)
         self._tails |= dict.fromkeys(branches, "")
         self._num_tokens |= dict.fromkeys(branches, 0)
         return branches
 
     def extend(self, requests: Sequence[StepRequest], step_end: StepEnd, *, embed: bool) -> list[Step]:
-        """As the engine, within the limits."""
+        """Generates a step for every request, within the limits."""
         limited = []
         for request in requests:
             left = self._max_tokens - self._num_tokens[request.branch]
@@ -162,7 +164,7 @@ class LimitedEngine:
         return [self._ended(request.branch, step) for request, step in zip(requests, steps, strict=True)]
 
     def free(self, branch: int) -> None:
-        """As the engine."""
+        """Frees a branch."""
         self._engine.free(branch)
         del self._tails[branch], self._num_tokens[branch]
 
@@ -174,7 +176,7 @@ class LimitedEngine:
         stops = [(text.index(stop), text.index(stop) + len(stop)) for stop in self._until if stop in text]
         if stops:
             first, last = min(stops)
-            # A stop string that began in the step before is kept whole, to be found in the whole text.
+            # A stop string that began in an earlier step is kept complete, so that it is found in the whole text.
             text = text[len(tail) : first if first >= len(tail) else last]
             return dataclasses.replace(step, text=text, end="end_of_text")
         if self._num_tokens[step.branch] >= self._max_tokens and step.end != "end_of_text":
@@ -183,7 +185,11 @@ class LimitedEngine:
 
 
 def _groups(requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], int, list[int]]]:
-    """Requests of equal settings by how often their prompt came before: the settings, that number, their indices."""
+    """Groups requests by their settings and by how often their prompt came before.
+
+    Yields:
+        The settings, the number of earlier requests with the same prompt, and the indices of the group's requests.
+    """
     groups: dict[tuple[str, int], list[int]] = defaultdict(list)
     seen: Counter[tuple[str, str]] = Counter()
     for index, request in enumerate(requests):

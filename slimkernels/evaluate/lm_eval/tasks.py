@@ -1,13 +1,12 @@
-"""Multiple-choice benchmarks through lm-eval, used as a library: its tasks, its scores, every sample kept."""
+"""Multiple-choice benchmarks with lm-eval as a library: its tasks and its scores, with every sample kept."""
 
-# lm-eval is an extra; without it, pyright takes the lm_eval.py beside this file for it.
+# lm-eval is an optional dependency. Without it, pyright takes this folder for the package lm_eval.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import random
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from slimkernels.evaluate.lm_eval.local_data import require_lm_eval, write_local_tasks
+from slimkernels.evaluate.records import content_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,13 +32,13 @@ class ChoiceSample:
 
     Attributes:
         task: lm-eval's name of the task.
-        doc_id: The question's index in the task's data.
-        doc_hash: lm-eval's hash of the question with all its fields: the same for every model that was asked it.
-        prompt: What the model read, few-shot examples and description included.
-        choices: The continuations whose likelihoods were taken, with the space before them.
-        loglikelihoods: log P(choice | prompt), in nats.
-        prediction: The index of the likeliest choice.
-        targets: The indices of right choices: one, but for truthfulqa_mc2.
+        doc_id: Index of the question in the task's data.
+        doc_hash: lm-eval's hash of all fields of the question, which is the same for every model.
+        prompt: Text that the model read, with few-shot examples and the task's description.
+        choices: Continuations whose likelihoods were computed, each with the space that precedes it.
+        loglikelihoods: log P(choice | prompt) of every choice, in nats.
+        prediction: Index of the choice with the highest log-likelihood.
+        targets: Indices of the right choices: exactly one, except in truthfulqa_mc2.
         scores: lm-eval's metrics of this sample, such as acc and acc_norm.
     """
 
@@ -55,14 +55,14 @@ class ChoiceSample:
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceScores:
-    """What lm-eval says of a task, or of a group of tasks.
+    """lm-eval's scores of a task, or of a group of tasks.
 
     Attributes:
-        scores: Its metrics, such as acc and acc_norm.
-        standard_errors: Of the metrics that have one.
-        num_samples: Questions asked.
-        num_fewshot: Examples before each; None for a group.
-        version: Of the task's definition.
+        scores: Metrics, such as acc and acc_norm.
+        standard_errors: Standard errors of the metrics that have one.
+        num_samples: Number of questions asked.
+        num_fewshot: Number of examples before each question; None for a group.
+        version: Version of the task's definition.
     """
 
     scores: dict[str, float]
@@ -77,10 +77,10 @@ class ChoiceEvaluation:
     """The outcome of ``evaluate_multiple_choice``.
 
     Attributes:
-        tasks: By name.
-        groups: Groups such as mmlu, by name, where one was asked for.
-        samples: Of all tasks, in the order of their data; empty without ``log_samples``.
-        lm_eval_version: Of the package.
+        tasks: Scores of single tasks, by name.
+        groups: Scores of the groups that were asked for, such as mmlu, by name.
+        samples: Samples of all tasks in the order of their data; empty without ``log_samples``.
+        lm_eval_version: Version of lm-eval.
     """
 
     tasks: dict[str, ChoiceScores]
@@ -89,7 +89,7 @@ class ChoiceEvaluation:
     lm_eval_version: str
 
     def records(self) -> list[dict[str, Any]]:
-        """The samples as dictionaries that JSON can hold."""
+        """Returns the samples as dictionaries that JSON can represent."""
         return [dataclasses.asdict(sample) for sample in self.samples]
 
 
@@ -99,11 +99,11 @@ class ChoiceQuestions:
 
     Attributes:
         task: lm-eval's name of the task.
-        questions: In the order of its data, as a model reads them, without few-shot examples.
-        content_hash: Of all fields of the questions and of those that examples are taken from, and of lm-eval's version
-            of the task.
-        num_fewshot: Examples before each question.
-        lm_eval_version: Of the package.
+        questions: Questions as a model reads them, without few-shot examples, in the order of the data.
+        content_hash: Hash of all fields of the questions and of the few-shot examples, and of the versions of lm-eval
+            and of the task's definition.
+        num_fewshot: Number of examples before each question.
+        lm_eval_version: Version of lm-eval.
     """
 
     task: str
@@ -116,10 +116,10 @@ class ChoiceQuestions:
 def read_multiple_choice(
     tasks: Sequence[str], *, data: Path | str | None = None, num_fewshot: int | None = None
 ) -> list[ChoiceQuestions]:
-    """What ``evaluate_multiple_choice`` would ask with the same arguments, by single task.
+    """Reads the questions that ``evaluate_multiple_choice`` would ask with the same arguments, by single task.
 
     Raises:
-        ImportError, FileNotFoundError, ConnectionError, ValueError: As ``evaluate_multiple_choice``.
+        ImportError, FileNotFoundError, ConnectionError, ValueError: ``evaluate_multiple_choice`` raises them as well.
     """
     _check_fewshot(num_fewshot)
     require_lm_eval()
@@ -131,7 +131,7 @@ def read_multiple_choice(
         _check_tasks(tasks_of, num_fewshot)
         for name, task in tasks_of.items():
             own = task.get_config("num_fewshot") or 0
-            # As lm-eval has it: a definition that fixes none keeps none.
+            # A definition that fixes the number at 0 keeps it, as in lm-eval.
             fixed = num_fewshot is None or task.get_config("num_fewshot") == 0
             questions = list(task.eval_docs)
             examples = list(task.fewshot_docs()) if (own if fixed else num_fewshot) else []
@@ -140,7 +140,7 @@ def read_multiple_choice(
                 ChoiceQuestions(
                     task=name,
                     questions=[str(task.doc_to_text(question)) for question in questions],
-                    content_hash=hashlib.blake2b(content.encode(), digest_size=12).hexdigest(),
+                    content_hash=content_hash([content.encode()]),
                     num_fewshot=own if fixed else num_fewshot or 0,
                     lm_eval_version=lm_eval.__version__,
                 )
@@ -162,31 +162,34 @@ def evaluate_multiple_choice(
 ) -> ChoiceEvaluation:
     """Scores a model on multiple-choice tasks by lm-eval's ``simple_evaluate``.
 
-    Equal, to the last digit, to ``lm_eval --model hf --model_args pretrained=FOLDER`` with the same data, batch size,
-    limit and number of threads. Batches of another size, as other sums, may change the last digits.
+    The scores equal, to the last digit, those of ``lm_eval --model hf --model_args pretrained=FOLDER`` with the same
+    data, batch size, limit and number of threads. Another batch size sums in another order and may change the last
+    digits.
 
     Args:
-        model: A causal language model on its device; evaluated in eval mode, its mode restored.
-        tokenizer: Its tokenizer; left as it is.
-        tasks: Names of lm-eval: with ``data``, those of ``write_local_tasks``; without, any multiple-choice task.
-        data: A folder with local files, laid out as ``write_local_tasks`` says. None: the hub.
-        limit: The first so many questions of each task. None: all.
-        num_fewshot: Examples before each question. None: what the task's definition says. A definition that fixes
-            none, as TruthfulQA's, keeps none.
-        batch_size: Sequences in a forward.
+        model: Causal language model on its device. It is evaluated in eval mode, and its mode is restored.
+        tokenizer: Tokenizer of the model, which is not modified.
+        tasks: Names of lm-eval's tasks: with ``data``, those that ``write_local_tasks`` supports; without, any
+            multiple-choice task.
+        data: Folder with local files, laid out as ``write_local_tasks`` describes. None takes the data from the hub.
+        limit: Number of questions to ask from the start of each task. None asks all.
+        num_fewshot: Number of examples before each question. None uses that of the task's definition. A definition that
+            fixes the number at 0, as TruthfulQA's does, keeps it.
+        batch_size: Sequences per forward pass.
         log_samples: Whether to keep the samples.
-        journal: Keeps what every forward gave, and spares those that it has: ``BatchJournal(path, [identity])``, with
-            all that decides the model's outputs. The result is the same.
+        journal: Journal that keeps the result of every forward pass and serves the results that it has:
+            ``BatchJournal(path, [identity])``, where ``identity`` covers everything that decides the model's outputs.
+            The scores do not depend on it.
 
     Returns:
         Scores by task and the samples. Two evaluations with the same tasks, data, limit and few-shot examples have
         the same samples in the same order, so that they can be compared pair by pair.
 
     Raises:
-        ImportError: lm-eval is not installed: it comes with the extra ``harness``.
-        FileNotFoundError: A task's local file is not there.
-        ConnectionError: ``data`` was left out, and the hub does not answer.
-        ValueError: An unknown task, one that is not multiple choice, or a setting outside its range.
+        ImportError: lm-eval is not installed; the extra ``harness`` installs it.
+        FileNotFoundError: A task's local file does not exist.
+        ConnectionError: ``data`` is None, and the hub does not answer.
+        ValueError: A task is unknown or not multiple choice, or a setting is outside its range.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if not (value is None and name == "limit") and (not isinstance(value, int) or value < 1):
@@ -229,7 +232,7 @@ def evaluate_multiple_choice(
 
 
 def _load(tasks: Sequence[str], data: Path | str | None, folder: str) -> tuple[Any, dict[str, Any], list[Any]]:
-    """lm-eval's task manager, the single tasks by name, and what ``simple_evaluate`` is to be given."""
+    """Loads lm-eval's task manager, the single tasks by name, and the tasks and groups for ``simple_evaluate``."""
     from lm_eval.tasks import TaskManager
 
     if isinstance(tasks, str) or not tasks:
@@ -246,7 +249,8 @@ def _load(tasks: Sequence[str], data: Path | str | None, folder: str) -> tuple[A
         loaded = manager.load(list(tasks))
     except ConnectionError as error:
         raise ConnectionError(
-            f"the hub must answer for the data of {', '.join(tasks)}, it did not ({error}): give local files by data"
+            f"the hub must answer for the data of {', '.join(tasks)}, but it did not ({error}): pass local files as "
+            "data"
         ) from error
     groups = [loaded["groups"][name] for name in tasks if name in loaded["groups"]]
     grouped = {task.task_name for group in groups for task in group.get_all_tasks()}
@@ -267,8 +271,7 @@ def _check_tasks(tasks: dict[str, Any], num_fewshot: int | None) -> None:
         fixed = task.get_config("num_fewshot") == 0
         if num_fewshot and not fixed and not (task.has_training_docs() or task.get_config("fewshot_split")):
             raise ValueError(
-                f"num_fewshot must be 0 for {name}, whose data here have no split to take examples from, got "
-                f"{num_fewshot}"
+                f"num_fewshot must be 0 for {name}, whose data have no split to take examples from, got {num_fewshot}"
             )
 
 
@@ -277,7 +280,7 @@ def _sample(name: str, logged: dict[str, Any], task: Any) -> ChoiceSample:
     arguments = logged["arguments"][:num_choices]
     choices = [choice for _, choice in arguments]
     loglikelihoods = [float(loglikelihood) for loglikelihood, _ in logged["filtered_resps"][:num_choices]]
-    if name == "truthfulqa_mc2":  # scored by its labels; the definition's one target is without meaning
+    if name == "truthfulqa_mc2":  # scored by its labels, while the definition's single target is unused
         targets = [index for index, label in enumerate(logged["doc"]["mc2_targets"]["labels"]) if label]
     else:
         found = logged["target"] if isinstance(logged["target"], list) else [logged["target"]]
@@ -297,7 +300,7 @@ def _sample(name: str, logged: dict[str, Any], task: Any) -> ChoiceSample:
 
 
 def _scores(outcome: dict[str, Any], name: str) -> ChoiceScores:
-    # lm-eval's keys are "acc,none" and "acc_stderr,none": the metric, and the filter of the answers, here none.
+    # lm-eval's keys are "acc,none" and "acc_stderr,none": the metric and the filter of the answers, which is "none".
     metrics = {
         key.partition(",")[0]: value
         for key, value in outcome["results"].get(name, outcome.get("groups", {}).get(name)).items()
@@ -316,7 +319,7 @@ def _scores(outcome: dict[str, Any], name: str) -> ChoiceScores:
 
 
 def _members(outcome: dict[str, Any], group: str) -> list[str]:
-    """The single tasks of a group of tasks and groups."""
+    """Returns the single tasks of a group, whose members may be groups themselves."""
     children = outcome["group_subtasks"].get(group) or []
     return [
         task for child in children for task in ([child] if child in outcome["n-samples"] else _members(outcome, child))
@@ -325,8 +328,8 @@ def _members(outcome: dict[str, Any], group: str) -> list[str]:
 
 @contextlib.contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """Undoes what ``simple_evaluate`` does to the process: it seeds Python's, numpy's and torch's generators."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 -- it seeds the generator of old
+    """Restores the random states of Python, numpy and torch, which ``simple_evaluate`` seeds."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 -- lm-eval seeds the legacy generator
     with torch.random.fork_rng():
         try:
             yield

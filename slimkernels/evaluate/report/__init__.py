@@ -1,1 +1,5 @@
-"""The report of a side-by-side run: one page, the same as Markdown, every record as JSON."""
+"""A report of an evaluation: one static HTML page, the same content as Markdown, and all records."""
+
+from slimkernels.evaluate.report.write import describe_outputs, write_report
+
+__all__ = ["describe_outputs", "write_report"]

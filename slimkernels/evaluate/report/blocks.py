@@ -1,4 +1,4 @@
-"""What a report is made of, whatever it is written in: headings, paragraphs, tables and charts."""
+"""Building blocks of a report, independent of its format: headings, paragraphs, tables and charts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 
 class Cell(NamedTuple):
-    """A cell of a table, and how it stands out in its column."""
+    """A cell of a table, and the mark by which it stands out in its column."""
 
     text: str
     mark: Literal["", "best", "second", "warning"] = ""
@@ -16,7 +16,7 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
-    """Begins a section; level 2 or 3."""
+    """The heading of a section; its level is 2 or 3."""
 
     text: str
     level: int = 2
@@ -24,14 +24,14 @@ class Heading:
 
 @dataclasses.dataclass(frozen=True)
 class Paragraph:
-    """Plain text."""
+    """A paragraph of plain text."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first column names the row."""
+    """Rows under a head; the first cell of a row is its name."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
@@ -39,7 +39,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """An SVG element, and in words what it shows."""
+    """An SVG element with a caption."""
 
     svg: str
     caption: str
@@ -49,9 +49,9 @@ Block = Heading | Paragraph | Table | Chart
 
 
 def mark_best(cells: Sequence[str], values: Sequence[float | None], *, lower_is_better: bool = False) -> list[Cell]:
-    """Cells of a column whose best value is marked best, and whose second best is marked second.
+    """Makes the cells of a column and marks its best and second best values.
 
-    Equal values have equal marks; in a column of one value nothing is marked.
+    Equal values have equal marks. If all values are equal, none is marked.
     """
     ranked = sorted({value for value in values if value is not None}, reverse=not lower_is_better)
     marks: dict[float, Literal["best", "second"]] = {}

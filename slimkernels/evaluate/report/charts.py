@@ -1,4 +1,4 @@
-"""Charts as inline SVG, in the page's own colours: dots with intervals, and lines over slices."""
+"""Charts as inline SVG in the colours of the page: dots with intervals, and lines over slices."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from slimkernels.evaluate.statistics import Interval
 _WIDTH = 440
 _LEFT = 30
 _ROW = 46
-# Series are told apart by shape as well as by colour (the page defines .s0 ... .s5).
+# Series differ in shape as well as in colour (the page defines the classes .s0 to .s5).
 NUM_STYLES = 6
 
 
 class Axis(NamedTuple):
-    """Values that are marked, the first and the last of which are its ends, and how each is written."""
+    """An axis that ends at its first and last mark.
+
+    Attributes:
+        marks: Marked values in ascending order.
+        texts: Texts of the marks.
+    """
 
     marks: Sequence[float]
     texts: Sequence[str]
 
     @classmethod
     def of(cls, values: Sequence[float], metric: Metric) -> Axis:
-        """From 0 to the highest possible score, or around the values in round steps where there is none."""
+        """Makes an axis from 0 to the highest possible score, or in round steps around the values without one."""
         if metric.highest is not None:
             marks = [metric.highest * share for share in (0, 0.25, 0.5, 0.75, 1)]
             return cls(marks, [f"{metric.factor * mark:g}" for mark in marks])
@@ -38,12 +43,12 @@ class Axis(NamedTuple):
         return cls(marks, [f"{mark:.6g}" for mark in marks])
 
     def share(self, value: float) -> float:
-        """Where a value is, from 0 to 1."""
+        """Returns the position of a value on the axis, from 0 to 1."""
         return (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
 
 
 def dot_chart(labels: Sequence[str], intervals: Sequence[Interval], metric: Metric, title: str) -> str:
-    """One row for each label: its name, a dot at its value, and a line over its interval."""
+    """Draws one row for each label: its name, a dot at its value, and a line over its interval."""
     height = _ROW * len(labels) + 30
     axis = Axis.of([end for interval in intervals for end in interval], metric)
 
@@ -69,7 +74,7 @@ def line_chart(
     metric: Metric,
     title: str,
 ) -> str:
-    """A line for each name over the labels; None where there is no value."""
+    """Draws a line over the labels for each name; None is a missing value."""
     axis = Axis.of([value for values in series for value in values if value is not None], metric)
     top, bottom = 12 + 20 * len(names), 150 + 20 * len(names)
     step = (_WIDTH - 2 * _LEFT) / max(len(labels), 1)

@@ -1,8 +1,7 @@
-"""What a report says: from records and what was run to blocks."""
+"""The content of a report: makes blocks from records and the description of the run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +17,13 @@ from slimkernels.evaluate.served import PLAIN
 from slimkernels.evaluate.statistics import Interval
 from slimkernels.evaluate.summary import Arm, Budget, Comparison, Overall, Records
 from slimkernels.evaluate.tasks import ROUGE
+from slimkernels.models.perplexity import perplexity
 
 TITLE = "Side-by-side evaluation"
 
 
 def content(records: Records, described: Mapping[str, Any]) -> list[Block]:
-    """The report but its outputs: the verdict, what was run, scores, differences, and slices."""
+    """Returns the blocks of a report without its outputs: verdict, what was run, scores, differences, and slices."""
     comparisons = summary.compare(records)
     blocks: list[Block] = [*_verdict(records, comparisons), *_what_was_run(records, described)]
     blocks += _overall(records)
@@ -38,7 +38,7 @@ def content(records: Records, described: Mapping[str, Any]) -> list[Block]:
 def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]:
     blocks: list[Block] = [Heading("Is a difference real?")]
     if not comparisons:
-        return [*blocks, Paragraph("There is one model and decoder only: nothing is compared.")]
+        return [*blocks, Paragraph("There is only one model and decoder, so nothing is compared.")]
     for task in records.tasks:
         for name in _overall_metrics(records.metrics(task)):
             found = [entry for entry in comparisons if (entry.task, entry.metric) == (task, name)]
@@ -50,21 +50,21 @@ def _verdict(records: Records, comparisons: Sequence[Comparison]) -> list[Block]
             sentences = _sentences(shown)
             if len(shown) < len(found):
                 others = [f"{entry.a} and {entry.b}" for entry in found if entry not in shown]
-                rest = "any two" if len(others) == len(found) > 1 else "; nor between ".join(others)
+                rest = "any two" if len(others) == len(found) > 1 else ", or between ".join(others)
                 sentences.append(f"No difference shown between {rest}.")
             blocks.append(Paragraph(f"{task}, {metric(name).title}, samples: {samples}. {' '.join(sentences)}"))
     return blocks
 
 
 def _better(entry: Comparison) -> tuple[Arm, Arm, str]:
-    """The better one, the worse one, and what the better one is."""
+    """Returns the better arm, the worse arm, and whether the better one is "lower" or "higher"."""
     lower_is_better = metric(entry.metric).lower_is_better
     better, worse = (entry.b, entry.a) if (entry.difference.value > 0) != lower_is_better else (entry.a, entry.b)
     return better, worse, "lower" if lower_is_better else "higher"
 
 
 def _sentences(entries: Sequence[Comparison]) -> list[str]:
-    """One for each arm that is better than others."""
+    """Writes a sentence for each arm that is better than others."""
     beaten: dict[tuple[Arm, str], list[str]] = {}
     for entry in entries:
         difference, shown = entry.difference, metric(entry.metric)
@@ -80,7 +80,7 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
     models = described.get("models", ())
     local = [[entry["model"], entry["identity"]] for entry in models if "served" not in entry]
     if local:
-        blocks.append(Table(["model", "identity (hash of its files, precision and prompt style)"], local))
+        blocks.append(Table(["model", "identity (hash of files, precision and prompt style)"], local))
     blocks += _served([entry for entry in models if "served" in entry])
     if described.get("decoders"):
         rows = [
@@ -97,7 +97,7 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
     facts = [
         f"{title} {', '.join(map(str, described[name])) if isinstance(described[name], list) else described[name]}"
         for name, title in (
-            ("seeds", "Seeds of the draws:"),
+            ("seeds", "Sampling seeds:"),
             ("shots", "Worked examples before each question:"),
             ("batch_questions", "Questions decoded together:"),
             ("machine", "Machine:"),
@@ -109,19 +109,19 @@ def _what_was_run(records: Records, described: Mapping[str, Any]) -> list[Block]
     if facts:
         blocks.append(Paragraph(". ".join(facts) + "."))
     if described.get("unfinished"):
-        blocks.append(Paragraph(f"Not finished, outputs that are there: {'; '.join(described['unfinished'])}."))
+        blocks.append(Paragraph(f"The run is unfinished. Outputs so far: {'; '.join(described['unfinished'])}."))
     if "judge" in described:
         asked = described["judge"]
-        blocks.append(Paragraph(f"Judge: {asked['model']} at {asked['url']}, prompt {asked['prompt']}."))
+        blocks.append(Paragraph(f"Judge: {asked['model']} at {asked['url']}, with a prompt of hash {asked['prompt']}."))
     for entry in described.get("outputs", ()):
         blocks.append(Paragraph(entry["explained"]))
         if entry["published"]:
-            blocks.append(Table(["score", "here", "published", "rows that agree"], entry["published"]))
+            blocks.append(Table(["score", "computed", "published", "rows that agree"], entry["published"]))
     return blocks
 
 
 def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """What is known of models behind servers."""
+    """Describes models behind servers: a table of the known facts, and what is unknown."""
     if not models:
         return []
     rows = []
@@ -129,17 +129,17 @@ def _served(models: Sequence[Mapping[str, Any]]) -> list[Block]:
         known = entry["served"]
         facts = ", ".join(f"{name} {value}" for name, value in known["said"].items()) or "nothing"
         rows.append([entry["model"], known["model"], known["url"], known["style"], facts, entry["identity"]])
-    head = ["served model", "its name there", "server", "asked in", "what the server says of it"]
-    said = "Of a served model neither the weights nor their precision are seen."
+    head = ["served model", "name on the server", "server", "prompt style", "facts stated by the server"]
+    said = "A server shows neither the weights of a model nor their precision."
     if any(entry["served"]["style"] == PLAIN for entry in models):
-        said += f" To ask models that run here in {PLAIN} too, give --prompt-style plain."
+        said += f" Run with --prompt-style plain to ask local models in {PLAIN} as well."
     notes = dict.fromkeys(note for entry in models for note in entry["served"]["notes"])
-    searched = Paragraph(f"Of the search with a server: {'; '.join(notes)}.")
-    return [Table([*head, "identity (hash of all this)"], rows), Paragraph(said), searched]
+    searched = Paragraph(f"Search with a server: {'; '.join(notes)}.")
+    return [Table([*head, "identity (hash of these columns and the template)"], rows), Paragraph(said), searched]
 
 
 def _overall(records: Records) -> list[Block]:
-    """Every task's scores, a column for each arm; tasks of other arms are a table of their own."""
+    """Tabulates the scores of all tasks with a column per arm; tasks with different arms get tables of their own."""
     by_arms: dict[tuple[Arm, ...], list[str]] = {}
     for task in records.tasks:
         by_arms.setdefault(tuple(records.arms_on(task)), []).append(task)
@@ -158,7 +158,7 @@ def _overall(records: Records) -> list[Block]:
 
 
 def _overall_metrics(metrics: Sequence[str]) -> list[str]:
-    """The first, and those that say something else: not another way to read the same answer."""
+    """Returns the main metric, and others in other units; other percentages only read the same answer differently."""
     return [name for name in metrics if name == metrics[0] or metric(name).unit != "%"]
 
 
@@ -191,11 +191,13 @@ def _scores(records: Records, task: str) -> list[Block]:
             texts = [_UNKNOWN if interval is None else _perplexity(*interval) for interval in intervals]
             columns.append(("perplexity", mark_best(texts, values, lower_is_better=True)))
     columns += [
-        (f"{name} rated %" if name.startswith(JUDGE) else f"{name.replace('_', ' ')} found %",
-         [_found(row, name) for row in rows])
+        (
+            f"{name} rated %" if name.startswith(JUDGE) else f"{name.replace('_', ' ')} found %",
+            [_found(row, name) for row in rows],
+        )
         for name in metrics
         if name in rows[0].extracted and name != ROUGE
-    ]  # fmt: skip
+    ]
     for budget in budgets:
         shares = [row.within[budget.unit] for row in rows]
         columns.append((_budget(budget), mark_best([_percent(share) for share in shares], shares)))
@@ -205,13 +207,13 @@ def _scores(records: Records, task: str) -> list[Block]:
         ("seeds", [_seeds(row) for row in rows]),
         ("tokens per question", [_number(row.tokens, 0) for row in rows]),
         (f"seconds per {what}", [_number(row.seconds, 2) for row in rows]),
-        ("tokens of the output", [_number(row.output_tokens, 0) for row in rows]),
-        ("ended by itself %", [_percent(row.finished) for row in rows]),
+        ("output tokens", [_number(row.output_tokens, 0) for row in rows]),
+        ("finished %", [_percent(row.finished) for row in rows]),
         ("empty %", [Cell(_percent(row.empty), "warning" if row.empty == 1 else "") for row in rows]),
     ]
     if ROUGE in metrics:
-        columns.append(("non-ASCII letters left out", [f"{row.dropped[0]} of {row.dropped[1]}" for row in rows]))
-    # A column that says "unknown" all the way down says nothing.
+        columns.append(("non-ASCII letters dropped", [f"{row.dropped[0]} of {row.dropped[1]}" for row in rows]))
+    # Columns in which every cell is unknown are left out.
     columns = [(head, cells) for head, cells in columns if set(cells) - {_UNKNOWN, Cell(_UNKNOWN)}]
     table = Table([name for name, _ in columns], list(zip(*(cells for _, cells in columns), strict=True)))
     title = f"{task}: {metric(metrics[0]).title}, {metric(metrics[0]).unit} with 95 % intervals"
@@ -222,7 +224,7 @@ def _scores(records: Records, task: str) -> list[Block]:
     silent = [str(row.arm) for row in rows if row.empty == 1]
     blocks: list[Block] = [Heading(f"Scores: {task}"), table, Chart(chart, title)]
     if silent:
-        blocks.insert(1, Paragraph(f"Answered nothing at all: {', '.join(silent)}."))
+        blocks.insert(1, Paragraph(f"All outputs are empty: {', '.join(silent)}."))
     blocks += [Paragraph(text) for row in rows for text in _not_rated(records.of(row.arm, task), row)]
     explained = _explain_questions(bool(budgets)) if what == "question" else _explain_documents(records, task)
     return [*blocks, Paragraph(explained)]
@@ -235,37 +237,39 @@ def _not_rated(own: Sequence[Record], row: Overall) -> list[str]:
             if rating.error is not None:
                 errors.setdefault(judge, []).append(rating.error)
     return [
-        f"Not rated by {judge}: {len(found)} of {len(own)} outputs of {row.arm}. The first: {found[0]}."
+        f"Not rated by {judge}: {len(found)} of {len(own)} outputs of {row.arm}. The first error: {found[0]}."
         for judge, found in errors.items()
     ]
 
 
 def _explain_questions(has_budgets: bool) -> str:
     explained = (
-        "Bold: the best of a column; italic: the second. In brackets: 95 % intervals, Wilson's for shares of right "
-        "answers, bootstrap for others. Whether two differ is in the table of differences, not in their intervals."
+        "Bold marks the best value of a column, italics the second best. Brackets hold 95 % intervals: Wilson's for "
+        "shares of right answers, bootstrap intervals for other scores. The table of differences shows whether two "
+        "scores differ; their intervals do not."
     )
     if has_budgets:
         explained += (
-            " Within a budget: right, had every question been stopped after so many tokens or seconds, the least that "
-            "a decoder of several candidates spends on average; independent chains count as one after the other. "
-            "Seconds are a question's share of its batch."
+            " The columns within a budget show the share of right answers if every question had been stopped after "
+            "that many tokens or seconds. The budget is the lowest mean cost of a question among the decoders with "
+            "several candidates; independent chains count as if they were generated one after the other. The time of "
+            "a batch is shared equally among its questions."
         )
     return explained
 
 
 def _explain_documents(records: Records, task: str) -> str:
     explained = (
-        "Lower is better; bold: the best of a column; italic: the second. Means are over all labels; in brackets: 95 % "
-        "bootstrap intervals, documents resampled. Perplexity is exp of the loss. kl is the divergence from the "
-        "teacher's kept ids and one bucket for all others, at temperature 1. Seconds are a document's share of its "
-        "batch."
+        "Lower is better. Bold marks the best value of a column, italics the second best. Means are over all labels, "
+        "and brackets hold 95 % bootstrap intervals over documents. Perplexity is exp(loss). kl is the KL divergence "
+        "from the teacher over its kept ids and one bucket for all other ids, at temperature 1. The time of a batch is "
+        "shared equally among its documents."
     )
     own = records.of(records.arms_on(task)[0], task)
     if all("teacher_loss" in record.published for record in own):
         labels = sum(record.labels or 0 for record in own)
         loss = sum(record.published["teacher_loss"] * (record.labels or 0) for record in own) / labels
-        explained += f" The teacher had perplexity {_perplexity(loss)} on these labels when it was captured."
+        explained += f" The teacher's perplexity on these labels was {_perplexity(loss)} at capture."
     return explained
 
 
@@ -292,12 +296,13 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
                 str(difference.num_samples),
             ]
         )
-    # The verdict first: on a phone the rest is to the right.
+    # The verdict is the second column, so that a phone shows it without scrolling sideways.
     head = ["task, score", "verdict", "a", "b", "b - a", "p", "samples"]
     explained = (
-        "Paired by sample, seeds of a sample averaged first; documents count by their labels. In brackets: 95 % "
-        "percentile bootstrap interval (10,000 resamples, seed 0). p: two-sided sign-flip test, adjusted by Holm for "
-        f"the {len(rows)} comparisons here. A difference is shown where the interval leaves 0 out and p is below 0.05."
+        "Scores are paired by sample. Seeds of a sample are averaged first, and documents are weighted by their "
+        "labels. Brackets hold 95 % percentile bootstrap intervals (10,000 resamples, seed 0). p is the p-value of a "
+        f"two-sided sign-flip test, adjusted by Holm's method for the {len(rows)} comparisons in this table. A "
+        "difference is shown if the interval excludes 0 and p is below 0.05."
     )
     return [Heading("Differences"), Table(head, rows), Paragraph(explained)]
 
@@ -305,7 +310,7 @@ def _differences(comparisons: Sequence[Comparison]) -> list[Block]:
 def _slices(records: Records, task: str) -> list[Block]:
     name = records.metrics(task)[0]
     shown = metric(name)
-    blocks: list[Block] = [Heading(f"Where: {task}, {column(name)}")]
+    blocks: list[Block] = [Heading(f"Slices: {task}, {column(name)}")]
     names = [str(arm) for arm in records.arms_on(task)]
     for title in summary.slices_of(records, task):
         found = summary.slices(records, task, title)
@@ -336,7 +341,7 @@ def _found(row: Overall, name: str) -> Cell:
 
 
 def _seeds(row: Overall) -> str:
-    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder in (OUTPUTS, NO_DECODER) else "no draws")
+    return ", ".join(map(str, row.seeds)) or (_UNKNOWN if row.arm.decoder in (OUTPUTS, NO_DECODER) else "no sampling")
 
 
 def _budget(budget: Budget) -> str:
@@ -351,7 +356,7 @@ def _interval(name: str, interval: Interval | None) -> str:
 
 
 def _perplexity(loss: float, low: float | None = None, high: float | None = None) -> str:
-    text = f"{math.exp(min(loss, 700)):,.4g}"
+    text = f"{perplexity(loss):,.4g}"
     return text if low is None or high is None else f"{text} [{_perplexity(low)}, {_perplexity(high)}]"
 
 

@@ -1,4 +1,4 @@
-"""A report's blocks and outputs as one page that needs nothing else: no network, no files, no script to be read."""
+"""A report's blocks and outputs as one HTML page that needs no other files, no network, and no script to be read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: .85
 .right { color: var(--good); } .wrong { color: var(--bad); }
 """
 
-# Without it all samples are there to be read; with it they can be searched.
+# The script only searches and filters samples. Without it, all samples are shown.
 _SCRIPT = """
 const form = document.getElementById("filter"), samples = [...document.querySelectorAll(".sample")];
 const shown = document.getElementById("shown");
@@ -73,9 +73,9 @@ filter();
 
 
 def to_html(title: str, blocks: Sequence[Block], records: Records) -> str:
-    """The whole page: the blocks, then every output beside the others of its sample."""
+    """Writes the whole page: the blocks, then the outputs side by side for every sample."""
     body = [f"<h1>{_text(title)}</h1>", *map(_block, blocks), _outputs(records)]
-    # Even a flaw in the escaping could load nothing.
+    # The policy forbids all requests, so that even a flaw in the escaping could load nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -101,7 +101,7 @@ def _block(block: Block) -> str:
 
 def _cell(cell: Cell | str) -> str:
     text, mark = (cell, "") if isinstance(cell, str) else cell
-    # A number stays in one piece with its interval.
+    # Cells of the class "number" do not wrap, so that a number stays on one line with its interval.
     classes = " ".join(filter(None, (mark, "number" if text[:1] in "+-0123456789" else "")))
     return f'<td class="{classes}">{_text(text)}</td>' if classes else f"<td>{_text(text)}</td>"
 
@@ -120,7 +120,7 @@ def _outputs(records: Records) -> str:
 
 def _filter(records: Records) -> str:
     tasks = "".join(f'<option value="{_text(task)}">{_text(task)}</option>' for task in records.tasks)
-    kinds = (("", "all"), ("differ", "where scores differ"), ("wrong", "all wrong"), ("silent", "an answer not found"))
+    kinds = (("", "all"), ("differ", "where scores differ"), ("wrong", "all wrong"), ("silent", "answer not found"))
     which = "".join(f'<option value="{value}">{name}</option>' for value, name in kinds)
     return (
         '<form id="filter" hidden><label>Search <input type="search" name="words"></label>'
@@ -181,14 +181,14 @@ def _output(record: Record, metric: str) -> str:
 
 
 def _judged(judge: str, rating: Rating) -> str:
-    """What a judge gave an output and why, or why it gave nothing."""
+    """Shows a judge's rating of an output with its reasons, or the reason why there is no rating."""
     if rating.error is not None:
         return f'<div class="wrong">{_text(judge)}: not rated, {_text(rating.error)}</div>'
     return f'<div class="note">{_text(judge)}: {rating.value:g} of 10. {_text(rating.said)}</div>'
 
 
 def _measured(name: str, record: Record) -> str:
-    """What a model made of a document's labels."""
+    """Shows a model's scores on a document."""
     facts = [f"{other} {written(other).text(score)} {written(other).unit}" for other, score in record.scores.items()]
     facts.append(f"{record.labels} labels")
     return f'<div class="output"><strong>{_text(name)}</strong> <div class="note">{_text("; ".join(facts))}</div></div>'

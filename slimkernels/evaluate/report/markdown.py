@@ -1,4 +1,4 @@
-"""A report's blocks as Markdown; charts are left to the page."""
+"""A report's blocks as Markdown, without its charts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MARKS = {"": "{}", "best": "**{}**", "second": "*{}*", "warning": "{} (!)"}
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The whole document."""
+    """Writes the whole document."""
     parts = [f"# {_escape(title)}"]
     for block in blocks:
         if isinstance(block, Heading):

@@ -1,4 +1,4 @@
-"""Writes a report: one static page, the same as Markdown, and every record as a line of JSON."""
+"""Writing of a report: one static HTML page, the same content as Markdown, and every record as a line of JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimkernels.durable import write_atomically
 from slimkernels.evaluate.gemini import PUBLISHED, Outputs
 from slimkernels.evaluate.records import Record, write_records
 from slimkernels.evaluate.report.content import TITLE, content
@@ -20,18 +21,18 @@ PAGE, MARKDOWN, RECORDS = "report.html", "report.md", "records.jsonl"
 def write_report(
     records: Sequence[Record], output_dir: str | os.PathLike[str], described: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes ``report.html``, ``report.md`` and ``records.jsonl``, each whole or not at all.
+    """Writes ``report.html``, ``report.md`` and ``records.jsonl``, each atomically.
 
     Args:
-        records: Of every model, decoder and task, scored.
-        output_dir: Made if it is not there.
-        described: What was run, as ``run`` writes it.
+        records: Scored records of all models, decoders and tasks.
+        output_dir: Folder of the report, created if it does not exist.
+        described: Description of the run, as ``load_run`` or ``describe_outputs`` returns it.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ValueError: No records.
+        ValueError: There are no records.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def write_report(
 
 
 def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
-    """What to say of outputs from elsewhere: how they were scored, and whether that is how they were before."""
+    """Describes outputs from elsewhere for the report: how they are scored, and how often published scores agree."""
     entries = []
     for path, outputs in files.items():
         published = []
@@ -57,7 +58,7 @@ def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
         entries.append(
             {
                 "explained": f"{path}: {len(outputs.records)} outputs of {outputs.records[0].model}, scored again. "
-                f"strict is {outputs.strict_rule}.",
+                f'The score "strict" judges {outputs.strict_rule}.',
                 "published": published,
             }
         )
@@ -65,7 +66,5 @@ def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    # A lone surrogate, which JSON may hold, has no UTF-8.
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    # JSON may hold lone surrogates, which UTF-8 cannot encode.
+    write_atomically(path, text.encode("utf-8", "replace"))

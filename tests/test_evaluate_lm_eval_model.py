@@ -1,4 +1,4 @@
-"""PathFinder as a model of lm-eval: a greedy tree beside lm-eval's own model; limits, seeds, the command line."""
+"""PathFinder as a model of lm-eval: a greedy tree against lm-eval's own model, limits, seeds, and the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slimkernels.evaluate.lm_eval import __main__ as command_line
 from slimkernels.evaluate.lm_eval.model import LimitedEngine, PathFinderLM
 from slimkernels.search import StepRequest, TransformersEngine
 
-# Of lm-eval and of what it imports; none is about this package's calls.
+# lm-eval and its dependencies warn; no warning is about this package's calls.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTIONS = ["When the rain stopped", "Anna", "A black cat was sleeping on the old wall, and"]
@@ -47,7 +47,7 @@ def requests_of(*settings, questions=QUESTIONS):
 
 
 def test_pathfinder_model_with_one_greedy_branch_answers_as_lm_evals_own(model):
-    # Two settings in one call; a stop string that the answers run into, of several characters.
+    # One call has two settings, one of them with a stop string of several characters that occurs in the answers.
     own = HFLM(model, tokenizer=make_tokenizer())
     free = own.generate_until(requests_of({"max_gen_toks": 24, "until": []}), disable_tqdm=True)
     stop = next(answer[6:9] for answer in free if len(answer.strip()) > 12 and answer[6:9].strip() == answer[6:9])
@@ -101,7 +101,7 @@ def test_pathfinder_model_without_room_for_a_prompt_is_a_clear_error(model):
 
 
 class Scripted:
-    """An engine whose steps are given; all else is the real one's."""
+    """An engine with scripted texts of steps, which is real in all other respects."""
 
     def __init__(self, model, texts):
         engine = TransformersEngine(model, make_tokenizer())
@@ -116,10 +116,10 @@ class Scripted:
 @pytest.mark.parametrize(
     ("until", "texts", "cut"),
     [
-        (["\n\n"], ["one\n", "\ntwo\n"], ["one\n", "\n"]),  # across two steps: kept whole
-        (["STOP"], ["a", "ST", "OP", "x"], ["a", "ST", "OP"]),  # across three
-        (["c", "bc"], ["a", "abcd"], ["a", "a"]),  # the one that begins first
-        (["STOP"], ["aSTO", "b", "aSTOP"], ["aSTO", "b", "a"]),  # begun, not finished
+        (["\n\n"], ["one\n", "\ntwo\n"], ["one\n", "\n"]),  # across two steps: the stop string is kept
+        (["STOP"], ["a", "ST", "OP", "x"], ["a", "ST", "OP"]),  # also across two steps
+        (["c", "bc"], ["a", "abcd"], ["a", "a"]),  # the first stop string counts
+        (["STOP"], ["aSTO", "b", "aSTOP"], ["aSTO", "b", "a"]),  # the first one is not completed
     ],
 )
 def test_limited_engine_ends_branches_at_stop_strings(model, until, texts, cut):
@@ -170,7 +170,7 @@ def test_command_line_runs_the_model_on_a_generative_task(tmp_path, monkeypatch,
     command += ["--tasks", "three_questions", "--include_path", str(tmp_path / "tasks"), "--device", "cpu"]
     command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
-    # Without its own thousands of tasks, which take it ten seconds to read.
+    # lm-eval takes ten seconds to read its own tasks, which this test does not need.
     monkeypatch.setattr("lm_eval.tasks.TaskManager.__init__", _only_included(), raising=True)
     command_line.main()
 

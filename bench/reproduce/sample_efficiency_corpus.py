@@ -1,4 +1,4 @@
-"""What the students of the sample-efficiency experiment learn from: a teacher's text, its logits and itself."""
+"""The training data of the sample-efficiency experiment: a teacher's text, stores of its logits, and the teacher."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from bench import records
-from slimkernels.models.head_loss import HeadInput
+from slimkernels.models.hidden_states import HeadInput
 from slimkernels.store import Store, StoreDataset
 from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
 
-# Documents that the teacher reads at a time when its hidden states are kept.
+# Number of documents per batch when the teacher's hidden states are computed.
 _HIDDEN_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides a result beside the method and the seed; the defaults take 3 hours at most on two CPU cores.
+    """Settings that decide a result, in addition to the method and the seed.
+
+    The experiment takes at most 3 hours on two CPU cores with the defaults.
 
     Attributes:
-        teacher: Name or folder, as ``load_teacher`` takes it.
-        teacher_dtype: Of its weights, and of the logits that are captured.
-        prompts: How many of the shipped prompts to use, from the first: the first 40 open stories.
-        heldout_every: Every so many-th prompt is held out, with all its documents.
-        documents: How many the teacher writes, over all prompts.
-        max_new_tokens: Longest continuation of a prompt.
-        sampling_temperature: Of the teacher's sampling.
-        sampling_top_k: The teacher draws among so many tokens.
-        heldout_tokens: So many of held-out documents are measured on, and as many of plain English.
-        top_fraction: Share of the vocabulary kept of each of the teacher's rows.
-        rounds: Draws per row of sampled distillation.
-        sizes: Tokens to train on; a seed's documents of one size are the first of those of the next.
-        ablation_size: The one of them at which single options are changed.
-        hidden_size: D of the student.
-        num_layers: Layers of the student.
-        num_heads: Attention heads of the student.
-        epochs: Passes over the training documents.
+        teacher: Name or folder of the teacher, as for ``load_teacher``.
+        teacher_dtype: Data type of the teacher's weights and of the captured logits.
+        prompts: Number of shipped prompts to use, from the first on; the first 40 begin stories.
+        heldout_every: Distance between held-out prompts, starting with the first; all their documents are held out.
+        documents: Number of documents that the teacher writes, over all prompts.
+        max_new_tokens: Maximum number of tokens that continue a prompt.
+        sampling_temperature: Temperature of the teacher's sampling.
+        sampling_top_k: Number of most probable tokens that the teacher samples from.
+        heldout_tokens: Number of tokens to measure on, of held-out documents and of plain English each.
+        top_fraction: Share of the vocabulary kept of each row of the teacher's logits.
+        rounds: Number of draws per row for sampled distillation.
+        sizes: Numbers of tokens to train on; for each seed, the documents of one size are a prefix of the next.
+        ablation_size: Size at which single options are changed.
+        hidden_size: Hidden size D of the student.
+        num_layers: Number of layers of the student.
+        num_heads: Number of attention heads of the student.
+        epochs: Number of passes over the training documents.
         batch_size: Documents per optimizer step.
-        learning_rate: Peak, after a linear warm-up over a tenth of the steps and before a cosine decay.
+        learning_rate: Peak learning rate, after a linear warm-up over a tenth of the steps and before a cosine decay.
     """
 
     teacher: str = "smollm2-135m-instruct"
@@ -71,12 +73,19 @@ class Settings:
 
 
 class Corpus:
-    """The teacher's text, and what it says of every token; what is there already is reused.
+    """The teacher's text and stores of its logits; parts that exist in the working folder are reused.
 
     Args:
-        work: The folder of everything that is not a result.
-        settings: Of the experiment.
-        english: A file of plain English, one paragraph a line; None: not measured on.
+        work: Folder for text, stores and hidden states.
+        settings: Settings of the experiment.
+        english: File of plain English to measure on, one paragraph per line; None measures on the teacher's text only.
+
+    Attributes:
+        teacher: Teacher model.
+        tokenizer: Tokenizer of the teacher.
+        training: Token ids of the training documents.
+        stores: Folders of the stores of the training documents, by kind: "top_k" or "draws".
+        heldout: Stores to measure on, by name: "teacher", and "english" if given.
     """
 
     def __init__(self, work: Path, settings: Settings, english: Path | None) -> None:
@@ -98,12 +107,12 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """The vocabulary size V."""
         return self.heldout["teacher"].vocab_size
 
     @cached_property
     def remembered(self) -> RememberedTeacher:
-        """The teacher of the training documents, which it read once."""
+        """The teacher with cached hidden states of the training documents."""
         path = self.work / "hidden.pt"
         if path.exists():
             held = torch.load(path)
@@ -115,17 +124,21 @@ class Corpus:
         return RememberedTeacher(self.teacher, self.training, hidden)
 
     def subset(self, seed: int, tokens: int, kind: str) -> Subset:
-        """The first documents of a seed's order that have so many tokens, from the store of this kind."""
+        """Returns the first documents of a seed's order that have ``tokens`` tokens, from the store of this kind.
+
+        Raises:
+            ValueError: The training documents have fewer tokens.
+        """
         order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(seed)).tolist()
         documents = _first_tokens([self.training[index] for index in order], tokens)
         total = sum(map(len, documents))
         if total < tokens:
-            raise ValueError(f"the training documents have {total} tokens, {tokens} are asked for: have more written")
+            raise ValueError(f"tokens must be at most {total}, as in the training documents, got {tokens}")
         store = Store(self.stores[kind])
         return Subset(StoreDataset(self.stores[kind]), [store.find(ids) for ids in documents])
 
     def _split(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The documents to train on, and those of other prompts to measure on, each once."""
+        """Returns the documents to train on, and those of other prompts to measure on, without duplicates."""
         settings, path = self.settings, self.work / "text" / "documents.jsonl"
         prompts = shipped_prompts()[: settings.prompts]
         generate_documents(
@@ -147,7 +160,7 @@ class Corpus:
         return [list(ids) for ids in parts[False]], [list(ids) for ids in parts[True]]
 
     def _paragraphs(self, path: Path) -> list[list[int]]:
-        """Paragraphs of running text, as long as the teacher's documents at most."""
+        """Tokenizes the paragraphs of running text, truncated to the maximum length of the teacher's continuations."""
         lines = [re.sub(r" @(.)@ ", r"\1", line.strip()) for line in path.read_text().splitlines()]
         lines = [line for line in lines if len(line) > 200 and not line.startswith("=") and "<unk>" not in line]
         return [ids[: self.settings.max_new_tokens] for ids in self.tokenizer(lines)["input_ids"]]
@@ -160,20 +173,20 @@ class Corpus:
 
 
 def _first_tokens(documents: list[list[int]], tokens: int) -> list[list[int]]:
-    """The fewest first documents that together have so many tokens, or all where they have not."""
+    """Returns the shortest prefix of the documents that has at least ``tokens`` tokens, or all of them."""
     totals = itertools.accumulate(map(len, documents))
     return documents[: next((count for count, total in enumerate(totals, 1) if total >= tokens), None)]
 
 
 class RememberedTeacher(nn.Module):
-    """A ``teacher_model`` for ``SlimTrainer`` that reads no document twice: only its head is computed again.
+    """A ``teacher_model`` for ``SlimTrainer`` with cached hidden states, of which only the head is computed again.
 
-    A row of the whole vocabulary is 100 kB in a store and one product of the head from a hidden state.
+    A row of the whole vocabulary would take 100 kB in a store; its hidden state takes one product with the head.
 
     Args:
-        model: Gives the head and its configuration.
-        documents: Their token ids.
-        hidden: For each document (T, D), what the head is given.
+        model: Teacher with the head and its configuration.
+        documents: Token ids of the documents.
+        hidden: Inputs of the head for each document, (T, D).
     """
 
     def __init__(self, model: PreTrainedModel, documents: list[list[int]], hidden: list[torch.Tensor]) -> None:
@@ -182,11 +195,11 @@ class RememberedTeacher(nn.Module):
         self.hidden_of = {tuple(ids): states for ids, states in zip(documents, hidden, strict=True)}
 
     def get_output_embeddings(self) -> nn.Module:
-        """As in transformers."""
+        """Returns the head, as in transformers."""
         return self.head
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-        """The logits of a right-padded batch of the documents."""
+        """Computes the logits of a right-padded batch of the documents."""
         lengths = attention_mask.sum(-1).tolist()
         states = [self.hidden_of[tuple(ids[:n])] for ids, n in zip(input_ids.tolist(), lengths, strict=True)]
         hidden = nn.utils.rnn.pad_sequence(states, batch_first=True)

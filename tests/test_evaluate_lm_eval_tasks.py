@@ -1,4 +1,4 @@
-"""lm-eval as a library: local files in its own tasks, every sample kept, and scores equal to those of its own model."""
+"""lm-eval as a library: its tasks with local files, every sample kept, and scores equal to those of its own model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.evaluation import needs_lm_eval
 from support.teachers import make_teacher, make_tokenizer, save_teacher
 
 from slimkernels.evaluate.lm_eval.local_data import write_local_tasks
 
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'slimkernels[harness]'"
-)
-# Of lm-eval and of what it imports; none is about this package's calls.
+# lm-eval and its dependencies warn; no warning is about this package's calls.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTIONS = [
@@ -90,8 +88,8 @@ def samples_of(outcome, task):
 
 
 @needs_lm_eval
-def test_harness_asks_what_lm_eval_asks_of_the_hubs_data(outcome):
-    # By hand from lm-eval's definitions.
+def test_lm_eval_asks_what_lm_eval_asks_of_the_hubs_data(outcome):
+    # The expected texts are written by hand from lm-eval's definitions.
     easy = samples_of(outcome, "arc_easy")
     assert [sample.prompt for sample in easy] == [f"Question: {question}\nAnswer:" for question, _, _ in QUESTIONS]
     assert [sample.choices for sample in easy] == [[f" {choice}" for choice in c] for _, c, _ in QUESTIONS]
@@ -122,7 +120,7 @@ def test_harness_asks_what_lm_eval_asks_of_the_hubs_data(outcome):
 
 
 @needs_lm_eval
-def test_harness_likelihoods_are_the_models_and_scores_follow_from_them(model, outcome):
+def test_lm_eval_likelihoods_are_the_models_and_scores_follow_from_them(model, outcome):
     tokenizer = make_tokenizer()
     for sample in [*samples_of(outcome, "arc_easy"), *samples_of(outcome, "hellaswag")]:
         for choice, loglikelihood in zip(sample.choices, sample.loglikelihoods, strict=True):
@@ -145,7 +143,7 @@ def test_harness_likelihoods_are_the_models_and_scores_follow_from_them(model, o
 
 
 @needs_lm_eval
-def test_harness_samples_of_two_models_pair_up_and_json_holds_them(model, data, outcome):
+def test_lm_eval_samples_of_two_models_pair_up_and_json_holds_them(model, data, outcome):
     other = evaluate(make_teacher(seed=5), make_tokenizer(), ["arc_easy"], data=data, limit=2)
     ours = samples_of(outcome, "arc_easy")[:2]
     assert [sample.doc_hash for sample in other.samples] == [sample.doc_hash for sample in ours]
@@ -155,7 +153,7 @@ def test_harness_samples_of_two_models_pair_up_and_json_holds_them(model, data, 
 
 
 @needs_lm_eval
-def test_harness_leaves_model_tokenizer_and_random_states_as_they_were(data):
+def test_lm_eval_leaves_model_tokenizer_and_random_states_as_they_were(data):
     model, tokenizer = make_teacher(max_position_embeddings=1024).train(), make_tokenizer()
     draws = []
     for run in (lambda: None, lambda: evaluate(model, tokenizer, ["arc_easy"], data=data, limit=1)):
@@ -170,7 +168,7 @@ def test_harness_leaves_model_tokenizer_and_random_states_as_they_were(data):
 
 
 @needs_lm_eval
-def test_harness_takes_fewshot_examples_from_the_split_that_the_task_names(model, data):
+def test_lm_eval_takes_fewshot_examples_from_the_split_that_the_task_names(model, data):
     result = evaluate(model, make_tokenizer(), ["mmlu_anatomy"], data=data, num_fewshot=2, limit=1)
     assert result.samples[0].prompt.count("What is 2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n") == 2
     assert result.tasks["mmlu_anatomy"].num_fewshot == 2
@@ -179,7 +177,7 @@ def test_harness_takes_fewshot_examples_from_the_split_that_the_task_names(model
 
 
 @needs_lm_eval
-def test_harness_equals_lm_evals_own_model_to_the_last_digit(tmp_path, data):
+def test_lm_eval_equals_lm_evals_own_model_to_the_last_digit(tmp_path, data):
     import lm_eval
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,7 +205,7 @@ def test_harness_equals_lm_evals_own_model_to_the_last_digit(tmp_path, data):
 
 @needs_lm_eval
 @pytest.mark.slow
-def test_harness_equals_lm_evals_command_line(tmp_path, data, capfd):
+def test_lm_eval_equals_lm_evals_command_line(tmp_path, data, capfd):
     from bench import lm_eval_parity
 
     folder = save_teacher(tmp_path / "model")
@@ -228,12 +226,12 @@ def test_harness_equals_lm_evals_command_line(tmp_path, data, capfd):
         ({"tasks": ["mmlu_magic"]}, ValueError, "got 'mmlu_magic'"),
         ({"tasks": ["truthfulqa"]}, ValueError, "got 'truthfulqa_gen'"),
         ({"tasks": "arc_easy"}, ValueError, "tasks must be a sequence of names"),
-        ({"data": "/nowhere"}, FileNotFoundError, "data must be a folder"),
+        ({"data": "/nowhere"}, FileNotFoundError, "data must be a folder with the tasks' files, got '/nowhere', which"),
         ({"limit": 0}, ValueError, "limit must be an integer of at least 1"),
         ({"batch_size": "auto"}, ValueError, "batch_size must be an integer of at least 1"),
     ],
 )
-def test_harness_bad_input_is_a_clear_error(model, data, options, error, message):
+def test_lm_eval_bad_input_is_a_clear_error(model, data, options, error, message):
     with pytest.raises(error, match=message):
         evaluate(model, make_tokenizer(), **{"tasks": ["arc_easy"], "data": data} | options)
 
@@ -242,15 +240,15 @@ def test_harness_bad_input_is_a_clear_error(model, data, options, error, message
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("arc/a_easy.jsonl", ['{"query": "x"}'], "question 0 has not: KeyError"),
-        ("arc/a_easy.jsonl", [foundry_arc("x", ["a"], 0), foundry_arc("x", ["a"], 3)], "question 1 has not"),
-        ("arc/a_easy.jsonl", [], "must have questions, got none"),
+        ("arc/a_easy.jsonl", ['{"query": "x"}'], r"question 0 \(counted from 0\) does not: KeyError"),
+        ("arc/a_easy.jsonl", [foundry_arc("x", ["a"], 0), foundry_arc("x", ["a"], 3)], "but question 1 "),
+        ("arc/a_easy.jsonl", [], "must have at least one question, got none"),
         ("hellaswag/hellaswag_val.txt", ["a: b", "4", "c", "d", "e", "f"], "four endings on six lines"),
-        ("mmlu/test/anatomy_test.csv", ["What?,1,2,3,4,5"], "question 0 has not"),
+        ("mmlu/test/anatomy_test.csv", ["What?,1,2,3,4,5"], "but question 0 "),
         ("truthfulqa/TruthfulQA.csv", ["Question,Best", "a,b"], "KeyError: 'Incorrect Answers'"),
     ],
 )
-def test_harness_names_the_file_and_question_that_are_not_as_expected(tmp_path, name, lines, message):
+def test_lm_eval_names_the_file_and_question_that_are_not_as_expected(tmp_path, name, lines, message):
     path = write_lines(tmp_path / "data" / name, lines)
     task = {"arc": "arc_easy", "hella": "hellaswag", "mmlu": "mmlu_anatomy", "truth": "truthfulqa_mc1"}
     [name_of_task] = [task[key] for key in task if name.startswith(key)]
@@ -259,7 +257,7 @@ def test_harness_names_the_file_and_question_that_are_not_as_expected(tmp_path, 
     assert str(path) in str(caught.value)
 
 
-def test_harness_without_lm_eval_names_the_extra(monkeypatch, tmp_path):
+def test_lm_eval_without_lm_eval_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'slimkernels\[harness\]'"):
         write_local_tasks(tmp_path, ["arc_easy"], tmp_path)

@@ -1,4 +1,4 @@
-"""The journal of lm-eval's log-likelihoods: the same forwards and digits as without, and none of them twice."""
+"""The journal of lm-eval's log-likelihoods: the same forward passes and digits as without it, and no pass twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from slimkernels.evaluate.lm_eval.journal import BatchJournal, JournalledLM
 from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 
-# Of lm-eval and of what it imports; none is about this package's calls.
+# lm-eval and its dependencies warn; no warning is about this package's calls.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TASKS = ["arc_easy", "mmlu_anatomy", "truthfulqa_mc1", "truthfulqa_mc2"]
@@ -24,7 +24,7 @@ WORDS = ["rain", "stone", "water", "milk", "a", "the", "wet", "hard", "old", "re
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Choices of all lengths; of one token (mmlu's letters); one prompt in two tasks (TruthfulQA); equal questions."""
+    """Writes choices of many lengths and of one token (MMLU), equal prompts in two tasks, and equal questions."""
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(4)
 
     def text(most):
@@ -44,9 +44,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def requests():
-    """Of few different tokens: equal ones, equal sequences cut elsewhere, others that share all but the last token.
+    """Makes requests of few different tokens, some of them too long for ``make_model``.
 
-    Some are too long for ``make_model``.
+    Some are equal, some are equal sequences with another boundary, and some differ only in the last token.
     """
     draw, found = random.Random(0), []
     for index in range(120):
@@ -76,7 +76,7 @@ class StoppedError(Exception):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Every input of the model, as lists; ``forwards.stop_at`` is the one at which the process is stopped."""
+    """Records every input of the model as lists; the forward pass of index ``forwards.stop_at`` raises."""
     original = HFLM._model_call
 
     class Forwards(list):
@@ -123,14 +123,14 @@ def test_requests_of_any_kind_are_answered_as_by_lm_eval(requests, forwards, tmp
     assert not forwards
 
 
-def test_a_stopped_model_goes_on_with_the_batch_that_it_was_at(requests, forwards, tmp_path):
+def test_a_stopped_model_resumes_at_the_unfinished_batch(requests, forwards, tmp_path):
     expected = ask_lm_eval(make_model(), requests)
     asked, path, kept = forwards.taken(), tmp_path / "journal", 0
     for forwards.stop_at in (1, 4, 2):
         with pytest.raises(StoppedError):
             ask(make_model(), requests, path)
         assert forwards.taken() == asked[kept:][: forwards.stop_at]
-        # The last line is torn, as by a kill while it is written: its batch is done again, and no other.
+        # The last line is cut off, as by a kill while it is written: only its batch is computed again.
         path.write_bytes(path.read_bytes()[:-7])
         kept += forwards.stop_at - 1
     forwards.stop_at = None
@@ -152,7 +152,7 @@ def test_answers_of_another_model_or_batch_are_not_taken(requests, forwards, tmp
         assert [batch for batch in forwards.taken() if batch not in asked] == new
 
 
-def test_the_time_of_batches_that_are_found_is_known(requests, tmp_path):
+def test_the_time_of_batches_from_the_journal_is_known(requests, tmp_path):
     ask(make_model(), requests, tmp_path / "journal")
     written = sum(json.loads(line)["seconds"] for line in (tmp_path / "journal").read_text().splitlines())
     with BatchJournal(tmp_path / "journal", ["model"]) as journal:

@@ -1,0 +1,62 @@
+"""Draws sparse targets from the logits of a model's head, and holds the defaults that capture and training share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkernels.models.head import LanguageModelHead
+from slimkernels.ops.mixed_targets import mixed_targets
+from slimkernels.ops.sample_targets import sample_targets
+from slimkernels.sparse_logits import SparseLogits
+
+DEFAULT_TOP_FRACTION = 0.05
+DEFAULT_ROUNDS = 50
+# 256 rows of 128256 float32 logits are 131 MB.
+CHUNK_ROWS = 256
+
+
+def draw_targets(
+    head: LanguageModelHead,
+    hidden: Tensor,
+    target: Tensor,
+    rounds: int,
+    seed: int | Tensor,
+    position: Tensor,
+    *,
+    top_k: int = 0,
+    require_finite: bool = False,
+) -> SparseLogits:
+    """Draws with ``sample_targets`` or ``mixed_targets`` from the logits of ``CHUNK_ROWS`` hidden states at a time.
+
+    Args:
+        head: The teacher's head.
+        hidden: (N, D) hidden states.
+        target: (N,) int64 labels.
+        rounds: Draws of every row.
+        seed: An int, or (N,) int64.
+        position: (N,) int64; with the seed it decides the noise of a row.
+        top_k: Largest logits kept exactly by ``mixed_targets``; 0 uses ``sample_targets``.
+        require_finite: Whether to check the logits, which waits for the device.
+
+    Returns:
+        SparseLogits (N, K) on the device of ``hidden``.
+
+    Raises:
+        FloatingPointError: A row is not finite, with ``require_finite``.
+    """
+    parts = []
+    for start in range(0, len(hidden), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        logits = head.logits(hidden[rows])
+        if require_finite and not torch.isfinite(logits.amax(-1)).all():
+            raise FloatingPointError(
+                f"the teacher's logits are not finite in {logits.dtype}: load it in float32 or bfloat16"
+            )
+        row_seed = seed[rows] if isinstance(seed, Tensor) else seed
+        if top_k:
+            part = mixed_targets(logits, top_k, rounds, row_seed, position=position[rows], target=target[rows])
+        else:
+            part = sample_targets(logits, rounds, row_seed, position=position[rows], target=target[rows])
+        parts.append(part)
+    return SparseLogits.cat(parts)
