@@ -8,7 +8,6 @@ Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softma
 
 from typing import TYPE_CHECKING
 
-from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.decode_logits import decode_logits
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
@@ -16,6 +15,7 @@ from slimkernels.ops.mixed_targets import mixed_targets
 from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
 from slimkernels.ops.sample_targets import sample_targets
 from slimkernels.ops.slim_loss import slim_loss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.packed_logits import PackedLogits

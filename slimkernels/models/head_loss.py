@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.ops.vocab_parallel.slice import whole
 from slimkernels.sparse_logits import SparseLogits
 

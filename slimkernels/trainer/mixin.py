@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.head_loss import IGNORE_INDEX, HeadLoss, TeacherOfLabels, base_model, next_labels
 from slimkernels.models.patch import check_loss, without_logits
-from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.trainer.log import LossLog
