@@ -38,17 +38,44 @@ Dtype dtype_of(const Tensor& t, const char* name) {
 
 ScalarType acc_type(Dtype dtype) { return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
-int index_of(const std::string& value, const char* name, std::initializer_list<const char*> names) {
-  int index = 0;
-  for (const char* candidate : names) {
-    if (value == candidate) return index;
-    ++index;
+template <class Enum>
+struct Choice {
+  const char* name;
+  Enum value;
+};
+
+template <class Enum>
+Enum value_of(const std::string& name, const char* argument, std::initializer_list<Choice<Enum>> choices) {
+  for (const Choice<Enum>& choice : choices) {
+    if (name == choice.name) return choice.value;
   }
-  STD_TORCH_CHECK(false, name, " is unknown: '", value, "'");
+  STD_TORCH_CHECK(false, argument, " is unknown: '", name, "'");
 }
 
-int rest_of(const std::string& rest) {
-  return index_of(rest, "rest", {"renorm", "zero", "ghost", "zero_logit", "renorm_both"});
+Rest rest_of(const std::string& name) {
+  return value_of<Rest>(name, "rest",
+                        {{"renorm", kRenorm},
+                         {"zero", kZero},
+                         {"ghost", kGhost},
+                         {"zero_logit", kZeroLogit},
+                         {"renorm_both", kRenormBoth}});
+}
+
+Divergence divergence_of(const std::string& name) {
+  return value_of<Divergence>(name, "divergence",
+                              {{"forward_kl", kForwardKl},
+                               {"soft_ce", kSoftCe},
+                               {"reverse_kl", kReverseKl},
+                               {"jsd", kJsd},
+                               {"skew_kl", kSkewKl}});
+}
+
+Weighting weighting_of(const std::string& name) {
+  return value_of<Weighting>(name, "weighting",
+                             {{"teacher_over_student", kTeacherOverStudent},
+                              {"student_over_teacher", kStudentOverTeacher},
+                              {"none", kWeightOne},
+                              {"tensor", kWeightTensor}});
 }
 
 // Returns the data of a contiguous CPU tensor of the given type and number of elements; null for an absent one.
@@ -144,11 +171,11 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, d
   return run(checked_kernels().sparse_softmax, args, num_rows);
 }
 
-// Writes the statistics (7, N) and, where asked, the gradient, which may overwrite the logits it is computed from.
+// Writes the statistics (kStats, N) and, where dlogits is given, the gradient, which may overwrite the logits.
 int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
                            OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
                            OptionalTensor teacher_lse_one, OptionalTensor target_logit, OptionalTensor token_weight,
-                           double temperature, std::string rest, std::string divergence, std::string weight,
+                           double temperature, std::string rest, std::string divergence, std::string weighting,
                            bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
                            double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
                            int64_t ignore_index) {
@@ -169,13 +196,13 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
     args.dlogits = dlogits->mutable_data_ptr();
     args.dlogits_stride = dlogits->stride(0);
   }
-  args.stats = out_of(stats, acc, 7 * num_rows, "stats");
+  args.stats = out_of(stats, acc, kStats * num_rows, "stats");
   args.num_rows = num_rows;
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
   args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");
   args.rest = rest_of(rest);
-  args.divergence = index_of(divergence, "divergence", {"forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl"});
-  args.weight = index_of(weight, "weight", {"teacher_over_student", "student_over_teacher", "none", "tensor"});
+  args.divergence = divergence_of(divergence);
+  args.weighting = weighting_of(weighting);
   if (ids.has_value()) {
     STD_TORCH_CHECK(ids->dim() == 2 && teacher_logits.has_value(), "ids must have shape (N, K) and come with logits");
     args.top_k = ids->size(1);
@@ -189,9 +216,10 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
     args.token_weight = data_of(token_weight, acc, num_rows, "token_weight");
     STD_TORCH_CHECK(args.teacher_lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest,
                     "' needs teacher_lse");
-    STD_TORCH_CHECK(args.teacher_lse_one != nullptr || args.weight >= kWeightOne, "weight '", weight,
-                    "' needs teacher_lse_one");
-    STD_TORCH_CHECK(args.token_weight != nullptr || args.weight != kWeightTensor, "weight 'tensor' needs token_weight");
+    const bool compares = args.weighting == kTeacherOverStudent || args.weighting == kStudentOverTeacher;
+    STD_TORCH_CHECK(args.teacher_lse_one != nullptr || !compares, "weighting '", weighting, "' needs teacher_lse_one");
+    STD_TORCH_CHECK(args.token_weight != nullptr || args.weighting != kWeightTensor,
+                    "weighting 'tensor' needs token_weight");
   }
   args.temperature = temperature;
   args.detach_weight = detach_weight;

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from slimkernels.ops.mixed_targets import mixed_targets
     from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
     from slimkernels.ops.sample_targets import sample_targets
-    from slimkernels.ops.slim_loss import SlimLoss, slim_loss
+    from slimkernels.ops.slim_loss import slim_loss
+    from slimkernels.ops.slim_result import SlimLoss
     from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
     from slimkernels.ops.topk_logits import topk_logits
     from slimkernels.packed_logits import PackedLogits
@@ -64,7 +65,7 @@ _MODULES = {
     "PathFinder": "search",
     "Sampled": "ops.sample_logits",
     "SlimConfig": "trainer",
-    "SlimLoss": "ops.slim_loss",
+    "SlimLoss": "ops.slim_result",
     "SlimLossMixin": "trainer",
     "SlimObjective": "trainer",
     "SlimTrainer": "trainer",

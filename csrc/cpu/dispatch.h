@@ -1,7 +1,8 @@
-// The table of CPU kernels, one per instruction set. Kernels take structs of plain pointers.
+// The table of CPU kernels, one per instruction set, and their arguments: plain pointers, numbers and enumerators.
 //
-// This header is included by the per-ISA files, so it holds declarations and POD only. An inline function or a template
-// with external linkage could be compiled for AVX-512, merged by the linker, and crash on an older machine.
+// The files that are compiled once per instruction set include this header, so it holds declarations and POD only. The
+// linker could keep the AVX-512 version of an inline function or a template with external linkage, which would crash an
+// older machine.
 #pragma once
 
 #include <stdint.h>
@@ -12,11 +13,14 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 enum Rest : int { kRenorm, kZero, kGhost, kZeroLogit, kRenormBoth };
 enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl };
-enum Weight : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
+enum Weighting : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
 
-// Faults of a row's data. A kernel stops at its first fault and returns row * kFaults + fault; 0 means no fault.
+// The faults of a row. A kernel stops at the first fault and returns row * kFaults + fault; 0 means no fault.
 enum Fault : int64_t { kOk = 0, kBadTarget = 1, kBadIds = 2, kNoMemory = 3 };
 constexpr int64_t kFaults = 4;
+
+// The statistics of a row of slim_loss, named in SlimLossArgs.
+constexpr int kStats = 7;
 
 // Arrays marked "acc" hold float32, or float64 if `dtype` is kFloat64.
 struct TopkLogitsArgs {
@@ -47,6 +51,7 @@ struct SparseSoftmaxArgs {
   void* tail_logprob;  // (N,) acc
 };
 
+// From `temperature` on, the fields are the options of slim_loss under their names.
 struct SlimLossArgs {
   const void* logits;  // (N, V) of dtype
   int64_t logits_stride;
@@ -54,7 +59,7 @@ struct SlimLossArgs {
   int64_t vocab_size;
   void* dlogits;  // (N, V) of dtype, may be `logits` itself, or null: no gradient
   int64_t dlogits_stride;
-  void* stats;  // (7, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse
+  void* stats;  // (kStats, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse
   int64_t num_rows;
   const int64_t* target;       // (N,)
   const int32_t* ids;          // (N, K) or null: no teacher
@@ -69,7 +74,7 @@ struct SlimLossArgs {
   double temperature;
   int rest;
   int divergence;
-  int weight;
+  int weighting;
   bool detach_weight;
   double beta;
   double alpha;
@@ -80,7 +85,7 @@ struct SlimLossArgs {
   double softcap;  // 0: none
   double logit_scale;
   int64_t ignore_index;
-  bool streams;  // the gradient is written past the caches; only where it does not overwrite the logits
+  bool streams;  // write the gradient past the caches, which excludes writing it over the logits
 };
 
 struct SoftmaxGradientArgs {
