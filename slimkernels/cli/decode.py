@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from slimkernels.cli.decode_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
+from slimkernels.cli.decode_arguments import DECODE_FIELDS
 
 if TYPE_CHECKING:
     import torch
@@ -161,8 +161,7 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
 
-    options: dict[str, Any] = {"answer_pattern": DEFAULT_ANSWER_PATTERN}
-    options |= {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
     # Before the model is loaded: a bad value is found out at once.
     config = search.PathFinderConfig(**options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains

@@ -10,7 +10,6 @@ SELECTORS = ("consensus", "majority-vote", "log-probability", "verifier")
 DEFAULT_TEMPLATE = (
     '{question}\n\nThink step by step, one step on each line. The last line is "Answer:" and the answer alone.'
 )
-DEFAULT_ANSWER_PATTERN = r"(?im)(?:\banswer(?: is:?|:)|####)[* ]*(\S.*?)[.* ]*$"
 DECODE_EXAMPLES = """\
 examples:
   slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
@@ -78,11 +77,16 @@ DECODE_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"action": "append", "metavar": "TEXT"},
         "a branch is finished with the step that has it; may be repeated",
     ),
+    "answer_kind": (
+        "--answer-kind",
+        {"choices": ("any", "number", "yes_no", "letter")},
+        'what ends a branch when it is announced, as by "The answer is 18" or "Answer: 18" (default: any)',
+    ),
     "answer_pattern": (
         "--answer-pattern",
         {"metavar": "REGEX"},
-        "a branch is finished with the step it is found in; its first group is the answer "
-        f"(default: {DEFAULT_ANSWER_PATTERN})",
+        "in its place: a branch is finished with the step it is found in; its first group is the answer "
+        "(default: --answer-kind)",
     ),
     "temperature": ("--temperature", {"type": float, "metavar": "T"}, "at depth 0; 0: the likeliest (default: 0.8)"),
     "annealing": ("--annealing", {"type": float, "metavar": "F"}, "factor of it for every depth (default: 0.9)"),
