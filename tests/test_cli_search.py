@@ -13,7 +13,7 @@ import pytest
 from support import teachers
 
 from slimkernels.cli import main
-from slimkernels.cli.decode import DEFAULT_ANSWER_PATTERN, SEARCH_FIELDS
+from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
 
@@ -64,7 +64,7 @@ def test_decode_documents_the_defaults_of_the_configuration():
         "max_tokens": "no limit",
         "time_limit_s": "no limit",
         "step_delimiter": r"\n",
-        "answer_pattern": DEFAULT_ANSWER_PATTERN,
+        "answer_pattern": "the rule of --answer-kind",
     }
     for name, default in fields.items():
         if name != "end_markers":
@@ -84,7 +84,7 @@ def test_decode_documents_the_defaults_of_the_configuration():
     ],
 )
 def test_decode_finds_answers(text, answer):
-    assert PathFinderConfig(answer_pattern=DEFAULT_ANSWER_PATTERN).answer(text) == answer
+    assert PathFinderConfig().answer(text) == answer
 
 
 def test_decode_writes_every_prediction(decode, model, questions, tmp_path):

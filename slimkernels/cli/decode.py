@@ -29,7 +29,6 @@ _DEFAULT_CHAINS = 8
 _DEFAULT_TEMPLATE = (
     '{question}\n\nThink step by step, one step on each line. The last line is "Answer:" and the answer alone.'
 )
-DEFAULT_ANSWER_PATTERN = r"(?im)(?:\banswer(?: is:?|:)|####)[* ]*(\S.*?)[.* ]*$"
 _EXAMPLES = """\
 examples:
   slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
@@ -105,11 +104,17 @@ SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"action": "append", "metavar": "TEXT"},
         "text that finishes a branch; may be repeated",
     ),
+    "answer_kind": (
+        "--answer-kind",
+        {"choices": ("any", "number", "yes_no", "letter")},
+        'kind of answer that finishes the branch which announces it, as in "The answer is 18" or "Answer: 18" '
+        "(default: any)",
+    ),
     "answer_pattern": (
         "--answer-pattern",
         {"metavar": "REGEX"},
         "regular expression that finishes the branch it matches in; its first group is the answer "
-        f"(default: {DEFAULT_ANSWER_PATTERN})",
+        "(default: the rule of --answer-kind)",
     ),
     "temperature": (
         "--temperature",
@@ -316,8 +321,7 @@ def _read_question(args: argparse.Namespace, line: str, where: str) -> _Asked:
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
 
-    options: dict[str, Any] = {"answer_pattern": DEFAULT_ANSWER_PATTERN}
-    options |= {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
     # Made before the model is loaded, so that a bad value fails at once.
     config = search.PathFinderConfig(**options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains

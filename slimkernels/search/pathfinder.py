@@ -139,7 +139,7 @@ class PathFinder:
     def _check_question(self, index: int, question: Prompt | Question) -> Question:
         if not isinstance(question, Question):
             question = Question(question)
-        prompt, context = question
+        prompt, context, choices = question
         if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"questions[{index}] must have a prompt with text in it, got an empty one")
         try:
@@ -148,7 +148,7 @@ class PathFinder:
             raise ValueError(f"questions[{index}]: {error}") from error
         if context is None:
             context = prompt if isinstance(prompt, str) else ""
-        return Question(prompt, context)
+        return Question(prompt, context, tuple(choices))
 
     def _search_batch(
         self, searches: Sequence[QuestionSearch], trace: Trace | None, on_depth: OnDepth | None

@@ -20,10 +20,12 @@ class Question(NamedTuple):
     Attributes:
         prompt: Everything that the model reads: a text, or its token ids.
         context: The question alone, for the contradiction check and for scorers. None takes the prompt if it is a text.
+        choices: Texts that the letters A, B, ... stand for, if the answer is a letter.
     """
 
     prompt: Prompt
     context: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
@@ -31,7 +33,7 @@ class Result(NamedTuple):
 
     Attributes:
         text: Text of the selected branch, without the prompt; empty if no branch is left.
-        answer: Match of ``answer_pattern`` in the text, or None.
+        answer: Answer that the text announces, by the configuration's ``answer_kind`` or ``answer_pattern``, or None.
         finished: Whether the selected branch came to its own end. False if a limit ended all branches that are left, or
             if none is left.
         node: Selected node of ``tree``; None if no branch is left.
@@ -208,10 +210,15 @@ class QuestionSearch:
         self._checked[node] = child.checked
         if child.failure:
             self._close_leaf(node, Status.CUT, child.failure)
-        elif step.end == "end_of_text" or self.config.is_final(step.text):
+        elif step.end == "end_of_text" or self._is_final(child):
             self._close_leaf(node, Status.FINISHED, "finished")
         elif step.end == "context":
             self._close_leaf(node, Status.ENDED, "context")
+
+    def _is_final(self, child: Child) -> bool:
+        before = self.tree.text(child.parent)
+        complete = child.step.end == "step"
+        return self.config.is_final(child.step.text, before, self.question.choices, complete=complete)
 
     def prune(self) -> None:
         """Prunes all but the best ``beam`` open leaves, then all but the best ``buffer_size`` hypotheses."""
@@ -231,7 +238,7 @@ class QuestionSearch:
         return Candidate(
             node=node,
             text=text,
-            answer=self.config.answer(text),
+            answer=self.config.answer(text, self.question.choices),
             sum_logprob=float(self.tree.sum_logprob[node]),
             num_tokens=int(self.tree.num_tokens[node]),
             context=self.question.context or "",
