@@ -92,13 +92,14 @@ def test_a_mistyped_option_loads_no_torch() -> None:
         import sys
         from slimkernels.cli import main
         assert main(["capture", "--teacher", "x", "--prompts", "--out", "y"]) == 2
-        assert main(["eval", "--out", "y"]) == 2
+        assert main(["eval", "--store", "y"]) == 2
+        assert main(["compare", "--out", "y"]) == 2
         assert main(["decode", "--model", "x"]) == 2
         assert not {"torch", "transformers"} & set(sys.modules)
     """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    assert process.stderr.count("slimkernels: ") == 3
+    assert process.stderr.count("slimkernels: ") == 4
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -108,7 +109,7 @@ def test_help_of_every_command(program, capsys) -> None:
     assert stop.value.code == 0
     output = capsys.readouterr().out
     assert output.startswith(f"usage: {program}")
-    if program.split()[1:] and program.split()[1] in ("capture", "train", "eval"):
+    if program.split()[1:] and program.split()[1] in ("capture", "train", "eval", "compare"):
         assert f"{program} --" in output.partition("examples:")[2]
 
 

@@ -286,6 +286,7 @@ class PathFinder:
         checks = tuple(check.name for check in self.checks)
         notes = () if "contradiction" in checks else ("the contradiction check was off: no NLI model was given",)
         notes += tuple(getattr(self.engine, "notes", ()))
+        notes += tuple(search.budget_notes())
         if best is None:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tree.count_reasons().items()))
             notes += (f"no branch was left: {reasons}",)

@@ -10,9 +10,15 @@ from slimkernels.search.engine import Engine
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.selection import Scorer, log_probability, majority_vote
 
+DEFAULT_CHAINS = 5
+
 
 def self_consistency(
-    engine: Engine, num_chains: int, config: PathFinderConfig | None = None, *, selector: Scorer = majority_vote
+    engine: Engine,
+    num_chains: int = DEFAULT_CHAINS,
+    config: PathFinderConfig | None = None,
+    *,
+    selector: Scorer = majority_vote,
 ) -> PathFinder:
     """Returns a search that draws ``num_chains`` independent chains of thought and selects the most frequent answer.
 
@@ -30,7 +36,11 @@ def self_consistency(
 
 
 def best_of_n(
-    engine: Engine, num_chains: int, config: PathFinderConfig | None = None, *, selector: Scorer = log_probability
+    engine: Engine,
+    num_chains: int = DEFAULT_CHAINS,
+    config: PathFinderConfig | None = None,
+    *,
+    selector: Scorer = log_probability,
 ) -> PathFinder:
     """Returns a search that draws ``num_chains`` independent chains of thought and selects the one with the best score.
 

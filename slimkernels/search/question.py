@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from slimkernels.search.checks import CheckedBranch, CheckedStep
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step
@@ -180,6 +182,24 @@ class QuestionSearch:
             return None
         # A server may have generated more than it was asked for.
         return max(0, self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
+
+    def budget_notes(self) -> list[str]:
+        """Returns a note on the first depth at which a budget left leaves with fewer children than configured."""
+        tree, config = self.tree, self.config
+        for depth in range(int(tree.depth.max()) + 1):
+            leaves = [
+                node
+                for node in (*tree.with_status(Status.EXPANDED), *tree.with_status(Status.ENDED))
+                if tree.depth[node] == depth and tree.reasons[node] in ("", "budget")
+            ]
+            wanted = len(leaves) * config.branching_at(depth)
+            allowed = int(np.isin(tree.parent, leaves).sum())
+            if allowed < wanted:
+                return [
+                    f"the budget allowed {allowed} of {wanted} steps at depth {depth}: raise max_tokens or "
+                    "time_limit_s, or lower branching_factor, beam or max_step_tokens"
+                ]
+        return []
 
     def new_children(self, factor: int) -> list[Child]:
         """Returns ``factor`` children for each open leaf, in the order of their leaves.
