@@ -192,6 +192,32 @@ def test_a_store_teaches_what_the_model_it_was_captured_from_teaches(tmp_path):
         make_plain(tmp_path, Distiller, make_model(), make_rows(seed=1), teacher_store=store).train()
 
 
+def test_the_teachers_rows_are_not_rounded_by_the_students_autocast(tmp_path):
+    """Reads the rows inside the student's forward pass, which accelerate runs under autocast."""
+    trainer = make_plain(
+        tmp_path,
+        Distiller,
+        make_model(),
+        teacher_model=make_model(seed=9),
+        objective=sk.SlimObjective("sampled", teacher_rounds=2000),
+        options={"bf16": True, "max_steps": 1},
+    )
+    rows, seen = trainer.online_teacher.rows, []
+
+    def draw(hidden, target):
+        torch.manual_seed(5)
+        found = rows(hidden, target)
+        seen.append((hidden, target, found))
+        return found
+
+    trainer.online_teacher.rows = draw
+    trainer.train()
+    hidden, target, under_autocast = seen[0]
+    again = draw(hidden, target)
+    assert torch.equal(under_autocast.ids, again.ids)
+    assert torch.equal(under_autocast.logits, again.logits)
+
+
 def test_learned_prompts_are_trained(tmp_path):
     peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -73,7 +73,14 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
-        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,)."""
+        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,).
+
+        The products are in the teacher's dtype, also within the student's autocast region.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._rows(hidden, target)
+
+    def _rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
         head = self._head()
         objective = self.objective
         if objective.method == "sampled":
