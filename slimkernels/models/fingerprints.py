@@ -27,8 +27,27 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    return _tokenizer_fingerprint(tokenizer, tokenizer.get_vocab())
+
+
+def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Computes ``tokenizer_fingerprint``, and that of the tokenizer before a padding token was added to it.
+
+    An added padding token is the last of the vocabulary, so the other ids mean what they meant without it.
+    """
+    found = [tokenizer_fingerprint(tokenizer)]
+    vocab, pad = tokenizer.get_vocab(), tokenizer.pad_token
+    others = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk")}
+    if pad in vocab and pad not in others and vocab[pad] == max(vocab.values()):
+        found.append(
+            _tokenizer_fingerprint(tokenizer, {token: number for token, number in vocab.items() if token != pad})
+        )
+    return found
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int]) -> str:
     content = {
-        "vocab": sorted(tokenizer.get_vocab().items()),
+        "vocab": sorted(vocab.items()),
         "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")},
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -48,24 +67,30 @@ def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
     if not stored or tokenizer is None:
         return
     own = tokenizer_fingerprint(tokenizer)
-    if own != stored:
+    if stored not in tokenizer_fingerprints(tokenizer):
         raise ValueError(
             f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
             "load the teacher's tokenizer, or capture again with this one"
         )
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module, *, only_frozen: bool = False) -> str:
     """Computes SHA-256 over the names, shapes, dtypes and evenly spaced elements of all parameters.
 
     It reads about a thousand elements of each parameter, which takes milliseconds. That tells apart training runs and
     quantisations, but may miss a change to a handful of weights.
+
+    Args:
+        model: The model. The processes that share a sharded one must all call this.
+        only_frozen: True to leave out the parameters that are trained, such as adapters.
 
     Returns:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, parameter, sample in _sampled_parameters(model, _SAMPLES_PER_PARAMETER):
+        if only_frozen and parameter.requires_grad:
+            continue
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample)
     return digest.hexdigest()[:16]
