@@ -179,7 +179,8 @@ def _check_shapes(checkpoint: Path, model: nn.Module) -> None:
         if tuple(stored.get_shape()) != tuple(parameter.shape):
             raise ValueError(
                 f"resume_from_checkpoint must be a checkpoint of the same student, {checkpoint} holds {name} of "
-                f"shape {tuple(stored.get_shape())}, got {tuple(parameter.shape)} here: give this run an output_dir of its own"
+                f"shape {tuple(stored.get_shape())}, got {tuple(parameter.shape)} here: give this run an output_dir "
+                "of its own"
             )
 
 
