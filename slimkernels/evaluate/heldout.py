@@ -132,7 +132,9 @@ class HeldoutCell:
                         f"{self.task.store.path}, got {scores}: its weights may be damaged, or its dtype too narrow"
                     )
                 text = str(loaded.tokenizer.decode(document.input_ids.tolist()))
-                teacher_loss = metrics.teacher_loss
+                # A mean over some of the labels would stand beside the models' over all of them.
+                is_known = metrics.teacher_labels == metrics.labels
+                teacher_loss = metrics.teacher_loss if is_known else None
                 yield Record(
                     key=self.key(sample, None),
                     model=self.model.label,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.load import load_model
-from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.trainer.checkpoint import model_identity
 from slimkernels.trainer.log import LossLog
