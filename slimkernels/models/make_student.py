@@ -28,8 +28,8 @@ def make_student(
     """Loads a student, or makes a small randomly initialised one with the teacher's vocabulary.
 
     Args:
-        config_or_path: A folder (of a model, or of an adapter of PEFT) or hub name to load, a configuration to initialise at random, or None for a new
-            Llama-style student with tied embeddings of the sizes below.
+        config_or_path: A folder (of a model, or of an adapter of PEFT) or hub name to load, a configuration to
+            initialise at random, or None for a new Llama-style student with tied embeddings of the sizes below.
         tokenizer: The teacher's tokenizer, which gives a new student ``vocab_size`` and special tokens.
         vocab_size: Vocabulary size V of a new student; takes precedence over ``len(tokenizer)``, as a teacher's head
             may be padded.

@@ -107,7 +107,6 @@ class SlimTrainer(DistillationMixin, Trainer):
                 vocab_size=LanguageModelHead.of(self.model).vocab_size,
                 tokenizer=processing_class,
                 max_length=self._max_length(),
-                num_processes=self.args.world_size,
             )
         if data_collator is None:
             self.data_collator = SlimCollator(

@@ -48,28 +48,25 @@ def check_stored_rows(
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
-    num_processes: int = 1,
 ) -> None:
     """Checks that a student can learn from the stores under a data set, in the way that an objective asks for.
 
     Args:
-        dataset: A ``Store``, ``StoreDataset`` or ``StoreIterableDataset``, or a torch data set of them. Other data
-            sets pass.
+        dataset: A ``Store`` or ``StoreDataset``, or a torch data set of them. Other data sets pass.
         objective: The objective that reads the teacher's rows; None where they are only measured against, or not read.
         vocab_size: Number of rows V of the student's head.
         tokenizer: The student's tokenizer, or None where it is not known.
         max_length: Number of tokens that the student can read; None for no check.
-        num_processes: Number of processes that train together.
 
     Raises:
         ValueError: The stores have another vocabulary or tokenizer, hold longer documents, cannot be in one batch, or
-            lack what the objective reads; or every process would be given a stream of its own.
+            lack what the objective reads; or the data set is a stream of them.
     """
     sources = sources_of(dataset)
-    if sources and isinstance(dataset, IterableDataset) and num_processes > 1:
+    if sources and isinstance(dataset, IterableDataset):
         raise ValueError(
-            "a StoreIterableDataset splits its documents over the processes, and the trainer would split them again: "
-            "pass a StoreDataset, which the trainer shuffles, splits and resumes"
+            "the documents of a trainer must have an order that it can shuffle, split and resume, got a stream, "
+            f"{type(dataset).__name__}, which does that itself: pass a StoreDataset"
         )
     for store in stores_of(dataset):
         _check_vocabulary(store, vocab_size)
