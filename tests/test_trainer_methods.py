@@ -30,6 +30,7 @@ pytestmark = [
     # peft still calls functions that transformers renamed, and warns that merging an adapter would untie the head.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
 
@@ -456,6 +457,7 @@ def test_a_student_of_adapters_is_loaded_to_be_measured_and_trained_further(tmp_
         assert f"the model of the adapter in {tmp_path / 'adapters'} is not found" in message
         assert "set base_model_name_or_path in its adapter_config.json" in message
         return
+    capsys.readouterr()
     assert main(["eval", "--store", str(store.path), "--model", str(tmp_path / "adapters"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)[str(tmp_path / "adapters")]
     assert found["loss"] == pytest.approx(expected, rel=1e-4)

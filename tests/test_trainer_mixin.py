@@ -379,7 +379,9 @@ def test_a_loss_that_trl_would_compute_from_the_logits_is_refused(tmp_path):
     from datasets import Dataset
 
     args = trl.SFTConfig(output_dir=str(tmp_path), loss_type="dft", **RECIPE | {"bf16": False})
-    with pytest.raises(ValueError, match="loss_type must be 'nll' with SlimLossMixin, which computes the loss, got 'dft'"):
+    with pytest.raises(
+        ValueError, match="loss_type must be 'nll' with SlimLossMixin, which computes the loss, got 'dft'"
+    ):
         distilling(trl.SFTTrainer)(
             model=make_model(),
             args=args,
@@ -400,7 +402,9 @@ def test_paths_and_names_are_opened(tmp_path):
     teacher = make_model(seed=9).eval()
     teacher.save_pretrained(tmp_path / "teacher")
     store = write_store(tmp_path / "store", teacher, make_rows())
-    expected = curve(make_plain(tmp_path, Distiller, make_model(), teacher_store=store, objective=sk.SlimObjective("kd")))
+    expected = curve(
+        make_plain(tmp_path, Distiller, make_model(), teacher_store=store, objective=sk.SlimObjective("kd"))
+    )
     given = {"teacher_store": str(tmp_path / "store"), "objective": "kd"}
     assert curve(make_plain(tmp_path, Distiller, make_model(), **given)) == expected
     given = {"teacher_model": tmp_path / "teacher", "objective": sk.SlimObjective("kd", teacher_top_k=TOP_K)}
@@ -427,14 +431,20 @@ def test_evaluation_reports_the_terms_of_the_loss(tmp_path):
     """Compares the means of cross entropy and divergence over held-out labels with those of full logits."""
     model, teacher, rows = make_model(), make_model(seed=9).eval(), make_rows(seed=5)
     trainer = make_plain(
-        tmp_path, Distiller, model, teacher_model=teacher, objective=sk.SlimObjective("kd", ce_weight=0.5, kd_weight=2.0)
+        tmp_path,
+        Distiller,
+        model,
+        teacher_model=teacher,
+        objective=sk.SlimObjective("kd", ce_weight=0.5, kd_weight=2.0),
     )
     metrics = trainer.evaluate(rows)
     ce, kd, count = 0.0, 0.0, 0
     with torch.no_grad():
         for row in rows:
             batch = collate([row])
-            logprobs, log_q = (one.eval()(batch["input_ids"]).logits[0, :-1].log_softmax(-1) for one in (model, teacher))
+            logprobs, log_q = (
+                one.eval()(batch["input_ids"]).logits[0, :-1].log_softmax(-1) for one in (model, teacher)
+            )
             target = batch["labels"][0, 1:]
             is_label = target != -100
             ce += cross_entropy(logprobs[is_label], target[is_label], reduction="sum")
