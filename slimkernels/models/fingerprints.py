@@ -30,7 +30,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return _tokenizer_fingerprint(tokenizer, tokenizer.get_vocab())
 
 
-def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Computes ``tokenizer_fingerprint``, and that of the tokenizer before a padding token was added to it.
 
     An added padding token is the last of the vocabulary, so the other ids mean what they meant without it.
@@ -43,6 +43,11 @@ def tokenizer_fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             _tokenizer_fingerprint(tokenizer, {token: number for token, number in vocab.items() if token != pad})
         )
     return found
+
+
+def fingerprint_in_store(tokenizer: PreTrainedTokenizerBase, stored: str) -> str:
+    """Returns the fingerprint of a tokenizer: ``stored`` if only a padding token has been added to that one."""
+    return stored if stored in _fingerprints(tokenizer) else tokenizer_fingerprint(tokenizer)
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int]) -> str:
@@ -66,8 +71,8 @@ def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
     stored = getattr(dataset, "tokenizer_fingerprint", None)
     if not stored or tokenizer is None:
         return
-    own = tokenizer_fingerprint(tokenizer)
-    if stored not in tokenizer_fingerprints(tokenizer):
+    own = fingerprint_in_store(tokenizer, stored)
+    if own != stored:
         raise ValueError(
             f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
             "load the teacher's tokenizer, or capture again with this one"
