@@ -20,6 +20,7 @@ from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import check_can_be_saved
+from slimkernels.trainer.on_policy import warn_of_other_ends
 from slimkernels.trainer.stored_rows import opened_store, stores_of
 
 try:
@@ -114,6 +115,7 @@ class MiniLLMTrainer(_MiniLLMTrainer):
         for store in stores_of(train_dataset):
             check_tokenizer(store, processing_class)
         check_can_be_saved(model)
+        warn_of_other_ends(model, teacher_model)
         rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
         if rows[0] != rows[1]:
             raise ValueError(f"student and teacher must have heads of as many rows, got {rows[0]} and {rows[1]}")
