@@ -86,7 +86,7 @@ def test_pathfinder_model_likelihoods_are_lm_evals(model):
     ("options", "message"),
     [
         ({"selector": "best"}, "selector must be one of 'consensus'"),
-        ({"selector": "majority_vote"}, "give an answer_pattern"),
+        ({"selector": "majority_vote"}, "give an answer_kind or answer_pattern"),
         ({"beam": 0}, "beam must be an integer of at least 1"),
     ],
 )
