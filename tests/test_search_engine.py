@@ -288,6 +288,29 @@ def test_text_of_a_branch_is_that_of_its_tokens(monkeypatch, make, max_step_toke
     assert result.text.startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("end", "text"), [("<|sep|>", "ab"), ("b<|sep|>", "ab"), ("<|sep|>c", "abc"), ("<|no|>", "abca")]
+)
+def test_special_token_in_a_stop_text_ends_a_branch(monkeypatch, end, text):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|sep|>"]})
+    prompt = tokenizer("a<|sep|>")["input_ids"]
+    engine = scripted_engine(monkeypatch, tokenizer, tokenizer("ab<|sep|>ca")["input_ids"])
+    config = PathFinderConfig(max_depth=5, max_step_tokens=1, step_end=never, answer_kind=None)
+    [result] = greedy(engine.ending_at([end, "plain"]), config).solve([Question(prompt, "")])
+    assert (result.text, result.finished) == (text, end != "<|no|>")
+    assert engine.special_ends == ()
+
+
+def test_engine_asks_plain_questions_in_the_models_chat_template(model):
+    tokenizer = make_tokenizer()
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.chat_prompt("Anna") is None
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}!"
+    assert engine.chat_prompt("Anna") == tokenizer("<|start|>Anna!")["input_ids"]
+    assert engine.chat_prompt("<|start|>Anna!") is None
+
+
 def test_text_of_a_branch_is_kept_by_its_trace(monkeypatch, tmp_path):
     tokenizer = make_tokenizer()
     engine = scripted_engine(monkeypatch, tokenizer, tokenizer("\U0001f600 ab")["input_ids"])
