@@ -208,7 +208,8 @@ def test_import_megatron_refuses(tokenizer, tmp_path) -> None:
 
     write_cache(tmp_path / "cache", cases, iterations_a_file=1)
     refuses("is of sample 12, but samples ends before it", samples=samples[:BATCH])
-    refuses("has 16 rows, but sample 3 15 tokens", samples=[*samples[:3], samples[3][:-2], *samples[4:]])
+    message = "has 16 rows, so sample 3 must have as many tokens or one more, got 15"
+    refuses(message, samples=[*samples[:3], samples[3][:-2], *samples[4:]])
     refuses("sample 1: must be a list of token ids, got 7", samples=[samples[0], 7])
     one = tmp_path / "cache" / "dp1__12-24.tar"
     data = one.read_bytes()

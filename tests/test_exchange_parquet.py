@@ -233,6 +233,14 @@ def test_an_empty_store_has_an_empty_file(tmp_path) -> None:
         import_parquet(tmp_path / "a.parquet", tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", ["a", "a.csv", "a.parquet.tmp"])
+def test_a_file_that_would_not_be_recognised_is_refused(tmp_path, name) -> None:
+    make_store(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"path must end in \.parquet, by which data sets recognise such a file"):
+        export_parquet(tmp_path / "store", tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_export_and_import_commands(tmp_path, capsys) -> None:
     make_store(tmp_path / "a")
     file = str(tmp_path / "a.parquet")

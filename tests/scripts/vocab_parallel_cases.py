@@ -178,7 +178,7 @@ def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def frozen_weight(rank: int) -> tuple[bool, bool]:
-    """Returns whether a frozen weight leaves only hidden a gradient, and whether the loss under no_grad requires one."""
+    """Returns whether a frozen weight leaves only hidden a gradient, and whether a loss under no_grad requires one."""
     (hidden, weight, _), target, teacher = make_operands(Case({}, linear=True))
     start, stop = SLICES[rank]
     group = {"group": dist.group.WORLD, "vocab_start": start}
