@@ -304,7 +304,8 @@ class PathFinder:
             failed = list(check(branches))
             if len(failed) != len(branches):
                 raise ValueError(
-                    f"check {check.name!r} must return one value for each of {len(branches)} branches, got {len(failed)}"
+                    f"check {check.name!r} must return one value for each of {len(branches)} branches, got "
+                    f"{len(failed)}"
                 )
             for child, fails in zip(passing, failed, strict=True):
                 child.failure = check.name if fails else ""
@@ -323,7 +324,7 @@ class PathFinder:
         scores = [float(score) for score in self.selector(candidates)] if candidates else []
         best = candidates[select(candidates, scores)] if candidates else None
         checks = tuple(check.name for check in self.checks)
-        # Who asks for no checks does not miss one.
+        # A search without any checks did not ask for this one.
         off = checks and "contradiction" not in checks
         notes = ("the contradiction check was off: no NLI model was given",) if off else ()
         notes += (*getattr(self.engine, "notes", ()), *search.notes())

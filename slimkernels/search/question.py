@@ -208,7 +208,7 @@ class QuestionSearch:
             expanded = sum(tree.status[node] == Status.EXPANDED for node in at_depth)
             leaves = expanded + sum(tree.reasons[node] == "budget" for node in at_depth)
             wanted = leaves * self.config.branching_at(depth)
-            # Where no leaf was expanded, the time limit may be what ended them.
+            # If no leaf was expanded, the time limit may be what ended them.
             if children < wanted and (expanded or self.config.time_limit_s is None):
                 depths.append(f"{children} of {wanted} children at depth {depth + 1}")
         if not depths:

@@ -143,7 +143,9 @@ class BranchModel:
         if len(parts) == 1:
             return self._read_together(branches, slots, rows, tokens)
         read = [
-            self._read_together([branches[i] for i in part], slots, rows[part], [tokens[i] for i in part])
+            self._read_together(
+                [branches[i] for i in part.tolist()], slots, rows[part], [tokens[i] for i in part.tolist()]
+            )
             for part in parts
         ]
         order = torch.from_numpy(np.argsort(np.concatenate(parts))).to(self.device)
