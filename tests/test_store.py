@@ -545,3 +545,54 @@ def test_store_in_data_loader_workers(tmp_path, generator):
 
 def test_store_example_in_the_docstring():
     assert doctest.testmod(slimkernels.store) == (0, 5)
+
+
+@pytest.mark.parametrize("codec", ["affine8", "affine6"])
+@pytest.mark.parametrize("far", [-9999.0, -100.0, -3e38])
+def test_entries_far_below_a_rows_maximum_do_not_coarsen_the_others(tmp_path, codec, far) -> None:
+    """A placeholder for -inf, or the value at which a server clips, once took the whole range of the 8 bits."""
+    likely = torch.tensor([0.5, 0.25, 0.125, 0.0625]).log()
+    ids = torch.tensor([[1, 2, 5, 7, 8], [1, 2, 5, 7, 8]], dtype=torch.int32)
+    logits = torch.stack([torch.cat([likely[:2], torch.tensor([far]), likely[2:]]), torch.arange(5.0).log_softmax(-1)])
+    for name, tops in (("both", slice(None)), ("far", slice(1))):
+        teacher = SparseLogits(ids[tops], logits[tops], torch.zeros(len(ids[tops]), 1))
+        rows = {"temperatures": (1.0,), "codec": codec}
+        with StoreWriter(tmp_path / name, **SETTINGS | rows) as writer:
+            writer.add([3, 4, 5], torch.arange(1, 1 + len(teacher)), teacher)
+        verify(tmp_path / name)
+        stored = Store(tmp_path / name)[0].teacher
+        assert [i for i in stored.ids[0].tolist() if i >= 0] == [1, 2, 7, 8]
+        assert stored.logits[0, :4].exp().tolist() == pytest.approx(likely.exp().tolist(), rel=0.02)
+        if name == "both":
+            assert stored.ids[1].tolist() == [1, 2, 5, 7, 8]
+
+
+def test_entries_far_below_a_rows_maximum_stay_where_they_harm_nothing(tmp_path) -> None:
+    teacher = SparseLogits(torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[-0.5, -200.0]]), torch.zeros(1, 1))
+    for codec, kept in (("float32", [1, 2]), ("bfloat16", [1, 2]), ("affine8", [1])):
+        with StoreWriter(tmp_path / codec, **SETTINGS | {"temperatures": (1.0,), "codec": codec}) as writer:
+            writer.add([3, 2], [1], teacher)
+        document = Store(tmp_path / codec)[0]
+        assert document.teacher.ids[0].tolist() == kept
+        # The label's logit is that of the entry as it came.
+        assert document.teacher.target_logit.tolist() == [-200.0]
+    # At temperature 8 the same entry has a probability of exp(-25).
+    wide = SparseLogits(teacher.ids, teacher.logits, torch.zeros(1, 2), temperatures=(1.0, 8.0))
+    with StoreWriter(tmp_path / "wide", **SETTINGS | {"temperatures": (1.0, 8.0)}) as writer:
+        writer.add([3, 2], [1], wide)
+    assert Store(tmp_path / "wide")[0].teacher.ids[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_entries_far_below_a_rows_maximum_hide_no_bad_one(tmp_path, bad) -> None:
+    teacher = SparseLogits(
+        torch.tensor([[1, 2, 3]], dtype=torch.int32),
+        torch.tensor([[-0.5, bad, -200.0]]),
+        torch.zeros(1, 1),
+        target_logit=torch.zeros(1),
+    )
+    with (
+        StoreWriter(tmp_path, **SETTINGS | {"temperatures": (1.0,)}) as writer,
+        pytest.raises(ValueError, match="keeps a logit that is NaN or infinite"),
+    ):
+        writer.add([3, 2], [1], teacher)

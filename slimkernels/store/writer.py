@@ -15,6 +15,7 @@ import torch
 from slimkernels.durable import sync_directory, write_atomically, write_durably
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
+    FAR_NATS,
     EncodedRows,
     document_hash,
     encode_rows,
@@ -121,6 +122,8 @@ class StoreWriter:
             input_ids: (T,) integers in [0, V), T >= 1, as a tensor, an array or a list.
             positions: (R,) integers, ascending in [1, T). Row r predicts ``input_ids[positions[r]]``.
             teacher: SparseLogits (R, K) for V ids. Every row keeps at least one entry; kept logits are finite.
+                The affine codecs drop the entries of a row that lie more than ``FAR_NATS[codec]`` times the largest
+                temperature below its maximum, because one such entry would make the steps of all others coarse.
                 A NaN ``target_logit`` means that the teacher's logit of the label is not known. Without a
                 ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept.
 
@@ -235,6 +238,10 @@ class StoreWriter:
             target_logit = np.where(is_label, logits, -np.inf).max(-1, initial=-np.inf).astype(np.float32)
         else:
             target_logit = _as_array(teacher.target_logit, torch.float32)
+        if self.settings.codec in FAR_NATS:
+            kept, logits = _without_far_entries(
+                kept, logits, FAR_NATS[self.settings.codec] * max(self.settings.temperatures)
+            )
         return encode_rows(
             kept,
             logits,
@@ -292,6 +299,26 @@ class StoreWriter:
         return dataclasses.replace(
             entry, bytes=layout.total_bytes, head_checksum=head.hexdigest(), checksum=whole.hexdigest()
         )
+
+
+def _without_far_entries(ids: np.ndarray, logits: np.ndarray, span: float) -> tuple[np.ndarray, np.ndarray]:
+    """Drops the finite logits (R, K) that lie more than ``span`` below the maximum of their row.
+
+    The probability of a dropped entry is at most exp(-span) of the largest one and counts with the entries that are
+    not kept. Rows without such an entry are returned as they are.
+    """
+    is_entry = ids != -1
+    largest = np.where(is_entry, logits, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+    # An infinite logit, which no row may have, is left for the encoder to refuse.
+    is_far = is_entry & np.isfinite(logits) & (logits < largest - np.float32(span)) & np.isfinite(largest)
+    if not is_far.any():
+        return ids, logits
+    order = np.argsort(is_far, axis=-1, kind="stable")
+    gone = np.take_along_axis(is_far, order, -1)
+    return (
+        np.where(gone, np.int32(-1), np.take_along_axis(ids, order, -1)),
+        np.where(gone, np.float32(0), np.take_along_axis(logits, order, -1)),
+    )
 
 
 def _as_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
