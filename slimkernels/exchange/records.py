@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.text_files import read_lines
+
 _SUFFIXES = (".parquet", ".arrow", ".jsonl")
 # A record can have thousands of tokens with a list each, so few are read at a time.
 _RECORDS_AT_ONCE = 16
@@ -93,18 +95,17 @@ def read_records(source: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str
             yield where, {name: value.as_py() for name, value in record.items()}
         return
     for path in files:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where}: is not JSON: {error}") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
-                yield where, record
+        for number, line in enumerate(read_lines(path), 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
+            yield where, record
 
 
 def require_columns(names: Sequence[str], needed: Sequence[str], where: str) -> None:

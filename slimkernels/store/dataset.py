@@ -168,8 +168,9 @@ def collate_documents(
 
     Returns:
         ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the index in B * T of the
-        hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` PackedLogits or SparseLogits of N
-        rows, or None.
+        hidden state that predicts each label; ``target`` (N,) int64; ``prompt_lengths`` (B,) int64, the number of
+        tokens of each document's prompt, or those before its first label where that is not known; ``teacher``
+        PackedLogits or SparseLogits of N rows, or None.
 
     Raises:
         ValueError: There are no documents, or a position is outside [1, T).
@@ -196,5 +197,12 @@ def collate_documents(
         "attention_mask": attention_mask,
         "rows": torch.cat(rows),
         "target": torch.cat(targets),
+        "prompt_lengths": torch.tensor([_prompt_length(document) for document in documents]),
         "teacher": kind.cat([document.teacher for document in documents]) if with_teacher else None,
     }
+
+
+def _prompt_length(document: Document | PackedDocument) -> int:
+    if document.prompt_length:
+        return document.prompt_length
+    return int(document.positions[0]) if len(document.positions) else len(document.input_ids)

@@ -37,6 +37,7 @@ from slimkernels.store.format import (
     shard_layout,
     shard_name,
 )
+from slimkernels.store.prompts import prompts_content, prompts_name
 from slimkernels.store.reader import Store, tokens_as_int32
 
 _SHARD_BYTES = 64 << 20
@@ -48,6 +49,7 @@ class _Pending:
     digest: bytes
     positions: np.ndarray
     rows: EncodedRows
+    prompt_length: int
 
 
 class StoreWriter:
@@ -115,7 +117,7 @@ class StoreWriter:
             self._release()
             raise
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits) -> None:
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits, *, prompt_length: int = 0) -> None:
         """Buffers one document.
 
         Args:
@@ -126,6 +128,7 @@ class StoreWriter:
                 temperature below its maximum, because one such entry would make the steps of all others coarse.
                 A NaN ``target_logit`` means that the teacher's logit of the label is not known. Without a
                 ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept.
+            prompt_length: Number of tokens at the beginning that are a prompt, in [0, T]; 0 if that is not known.
 
         Raises:
             DuplicateDocumentError: A document with these ids is already stored or buffered.
@@ -139,8 +142,12 @@ class StoreWriter:
                 f"a document of these {len(ids)} token ids is in the store already: skip it when `input_ids in writer`"
             )
         at = _positions_as_int32(positions, len(ids))
+        if not 0 <= prompt_length <= len(ids):
+            raise ValueError(
+                f"prompt_length must lie in [0, {len(ids)}], the number of input_ids, got {prompt_length!r}"
+            )
         rows = self._encode(ids, at, teacher)
-        self._pending.append(_Pending(ids, digest, at, rows))
+        self._pending.append(_Pending(ids, digest, at, rows, int(prompt_length)))
         self._stored.add(digest)
         self._pending_rows += len(rows)
         self._pending_bytes += ids.nbytes + at.nbytes + rows.nbytes
@@ -160,6 +167,10 @@ class StoreWriter:
         shard_temporary = self.path / (name + TEMPORARY_SUFFIX)
         manifest_temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
         entry = self._write_shard(shard_temporary, name)
+        lengths = np.array([document.prompt_length for document in self._pending])
+        if lengths.any():
+            # Read only with the shard that it names, so that it needs no temporary name.
+            write_durably(self.path / prompts_name(name), [prompts_content(entry.checksum, lengths)])
         shards = (*self._shards, entry)
         write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
         sync_directory(self.path)
@@ -218,7 +229,7 @@ class StoreWriter:
                 )
         # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))
-        for leftover in (name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
+        for leftover in (prompts_name(name), name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
             (self.path / leftover).unlink(missing_ok=True)
         return store.shards, {digest for i in range(len(store.shards)) for digest in store.shard(i).hashes()}
 
