@@ -1,6 +1,6 @@
-// CPU implementations of the row operators that slimkernels/ops/*.py define: they fill outputs that the Python side
+// CPU implementations of the row operators that slimkernels/ops/*.py define. They fill outputs that the Python side
 // allocates, and return 0 or the first fault of the data as row * kFaults + fault. The Python side checks user input
-// and says what is wrong with it; the checks here keep a direct call of torch.ops.slimkernels.* memory-safe.
+// and raises informative errors; the checks here keep direct calls of torch.ops.slimkernels.* memory-safe.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,20 +38,47 @@ Dtype dtype_of(const Tensor& t, const char* name) {
 
 ScalarType acc_type(Dtype dtype) { return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
-int index_of(const std::string& value, const char* name, std::initializer_list<const char*> names) {
-  int index = 0;
-  for (const char* candidate : names) {
-    if (value == candidate) return index;
-    ++index;
+template <class Enum>
+struct Choice {
+  const char* name;
+  Enum value;
+};
+
+template <class Enum>
+Enum value_of(const std::string& name, const char* argument, std::initializer_list<Choice<Enum>> choices) {
+  for (const Choice<Enum>& choice : choices) {
+    if (name == choice.name) return choice.value;
   }
-  STD_TORCH_CHECK(false, name, " is unknown: '", value, "'");
+  STD_TORCH_CHECK(false, argument, " is unknown: '", name, "'");
 }
 
-int rest_of(const std::string& rest) {
-  return index_of(rest, "rest", {"renorm", "zero", "ghost", "zero_logit", "renorm_both"});
+Rest rest_of(const std::string& name) {
+  return value_of<Rest>(name, "rest",
+                        {{"renorm", kRenorm},
+                         {"zero", kZero},
+                         {"ghost", kGhost},
+                         {"zero_logit", kZeroLogit},
+                         {"renorm_both", kRenormBoth}});
 }
 
-// A contiguous CPU tensor of the given type and number of elements; null for an absent one.
+Divergence divergence_of(const std::string& name) {
+  return value_of<Divergence>(name, "divergence",
+                              {{"forward_kl", kForwardKl},
+                               {"soft_ce", kSoftCe},
+                               {"reverse_kl", kReverseKl},
+                               {"jsd", kJsd},
+                               {"skew_kl", kSkewKl}});
+}
+
+Weighting weighting_of(const std::string& name) {
+  return value_of<Weighting>(name, "weighting",
+                             {{"teacher_over_student", kTeacherOverStudent},
+                              {"student_over_teacher", kStudentOverTeacher},
+                              {"none", kWeightOne},
+                              {"tensor", kWeightTensor}});
+}
+
+// Returns the data of a contiguous CPU tensor of the given type and number of elements; null for an absent one.
 const void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
   if (!t.has_value()) return nullptr;
   STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->numel() == numel, name,
@@ -66,7 +93,7 @@ void* out_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char
 
 void check_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
-                  " must be a CPU tensor of two dimensions whose last one is dense");
+                  " must be a two-dimensional CPU tensor whose last dimension is dense");
 }
 
 const KernelTable& checked_kernels() {
@@ -74,7 +101,7 @@ const KernelTable& checked_kernels() {
   return kernels();
 }
 
-// Runs the rows on torch's threads; returns the fault of the first row that has one, or 0.
+// Runs a kernel over the rows on torch's threads; returns the fault of the first row that has one, or 0.
 template <class Args>
 int64_t run(int64_t (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t num_rows) {
   std::atomic<int64_t> fault{kOk};
@@ -105,7 +132,7 @@ int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target
   if (num_rows == 0) return kOk;
   const int64_t num_temperatures = static_cast<int64_t>(temperatures.size());
   STD_TORCH_CHECK(top_k >= 1 && top_k <= vocab_size && vocab_size <= INT32_MAX, "top_k must be in [1, V]");
-  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit must be given together");
   TopkLogitsArgs args = {};
   args.dtype = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
@@ -144,11 +171,11 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, d
   return run(checked_kernels().sparse_softmax, args, num_rows);
 }
 
-// Writes the statistics (7, N) and, where asked, the gradient, which may overwrite the logits it is computed from.
+// Writes the statistics (kStats, N) and, where dlogits is given, the gradient, which may overwrite the logits.
 int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
                            OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
                            OptionalTensor teacher_lse_one, OptionalTensor target_logit, OptionalTensor token_weight,
-                           double temperature, std::string rest, std::string divergence, std::string weight,
+                           double temperature, std::string rest, std::string divergence, std::string weighting,
                            bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
                            double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
                            int64_t ignore_index) {
@@ -169,13 +196,13 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
     args.dlogits = dlogits->mutable_data_ptr();
     args.dlogits_stride = dlogits->stride(0);
   }
-  args.stats = out_of(stats, acc, 7 * num_rows, "stats");
+  args.stats = out_of(stats, acc, kStats * num_rows, "stats");
   args.num_rows = num_rows;
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
   args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");
   args.rest = rest_of(rest);
-  args.divergence = index_of(divergence, "divergence", {"forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl"});
-  args.weight = index_of(weight, "weight", {"teacher_over_student", "student_over_teacher", "none", "tensor"});
+  args.divergence = divergence_of(divergence);
+  args.weighting = weighting_of(weighting);
   if (ids.has_value()) {
     STD_TORCH_CHECK(ids->dim() == 2 && teacher_logits.has_value(), "ids must have shape (N, K) and come with logits");
     args.top_k = ids->size(1);
@@ -189,9 +216,10 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
     args.token_weight = data_of(token_weight, acc, num_rows, "token_weight");
     STD_TORCH_CHECK(args.teacher_lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest,
                     "' needs teacher_lse");
-    STD_TORCH_CHECK(args.teacher_lse_one != nullptr || args.weight >= kWeightOne, "weight '", weight,
-                    "' needs teacher_lse_one");
-    STD_TORCH_CHECK(args.token_weight != nullptr || args.weight != kWeightTensor, "weight 'tensor' needs token_weight");
+    const bool compares = args.weighting == kTeacherOverStudent || args.weighting == kStudentOverTeacher;
+    STD_TORCH_CHECK(args.teacher_lse_one != nullptr || !compares, "weighting '", weighting, "' needs teacher_lse_one");
+    STD_TORCH_CHECK(args.token_weight != nullptr || args.weighting != kWeightTensor,
+                    "weighting 'tensor' needs token_weight");
   }
   args.temperature = temperature;
   args.detach_weight = detach_weight;
@@ -239,7 +267,7 @@ void softmax_gradient_rows_cpu(Tensor logits, Tensor gradient, Tensor numbers, d
   run(checked_kernels().softmax_gradient, args, args.num_rows);
 }
 
-// An option with one value for all rows, or a tensor (N,) that takes its place.
+// Returns an option of the rows: the tensor (N,) if it is given, else the one value for all rows.
 RowInts option_of(const OptionalTensor& values, const int64_t& value, int64_t num_rows, const char* name) {
   if (!values.has_value()) return {&value, 0};
   return {static_cast<const int64_t*>(data_of(values, ScalarType::Long, num_rows, name)), 1};
@@ -287,7 +315,7 @@ int64_t sample_targets_rows_cpu(Tensor logits, int64_t rounds, int64_t seed, Opt
   if (num_rows == 0) return kOk;
   STD_TORCH_CHECK(rounds >= 1 && rounds <= INT32_MAX && vocab_size >= 1 && vocab_size <= INT32_MAX,
                   "rounds and V must be at least 1");
-  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit must be given together");
   SampleTargetsArgs args = {};
   args.dtype = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
@@ -319,7 +347,7 @@ int64_t decode_logits_rows_cpu(Tensor id_words, Tensor values, OptionalTensor af
   args.values = data_of(values, values.scalar_type(), num_rows * top_k, "values");
   args.affine = static_cast<const float*>(data_of(affine, ScalarType::Float, 2 * num_rows, "affine"));
   STD_TORCH_CHECK((values.scalar_type() == ScalarType::Byte) == affine.has_value(),
-                  "affine must be given with uint8 values, and with no others");
+                  "affine must be given if values are uint8, and only then");
   switch (values.scalar_type()) {
     case ScalarType::Byte:
       args.decode = decode_values<uint8_t>;

@@ -1,4 +1,4 @@
-"""The benchmark suite itself: its cases are right and its arithmetic is, and what it skips, compares and draws."""
+"""Tests of the benchmark suite: its cases and their checks, its arithmetic, resuming, comparing and tables."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_bench_gate_stops_a_wrong_provider():
         case.gated_work()
 
 
-def test_bench_gate_leaves_out_an_optional_peer_that_fails(capsys):
+def test_bench_gate_skips_an_optional_peer_that_fails(capsys):
     def fails():
         raise RuntimeError("built for another torch")
 
@@ -142,7 +142,7 @@ def test_bench_gate_leaves_out_an_optional_peer_that_fails(capsys):
     case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: Work(dict(providers), check))
     case = dataclasses.replace(case, peers=("wrong", "broken", "right"), optional_peers=("wrong", "broken"))
     assert list(case.gated_work().providers) == [OURS, "right"]
-    assert "broken is left out, built for another torch" in capsys.readouterr().err
+    assert "broken is skipped, built for another torch" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="another torch"):
         dataclasses.replace(case, optional_peers=("wrong",)).gated_work()
 

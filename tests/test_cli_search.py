@@ -13,7 +13,7 @@ import pytest
 from support import teachers
 
 from slimkernels.cli import main
-from slimkernels.cli.decode_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
+from slimkernels.cli.decode import DEFAULT_ANSWER_PATTERN, SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
 
@@ -23,7 +23,7 @@ RECORDS = [
     {"id": "c", "question": "It was", "gold": "3", "choices": []},
 ]
 FIELDS = {"branching_factor": 2, "beam": 2, "max_depth": 3, "max_step_tokens": 5, "answer_pattern": "(?i)a(.)"}
-OPTIONS = [option for field, value in FIELDS.items() for option in (DECODE_FIELDS[field][0], str(value))]
+OPTIONS = [option for field, value in FIELDS.items() for option in (SEARCH_FIELDS[field][0], str(value))]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def without_time(records: list[dict]) -> list[dict]:
 
 def test_decode_documents_the_defaults_of_the_configuration():
     fields = {field.name: field.default for field in dataclasses.fields(PathFinderConfig) if field.name != "step_end"}
-    assert set(fields) == set(DECODE_FIELDS)
+    assert set(fields) == set(SEARCH_FIELDS)
     own = {
         "max_tokens": "no limit",
         "time_limit_s": "no limit",
@@ -68,7 +68,7 @@ def test_decode_documents_the_defaults_of_the_configuration():
     }
     for name, default in fields.items():
         if name != "end_markers":
-            assert DECODE_FIELDS[name][2].endswith(f"(default: {own.get(name, default)})"), name
+            assert SEARCH_FIELDS[name][2].endswith(f"(default: {own.get(name, default)})"), name
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, m
         assert path.is_dir() or b"secret-7" not in path.read_bytes()
     for arguments, message in (
         (["--rescore", "--judge", server.url], "--judge URL and --judge-model NAME go together"),
-        (["--outputs", "x", *judge], "not with --outputs"),
+        (["--outputs", "x", *judge], "not those of --outputs"),
         (["--rescore", *judge[:4], "--judge-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY must hold the server's key"),
         (["--rescore", "--judge", "localhost", *judge[2:]], "url must be the base URL"),
     ):

@@ -270,7 +270,7 @@ def test_import_axolotl_command(tmp_path, capsys) -> None:
     assert main([*command, "--no-alignment-check"]) == 0
     assert "added 8 documents" in capsys.readouterr().out
     assert main([*command, "--samples", "x"]) == 2
-    assert "--samples means nothing with --format axolotl" in capsys.readouterr().err
+    assert "--samples has no meaning with --format axolotl" in capsys.readouterr().err
     assert main([*command, "--logprobs-field", "raw"]) == 2
     assert "has no column raw" in capsys.readouterr().err
 

@@ -86,7 +86,7 @@ def test_sample_logits_compiles_for(architecture, dtype, variant):
 def block_of_256(monkeypatch):
     """Rows of a few thousand ids take several blocks, and not so many that the interpreter takes long."""
     launch = pytest.importorskip("slimkernels.ops.triton.launch")
-    monkeypatch.setattr(launch, "launch_settings", lambda *_args: launch.Launch(256, 4))
+    monkeypatch.setattr(launch, "settings_of", lambda *_args: launch.Settings(256, 4))
 
 
 def rows_to_truncate(vocab_size: int) -> dict[str, torch.Tensor]:

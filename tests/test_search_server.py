@@ -14,7 +14,7 @@ import torch
 from support import served, teachers
 
 from slimkernels.cli import main
-from slimkernels.cli.decode_arguments import DECODE_FIELDS
+from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEngine
 from slimkernels.search.engines.server import trigram_counts
 from slimkernels.search.engines.server_steps import Answer
@@ -144,7 +144,7 @@ def test_decode_asks_a_server(server, tmp_path, capsys):
     expected = solve(server)
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": prompt}) + "\n" for prompt in served.SEARCHED))
-    flags = [word for name, value in served.SEARCH.items() for word in (DECODE_FIELDS[name][0], str(value))]
+    flags = [word for name, value in served.SEARCH.items() for word in (SEARCH_FIELDS[name][0], str(value))]
     command = ["decode", "--model", served.MODEL, "--server", server.url, "--template", "{question}"]
     command += ["--questions", str(questions), "--answer-pattern", "(?!)", *flags]
     assert main([*command, "--out", str(tmp_path / "out.jsonl")]) == 0

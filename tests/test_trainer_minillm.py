@@ -143,7 +143,7 @@ def test_minillm_runs_by_the_same_command(tmp_path, store_path, capsys):
         command += [f"--{name}", str(tmp_path / name)]
     for flag, name in (("--rest", "ghost"), ("--temperature", "2"), ("--kd-weight", "1")):
         assert main([*command, flag, name]) == 2
-        assert f"{flag} means nothing with --method minillm" in capsys.readouterr().err
+        assert f"{flag} has no meaning with --method minillm" in capsys.readouterr().err
     options = ["--option", "max_completion_length=4", "--option", "use_cpu=true", "--max-steps", "1"]
     assert main([*command, *options, "--batch-size", "2", "--eval-store", store_path]) == 0
     assert "eval_perplexity" in capsys.readouterr().out

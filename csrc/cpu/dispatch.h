@@ -1,7 +1,8 @@
-// The table of CPU kernels: plain pointers in, plain pointers out, one table per instruction set.
+// The table of CPU kernels, one per instruction set, and their arguments: plain pointers, numbers and enumerators.
 //
-// This header is seen by the per-ISA files, so it holds declarations and POD only: an inline function or a template
-// with external linkage, compiled for AVX-512 and merged by the linker, would crash an older machine.
+// The files that are compiled once per instruction set include this header, so it holds declarations and POD only. The
+// linker could keep the AVX-512 version of an inline function or a template with external linkage, which would crash an
+// older machine.
 #pragma once
 
 #include <stdint.h>
@@ -12,26 +13,29 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 enum Rest : int { kRenorm, kZero, kGhost, kZeroLogit, kRenormBoth };
 enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl };
-enum Weight : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
+enum Weighting : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
 
-// What a row can be refused for. A kernel stops at its first fault and returns it with the row; 0 is none.
+// The faults of a row. A kernel stops at the first fault and returns row * kFaults + fault; 0 means no fault.
 enum Fault : int64_t { kOk = 0, kBadTarget = 1, kBadIds = 2, kNoMemory = 3 };
-constexpr int64_t kFaults = 4;  // returned: row * kFaults + fault
+constexpr int64_t kFaults = 4;
 
-// Arrays marked "acc" hold float32, or float64 when `dtype` is kFloat64.
+// The statistics of a row of slim_loss, named in SlimLossArgs.
+constexpr int kStats = 7;
+
+// Arrays marked "acc" hold float32, or float64 if `dtype` is kFloat64.
 struct TopkLogitsArgs {
   const void* logits;  // (N, V) of dtype, rows `row_stride` elements apart
   int64_t row_stride;
   int dtype;
   int64_t vocab_size;
   int64_t top_k;
-  const int64_t* target;  // (N,) or null; negative: no label
+  const int64_t* target;  // (N,) or null; a negative entry means no label
   const double* temperatures;
   int64_t num_temperatures;
   int32_t* ids;        // (N, K)
   void* values;        // (N, K) of dtype
   void* lse;           // (N, M) acc
-  void* target_logit;  // (N,) acc, written when target is not null
+  void* target_logit;  // (N,) acc, written if target is not null
 };
 
 struct SparseSoftmaxArgs {
@@ -47,6 +51,7 @@ struct SparseSoftmaxArgs {
   void* tail_logprob;  // (N,) acc
 };
 
+// From `temperature` on, the fields are the options of slim_loss under their names.
 struct SlimLossArgs {
   const void* logits;  // (N, V) of dtype
   int64_t logits_stride;
@@ -54,7 +59,7 @@ struct SlimLossArgs {
   int64_t vocab_size;
   void* dlogits;  // (N, V) of dtype, may be `logits` itself, or null: no gradient
   int64_t dlogits_stride;
-  void* stats;  // (7, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse
+  void* stats;  // (kStats, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse
   int64_t num_rows;
   const int64_t* target;       // (N,)
   const int32_t* ids;          // (N, K) or null: no teacher
@@ -69,7 +74,7 @@ struct SlimLossArgs {
   double temperature;
   int rest;
   int divergence;
-  int weight;
+  int weighting;
   bool detach_weight;
   double beta;
   double alpha;
@@ -80,7 +85,7 @@ struct SlimLossArgs {
   double softcap;  // 0: none
   double logit_scale;
   int64_t ignore_index;
-  bool streams;  // the gradient is written past the caches; only where it does not overwrite the logits
+  bool streams;  // write the gradient past the caches, which excludes writing it over the logits
 };
 
 struct SoftmaxGradientArgs {
@@ -97,10 +102,10 @@ struct SoftmaxGradientArgs {
   double logit_scale;
 };
 
-// Calls task(context, i) for i in [0, tasks), on several threads.
+// Calls task(context, i) for every i in [0, tasks) on several threads.
 typedef void (*RunTasks)(int64_t tasks, void* context, void (*task)(void* context, int64_t i));
 
-// An option with one value for all rows (step 0) or one value a row (step 1).
+// An option with one value for all rows (step 0) or one value per row (step 1).
 struct RowInts {
   const int64_t* values;
   int64_t step;
@@ -137,13 +142,13 @@ struct SampleTargetsArgs {
   RowInts seed;
   RowInts position;
   double temperature;
-  const int64_t* target;  // (N,) or null; negative: no label
+  const int64_t* target;  // (N,) or null; a negative entry means no label
   int32_t* ids;           // (N, min(rounds, V))
   void* log_shares;       // (N, min(rounds, V)) acc
-  void* target_logit;     // (N,) acc, written when target is not null
+  void* target_logit;     // (N,) acc, written if target is not null
 };
 
-// Every kernel works on rows [begin, end) and is called from several threads at once.
+// The kernels of one instruction set. Every kernel processes rows [begin, end) and is called from several threads.
 struct KernelTable {
   const char* isa;
   int64_t (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
@@ -155,13 +160,13 @@ struct KernelTable {
   int64_t (*sample_targets)(const SampleTargetsArgs&, int64_t begin, int64_t end);
 };
 
-// The best table this machine can run, or the one SLIMKERNELS_CPU_ISA names. Chosen once.
+// Returns the best table that this machine supports, or the one that SLIMKERNELS_CPU_ISA names. Chosen once.
 const KernelTable& kernels();
 
-// Why kernels() cannot be used (an ISA that is unknown or not supported here), or null.
+// Returns the reason why kernels() cannot be used (SLIMKERNELS_CPU_ISA is unknown or not supported here), or null.
 const char* kernels_error();
 
-// The ISAs this build holds and this machine can run, best first, separated by spaces.
+// Returns the ISAs that this build contains and this machine supports, best first, separated by spaces.
 const char* supported_isas();
 
 }  // namespace slimkernels

@@ -1,5 +1,4 @@
-// Cross entropy plus the weighted divergence from a sparse teacher, and its gradient: rows over threads, or a row over
-// all of them.
+// slim_loss on a CPU: many rows shared out over threads, or, for fewer rows than threads, each row over all of them.
 #pragma once
 
 #include <stdlib.h>
@@ -25,15 +24,14 @@ int64_t slim_loss_rows(const SlimLossArgs& args, int64_t begin, int64_t end) {
       break;
     }
     row.read(0, row.num_blocks);
-    row.measure();
-    row.write(0, row.num_blocks);
+    row.write(row.evaluate(), 0, row.num_blocks);
   }
   stream_fence();
   free(scratch);
   return fault;
 }
 
-// One row in `parts` tasks, for fewer rows than threads.
+// Computes one row in `parts` tasks, for fewer rows than threads.
 template <class X>
 int64_t slim_loss_split_row(const SlimLossArgs& args, int64_t n, int64_t parts, RunTasks run_tasks) {
   void* scratch = malloc(SlimRow<X>::scratch_bytes(args));
@@ -41,18 +39,19 @@ int64_t slim_loss_split_row(const SlimLossArgs& args, int64_t n, int64_t parts, 
   struct Context {
     SlimRow<X> row;
     int64_t parts;
+    typename SlimRow<X>::DenseGradient dense;
     int64_t edge(int64_t part) const { return row.num_blocks * part / parts; }
-  } context = {SlimRow<X>(args, n, scratch), parts};
+  } context = {SlimRow<X>(args, n, scratch), parts, {}};
   const Fault found = context.row.prepare();
   if (found == kOk) {
     run_tasks(parts, &context, [](void* opaque, int64_t part) {
       Context& task = *static_cast<Context*>(opaque);
       task.row.read(task.edge(part), task.edge(part + 1));
     });
-    context.row.measure();
+    context.dense = context.row.evaluate();
     run_tasks(parts, &context, [](void* opaque, int64_t part) {
       const Context& task = *static_cast<Context*>(opaque);
-      task.row.write(task.edge(part), task.edge(part + 1));
+      task.row.write(task.dense, task.edge(part), task.edge(part + 1));
       stream_fence();
     });
   }

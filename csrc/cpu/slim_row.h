@@ -1,10 +1,15 @@
-// Cross entropy plus the weighted divergence from a sparse teacher, and its gradient, in one visit to each row.
+// One row of slim_loss: cross entropy plus the weighted divergence from a sparse teacher, and its gradient.
 //
-// The row is read once. What is kept of it is e = exp((z - level) / T), with the kept ids S taken out and set to 0:
-// what is summed is the off-support mass itself, never 1 minus the rest. The gradient off S is then one scalar per row
-// times e plus a constant, whatever the divergence; the K entries on S and the label are overwritten.
+// The four stages of every backend, whose names and equations slimkernels/ops/README.md lists:
 //
-// Names: z student logits, s = softmax(z), p = softmax(z / T), q the teacher, w the token's weight; D the divergence.
+//   1. student sums   read, sum_student: the log-sum-exps of the row, on the kept ids S and off them
+//   2. teacher sums   sum_teacher: the normaliser of the teacher's kept logits, its label's probability
+//   3. measure        measure: cross entropy, token weight, divergence, statistics
+//   4. gradient       prepare_gradient, write
+//
+// The logits are read once. Stage 1 keeps e = exp((z - level) / T) of the whole row with S set to 0, so that it sums
+// the mass off S itself, never 1 minus the mass on S. Whatever the divergence, the gradient off S is one scalar of the
+// row times e plus a constant. Stage 4 writes that, and then overwrites the K entries of S and the label.
 #pragma once
 
 #include "dispatch.h"
@@ -17,13 +22,58 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// One row on its way through the kernel: read its blocks, measure it, write the blocks of its gradient. Blocks may be
-// read and written by several threads; every sum is taken per block and added up in the order of the blocks, so that
-// the result is the same bit for bit.
+// Sums over the ids off S. `_one` is at temperature 1 here and below, everything else at T.
+struct OffSums {
+  double e = 0;  // sum of e
+  double lse = 0, lse_one = 0;
+  double z = 0;  // sum of z, only where the row keeps z
+};
+
+struct StudentSums {
+  OffSums off;
+  ExpSum on;                    // sum of exp(z / T) over S
+  double lse = 0, lse_one = 0;  // log-sum-exps of the whole row
+  double label_z = 0, log_s_y = 0;
+  double sum_z = 0;  // sum of z over the whole row, only where the row keeps z
+};
+
+struct TeacherSums {
+  ExpSum on;          // sum of exp(teacher_z) over S
+  double lse = 0;     // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
+  double q_norm = 0;  // log q = teacher_z - q_norm on S
+  double log_t_y = 0;
+
+  double log_mass() const { return on.log() - lse; }  // log a
+};
+
+// D without T^2, and what its gradient by z / T is made of.
+struct DivergenceSums {
+  double value = 0;
+  double mean_slope = 0;  // sum of p * dD/dp over all outcomes
+  double off_factor = 0;  // dD/d(z / T) off S is off_factor * exp(z / T - off.lse) + off_constant
+  double off_constant = 0;
+};
+
+struct Measures {
+  TokenWeight w;
+  DivergenceSums d;
+  double kd = 0;
+};
+
+// The gradient off S is e * off_scale + e_one * one_scale + constant, times dz/dlogits.
+template <class A>
+struct DenseGradient {
+  A off_scale = 0, one_scale = 0, constant = 0;
+  A label_change = 0;  // added at a label off S
+};
+
+// One row on its way through the stages. Its blocks may be read and written by several threads: every sum is taken per
+// block and added up in the order of the blocks, so that the result is the same bit for bit.
 template <class X>
 struct SlimRow {
   using A = typename Acc<X>::type;
   using Vec = typename Lanes<A>::Vec;
+  using DenseGradient = SK_ISA::DenseGradient<A>;
   static constexpr int kWidth = Lanes<A>::kWidth;
 
   const SlimLossArgs& args;
@@ -31,34 +81,33 @@ struct SlimRow {
   const X* const row;
   const int64_t target;
   const int32_t* const ids;
-  int64_t kept = 0;
 
-  // Whether z differs from the logits, T from 1, and whether z itself is needed after it was read.
+  // Whether z differs from the logits, whether T differs from 1, and whether z is needed after it was read.
   const bool transform, two_temperatures, keeps_z;
   const int64_t num_blocks;
-  A level = 0;  // what the exponentials are relative to: at most the row's maximum
 
-  double* off_sums;      // (blocks) of e
-  double* off_one_sums;  // (blocks) of e_one
-  double* z_sums;        // (blocks) of z off S
-  A* e;                  // (padded V) exp((z - level) / T) off S, 0 on S
-  A* e_one;              // (padded V) the same at temperature 1, where T is not 1
-  A* z;                  // (padded V) effective logits, 0 on S, where keeps_z
-  A* kept_z;             // (padded K) effective logits at S
-  A* teacher;            // (padded K) teacher logits / T, later p * dD/dp
-  A* q;                  // (padded K) teacher on S
-  A* p;                  // (padded K) student on S, later the gradient
-  X* kept_gradient;      // (padded K) the gradient on S
+  // Set by `prepare`. Stage 1 corrects a level that turns out to be too far from the row's maximum.
+  int64_t kept = 0;          // size of S
+  int64_t label_entry = -1;  // the label's entry in S, -1 if it is off S
+  A level = 0;               // the exponentials are relative to it; at most the row's maximum
 
-  // What the student's row sums to. `off` is outside S, `on` inside; `_one` is at temperature 1.
-  double target_z = 0, off = 0, off_one = 0, lse = 0, lse_one = 0;
-  ExpSum on;
-  double off_total = 0;             // the sum of e
-  double sum_off = 0, sum_all = 0;  // of z: only where keeps_z
-
-  // What the gradient off S is made of: e * off_scale + e_one * one_scale + constant.
-  A off_scale = 0, one_scale = 0, constant = 0;
-  A label_change = 0;  // what a label off S adds to that
+  // Buffers of stage 1, one number per block.
+  double* off_sums;      // sum of e
+  double* off_one_sums;  // sum of e_one
+  double* z_sums;        // sum of z off S
+  // Buffers of stage 1, one number per id, padded to whole vectors.
+  A* e;      // exp((z - level) / T) off S, 0 on S
+  A* e_one;  // the same at temperature 1, where T is not 1
+  A* z;      // effective logits, 0 on S, where keeps_z
+  // Buffers over S, padded to whole vectors. Those that share memory are never needed at the same time.
+  A* kept_z;         // stage 1: effective logits
+  A* kept_e;         // stage 1: exp(z / T - student.on.level)
+  A* kept_p;         // stage 3, in the place of kept_e: p
+  A* kept_dz;        // stage 4, in the place of kept_p: the gradient by the logits
+  A* teacher_z;      // stage 2: teacher's logits / T
+  A* kept_slope;     // stage 3, in the place of teacher_z: p * dD/dp
+  A* teacher_e;      // stage 2: exp(teacher_z - teacher.on.level)
+  X* kept_gradient;  // stage 4: kept_dz in the dtype of the logits
 
   static int64_t blocks_of(const SlimLossArgs& args) { return (args.vocab_size + kBlock - 1) / kBlock; }
 
@@ -92,10 +141,10 @@ struct SlimRow {
     e_one = e + vocab;
     z = e_one + (two_temperatures ? vocab : 0);
     kept_z = z + (keeps_z ? vocab : 0);
-    teacher = kept_z + entries;
-    q = teacher + entries;
-    p = q + entries;
-    kept_gradient = reinterpret_cast<X*>(p + entries);
+    teacher_z = kept_slope = kept_z + entries;
+    teacher_e = teacher_z + entries;
+    kept_e = kept_p = kept_dz = teacher_e + entries;
+    kept_gradient = reinterpret_cast<X*>(kept_e + entries);
   }
 
   bool ignored() const { return target == args.ignore_index; }
@@ -107,12 +156,29 @@ struct SlimRow {
     prefetch_teacher();
     kept = ids == nullptr ? 0 : count_kept(ids, args.top_k, args.vocab_size);
     if (kept < 0) return kBadIds;
+    const int64_t entry = first_entry(target);
+    label_entry = entry < kept && ids[entry] == target ? entry : -1;
     level = sampled_max(row, args.vocab_size);
     if (transform) level = transformed(Vec{} + level, args)[0];
     return kOk;
   }
 
-  // The teacher's logits are needed after the student's row was read, the next row's ids at once when its turn comes.
+  // Runs the stages from the end of `read` up to the numbers that `write` takes.
+  DenseGradient evaluate() {
+    if (ignored()) {
+      store_stats({});
+      return {};
+    }
+    const StudentSums student = sum_student();
+    const TeacherSums teacher = ids == nullptr ? TeacherSums() : sum_teacher();
+    const Measures measures = measure(student, teacher);
+    return args.dlogits == nullptr ? DenseGradient() : prepare_gradient(student, measures);
+  }
+
+  // Stage 1: student sums.
+
+  // Prefetches the teacher's logits, which are needed after the student's row was read, and the next row's ids, which
+  // are needed at the start of that row.
   void prefetch_teacher() const {
     if (ids == nullptr) return;
     const int64_t size = args.teacher_dtype == kFloat64 ? 8 : args.teacher_dtype == kFloat32 ? 4 : 2;
@@ -122,6 +188,7 @@ struct SlimRow {
     for (int64_t i = 0; i < args.top_k * int64_t(sizeof(int32_t)); i += 64) prefetch(next_ids + i);
   }
 
+  // The first entry of S with an id of at least `id`.
   int64_t first_entry(int64_t id) const {
     int64_t low = 0, high = kept;
     while (low < high) {
@@ -135,7 +202,7 @@ struct SlimRow {
     return low;
   }
 
-  // Lanes past the row's end are -inf.
+  // Effective logits of the ids from `i` on; lanes past the row's end are -inf.
   Vec effective(int64_t i) const {
     const int64_t left = args.vocab_size - i;
     Vec x = left >= kWidth ? load(row + i) : load_part(row + i, left, -infinity<A>());
@@ -150,9 +217,10 @@ struct SlimRow {
     return transform ? transformed(Vec{} + x, args)[0] : x;
   }
 
+  // Exponentiates and sums the blocks [first_block, last_block) of the student's row, and takes S out of them.
   void read(int64_t first_block, int64_t last_block) {
     if (ignored()) return;
-    // Local, or the compiler loads them again after every vector that is stored.
+    // Local copies, because the compiler would load the members again after every vector that is stored.
     const X* const from = row;
     const int32_t* const id = ids;
     A* const power = e;
@@ -172,7 +240,8 @@ struct SlimRow {
         out[j] = z[id[j]];
         z[id[j]] = 0;
       }
-      // A block is summed after the next one was read: a vector load stalls on single elements stored just before it.
+      // A block is summed after the next one was read, because a vector load stalls on single elements that were
+      // stored just before it.
       if (block > first_block) sum_block(block - 1);
     }
     if (last_block > first_block) sum_block(last_block - 1);
@@ -183,6 +252,7 @@ struct SlimRow {
     return end < args.vocab_size ? end : args.vocab_size;
   }
 
+  // Fills e, and e_one and z where they are needed, for the ids [begin, end).
   void exponentiate(int64_t begin, int64_t end) {
     const A inv_temperature = A(1 / args.temperature);
     int64_t i = begin;
@@ -213,7 +283,7 @@ struct SlimRow {
     if (keeps_z) z_sums[block] = sum_of(z + begin, length);
   }
 
-  // The largest effective logit off S.
+  // The largest effective logit off S, NaN if there is one.
   A exact_level() const {
     A best = -infinity<A>();
     int64_t k = 0;
@@ -229,195 +299,217 @@ struct SlimRow {
     return best;
   }
 
-  void total() {
-    off_total = 0;
+  OffSums sum_off() const {
+    OffSums off;
     double one = 0;
-    sum_off = 0;
     for (int64_t block = 0; block < num_blocks; ++block) {
-      off_total += off_sums[block];
+      off.e += off_sums[block];
       if (two_temperatures) one += off_one_sums[block];
-      if (keeps_z) sum_off += z_sums[block];
+      if (keeps_z) off.z += z_sums[block];
     }
-    off = level / args.temperature + __builtin_log(off_total);
-    off_one = two_temperatures ? level + __builtin_log(one) : off;
+    off.lse = level / args.temperature + __builtin_log(off.e);
+    off.lse_one = two_temperatures ? level + __builtin_log(one) : off.lse;
+    return off;
   }
 
-  bool sound() const {
-    // Far from the level, exponentials overflow or lose digits to denormals.
-    return off_total > 1e-20 && off_total < 1e20 && __builtin_fabs(off_one - level) < 46;
+  // Far from the level, exponentials overflow or lose digits to denormals.
+  bool is_sound(const OffSums& off) const {
+    return off.e > 1e-20 && off.e < 1e20 && __builtin_fabs(off.lse_one - level) < 46;
   }
 
-  void sum_student() {
-    total();
-    if (!sound()) {
+  // Adds up the blocks, with the exact level if the guessed one is too far off, and sums S.
+  StudentSums sum_student() {
+    StudentSums student;
+    OffSums& off = student.off;
+    off = sum_off();
+    if (!is_sound(off)) {
       level = exact_level();
       if (level == -infinity<A>()) {
         memset(e, 0, padded<A>(args.vocab_size) * sizeof(A) * (two_temperatures ? 2 : 1));
-        off = off_one = -infinity<double>();
-        off_total = 1;
+        off.lse = off.lse_one = -infinity<double>();
+        off.e = 1;
       } else {
         read(0, num_blocks);
-        total();
+        off = sum_off();
       }
     }
     for (int64_t k = kept; k < padded<A>(kept); ++k) kept_z[k] = -infinity<A>();
-    lse_one = log_add_exp(off_one, exponentials(kept_z, padded<A>(kept), 1, p).log());
-    on = exponentials(kept_z, padded<A>(kept), 1 / args.temperature, p);
-    lse = log_add_exp(off, on.log());
-    target_z = effective_at(target);
-    sum_all = sum_off;
+    // The exponentials at temperature 1 are summed and dropped: those at T take their place.
+    student.lse_one = log_add_exp(off.lse_one, exponentials(kept_z, padded<A>(kept), 1, kept_e).log());
+    student.on = exponentials(kept_z, padded<A>(kept), 1 / args.temperature, kept_e);
+    student.lse = log_add_exp(off.lse, student.on.log());
+    student.label_z = effective_at(target);
+    student.log_s_y = student.label_z - student.lse_one;
+    student.sum_z = off.z;
     if (keeps_z) {
-      for (int64_t k = 0; k < kept; ++k) sum_all += kept_z[k];
+      for (int64_t k = 0; k < kept; ++k) student.sum_z += kept_z[k];
     }
+    return student;
   }
 
-  struct Divergence {
-    double value = 0;            // D, without T^2
-    double mean_slope = 0;       // sum of p * dD/dp over all outcomes
-    double off_coefficient = 0;  // dD/d(z_v / T) off S is off_coefficient * exp(z_v / T - off) + off_constant
-    double off_constant = 0;
+  // Stage 2: teacher sums.
+
+  TeacherSums sum_teacher() {
+    load_teacher(args, n, kept, teacher_z);
+    TeacherSums teacher;
+    teacher.on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e);
+    teacher.lse = args.teacher_lse == nullptr ? __builtin_nan("") : double(static_cast<const A*>(args.teacher_lse)[n]);
+    teacher.q_norm = teacher_q_norm(args.rest, teacher.on.log(), teacher.lse, kept, args.vocab_size);
+    double label_logit = label_entry >= 0 ? double(teacher_z[label_entry]) * args.temperature : -infinity<double>();
+    if (args.target_logit != nullptr) {
+      const double known = static_cast<const A*>(args.target_logit)[n];
+      if (known == known) label_logit = known;
+    }
+    teacher.log_t_y = label_logit;
+    if (args.teacher_lse_one != nullptr) teacher.log_t_y -= static_cast<const A*>(args.teacher_lse_one)[n];
+    return teacher;
+  }
+
+  // Stage 3: measure.
+
+  Measures measure(const StudentSums& student, const TeacherSums& teacher) {
+    const double smoothing = args.label_smoothing;
+    double ce = -student.log_s_y;
+    if (smoothing > 0) ce = (1 - smoothing) * ce + smoothing * (student.lse_one - student.sum_z / args.vocab_size);
+    double loss = args.ce_weight == 0 ? 0 : args.ce_weight * ce;
+    Measures m;
     double teacher_mass = 0, student_mass = 0;
+    if (ids != nullptr) {
+      m.w = weigh<A>(n, student.log_s_y, teacher.log_t_y, args);
+      m.d = diverge_from_teacher(student, teacher);
+      m.kd = m.d.value * args.temperature * args.temperature;
+      teacher_mass = __builtin_exp(teacher.log_mass());
+      student_mass = __builtin_exp(student.on.log() - student.lse);
+      if (args.kd_weight != 0) loss += args.kd_weight * m.w.value * m.kd;
+    }
+    const double lse_one = student.lse_one;
+    if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse_one * lse_one;
+    const double w = ids != nullptr ? m.w.value : 0;
+    store_stats({loss, ce, m.kd, w, teacher_mass, student_mass, lse_one});
+    return m;
+  }
+
+  struct Stats {
+    double columns[kStats] = {};
   };
 
-  // D from the teacher's kept logits / T; leaves p * dD/dp in `teacher` and the student in `p`.
-  Divergence diverge_from_teacher() {
-    const ExpSum on_teacher = exponentials(teacher, padded<A>(kept), 1, q);
-    const double log_kept = on_teacher.log();
-    const bool has_lse = args.teacher_lse != nullptr;
-    const double teacher_lse = has_lse ? double(static_cast<const A*>(args.teacher_lse)[n]) : __builtin_nan("");
-    const double log_norm = teacher_log_norm(args.rest, log_kept, teacher_lse, kept, args.vocab_size);
-    const double student_norm = args.rest == kRenormBoth ? on.log() : lse;
+  void store_stats(const Stats& stats) const {
+    A* const out = static_cast<A*>(args.stats) + n;
+    for (int column = 0; column < kStats; ++column) out[column * args.num_rows] = A(stats.columns[column]);
+  }
+
+  // The norm of the student on S: log p = z / T - p_norm.
+  double p_norm(const StudentSums& student) const { return args.rest == kRenormBoth ? student.on.log() : student.lse; }
+
+  // Computes D, and fills kept_p and kept_slope.
+  DivergenceSums diverge_from_teacher(const StudentSums& student, const TeacherSums& teacher) {
+    const double p_norm = this->p_norm(student), q_norm = teacher.q_norm;
     const A inv_temperature = A(1 / args.temperature);
-    const A q_scale = on_teacher.scale(log_norm), p_scale = on.scale(student_norm);
+    const A e_to_q = teacher.on.scale(q_norm), e_to_p = student.on.scale(p_norm);
 
     Vec share_sum = {}, slope_sum = {};
     for (int64_t k = 0; k < kept; k += kWidth) {
-      const Vec log_q = load(teacher + k) - A(log_norm);
-      const Vec log_p = load(kept_z + k) * inv_temperature - A(student_norm);
-      const Vec student = load(p + k) * p_scale;
+      const Vec log_q = load(teacher_z + k) - A(q_norm);
+      const Vec log_p = load(kept_z + k) * inv_temperature - A(p_norm);
+      const Vec q = load(teacher_e + k) * e_to_q, p = load(kept_e + k) * e_to_p;
       Vec share, slope;
-      diverge(args.divergence, log_q, log_p, load(q + k) * q_scale, student, args.beta, args.alpha, &share, &slope);
+      diverge(args.divergence, log_q, log_p, q, p, args.beta, args.alpha, &share, &slope);
       share_sum += share;
       slope_sum += slope;
-      store(teacher + k, slope);
-      store(p + k, student);
+      store(kept_slope + k, slope);
+      store(kept_p + k, p);
     }
 
-    Divergence d;
+    DivergenceSums d;
     d.value = sum_lanes(share_sum);
     d.mean_slope = sum_lanes(slope_sum);
-    d.teacher_mass = __builtin_exp(log_kept - teacher_lse);
-    d.student_mass = __builtin_exp(on.log() - lse);
-    const double log_tail = off - lse;
-    const double tail = __builtin_exp(log_tail);
+    const double log_p_tail = student.off.lse - student.lse;
+    const double p_tail = __builtin_exp(log_p_tail);
     const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
     if (args.rest == kGhost) {
-      const double log_q = log_ghost(log_kept - teacher_lse, kept, args.vocab_size);
+      const double log_q_tail = log_q_tail_of(teacher.log_mass(), kept, args.vocab_size);
+      const double q_tail = __builtin_exp(log_q_tail);
       double share, slope;
-      diverge(args.divergence, log_q, log_tail, __builtin_exp(log_q), tail, args.beta, args.alpha, &share, &slope);
+      diverge(args.divergence, log_q_tail, log_p_tail, q_tail, p_tail, args.beta, args.alpha, &share, &slope);
       d.value += share;
       // The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
       d.mean_slope = forward ? -1 : d.mean_slope + slope;
-      d.off_coefficient = slope - tail * d.mean_slope;
+      d.off_factor = slope - p_tail * d.mean_slope;
     } else if (args.rest == kZeroLogit) {
       const double unkept = double(args.vocab_size - kept);
-      const double each = __builtin_exp(-log_norm);
-      const double entropy = args.divergence == kForwardKl ? -unkept * log_norm : 0;
-      if (unkept > 0) d.value += each * (entropy - (sum_off / args.temperature - unkept * lse));
+      const double each = __builtin_exp(-q_norm);
+      const double entropy = args.divergence == kForwardKl ? -unkept * q_norm : 0;
+      if (unkept > 0) d.value += each * (entropy - (student.off.z / args.temperature - unkept * student.lse));
       d.mean_slope = -1;
-      d.off_coefficient = -tail * d.mean_slope;
+      d.off_factor = -p_tail * d.mean_slope;
       d.off_constant = -each;
     } else if (args.rest != kRenormBoth) {
-      d.off_coefficient = -tail * d.mean_slope;
+      d.off_factor = -p_tail * d.mean_slope;
     }
     return d;
   }
 
-  // Sums the row up, writes its statistics, and prepares what its gradient is made of.
-  void measure() {
-    A* stats = static_cast<A*>(args.stats) + n;
-    if (ignored()) {
-      for (int column = 0; column < 7; ++column) stats[column * args.num_rows] = 0;
-      return;
-    }
-    sum_student();
-    const double log_student = target_z - lse_one;
-    const double smoothing = args.label_smoothing;
-    double ce = -log_student;
-    if (smoothing > 0) ce = (1 - smoothing) * ce + smoothing * (lse_one - sum_all / args.vocab_size);
+  // Stage 4: gradient. By z it is softmax_scale * s + uniform + kd_scale * dD/d(z / T), plus label_slope at the label,
+  // all times row_scale.
 
-    Divergence d;
-    TokenWeight w;
-    double kd = 0, kd_scale = 0;
-    const int64_t entry = first_entry(target);
-    const bool label_kept = entry < kept && ids[entry] == target;
-    if (ids != nullptr) {
-      load_teacher(args, n, kept, teacher);
-      double label_logit = label_kept ? double(teacher[entry]) * args.temperature : -infinity<double>();
-      if (args.target_logit != nullptr) {
-        const double known = static_cast<const A*>(args.target_logit)[n];
-        if (known == known) label_logit = known;
-      }
-      w = weigh<A>(n, log_student, label_logit, args);
-      d = diverge_from_teacher();
-      kd = d.value * args.temperature * args.temperature;
-      kd_scale = args.kd_weight * w.value * args.temperature;
-    }
-    double loss = args.ce_weight == 0 ? 0 : args.ce_weight * ce;
-    if (ids != nullptr && args.kd_weight != 0) loss += args.kd_weight * w.value * kd;
-    if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse_one * lse_one;
-    const double columns[7] = {loss, ce, kd, ids != nullptr ? w.value : 0, d.teacher_mass, d.student_mass, lse_one};
-    for (int column = 0; column < 7; ++column) stats[column * args.num_rows] = A(columns[column]);
-    if (args.dlogits == nullptr) return;
-
-    const double through_weight = w.slope == 0 ? 0 : args.kd_weight * kd * w.slope;
+  // Fills kept_gradient, and returns the numbers of the gradient off S.
+  DenseGradient prepare_gradient(const StudentSums& student, const Measures& m) {
+    const OffSums& off = student.off;
+    const double lse_one = student.lse_one, smoothing = args.label_smoothing;
+    const double through_weight = m.w.slope == 0 ? 0 : args.kd_weight * m.kd * m.w.slope;
     const double softmax_scale = args.ce_weight + 2 * args.z_loss_weight * lse_one - through_weight;
     const double label_slope = -args.ce_weight * (1 - smoothing) + through_weight;
+    const double uniform = -args.ce_weight * smoothing / args.vocab_size;
+    const double kd_scale = ids == nullptr ? 0 : args.kd_weight * m.w.value * args.temperature;
     const double row_scale = args.row_scale == nullptr ? 1 : double(static_cast<const A*>(args.row_scale)[n]);
-    const double everywhere = -args.ce_weight * smoothing / args.vocab_size;
-    scale_gradient(d, row_scale, kd_scale, softmax_scale, everywhere);
+
+    DenseGradient dense;
+    const bool off_is_empty = off.lse == -infinity<double>();
+    double coefficient = kd_scale * m.d.off_factor;
+    // At T = 1 both softmaxes are the same exponentials.
+    if (!two_temperatures) coefficient += softmax_scale * __builtin_exp(off.lse - lse_one);
+    if (!off_is_empty) dense.off_scale = A(row_scale * coefficient / off.e);
+    if (!off_is_empty && two_temperatures) {
+      dense.one_scale = A(row_scale * softmax_scale * __builtin_exp(level - lse_one));
+    }
+    dense.constant = A(row_scale * (uniform + kd_scale * m.d.off_constant));
+
+    const A on_scale = A(row_scale * softmax_scale), on_constant = A(row_scale * uniform);
+    const A on_kd_scale = A(row_scale * kd_scale), mean_slope = A(m.d.mean_slope);
+    // At T = 1, s on S is p up to the norm of p.
+    const A p_to_s = A(__builtin_exp(p_norm(student) - lse_one));
+    for (int64_t k = 0; k < kept; k += kWidth) {
+      const Vec logit = load(kept_z + k), p = load(kept_p + k);
+      const Vec s = two_temperatures ? exp(logit - A(lse_one)) : p * p_to_s;
+      Vec dz = s * on_scale + on_constant;
+      dz += (load(kept_slope + k) - p * mean_slope) * on_kd_scale;
+      store(kept_dz + k, transform ? dz * transform_slope(logit, args) : dz);
+    }
 
     double at_label = row_scale * label_slope;
-    if (transform) at_label *= transform_slope(Vec{} + A(target_z), args)[0];
-    if (label_kept) p[entry] += A(at_label);
-    label_change = label_kept ? 0 : A(at_label);
-    for (int64_t k = 0; k < kept; k += kWidth) store(kept_gradient + k, load(p + k));
-  }
-
-  // The gradient of a row is `softmax_scale` * s + `everywhere` + `kd_scale` * dD/d(z / T), but for the label.
-  void scale_gradient(const Divergence& d, double row_scale, double kd_scale, double softmax_scale, double everywhere) {
-    const bool empty_off = off == -infinity<double>();
-    // At T = 1 both softmaxes are the same exponentials.
-    double coefficient = kd_scale * d.off_coefficient;
-    if (!two_temperatures) coefficient += softmax_scale * __builtin_exp(off - lse_one);
-    off_scale = empty_off ? A(0) : A(row_scale * coefficient / off_total);
-    one_scale = two_temperatures && !empty_off ? A(row_scale * softmax_scale * __builtin_exp(level - lse_one)) : A(0);
-    constant = A(row_scale * (everywhere + kd_scale * d.off_constant));
-
-    const A kd = A(row_scale * kd_scale), on_scale = A(row_scale * softmax_scale), mean_slope = A(d.mean_slope);
-    // s on S is p at T = 1, but for the norm of p.
-    const double student_norm = args.rest == kRenormBoth ? on.log() : lse;
-    const A p_to_s = A(__builtin_exp(student_norm - lse_one));
-    for (int64_t k = 0; k < kept; k += kWidth) {
-      const Vec logit = load(kept_z + k), student = load(p + k);
-      const Vec softmax = two_temperatures ? exp(logit - A(lse_one)) : student * p_to_s;
-      Vec dz = softmax * on_scale + A(row_scale * everywhere);
-      dz += (load(teacher + k) - student * mean_slope) * kd;
-      store(p + k, transform ? dz * transform_slope(logit, args) : dz);
+    if (transform) at_label *= transform_slope(Vec{} + A(student.label_z), args)[0];
+    if (label_entry >= 0) {
+      kept_dz[label_entry] += A(at_label);
+    } else {
+      dense.label_change = A(at_label);
     }
+    for (int64_t k = 0; k < kept; k += kWidth) store(kept_gradient + k, load(kept_dz + k));
+    return dense;
   }
 
-  Vec gradient_at(int64_t i) const {
-    Vec dz = load(e + i) * off_scale + constant;
-    if (two_temperatures) dz += load(e_one + i) * one_scale;
+  Vec gradient_at(const DenseGradient dense, int64_t i) const {
+    Vec dz = load(e + i) * dense.off_scale + dense.constant;
+    if (two_temperatures) dz += load(e_one + i) * dense.one_scale;
     return transform ? dz * transform_slope(load(z + i), args) : dz;
   }
 
-  void write(int64_t first_block, int64_t last_block) const {
+  // Writes the blocks [first_block, last_block) of the gradient by the logits.
+  void write(const DenseGradient dense, int64_t first_block, int64_t last_block) const {
     if (args.dlogits == nullptr) return;
     X* const gradient = static_cast<X*>(args.dlogits) + n * args.dlogits_stride;
     const bool streams = args.streams;
-    // A block is streamed after the next one was finished, for the reason given in `read`.
+    // A block is streamed after the next one was finished, because its vector loads would stall on the single elements
+    // stored last.
     X finished[2][kBlock];
     const int32_t* const id = ids;
     const X* const on_support = kept_gradient;
@@ -433,14 +525,15 @@ struct SlimRow {
       int64_t i = 0;
       if (!two_temperatures && !transform) {
         const A* const power = e + begin;
-        const A scale = off_scale, shift = constant;
+        const A scale = dense.off_scale, shift = dense.constant;
         for (; i + kWidth <= length; i += kWidth) store(out + i, load(power + i) * scale + shift);
       }
-      for (; i + kWidth <= length; i += kWidth) store(out + i, gradient_at(begin + i));
-      if (i < length) store_part(out + i, gradient_at(begin + i), length - i);
+      for (; i + kWidth <= length; i += kWidth) store(out + i, gradient_at(dense, begin + i));
+      if (i < length) store_part(out + i, gradient_at(dense, begin + i), length - i);
       for (; k < kept_here && id[k] < begin + length; ++k) out[id[k] - begin] = on_support[k];
-      if (label_change != 0 && target >= begin && target < begin + length) {
-        store_one(out + target - begin, gradient_at(target / kWidth * kWidth)[target % kWidth] + label_change);
+      if (dense.label_change != 0 && target >= begin && target < begin + length) {
+        store_one(out + target - begin,
+                  gradient_at(dense, target / kWidth * kWidth)[target % kWidth] + dense.label_change);
       }
       if (streams && block > first_block) stream_block(gradient, block - 1, finished[(block - 1) % 2]);
     }

@@ -1,5 +1,5 @@
-// The pieces of a row of slim_loss that do not depend on how the row is read: the divergences, the token's weight, the
-// teacher's logits.
+// The terms of a row of slim_loss, independent of how the row is read: effective logits, divergences, the token weight,
+// the teacher's logits.
 #pragma once
 
 #include "dispatch.h"
@@ -10,7 +10,7 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// logits -> effective logits, softcap * tanh(logit_scale * x / softcap).
+// Turns logits x into effective logits z = softcap * tanh(logit_scale * x / softcap).
 template <class V, class Args>
 SK_INLINE V transformed(V x, const Args& args) {
   using A = ElementOf<V>;
@@ -18,76 +18,76 @@ SK_INLINE V transformed(V x, const Args& args) {
   return args.softcap > 0 ? tanh(x * A(1 / args.softcap)) * A(args.softcap) : x;
 }
 
-// d effective / d logits, from the effective logit.
+// The derivative of z by x, from z. Without a softcap it does not read z, which may be -inf.
 template <class V, class Args>
 SK_INLINE V transform_slope(V z, const Args& args) {
   using A = ElementOf<V>;
-  if (args.softcap <= 0) return V{} + A(args.logit_scale);  // also where z is -inf
+  if (args.softcap <= 0) return V{} + A(args.logit_scale);
   const V capped = z * A(1 / args.softcap);
   return (V{} + A(1) - capped * capped) * A(args.logit_scale);
 }
 
-// One outcome's share of D, and p * dD/dp. Works on vectors and on the ghost bucket's doubles alike.
+// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles.
 template <class V>
-SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, double alpha, V* share, V* p_slope) {
+SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, double alpha, V* share, V* slope) {
   using A = ElementOf<V>;
   const V zero = V{};
   switch (divergence) {
     case kForwardKl:
       *share = q == zero ? zero : q * (log_q - log_p);
-      *p_slope = -q;
+      *slope = -q;
       return;
     case kSoftCe:
       *share = q == zero ? zero : -q * log_p;
-      *p_slope = -q;
+      *slope = -q;
       return;
     case kReverseKl:
-      // An outcome the teacher excludes would make D infinite, and a rounded-away tail with it: it is left out.
+      // An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
       *share = (p == zero) | (log_q == zero - infinity<A>()) ? zero : p * (log_p - log_q);
-      *p_slope = log_q == zero - infinity<A>() ? zero : *share + p;
+      *slope = log_q == zero - infinity<A>() ? zero : *share + p;
       return;
     case kJsd: {
       const V log_m = log_add_exp(log_q + A(__builtin_log(beta)), log_p + A(__builtin_log1p(-beta)));
       const V from_p = p == zero ? zero : p * (log_p - log_m) * A(1 - beta);
       *share = (q == zero ? zero : q * (log_q - log_m) * A(beta)) + from_p;
-      *p_slope = from_p;
+      *slope = from_p;
       return;
     }
     default: {
       const V log_m = log_add_exp(log_q + A(__builtin_log(alpha)), log_p + A(__builtin_log1p(-alpha)));
       *share = q == zero ? zero : q * (log_q - log_m);
-      const V slope = exp(log_p + log_q - log_m) * A(alpha - 1);
-      *p_slope = (q == zero) | (p == zero) ? zero : slope;
+      const V both = exp(log_p + log_q - log_m) * A(alpha - 1);
+      *slope = (q == zero) | (p == zero) ? zero : both;
       return;
     }
   }
 }
 
+// The token weight w.
 struct TokenWeight {
   double value = 1;
   double slope = 0;  // d value / d log s_y, 0 when detached
 };
 
 template <class A>
-TokenWeight weigh(int64_t n, double log_student, double label_logit, const SlimLossArgs& args) {
+TokenWeight weigh(int64_t n, double log_s_y, double log_t_y, const SlimLossArgs& args) {
   TokenWeight w;
-  if (args.weight == kWeightOne) return w;
-  if (args.weight == kWeightTensor) {
+  if (args.weighting == kWeightOne) return w;
+  if (args.weighting == kWeightTensor) {
     w.value = static_cast<const A*>(args.token_weight)[n];
     return w;
   }
-  const double log_teacher = label_logit - static_cast<const A*>(args.teacher_lse_one)[n];
-  const double sign = args.weight == kTeacherOverStudent ? 1 : -1;
-  // A label the teacher gives nothing decides alone, also where the student gives it nothing either.
-  const bool impossible = log_teacher == -infinity<double>();
-  const double log_ratio = sign * (impossible ? log_teacher : log_teacher - log_student);
+  const double sign = args.weighting == kTeacherOverStudent ? 1 : -1;
+  // If the teacher's probability of the label is 0, the ratio ignores the student's, even at 0/0.
+  const bool impossible = log_t_y == -infinity<double>();
+  const double log_ratio = sign * (impossible ? log_t_y : log_t_y - log_s_y);
   const double ratio = __builtin_exp(log_ratio > 30 ? 30 : log_ratio);
   w.value = -__builtin_expm1(-ratio);
   if (!args.detach_weight && log_ratio <= 30) w.slope = -sign * ratio * __builtin_exp(-ratio);
   return w;
 }
 
-// Reads the teacher's row in whatever type it is stored; `out` is padded with -inf.
+// Writes the teacher's kept logits / T, from any dtype, padded with -inf.
 template <class A>
 void load_teacher(const SlimLossArgs& args, int64_t n, int64_t kept, A* out) {
   const double inv_temperature = 1 / args.temperature;

@@ -1,5 +1,5 @@
-// factor * exp((z - level) / T) + factor_one * exp(z - level_one) + constant, by the logits: what a loss's gradient is
-// but for a few entries of the row.
+// softmax_gradient_rows on a CPU: factor * exp((z - level) / T) + factor_one * exp(z - level_one) + constant, times
+// dz/dlogits. That is the gradient of a loss at all but a few entries of the row.
 #pragma once
 
 #include "dispatch.h"
@@ -22,7 +22,7 @@ void softmax_gradient_row(const SoftmaxGradientArgs& args, int64_t n) {
   const A factor_one = numbers[2 * args.num_rows], level_one = numbers[3 * args.num_rows];
   const A constant = numbers[4 * args.num_rows];
   if (factor == 0 && factor_one == 0 && constant == 0) {
-    // Whatever the row holds does not count.
+    // The gradient is exactly 0 whatever the row holds, also NaN.
     memset(gradient, 0, args.vocab_size * sizeof(X));
     return;
   }

@@ -1,4 +1,5 @@
-// The teacher's log-probabilities at its kept ids, and the log of what it gives to all others together.
+// sparse_softmax on a CPU: the teacher's log-probabilities at its kept ids, and of all other ids together. slim_loss
+// shares the functions over a teacher's row.
 #pragma once
 
 #include <stdlib.h>
@@ -10,7 +11,7 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// The ids that come before the padding (-1), or -1 where the row is not strictly ascending inside [0, vocab_size).
+// Counts the ids that come before the padding (-1); -1 if they do not ascend strictly inside [0, vocab_size).
 SK_INLINE int64_t count_kept(const int32_t* ids, int64_t top_k, int64_t vocab_size) {
   int64_t kept = top_k > 0 && ids[top_k - 1] >= 0 ? top_k : 0;
   while (kept < top_k && ids[kept] >= 0) ++kept;
@@ -33,31 +34,33 @@ SK_INLINE void load_scaled(const X* logits, int64_t kept, double inv_temperature
   for (; k < padded<A>(kept); ++k) out[k] = -infinity<A>();
 }
 
-// What the teacher's row is normalised by: log of the sum that every kept exp(logit / T) is divided by.
-SK_INLINE double teacher_log_norm(int rest, double log_kept, double lse, int64_t kept, int64_t vocab_size) {
+// The normaliser of the teacher's row: log q = teacher_z - q_norm on S, with teacher_z = logit / T.
+SK_INLINE double teacher_q_norm(int rest, double lse_on, double lse, int64_t kept, int64_t vocab_size) {
   switch (rest) {
     case kRenorm:
     case kRenormBoth:
-      return log_kept == -infinity<double>() ? 0 : log_kept;  // nothing kept has mass, and so it stays
+      // If every kept logit is -inf, use 0 so that -inf - (-inf) never occurs.
+      return lse_on == -infinity<double>() ? 0 : lse_on;
     case kZeroLogit: {
       const double unkept = double(vocab_size - kept);
-      return unkept > 0 ? log_add_exp(log_kept, __builtin_log(unkept)) : log_kept;
+      return unkept > 0 ? log_add_exp(lse_on, __builtin_log(unkept)) : lse_on;
     }
     default:
       return lse;
   }
 }
 
-// The log of what the teacher leaves outside its kept ids; nothing where it keeps every id, whatever rounding says.
-SK_INLINE double log_ghost(double log_mass, int64_t kept, int64_t vocab_size) {
+// log(1 - a), the teacher's mass off S, from log a. It is exactly -inf where every id is kept, whatever a rounds to.
+SK_INLINE double log_q_tail_of(double log_mass, int64_t kept, int64_t vocab_size) {
   return kept == vocab_size ? -infinity<double>() : log1m_exp(log_mass);
 }
 
 template <class X>
 int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
-  A* scaled = static_cast<A*>(malloc((2 * padded<A>(args.top_k) + 1) * sizeof(A)));
-  if (scaled == nullptr) return kNoMemory;
+  A* teacher_z = static_cast<A*>(malloc((2 * padded<A>(args.top_k) + 1) * sizeof(A)));
+  if (teacher_z == nullptr) return kNoMemory;
+  A* teacher_e = teacher_z + padded<A>(args.top_k);
   int64_t fault = kOk;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t kept = count_kept(args.ids + n * args.top_k, args.top_k, args.vocab_size);
@@ -65,19 +68,20 @@ int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_
       fault = n * kFaults + kBadIds;
       break;
     }
-    load_scaled(static_cast<const X*>(args.logits) + n * args.top_k, kept, 1 / args.temperature, scaled);
-    const double log_kept = exponentials(scaled, padded<A>(kept), 1, scaled + padded<A>(args.top_k)).log();
+    load_scaled(static_cast<const X*>(args.logits) + n * args.top_k, kept, 1 / args.temperature, teacher_z);
+    const double lse_on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e).log();
     const double lse = args.lse == nullptr ? 0 : double(static_cast<const A*>(args.lse)[n]);
-    const double log_norm = teacher_log_norm(args.rest, log_kept, lse, kept, args.vocab_size);
+    const double q_norm = teacher_q_norm(args.rest, lse_on, lse, kept, args.vocab_size);
     A* logprobs = static_cast<A*>(args.logprobs) + n * args.top_k;
-    for (int64_t k = 0; k < args.top_k; ++k) logprobs[k] = k < kept ? A(scaled[k] - log_norm) : -infinity<A>();
+    for (int64_t k = 0; k < args.top_k; ++k) logprobs[k] = k < kept ? A(teacher_z[k] - q_norm) : -infinity<A>();
     double tail = -infinity<double>();
-    if (args.rest == kGhost) tail = log_ghost(log_kept - lse, kept, args.vocab_size);
-    if (args.rest == kZeroLogit && args.vocab_size > kept)
-      tail = __builtin_log(double(args.vocab_size - kept)) - log_norm;
+    if (args.rest == kGhost) tail = log_q_tail_of(lse_on - lse, kept, args.vocab_size);
+    if (args.rest == kZeroLogit && args.vocab_size > kept) {
+      tail = __builtin_log(double(args.vocab_size - kept)) - q_norm;
+    }
     static_cast<A*>(args.tail_logprob)[n] = A(tail);
   }
-  free(scaled);
+  free(teacher_z);
   return fault;
 }
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from slimkernels.models.head import LanguageModelHead, output_embeddings
 from slimkernels.models.hidden_states import empty_logits, forward_as, hidden_states
 from slimkernels.models.sharding import uses_fsdp
-from slimkernels.ops._slim_options import SlimLoss
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.ops.vocab_parallel.slice import whole
 from slimkernels.sparse_logits import SparseLogits
 

@@ -90,11 +90,14 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = tor
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer as ``load_teacher`` does, without the model.
+    """Loads the tokenizer of a model as ``load_teacher`` does, or from a folder of ``tokenizer.save_pretrained``.
 
     Raises:
         TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
     """
+    path = Path(name_or_path).expanduser()
+    if (path / "tokenizer_config.json").is_file():
+        return _from_pretrained(AutoTokenizer, _Source(path, path.resolve().name))
     return _from_pretrained(AutoTokenizer, _find(name_or_path, None, None, None, True))
 
 

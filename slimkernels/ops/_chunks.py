@@ -1,4 +1,4 @@
-"""How the linear ops walk over rows: a chunk's logits at a time, in one buffer."""
+"""Chunks of rows for the linear ops, which hold the logits of one chunk at a time in one buffer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# (bytes of logits, least rows) by the size of an entry: what keeps a chunk in a CPU's last-level cache, and the matrix
-# products at their full rate (bfloat16, V = 32000, D = 2048 on a Zen 5: 256 rows 1.01 TFLOP/s, 128 rows 0.92).
+# (bytes of logits, least rows) of a chunk on a CPU, by the size of an entry. The bytes keep a chunk in the last-level
+# cache; the rows keep the matrix products at their full rate (bfloat16, V = 32000, D = 2048 on a Zen 5: 256 rows
+# 1.01 TFLOP/s, 128 rows 0.92).
 _CHUNKS = {2: (16 * 2**20, 256), 4: (32 * 2**20, 128), 8: (32 * 2**20, 128)}
-# A GPU's matrix products are at their full rate with this many rows; fewer where a quarter of the free memory is less.
+# Matrix products of a GPU reach their full rate with the first number of rows. A chunk has fewer, down to the second
+# number, where its logits would take more than a quarter of the free memory.
 _CUDA_ROWS, _CUDA_LEAST_ROWS = 4096, 256
 
 
 def checked_chunk_rows(chunk_rows: int | None) -> int:
-    """What the operators take: the rows asked for, or 0 for what ``resolve_chunk_rows`` makes of the device."""
+    """Checks ``chunk_rows`` and returns what the operators take, 0 standing for None."""
     if chunk_rows is None:
         return 0
     if not isinstance(chunk_rows, int) or chunk_rows < 1:
@@ -25,7 +27,7 @@ def checked_chunk_rows(chunk_rows: int | None) -> int:
 
 
 def resolve_chunk_rows(chunk_rows: int, hidden: Tensor, vocab_size: int) -> int:
-    """Rows per chunk: as asked, or what the device holds well, spread evenly over the chunks. Never synchronises."""
+    """Returns the rows per chunk: ``chunk_rows``, or for 0 what suits the device, equal chunks. Never synchronises."""
     if chunk_rows:
         return chunk_rows
     num_rows, row_bytes = hidden.shape[0], vocab_size * hidden.dtype.itemsize
@@ -40,8 +42,9 @@ def resolve_chunk_rows(chunk_rows: int, hidden: Tensor, vocab_size: int) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What the device and torch's allocator have left; a capture into a graph may not ask the device."""
+    """Returns the memory that the device and torch's allocator have left."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # The driver must not be asked while a stream is captured into a graph.
     if torch.cuda.is_current_stream_capturing():
         return held + torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_reserved(device)
     return held + torch.cuda.mem_get_info(device)[0]

@@ -1,21 +1,22 @@
-"""How ``linear_slim_loss`` sums the gradient of the lm_head's weight over chunks of rows."""
+"""The gradient of the lm_head's weight, which ``linear_slim_loss`` sums over chunks of rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Vocabulary entries whose gradient one matrix product makes: enough of them to be at its full rate.
+# Vocabulary entries whose gradient one matrix product makes, enough for the product to reach its full rate.
 _PANELS = {"cpu": 1024, "cuda": 16384}
 
 
 class WeightGradient:
-    """``dweight = dlogits.T @ hidden``, summed over chunks of rows in no more memory than ``dweight`` has.
+    """The sum ``dweight = dlogits.T @ hidden`` over chunks of rows, in no more memory than ``dweight`` itself has.
 
-    A product sums in float32 and rounds once, so in half precision it should see as many rows as possible. ``dweight``
-    (V, D) itself has room for the dlogits of D rows: each chunk is parked at its end, panel by panel of the vocabulary,
-    and the products, which fill it from its start, reach a panel's room only after that panel was taken out. More than
-    D rows go through in rounds, whose products are summed in float32.
+    A product sums in float32 and rounds once, so in half precision it should cover as many rows as possible.
+    ``dweight`` (V, D) has room for the dlogits of D rows, which are parked in it: each chunk is copied to the end of
+    ``dweight``, one panel of the vocabulary after the other. The products fill ``dweight`` from its start and reach
+    the room of a panel only after that panel was copied out. More than D rows take several rounds, whose products are
+    summed in float32.
     """
 
     def __init__(self, dweight: Tensor, hidden: Tensor, chunk_rows: int) -> None:
@@ -23,30 +24,31 @@ class WeightGradient:
         self._dweight, self._hidden = dweight, hidden
         self._parks = dweight.dtype in (torch.bfloat16, torch.float16)
         self._round_rows = max(hidden_size // chunk_rows, 1) * chunk_rows
-        several = self._parks and num_rows > self._round_rows
-        self._total = torch.empty_like(dweight, dtype=torch.float32) if several else dweight
+        takes_several_rounds = self._parks and num_rows > self._round_rows
+        self._total = torch.empty_like(dweight, dtype=torch.float32) if takes_several_rounds else dweight
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
-        """Takes the dlogits (rows, V) of the next chunk; they may be overwritten afterwards."""
-        hidden, first = self._hidden, rows.start == 0
+        """Adds the dlogits (rows, V) of the next chunk, which may be overwritten afterwards."""
+        hidden, is_first = self._hidden, rows.start == 0
         if not self._parks:
-            torch.addmm(self._dweight, dlogits.t(), hidden[rows], beta=0 if first else 1, out=self._dweight)
+            torch.addmm(self._dweight, dlogits.t(), hidden[rows], beta=0 if is_first else 1, out=self._dweight)
             return
         begin = rows.start // self._round_rows * self._round_rows
         end = min(begin + self._round_rows, hidden.shape[0])
-        alone = rows == slice(begin, end)
+        is_whole_round = rows == slice(begin, end)
         for vocab in self._panels():
             panel = dlogits[:, vocab]
-            if not alone:
+            if not is_whole_round:
                 parked = self._parked(vocab, end - begin)
                 parked[rows.start - begin : rows.stop - begin] = panel
                 if rows.stop < end:
                     continue
-                panel = parked.clone()  # the product overwrites where it was
-            self._multiply(vocab, panel.t(), hidden[begin:end], first=begin == 0)
+                # The product may overwrite the room where the panel was parked.
+                panel = parked.clone()
+            self._multiply(vocab, panel.t(), hidden[begin:end], is_first=begin == 0)
 
     def finish(self) -> None:
-        """Leaves the sum in ``dweight``."""
+        """Rounds the sum into ``dweight`` where it is kept elsewhere."""
         if self._hidden.shape[0] == 0:
             self._dweight.zero_()
         elif self._total is not self._dweight:
@@ -58,20 +60,20 @@ class WeightGradient:
         return [slice(v, min(v + panel, vocab_size)) for v in range(0, vocab_size, panel)]
 
     def _parked(self, vocab: slice, num_rows: int) -> Tensor:
-        """Where the dlogits (num_rows, panel) of a panel are kept until every chunk of the round was seen."""
+        """Returns the room for a panel's dlogits (num_rows, panel), kept until every chunk of the round was added."""
         vocab_size, hidden_size = self._dweight.shape
         begin = vocab_size * (hidden_size - num_rows) + vocab.start * num_rows
         length = (vocab.stop - vocab.start) * num_rows
         return self._dweight.view(-1)[begin : begin + length].view(num_rows, -1)
 
-    def _multiply(self, vocab: slice, dlogits_t: Tensor, hidden: Tensor, first: bool) -> None:
+    def _multiply(self, vocab: slice, dlogits_t: Tensor, hidden: Tensor, is_first: bool) -> None:
         total = self._total[vocab]
         if self._total is self._dweight:
             torch.mm(dlogits_t, hidden, out=total)
         elif total.device.type == "cuda":
             # cuBLAS adds the float32 product to the float32 sum; torch's CPU products have no such form.
-            torch.addmm(total, dlogits_t, hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
-        elif first:
+            torch.addmm(total, dlogits_t, hidden, beta=0 if is_first else 1, out_dtype=torch.float32, out=total)
+        elif is_first:
             total.copy_(torch.mm(dlogits_t, hidden))
         else:
             total += torch.mm(dlogits_t, hidden)

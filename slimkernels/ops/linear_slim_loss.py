@@ -1,4 +1,4 @@
-"""``linear_slim_loss``: ``slim_loss`` of an lm_head's output that is never held whole."""
+"""``linear_slim_loss``: ``slim_loss`` of an lm_head's output, made and used in chunks of rows."""
 
 from __future__ import annotations
 
@@ -8,18 +8,10 @@ from torch import Tensor
 from slimkernels import _checks
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
 from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
-from slimkernels.ops._slim_options import (
-    NUM_STATS,
-    OPTIONS_SCHEMA,
-    SlimLoss,
-    SlimOptions,
-    pack_result,
-    reduction_scale,
-    resolve_options,
-    scale_in_forward,
-)
+from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
 from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
 from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
 from slimkernels.sparse_logits import SparseLogits
@@ -59,10 +51,10 @@ def linear_slim_loss(
         logits = torch.nn.functional.linear(hidden, weight, bias)
         return slim_loss(logits, target, teacher, weight=token_weight, ...)
 
-    Rows go through in chunks: a matrix product into one buffer, ``slim_loss`` over it with the gradient written in
-    place, and the products that make the gradients of ``hidden`` and ``weight``. O(chunk_rows * V) extra memory,
-    plus a float32 (V, D) accumulator when a half-precision ``weight`` needs a gradient over more than D rows. What
-    needs no gradient is not computed: a frozen ``weight`` skips its product.
+    For each chunk of rows, a matrix product fills one buffer with logits, ``slim_loss`` overwrites them with their
+    gradient, and two more products make the gradients of ``hidden`` and ``weight``. Takes O(chunk_rows * V) extra
+    memory, plus a float32 (V, D) accumulator when a half-precision ``weight`` needs a gradient over more than D rows.
+    Gradients that nobody needs are not computed: a frozen ``weight`` skips its product.
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, the last hidden states.
@@ -70,8 +62,8 @@ def linear_slim_loss(
         target: (...) int64 labels in [0, V), or ``ignore_index``.
         teacher: Rows (..., K); gets no gradient. None for cross entropy.
         bias: (V,) of the same dtype, or None.
-        temperature: As in ``slim_loss``, and so are all options not listed here.
-        token_weight: What ``slim_loss`` calls ``weight``, which here is the lm_head's.
+        temperature: See ``slim_loss``.
+        token_weight: The option ``weight`` of ``slim_loss``, a name that the lm_head's weight has here.
         rest: See ``slim_loss``.
         divergence: See ``slim_loss``.
         detach_weight: See ``slim_loss``.
@@ -86,22 +78,24 @@ def linear_slim_loss(
         ignore_index: See ``slim_loss``.
         reduction: See ``slim_loss``.
         num_items: See ``slim_loss``.
-        chunk_rows: Rows whose logits are held at a time. By default on a CPU what 32 MiB hold and at least 128 (16 MiB
-            and 256 in half precision); on CUDA 4096, halved down to 256 until they take a quarter of the free memory.
-        group: The ranks that share the vocabulary, as in tensor parallelism; None where ``weight`` holds all of it.
-            ``weight`` (V_local, D) and ``bias`` (V_local,) are then the rows [vocab_start, vocab_start + V_local), in
-            slices of any sizes, and so are their gradients; all else must be the same on every rank, and so is the
-            result. ``hidden``'s gradient is whole on every rank: beside the two small collectives of ``slim_loss``, the
-            backward pass sums it over the ranks, (N, D), so no hook has to. More than one chunk of rows takes the
-            product of hidden and weight twice. A ``weight`` (and ``bias``) that is a DTensor with placement Shard(0) on
-            a mesh of one dimension, as transformers' ``tp_plan`` makes it, brings group and start along.
+        chunk_rows: Number of rows whose logits are held at a time. The default on a CPU is what 32 MiB hold, at least
+            128 (16 MiB and 256 in half precision). The default on CUDA is 4096, halved down to 256 until the logits
+            take at most a quarter of the free memory.
+        group: Process group of the ranks that share the vocabulary, as in tensor parallelism; None where ``weight``
+            holds all of it. With a group, ``weight`` (V_local, D) and ``bias`` (V_local,) are the rows [vocab_start,
+            vocab_start + V_local), in slices of any sizes, and so are their gradients. All other arguments must be the
+            same on every rank, and so is the result. The gradient of ``hidden`` is whole on every rank: besides the two
+            small collectives of ``slim_loss``, the backward pass sums it (N, D) over the ranks, so that no hook has to.
+            With more than one chunk of rows, the product of hidden and weight is computed twice. A ``weight`` (and
+            ``bias``) that is a DTensor with placement Shard(0) on a mesh of one dimension, as transformers' ``tp_plan``
+            makes it, needs neither group nor start, because its placement tells both.
         vocab_start: First id of this rank's slice.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
 
     Raises:
-        ValueError: What ``slim_loss`` raises, and a ``weight`` or ``bias`` that does not match ``hidden``.
+        ValueError: The cases of ``slim_loss``, and a ``weight`` or ``bias`` that does not match ``hidden``.
         TypeError: Dtypes that are not supported or differ.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic. On
@@ -125,25 +119,10 @@ def linear_slim_loss(
     leading_shape = hidden.shape[:-1]
     _checks.is_target(target, leading_shape, hidden, "hidden")
     options = resolve_options(
-        hidden,
-        "hidden",
-        teacher,
-        weight=token_weight,
-        weight_name="token_weight",
-        softcap=softcap,
-        temperature=temperature,
-        rest=rest,
-        divergence=divergence,
-        detach_weight=detach_weight,
-        beta=beta,
-        alpha=alpha,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-    )
+        hidden, "hidden", teacher, "token_weight",
+        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
+        z_loss_weight, softcap, logit_scale, ignore_index
+    )  # fmt: skip
     check_kernels(hidden, "hidden")
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(hidden.dtype))
@@ -178,7 +157,7 @@ def _linear_slim_loss_fwd(
     chunk_rows: int,
     *options,
 ):
-    """The loss, the statistics, and the gradients asked for (empty where not, and without ``row_scale``)."""
+    """Computes the loss, the statistics and the needed gradients; the others are empty, all without ``row_scale``."""
     outputs = _fake_fwd(
         hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options
     )
@@ -236,7 +215,7 @@ def _setup_context(ctx, inputs, output) -> None:
     options = SlimOptions(*inputs[9:])
     ctx.save_for_backward(hidden, weight, bias, target, *options.tensors)
     ctx.chunk_rows = chunk_rows
-    ctx.settings = options[len(options.tensors) :]
+    ctx.settings = options.settings
 
 
 def _backward(ctx, grad_loss: Tensor | None, *_unused):

@@ -1,4 +1,4 @@
-"""How gradients made in the forward pass take the loss's own gradient, which is 1 in most training loops."""
+"""``scale_gradients``: multiplies gradients made in the forward pass by the loss's own gradient, which is mostly 1."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from slimkernels.ops._library import define
 def scale_gradients(ctx, gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     """``[gradient * upstream for gradient in gradients]``, without the pass over them where ``upstream`` is 1.
 
-    On a CPU that is looked up. On CUDA, where the host must not wait, a kernel looks it up and scales in place; so
-    there the gradients are handed out once, and a second backward pass over the same graph raises.
+    On a CPU the host reads ``upstream``. On CUDA, where that would need a synchronisation, a kernel reads it and scales
+    in place. The gradients can then be returned only once, so a second backward pass over the same graph raises.
 
     Raises:
         RuntimeError: A second backward pass over the same graph on CUDA.

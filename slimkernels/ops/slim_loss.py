@@ -1,4 +1,7 @@
-"""``slim_loss``: cross entropy plus the adaptively weighted divergence from a sparse teacher, on logits."""
+"""``slim_loss``: cross entropy plus the adaptively weighted divergence from a sparse teacher, on logits.
+
+``ops/README.md`` lists the names and the four stages of a row that all backends share.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,9 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
-from slimkernels.ops._slim_options import (
-    NUM_STATS,
-    OPTIONS_SCHEMA,
-    SlimLoss,
-    SlimOptions,
-    pack_result,
-    reduction_scale,
-    resolve_options,
-    scale_in_forward,
-)
+from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
 from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import GivenLogits, vocab_parallel_loss
 from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
 from slimkernels.sparse_logits import SparseLogits
@@ -50,7 +45,8 @@ def slim_loss(
 ) -> SlimLoss:
     """``loss = ce_weight * CE + kd_weight * w * T^2 * D(teacher, student) + z_loss_weight * lse^2`` per token.
 
-    With student logits z, s = softmax(z), p = softmax(z / T), the teacher's t_y and the student's s_y of the label::
+    With student logits z, s = softmax(z) and p = softmax(z / T), and with the probabilities t_y and s_y that the
+    teacher and the student give to the label::
 
         CE = -log s_y
         w  = 1 - exp(-t_y / s_y)
@@ -65,45 +61,51 @@ def slim_loss(
         w = 1 - torch.exp(-t_y / (-ce).exp())
         loss = (ce + w.detach() * kl).mean()
 
-    Reads the logits once and, when they need a gradient, writes it once: no float32 copy of (N, V), no softmax of
-    it, nothing of size (K, K). O(V + K) scratch per thread. For "mean" and "sum" the gradient is made in the forward
-    pass; for "none", and for float16, which needs the loss scale first, it is recomputed exactly in the backward pass.
-    ``teacher=None`` is cross entropy.
+    Reads the logits once and, when they need a gradient, writes it once. Makes no float32 copy of (N, V), no softmax
+    of it and nothing of size (K, K); each thread has O(V + K) scratch memory. For "mean" and "sum" the gradient is
+    made in the forward pass. For "none" it is recomputed exactly in the backward pass, and so it is for float16, whose
+    gradient must be multiplied by the loss scale before it is rounded. ``teacher=None`` gives the cross entropy.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
         target: (...) int64 labels in [0, V), or ``ignore_index``.
         teacher: Rows (..., K) from ``topk_logits`` or a store; gets no gradient.
-        temperature: T > 0, of the divergence. CE and w are at 1.
-        rest: What the teacher says outside its kept ids: "renorm", "zero", "ghost", "zero_logit", "renorm_both"
-            (see ``sparse_softmax``).
-        divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy), and, with rest "ghost" or
-            "renorm_both": "reverse_kl" KL(p || q), "jsd", "skew_kl". "reverse_kl" leaves out what the teacher gives
-            nothing at all, where it would be infinite.
-        weight: "teacher_over_student" is the paper's text, w -> 1 where the teacher is the more confident.
-            "student_over_teacher" is its printed equation, 1 - exp(-s_y / t_y). "none" is w = 1. Or a (...) tensor.
-            A label that is not kept and whose ``target_logit`` is not known, absent or NaN, has t_y = 0.
+        temperature: T > 0 of the divergence. CE and w use temperature 1.
+        rest: Meaning of the teacher's mass outside its kept ids: "renorm", "zero", "ghost", "zero_logit" or
+            "renorm_both" (see ``sparse_softmax``).
+        divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy) and, with rest "ghost" or
+            "renorm_both", also "reverse_kl" KL(p || q), "jsd" and "skew_kl". "reverse_kl" skips outcomes to which the
+            teacher gives probability 0, where it would be infinite.
+        weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher is
+            the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none" for
+            w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its ``target_logit`` is
+            absent or NaN.
         detach_weight: Whether w is a constant to the gradient.
-        beta: In (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
-        alpha: In [0, 1): skew_kl = KL(q || alpha q + (1 - alpha) p).
-        ce_weight: Of CE, at least 0.
-        kd_weight: Of the divergence, at least 0.
-        label_smoothing: In [0, 1), as in ``torch.nn.functional.cross_entropy``; w uses the unsmoothed s_y.
-        z_loss_weight: Of the squared log-sum-exp, at least 0.
-        softcap: z = softcap * tanh(logit_scale * logits / softcap); None for no cap.
-        logit_scale: Positive factor on the logits.
+        beta: Share of the teacher in (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with
+            m = beta q + (1 - beta) p.
+        alpha: Share of the teacher in [0, 1): skew_kl = KL(q || alpha q + (1 - alpha) p).
+        ce_weight: Factor of CE, at least 0.
+        kd_weight: Factor of the weighted divergence, at least 0.
+        label_smoothing: Label smoothing in [0, 1), as in ``torch.nn.functional.cross_entropy``; w uses the unsmoothed
+            s_y.
+        z_loss_weight: Factor of the squared log-sum-exp, at least 0.
+        softcap: Bound of the student's logits, z = softcap * tanh(logit_scale * logits / softcap); None for no bound.
+        logit_scale: Positive factor of the logits.
         ignore_index: Label of rows that are skipped, with gradient exactly 0.
         reduction: "mean" over the tokens not ignored, "sum" or "none".
-        num_items: What "mean" divides by instead, for gradient accumulation; a number or a scalar tensor.
-        inplace_backward: Where a gradient is needed, the forward pass writes it over the logits (over their copy, where
-            their rows had to be copied) and not into a tensor of the same size. What the logits were is lost, also
-            where the op raises; autograd raises where their producer needs them again, which a linear layer does not.
-            Not for "none" and float16, whose gradients are made in the backward pass, nor for a leaf or its views.
-        group: The ranks that share the vocabulary, as in tensor parallelism; None where ``logits`` hold all of it.
-            ``logits`` (..., V_local) are then the columns [vocab_start, vocab_start + V_local) of (..., V), in slices
-            of any sizes, and so is their gradient; ``target`` and ``teacher``, whose ids count in the whole vocabulary,
-            must be the same on every rank, and so is the result. Two small collectives: 10 and 2 numbers a row.
-            Logits that are a DTensor with placement Shard(-1) on a mesh of one dimension bring group and start along.
+        num_items: Number, or scalar tensor, that "mean" divides by instead of the number of tokens not ignored, for
+            gradient accumulation.
+        inplace_backward: Whether the forward pass writes the gradient over the logits instead of into a tensor of the
+            same size. It writes over a copy where the rows had to be copied, and nothing where no gradient is needed.
+            The logits are lost even if the op raises. Autograd raises if the op that made them needs them again, which
+            a linear layer does not. Not possible for "none" and float16, whose gradients are made in the backward pass,
+            nor for a leaf of the graph or a view of one.
+        group: Process group of the ranks that share the vocabulary, as in tensor parallelism; None where ``logits``
+            hold all of it. With a group, ``logits`` (..., V_local) are the columns [vocab_start, vocab_start + V_local)
+            of (..., V), in slices of any sizes, and so is their gradient. ``target`` and ``teacher``, whose ids count
+            in the whole vocabulary, must be the same on every rank, and so is the result. The op makes two small
+            collectives, of 10 and 2 numbers per row. Logits that are a DTensor with placement Shard(-1) on a mesh of
+            one dimension need neither group nor start, because their placement tells both.
         vocab_start: First id of this rank's slice.
 
     Returns:
@@ -111,14 +113,15 @@ def slim_loss(
 
     Raises:
         ValueError: Shapes that do not match, a label or teacher id outside the vocabulary, an illegal combination of
-            rest and divergence, a temperature not captured, an option out of its range, an ``inplace_backward``
-            that is not possible, slices that are not the vocabulary, ranks of ``group`` with other tokens.
+            rest and divergence, a temperature that was not captured, an option out of its range, an
+            ``inplace_backward`` that is not possible, slices that do not make up the vocabulary, or ranks of ``group``
+            with different tokens.
         TypeError: A dtype that is not supported.
 
-    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
-    whatever rows are beside it. On CUDA the host does not wait, so a row with a label or an id outside the vocabulary
-    raises nothing there: its results and its gradient are NaN, and so are all rows where slices or tokens do not match.
-    With ``group``, ``torch.compile`` leaves the loss to eager mode, and there is no second derivative.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic. The result of a row does
+    not depend on the other rows of the batch. On CUDA raising would need a synchronisation, so the results and the
+    gradient of a row with a label or an id outside the vocabulary are NaN, and those of all rows where slices or tokens
+    do not match. With ``group``, ``torch.compile`` runs the loss in eager mode, and there is no second derivative.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
@@ -139,25 +142,10 @@ def slim_loss(
     leading_shape = logits.shape[:-1]
     _checks.is_target(target, leading_shape, logits, "logits")
     options = resolve_options(
-        logits,
-        "logits",
-        teacher,
-        weight=weight,
-        weight_name="weight",
-        softcap=softcap,
-        temperature=temperature,
-        rest=rest,
-        divergence=divergence,
-        detach_weight=detach_weight,
-        beta=beta,
-        alpha=alpha,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-    )
+        logits, "logits", teacher, "weight",
+        temperature, rest, divergence, weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
+        z_loss_weight, softcap, logit_scale, ignore_index
+    )  # fmt: skip
     check_kernels(logits, "logits")
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(logits.dtype))
@@ -168,7 +156,8 @@ def slim_loss(
     over_logits = needs_grad and inplace_backward
     if over_logits:
         _check_inplace(logits, reduction)
-        if rows.stride(0) < rows.shape[1]:  # rows that share memory, as expanded ones
+        # Rows that share memory, as expanded ones do, would overwrite each other.
+        if rows.stride(0) < rows.shape[1]:
             rows = rows.contiguous()
     if vocab is not None:
         source = GivenLogits(rows, over_logits)
@@ -184,7 +173,7 @@ def slim_loss(
 
 
 def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
-    """The loss reduced by ``row_scale`` (per row without it), the statistics, and the gradient of the former."""
+    """Computes the loss reduced by ``row_scale`` (per row without it), the statistics, and the gradient of the loss."""
     dtype = accumulation_dtype(logits.dtype)
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=dtype)
     with_grad = needs_grad and row_scale is not None
@@ -215,7 +204,7 @@ def _setup_context(ctx, inputs, output) -> None:
     else:
         options = SlimOptions(*options)
         ctx.save_for_backward(logits, target, *options.tensors)
-        ctx.settings = options[len(options.tensors) :]
+        ctx.settings = options.settings
 
 
 def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
@@ -236,16 +225,16 @@ def _check_inplace(logits: Tensor, reduction: str) -> None:
     elif logits.dtype == torch.float16:
         problem = "float16 logits, whose gradient is made in the backward pass: use bfloat16 or float32"
     elif logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
-        problem = "logits that are a leaf of the graph, or a view of one: it would be overwritten itself: copy them"
+        problem = "logits that are a leaf of the graph or a view of one, which would be overwritten: pass a copy"
     if problem is not None:
-        raise ValueError(f"inplace_backward=True is not possible with {problem}, or leave it out")
+        raise ValueError(f"inplace_backward=True is not possible with {problem}, or pass inplace_backward=False")
 
 
 def _slim_loss_over_logits(logits: Tensor, target: Tensor, row_scale: Tensor, *options):
-    """The reduced loss and the statistics; the gradient of the former takes the place of the logits."""
+    """Computes the reduced loss and the statistics, and writes the gradient of the loss over the logits."""
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=accumulation_dtype(logits.dtype))
     _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, logits, stats, target, row_scale, *options))
-    # So that autograd notices where somebody else needs the logits.
+    # A higher version makes autograd raise if another op saved the logits for its backward pass.
     torch.autograd.graph.increment_version(logits)
     return (stats[0] * row_scale).sum(), stats
 

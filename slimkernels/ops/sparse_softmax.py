@@ -1,4 +1,4 @@
-"""``sparse_softmax``: what a sparse teacher says about its kept ids and about everything else together."""
+"""``sparse_softmax``: the log-probabilities of a sparse teacher at its kept ids and of all other ids together."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SparseProbs(NamedTuple):
 
     Attributes:
         logprobs: (..., K) float32 (float64 for float64 logits); ``-inf`` at padding.
-        tail_logprob: (...) of the same dtype. Of everything outside the kept ids together; ``-inf`` where the
-            teacher gives it nothing.
+        tail_logprob: (...) of the same dtype, of all ids outside the kept ones together; ``-inf`` where their
+            probability is 0.
     """
 
     logprobs: Tensor
@@ -28,7 +28,7 @@ class SparseProbs(NamedTuple):
 def sparse_softmax(
     sparse: SparseLogits, *, temperature: float = 1.0, rest: str = "renorm", vocab_size: int | None = None
 ) -> SparseProbs:
-    """``logprobs = logits / T - log Z``, where ``rest`` says what happens to the mass outside the kept ids S.
+    """``logprobs = logits / T - log Z``, where ``rest`` chooses the meaning of the mass outside the kept ids S.
 
     ================ ========================= =======================================================
     rest             on S                      outside S (``tail_logprob``)
@@ -49,21 +49,21 @@ def sparse_softmax(
 
     Args:
         sparse: Rows (..., K).
-        temperature: T, positive. "zero" and "ghost" need the teacher's lse at it.
-        rest: See the table.
-        vocab_size: V; needed by "zero_logit" alone, otherwise used to check ids when given.
+        temperature: T > 0. "zero" and "ghost" need the teacher's lse at T.
+        rest: Name of a row of the table.
+        vocab_size: V, needed for "zero_logit"; the ids are checked against it when it is given.
 
     Returns:
         SparseProbs(logprobs (..., K), tail_logprob (...)).
 
     Raises:
-        ValueError: An unknown ``rest``, a temperature that is not positive or not captured, a missing vocab_size,
-            ids that are not ascending inside [0, V).
+        ValueError: An unknown ``rest``, a temperature that is not positive or was not captured, a missing vocab_size,
+            or ids that do not ascend inside [0, V).
 
-    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse) x deterministic. On CUDA bad
-    ids raise nothing, because the host does not wait: the row's results are NaN.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse) x deterministic. On CUDA
+    raising would need a synchronisation, so a row with bad ids becomes NaN.
 
-    Precision: the tail is ``log(-expm1(log a))``; a stored record does not hold the unkept logits.
+    Precision: the tail is ``log(-expm1(log a))``, because a stored record does not hold the unkept logits.
 
     >>> from slimkernels import topk_logits
     >>> probs = sparse_softmax(topk_logits(torch.zeros(1, 4), top_k=2), rest="ghost")
@@ -73,7 +73,9 @@ def sparse_softmax(
     _checks.is_one_of(rest, "rest", _checks.RESTS)
     _checks.is_positive(temperature, "temperature")
     if rest == "zero_logit" and vocab_size is None:
-        raise ValueError("vocab_size must be given with rest='zero_logit', which counts the unkept logits")
+        raise ValueError(
+            "vocab_size must be given with rest='zero_logit', which counts the unkept logits: pass the teacher's V"
+        )
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     check_kernels(sparse.logits, "sparse.logits")
@@ -118,13 +120,14 @@ def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
         grad = grad_logprobs
         grad_lse = -total[:, 0]
         if ctx.rest == "ghost":
-            # tail = log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
+            # The tail is log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
             has_tail = tail_logprob > -torch.inf
             odds = torch.where(has_tail, grad_tail * (-tail_logprob.masked_fill(~has_tail, 0.0)).exp(), 0.0)
             grad = grad - probs * odds[:, None]
             grad_lse = grad_lse + odds * probs.sum(-1)
     else:
-        # logprobs = x - log Z with dlog Z = sum_S probs dx, also for the tail of "zero_logit".
+        # With x = logits / T, log Z has the derivative probs by x on S, and every logprob, also the tail of
+        # "zero_logit", depends on log Z.
         if ctx.rest == "zero_logit":
             total = total + grad_tail.masked_fill(tail_logprob == -torch.inf, 0.0)[:, None]
         grad = grad_logprobs - probs * total

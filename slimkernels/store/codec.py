@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch  # noqa: F401 -- loads the libraries that _C is linked to
 
 from slimkernels.store.errors import (
     ByteOrderError,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from slimkernels.models.head import LanguageModelHead, base_model
-from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective

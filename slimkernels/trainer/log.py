@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slimkernels.ops._slim_options import SlimLoss
+from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
 
 _TERMS = ("ce", "kd", "weight", "teacher_mass", "student_mass")

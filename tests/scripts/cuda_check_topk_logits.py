@@ -17,6 +17,7 @@ from test_topk_logits import assert_topk_matches
 from torch import Tensor
 
 import slimkernels as sk
+import slimkernels.ops  # registers the operators
 
 
 def topk_logits(

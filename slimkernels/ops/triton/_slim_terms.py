@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.ops.triton.launch import double, expm1, log_add_exp
+from slimkernels.ops.triton._math import double, expm1, log_add_exp
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._slim_passes import (
     diverge_kept,
     fill_row,
@@ -35,7 +36,6 @@ from slimkernels.ops.triton._slim_passes import (
 )
 from slimkernels.ops.triton._slim_terms import LOG2_E, diverge, unit_logits, weigh
 from slimkernels.ops.triton._teacher import kept_entries, log_ghost, teacher_log_norm
-from slimkernels.ops.triton.launch import double
 
 
 @triton.jit
@@ -402,14 +402,14 @@ def slim_loss_rows(
 ) -> int:
     """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("slim_loss", logits)
+    settings = launch.settings_of("slim_loss", logits)
     top_k = 0
     kept_gradient = None
     if ids is not None:
         top_k = ids.shape[1]
         if dlogits is not None:
             kept_gradient = torch.empty_like(ids, dtype=logits.dtype)
-    launch.launch(
+    launch.run(
         slim_loss_kernel,
         num_rows,
         settings,
@@ -448,7 +448,7 @@ def slim_loss_rows(
         TWO_TEMPERATURES=temperature != 1,
         SMOOTHS=label_smoothing > 0,
         SOFTCAP=softcap > 0,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK_V=launch.block_of(settings, vocab_size),
         BLOCK_K=launch.block_of(settings._replace(block=settings.block), top_k),
     )

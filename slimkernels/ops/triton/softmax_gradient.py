@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._slim_passes import fill_row
 from slimkernels.ops.triton._slim_terms import LOG2_E, powers, unit_logits
-from slimkernels.ops.triton.launch import double
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def softmax_gradient_rows(
 ) -> None:
     """Launches the kernel, with the settings of slim_loss, whose last pass it is."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("slim_loss", logits)
-    launch.launch(
+    settings = launch.settings_of("slim_loss", logits)
+    launch.run(
         softmax_gradient_kernel,
         num_rows,
         settings,
@@ -92,6 +92,6 @@ def softmax_gradient_rows(
         logit_scale,
         TWO_TEMPERATURES=temperature != 1,
         SOFTCAP=softcap > 0,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK_V=launch.block_of(settings, vocab_size),
     )

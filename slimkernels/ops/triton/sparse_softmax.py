@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._teacher import kept_entries, log_ghost, log_sum_exp_of_entries, teacher_log_norm
-from slimkernels.ops.triton.launch import double
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def sparse_softmax_rows(
 ) -> int:
     """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
     num_rows, top_k = logits.shape
-    settings = launch.launch_settings("sparse_softmax", logits)
-    launch.launch(
+    settings = launch.settings_of("sparse_softmax", logits)
+    launch.run(
         sparse_softmax_kernel,
         num_rows,
         settings,
@@ -83,7 +83,7 @@ def sparse_softmax_rows(
         vocab_size,
         temperature,
         REST=rest,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK_K=launch.block_of(settings, top_k),
     )
     return 0

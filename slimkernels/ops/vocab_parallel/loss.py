@@ -18,9 +18,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
-from slimkernels.ops._slim_options import SlimLoss, SlimOptions, pack_result, scale_in_forward
+from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.slim_result import SlimLoss, pack_result, scale_in_forward
 from slimkernels.ops.vocab_parallel.rows import VocabRows
 from slimkernels.ops.vocab_parallel.slice import VocabSlice
 

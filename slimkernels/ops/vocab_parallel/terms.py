@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from slimkernels.ops._slim_options import NUM_STATS, SlimOptions
+from slimkernels.ops._slim_options import SlimOptions
+from slimkernels.ops.slim_result import NUM_STATS
 
 
 def effective(logits: Tensor, options: SlimOptions, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,157 @@
+"""The option list of ``slim_loss``: every place that must spell it agrees with ``SlimOptions`` in names and order."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import random_problem, recorded_ops
+
+import slimkernels as sk
+from slimkernels import _checks, reference
+from slimkernels.ops import _slim_options
+from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
+from slimkernels.ops.slim_result import NUM_STATS
+
+CSRC = Path(__file__).parents[1] / "csrc"
+NUM_TENSORS = OPTIONS_SCHEMA.count("Tensor?")
+SETTINGS = SlimOptions._fields[NUM_TENSORS:]
+OPERATORS = ("slim_loss_rows", "slim_loss_fwd", "slim_loss_over_logits", "linear_slim_loss_fwd")
+
+
+def schema_of(operator: str) -> list[tuple[str, str]]:
+    schema = getattr(torch.ops.slimkernels, operator).default._schema
+    return [(argument.name, str(argument.type)) for argument in schema.arguments]
+
+
+def public_names(weight: str) -> list[str]:
+    return [weight if name == "weighting" else name for name in SETTINGS]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_schema_ends_with_the_options(operator):
+    options = schema_of(operator)[-len(SlimOptions._fields) :]
+    assert [name for name, _ in options] == list(SlimOptions._fields)
+    assert {kind for _, kind in options[:NUM_TENSORS]} == {"Optional[Tensor]"}
+    assert {kind for _, kind in options[NUM_TENSORS:]} == {"float", "str", "bool", "int"}
+
+
+@pytest.mark.parametrize(
+    ("function", "weight"),
+    [(sk.slim_loss, "weight"), (sk.linear_slim_loss, "token_weight"), (resolve_options, "weight")],
+)
+def test_a_signature_has_the_settings_in_order(function, weight):
+    names = list(inspect.signature(function).parameters)
+    first = names.index("temperature")
+    assert [name for name in names[first:] if name in public_names(weight)] == public_names(weight)
+
+
+SETTING_VALUES = {
+    "temperature": 1.25,
+    "rest": "ghost",
+    "divergence": "jsd",
+    "weighting": "student_over_teacher",
+    "detach_weight": False,
+    "beta": 0.375,
+    "alpha": 0.625,
+    "ce_weight": 2.0,
+    "kd_weight": 3.0,
+    "label_smoothing": 0.125,
+    "z_loss_weight": 4.0,
+    "softcap": 5.0,
+    "logit_scale": 6.0,
+    "ignore_index": 7,
+}
+PUBLIC_VALUES = {name: value for name, value in SETTING_VALUES.items() if name != "weighting"}
+
+
+def test_tensors_and_settings_are_the_two_parts_of_the_options():
+    logits, _, teacher = random_problem(temperature=1.25)
+    options = resolve_options(logits, "logits", teacher, "weight", weight=torch.rand(7), **PUBLIC_VALUES)
+    assert all(isinstance(value, torch.Tensor) for value in options.tensors)
+    assert (*options.tensors, *options.settings) == tuple(options)
+    assert [t.shape[0] for t in options.rows(slice(1, 4)).tensors] == [3] * NUM_TENSORS
+    assert options.rows(slice(1, 4)).settings == options.settings
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_every_setting_reaches_the_operator_under_its_name(linear):
+    logits, target, teacher = random_problem(temperature=1.25, ignored=())
+    weight = SETTING_VALUES["weighting"]
+    with recorded_ops() as mode:
+        if linear:
+            hidden, head = torch.zeros(len(target), 2), torch.zeros(logits.shape[1], 2)
+            sk.linear_slim_loss(hidden, head, target, teacher, token_weight=weight, **PUBLIC_VALUES)
+        else:
+            sk.slim_loss(logits, target, teacher, weight=weight, **PUBLIC_VALUES)
+    ((operator, arguments, _),) = mode.calls
+    names = [argument.name for argument in operator._schema.arguments]
+    given = dict(zip(names, arguments, strict=True))
+    assert {name: given[name] for name in SETTINGS} == SETTING_VALUES
+
+
+def test_the_triton_launcher_takes_the_arguments_of_the_schema():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from slimkernels.ops.triton.slim_loss import slim_loss_rows
+
+    assert list(inspect.signature(slim_loss_rows).parameters) == [name for name, _ in schema_of("slim_loss_rows")]
+
+
+def test_the_native_function_takes_the_arguments_of_the_schema():
+    source = (CSRC / "ops.cpp").read_text()
+    parameters = re.search(r"slim_loss_rows_cpu\((.*?)\)", source, re.DOTALL)[1]
+    types = {
+        "Tensor": "Tensor",
+        "OptionalTensor": "Optional[Tensor]",
+        "double": "float",
+        "std::string": "str",
+        "bool": "bool",
+        "int64_t": "int",
+    }
+    found = [parameter.split() for parameter in parameters.split(",")]
+    assert [(name, types[kind]) for kind, name in found] == schema_of("slim_loss_rows")
+
+
+def native_names(enum: str) -> tuple[list[str], dict[str, str]]:
+    """The enumerators of ``enum`` in order, and the enumerator of every name that the operators accept for it."""
+    enumerators = re.search(rf"enum {enum} : int {{(.*?)}}", (CSRC / "cpu/dispatch.h").read_text())[1]
+    pairs = re.findall(r'{"(\w+)", (k\w+)}', (CSRC / "ops.cpp").read_text())
+    enumerators = [part.split("=")[0].strip() for part in enumerators.split(",")]
+    return enumerators, {name: value for name, value in pairs if value in enumerators}
+
+
+def enumerator(name: str, weight: bool = False) -> str:
+    words = {"none": "weight_one", "tensor": "weight_tensor"}.get(name, name) if weight else name
+    return "k" + "".join(word.capitalize() for word in words.split("_"))
+
+
+@pytest.mark.parametrize(
+    ("enum", "names"),
+    [
+        ("Rest", _checks.RESTS),
+        ("Divergence", _slim_options.DIVERGENCES),
+        ("Weighting", (*_slim_options.WEIGHTS, "tensor")),
+    ],
+)
+def test_the_native_enums_have_the_names_of_the_options(enum, names):
+    enumerators, accepted = native_names(enum)
+    assert accepted == {name: enumerator(name, enum == "Weighting") for name in names}
+    assert sorted(enumerators) == sorted(accepted.values())
+
+
+def test_the_reference_knows_the_same_names():
+    assert (reference.RESTS, reference.DIVERGENCES) == (_checks.RESTS, _slim_options.DIVERGENCES)
+    assert (reference.WEIGHTS, reference.SlimLoss._fields) == (_slim_options.WEIGHTS, sk.SlimLoss._fields)
+    ours, theirs = (inspect.signature(function).parameters for function in (sk.slim_loss, reference.slim_loss))
+    assert theirs.keys() >= {*public_names("weight"), "reduction", "num_items"}
+    assert {name: ours[name].default for name in theirs} == {name: theirs[name].default for name in theirs}
+
+
+def test_the_native_statistics_are_the_fields_of_the_result():
+    source = (CSRC / "cpu/dispatch.h").read_text()
+    assert f"constexpr int kStats = {NUM_STATS};" in source
+    named = re.search(r"// \(kStats, N\) acc: (.*)", source)[1]
+    assert named.split(", ") == list(sk.SlimLoss._fields)
