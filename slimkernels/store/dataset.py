@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
@@ -161,6 +162,8 @@ def collate_documents(
 ) -> dict[str, Any]:
     """Makes one right-padded batch of B documents of at most T tokens with N labels in total.
 
+    A ``DataLoader`` that is given no ``collate_fn`` calls this with the defaults.
+
     Args:
         documents: Documents of a store, either all packed or none.
         pad_token_id: Token that fills ``input_ids`` after each document; never a label and never attended to.
@@ -200,6 +203,14 @@ def collate_documents(
         "prompt_lengths": torch.tensor([_prompt_length(document) for document in documents]),
         "teacher": kind.cat([document.teacher for document in documents]) if with_teacher else None,
     }
+
+
+def _collate_default(documents: Sequence[Document | PackedDocument], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    return collate_documents(documents)
+
+
+# A DataLoader without a collate_fn looks here for types that are no tensors.
+default_collate_fn_map.update(dict.fromkeys((Document, PackedDocument), _collate_default))
 
 
 def _prompt_length(document: Document | PackedDocument) -> int:

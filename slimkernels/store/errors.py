@@ -126,4 +126,4 @@ class MissingDocumentError(StoreError):
 
 
 class StoreLockedError(StoreError):
-    """Another writer holds the store."""
+    """Another writer holds the store, or its file system has no locks."""

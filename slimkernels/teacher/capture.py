@@ -279,7 +279,12 @@ class _Teacher:
         self._is_checked = True
 
 
-def captured_vocab_size(tokenizer: PreTrainedTokenizerBase, num_rows: int, store_path: str | os.PathLike[str]) -> int:
+def captured_vocab_size(
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int,
+    store_path: str | os.PathLike[str],
+    subject: str = "the teacher has",
+) -> int:
     """Returns V, the number of ids that a capture reads of every row: those that the tokenizer has.
 
     Many heads have more rows, which pad them to a multiple of 64 or 128: untrained, they are no tokens and belong
@@ -290,6 +295,7 @@ def captured_vocab_size(tokenizer: PreTrainedTokenizerBase, num_rows: int, store
         tokenizer: The teacher's tokenizer.
         num_rows: Number of logits of a row.
         store_path: Directory of the store, which need not exist.
+        subject: Subject of the error, and its verb.
 
     Raises:
         ValueError: The tokenizer has more ids than a row has logits, so that the two do not belong together.
@@ -297,8 +303,7 @@ def captured_vocab_size(tokenizer: PreTrainedTokenizerBase, num_rows: int, store
     own = num_token_ids(tokenizer)
     if own > num_rows:
         raise ValueError(
-            f"the tokenizer has {own} tokens, but the teacher {num_rows}: load the tokenizer that belongs to the "
-            "teacher"
+            f"the tokenizer has {own} tokens, but {subject} {num_rows}: give the tokenizer that belongs to the teacher"
         )
     try:
         return num_rows if Store(store_path).vocab_size == num_rows else own

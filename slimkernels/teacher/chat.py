@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 # Some templates show today's date. The same conversation has to have the same tokens tomorrow, or a capture that is
 # continued would take it for another document. Llama's templates fall back on this day too.
 _DAY = datetime.datetime(2024, 7, 26)
+_DATE_FORMATS = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYZ"]
+# transformers offers templates this function, and accepts no other in its place.
+_DATE_FUNCTION = "strftime_now"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -34,9 +37,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
     Raises:
         ValueError: The tokenizer has no chat template, or the template does not accept the conversation.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("a conversation needs a tokenizer with a chat template: give the one of a chat model")
-    defaults = {"tokenize": True, "return_dict": True, "strftime_now": _DAY.strftime}
+    defaults = {"tokenize": True, "return_dict": True, "chat_template": _dateless(_template(tokenizer))}
     try:
         return tokenizer.apply_chat_template(list(messages), **defaults | options)
     # Templates raise jinja2's errors, which share no base class with those of the messages that they read.
@@ -60,7 +61,7 @@ def assistant_tokens(
         ValueError: The same as in ``render``; or the template has no such marks and an answer does not extend the
             conversation before it.
     """
-    if _GENERATION.search(tokenizer.get_chat_template()):
+    if _GENERATION.search(_template(tokenizer)):
         encoded = render(tokenizer, messages, return_assistant_tokens_mask=True)
         return list(encoded["input_ids"]), [p for p, own in enumerate(encoded["assistant_masks"]) if own and p > 0]
     ids = list(render(tokenizer, messages)["input_ids"])
@@ -78,3 +79,18 @@ def assistant_tokens(
         ends = [p for p in range(len(before), len(after)) if after[p] == tokenizer.eos_token_id]
         positions += range(max(len(before), 1), ends[-1] + 1 if ends else len(after))
     return ids, positions
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("a conversation needs a tokenizer with a chat template: give the one of a chat model")
+    return tokenizer.get_chat_template()
+
+
+def _dateless(template: str) -> str:
+    """Returns a template in which the function for today's date gives always the same day."""
+    if _DATE_FUNCTION not in template:
+        return template
+    filters = "".join(f"|replace({code!r}, {_DAY.strftime(code)!r})" for code in _DATE_FORMATS)
+    # The newline after the macro belongs to it: blocks take theirs with them.
+    return f"{{% macro {_DATE_FUNCTION}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"

@@ -16,14 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.api import Answer, Request, ServerApi
-from slimkernels.served_rows.rows import AnswerReader, ServedDocument
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.served_rows.tokens import TokenMap
-from slimkernels.serving.client import ServerClient, ServerRequestError
+from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
 from slimkernels.serving.kinds import server_kind
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
-from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher.corpus import TokenizedDocument, without_end
 
+# Answers in a row that cannot be used, after which a capture ends with the error of the last.
+_MAX_UNUSABLE = 8
+_SHOWN_REASONS = 5
 APIS = ("auto", "completions", "chat", "llama.cpp")
 
 
@@ -48,9 +51,10 @@ class ServerReport(NamedTuple):
         documents: Documents added to the store.
         tokens: Tokens in them, prompts included.
         skipped: Documents that were in the store already, or have no label (fewer than 2 tokens).
-        dropped: Answers with a token whose id is not known; the next call asks for them again.
+        dropped: Answers that made no document; the next call asks for them again.
         unmapped_fraction: Share of the server's entries whose token has no id in the tokenizer.
         generated_tokens: Generated tokens, as counted by the server.
+        drop_reasons: Why answers were dropped, a clause for each of up to five different reasons.
     """
 
     documents: int
@@ -59,6 +63,7 @@ class ServerReport(NamedTuple):
     dropped: int
     unmapped_fraction: float
     generated_tokens: int
+    drop_reasons: tuple[str, ...] = ()
 
 
 def capture_server(
@@ -97,6 +102,10 @@ def capture_server(
     token has no id in the tokenizer is left out, and its mass counts with that of the other tokens. ``target_logit`` is
     the log-probability of the label, or NaN if the server does not give it.
 
+    An answer that cannot be used (an error, a page of HTML, no choice, a text without log-probabilities) is asked for
+    again like one with status 429 or 502. One that stays so is dropped, as are answers that are empty (a tool call, a
+    filter) or have a token whose id is not known; the report counts them and says why.
+
     Documents are stored in order, at most ``flush_s`` after they were answered. The store is the only state: after an
     error or a kill, the same call asks for what is missing. A document is recognised by its tokens, and a generated one
     by the tokens before its first row, which are its prompt.
@@ -117,8 +126,8 @@ def capture_server(
         documents: Token id lists, as from ``read_documents``. Give these or ``prompts``.
         prompts: Texts or token ids. The tokenizer encodes texts with its defaults, without an end of text at the end.
             With ``api="chat"`` each is the only message of a user, formatted by the tokenizer's chat template.
-        top_logprobs: K, the entries to ask for; servers have limits (5 to 20 are common; vLLM's is
-            ``--max-logprobs``).
+        top_logprobs: K, the entries to ask for. OpenAI's limit is 20, or 5 for completions; vLLM's is its
+            ``--max-logprobs``, 20 by default.
         api: Interface for prompts: "completions", "chat", or "llama.cpp" for its own ``/completion``, the only one that
             gives the ids of all tokens. "auto" is "llama.cpp" for llama.cpp and "completions" for other servers.
         num_documents: Number of documents to generate, going through the prompts repeatedly; None uses each once.
@@ -132,7 +141,8 @@ def capture_server(
         key_env: Environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set. Keys are neither
             stored nor shown.
         concurrency: Largest number of requests in flight.
-        max_retries: Repetitions of a request after status 408, 409, 425, 429 or 5xx, a lost connection or a timeout.
+        max_retries: Repetitions of a request after status 408, 409, 425, 429 or 5xx, a lost connection, a timeout or an
+            answer that cannot be used.
         requests_per_minute: Limit on requests, repetitions included.
         timeout_s: Seconds without a response after which a request counts as failed.
         backoff_s: Seconds before the first repetition, doubled each time. ``Retry-After`` is obeyed.
@@ -149,8 +159,8 @@ def capture_server(
         ValueError: An argument is out of range, there is no document, or the bytes of the tokenizer's tokens are not
             known.
         ServerRequestError: The server refused a request, gives no log-probabilities or ones that are not normalised,
-            or read other tokens than it was sent because it adds special tokens, has another chat template or another
-            tokenizer.
+            gave eight answers in a row that cannot be used, or read other tokens than it was sent because it adds
+            special tokens, has another chat template or another tokenizer.
         ServerUnavailableError: The server did not answer.
         UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
         SettingsMismatchError: The store was made with another model, tokenizer, selection or codec.
@@ -206,7 +216,10 @@ class _Scoring:
 
     def __init__(self, server: ServerApi, documents: Iterable[Sequence[int]]) -> None:
         self.server = server
-        self.requests = [Request(list(ids), number=number) for number, ids in enumerate(documents)]
+        self.requests = [
+            Request(list(ids), number=number, labels=TokenizedDocument.of(ids).positions)
+            for number, ids in enumerate(documents)
+        ]
         if not self.requests:
             raise ValueError("documents must hold at least one document, got none")
         self.selection = _selection(server)
@@ -214,6 +227,10 @@ class _Scoring:
     def missing(self, writer: StoreWriter) -> list[Request]:
         """Returns the requests whose document has a label and is not in the store."""
         return [ask for ask in self.requests if len(ask.prompt_ids) > 1 and ask.prompt_ids not in writer]
+
+    def prompt_length(self, _: Request) -> int:
+        """Returns 0, as the prompt of a given document is not known."""
+        return 0
 
     def cost(self, missing: Sequence[Request]) -> ServerCost:
         """Returns the cost of the missing documents; the server generates one token of each."""
@@ -223,7 +240,7 @@ class _Scoring:
         """Asks the server for one document."""
         return self.server.score(request)
 
-    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | None:
+    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
         """Turns an answer into a document of the store."""
         return reader.scored(request, answer)
 
@@ -281,8 +298,12 @@ class _Generation:
         """Asks the server for one document."""
         return self.server.generate(request)
 
-    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | None:
-        """Turns an answer into a document of the store; None if the id of one of its tokens is not known."""
+    def prompt_length(self, request: Request) -> int:
+        """Returns the length of the prompt of a generated document."""
+        return len(request.prompt_ids)
+
+    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
+        """Turns an answer into a document of the store."""
         return reader.generated(request, answer)
 
 
@@ -296,28 +317,41 @@ def _store_answers(
 ) -> ServerReport:
     """Asks for the missing documents, several at a time, and stores the answers in order."""
 
-    def ask(request: Request) -> Answer:
+    def ask(request: Request) -> Answer | UnusableAnswerError:
         try:
             return task.ask(request)
         except ServerRequestError as error:
             # Names the document, because it may be too long for the server.
-            length = len(request.prompt_ids)
-            raise ServerRequestError(f"document {request.number}, {length} tokens of prompt: {error}") from error
+            named = f"document {request.number}, {len(request.prompt_ids)} tokens of prompt: {error}"
+            if isinstance(error, UnusableAnswerError):
+                return UnusableAnswerError(named)
+            raise ServerRequestError(named) from error
 
-    added = num_tokens = dropped = generated = 0
+    added = num_tokens = dropped = generated = unusable = 0
+    reasons: dict[str, None] = {}
     skipped = len(task.requests) - len(missing)
     flushed = time.monotonic()
     for request, answer in task.server.client.map(ask, missing):
-        document = task.document(reader, request, answer)
-        reader.check_unmapped()
-        generated += answer.generated_tokens or 0
-        if document is None:
+        if isinstance(answer, UnusableAnswerError):
+            unusable += 1
+            # A server whose answers were never good does not get better, and a broken one should not cost hours.
+            if unusable == _MAX_UNUSABLE or unusable == len(missing):
+                raise answer
+            document = DroppedAnswer(str(answer))
+        else:
+            unusable = 0
+            document = task.document(reader, request, answer)
+            reader.check_unmapped()
+            generated += answer.generated_tokens or 0
+        if isinstance(document, DroppedAnswer):
             dropped += 1
+            if len(reasons) < _SHOWN_REASONS:
+                reasons[document.reason] = None
         elif document.input_ids in writer:
             # Two requests got the same text.
             skipped += 1
         else:
-            writer.add(*document)
+            writer.add(*document, prompt_length=task.prompt_length(request))
             added += 1
             num_tokens += len(document.input_ids)
         if time.monotonic() - flushed >= flush_s:
@@ -327,7 +361,7 @@ def _store_answers(
             progress(skipped + added + dropped, len(task.requests))
     reader.check_unmapped(is_last=True)
     unmapped_fraction = reader.tokens.unmapped / max(1, reader.tokens.seen)
-    return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated)
+    return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated, tuple(reasons))
 
 
 def _selection(server: ServerApi) -> dict[str, Any]:
@@ -393,7 +427,10 @@ def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> colle
         for document in range(entry.documents):
             ids = tuple(shard.tokens(document, document).tolist())
             start, stop = shard.rows_of(document)
-            end = int(shard.arrays["positions"][start]) if start < stop else len(ids)
+            # Earlier releases stored empty answers as documents without a row.
+            if start == stop:
+                continue
+            end = int(shard.arrays["positions"][start])
             # The prompt is shorter than that if the first generated token has no row, none of whose entries had an id.
             found = next((ids[:length] for length in lengths if length <= end and ids[:length] in prompts), None)
             if found is not None:
