@@ -16,7 +16,7 @@ from typing import IO, Any
 # Set to 0, it turns locks off.
 LOCKS_VARIABLE = "SLIMKERNELS_LOCKS"
 _POLL_S = 0.05
-# What file systems answer to flock, or to fsync of a directory, that they do not support.
+# Error codes with which a file system answers flock, or fsync of a directory, that it does not support.
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 

@@ -698,7 +698,7 @@ class TestArguments:
             ("--prompts --model a --tokenizer b --tokens 5", "--tokens has no meaning with --server"),
             ("--prompts --model a --tokenizer b --top-fraction 0.1", "--top-fraction has no meaning with --server"),
             ("--prompts --model a --tokenizer b --temperatures 1 2", "--temperatures has no meaning with --server"),
-            ("--text a.txt --model a --tokenizer b --documents 2", "give --prompts, not --text"),
+            ("--text a.txt --model a --tokenizer b --generated x", "--generated has no meaning with --server"),
             ("--prompts --model a --tokenizer /no/where", "there is no folder or .gguf file /no/where"),
         ],
     )

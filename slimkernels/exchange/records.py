@@ -55,12 +55,15 @@ def source_files(source: str | os.PathLike[str], suffixes: Sequence[str] = _SUFF
     raise ValueError(f"the folder {path} must hold files that end in one of {wanted}, got none")
 
 
-def read_batches(source: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+def read_batches(
+    source: str | os.PathLike[str], columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """Yields the location of each record, and the record as a dict of pyarrow scalars.
 
     Args:
         source: A .parquet or .arrow file, or a folder of them.
         columns: Columns to read, all of which must exist; None reads all.
+        optional: Further columns to read where they exist.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: The same as in ``read_records``.
@@ -69,7 +72,7 @@ def read_batches(source: str | os.PathLike[str], columns: Sequence[str] | None =
     for path in source_files(source, _SUFFIXES[:2]):
         number = 0
         try:
-            for batch in _batches(pyarrow, path, columns):
+            for batch in _batches(pyarrow, path, columns, optional):
                 require_columns(batch.schema.names, columns or (), str(path))
                 for index in range(batch.num_rows):
                     number += 1
@@ -134,7 +137,7 @@ def ragged_list(scalar: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy().astype(np.int64)
 
 
-def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Any]:
     if path.suffix == ".arrow":
         with pyarrow.memory_map(str(path)) as file:
             # datasets' save_to_disk writes this format.
@@ -142,6 +145,8 @@ def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None) -> Iterato
         return
     with pyarrow.parquet.ParquetFile(path) as file:
         require_columns(file.schema_arrow.names, columns or (), str(path))
+        if columns is not None:
+            columns = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
         yield from file.iter_batches(_RECORDS_AT_ONCE, columns=columns)
 
 

@@ -39,12 +39,13 @@ class ImportReport(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document of a source: its location, (T,) token ids, (R,) positions, and (R, K) logits."""
+    """One document of a source: its location, (T,) token ids, (R,) positions, (R, K) logits, length of its prompt."""
 
     where: str
     input_ids: np.ndarray
     positions: np.ndarray
     teacher: SparseLogits
+    prompt_length: int = 0
 
 
 class Meaning(NamedTuple):
@@ -191,7 +192,7 @@ def write_documents(
                 if not len(item.positions) or item.input_ids in writer:
                     skipped += 1
                     continue
-                writer.add(item.input_ids, item.positions, item.teacher)
+                writer.add(item.input_ids, item.positions, item.teacher, prompt_length=item.prompt_length)
             except ValueError as error:
                 raise ValueError(f"{item.where}: {error}") from error
             added += 1

@@ -41,7 +41,7 @@ class CaptureReport(NamedTuple):
 
 def capture(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     documents: Iterable[Sequence[int]],
     store_path: str | os.PathLike[str],
     *,
@@ -86,7 +86,8 @@ def capture(
     Args:
         model: A causal language model whose head is one linear layer; a final softcap or scale is taken from its
             configuration, and checked against the model's own logits.
-        tokenizer: Tokenizer of the model; its fingerprint goes into the store.
+        tokenizer: Tokenizer of the model; its fingerprint goes into the store, and only its ids count. With None the
+            store has no fingerprint, and every row of the head counts.
         documents: Token id lists, as from ``read_documents``. A ``TokenizedDocument`` has rows for its labels only, and
             the store keeps the length of its prompt.
         store_path: New directory, or a store made with the same settings.
@@ -148,7 +149,7 @@ def capture(
         num_ranks=num_ranks,
         num_parts=num_parts,
         vocab_size=teacher.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         teacher=teacher.description,
         selection=teacher.selection.description,
         temperatures=teacher.selection.temperatures,
@@ -280,7 +281,7 @@ class _Teacher:
 
 
 def captured_vocab_size(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     num_rows: int,
     store_path: str | os.PathLike[str],
     subject: str = "the teacher has",
@@ -292,7 +293,7 @@ def captured_vocab_size(
     continues such a store counts them too.
 
     Args:
-        tokenizer: The teacher's tokenizer.
+        tokenizer: The teacher's tokenizer; None for all rows.
         num_rows: Number of logits of a row.
         store_path: Directory of the store, which need not exist.
         subject: Subject of the error, and its verb.
@@ -300,7 +301,7 @@ def captured_vocab_size(
     Raises:
         ValueError: The tokenizer has more ids than a row has logits, so that the two do not belong together.
     """
-    own = num_token_ids(tokenizer)
+    own = num_rows if tokenizer is None else num_token_ids(tokenizer)
     if own > num_rows:
         raise ValueError(
             f"the tokenizer has {own} tokens, but {subject} {num_rows}: give the tokenizer that belongs to the teacher"

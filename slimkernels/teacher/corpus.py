@@ -100,7 +100,7 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def read_documents(
     path: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     text_field: str = "text",
     max_length: int | None = 1024,

@@ -34,7 +34,7 @@ class _Rows(NamedTuple):
 
 def capture_logits(
     logits: str | os.PathLike[str] | np.ndarray | Tensor | Iterable[np.ndarray | Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     documents: Iterable[Sequence[int]],
     store_path: str | os.PathLike[str],
     *,
@@ -65,7 +65,7 @@ def capture_logits(
             - an array (T or T - 1, V) per document. In a ``.safetensors`` file, the tensors are named by the
               number of the document: "0", "1", ..., or with a common prefix, as in "logits.0".
         tokenizer: The teacher's tokenizer; its fingerprint goes into the store. Columns beyond its ids pad the head
-            and are not read.
+            and are not read. With None the store has no fingerprint, and every column counts.
         documents: Token id lists, in the order of the logits, each of at least 2 tokens.
         store_path: New directory, or a store made with the same settings.
         name: Name of the teacher, kept in the store.
@@ -104,7 +104,7 @@ def capture_logits(
     with StoreWriter(
         store_path,
         vocab_size=stored_vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
         teacher={"name": name},
         selection={"kind": kind, "value": value, "top_k": kept},
         temperatures=temperatures,
