@@ -202,7 +202,7 @@ def _documents(
 
 def _split(document: TokenizedDocument, max_length: int, start: int | None) -> Iterator[TokenizedDocument]:
     """Splits a document; each piece begins with the start of text if the document does."""
-    begin = [start] if document and document[0] == start else []
+    begin = [] if start is None or document[:1] != [start] else [start]
     yield document.part(0, max_length)
     step = max_length - len(begin)
     for first in range(max_length, len(document), step):
