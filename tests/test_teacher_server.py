@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 from support import served, teachers
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from slimkernels import SparseLogits, slim_loss, sparse_softmax
 from slimkernels.cli import main
@@ -412,6 +414,32 @@ class TestTroubledServers:
             report = run(server, tokenizer, tmp_path / "counted", "generated_as_openai", "llama.cpp")
         assert (report.documents, report.dropped, report.unmapped_fraction) == (3, 0, 0.0)
         assert same_documents(tmp_path / "calm", tmp_path / "counted")
+
+    def test_a_chat_whose_template_shows_the_date_is_not_asked_for_again_tomorrow(self, tmp_path, monkeypatch) -> None:
+        tokenizer = teachers.make_tokenizer()
+        tokenizer.chat_template = (
+            "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}{{ m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}\n> {% endif %}"
+        )
+        entry = {"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "a", "logprob": -0.5}]}
+        choice = {"message": {"content": "a"}, "logprobs": {"content": [entry]}, "finish_reason": "length"}
+        prompts = ["Who?", "Why?"]
+        for day, expected in (((2026, 5, 1), (2, 0)), ((2026, 12, 24), (0, 2))):
+
+            class Day(datetime.datetime):
+                on = day
+
+                @classmethod
+                def now(cls, tz=None):
+                    return cls(*cls.on)
+
+            monkeypatch.setattr(chat_template_utils, "datetime", Day)
+            with served.ReplayServer(served.RECORDINGS["vllm"]) as server:
+                server.reply = lambda path, body: (200, {}, json.dumps({"choices": [choice]}))
+                options = {"prompts": prompts, "api": "chat", "max_tokens": 1, "top_logprobs": 1} | QUICK
+                report = capture_server(server.url, "any", tokenizer, tmp_path, **options)
+            assert (report.documents, report.skipped) == expected
+        assert "01 May 2026" in tokenizer.decode(Store(tmp_path)[0].input_ids)
 
     def test_the_length_of_the_prompt_is_stored(self, tokenizer, tmp_path, vllm) -> None:
         run(vllm, tokenizer, tmp_path)

@@ -385,3 +385,17 @@ def test_adapters_of_the_student_are_trained_and_learned_prompts_refused(tmp_pat
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="would not train PEFT's prompts: use SlimLossMixin"):
         make_trainer(tmp_path, store, model=peft.get_peft_model(make_model(), prompts))
+
+
+def test_a_student_continues_the_prompt_that_the_store_knows(tmp_path) -> None:
+    """Every token but the first of a generated document is a label, so that its labels do not say where it began."""
+    teacher, tokens = make_model(seed=5).eval(), torch.arange(2, 14)
+    settings = {"vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": "", "teacher": {}, "selection": {}}
+    with torch.no_grad():
+        rows = sk.topk_logits(teacher(tokens[None]).logits[0, :-1], top_k=5, target=tokens[1:])
+    with StoreWriter(tmp_path, **settings) as writer:
+        writer.add(tokens, torch.arange(1, 12), rows, prompt_length=7)
+    batch = SlimCollator()([StoreDataset(tmp_path)[0]])
+    written = continue_prompts(teacher, batch, max_new_tokens=3, temperature=1.0, pad_token_id=0)
+    assert written["input_ids"][0, :7].tolist() == tokens[:7].tolist()
+    assert int(written["rows"][0]) == 6

@@ -67,7 +67,7 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     ints, floats = lists.values()
     types = (ints, ints, pyarrow.list_(ints), pyarrow.list_(floats), pyarrow.list_(floats), floats)
     metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(store.settings))}
-    fields = list(zip(_COLUMNS, types, strict=True))
+    fields: list[tuple[str, Any]] = list(zip(_COLUMNS, types, strict=True))
     if any((store.path / prompts_name(entry.file)).exists() for entry in store.shards):
         fields.append((_PROMPT_LENGTH, pyarrow.int32()))
     schema = pyarrow.schema(fields, metadata=metadata)

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 # continued would take it for another document. Llama's templates fall back on this day too.
 _DAY = datetime.datetime(2024, 7, 26)
 _DATE_FORMATS = [f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYZ"]
+# A character that no template has stands for the date.
+_DATE_MARK = "\ue000"
 # transformers offers templates this function, and accepts no other in its place.
 _DATE_FUNCTION = "strftime_now"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
@@ -79,6 +81,20 @@ def assistant_tokens(
         ends = [p for p in range(len(before), len(after)) if after[p] == tokenizer.eos_token_id]
         positions += range(max(len(before), 1), ends[-1] + 1 if ends else len(after))
     return ids, positions
+
+
+def around_date(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    """Returns the prompt of a conversation before and after today's date, or None if the template shows none.
+
+    A server renders the template on the day of the request, so a prompt of yesterday has other tokens.
+    """
+    template = _template(tokenizer)
+    if _DATE_FUNCTION not in template:
+        return None
+    marked = f"{{% macro {_DATE_FUNCTION}(format) %}}{_DATE_MARK}{{% endmacro %}}\n{template}"
+    text = render(tokenizer, messages, chat_template=marked, tokenize=False, add_generation_prompt=True)
+    before, found, after = str(text).partition(_DATE_MARK)
+    return (before, after) if found and _DATE_MARK not in after else None
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

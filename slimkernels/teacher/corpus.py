@@ -200,7 +200,7 @@ def _documents(
         raise ValueError(f"the corpus {path} must hold at least one document of 2 tokens, got none")
 
 
-def _split(document: TokenizedDocument, max_length: int, start: int | None) -> Iterator[TokenizedDocument]:
+def _split(document: TokenizedDocument, max_length: int, start: Any) -> Iterator[TokenizedDocument]:
     """Splits a document; each piece begins with the start of text if the document does."""
     begin = [] if start is None or document[:1] != [start] else [start]
     yield document.part(0, max_length)

@@ -9,7 +9,7 @@ import collections
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -22,11 +22,14 @@ from slimkernels.serving.client import ServerClient, ServerRequestError, Unusabl
 from slimkernels.serving.kinds import server_kind
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
+from slimkernels.teacher.chat import around_date
 from slimkernels.teacher.corpus import TokenizedDocument, without_end
 
 # Answers in a row that cannot be used, after which a capture ends with the error of the last.
 _MAX_UNUSABLE = 8
 _SHOWN_REASONS = 5
+# Characters that a date in a chat template may take.
+_DATE_LENGTHS = range(4, 41)
 APIS = ("auto", "completions", "chat", "llama.cpp")
 
 
@@ -264,7 +267,7 @@ class _Generation:
     ) -> None:
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
-        self.server = server
+        self.server, self._tokenizer = server, tokenizer
         encoded = [_encode(tokenizer, prompt, server.api == "chat") for prompt in prompts]
         self.requests: list[Request] = []
         for number in range(len(prompts) if num_documents is None else num_documents):
@@ -279,7 +282,17 @@ class _Generation:
 
     def missing(self, writer: StoreWriter) -> list[Request]:
         """Returns the requests whose prompt has no document in the store; each document answers one request."""
-        stored = _stored_prompts(writer, {tuple(request.prompt_ids) for request in self.requests})
+        prompts = {tuple(request.prompt_ids): request for request in self.requests}
+        dated: dict[str, dict[str, tuple[int, ...]]] = {}
+        if self.server.api == "chat":
+            for ids, request in prompts.items():
+                if around := around_date(self._tokenizer, _messages(request.content)):
+                    dated.setdefault(around[0], {})[around[1]] = ids
+
+        def of_another_day(ids: list[int]) -> tuple[int, ...] | None:
+            return _of_another_day(str(self._tokenizer.decode(ids)), dated) if dated else None
+
+        stored = _stored_prompts(writer, set(prompts), of_another_day)
         missing = []
         for request in self.requests:
             prompt = tuple(request.prompt_ids)
@@ -405,8 +418,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
             raise ValueError("a prompt of api='chat' must be text; send token ids with api='completions'")
         if not tokenizer.chat_template:
             raise ValueError("api='chat' needs a tokenizer with a chat template; use api='completions'")
-        messages = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        encoded: Any = tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, return_dict=False)
         return list(encoded)
     if isinstance(prompt, str):
         ids = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
@@ -417,8 +429,38 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
     return ids
 
 
-def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> collections.Counter[tuple[int, ...]]:
-    """Counts the documents of each prompt in the store; a document's prompt ends where its rows begin."""
+def _messages(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def _of_another_day(text: str, dated: Mapping[str, Mapping[str, tuple[int, ...]]]) -> tuple[int, ...] | None:
+    """Returns the prompt that equals a text in everything but the date, or None.
+
+    Args:
+        text: A prompt.
+        dated: Token ids of prompts, by the text after the date in those of the text before it.
+    """
+    for before, by_end in dated.items():
+        if text.startswith(before):
+            ends = (text[len(before) + length :] for length in _DATE_LENGTHS)
+            found = next((by_end[end] for end in ends if end in by_end), None)
+            if found is not None:
+                return found
+    return None
+
+
+def _stored_prompts(
+    writer: StoreWriter,
+    prompts: set[tuple[int, ...]],
+    of_another_day: Callable[[list[int]], tuple[int, ...] | None],
+) -> collections.Counter[tuple[int, ...]]:
+    """Counts the documents of each prompt in the store; a document's prompt ends where its rows begin.
+
+    Args:
+        writer: Writer of the store.
+        prompts: Token ids of the prompts.
+        of_another_day: Function that finds the prompt whose tokens differ from given ones in the date alone.
+    """
     lengths = sorted({len(prompt) for prompt in prompts}, reverse=True)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     store = Store(writer.path)
@@ -433,6 +475,9 @@ def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> colle
             end = int(shard.arrays["positions"][start])
             # The prompt is shorter than that if the first generated token has no row, none of whose entries had an id.
             found = next((ids[:length] for length in lengths if length <= end and ids[:length] in prompts), None)
+            if found is None:
+                known = int(shard.arrays["prompt_lengths"][document])
+                found = of_another_day(list(ids[: known or end]))
             if found is not None:
                 counts[found] += 1
     return counts

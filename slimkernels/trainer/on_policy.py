@@ -27,7 +27,7 @@ def continue_prompts(
 
     Args:
         model: The student; it generates in evaluation mode, and its mode is restored.
-        batch: A batch of ``SlimCollator``.
+        batch: A batch of ``SlimCollator``, whose ``prompt_lengths`` say how many tokens of each document are continued.
         max_new_tokens: Largest number of tokens to draw for each document.
         temperature: Sampling temperature, > 0.
         pad_token_id: Id that pads prompts and documents; never attended to.
