@@ -385,3 +385,18 @@ class TestPaddedHeads:
         (tmp_path / "manifest.json").write_bytes(seal_manifest(content))
         assert capture(padded, tokenizer, rest, tmp_path).documents == 2
         assert Store(tmp_path).vocab_size == 328
+
+
+@pytest.mark.parametrize("num_rows", [300, 328])
+def test_a_padding_token_that_was_added_to_the_tokenizer_changes_nothing(num_rows, tokenizer, tmp_path) -> None:
+    model, documents = teachers.make_teacher(vocab_size=num_rows), make_documents(4)
+    padded = teachers.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 300
+    capture(model, tokenizer, documents[:2], tmp_path / "old")
+    assert capture(model, padded, documents, tmp_path / "old") == (2, sum(map(len, documents[2:])), 2)
+    store = Store(tmp_path / "old")
+    assert (store.vocab_size, store.tokenizer_fingerprint) == (300, tokenizer_fingerprint(tokenizer))
+    if num_rows == 300:
+        capture(model, padded, documents, tmp_path / "new")
+        assert Store(tmp_path / "new").vocab_size == 300

@@ -234,6 +234,14 @@ def test_an_empty_store_has_an_empty_file(tmp_path) -> None:
         import_parquet(tmp_path / "a.parquet", tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", ["a", "a.csv", "a.parquet.tmp"])
+def test_a_file_that_would_not_be_recognised_is_refused(tmp_path, name) -> None:
+    make_store(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"path must end in \.parquet, by which data sets recognise such a file"):
+        export_parquet(tmp_path / "store", tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_export_and_import_commands(tmp_path, capsys) -> None:
     make_store(tmp_path / "a")
     file = str(tmp_path / "a.parquet")
@@ -266,6 +274,8 @@ def test_prompt_lengths_go_out_and_come_in(tmp_path) -> None:
 
 
 def test_export_to_a_name_that_no_reader_takes_for_parquet_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"must end in .parquet, as its readers expect, got .*a.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"must end in .parquet, by which data sets recognise such a file, got .*a.jsonl"
+    ):
         export_parquet(tmp_path / "absent", tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()

@@ -49,18 +49,21 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
 
     Args:
         store: A store, or its directory.
-        path: Path of the file; an existing file is replaced, but only when everything is written.
+        path: Path of the file, which ends in .parquet; an existing file is replaced, but only when everything is
+            written.
 
     Returns:
         The number of documents.
 
     Raises:
-        ValueError: The name of the file does not end in .parquet.
         ImportError: pyarrow is not installed.
+        ValueError: ``path`` does not end in .parquet.
         StoreError: The store is damaged.
     """
-    if Path(path).suffix.lower() != ".parquet":
-        raise ValueError(f"the file must end in .parquet, as its readers expect, got {path}")
+    if Path(path).suffix != ".parquet":
+        raise ValueError(
+            f"path must end in .parquet, by which data sets recognise such a file, got {os.fspath(path)!r}"
+        )
     pyarrow = require_pyarrow()
     store = store if isinstance(store, Store) else Store(store)
     lists = {np.dtype(np.int32): pyarrow.list_(pyarrow.int32()), np.dtype(np.float32): pyarrow.list_(pyarrow.float32())}
@@ -213,10 +216,11 @@ def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
     """Returns the settings for ``StoreWriter``, from the file's metadata and the tokenizer."""
     settings = _stored_settings(source)
     if tokenizer is not None:
-        from slimkernels.models.fingerprints import tokenizer_fingerprint
+        from slimkernels.models.fingerprints import fingerprint_in_store
 
-        own = tokenizer_fingerprint(tokenizer)
-        stored = settings.get("tokenizer_fingerprint") or own
+        stored = settings.get("tokenizer_fingerprint", "")
+        own = fingerprint_in_store(tokenizer, stored)
+        stored = stored or own
         if stored != own:
             raise ValueError(f"the tokenizer must be the file's, fingerprint {stored}, got {own}: load the teacher's")
         settings |= {"tokenizer_fingerprint": own, "vocab_size": settings.get("vocab_size", len(tokenizer))}

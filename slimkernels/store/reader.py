@@ -34,6 +34,7 @@ from slimkernels.store.errors import (
     ShardSizeError,
 )
 from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
+from slimkernels.store.identity import store_fingerprint
 from slimkernels.store.manifest import load_manifest, load_shards
 from slimkernels.store.prompts import read_prompt_lengths
 
@@ -290,6 +291,23 @@ class Store(Sequence[Document]):
     def temperatures(self) -> tuple[float, ...]:
         """The temperatures of every document's lse."""
         return self.settings.temperatures
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the store's documents, rows and settings, which does not depend on names and places."""
+        return store_fingerprint(self.settings, self.shards)
+
+    def longest_document(self) -> int:
+        """Returns the number of tokens of the longest document, from 8 bytes of the index for each document."""
+        longest = 0
+        for entry in self.shards:
+            layout = shard_layout(self.settings, entry)
+            spec = next(spec for spec in layout.tensors if spec.name == "document_token_offsets")
+            with open_shard(self.path, entry, layout) as file:
+                file.seek(spec.start)
+                offsets = np.frombuffer(file.read(spec.stop - spec.start), _DTYPES[spec.dtype])
+            longest = max(longest, int(np.diff(offsets).max(initial=0)))
+        return longest
 
     @property
     def num_rows(self) -> int:

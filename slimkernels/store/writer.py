@@ -37,6 +37,7 @@ from slimkernels.store.format import (
     shard_layout,
     shard_name,
 )
+from slimkernels.store.identity import changed_settings
 from slimkernels.store.prompts import prompts_content, prompts_name
 from slimkernels.store.reader import Store, tokens_as_int32
 
@@ -64,7 +65,8 @@ class StoreWriter:
         path: Directory of the store, made if it does not exist.
         vocab_size: V, in [1, 2^31).
         tokenizer_fingerprint: Text that identifies the tokenizer.
-        teacher: JSON object that describes the teacher (name, revision, dtype, ...).
+        teacher: JSON object that describes the teacher (name, revision, dtype, ...). Where it has "weights", a
+            fingerprint, an existing store is compared by that alone, so the teacher can be renamed.
         selection: JSON object that describes how the kept ids were chosen.
         temperatures: Temperatures of every teacher's lse; the first is 1.0.
         codec: Encoding of the logits: "affine8" (8 bits; an error of at most half a step of (max - min) / 255, the
@@ -220,13 +222,14 @@ class StoreWriter:
                 f"{self.path} is a store of {store.num_parts} parts: write it with a RankWriter, or use another "
                 "directory"
             )
-        for field in dataclasses.fields(StoreSettings):
-            stored, asked = getattr(store.settings, field.name), getattr(self.settings, field.name)
-            if stored != asked:
-                raise SettingsMismatchError(
-                    f"{self.path} was made with {field.name}={stored!r}, but {field.name}={asked!r} was requested: "
-                    "use the same settings, or another directory"
-                )
+        for name in changed_settings(store.settings, self.settings):
+            stored, asked = getattr(store.settings, name), getattr(self.settings, name)
+            raise SettingsMismatchError(
+                f"{self.path} was made with {name}={stored!r}, but {name}={asked!r} was requested: "
+                "use the same settings, or another directory"
+            )
+        # The teacher keeps the name that it had when the store was made.
+        self.settings = store.settings
         # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))
         for leftover in (prompts_name(name), name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):

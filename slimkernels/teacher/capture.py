@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from slimkernels.models.fingerprints import weights_fingerprint
 from slimkernels.models.head import LanguageModelHead, check_logits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import RankWriter, Store
-from slimkernels.store.errors import NotAStoreError
-from slimkernels.teacher.corpus import TokenizedDocument, num_token_ids
+from slimkernels.store import RankWriter
+from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.ranks import TeacherProcesses
 from slimkernels.teacher.selection import default_codec, resolve_selection
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
 # Longest document of a batch over its shortest one; bounds the padding.
 _MAX_LENGTH_RATIO = 1.25
@@ -148,8 +148,8 @@ def capture(
         rank=rank,
         num_ranks=num_ranks,
         num_parts=num_parts,
-        vocab_size=teacher.vocab_size,
-        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        vocab_size=teacher.vocabulary.size,
+        tokenizer_fingerprint=teacher.vocabulary.fingerprint,
         teacher=teacher.description,
         selection=teacher.selection.description,
         temperatures=teacher.selection.temperatures,
@@ -188,9 +188,9 @@ class _Teacher:
         self.model = model
         self.processes = TeacherProcesses.of(model)
         self._whole_head = LanguageModelHead.of(model).gathered()
-        self.vocab_size = captured_vocab_size(tokenizer, self._whole_head.vocab_size, store_path)
-        self.head = self._whole_head.first_rows(self.vocab_size)
-        self.selection = resolve_selection(select, self.vocab_size, **options)
+        self.vocabulary = captured_vocabulary(tokenizer, self._whole_head.vocab_size, store_path)
+        self.head = self._whole_head.first_rows(self.vocabulary.size)
+        self.selection = resolve_selection(select, self.vocabulary.size, **options)
         self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.short = self.labelled = 0
         # Computed here, because all processes of the teacher must take part.
@@ -204,9 +204,9 @@ class _Teacher:
             if not ids.labels:
                 self.short += 1
                 continue
-            if min(ids) < 0 or max(ids) >= self.vocab_size:
+            if min(ids) < 0 or max(ids) >= self.vocabulary.size:
                 raise ValueError(
-                    f"token ids must lie in [0, {self.vocab_size}), the ids of the tokenizer, got {min(ids)} to "
+                    f"token ids must lie in [0, {self.vocabulary.size}), the ids of the tokenizer, got {min(ids)} to "
                     f"{max(ids)} in document {number}: give the documents that this tokenizer makes"
                 )
             if self.max_length is not None and len(ids) > self.max_length:
@@ -278,38 +278,6 @@ class _Teacher:
                 "slimkernels.store.StoreWriter",
             )
         self._is_checked = True
-
-
-def captured_vocab_size(
-    tokenizer: PreTrainedTokenizerBase | None,
-    num_rows: int,
-    store_path: str | os.PathLike[str],
-    subject: str = "the teacher has",
-) -> int:
-    """Returns V, the number of ids that a capture reads of every row: those that the tokenizer has.
-
-    Many heads have more rows, which pad them to a multiple of 64 or 128: untrained, they are no tokens and belong
-    neither among the kept entries nor into the log-sum-exp. Stores of version 0.1.0 counted them; a capture that
-    continues such a store counts them too.
-
-    Args:
-        tokenizer: The teacher's tokenizer; None for all rows.
-        num_rows: Number of logits of a row.
-        store_path: Directory of the store, which need not exist.
-        subject: Subject of the error, and its verb.
-
-    Raises:
-        ValueError: The tokenizer has more ids than a row has logits, so that the two do not belong together.
-    """
-    own = num_rows if tokenizer is None else num_token_ids(tokenizer)
-    if own > num_rows:
-        raise ValueError(
-            f"the tokenizer has {own} tokens, but {subject} {num_rows}: give the tokenizer that belongs to the teacher"
-        )
-    try:
-        return num_rows if Store(store_path).vocab_size == num_rows else own
-    except NotAStoreError:
-        return own
 
 
 def _describe(model: PreTrainedModel) -> dict[str, Any]:

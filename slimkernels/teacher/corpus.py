@@ -93,11 +93,6 @@ def without_end(ids: list[int], end: Any) -> list[int]:
     return ids[:-1] if ids and ids[-1] == end else ids
 
 
-def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the number of ids that a tokenizer can give; heads often have more rows, which pad them."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
-
-
 def read_documents(
     path: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,

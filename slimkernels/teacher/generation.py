@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from slimkernels.durable import Journal, write_json
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.teacher.corpus import num_token_ids, without_end
+from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher.vocabulary import num_token_ids
 
 # Finished rows of a batch are dropped once they make up at least this share of it.
 _DROPPED_SHARE = 0.25

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels._checks import resolve_temperatures, resolve_top_k
-from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.models.sparse_targets import CHUNK_ROWS, DEFAULT_TOP_FRACTION
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
-from slimkernels.teacher.capture import CaptureReport, captured_vocab_size
+from slimkernels.teacher.capture import CaptureReport
 from slimkernels.teacher.corpus import TokenizedDocument
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
 
 class _Rows(NamedTuple):
@@ -97,14 +97,14 @@ def capture_logits(
     if first is None:
         raise ValueError("logits must hold the logits of at least one document, got none")
     vocab_size = first.vocab_size
-    stored_vocab_size = captured_vocab_size(tokenizer, vocab_size, store_path, "the logits have")
+    stored_vocab_size, fingerprint = captured_vocabulary(tokenizer, vocab_size, store_path, "the logits have")
     kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
     kept = resolve_top_k(top_k, top_fraction, stored_vocab_size)
     added = tokens = skipped = done_tokens = 0
     with StoreWriter(
         store_path,
         vocab_size=stored_vocab_size,
-        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=fingerprint,
         teacher={"name": name},
         selection={"kind": kind, "value": value, "top_k": kept},
         temperatures=temperatures,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.api import Answer, Request, ServerApi
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.served_rows.tokens import TokenMap
@@ -24,6 +23,7 @@ from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.teacher.chat import around_date
 from slimkernels.teacher.corpus import TokenizedDocument, without_end
+from slimkernels.teacher.vocabulary import captured_vocabulary, num_token_ids
 
 # Answers in a row that cannot be used, after which a capture ends with the error of the last.
 _MAX_UNUSABLE = 8
@@ -171,7 +171,8 @@ def capture_server(
     if (documents is None) == (prompts is None):
         raise ValueError("give either documents to score or prompts to continue")
     _check_arguments(api, top_logprobs, num_documents, max_tokens, temperature, seed, max_unmapped_fraction, flush_s)
-    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer), store_path)
+    vocab_size = vocabulary.size if vocab_size is None else vocab_size
     tokens = TokenMap(tokenizer, vocab_size)
     client = ServerClient(
         url,
@@ -194,7 +195,7 @@ def capture_server(
         writer = StoreWriter(
             store_path,
             vocab_size=vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            tokenizer_fingerprint=vocabulary.fingerprint,
             teacher=_teacher_description(store_path, {"name": model, "server": client.url, "kind": kind}),
             selection=task.selection,
             codec=codec,

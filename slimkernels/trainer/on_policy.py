@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -53,6 +56,23 @@ def continue_prompts(
     prompts[mask] = input_ids[labelled][:, :longest][mask.flip(-1)]
     written = _generate(model, prompts, mask, room, temperature, pad_token_id)
     return _collate(prompts, mask, lengths, written, _lengths_to_end(written, model), pad_token_id)
+
+
+def warn_of_other_ends(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Warns where a student ends its text with other tokens than its teacher, who then never scores an end as one."""
+    own, others = (_end_tokens(model) for model in (student, teacher))
+    if own and others and own.isdisjoint(others):
+        logger.warning(
+            "the student ends its text with the tokens %s and the teacher with %s, so the teacher finds the student's "
+            "ends improbable: set the eos_token_id of the student's generation_config",
+            sorted(own),
+            sorted(others),
+        )
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
 
 
 def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, temperature: float, pad: int) -> Tensor:
