@@ -211,7 +211,9 @@ class MiniLLMTrainer(_MiniLLMTrainer):
 
 def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
     documents = (dataset[index] for index in range(len(dataset)))
-    return [doc.input_ids[: int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)]
+    return [
+        doc.input_ids[: doc.prompt_length or int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)
+    ]
 
 
 def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:
