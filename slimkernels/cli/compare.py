@@ -240,9 +240,10 @@ def _compare(args: argparse.Namespace, bar: Callable[[str], Callable[[int, int |
 
     if args.outputs is not None:
         from slimkernels.evaluate.decoded import read_all_outputs
+        from slimkernels.evaluate.gemini import comparable
 
         files = read_all_outputs(args.outputs, kind=args.answer_kind)
-        records: Sequence[Any] = [record for outputs in files.values() for record in outputs.records]
+        records: Sequence[Any] = comparable(list(files.values()))
         page = write_report(records, args.out, describe_outputs(files))
     else:
         from slimkernels.evaluate.runner import load_run, rate, rescore, run

@@ -217,7 +217,10 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
             raise ValueError("the question must have text in it, got an empty one")
         return [_Asked(text, {})]
     name = "the standard input" if args.questions == "-" else args.questions
-    lines = sys.stdin if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8").splitlines()
+    # Lines of JSON end at newlines alone: a string may hold other separators, such as U+2028. A file may begin with a
+    # byte order mark.
+    text = sys.stdin.read() if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8")
+    lines = text.removeprefix("\ufeff").split("\n")
     asked: list[_Asked] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -461,7 +464,7 @@ def _record(
 def _unfinished_reason(result: Result) -> str | None:
     if result.finished:
         return None
-    return result.notes[-1] if result.node is None else result.tree.reasons[result.node]
+    return (result.node is not None and result.tree.reasons[result.node]) or result.notes[-1]
 
 
 def _summary(index: int, total: int, result: Result, known_notes: set[str]) -> str:

@@ -64,8 +64,7 @@ SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "answer_kind": (
         "--answer-kind",
         {"choices": ANSWER_KINDS},
-        'kind of answer that finishes the branch which announces it, as in "The answer is 18" or "Answer: 18" '
-        "(default: any)",
+        'kind of the answer that finishes a branch, as "The answer is 18" or "Answer: 18" do (default: any)',
     ),
     "answer_pattern": (
         "--answer-pattern",

@@ -61,9 +61,12 @@ _OPERATOR = re.compile(rf"{_UNIT}[\s$]*([-+*/=]|x(?=\s\d))[\s$]*(?=[-\d.$\u20ac\
 # Words that may stand between "the answer is" and its number. None of ``_NO_LEAD`` may be among them.
 _LEAD = re.compile(r"(?:[A-Za-z'\u2019]+[\s:*\"'($]+){0,8}?(?:[A-Za-z]\w?\s*=\s*)?(?=[-+]?\s?[$\u20ac\u00a3\\.\d])")
 _NO_LEAD = frozenset(
-    "not no unknown unclear found obtained calculated computed determined derived based by from using after before "
-    "when if step steps part in because since depends between either neither fewer less more greater least most than "
-    "wrong incorrect question problem line equation equations of".split()
+    re.findall(
+        r"\w+",
+        "not no unknown unclear found obtained calculated computed determined derived based by from using after before "
+        "when if step steps part in because since depends between either neither fewer less more greater least most "
+        "than wrong incorrect question problem line equation equations of",
+    )
 )
 _MORE = re.compile(r"\s*(?:[*/=]|[-+]\s?(?=\())\s?\(")  # an expression that goes on with a bracket is not read
 _VARIABLE = re.compile(r"[A-Za-z]\w?\s*=\s*")

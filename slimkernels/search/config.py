@@ -29,8 +29,8 @@ class PathFinderConfig:
         time_limit_s: Time limit for each batch of questions in seconds, tested before every generation. None: no limit.
         step_delimiter: Text that ends a step, once the step has anything but white space.
         end_markers: Texts that end a step and finish its branch.
-        answer_kind: Kind of the answers, "any", "number", "yes_no" or "letter": a branch finishes with the line in which
-            it announces such an answer ("The answer is 18", "Answer: 18", "#### 18", "\\boxed{18}"), by the rule by
+        answer_kind: Kind of the answers, "any", "number", "yes_no" or "letter": a branch finishes with the line that
+            announces such an answer ("The answer is 18", "Answer: 18", "#### 18", "\\boxed{18}"), by the rule by
             which ``slimkernels.evaluate.extract`` reads the result's ``answer``. None finishes no branch.
         answer_pattern: Regular expression in place of ``answer_kind``: it finishes a branch with the step in which it
             matches. The last match, or its first group if there is one, becomes the result's ``answer``.

@@ -34,12 +34,14 @@ class Result(NamedTuple):
     """The outcome of one question.
 
     Attributes:
-        text: Text of the selected branch, without the prompt; empty if no branch is left.
+        text: Text of the selected branch, without the prompt. If no branch is left, that of the best partial one; empty
+            if the model wrote nothing.
         answer: Answer that the text announces, by the configuration's ``answer_kind`` or ``answer_pattern``, or None.
         finished: Whether the selected branch came to its own end. False if a limit ended all branches that are left, or
             if none is left.
-        node: Selected node of ``tree``; None if no branch is left.
-        candidates: Hypotheses given to the selector: the finished ones, or all others if none is finished.
+        node: Selected node of ``tree``; None if the model wrote nothing.
+        candidates: Hypotheses given to the selector: the finished ones; if none is finished, those that a limit ended;
+            if all were cut, what is left of them.
         scores: The selector's score of each candidate.
         num_tokens: Tokens generated for this question, those of cut and pruned nodes included.
         tree: Tree of all nodes, with the reason why each ended.
@@ -183,24 +185,6 @@ class QuestionSearch:
         # A server may have generated more than it was asked for.
         return max(0, self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
 
-    def budget_notes(self) -> list[str]:
-        """Returns a note on the first depth at which a budget left leaves with fewer children than configured."""
-        tree, config = self.tree, self.config
-        for depth in range(int(tree.depth.max()) + 1):
-            leaves = [
-                node
-                for node in (*tree.with_status(Status.EXPANDED), *tree.with_status(Status.ENDED))
-                if tree.depth[node] == depth and tree.reasons[node] in ("", "budget")
-            ]
-            wanted = len(leaves) * config.branching_at(depth)
-            allowed = int(np.isin(tree.parent, leaves).sum())
-            if allowed < wanted:
-                return [
-                    f"the budget allowed {allowed} of {wanted} steps at depth {depth}: raise max_tokens or "
-                    "time_limit_s, or lower branching_factor, beam or max_step_tokens"
-                ]
-        return []
-
     def new_children(self, factor: int) -> list[Child]:
         """Returns ``factor`` children for each open leaf, in the order of their leaves.
 
@@ -213,6 +197,24 @@ class QuestionSearch:
             self._close_leaf(leaf, Status.ENDED, "budget")
         return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(affordable)]
 
+    def notes(self) -> tuple[str, ...]:
+        """Returns what the token budget changed, for the notes of the result."""
+        tree, depths = self.tree, []
+        if self.config.max_tokens is None:
+            return ()
+        for depth in range(int(tree.depth.max()) + 1):
+            at_depth = [node for node in range(len(tree)) if tree.depth[node] == depth]
+            children = int(np.count_nonzero(np.isin(tree.parent, at_depth)))
+            expanded = sum(tree.status[node] == Status.EXPANDED for node in at_depth)
+            leaves = expanded + sum(tree.reasons[node] == "budget" for node in at_depth)
+            wanted = leaves * self.config.branching_at(depth)
+            # If no leaf was expanded, the time limit may be what ended them.
+            if children < wanted and (expanded or self.config.time_limit_s is None):
+                depths.append(f"{children} of {wanted} children at depth {depth + 1}")
+        if not depths:
+            return ()
+        return (f"the budget of {self.config.max_tokens} tokens had room for {', '.join(depths)}",)
+
     def checked_branch(self, child: Child) -> CheckedBranch:
         """Returns a child and the steps before it as checks see them."""
         earlier = [self._checked[node] for node in self.tree.branch(child.parent)]
@@ -224,7 +226,13 @@ class QuestionSearch:
         if child.parent in self.branch_of:
             self._close_leaf(child.parent, Status.EXPANDED)
         node = tree.add(
-            child.parent, child.ordinal, step.token_ids, step.text, step.sum_logprob, attempts=child.attempts
+            child.parent,
+            child.ordinal,
+            step.token_ids,
+            step.text,
+            step.sum_logprob,
+            attempts=child.attempts,
+            replaces=step.replaces,
         )
         self.branch_of[node] = step.branch
         self._checked[node] = child.checked
@@ -237,6 +245,7 @@ class QuestionSearch:
 
     def _is_final(self, child: Child) -> bool:
         before = self.tree.text(child.parent)
+        before = before[: max(0, len(before) - child.step.replaces)]
         complete = child.step.end == "step"
         return self.config.is_final(child.step.text, before, self.question.choices, complete=complete)
 

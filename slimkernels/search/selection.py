@@ -38,7 +38,9 @@ class Candidate(NamedTuple):
     context: str = ""
 
 
-# Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected.
+# Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected:
+#     def shortest(candidates: Sequence[Candidate]) -> Sequence[float]:
+#         return [-candidate.num_tokens for candidate in candidates]
 Scorer = Callable[[Sequence[Candidate]], Sequence[float]]
 
 
