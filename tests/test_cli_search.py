@@ -96,7 +96,7 @@ def test_decode_reads_lines_of_json_with_separators_in_strings(tmp_path, mark, s
     asked = [f"Anna{separator}has 3?", "And Tom?"]
     lines = [json.dumps({"question": question}, ensure_ascii=False) for question in asked]
     path.write_text(mark + "\r\n".join(lines) + "\n", encoding="utf-8", newline="")
-    args = argparse.Namespace(question=None, questions=str(path), limit=None, question_field="question")
+    args = argparse.Namespace(question=None, questions=str(path), samples=None, question_field="question")
     args.reference_field = None
     assert [item.text for item in decode_module._read_questions(args)] == asked
 
