@@ -210,7 +210,7 @@ def test_the_old_form_of_eval_compares(model, tmp_path, capsys):
     with pytest.warns(DeprecationWarning, match="comparing with `slimkernels eval` is now `slimkernels compare`"):
         assert main(["eval", *words, "--out", str(out)]) == 0
     assert "1 outputs; report in" in capsys.readouterr().out
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="is now `slimkernels compare`"):
         assert main(["eval", "--rescore", "--out", str(out), "--json"]) == 2
     assert "--json has no meaning in a comparison" in capsys.readouterr().err
     assert main(["eval", "--store", "x"]) == 2

@@ -150,10 +150,11 @@ def test_decode_asks_a_server(server, tmp_path, capsys):
     command += ["--questions", str(questions), "--answer-pattern", "(?!)", *flags]
     assert main([*command, "--out", str(tmp_path / "out.jsonl")]) == 0
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    # The old form continues the same file: nothing is left to answer.
+    old = ["decode", "--model", served.MODEL, "--server", server.url, *command[3:]]
+    old += ["--out", str(tmp_path / "out.jsonl")]
     with pytest.warns(DeprecationWarning, match="--server URL --model NAME is now --model URL#NAME"):
-        # The old form continues the same file: nothing is left to answer.
-        old = ["decode", "--model", served.MODEL, "--server", server.url, *command[3:]]
-        assert main([*old, "--out", str(tmp_path / "out.jsonl")]) == 0
+        assert main(old) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(records)
     assert [record["text"] for record in records] == [result.text for result in expected]
     for refused in (["--device", "cuda"], ["--selector", "verifier"]):

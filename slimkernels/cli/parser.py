@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from slimkernels import __version__
 from slimkernels.cli import capture, compare, decode, demo, evaluate, store, train, tree
 from slimkernels.cli.options import Parser
 
@@ -20,6 +19,8 @@ examples:
 
 def make_parser() -> Parser:
     """Returns the parser of every command; parsed arguments hold ``run``, the function that executes the command."""
+    from slimkernels import __version__
+
     parser = Parser(
         prog="slimkernels",
         description="Distil a teacher's largest logits into a student, and search with a language model.",
