@@ -125,14 +125,16 @@ def fill_row(dlogits_ptr, vocab_size, value, BLOCK_V: tl.constexpr):
 @triton.jit
 def sum_row(row, level, EXACT: tl.constexpr, SUMS_LOGITS: tl.constexpr, MODE: tl.constexpr):
     """Computes the ``RowSums`` of a row; the exponentials at T exactly where asked for, the y only where asked for."""
+    ACC: tl.constexpr = MODE.acc
+    BLOCK_V: tl.constexpr = MODE.block_v
     # Exact sums start from 1, which no exponential exceeds; other sums need no order of their terms.
-    high = tl.full((MODE.block_v,), 1.0, MODE.acc)
-    low = tl.zeros((MODE.block_v,), MODE.acc)
-    one = tl.zeros((MODE.block_v,), MODE.acc)
-    y_sum = tl.zeros((MODE.block_v,), MODE.acc)
-    num_minus_inf = tl.zeros((MODE.block_v,), tl.int32)
-    for begin in tl.range(0, row.vocab_size, MODE.block_v, num_stages=4):
-        v = begin + tl.arange(0, MODE.block_v)
+    high = tl.full((BLOCK_V,), 1.0, ACC)
+    low = tl.zeros((BLOCK_V,), ACC)
+    one = tl.zeros((BLOCK_V,), ACC)
+    y_sum = tl.zeros((BLOCK_V,), ACC)
+    num_minus_inf = tl.zeros((BLOCK_V,), tl.int32)
+    for begin in tl.range(0, row.vocab_size, BLOCK_V, num_stages=4):
+        v = begin + tl.arange(0, BLOCK_V)
         mask_v = v < row.vocab_size
         y = unit_logits(row, v, mask_v, MODE, "evict_last")
         if EXACT:
@@ -166,10 +168,12 @@ def highest_below(row, cap, below, MODE: tl.constexpr):
 @triton.jit
 def sum_row_up_to(row, highest, level, MODE: tl.constexpr):
     """Computes the exact sum of the exponentials of every y <= highest of a row."""
-    high = tl.full((MODE.block_v,), 1.0, MODE.acc)
-    low = tl.zeros((MODE.block_v,), MODE.acc)
-    for begin in tl.range(0, row.vocab_size, MODE.block_v, num_stages=4):
-        v = begin + tl.arange(0, MODE.block_v)
+    ACC: tl.constexpr = MODE.acc
+    BLOCK_V: tl.constexpr = MODE.block_v
+    high = tl.full((BLOCK_V,), 1.0, ACC)
+    low = tl.zeros((BLOCK_V,), ACC)
+    for begin in tl.range(0, row.vocab_size, BLOCK_V, num_stages=4):
+        v = begin + tl.arange(0, BLOCK_V)
         y = unit_logits(row, v, v < row.vocab_size, MODE, "evict_last")
         high, low = add_exactly(high, low, tl.where(y <= highest, powers(y, level, row.exponent), 0.0))
     return tl.sum((high.to(tl.float64) - 1) + low.to(tl.float64))
@@ -178,10 +182,12 @@ def sum_row_up_to(row, highest, level, MODE: tl.constexpr):
 @triton.jit
 def sum_kept_up_to(row, teacher, highest, level, MODE: tl.constexpr):
     """Computes the exact sum of the exponentials of every y <= highest at S."""
-    high = tl.full((MODE.block_k,), 1.0, MODE.acc)
-    low = tl.zeros((MODE.block_k,), MODE.acc)
-    for begin in range(0, teacher.kept, MODE.block_k):
-        k = begin + tl.arange(0, MODE.block_k)
+    ACC: tl.constexpr = MODE.acc
+    BLOCK_K: tl.constexpr = MODE.block_k
+    high = tl.full((BLOCK_K,), 1.0, ACC)
+    low = tl.zeros((BLOCK_K,), ACC)
+    for begin in range(0, teacher.kept, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
         y = kept_logits(row, teacher, k, MODE)
         high, low = add_exactly(high, low, tl.where(y <= highest, powers(y, level, row.exponent), 0.0))
     return tl.sum((high.to(tl.float64) - 1) + low.to(tl.float64))
@@ -282,7 +288,7 @@ def kept_terms(row, teacher, k, norms, options, MODE: tl.constexpr):
     logits = teacher_logits(teacher, k, MODE)
     log_p = (y - norms.level) * row.scale.to(MODE.acc) + norms.p_offset
     log_q = (logits - norms.teacher_level) * teacher.inv_temperature + norms.q_offset
-    share, slope = diverge(log_q, log_p, options, MODE.divergence)
+    share, slope = diverge(log_q, log_p, options, MODE)
     return y, log_p, tl.where(k < teacher.kept, share, 0.0), tl.where(k < teacher.kept, slope, 0.0)
 
 

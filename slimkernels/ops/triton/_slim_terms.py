@@ -138,8 +138,9 @@ def add_exactly(high, low, x):
 
 
 @triton.jit
-def diverge(log_q, log_p, options, DIVERGENCE: tl.constexpr):
+def diverge(log_q, log_p, options, MODE: tl.constexpr):
     """Computes an outcome's share of D and slope p * dD/dp, for blocks and for the ghost bucket's doubles."""
+    DIVERGENCE: tl.constexpr = MODE.divergence
     q = tl.exp(log_q)
     p = tl.exp(log_p)
     if DIVERGENCE == "forward_kl":

@@ -161,6 +161,8 @@ def slim_loss_kernel(
     MODE: tl.constexpr,
 ):
     """Computes one row per program: fills an ignored or faulty row, runs the four stages on any other."""
+    BLOCK_V: tl.constexpr = MODE.block_v
+    BLOCK_K: tl.constexpr = MODE.block_k
     n = tl.program_id(0).to(tl.int64)
     logits_ptr += n * logits_stride
     if dlogits_ptr is not None:
@@ -171,7 +173,7 @@ def slim_loss_kernel(
         teacher_ptr += n * top_k
         if dlogits_ptr is not None:
             kept_gradient_ptr += n * top_k
-        kept = kept_entries(ids_ptr, top_k, vocab_size, MODE.block_k)
+        kept = kept_entries(ids_ptr, top_k, vocab_size, BLOCK_K)
     target = tl.load(target_ptr + n)
     ignored = target == ignore_index
     # Raising would need a synchronisation, so bad rows become NaN.
@@ -180,7 +182,7 @@ def slim_loss_kernel(
         fill = tl.where(ignored, 0.0, float("nan"))
         store_stats(stats_ptr + n, num_rows, fill, fill, fill, fill, fill, fill, fill)
         if dlogits_ptr is not None:
-            fill_row(dlogits_ptr, vocab_size, fill, MODE.block_v)
+            fill_row(dlogits_ptr, vocab_size, fill, BLOCK_V)
     else:
         options = Options(
             double(temperature),
@@ -265,6 +267,8 @@ def sum_student(row, teacher, target, MODE: tl.constexpr):
 @triton.jit
 def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.constexpr):
     """Computes the ``TeacherSums`` of a row; without a teacher they are not used."""
+    # Triton 3.5 takes a constant as an argument only where it is bound to a name.
+    REST: tl.constexpr = MODE.rest
     minus_inf = tl.full((), float("-inf"), tl.float64)
     level = tl.full((), 0.0, MODE.acc)
     lse_on = minus_inf
@@ -278,7 +282,7 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
         lse_on = level / options.temperature + tl.log(sum_kept_of_teacher(teacher, level, MODE))
         if numbers.teacher_lse_ptr is not None:
             lse = tl.load(numbers.teacher_lse_ptr + numbers.n).to(tl.float64)
-        q_norm = teacher_q_norm(lse_on, lse, teacher.kept, vocab_size, MODE.rest)
+        q_norm = teacher_q_norm(lse_on, lse, teacher.kept, vocab_size, REST)
         if numbers.target_logit_ptr is not None:
             known = tl.load(numbers.target_logit_ptr + numbers.n).to(tl.float64)
             log_t_y = tl.where(known == known, known, log_t_y)
@@ -336,7 +340,7 @@ def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl
             off_e = student_sums.off_e
             log_p_tail = student_sums.level * row.scale + tl.log(off_e) - student_sums.lse
             log_q_tail = log_q_tail_of(teacher_sums.lse_on - teacher_sums.lse, teacher.kept, row.vocab_size)
-            share, slope = diverge(log_q_tail, log_p_tail, options, MODE.divergence)
+            share, slope = diverge(log_q_tail, log_p_tail, options, MODE)
             value += share
             # The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
             if MODE.divergence == "forward_kl" or MODE.divergence == "soft_ce":

@@ -38,6 +38,7 @@ def softmax_gradient_kernel(
     MODE: tl.constexpr,
 ):
     """Computes the gradient of one row per program."""
+    BLOCK_V: tl.constexpr = MODE.block_v
     n = tl.program_id(0).to(tl.int64)
     logits_ptr += n * logits_stride
     gradient_ptr += n * gradient_stride
@@ -50,7 +51,7 @@ def softmax_gradient_kernel(
     constant = tl.load(numbers_ptr + 4 * step).to(tl.float64)
     if (factor == 0) & (factor_one == 0) & (constant == 0):
         # The gradient is exactly 0 whatever the row holds, also NaN.
-        fill_row(gradient_ptr, vocab_size, tl.full((), 0.0, tl.float64), MODE.block_v)
+        fill_row(gradient_ptr, vocab_size, tl.full((), 0.0, tl.float64), BLOCK_V)
     else:
         scale = double(logit_scale)
         row = student_row(logits_ptr, vocab_size, double(temperature), double(softcap), scale, MODE)
