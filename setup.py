@@ -1,12 +1,12 @@
 """Builds `slimkernels._C` on libtorch's stable ABI, with the CPU kernels compiled once per instruction set.
 
-Where torch has CUDA and nvcc of the same major version is found, also `slimkernels/_C_cuda.so`, the CUDA C++ kernels;
-no device is asked for. Environment variables:
+If torch has CUDA and nvcc of the same major version is found, the CUDA C++ kernels are built as well, into
+`slimkernels/_C_cuda.so`. The build needs no GPU. Environment variables:
 
-SLIMKERNELS_CUDA=1 builds them wherever nvcc is and fails where it cannot, =0 never does.
-TORCH_CUDA_ARCH_LIST names other compute capabilities than 8.0;9.0a;10.0+PTX, of which those below 8.0 are left out;
-nvcc knows 10.0 since CUDA 12.8.
-CUDA_HOME is where nvcc is looked for first.
+SLIMKERNELS_CUDA: 1 builds the CUDA kernels with any nvcc and fails if that is impossible; 0 never builds them.
+TORCH_CUDA_ARCH_LIST: compute capabilities to build for, by default 8.0;9.0a;10.0+PTX. Those below 8.0 are ignored; 10.0
+    needs nvcc of CUDA 12.8 or later.
+CUDA_HOME: the place where nvcc is searched first.
 """
 
 import os
@@ -20,8 +20,8 @@ from pathlib import Path
 MIN_TORCH = (2, 10)
 CSRC = Path("csrc")
 CUDA_LIBRARY = Path("slimkernels/_C_cuda.so")  # loaded as torch's operators are, not as a Python module
-CUDA_CAPABILITIES = "8.0;9.0a;10.0+PTX"  # the PTX serves later ones
-WITHOUT_CUDA = "Without it CUDA tensors have Triton's kernels; SLIMKERNELS_CUDA=0 does not try to build it"
+CUDA_CAPABILITIES = "8.0;9.0a;10.0+PTX"  # later devices use the PTX
+WITHOUT_CUDA = "CUDA tensors work without it, with Triton kernels; set SLIMKERNELS_CUDA=0 to skip this build"
 X86_ISAS = {
     "baseline": ["-march=x86-64-v2"],
     "avx2": ["-march=x86-64-v3"],
@@ -31,10 +31,12 @@ X86_ISAS = {
 
 
 def stop(message: str) -> None:
+    """Ends the build with a message."""
     sys.exit(f"slimkernels: {message}")
 
 
 def check_compiler() -> None:
+    """Ends the build unless there is a C++17 compiler; sets CXX to it."""
     compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     if shutil.which(compiler.split()[0]) is None:
         stop(f"no C++ compiler ({compiler}) was found; install one, for example `apt-get install g++`, or set CXX")
@@ -71,20 +73,22 @@ stable_abi = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
 
 def find_nvcc() -> str | None:
+    """Returns the path of nvcc, from CUDA_HOME, PATH or the default location; None if it is not found."""
     home = os.environ.get("CUDA_HOME")
     folders = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def cuda_extensions() -> list[Extension]:
-    """The CUDA library, where it is wanted; optional where nobody asked for it by name."""
+    """Returns the CUDA library if it is wanted; it may fail to build unless SLIMKERNELS_CUDA=1 asks for it."""
     wanted = os.environ.get("SLIMKERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
         stop(f"SLIMKERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0" or (wanted == "" and torch.version.cuda is None):
         return []
     if wanted == "1" and find_nvcc() is None:
-        stop("SLIMKERNELS_CUDA=1, but no nvcc was found; install the CUDA toolkit, set CUDA_HOME, or do not ask for it")
+        remedy = "install the CUDA toolkit, set CUDA_HOME, or set SLIMKERNELS_CUDA=0"
+        stop(f"SLIMKERNELS_CUDA=1, but no nvcc was found; {remedy}")
     if find_nvcc() is None:
         return []
     sources = [str(CSRC / "cuda/topk_logits.cu")]
@@ -92,16 +96,17 @@ def cuda_extensions() -> list[Extension]:
 
 
 def check_nvcc_release(nvcc: str) -> None:
-    """Refuses another major version than torch's: the library brings a runtime that may need a later driver."""
+    """Raises if nvcc has another major version than torch's CUDA: its runtime might need a later driver."""
     said = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=False).stdout
     release = re.search(r"release ((\d+)\.\d+)", said)
     if release is None or release[2] != torch.version.cuda.split(".")[0]:
         found = f"of CUDA {release[1]}" if release else "of no known version"
-        raise CompileError(f"{nvcc} is {found}, but torch of CUDA {torch.version.cuda}; set CUDA_HOME. {WITHOUT_CUDA}")
+        wanted = f"torch needs CUDA {torch.version.cuda}"
+        raise CompileError(f"{nvcc} is {found}, but {wanted}; set CUDA_HOME. {WITHOUT_CUDA}")
 
 
 def nvcc_architectures() -> list[str]:
-    """The options of nvcc for every compute capability that is asked for."""
+    """Returns the options of nvcc for the requested compute capabilities."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_CAPABILITIES
     options = []
     for number, suffix, ptx in re.findall(r"(\d+\.\d)([af]?)(\+PTX)?", listed):
@@ -116,7 +121,7 @@ def nvcc_architectures() -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Compiles csrc/cpu/isa.cpp once per instruction set and links the objects in; the CUDA library with nvcc."""
+    """Build step that compiles csrc/cpu/isa.cpp once per instruction set, and the CUDA library with nvcc."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("_C_cuda"):
@@ -124,7 +129,7 @@ class BuildNative(build_ext):
         return super().get_ext_filename(fullname)
 
     def copy_extensions_to_source(self) -> None:
-        CUDA_LIBRARY.unlink(missing_ok=True)  # one that is not built this time is out of date
+        CUDA_LIBRARY.unlink(missing_ok=True)  # a library that is not rebuilt would be out of date
         super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
@@ -155,7 +160,7 @@ class BuildNative(build_ext):
             f"-isystem={torch_root / 'include'}",
             *ext.sources,
             f"-L{torch_root / 'lib'}",
-            # libtorch.so brings in libtorch_cuda.so, which a torch without CUDA does not have.
+            # libtorch_cuda.so is reached through libtorch.so, because a torch without CUDA does not have it.
             "-Xlinker=--no-as-needed",
             "-ltorch",
             "-ltorch_cpu",
@@ -193,7 +198,7 @@ setup(
             "slimkernels._C",
             sources=[str(CSRC / name) for name in ("module.cpp", "ops.cpp", "store/codec.cpp", "cpu/dispatch.cpp")],
             depends=[str(path) for path in sorted(CSRC.rglob("*.[hi]*"))],
-            # pybind11 first: some releases of torch bring one that refuses the stable ABI.
+            # pybind11 precedes torch, because the copy in some releases of torch rejects the stable ABI.
             include_dirs=[str(CSRC), pybind11.get_include(), str(torch_root / "include")],
             library_dirs=[str(torch_root / "lib")],
             libraries=["torch", "torch_cpu", "c10"],

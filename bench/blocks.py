@@ -1,4 +1,4 @@
-"""What the README says of one results file each, but for those of the ops."""
+"""The generated blocks of README and docs that show one results file each; those of the ops are in table.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim
 
 
 def demo_table(rows: list[dict]) -> str:
-    """What the demo's students reached on documents that none of them was trained on."""
+    """Returns what the demo's students reached on documents that none of them was trained on."""
     latest = {row["method"]: row for row in rows}
     lines = ["| student | held-out perplexity | KL to the teacher | at its best |", "|---|---:|---:|---:|"]
     for method, row in latest.items():
@@ -27,18 +27,18 @@ def demo_table(rows: list[dict]) -> str:
     row = rows[-1]
     lines += [
         "",
-        f"One `make demo`: SmolLM2-135M-Instruct (held-out perplexity {row['teacher_perplexity']:.1f}) writes "
+        f"One run of `make demo`. SmolLM2-135M-Instruct (held-out perplexity {row['teacher_perplexity']:.1f}) writes "
         f"{row['train_rows']:,} tokens; the same small randomly initialised student learns from them three ways, and "
-        f"is measured on {row['heldout_rows']:,} tokens from other prompts. One seed, so read differences of a few per "
-        f"cent as none. Its logits take {row['store_bytes_per_token'] / 1000:.1f} kB per token, "
+        f"is measured on {row['heldout_rows']:,} tokens from other prompts. With one seed, differences of a few per "
+        f"cent mean nothing. The teacher's logits take {row['store_bytes_per_token'] / 1000:.1f} kB per token, "
         f"{row['store_bits_per_entry']:.2f} bits per kept entry. {row['device']}, {row['threads']} threads, "
-        f"{row['date'][:10]}.",
+        f"commit {row['commit']}, {row['date'][:10]}.",
     ]
     return "\n".join(lines)
 
 
 def codec_table(rows: list[dict]) -> str:
-    """What the rows of a real teacher take, and what rounding them costs."""
+    """Returns the bits that the rows of a real teacher take, and the divergence that rounding them causes."""
     latest = {row["codec"]: row for row in rows}
     lines = ["| kept logits as | bits per entry | KL of the rounding, nats |", "|---|---:|---:|"]
     for name, row in sorted(latest.items(), key=lambda item: item[1]["bits_per_entry"]):
@@ -48,29 +48,31 @@ def codec_table(rows: list[dict]) -> str:
     lines += [
         "",
         f"{row['rows']:,} rows of {row['top_k']:,} entries, {100 * row['top_k'] / row['vocab']:.0f} % of the "
-        f"vocabulary of {row['teacher']}. Ours are whole stores, with token ids, index and checksums; the others are "
-        f"their rows alone. The polynomial is fitted by our benchmark. `python -m bench.codecs`, {row['date'][:10]}.",
+        f"vocabulary of {row['teacher']}. Codecs in bold are ours and are measured as whole stores, with token ids, "
+        f"index and checksums; the others as rows alone. The polynomial is fitted by this benchmark. {row['device']}, "
+        f"commit {row['commit']}, {row['date'][:10]}; `python -m bench.codecs`.",
     ]
     return "\n".join(lines)
 
 
-def loader_sentence(rows: list[dict]) -> str:
-    """How long a training step waits for its batch."""
+def loader_table(rows: list[dict]) -> str:
+    """Returns the share of a training step that is spent waiting for its batch."""
     latest = {(row["shape"]["vocab"], row["workers"]): row for row in rows}
-    said = [
-        f"{100 * row['waiting']:.1f} % with {workers} worker{'s' * (workers != 1)} at V = {vocab}"
-        for (vocab, workers), row in sorted(latest.items())
+    lines = ["| vocabulary | workers of the `DataLoader` | share of a step spent waiting |", "|---:|---:|---:|"]
+    lines += [
+        f"| {vocab:,} | {workers} | {100 * row['waiting']:.1f} % |" for (vocab, workers), row in sorted(latest.items())
     ]
     row = rows[-1]
-    return (
-        f"Of a training step, this share is waiting for its batch of a store: {', '.join(said)} (a student of "
-        f"{row['shape']['layers']} layers of {row['shape']['hidden']}, {row['device']}, {row['threads']} threads, "
-        f"{row['date'][:10]}; `python -m bench.loader`)."
-    )
+    lines += [
+        "",
+        f"A student of {row['shape']['layers']} layers of {row['shape']['hidden']}. {row['device']}, {row['threads']} "
+        f"threads, commit {row['commit']}, {row['date'][:10]}; `python -m bench.loader`.",
+    ]
+    return "\n".join(lines)
 
 
 def training_step_table(rows: list[dict]) -> str:
-    """What whole steps of a student take with our loss and with the usual one."""
+    """Returns time and memory of whole training steps with our loss and with the usual one."""
     latest = {(row["shape"]["layers"], row["dtype"], row["mode"], row["metric"], row["provider"]): row for row in rows}
     lines = [
         "| training step | layers | precision | time, ours / peer | speed-up | peak memory, ours / peer |",
@@ -91,8 +93,8 @@ def training_step_table(rows: list[dict]) -> str:
     lines += [
         "",
         f"Forward, loss, backward and AdamW of a student shaped like SmolLM2-135M (V = {row['shape']['vocab']}, "
-        f"D = {row['shape']['hidden']}) on {row['shape']['batch']} x {row['shape']['tokens']} tokens; medians of steps "
-        "in turns; memory over weights and optimizer state, gradients included. "
+        f"D = {row['shape']['hidden']}) on {row['shape']['batch']} x {row['shape']['tokens']} tokens. Times are "
+        "medians; the two take turns. Memory is the peak beyond weights and optimizer state, with gradients. "
         f"{row['device']}, {row['threads']} threads, commit {row['commit']}, {row['date'][:10]}; "
         "`python -m bench.training_step`.",
     ]
@@ -103,45 +105,51 @@ def _ours_first(figures: dict[str, float]) -> list[float]:
     return [figures[name] for name in sorted(figures, key=lambda name: name != OURS)]
 
 
-def search_sentence(rows: list[dict]) -> str:
-    """How fast the tree search generates, what its branches take, and how long the selection among them is."""
-    rows = _newest(rows, ("device", "isa", "threads"))
+def search_table(rows: list[dict]) -> str:
+    """Returns how fast the tree search generates on every machine, what its branches take, and its selection's time."""
     searches = [row for row in rows if row["op"] == "search"]
-    speeds: dict[int, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in searches:
         if row["metric"] == "throughput":
-            speeds.setdefault(row["question_tokens"], []).append(row)
-    said = []
-    for tokens, of_length in sorted(speeds.items()):
-        speed = _newest_medians(of_length)
-        beside = ", ".join(
-            f"{speed[OURS] / rate:.1f}x {provider} ({rate:,.0f})"
-            for provider, rate in speed.items()
-            if provider != OURS
-        )
-        said.append(f"after prompts of {tokens} tokens {speed[OURS]:,.0f} tokens/s, {beside}")
-    memory = _newest_medians([row for row in searches if row["metric"] == "kv_memory"])
+            groups.setdefault((row["device"], row["dtype"], row["question_tokens"]), []).append(row)
+    peers = list(
+        dict.fromkeys(row["provider"] for group in groups.values() for row in group if row["provider"] != OURS)
+    )
+    titles = [
+        "machine",
+        "precision",
+        "tokens of a prompt",
+        "search",
+        *(f"faster than {peer}" for peer in peers),
+        "rounds",
+    ]
+    lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
+    for (device, dtype, tokens), group in groups.items():
+        speed = _newest_medians(group)
+        ratios = [f"{speed[OURS] / speed[peer]:.1f}x" for peer in peers]
+        # Newer rows are one round each and number it; older ones hold all of their rounds.
+        rounds = str(1 + group[-1]["round"] if "round" in group[-1] else group[-1]["rounds"])
+        lines.append(f"| {' | '.join([device, dtype, str(tokens), f'{speed[OURS]:,.0f} tokens/s', *ratios, rounds])} |")
+    memory = _newest_medians([row for row in _newest(searches, ("device", "isa")) if row["metric"] == "kv_memory"])
     [copies] = (count for provider, count in memory.items() if provider != OURS)
     row = searches[-1]
     shape = row["shape"]
-    return (
+    sequences = shape["questions"] * shape["branching"] * shape["beam"]
+    last = next(row for row in reversed(searches) if row["metric"] == "throughput")
+    part = last.get("reencoded", shape["questions"])
+    fewer = f" On {last['device']} generate on text searched {part} of the questions." * (part < shape["questions"])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    lines += [
+        "",
         f"A search over {shape['questions']} questions at once, branching {shape['branching']}, beam {shape['beam']}, "
-        f"{shape['depth']} steps of {shape['step_tokens']} tokens, generates {'; '.join(said)}. "
-        f"With prompts of {shape['prompt_tokens']} tokens its keys and values take {memory[OURS] / 2**20:.0f} MiB, "
-        f"{copies / memory[OURS]:.0f}x less than a copy for each sequence. The plain batch has the search's "
-        f"{shape['questions'] * shape['branching'] * shape['beam']} sequences all the time, and its reading of prompts "
-        f"is not counted. {_search_limits(searches)}{_consensus_sentence(rows)}{row['model']}, {row['dtype']}, "
-        f"{row['device']}, {row['threads']} threads, {row['date'][:10]}; `python -m bench.search`."
-    )
-
-
-def _search_limits(searches: list[dict]) -> str:
-    """What a reader must know where less than the whole benchmark was run."""
-    row = next(row for row in reversed(searches) if row["metric"] == "throughput")
-    rounds = 1 + row.get("round", 0)
-    part = row.get("reencoded", row["shape"]["questions"])
-    fewer = f"; generate on text searched {part} of the questions" if part < row["shape"]["questions"] else ""
-    return f"{rounds} {'round' if rounds == 1 else 'rounds'}{fewer}. "
+        f"{shape['depth']} steps of {shape['step_tokens']} tokens, with {row['model']}. The plain batch has the "
+        f"search's {sequences} sequences all the time, and the time in which it "
+        f"reads the prompts is not counted.{fewer} With prompts of {shape['prompt_tokens']} tokens the keys and values "
+        f"of the search take {memory[OURS] / 2**20:.0f} MiB in {row['dtype']}, {copies / memory[OURS]:.0f} times "
+        f"less than a copy for each sequence. {_consensus_sentence(rows)}{row['threads']} threads, commits {commits}, "
+        f"{rows[-1]['date'][:10]}; `python -m bench.search`.",
+    ]
+    return "\n".join(lines)
 
 
 def _consensus_sentence(rows: list[dict]) -> str:
@@ -152,12 +160,12 @@ def _consensus_sentence(rows: list[dict]) -> str:
     [(peer, slow)] = ((provider, time) for provider, time in figures.items() if provider != OURS)
     return (
         f"The consensus of {shape['texts']} candidates of {shape['words']} words takes {figures[OURS]:.0f} ms, "
-        f"{slow / figures[OURS]:.0f}x less than {peer} ({slow:,.0f} ms). "
+        f"{slow / figures[OURS]:.0f} times less than {peer} ({slow:,.0f} ms). "
     )
 
 
 def _newest_medians(rows: list[dict]) -> dict[str, float]:
-    """Of every provider, the median over the rounds of the newest commit."""
+    """Returns the median over the rounds of the newest commit, for every provider."""
     found: dict[str, list[float]] = {}
     for row in _newest(rows, ("commit",)):
         found.setdefault(row["provider"], []).append(row["p50"])
@@ -165,45 +173,50 @@ def _newest_medians(rows: list[dict]) -> dict[str, float]:
 
 
 def _newest(rows: list[dict], fields: Sequence[str]) -> list[dict]:
-    """Those that are as the last in some fields, such as where they were measured."""
+    """Returns the rows that equal the last one in some fields, such as where they were measured."""
     return [row for row in rows if all(row[field] == rows[-1][field] for field in fields)]
 
 
 STEPS = {
-    "gsm8k": "of GSM8K's solutions",
-    "strategyqa": "of StrategyQA's facts",
-    "own": "of the model's own",
-    "loop": "of the model's own loops",
+    "gsm8k": "a solution of GSM8K",
+    "strategyqa": "a fact of StrategyQA",
+    "own": "the model's own",
+    "loop": "the model's own loop",
     "verbatim": "verbatim",
-    "retyped": "in other case and punctuation",
-    "reworded": "with words replaced",
-    "paraphrased": "paraphrased",
-    "renumbered": "with other numbers",
+    "retyped": "other case and punctuation",
+    "reworded": "some words replaced",
+    "paraphrased": "a paraphrase",
+    "renumbered": "other numbers",
 }
+GROUPS = {"new": "new", "repeated": "repeats an earlier step", "between": "resembles an earlier step"}
 
 
-def repetition_sentence(rows: list[dict]) -> str:
-    """Which steps the repetition check cuts as it is by default."""
+def repetition_table(rows: list[dict]) -> str:
+    """Returns the share of every kind of step that the repetition check cuts by default."""
     row = [row for row in rows if row["is_default"]][-1]
-    said = {
-        group: ", ".join(f"{100 * share:.0f} % of {row['steps'][kind]} {STEPS[kind]}" for kind, share in cut.items())
-        for group, cut in row["cut"].items()
-    }
-    return (
-        f"The repetition check at its default ({row['embedding']} of {row['model']}, threshold {row['threshold']}) "
-        f"cuts of new steps {said['new']}; of repeated ones {said['repeated']}; of those in between {said['between']}. "
-        f"{row['device']}, {row['date'][:10]}; `python -m bench.repetition`."
-    )
+    lines = ["| step | kind | steps | cut |", "|---|---|---:|---:|"]
+    for group, cut in row["cut"].items():
+        lines += [
+            f"| {GROUPS[group]} | {STEPS[kind]} | {row['steps'][kind]} | {100 * share:.0f} % |"
+            for kind, share in cut.items()
+        ]
+    lines += [
+        "",
+        f"The default embeds steps by {row['embedding']} of {row['model']} and cuts at a scaled cosine of "
+        f"{row['threshold']}. {row['device']}, commit {row['commit']}, {row['date'][:10]}; "
+        "`python -m bench.repetition`.",
+    ]
+    return "\n".join(lines)
 
 
-# What the README shows between the markers NAME:begin and NAME:end, from bench/results/NAME.jsonl.
+# Content between the markers NAME:begin and NAME:end, from bench/results/NAME.jsonl.
 BLOCKS = {
     "demo": demo_table,
     "codecs": codec_table,
-    "loader": loader_sentence,
+    "loader": loader_table,
     "training_step": training_step_table,
-    "search": search_sentence,
-    "repetition": repetition_sentence,
+    "search": search_table,
+    "repetition": repetition_table,
     "instructions": instructions_table,
     "sample_efficiency": sample_efficiency_block,
 }

@@ -1,11 +1,11 @@
-"""What a teacher's kept logits take on disk and what their rounding costs, in our codecs and in layouts of others.
+"""Measures size on disk and rounding error of a teacher's kept logits, in our codecs and in layouts of other projects.
 
 slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 3000 --codec float32 --out runs/exact
 python -m bench.codecs --store runs/exact --out bench/results/codecs.jsonl
 
-The rows of the store, which must be of codec float32, are encoded by every codec in turn. Bits per entry of our codecs
-are those of whole stores, index and checksums included; of the other layouts those of the rows alone. With q a row's
-probabilities over its kept ids and r the same after rounding, both adding up to 1, the error is the mean of KL(q || r).
+The rows of the store, which must have codec float32, are encoded with every codec in turn. Bits per entry of our codecs
+count the whole store with index and checksums; for the other layouts they count the rows only. The error is the mean of
+KL(q || r), with q a row's probabilities renormalised over its kept ids and r the same after rounding.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import records
 from bench.machine import machine
 from slimkernels.exchange.distillkit_codec import Compression
 from slimkernels.store import Store, StoreWriter, info
 
 OURS = ("affine6", "affine8", "bfloat16", "float32")
-EXACT = 32  # values that the polynomial layout keeps as they are
+EXACT = 32  # number of values that the polynomial layout keeps unfitted
 TERMS = (0, 1, 2, 3, 4, "sqrt")
 RESIDUAL_BITS = 4
 
 
 def packed_24_bits(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> tuple[int, np.ndarray]:
-    """17 bits of id and 7 of the place between the row's smallest and largest: bytes of the row, and what is read."""
+    """Encodes 17 bits of id and 7 bits of position between the row's smallest and largest log-probability.
+
+    Returns:
+        The bytes of the row, and the log-probabilities as they are read back, in the order of ``ids``. The
+        functions below return the same.
+    """
     if vocab_size > 1 << 17:
         raise ValueError(f"17 bits hold ids below {1 << 17}, got a vocabulary of {vocab_size}")
     low, high = logprobs.min(), logprobs.max()
@@ -38,7 +44,7 @@ def packed_24_bits(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> tu
 
 
 def polynomial(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> tuple[int, np.ndarray]:
-    """DistillKit's layout, fitted here: exact values, a polynomial over the sorted rest, 4-bit residuals."""
+    """Encodes as DistillKit does: the largest values exactly, a polynomial fit of the sorted rest, 4-bit residuals."""
     order = np.argsort(-logprobs, kind="stable")
     falling = logprobs[order]
     exact = min(EXACT, len(ids))
@@ -71,18 +77,18 @@ def polynomial(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> tuple[
 
 
 def arrays(ids: np.ndarray, logprobs: np.ndarray, _vocab_size: int) -> tuple[int, np.ndarray]:
-    """An int32 and a bfloat16 per entry."""
+    """Encodes an int32 and a bfloat16 per entry."""
     return 6 * len(ids), _bfloat16(logprobs)
 
 
 def text(ids: np.ndarray, logprobs: np.ndarray, _vocab_size: int) -> tuple[int, np.ndarray]:
-    """JSON as a server gives it."""
+    """Encodes JSON as a server returns it."""
     record = {f"token_id:{token}": float(np.float32(logprob)) for token, logprob in zip(ids, logprobs, strict=True)}
     return len(json.dumps(record, separators=(",", ":"))), logprobs
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:
-    """Rounded to nearest, ties to even."""
+    """Rounds to the nearest bfloat16, ties to even."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
 
@@ -96,7 +102,7 @@ OTHERS: dict[str, Callable[[np.ndarray, np.ndarray, int], tuple[int, np.ndarray]
 
 
 def rows_of(store: Store) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and log-probabilities, float64, of every row; padding is left out."""
+    """Yields ids and log-probabilities (float64) of every row, without padding."""
     for index in range(len(store)):
         teacher = store[index].teacher
         for ids, logits, lse in zip(teacher.ids.numpy(), teacher.logits.numpy(), teacher.lse.numpy(), strict=True):
@@ -105,13 +111,13 @@ def rows_of(store: Store) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def kl(before: np.ndarray, after: np.ndarray) -> float:
-    """KL(q || r) of two rows of log-probabilities, each made to add up to 1."""
+    """Returns KL(q || r) of two rows of log-probabilities, each renormalised to sum to 1."""
     log_q, log_r = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (before, after))
     return float((np.exp(log_q) * (log_q - log_r)).sum())
 
 
 def measure_ours(store: Store, codec: str, folder: Path) -> dict:
-    """One of our codecs: the whole store written anew."""
+    """Measures one of our codecs by writing the whole store again."""
     settings = store.settings
     with StoreWriter(
         folder / codec,
@@ -133,7 +139,7 @@ def measure_ours(store: Store, codec: str, folder: Path) -> dict:
 
 
 def measure_other(store: Store, encode: Callable[[np.ndarray, np.ndarray, int], tuple[int, np.ndarray]]) -> dict:
-    """Another layout, row by row."""
+    """Measures another layout row by row."""
     size = entries = 0
     errors = []
     for ids, logprobs in rows_of(store):
@@ -145,19 +151,23 @@ def measure_other(store: Store, encode: Callable[[np.ndarray, np.ndarray, int], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--store", type=Path, required=True, help="of codec float32")
+    parser.add_argument("--store", type=Path, required=True, help="store with codec float32")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     args = parser.parse_args()
     store = Store(args.store)
     if store.settings.codec != "float32":
-        parser.error(f"--store must be of codec float32, got {store.settings.codec}: it is what the others are held to")
-    said = {"op": "codec", "teacher": store.settings.teacher.get("name", ""), "vocab": store.vocab_size}
-    said |= {"rows": store.num_rows, "top_k": store.shards[0].top_k}
-    with tempfile.TemporaryDirectory() as folder, args.out.open("a") as out:
+        parser.error(
+            f"--store must have codec float32, the exact rows that errors are measured against, "
+            f"got {store.settings.codec}"
+        )
+    shared = {"op": "codec", "teacher": store.settings.teacher.get("name", ""), "vocab": store.vocab_size}
+    shared |= {"rows": store.num_rows, "top_k": store.shards[0].top_k}
+    with tempfile.TemporaryDirectory() as folder:
         for name in (*OURS, *OTHERS):
             measured = measure_ours(store, name, Path(folder)) if name in OURS else measure_other(store, OTHERS[name])
             print(f"{name}: {measured['bits_per_entry']:.2f} bits per entry, {measured['kl_nats']:.2e} nats")
-            out.write(json.dumps(said | {"codec": name, "is_ours": name in OURS} | measured | machine()) + "\n")
+            row = shared | {"codec": name, "is_ours": name in OURS} | measured | machine()
+            records.append(args.out, [row])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two commits of this package, timed in turn on one machine."""
+"""Compares the speed of two commits of this package on one machine."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from pathlib import Path
 
 from bench import records
 from bench.machine import ROOT, commit
+from bench.ops.processes import start_worker
 
-# A process has its own memory layout, which moves a time by more than its rounds tell; hence several of each.
+# The memory layout of a process shifts its times by more than they vary between rounds, so each side gets several
+# processes.
 PAIRS = 5
 
 
 def compare(ref: str, threads: list[int], options: list[str]) -> str:
-    """Lines with old time over new time for every case that both commits have: above 1, the new one is faster."""
-    from bench.run import start_worker
+    """Times the commit ``ref`` and this checkout and returns a report, as ``report`` writes it.
 
+    Args:
+        ref: Commit to compare with; it is checked out and built in a temporary folder.
+        threads: Thread counts to measure with.
+        options: Options for ``bench.ops.worker``.
+    """
     with built_worktree(ref) as base, tempfile.TemporaryDirectory() as folder:
         sides = {"old": base, "new": ROOT}
         for pair in range(PAIRS):
-            # Whoever goes second finds the machine warmer: take turns at that, too.
+            # The second process of a pair finds a warmer machine, so the sides take turns at being second.
             for side in sorted(sides, reverse=pair % 2 == 0):
                 print(f"pair {pair + 1} of {PAIRS}: {side}", file=sys.stderr, flush=True)
                 for count in threads:
@@ -34,12 +40,20 @@ def compare(ref: str, threads: list[int], options: list[str]) -> str:
         pairs = [
             tuple(records.read(Path(folder, f"{side}{pair}.jsonl")) for side in ("old", "new")) for pair in range(PAIRS)
         ]
-        # Only its benchmarks were replaced.
+        # The base counts as dirty because its bench folder was replaced; its package was not touched.
         return report(pairs, old=commit(base).removesuffix("-dirty"), new=commit(ROOT))
 
 
 def report(pairs: list[tuple[list[dict], list[dict]]], old: str, new: str) -> str:
-    """One line per case and thread count: the median ratio of the pairs, with the least and the largest."""
+    """Returns a line per case and thread count that both commits have, with old time over new time.
+
+    The ratio is the median over the pairs, followed by the smallest and the largest; above 1, the new commit is faster.
+
+    Args:
+        pairs: Results of the old and of the new commit, per pair of processes.
+        old: Name of the old commit.
+        new: Name of the new commit.
+    """
     by_key = [tuple({_key(row): row for row in rows} for rows in pair) for pair in pairs]
     lines = [f"time of {old} over time of {new}; median of {len(pairs)} pairs of processes [least, largest]"]
     for key, first in by_key[0][1].items():
@@ -63,7 +77,7 @@ def _key(row: dict) -> tuple:
 
 @contextlib.contextmanager
 def built_worktree(ref: str) -> Iterator[Path]:
-    """A checkout of ``ref`` with its own extension and this checkout's benchmarks, removed afterwards."""
+    """Yields a checkout of ``ref`` with its own extension but this checkout's benchmarks, and removes it afterwards."""
     git = ["git", "-C", str(ROOT)]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "base")

@@ -1,15 +1,14 @@
-"""Trains on a store and appends, per number of workers, the share of a step's time spent waiting for its batch.
+"""Trains on a store and appends, per number of workers, the share of a step's time spent waiting for data.
 
 python -m bench.loader --out bench/results/loader.jsonl [--workers 0 1 2] [--vocab 49152] [--steps 12] [--device cuda]
 
-The store is of random logits and the student a small Llama: what a step takes is measured with the loop of
-``SlimTrainer``, whose batches come from a ``DataLoader`` over a ``StoreDataset`` of packed 8-bit rows.
+The store holds random logits and the student is a small Llama. Steps are timed in the loop of ``SlimTrainer``, whose
+batches come from a ``DataLoader`` over a ``StoreDataset`` of packed 8-bit rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -18,17 +17,18 @@ from pathlib import Path
 import torch
 
 import slimkernels as sk
+from bench import records
 from bench.machine import machine
 from slimkernels.models.make_student import make_student
 from slimkernels.store import StoreDataset, StoreWriter
 from slimkernels.trainer import SlimConfig, SlimTrainer
 
-# Start-up of the workers, and pages that are read for the first time.
+# The first steps are not timed: workers start up and pages of the store are read for the first time.
 WARM_UP_STEPS = 3
 
 
 class TimedTrainer(SlimTrainer):
-    """Notes how long every step waited for its batches, and when it began."""
+    """A trainer that records when every step began and how long it waited for its batches."""
 
     def get_batch_samples(self, *args):
         start = time.perf_counter()
@@ -41,28 +41,25 @@ class TimedTrainer(SlimTrainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of the DataLoader")
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--tokens", type=int, default=128, help="of a document")
-    parser.add_argument("--batch", type=int, default=4, help="documents of a step")
-    parser.add_argument("--steps", type=int, default=12, help="timed ones")
-    parser.add_argument("--hidden", type=int, default=256, help="of the student")
-    parser.add_argument("--layers", type=int, default=4, help="of the student")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="workers of the DataLoader")
+    parser.add_argument("--vocab", type=int, default=49152, help="vocabulary size")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per document")
+    parser.add_argument("--batch", type=int, default=4, help="documents per step")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size of the student")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the student")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_store(Path(folder) / "store", args)
         rows = [measure(Path(folder), args, workers) for workers in args.workers]
-    with args.out.open("a") as out:
-        for row in rows:
-            print(
-                f"{row['workers']} workers: {row['step_ms']:.1f} ms a step, {100 * row['waiting']:.2f} % of it waiting"
-            )
-            out.write(json.dumps(row | machine()) + "\n")
+    for row in rows:
+        print(f"{row['workers']} workers: {row['step_ms']:.1f} ms per step, {100 * row['waiting']:.2f} % of it waiting")
+    records.append(args.out, [row | machine() for row in rows])
 
 
 def write_store(path: Path, args: argparse.Namespace) -> None:
-    """Enough documents of random tokens and logits that no document is read twice."""
+    """Writes documents of random tokens and logits, enough that none is read twice."""
     generator = torch.Generator().manual_seed(0)
     top_k = math.ceil(args.vocab / 20)
     settings = {"tokenizer_fingerprint": "", "teacher": {}, "selection": {"top_k": top_k}}
@@ -74,7 +71,7 @@ def write_store(path: Path, args: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace, workers: int) -> dict:
-    """One run of the trainer."""
+    """Trains once with a number of workers and returns the fields of its row."""
     student = make_student(
         vocab_size=args.vocab, hidden_size=args.hidden, num_layers=args.layers, max_length=args.tokens
     )
@@ -93,7 +90,7 @@ def measure(folder: Path, args: argparse.Namespace, workers: int) -> dict:
     trainer = TimedTrainer(model=student, args=config, train_dataset=StoreDataset(folder / "store"))
     trainer.starts, trainer.waits = [], []
     trainer.train()
-    # From the start of one step to that of the next; a GPU's steps are seen in the mean, not one by one.
+    # Steps are timed from start to start. On a GPU only the mean is meaningful, because launches are asynchronous.
     seconds = trainer.starts[-1] - trainer.starts[WARM_UP_STEPS]
     waited = sum(trainer.waits[WARM_UP_STEPS:-1])
     return {

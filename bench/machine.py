@@ -1,4 +1,4 @@
-"""The machine: what a figure depends on besides the code."""
+"""Describes the machine and the commit that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def machine() -> dict:
-    """The fields of a row that say where and of what it was measured."""
+    """Returns the fields of a result row that name the machine, the versions, the commit and the date."""
     require_own_package()
     on_cuda = torch.get_default_device().type == "cuda"
     return {
@@ -35,19 +35,19 @@ def machine() -> dict:
 
 
 def require_own_package() -> None:
-    """Stops where another checkout's package would be measured under this one's commit."""
+    """Exits if ``slimkernels`` is imported from another checkout, whose figures would get this one's commit."""
     package = Path(slimkernels.__file__).parents[1]
     if package != ROOT:
         sys.exit(f"slimkernels is imported from {package}, not from {ROOT}: run `python -m bench...` in {ROOT}")
 
 
 def commit(root: Path) -> str:
-    """The commit checked out at ``root``, marked where anything but results differs from it."""
+    """Returns the commit checked out at ``root``, with ``-dirty`` appended if any file but a result differs from it."""
     git = ["git", "-C", str(root)]
     described = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if described.returncode != 0:
         return "unknown"
-    results = (":(exclude)bench/results", ":(exclude)README.md")
+    results = (":(exclude)bench/results", ":(exclude)README.md", ":(exclude)docs")
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *results], check=False).returncode == 0
     return described.stdout.strip() + ("" if clean else "-dirty")
 

@@ -1,4 +1,4 @@
-"""The README's table of the ops, from what their docstrings say; ``tests/test_docs.py`` holds them to it."""
+"""The table of the ops, read from their docstrings; ``tests/test_docs.py`` checks that it is true."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUPPORTS = re.compile(
 
 
 class Support(NamedTuple):
-    """Where an op works, on what, and how."""
+    """Devices, dtypes, backward pass and determinism of an op."""
 
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -36,7 +36,7 @@ class Support(NamedTuple):
 
 
 def support_of(op: str) -> Support:
-    """What the "Supports:" line of a docstring says.
+    """Reads the "Supports:" line of an op's docstring.
 
     Raises:
         ValueError: There is no such line.
@@ -55,7 +55,7 @@ def support_of(op: str) -> Support:
 
 
 def ops_table() -> str:
-    """One line per op."""
+    """Returns one line per op."""
     lines = ["| op | devices | dtypes | backward | deterministic |", "|---|---|---|---|---|"]
     for op in OPS:
         support = support_of(op)

@@ -1,4 +1,4 @@
-"""Draws the figures from a results file alone.
+"""Draws every figure from the committed results alone.
 
 python -m bench.plots --results bench/results
 """
@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench import records
+from bench import overview, records
 from bench.ops.case import OURS
 from bench.records import CaseRecord
 from bench.reproduce.sample_efficiency_plot import sample_efficiency
@@ -26,7 +26,7 @@ PALETTE = [*mpl.colormaps["tab10"].colors, *mpl.colormaps["Set2"].colors]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, required=True, help="the folder of the JSONL, where the figures go")
+    parser.add_argument("--results", type=Path, required=True, help="folder of the JSONL, which gets the figures")
     args = parser.parse_args()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     for device, prefix in (("cpu", ""), ("cuda", "cuda_")):
@@ -34,6 +34,8 @@ def main() -> None:
             draw_all(args.results, records.newest_cases(records.read(args.results / f"{device}.jsonl")), prefix)
     if rows := records.read(args.results / "sample_efficiency.jsonl"):
         _save(sample_efficiency(rows), args.results / "sample_efficiency.png")
+    if found := overview.Results.read(args.results):
+        _save(overview.overview_figure(found), args.results / "overview.png")
 
 
 def draw_all(folder: Path, cases: list[CaseRecord], prefix: str) -> None:
@@ -41,7 +43,7 @@ def draw_all(folder: Path, cases: list[CaseRecord], prefix: str) -> None:
     whole = [case for case in cases if case.row.get("sweep") is None]
     for name, draw, chosen in (
         ("speedup.png", speedups, [case for case in whole if case.peers]),
-        # Rows from before the floors were written cannot be placed.
+        # Older rows have no floor and cannot be placed.
         ("roofline.png", roofline, [case for case in whole if case.row.get("copy_bytes_per_s")]),
         ("growth.png", growth, [case for case in cases if case.row.get("sweep")]),
     ):
@@ -59,7 +61,7 @@ def _save(figure: plt.Figure, path: Path) -> None:
 
 
 def speedups(cases: list[CaseRecord]) -> plt.Figure:
-    """Bars to the right of 1 are where ours is faster; one bar per peer, on the most threads of the case."""
+    """Draws one bar per peer, on the most threads of the case; ours is faster where a bar reaches to the right of 1."""
     names = list(dict.fromkeys(name for case in cases for name in case.peers))
     colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(names)}
     heights = [len(case.peers) + 1 for case in cases]
@@ -96,7 +98,7 @@ def speedups(cases: list[CaseRecord]) -> plt.Figure:
 
 
 def roofline(cases: list[CaseRecord]) -> plt.Figure:
-    """What must move, or be multiplied, per second of ours, beside what the machine was measured to reach."""
+    """Draws the bytes and flops per second that ours reaches, with the rate that the machine was measured to reach."""
     bound = {True: [], False: []}
     for case in cases:
         bound[bool(case.row["matmul_flops_per_s"])].append(case)
@@ -138,7 +140,7 @@ def roofline(cases: list[CaseRecord]) -> plt.Figure:
 
 
 def growth(cases: list[CaseRecord]) -> plt.Figure:
-    """Log-log curves over N, V and K, on one thread and on the most, with least-squares exponents."""
+    """Draws log-log curves over N, V and K, on one thread and on the most, with least-squares exponents."""
     threads = sorted({count for case in cases for count in case.threads})
     ops = list(dict.fromkeys(case.row["op"] for case in cases))
     letters = [letter for letter in "NVK" if any(case.row["sweep"] == letter for case in cases)]
@@ -186,12 +188,12 @@ def growth(cases: list[CaseRecord]) -> plt.Figure:
 
 
 def _write(axes: plt.Axes, x: float, y: float, text: str) -> None:
-    """A small number at the end of a bar."""
+    """Writes a small number at the end of a bar."""
     axes.annotate(text, (x, y), (3, 0), textcoords="offset points", va="center", size=7)
 
 
 def _seconds(row: dict) -> float:
-    """The time of a call; a throughput tells it by its floor, which is in the same unit."""
+    """Returns the time of a call in seconds; a throughput is converted by its floor, which has the same unit."""
     floor_seconds = row["floor_bytes"] / row["copy_bytes_per_s"]
     return row["p50"] / 1e3 if row["unit"] == "ms" else floor_seconds * row["floor"] / row["p50"]
 
@@ -206,7 +208,7 @@ def _threads(cases: list[CaseRecord]) -> int:
 
 
 def _middle(cases: list[CaseRecord]) -> str:
-    """What the letters that do not vary are at, per op."""
+    """Returns the sizes that do not vary, for every op."""
     texts = []
     for op in dict.fromkeys(case.row["op"] for case in cases):
         points = [case.row["sizes"] for case in cases if case.row["op"] == op]

@@ -1,4 +1,4 @@
-"""Appends what a finished `make demo` measured to a JSONL file, with the machine it ran on.
+"""Appends the measurements of a finished `make demo` to a JSONL file, with the machine that it ran on.
 
 python -m bench.record_demo demo-output --out bench/results/demo.jsonl
 """
@@ -15,8 +15,8 @@ from bench.machine import machine
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("demo", type=Path, help="the demo's output folder")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("demo", type=Path, help="output folder of the demonstration")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     args = parser.parse_args()
     results = json.loads((args.demo / "results.json").read_text())
     store, heldout = results["store"], results["heldout"]

@@ -1,4 +1,4 @@
-"""Rows of a results file: which belong together, and what they say."""
+"""Reads and writes rows of a results file and groups them by case."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ MEMORY = "peak_extra_memory"
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a JSONL file, none where it does not exist."""
+    """Returns the rows of a JSONL file; no rows if it does not exist."""
     if not path.exists():
         return []
     with path.open("rb") as file:
         return [json.loads(line) for line in whole_lines(file)]
 
 
+def append(path: Path, rows: Iterable[dict]) -> None:
+    """Appends rows to a JSONL file in one write, so that an interrupted run leaves no part of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def case_of(row: dict) -> tuple:
-    """What names the case of a row."""
+    """Returns the fields that identify the case of a row."""
     return tuple(row.get(field) for field in CASE_FIELDS)
 
 
 def measured(rows: Iterable[dict], machine: dict, metrics: tuple[str, ...]) -> set[tuple]:
-    """The cases that have one of ``metrics`` from the same commit, machine and threads.
+    """Returns the cases that already have one of ``metrics`` from the same commit, machine and thread count.
 
-    Of a working tree that differs from its commit nothing counts: the next one may differ otherwise.
+    Rows from a modified working tree never count, because the tree may have changed since.
     """
     if machine["commit"] == "unknown" or machine["commit"].endswith("-dirty"):
         return set()
@@ -43,12 +50,12 @@ def measured(rows: Iterable[dict], machine: dict, metrics: tuple[str, ...]) -> s
 
 
 class CaseRecord:
-    """The newest rows of one case: all of the commit and the machine that timed ours last.
+    """The newest rows of one case: all rows of the commit and the machine that timed our op last.
 
     Attributes:
-        row: One of ours, for what all rows share.
-        threads: The thread counts it was timed on, ascending.
-        peers: The other providers that were timed.
+        row: The last time of our op; all rows share its case, commit and machine.
+        threads: Thread counts our op was timed on, ascending.
+        peers: Names of the other providers that were timed.
     """
 
     def __init__(self, rows: list[dict]) -> None:
@@ -65,16 +72,16 @@ class CaseRecord:
         self.peers = [name for name in dict.fromkeys(row["provider"] for row in timed) if name != OURS]
 
     def timing(self, provider: str, threads: int) -> dict | None:
-        """The row with a provider's time, or throughput."""
+        """Returns the row with a provider's time or throughput; None if it was not timed."""
         return self._rows.get((provider, self.row["metric"], threads))
 
     def speedup(self, provider: str, threads: int) -> float | None:
-        """How many times longer than ours a provider takes."""
+        """Returns how many times as long as ours a provider takes; None if either was not timed."""
         ours, theirs = self.timing(OURS, threads), self.timing(provider, threads)
         return theirs["p50"] / ours["p50"] if ours and theirs else None
 
     def over_floor(self, threads: int) -> float | None:
-        """How many times longer than the floor ours takes."""
+        """Returns how many times as long as the floor ours takes; None without a time or a floor."""
         ours = self.timing(OURS, threads)
         if ours is None or not ours.get("floor"):
             return None
@@ -82,13 +89,13 @@ class CaseRecord:
         return ratio if ours["metric"] == "time" else 1 / ratio
 
     def peak_bytes(self, provider: str) -> float | None:
-        """The peak extra memory, on the most threads it was measured on."""
+        """Returns the peak extra memory, from the largest thread count it was measured with; None if it was not."""
         found = {key[2]: row["p50"] for key, row in self._rows.items() if key[:2] == (provider, MEMORY)}
         return found[max(found)] if found else None
 
 
 def newest_cases(rows: Iterable[dict]) -> list[CaseRecord]:
-    """One record per case, in the order in which the cases first appear; cases without a time of ours are left out."""
+    """Returns one record per case that our op was timed on, in the order in which the cases first appear."""
     grouped: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["op"] != "demo":
@@ -101,7 +108,7 @@ def _is_time_of_ours(row: dict) -> bool:
 
 
 def fitted_exponent(points: list[tuple[float, float]]) -> float:
-    """The least-squares slope of log(y) over log(x)."""
+    """Returns the least-squares slope of log(y) over log(x)."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     covariance = sum((x - mean_x) * (y - mean_y) for x, y in logs)

@@ -1,12 +1,12 @@
-"""Measures which steps the repetition check cuts, by the layer that embeds them and its threshold; appends rows.
+"""Measures which steps the repetition check cuts, for several embedding layers and thresholds; appends rows.
 
 python -m bench.repetition --data DIR --out bench/results/repetition.jsonl [--layers 0 1 2 ...] [--encoder FOLDER]
 
 DIR holds ``gsm8k/{train,test}.jsonl`` and ``strategyqa/train.json``. New steps are those of GSM8K's reference
-solutions, StrategyQA's facts, and what the model says greedily in words that it did not use before; repeated ones are
-made of GSM8K's, or are the model's own loops. The questions are halved: one half chooses each embedding's threshold,
-the lowest that cuts at most 1 % of its new steps (the three sources weigh the same); the rows are of the other half, at
-that threshold and at the default.
+solutions, StrategyQA's facts, and steps that the model generates greedily in words that it has not used before.
+Repeated steps are made from GSM8K's, or are loops of the model. Half of the questions choose each embedding's
+threshold: the lowest that cuts at most 1 % of the new steps, with equal weights for the three sources. The rows report
+the other half, at that threshold and at the default.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from slimkernels.teacher import load_teacher
 
 THRESHOLDS = [round(0.5 + 0.001 * place, 3) for place in range(501)]
 MOST_NEW_CUT = 0.01
-# Kind -> the scores of its steps.
+# The scores of the steps of each kind.
 Scores = dict[str, list[float]]
 
 
@@ -45,17 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="as of load_teacher")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="model, as for load_teacher")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6, 8, 12, 20, 30])
-    parser.add_argument("--encoder", help="a sentence encoder's folder, to be measured too")
-    parser.add_argument("--gsm8k", type=int, default=240, help="reference solutions")
-    parser.add_argument("--strategyqa", type=int, default=200, help="questions whose facts are read")
-    parser.add_argument("--own", type=int, default=24, help="questions that the model answers")
+    parser.add_argument("--encoder", help="directory of a sentence encoder to measure too")
+    parser.add_argument("--gsm8k", type=int, default=240, help="number of reference solutions")
+    parser.add_argument("--strategyqa", type=int, default=200, help="number of questions whose facts are read")
+    parser.add_argument("--own", type=int, default=24, help="number of questions that the model answers")
     args = parser.parse_args(arguments)
     model, tokenizer = load_teacher(args.model)
     engine = TransformersEngine(model, tokenizer)
     questions = [json.loads(line)["question"] for line in (args.data / "gsm8k/test.jsonl").read_text().splitlines()]
-    config = PathFinderConfig(max_depth=12, max_step_tokens=48, batch_questions=args.own or 1)
+    config = PathFinderConfig(max_depth=12, max_step_tokens=48, answer_kind=None, batch_questions=args.own or 1)
     chains = [
         *repetition_chains.gsm8k_chains(args.data / "gsm8k/train.jsonl", tokenizer, args.gsm8k),
         *repetition_chains.strategyqa_chains(args.data / "strategyqa/train.json", tokenizer, args.strategyqa),
@@ -79,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def step_embeddings(model: PreTrainedModel, chain: Chain, layers: Sequence[int]) -> np.ndarray:
-    """What ``TransformersEngine`` embeds the steps by, (layers, steps, D), from one forward."""
+    """Computes the embeddings (layers, steps, D) that ``TransformersEngine`` gives the steps, from one forward."""
     ids = [*chain.prompt, *(token for step in chain.steps for token in step.token_ids)]
     with torch.inference_mode():
         output = model.base_model(torch.tensor([ids]), use_cache=False, output_hidden_states=True)
     hidden = torch.stack([output.hidden_states[layer][0].float() for layer in layers])
     ends = np.cumsum([len(chain.prompt), *(len(step.token_ids) for step in chain.steps)])
-    # The last token of a step is not read yet when it is judged; where there is no other, the one before it is taken.
+    # A step is judged before the model reads its last token. A step of one token is embedded by the token before it.
     spans = [(min(begin, end - 2), end - 1) for begin, end in itertools.pairwise(ends)]
     means = torch.stack([hidden[:, begin:end].mean(1) for begin, end in spans], 1)
     return (means - hidden[:, None, : len(chain.prompt)].mean(2)).numpy()
@@ -94,7 +94,7 @@ def step_embeddings(model: PreTrainedModel, chain: Chain, layers: Sequence[int])
 def scores_by_layer(
     model: PreTrainedModel, chains: Iterable[Chain], layers: Sequence[int]
 ) -> dict[int, tuple[Scores, Scores]]:
-    """Of the choosing half and the other, for each layer."""
+    """Returns the scores of the choosing half and of the other half, for each layer."""
     scores = {layer: (defaultdict(list), defaultdict(list)) for layer in layers}
     for chain in chains:
         for layer, embeddings in zip(layers, step_embeddings(model, chain, layers), strict=True):
@@ -103,7 +103,7 @@ def scores_by_layer(
 
 
 def scores_by_encoder(encoder: SentenceEncoder, chains: Iterable[Chain]) -> tuple[Scores, Scores]:
-    """Of the choosing half and the other."""
+    """Returns the scores of the choosing half and of the other half."""
     scores = (defaultdict(list), defaultdict(list))
     for chain in chains:
         _add_scores(scores, chain, encoder([step.text for step in chain.steps]))
@@ -119,7 +119,7 @@ def _add_scores(scores: tuple[Scores, Scores], chain: Chain, embeddings: np.ndar
 
 
 def judge(embedding: str, choosing: Scores, held_out: Scores) -> list[dict]:
-    """A row for the threshold that is chosen, and one for the default."""
+    """Returns a row for the chosen threshold, and one for the default."""
     new = [choosing[kind] for kind in KINDS["new"] if kind in choosing]
     chosen = next(
         threshold for threshold in THRESHOLDS if np.mean([_share(scores, threshold) for scores in new]) <= MOST_NEW_CUT

@@ -1,4 +1,4 @@
-"""Chains of reasoning whose steps are known to be new, or to say again what an earlier one said."""
+"""Chains of reasoning whose steps are known to be new, or to repeat an earlier step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from slimkernels.search import PathFinderConfig, TransformersEngine, greedy
 
-# Of steps between new and repeated ones nothing is chosen by: with other numbers the same may be said of other things,
-# and a paraphrase has other words.
+# Steps "between" are not used to choose a threshold: a step with other numbers may be about something else, and a
+# paraphrase has other words.
 KINDS = {
     "new": ("gsm8k", "strategyqa", "own"),
     "repeated": ("loop", "verbatim", "retyped", "reworded"),
     "between": ("renumbered", "paraphrased"),
 }
-# The words that two steps of the model's own may share at most for them to be different, over those of either.
-SHARED_WORDS = 0.5
+# Two steps that the model generates count as different if their words' Jaccard similarity is below this.
+MAX_SIMILARITY = 0.5
 
 SYNONYMS = {
     "each": "every",
@@ -50,7 +50,7 @@ SYNONYMS = {
     "there are": "we have",
 }
 
-# Lines of GSM8K's train.jsonl, and their first step in other words.
+# Paraphrases of the first steps of some lines of GSM8K's train.jsonl, by line number from 0.
 PARAPHRASES = {
     0: "In May, 48/2 = 24 of her friends got a clip from Natalia.",
     1: "Every minute of babysitting is worth 12/60 = $0.2 to Weng.",
@@ -85,7 +85,13 @@ PARAPHRASES = {
 
 
 class Step(NamedTuple):
-    """A step, and what it is: one of KINDS; empty where that is not known, or nothing is before it."""
+    """A step of a chain.
+
+    Attributes:
+        token_ids: Token ids of the step.
+        text: Text of the step.
+        kind: One of the kinds in KINDS; empty if it is unknown, or if no step precedes it.
+    """
 
     token_ids: list[int]
     text: str
@@ -96,9 +102,9 @@ class Chain(NamedTuple):
     """The answer to one question.
 
     Attributes:
-        number: Of the question; the even ones choose, the odd ones tell what the choice is worth.
-        prompt: Its token ids.
-        steps: In order.
+        number: Number of the question. Even ones choose a threshold, odd ones evaluate it.
+        prompt: Token ids of the prompt.
+        steps: Steps in order.
     """
 
     number: int
@@ -107,7 +113,7 @@ class Chain(NamedTuple):
 
 
 def gsm8k_chains(file: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Chain]:
-    """Reference solutions, each with one step more, which says an earlier one again in one of the ways."""
+    """Returns reference solutions, each with one more step that repeats an earlier one in some way."""
     draw = random.Random(0)  # noqa: S311 -- a choice, not a secret
     chains = []
     for number, line in enumerate(file.read_text().splitlines()[:count]):
@@ -123,7 +129,7 @@ def gsm8k_chains(file: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> 
 
 
 def strategyqa_chains(file: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Chain]:
-    """The facts that questions need, all of them different."""
+    """Returns the facts that each question needs, which are all different."""
     rows = [row for row in json.loads(file.read_text()) if len(row["facts"]) > 1][:count]
     return [
         _chain(tokenizer, number, row["question"], row["facts"], ["", *["strategyqa"] * (len(row["facts"]) - 1)])
@@ -132,11 +138,11 @@ def strategyqa_chains(file: Path, tokenizer: PreTrainedTokenizerBase, count: int
 
 
 def own_chains(engine: TransformersEngine, questions: Sequence[str], config: PathFinderConfig) -> list[Chain]:
-    """What the model itself says, token by likeliest token, until it has said a step before.
+    """Returns chains that the model generates greedily, each up to the first repeated step.
 
-    It is asked in its chat template, where its tokenizer has one.
+    The prompt uses the tokenizer's chat template if there is one.
     """
-    prompts = [_asked(engine.tokenizer, question) for question in questions]
+    prompts = [_chat_prompt(engine.tokenizer, question) for question in questions]
     chains = []
     for number, result in enumerate(greedy(engine, config).solve(prompts)):
         steps: list[Step] = []
@@ -152,7 +158,7 @@ def own_chains(engine: TransformersEngine, questions: Sequence[str], config: Pat
 
 
 def say_again(step: str, kind: str) -> str:
-    """The same step, written in another way; or itself where that changes nothing."""
+    """Returns the step rewritten in the given way; the step itself if that changes nothing."""
     if kind == "retyped":
         return "So, " + step[:1].lower() + step[1:].rstrip(".") + "!" * (not step.endswith("."))
     if kind == "reworded":
@@ -163,21 +169,21 @@ def say_again(step: str, kind: str) -> str:
 
 
 def _kind_of_own(words: list[list[str]]) -> str:
-    """Of the last step."""
+    """Returns the kind of the last of the model's steps, each given as a list of words."""
     *earlier, last = words
     if not earlier or not last:
         return ""
     if last in earlier:
         return "loop"
-    likeness = max(len(set(last) & set(other)) / len(set(last) | set(other)) for other in earlier)
-    return "own" if likeness < SHARED_WORDS else ""
+    similarity = max(len(set(last) & set(other)) / len(set(last) | set(other)) for other in earlier)
+    return "own" if similarity < MAX_SIMILARITY else ""
 
 
-def _asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def _chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     if not tokenizer.chat_template:
         return _prompt(question)
-    asked = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _prompt(question: str) -> str:

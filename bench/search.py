@@ -1,13 +1,14 @@
-"""Times the search, the same search by ``generate``, and plain generation in turns; appends a row for each turn.
+"""Times the search, the same search by ``generate``, and plain generation; appends one row per measurement.
 
 python -m bench.search --out bench/results/search.jsonl [--rounds 2] [--shots 0 3] [--dtype bfloat16 | float32]
 
-Prompts are questions as they are (53 tokens in SmolLM2's), and behind three worked examples (275 tokens). What the file
-has of this commit and machine is not measured again, so that a run that was stopped goes on.
+Prompts are questions alone (53 tokens with SmolLM2's tokenizer), and questions after three worked examples (275
+tokens). Measurements that the file already holds for this commit and machine are skipped, so an interrupted run can be
+resumed.
 
-Every provider generates the same number of tokens in every round: steps have a fixed length, texts never end. The
-search is 8 questions by branching 8 by beam 8, so 512 sequences live at its full width, as many as plain generation
-has all the time. Tokens are drawn from the whole softmax, the cheapest way for ``generate``.
+Every provider generates the same number of tokens in every round: steps have a fixed length, and texts never end. The
+search has 8 questions, branching 8 and beam 8, so at its full width 512 sequences grow at once, as many as plain
+generation has all the time. Tokens are drawn from the whole softmax, which is the fastest setting for ``generate``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bench import records, search_peers
 from bench.machine import machine
 from bench.ops.case import OURS
 from slimkernels.search import Candidate, PathFinder, PathFinderConfig, TransformersEngine, consensus
+from slimkernels.search.plan import growth
 from slimkernels.search.selection import Scorer
 from slimkernels.teacher import load_teacher
 
@@ -49,20 +51,27 @@ WORKED = (
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="as of load_teacher")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="model, as for load_teacher")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=2, help="in which every provider has its turn")
+    parser.add_argument("--rounds", type=int, default=2, help="number of measurements of every provider")
     parser.add_argument("--branching", type=int, default=8)
     parser.add_argument("--beam", type=int, default=8)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--step-tokens", type=int, default=16)
-    parser.add_argument("--shots", type=int, nargs="+", default=[0, 3], help="worked examples before a question")
-    parser.add_argument("--prompt-tokens", type=int, default=300, help="of the prompts for which memory is compared")
-    parser.add_argument("--batch-leaves", type=int, default=8, help="that generate continues at a time; 8 was fastest")
     parser.add_argument(
-        "--reencoded", type=int, default=len(QUESTIONS), help="of the questions, that generate searches, in equal parts"
+        "--shots", type=int, nargs="+", default=[0, 3], help="numbers of worked examples before a question"
     )
-    parser.add_argument("--candidates", type=int, default=512, help="of the consensus")
+    parser.add_argument("--prompt-tokens", type=int, default=300, help="length of the prompts when memory is compared")
+    parser.add_argument(
+        "--batch-leaves", type=int, default=8, help="leaves that generate continues at a time; 8 was fastest"
+    )
+    parser.add_argument(
+        "--reencoded",
+        type=int,
+        default=len(QUESTIONS),
+        help="number of questions that generate searches per round, a divisor of 8",
+    )
+    parser.add_argument("--candidates", type=int, default=512, help="number of texts in the consensus")
     args = parser.parse_args(arguments)
     model, tokenizer = load_teacher(args.model, dtype=getattr(torch, args.dtype))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -74,11 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_step_tokens=args.step_tokens,
         top_p=1.0,
         step_end=lambda _: False,
+        answer_kind=None,
     )
     sizes = ("branching", "beam", "depth", "step_tokens", "prompt_tokens")
     log = Log(
         args.out,
-        {
+        shared={
             "op": "search",
             "model": Path(args.model).name,
             "dtype": args.dtype,
@@ -92,38 +102,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
             questions = [WORKED * shots + question for question in QUESTIONS]
             tokens = len(tokenizer(questions[0])["input_ids"])
             providers = throughputs(model, tokenizer, config, questions, args.reencoded, args.batch_leaves)
-            for turn, name in _turns(list(providers), args.rounds):
-                what = {"provider": name, "metric": "throughput", "question_tokens": tokens, "round": turn}
-                log.measure(what, "tokens/s", providers[name])
+            for number, name in _rounds(list(providers), args.rounds):
+                fields = {"provider": name, "metric": "throughput", "question_tokens": tokens, "round": number}
+                log.measure(fields, "tokens/s", providers[name])
         providers = memory(model, tokenizer, config, args.prompt_tokens)
         for name, run in providers.items():
             log.measure({"provider": name, "metric": "kv_memory"}, "bytes", run)
-    log.of_all = {"op": "consensus", "shape": {"texts": args.candidates, "words": 400}}
-    providers = consensus_times(**log.of_all["shape"])
-    for turn, name in _turns(list(providers), args.rounds):
-        log.measure({"provider": name, "metric": "time", "round": turn}, "ms", providers[name])
+    log.shared = {"op": "consensus", "shape": {"texts": args.candidates, "words": 400}}
+    providers = consensus_times(**log.shared["shape"])
+    for number, name in _rounds(list(providers), args.rounds):
+        log.measure({"provider": name, "metric": "time", "round": number}, "ms", providers[name])
 
 
 class Log:
-    """Appends a row for each measurement that the file does not have of this commit and machine.
+    """A file of measurements, which skips those that it already holds for this commit and machine.
 
     Attributes:
-        of_all: What all rows say from now on.
+        shared: Fields of all rows that are appended from now on.
     """
 
-    def __init__(self, path: Path, of_all: dict) -> None:
-        self.of_all = of_all
+    def __init__(self, path: Path, shared: dict) -> None:
+        self.shared = shared
         self._path = path
         self._machine = machine()
 
-    def measure(self, what: dict, unit: str, run: Callable[[], float]) -> None:
-        """Runs a measurement of ``what``."""
-        fields = (*records.MACHINE_FIELDS, "threads")
-        wanted = self.of_all | what | {field: self._machine[field] for field in fields}
+    def measure(self, fields: dict, unit: str, run: Callable[[], float]) -> None:
+        """Runs a measurement and appends its row, unless the file holds a row with these fields."""
+        names = (*records.MACHINE_FIELDS, "threads")
+        wanted = self.shared | fields | {name: self._machine[name] for name in names}
         known = not self._machine["commit"].endswith("-dirty")
         if known and any(wanted.items() <= row.items() for row in records.read(self._path)):
             return
-        row = self.of_all | what | {"unit": unit, "p50": run()} | machine()
+        row = self.shared | fields | {"unit": unit, "p50": run()} | machine()
         print(f"{row['op']}, {row['provider']}: {row['p50']:,.0f} {unit}", flush=True)
         with self._path.open("a") as out:
             out.write(json.dumps(row) + "\n")
@@ -137,15 +147,15 @@ def throughputs(
     reencoded: int,
     batch_leaves: int,
 ) -> dict[str, Callable[[], float]]:
-    """Of every provider, what measures its generated tokens per second."""
+    """Returns, for every provider, the function that measures its generated tokens per second."""
     parts = itertools.cycle(range(0, len(questions), reencoded))
     engine = TransformersEngine(model, tokenizer, eos_token_ids=())
-    rows = _rows(config)
+    rows = [children for _, children in growth(config)]
     total = len(questions) * sum(rows) * config.max_step_tokens
 
     def ours() -> float:
         start = time.perf_counter()
-        results = PathFinder(engine, config, checks=()).solve(questions)
+        results = PathFinder(engine, config, checks=(), chat=False).solve(questions)
         seconds = time.perf_counter() - start
         _require(sum(result.num_tokens for result in results), total)
         return total / seconds
@@ -170,27 +180,28 @@ def throughputs(
 def memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PathFinderConfig, prompt_tokens: int
 ) -> dict[str, Callable[[], int]]:
-    """The most bytes of keys and values in a search on long prompts, and of a batch of as many copies."""
+    """Returns the functions that measure the peak bytes of keys and values of a search, and of unshared copies."""
     text = tokenizer(" ".join(QUESTIONS))["input_ids"]
     prompts = [(text * (prompt_tokens // len(text) + 1))[shift:][:prompt_tokens] for shift in range(len(QUESTIONS))]
 
     def ours() -> int:
         engine = TransformersEngine(model, tokenizer, eos_token_ids=())
-        PathFinder(engine, config, checks=()).solve(prompts)
+        PathFinder(engine, config, checks=(), chat=False).solve(prompts)
         return engine.peak.shared_bytes
 
     def copies() -> int:
-        # transformers' own cache of one sequence that is as long as ours are at the end; a batch has one for each.
+        # transformers' own cache of one sequence of the final length, times the number of sequences of a batch.
         length = prompt_tokens + config.max_depth * config.max_step_tokens
         cache = model(torch.tensor([(prompts[0] * 2)[:length]]), use_cache=True, logits_to_keep=1).past_key_values
         one = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-        return len(QUESTIONS) * _rows(config)[-1] * one
+        *_, (_, rows) = growth(config)
+        return len(QUESTIONS) * rows * one
 
     return {OURS: ours, "unshared copies": copies}
 
 
 def consensus_times(texts: int, words: int) -> dict[str, Callable[[], float]]:
-    """Of every provider, what measures the milliseconds of scoring texts of so many words, whose frequencies fall."""
+    """Returns, for every provider, the function that measures the milliseconds of scoring texts of Zipf words."""
     generator = np.random.default_rng(0)
     drawn = generator.zipf(1.5, (texts, words)) % 2000
     candidates = [
@@ -208,19 +219,10 @@ def consensus_times(texts: int, words: int) -> dict[str, Callable[[], float]]:
     return {OURS: lambda: timed(consensus()), SETS: lambda: timed(search_peers.consensus_of_sets)}
 
 
-def _rows(config: PathFinderConfig) -> list[int]:
-    """Sequences of a question that grow together, at every depth."""
-    rows, leaves = [], 1
-    for depth in range(config.max_depth):
-        rows.append(leaves * config.branching_at(depth))
-        leaves = min(rows[-1], config.beam)
-    return rows
-
-
-def _turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Every round, and every name in it, another one first each time."""
-    for turn in range(rounds):
-        yield from ((turn, name) for name in names[turn % len(names) :] + names[: turn % len(names)])
+def _rounds(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Yields the number of each round with every name, rotated by one in each round."""
+    for number in range(rounds):
+        yield from ((number, name) for name in names[number % len(names) :] + names[: number % len(names)])
 
 
 def _require(got: object, wanted: object) -> None:

@@ -1,4 +1,4 @@
-"""What a user of transformers would write: the search with ``generate`` on text, plain generation, and consensus."""
+"""Peers of the search, as a user of transformers would write them: search and generation by ``generate``, consensus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from slimkernels.search.selection import word_trigrams
 
 
 class Leaf(NamedTuple):
-    """The text of a branch with its prompt, and what was generated of it."""
+    """An open leaf.
+
+    Attributes:
+        text: Text of the branch, prompt included.
+        sum_logprob: Sum of the log-probabilities of the generated tokens, in nats.
+        num_tokens: Number of generated tokens.
+    """
 
     text: str
     sum_logprob: float
@@ -30,10 +36,10 @@ def search_with_generate(
     questions: Sequence[str],
     batch_leaves: int,
 ) -> list[list[Leaf]]:
-    """The open leaves of every question at the end; each depth encodes the text of every leaf again.
+    """Searches every question by sampling from the text of each leaf, which every depth encodes again.
 
-    ``batch_leaves`` leaves at a time: their prompts and samples have keys and values of their own, which for all
-    leaves of all questions together would take gigabytes.
+    Returns the open leaves of every question at the end. It samples from ``batch_leaves`` leaves at a time, because
+    ``generate`` keeps keys and values for every sample, which for all leaves of all questions would take gigabytes.
     """
     beams = [[Leaf(question, 0.0, 0)] for question in questions]
     for depth in range(config.max_depth):
@@ -87,9 +93,9 @@ def generate_plainly(
     samples: int,
     num_tokens: int,
 ) -> float:
-    """Samples independent continuations in one batch; seconds from the first new token to the last, a token each.
+    """Samples independent continuations in one batch. Returns the seconds from the first to the last new token.
 
-    Without the encoding of the prompts, which ``generate`` does once for every sample.
+    This excludes the encoding of the prompts, which ``generate`` does once for every sample.
     """
     clock = _Clock()
     inputs = tokenizer(list(questions), return_tensors="pt", padding=True, padding_side="left")
@@ -100,7 +106,7 @@ def generate_plainly(
         num_return_sequences=samples,
         logits_processor=LogitsProcessorList([clock]),
     )
-    # The first call is after the prompts were read; each that follows is one token later.
+    # The first call comes after the prompts were read; each further call is one token later.
     return clock.times[-1] - clock.times[0]
 
 
@@ -114,7 +120,7 @@ class _Clock(LogitsProcessor):
 
 
 def consensus_of_sets(candidates: Sequence[Candidate]) -> list[float]:
-    """The sum of the Jaccard similarities of a candidate's word trigrams with those of every other."""
+    """Computes the sum of the Jaccard similarities of each candidate's word trigrams with those of all others."""
     trigrams = [word_trigrams(candidate.text) for candidate in candidates]
     scores = [0.0] * len(candidates)
     for one, two in itertools.combinations(range(len(candidates)), 2):
@@ -127,7 +133,7 @@ def consensus_of_sets(candidates: Sequence[Candidate]) -> list[float]:
 
 
 def sampling(config: PathFinderConfig, depth: int) -> dict:
-    """The options of ``generate`` that a depth of the search stands for."""
+    """Returns the options of ``generate`` that match a depth of the search."""
     return {
         "do_sample": True,
         "temperature": config.temperature_at(depth),
@@ -137,7 +143,7 @@ def sampling(config: PathFinderConfig, depth: int) -> dict:
 
 
 def without_end(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, which never ends a text, so that all providers generate the same number of tokens."""
+    """Returns the model with no end-of-text token, so that all providers generate the same number of tokens."""
     endless = copy.copy(model)
     endless.generation_config = copy.deepcopy(model.generation_config)
     endless.generation_config.eos_token_id = None

@@ -1,36 +1,46 @@
-"""Writes the README's tables from the newest figures in bench/results.
+"""Writes the tables of README and docs from the newest figures in bench/results.
 
-python -m bench.table --results bench/results --readme README.md [--check]
+python -m bench.table --results bench/results [--documents README.md docs/speed.md] [--check]
+
+A document names a block by its markers, ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; what stands between them is
+replaced. Without ``--documents`` these are the README and all of docs/.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import records
+from bench import overview, records
 from bench.blocks import BLOCKS
+from bench.machine import ROOT
 from bench.ops.case import OURS
 from bench.ops_table import ops_table
 
 FIGURES = {
     "speedup.png": "Speed-up over every peer, per case",
-    "roofline.png": "Achieved bytes and flops per second beside what the machine was measured to reach",
+    "roofline.png": "Bytes and flops per second that the ops reach, and those that the machine was measured to reach",
     "growth.png": "Time over N, V and K, with fitted exponents",
 }
 
 CUDA_PREFIX = "cuda_"
+# Generated text names figures and documents from the root of the repository.
+RESULTS_LINK, WIDTH = "](bench/results", 120
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
-    """One line per case, each from one commit on one machine; ratios are to the peer measured in the same run."""
+    """Returns one line per case, of one commit on one machine; ratios are to the peer measured in the same run."""
     cases = [case for case in records.newest_cases(rows) if case.row.get("sweep") is None]
     threads = sorted({count for case in cases for count in case.threads})
     on_gpu = any(case.row["isa"].startswith(("sm_", "gfx")) for case in cases)
-    # The title and alignment of every column, and its cell in every line.
+    # Title and alignment of every column, with its cell in every line.
     columns = {
         ("op", "---"): [f"`{case.row['op']}` {case.row['mode']}" for case in cases],
         ("shape", "---"): [case.row["shape"] for case in cases],
@@ -59,7 +69,7 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
     dates = sorted({case.row["date"][:10] for case in cases})
     floor = (
         "Floor: the bytes that must move over the copy bandwidth, or the flops over the matrix rate, both measured "
-        "beside the case, whichever takes longer. "
+        "with the case, whichever takes longer. "
     )
     lines += [
         "",
@@ -83,7 +93,7 @@ def _figures(case: records.CaseRecord, threads: list[int]) -> str:
 
 
 def _per_threads(values: list[float | None], unit: str) -> str:
-    """5.0 / 2.6 ms; a dash for a thread count that was not measured, nothing where none was."""
+    """Returns text such as 5.0 / 2.6 ms; a dash for a thread count that was not measured, nothing where none was."""
     if all(value is None for value in values):
         return ""
     return " / ".join("-" if value is None else f"{value:.{0 if value >= 100 else 1}f}" for value in values) + unit
@@ -95,33 +105,76 @@ def _memory(case: records.CaseRecord) -> str:
     return "" if ours is None or theirs is None else f"{ours / 2**20:.0f} / {theirs / 2**20:.0f} MiB"
 
 
+def all_blocks(results: Path) -> dict[str, str]:
+    """Returns every block that the results have figures for, by its name."""
+    blocks = {"ops": ops_table()}
+    for device, name, prefix in (("cpu", "bench", ""), ("cuda", "bench-cuda", CUDA_PREFIX)):
+        if rows := records.read(results / f"{device}.jsonl"):
+            figures = tuple(prefix + figure for figure in FIGURES if (results / f"{prefix}{figure}").exists())
+            blocks[name] = speed_table(rows, figures)
+    for name, show in BLOCKS.items():
+        if rows := records.read(results / f"{name}.jsonl"):
+            blocks[name.replace("_", "-")] = show(rows)
+    if found := overview.Results.read(results):
+        blocks["headline"] = overview.headline(found)
+        blocks["overview"] = overview.summary_table(found)
+    return blocks
+
+
+def with_blocks(text: str, blocks: dict[str, str], to_results: str) -> str:
+    """Returns a document with the blocks that it has markers for replaced.
+
+    Args:
+        text: The document.
+        blocks: Content by name.
+        to_results: Path from the document's folder to that of the results.
+    """
+    for name, content in blocks.items():
+        if f"<!-- {name}:begin -->" in text:
+            content = content.replace(RESULTS_LINK, f"]({to_results}")
+            text = replace_block(text, name, "\n".join(map(_wrapped, content.splitlines())))
+    return text
+
+
 def replace_block(text: str, name: str, content: str) -> str:
-    """The text with what stands between the markers of a block replaced."""
+    """Returns the text with what stands between the markers of a block replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = text.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
+def _wrapped(line: str) -> str:
+    """Breaks a line of prose; tables, figures and HTML stay on one line."""
+    if line.startswith(("|", "!", "<")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    # Commands in backticks stay on one line.
+    line = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", _NO_BREAK), line)
+    filled = textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return filled.replace(_NO_BREAK, " ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--readme", type=Path, required=True)
-    parser.add_argument("--check", action="store_true", help="fail where the README is not what the results say")
+    parser.add_argument("--results", type=Path, required=True, help="folder of the JSONL")
+    parser.add_argument(
+        "--documents",
+        type=Path,
+        nargs="+",
+        default=[ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))],
+        help="files to write (default: README.md and docs/*.md)",
+    )
+    parser.add_argument("--check", action="store_true", help="fail where a document is not what the results say")
     args = parser.parse_args()
-    text = args.readme.read_text()
-    updated = replace_block(text, "ops", ops_table())
-    for device, block, prefix in (("cpu", "bench", ""), ("cuda", "bench-cuda", CUDA_PREFIX)):
-        rows = records.read(args.results / f"{device}.jsonl")
-        if rows:
-            figures = tuple(prefix + name for name in FIGURES if (args.results / f"{prefix}{name}").exists())
-            updated = replace_block(updated, block, speed_table(rows, figures))
-    for name, show in BLOCKS.items():
-        if rows := records.read(args.results / f"{name}.jsonl"):
-            updated = replace_block(updated, name.replace("_", "-"), show(rows))
-    if args.check:
-        sys.exit(updated != text and f"{args.readme} does not show {args.results}: run `make plots`")
-    args.readme.write_text(updated)
+    blocks = all_blocks(args.results)
+    for document in args.documents:
+        text = document.read_text()
+        updated = with_blocks(text, blocks, os.path.relpath(args.results, document.parent))
+        if args.check and updated != text:
+            sys.exit(f"{document} does not show {args.results}: run `make plots`")
+        if updated != text:
+            document.write_text(updated)
 
 
 if __name__ == "__main__":

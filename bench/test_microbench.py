@@ -1,4 +1,4 @@
-"""The short cases under pytest-benchmark: ``pytest bench --benchmark-json out.json``."""
+"""Runs the short cases under pytest-benchmark: ``pytest bench --benchmark-json out.json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAIRS = [(name, provider) for name, case in CASES.items() for provider in (OURS,
 
 @pytest.fixture(scope="module")
 def gated_work(request):
-    """The tensors of a case, shared by its providers; none is timed unless all gave the right result."""
+    """Builds the tensors of a case, shared by its providers; no provider is timed unless all give the right result."""
     return CASES[request.param].gated_work()
 
 

@@ -1,24 +1,20 @@
-"""Times whole training steps of a student shaped like SmolLM2-135M with our loss and with the usual ones.
+"""Times whole training steps of a student shaped like SmolLM2-135M, with our losses and with the usual ones.
 
 python -m bench.training_step --out bench/results/training_step.jsonl [--layers 30] [--dtype float32 bfloat16]
 
 A step is forward, loss, backward, AdamW and ``zero_grad`` of a Llama with V = 49152 and D = 576, in float32 or under
-bfloat16 autocast. ``slim`` compares ``SlimTrainer``'s path, from hidden states, with the README's eager loss, both
-given the teacher's kept logits; ``sft`` compares ``patch_model`` with the loss of transformers. Before any figure,
-both must give the same loss and the same gradient of every parameter.
+bfloat16 autocast. Mode ``slim`` compares ``SlimTrainer``'s path from hidden states with the eager loss of
+docs/training.md, both given the teacher's kept logits. Mode ``sft`` compares ``patch_model`` with the loss of
+transformers. Before anything is timed, both providers must give the same loss and the same gradient of every parameter.
 
-Times are taken in one process per dtype, in which providers take turns on one student; peak memory, over weights and
-optimizer state, in a fresh process per provider.
+Times are taken in one process per dtype, where providers take turns on one student. Peak memory, without weights and
+optimizer state, is taken in a fresh process per provider.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,19 +24,20 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import slimkernels as sk
-from bench.machine import ROOT, machine
+from bench import records
+from bench.machine import machine
 from bench.ops import peers
 from bench.ops.case import OURS, five_per_cent, generator, random_rows, require, require_close
 from bench.ops.clock import clock
 from bench.ops.measure import percentiles
-from bench.records import MEMORY
-from bench.run import KEEP_PAGES, RETURN_PAGES
+from bench.ops.processes import KEEP_PAGES, RETURN_PAGES, run_module
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.models.make_student import make_student
 
 PROVIDERS = {"slim": (OURS, "torch eager"), "sft": (OURS, "transformers")}
-# Of the loss, and of every parameter's gradient in the Euclidean norm. Peers round whole logits to half precision.
+# Relative error of the loss, and of every parameter's gradient in the Euclidean norm. Peers round all logits to half
+# precision.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -48,13 +45,14 @@ class Steps:
     """A student, its batch and its optimizer, and the steps that train it.
 
     Args:
-        args: Sizes: ``vocab``, ``hidden``, ``layers``, ``batch`` and ``tokens``.
+        args: Sizes ``vocab``, ``hidden``, ``batch`` and ``tokens``.
+        layers: Number of layers of the student.
         dtype: "float32", or "bfloat16" for autocast.
     """
 
     def __init__(self, args: argparse.Namespace, layers: int, dtype: str) -> None:
         self.model = smollm2_student(args.vocab, args.hidden, layers, args.tokens)
-        # A second shell around the same parameters, patched.
+        # A patched module that shares its parameters with the original.
         self.patched = sk.patch_model(shared_copy(self.model))
         self.dtype = dtype
         ids = torch.randint(args.vocab, (args.batch, args.tokens), generator=generator(1))
@@ -66,12 +64,12 @@ class Steps:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 
     def loss(self, mode: str, provider: str) -> Tensor:
-        """Of one forward pass."""
+        """Computes the loss of one forward pass."""
         with self._autocast():
             return self._losses()[mode, provider]()
 
     def run(self, mode: str, provider: str) -> Callable[[], Tensor]:
-        """A whole step."""
+        """Returns a function that takes one training step."""
 
         def step() -> Tensor:
             loss = self.loss(mode, provider)
@@ -125,7 +123,7 @@ class Steps:
 
 
 def smollm2_student(vocab: int, hidden: int, layers: int, tokens: int) -> PreTrainedModel:
-    """SmolLM2-135M at random: 9 heads, 3 of keys and values, tied embeddings."""
+    """Builds a random student shaped like SmolLM2-135M: 9 attention heads, 3 key-value heads, tied embeddings."""
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -141,7 +139,7 @@ def smollm2_student(vocab: int, hidden: int, layers: int, tokens: int) -> PreTra
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Another module around the same parameters."""
+    """Returns another module that shares its parameters with ``model``."""
     with torch.device("meta"):
         twin = type(model)(model.config)
     twin.model, twin.lm_head = model.model, model.lm_head
@@ -151,15 +149,15 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
-    parser.add_argument("--layers", type=int, nargs="+", default=[30])
+    parser.add_argument("--layers", type=int, nargs="+", default=[30], help="numbers of layers of the student")
     parser.add_argument("--dtype", choices=TOLERANCE, nargs="+", default=list(TOLERANCE), help="bfloat16 is autocast")
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--hidden", type=int, default=576, help="divisible by 18")
-    parser.add_argument("--batch", type=int, default=4, help="documents of a step")
-    parser.add_argument("--tokens", type=int, default=256, help="of a document")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of every provider")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--check", action="store_true", help="compare losses and gradients, and measure nothing")
+    parser.add_argument("--vocab", type=int, default=49152, help="vocabulary size")
+    parser.add_argument("--hidden", type=int, default=576, help="hidden size, divisible by 18")
+    parser.add_argument("--batch", type=int, default=4, help="documents per step")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per document")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps per provider")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--check", action="store_true", help="only compare losses and gradients")
     parser.add_argument("--worker", choices=("time", *PROVIDERS), help=argparse.SUPPRESS)
     parser.add_argument("--provider", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -175,16 +173,15 @@ def main() -> None:
 
 
 def start_worker(args, layers: int, dtype: str, worker: str, pages: dict[str, str], provider: str = "") -> None:
-    """Runs this module in a fresh process, for times or for one provider's peak memory."""
+    """Runs this module in a fresh process, for the times or for one provider's peak memory."""
     sizes = [f"--{name}={getattr(args, name)}" for name in ("vocab", "hidden", "batch", "tokens", "rounds", "threads")]
-    command = [sys.executable, "-m", "bench.training_step", "--out", str(args.out), *sizes]
-    command += ["--layers", str(layers), "--dtype", dtype, "--worker", worker, "--provider", provider]
-    environment = os.environ | pages | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, *(["--check"] if args.check else [])], env=environment, check=True)
+    options = ["--out", str(args.out.resolve()), *sizes, *(["--check"] if args.check else [])]
+    options += ["--layers", str(layers), "--dtype", dtype, "--worker", worker, "--provider", provider]
+    run_module("bench.training_step", options, threads=args.threads, pages=pages)
 
 
 def work(args: argparse.Namespace) -> None:
-    """What one process does."""
+    """Measures in a process that ``start_worker`` started, and appends the rows."""
     torch.set_num_threads(args.threads)
     (layers,), (dtype,) = args.layers, args.dtype
     steps = Steps(args, layers, dtype)
@@ -199,15 +196,14 @@ def work(args: argparse.Namespace) -> None:
         figures = {(args.worker, args.provider): peak(steps, args.worker, args.provider)}
     names = ("vocab", "hidden", "batch", "tokens")
     shape = {"layers": layers} | {name: getattr(args, name) for name in names}
-    with args.out.open("a") as out:
-        for (mode, provider), fields in figures.items():
-            print(f"{mode}, {layers} layers, {dtype}, {provider}: {fields['p50']:.4g} {fields['unit']}", flush=True)
-            row = {"op": "training_step", "mode": mode, "provider": provider, "dtype": dtype, "shape": shape}
-            out.write(json.dumps(row | fields | machine()) + "\n")
+    for (mode, provider), fields in figures.items():
+        print(f"{mode}, {layers} layers, {dtype}, {provider}: {fields['p50']:.4g} {fields['unit']}", flush=True)
+        row = {"op": "training_step", "mode": mode, "provider": provider, "dtype": dtype, "shape": shape}
+        records.append(args.out, [row | fields | machine()])
 
 
 def times(steps: Steps, rounds: int) -> dict[tuple[str, str], dict]:
-    """Percentiles of a step's time; providers take turns, after one step each that does not count."""
+    """Returns percentiles of every provider's step time; providers take turns, after an untimed first step each."""
     runs = {(mode, provider): steps.run(mode, provider) for mode in PROVIDERS for provider in PROVIDERS[mode]}
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
@@ -222,10 +218,10 @@ def times(steps: Steps, rounds: int) -> dict[tuple[str, str], dict]:
 
 
 def peak(steps: Steps, mode: str, provider: str) -> dict:
-    """The most memory that a step takes over the weights and the optimizer's state, which its first step makes."""
+    """Measures the peak memory of a second step, so without weights and optimizer state, which the first step makes."""
     run = steps.run(mode, provider)
     run()
-    return {"metric": MEMORY, "unit": "bytes", "p50": clock().peak_bytes(run)}
+    return {"metric": records.MEMORY, "unit": "bytes", "p50": clock().peak_bytes(run)}
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from bench.ops.case import OURS, Case, five_per_cent
 from bench.ops.cases import sample_case, slim_loss_case, topk_case
 from bench.ops.clock import CudaClock
 from slimkernels.ops.triton import launch
-from slimkernels.ops.triton.launch import Launch
+from slimkernels.ops.triton.launch import Settings
 
 TABLE = ROOT / "slimkernels/data/launch_settings.json"
 CANDIDATES = [
-    Launch(block, warps, max_registers)
-    for max_registers in (None, 255)  # as the assembler chooses, or all that there are
+    Settings(block, warps, max_registers)
+    for max_registers in (None, 255)  # as the assembler chooses, or all registers that a thread can have
     for block in (1024, 2048, 4096, 8192, 16384, 32768)
     for warps in (4, 8, 16, 32)
     if 1 <= block // (32 * warps) <= 64
@@ -32,7 +32,7 @@ ROUNDS = 21
 
 
 def cases() -> list[Case]:
-    """The row ops, on a short and on a long vocabulary, in both sizes of entries."""
+    """Returns the cases to tune: the row ops on a short and a long vocabulary, with 2-byte and 4-byte entries."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         for num_rows, vocab_size in ((4096, 32768), (2048, 131072)):
@@ -45,35 +45,35 @@ def cases() -> list[Case]:
     return found
 
 
-def best_of(candidates: Iterable[Launch], seconds_of: Callable[[Launch], float]) -> tuple[Launch, float]:
-    """The fastest candidate and its seconds; those that the device has no room for are passed over.
+def best_of(candidates: Iterable[Settings], seconds_of: Callable[[Settings], float]) -> tuple[Settings, float]:
+    """Returns the fastest candidate and its time; candidates that fail, for lack of registers for example, are skipped.
 
     Raises:
-        RuntimeError: There is no room for any.
+        RuntimeError: Every candidate failed.
     """
-    times: dict[Launch, float] = {}
+    times: dict[Settings, float] = {}
     for candidate in candidates:
         try:
             times[candidate] = seconds_of(candidate)
         except (RuntimeError, AssertionError, ValueError) as error:
-            print(f"  {candidate}: passed over, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            print(f"  {candidate}: skipped, {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     if not times:
         raise RuntimeError("no candidate could be launched")
     best = min(times, key=times.__getitem__)
     return best, times[best]
 
 
-def tune(case: Case) -> Launch:
-    """The fastest settings of a case's op that give the right result."""
-    shipped, clock = launch.launch_settings, CudaClock()
+def tune(case: Case) -> Settings:
+    """Returns the fastest settings of a case's op that give the right result."""
+    shipped, clock = launch.settings_of, CudaClock()
 
-    def seconds_of(candidate: Launch) -> float:
-        launch.launch_settings = lambda op, like: candidate if op == case.op else shipped(op, like)
+    def seconds_of(candidate: Settings) -> float:
+        launch.settings_of = lambda op, like: candidate if op == case.op else shipped(op, like)
         try:
             run = case.gated_work(ours_only=True).providers[OURS]
             return statistics.median(clock.seconds(run) for _ in range(ROUNDS))
         finally:
-            launch.launch_settings = shipped
+            launch.settings_of = shipped
 
     best, seconds = best_of(CANDIDATES, seconds_of)
     print(f"{case.name}: {best}, {1e3 * seconds:.3f} ms")
@@ -81,23 +81,23 @@ def tune(case: Case) -> Launch:
 
 
 def merged(entries: list[dict], new: dict) -> list[dict]:
-    """The table with ``new`` in the place of the entry for the same case."""
+    """Returns the table's entries with the one for the same case replaced by ``new``."""
     key = ("op", "architecture", "itemsize", "vocab_size")
     return [entry for entry in entries if any(entry[name] != new[name] for name in key)] + [new]
 
 
 def write(path: Path, table: dict) -> None:
-    """One line per entry."""
+    """Writes the table as JSON with one line per entry."""
     lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table["settings"])
     path.write_text(f'{{\n  "note": {json.dumps(table["note"])},\n  "settings": [\n{lines}\n  ]\n}}\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="the cases whose name contains this")
+    parser.add_argument("--only", default="", help="tune only cases whose name contains this")
     args = parser.parse_args()
     torch.set_default_device("cuda")
-    architecture = launch._architecture(torch.device("cuda", torch.cuda.current_device()))
+    architecture = launch.architecture_of(torch.device("cuda", torch.cuda.current_device()))
     table = json.loads(TABLE.read_text())
     for case in cases():
         if args.only not in case.name:

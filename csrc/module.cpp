@@ -1,5 +1,5 @@
-// The pybind11 module `slimkernels._C`: what was built, what this machine runs, and the store's codec. Importing it
-// also registers the CPU operators (ops.cpp).
+// The pybind11 module `slimkernels._C`: information about the build and the instruction set, and the store's codec.
+// Importing it also registers the CPU operators (ops.cpp).
 #include <pybind11/pybind11.h>
 
 #include "cpu/dispatch.h"
@@ -18,10 +18,10 @@ PYBIND11_MODULE(_C, m) {
         if (const char* error = slimkernels::kernels_error()) throw py::value_error(error);
         return slimkernels::kernels().isa;
       },
-      "The instruction set the CPU kernels run on; SLIMKERNELS_CPU_ISA overrides the choice.");
+      "Returns the instruction set that the CPU kernels use; SLIMKERNELS_CPU_ISA overrides the choice.");
   m.def(
       "supported_cpu_isas", [] { return py::str(slimkernels::supported_isas()).attr("split")(); },
-      "The instruction sets this build holds and this machine runs, best first.");
+      "Returns the instruction sets that this build contains and this machine supports, best first.");
   m.def(
       "build_info",
       [] {
@@ -31,6 +31,6 @@ PYBIND11_MODULE(_C, m) {
         info["stable_abi"] = "2.10";
         return info;
       },
-      "The compiler, the torch built against, and the oldest torch that the library serves.");
+      "Returns the compiler, the version of torch at build time, and the oldest torch that the library works with.");
   bind_store_codec(m);
 }

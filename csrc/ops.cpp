@@ -1,6 +1,6 @@
-// CPU implementations of the row operators that slimkernels/ops/*.py define: they fill outputs that the Python side
+// CPU implementations of the row operators that slimkernels/ops/*.py define. They fill outputs that the Python side
 // allocates, and return 0 or the first fault of the data as row * kFaults + fault. The Python side checks user input
-// and says what is wrong with it; the checks here keep a direct call of torch.ops.slimkernels.* memory-safe.
+// and raises informative errors; the checks here keep direct calls of torch.ops.slimkernels.* memory-safe.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -78,7 +78,7 @@ Weighting weighting_of(const std::string& name) {
                               {"tensor", kWeightTensor}});
 }
 
-// A contiguous CPU tensor of the given type and number of elements; null for an absent one.
+// Returns the data of a contiguous CPU tensor of the given type and number of elements; null for an absent one.
 const void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
   if (!t.has_value()) return nullptr;
   STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->numel() == numel, name,
@@ -93,7 +93,7 @@ void* out_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char
 
 void check_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
-                  " must be a CPU tensor of two dimensions whose last one is dense");
+                  " must be a two-dimensional CPU tensor whose last dimension is dense");
 }
 
 const KernelTable& checked_kernels() {
@@ -101,7 +101,7 @@ const KernelTable& checked_kernels() {
   return kernels();
 }
 
-// Runs the rows on torch's threads; returns the fault of the first row that has one, or 0.
+// Runs a kernel over the rows on torch's threads; returns the fault of the first row that has one, or 0.
 template <class Args>
 int64_t run(int64_t (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t num_rows) {
   std::atomic<int64_t> fault{kOk};
@@ -132,7 +132,7 @@ int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target
   if (num_rows == 0) return kOk;
   const int64_t num_temperatures = static_cast<int64_t>(temperatures.size());
   STD_TORCH_CHECK(top_k >= 1 && top_k <= vocab_size && vocab_size <= INT32_MAX, "top_k must be in [1, V]");
-  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit must be given together");
   TopkLogitsArgs args = {};
   args.dtype = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
@@ -267,7 +267,7 @@ void softmax_gradient_rows_cpu(Tensor logits, Tensor gradient, Tensor numbers, d
   run(checked_kernels().softmax_gradient, args, args.num_rows);
 }
 
-// An option with one value for all rows, or a tensor (N,) that takes its place.
+// Returns an option of the rows: the tensor (N,) if it is given, else the one value for all rows.
 RowInts option_of(const OptionalTensor& values, const int64_t& value, int64_t num_rows, const char* name) {
   if (!values.has_value()) return {&value, 0};
   return {static_cast<const int64_t*>(data_of(values, ScalarType::Long, num_rows, name)), 1};
@@ -315,7 +315,7 @@ int64_t sample_targets_rows_cpu(Tensor logits, int64_t rounds, int64_t seed, Opt
   if (num_rows == 0) return kOk;
   STD_TORCH_CHECK(rounds >= 1 && rounds <= INT32_MAX && vocab_size >= 1 && vocab_size <= INT32_MAX,
                   "rounds and V must be at least 1");
-  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit must be given together");
   SampleTargetsArgs args = {};
   args.dtype = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
@@ -347,7 +347,7 @@ int64_t decode_logits_rows_cpu(Tensor id_words, Tensor values, OptionalTensor af
   args.values = data_of(values, values.scalar_type(), num_rows * top_k, "values");
   args.affine = static_cast<const float*>(data_of(affine, ScalarType::Float, 2 * num_rows, "affine"));
   STD_TORCH_CHECK((values.scalar_type() == ScalarType::Byte) == affine.has_value(),
-                  "affine must be given with uint8 values, and with no others");
+                  "affine must be given if values are uint8, and only then");
   switch (values.scalar_type()) {
     case ScalarType::Byte:
       args.decode = decode_values<uint8_t>;

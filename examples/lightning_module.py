@@ -10,19 +10,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import slimkernels as sk
 from slimkernels.models.batch import SlimCollator, teacher_rows
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.store import StoreDataset
 
 
 class Student(lightning.LightningModule):
-    """A student that learns by SLIM, without its logits."""
+    """A student trained with SLIM, without computing its logits."""
 
     def __init__(self, model: PreTrainedModel, learning_rate: float = 1e-3) -> None:
         super().__init__()
         self.model, self.learning_rate = model, learning_rate
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
-        """The loss of one batch of ``SlimCollator``."""
+        """Computes the loss of one batch of ``SlimCollator``."""
         head = LanguageModelHead.of(self.model).arguments(hidden_states(self.model, batch))
         result = sk.linear_slim_loss(target=batch["target"], teacher=teacher_rows(batch["teacher"]), **head)
         self.log("loss", result.loss)
@@ -30,12 +30,12 @@ class Student(lightning.LightningModule):
         return result.loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
+        """Returns AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
 
 def make_loader(dataset: StoreDataset, **options) -> DataLoader:
-    """Batches of the store's documents; Lightning moves them and splits them over its processes."""
+    """Makes batches of the store's documents, which Lightning moves to the device and splits over its processes."""
     return DataLoader(dataset, collate_fn=SlimCollator(vocab_size=dataset.vocab_size), **options)
 
 

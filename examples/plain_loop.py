@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import slimkernels as sk
 from slimkernels.models.batch import SlimCollator, teacher_rows
 from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.store import DocumentOrder, StoreDataset
 
 
 def train(model: PreTrainedModel, dataset: StoreDataset, *, epochs: int = 1, batch_size: int = 8) -> Iterator[float]:
-    """Yields the loss of every step."""
+    """Trains the model, yielding the loss of every step."""
     order = DocumentOrder(len(dataset), seed=0)
     loader = DataLoader(dataset, batch_size, sampler=order, collate_fn=SlimCollator(vocab_size=dataset.vocab_size))
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)

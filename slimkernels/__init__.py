@@ -2,45 +2,36 @@
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
 :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
-:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. The store, the trainer,
-:func:`patch_model` and the tree search (:mod:`slimkernels.search`) load on first use.
+:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. Tools above them:
+:class:`Store`, :class:`SlimTrainer`, :class:`SlimLossMixin`, :func:`patch_model` and the tree search,
+:class:`PathFinder` (:mod:`slimkernels.search`).
+
+``import slimkernels`` imports no other package, not even torch: each name loads its module on first use. The operators
+behind ``torch.ops.slimkernels`` are registered on the first use of an operator's name, or by
+``import slimkernels.ops``.
 """
 
 from typing import TYPE_CHECKING
 
-from slimkernels.ops.decode_logits import decode_logits
-from slimkernels.ops.linear_slim_loss import linear_slim_loss
-from slimkernels.ops.linear_topk_logits import linear_topk_logits
-from slimkernels.ops.mixed_targets import mixed_targets
-from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
-from slimkernels.ops.sample_targets import sample_targets
-from slimkernels.ops.slim_loss import slim_loss
-from slimkernels.ops.slim_result import SlimLoss
-from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
-from slimkernels.ops.topk_logits import topk_logits
-from slimkernels.packed_logits import PackedLogits
-from slimkernels.sparse_logits import SparseLogits
-
 if TYPE_CHECKING:
     from slimkernels.models.patch import patch_model, unpatch_model
+    from slimkernels.ops.decode_logits import decode_logits
+    from slimkernels.ops.linear_slim_loss import linear_slim_loss
+    from slimkernels.ops.linear_topk_logits import linear_topk_logits
+    from slimkernels.ops.mixed_targets import mixed_targets
+    from slimkernels.ops.sample_logits import Sampled, sample_distinct, sample_logits
+    from slimkernels.ops.sample_targets import sample_targets
+    from slimkernels.ops.slim_loss import slim_loss
+    from slimkernels.ops.slim_result import SlimLoss
+    from slimkernels.ops.sparse_softmax import SparseProbs, sparse_softmax
+    from slimkernels.ops.topk_logits import topk_logits
+    from slimkernels.packed_logits import PackedLogits
     from slimkernels.search import PathFinder
+    from slimkernels.sparse_logits import SparseLogits
     from slimkernels.store import Store
-    from slimkernels.trainer import SlimConfig, SlimTrainer
-    from slimkernels.trainer.mixin import SlimLossMixin
-    from slimkernels.trainer.objective import SlimObjective
+    from slimkernels.trainer import SlimConfig, SlimLossMixin, SlimObjective, SlimTrainer
 
 __version__ = "0.1.0"
-
-_LAZY = {
-    "PathFinder": "slimkernels.search",
-    "SlimConfig": "slimkernels.trainer",
-    "SlimLossMixin": "slimkernels.trainer.mixin",
-    "SlimObjective": "slimkernels.trainer.objective",
-    "SlimTrainer": "slimkernels.trainer",
-    "Store": "slimkernels.store",
-    "patch_model": "slimkernels.models.patch",
-    "unpatch_model": "slimkernels.models.patch",
-}
 
 __all__ = [
     "PackedLogits",
@@ -68,13 +59,42 @@ __all__ = [
     "unpatch_model",
 ]
 
+# The imports above as data, since Python does not execute them.
+_MODULES = {
+    "PackedLogits": "packed_logits",
+    "PathFinder": "search",
+    "Sampled": "ops.sample_logits",
+    "SlimConfig": "trainer",
+    "SlimLoss": "ops.slim_result",
+    "SlimLossMixin": "trainer",
+    "SlimObjective": "trainer",
+    "SlimTrainer": "trainer",
+    "SparseLogits": "sparse_logits",
+    "SparseProbs": "ops.sparse_softmax",
+    "Store": "store",
+    "decode_logits": "ops.decode_logits",
+    "linear_slim_loss": "ops.linear_slim_loss",
+    "linear_topk_logits": "ops.linear_topk_logits",
+    "mixed_targets": "ops.mixed_targets",
+    "patch_model": "models.patch",
+    "sample_distinct": "ops.sample_logits",
+    "sample_logits": "ops.sample_logits",
+    "sample_targets": "ops.sample_targets",
+    "slim_loss": "ops.slim_loss",
+    "sparse_softmax": "ops.sparse_softmax",
+    "topk_logits": "ops.topk_logits",
+    "unpatch_model": "models.patch",
+}
+
 
 def __getattr__(name: str):
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module 'slimkernels' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    value = getattr(importlib.import_module(f"slimkernels.{_MODULES[name]}"), name)
+    globals()[name] = value  # later uses bypass __getattr__
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m slimkernels`` is the console script ``slimkernels``."""
+"""``python -m slimkernels`` runs the same program as the console script ``slimkernels``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks of user input: every message names the argument, what was expected, what was got, and what to do."""
+"""Checks user input. Every message names the argument, what was expected, what was got, and what to do."""
 
 from __future__ import annotations
 
@@ -9,59 +9,66 @@ import torch
 from torch import Tensor
 
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
-RESTS_WITH_LSE = ("zero", "ghost")  # the teacher's own normaliser, not that of its kept entries
+RESTS_WITH_LSE = ("zero", "ghost")  # these normalise by the lse of the teacher's whole row
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_floating(tensor: Tensor, name: str) -> None:
+    """Checks that a tensor has a dtype that the kernels support."""
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
 def has_vocabulary(logits: Tensor, name: str, shape: str) -> None:
+    """Checks that logits have a supported dtype and a last dimension of at least 1; ``shape`` is for the message."""
     is_floating(logits, name)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name} must have shape {shape} with at least one entry, got {tuple(logits.shape)}")
 
 
 def same_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
+    """Checks that two tensors are on the same device."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {tensor.device}: move one of them")
 
 
 def is_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_name: str) -> None:
+    """Checks that labels are int64, of the leading shape, and on the device of ``like``."""
     if target.dtype != torch.int64:
         raise TypeError(f"target must have dtype torch.int64, got {target.dtype}: call target.long()")
     if tuple(target.shape) != tuple(leading_shape):
         raise ValueError(
-            f"target must have shape {tuple(leading_shape)}, one label for each row of {like_name}, "
+            f"target must have shape {tuple(leading_shape)}, one label per row of {like_name}, "
             f"got {tuple(target.shape)}"
         )
     same_device(target, "target", like, like_name)
 
 
 def is_positive(value: float, name: str) -> None:
+    """Checks that a number is positive and finite."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def is_at_least_zero(value: float, name: str) -> None:
+    """Checks that a number is finite and at least 0."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def is_one_of(value: str, name: str, choices: Sequence[str]) -> None:
+    """Checks that a string is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: int) -> int:
-    """K from exactly one of the two ways to give it."""
+    """Returns K, which must be given by exactly one of ``top_k`` and ``top_fraction``."""
     if (top_k is None) == (top_fraction is None):
         raise ValueError(f"give exactly one of top_k and top_fraction, got top_k={top_k}, top_fraction={top_fraction}")
     if top_k is None:
-        assert top_fraction is not None  # noqa: S101 -- the check above; here for the type checker
+        assert top_fraction is not None  # noqa: S101 -- follows from the check above; for the type checker
         if not 0 < top_fraction <= 1:
             raise ValueError(f"top_fraction must be in (0, 1], got {top_fraction}")
         return math.ceil(top_fraction * vocab_size)
@@ -71,14 +78,19 @@ def resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: int
 
 
 def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
-    """The temperatures as floats, 1.0 always the first."""
+    """Checks the temperatures and returns them as floats, with 1.0 first."""
     for temperature in temperatures:
         is_positive(temperature, "temperatures")
     return (1.0, *(float(t) for t in temperatures if t != 1.0))
 
 
 def raise_fault(fault: int, first_row: int = 0) -> None:
-    """Raises what a row kernel found in the data: 0 for nothing, else 4 * row + the number of the fault."""
+    """Raises the exception for the fault that a row kernel returned.
+
+    Args:
+        fault: 0 for no fault, else 4 * row + the number of the fault (``Fault`` in csrc/cpu/dispatch.h).
+        first_row: Index of the kernel's row 0 in the caller's rows.
+    """
     if fault == 0:
         return
     row = fault // 4 + first_row
@@ -86,8 +98,8 @@ def raise_fault(fault: int, first_row: int = 0) -> None:
         raise ValueError(f"target[{row}] must be a label in [0, V) or ignored, got an index outside the vocabulary")
     if fault % 4 == 2:
         raise ValueError(
-            f"teacher.ids[{row}] must ascend strictly inside [0, V) and end in padding (-1); an id is duplicated, "
-            "unsorted or outside the vocabulary: teacher.validate(V) tells which"
+            f"teacher.ids[{row}] must ascend strictly inside [0, V), padding (-1) last, but an id is duplicated, "
+            "unsorted or outside the vocabulary: call teacher.validate(V) for details"
         )
     raise MemoryError("a CPU kernel could not allocate its scratch row")
 

@@ -1,4 +1,4 @@
-"""Rows of kept logits as a store holds them: about 14 bits per entry, decoded where they are needed."""
+"""``PackedLogits``: rows of kept logits in the store's encoding, about 14 bits per entry, decoded on demand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from slimkernels.sparse_logits import check_normaliser
 
-# Of the values, and the width of what is stored: quantised, or as they are.
+# uint8 values are quantised logits; the others are logits.
 VALUE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
 
 
 def row_words(vocab_size: int, top_k: int) -> int:
-    """The number of 32-bit words that hold the ids of a row of ``top_k`` entries (store/FORMAT.md)."""
+    """Returns the number of 32-bit words that hold the ids of a row of ``top_k`` entries (store/FORMAT.md)."""
     low_bits = (vocab_size // top_k).bit_length() - 1
     buckets = ((vocab_size - 1) >> low_bits) + 1
     return (top_k * low_bits + 31) // 32 + (top_k + buckets + 31) // 32
@@ -24,23 +24,23 @@ def row_words(vocab_size: int, top_k: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedLogits:
-    """What ``SparseLogits`` holds for N flat rows, packed; :func:`slimkernels.decode_logits` unpacks it on any device.
+    """The content of ``SparseLogits`` for N flat rows, packed. :func:`slimkernels.decode_logits` unpacks it.
 
     Attributes:
-        id_words: (N, W) int32, read as uint32. The Elias-Fano words of every row's ids, which depend on V and on the
-            number of entries of the row alone; rows that need fewer than W words end in words that are not read.
-        values: (N, K) uint8, bfloat16 or float32. The logits, those of 6 bits a byte each; rows that keep fewer than K
-            entries end in values that are not read.
+        id_words: (N, W) int32, read as uint32. The Elias-Fano words of every row's ids. Their number depends on V and
+            on the row's number of entries; the surplus words of a row that needs fewer than W are never read.
+        values: (N, K) uint8, bfloat16 or float32. The logits; 6-bit codes take one byte each. The surplus values of a
+            row that keeps fewer than K entries are never read.
         lse: (N, M) float32, as in SparseLogits.
         vocab_size: V, 1 to 2^31 - 1.
-        affine: (N, 2) float32 with uint8 values, else None. A row's scale and zero: logit = zero + scale * value.
-        counts: (N,) int32, 1 to K: the number of entries of every row; None where all keep K.
+        affine: (N, 2) float32 with uint8 values, else None. Scale and zero of a row: logit = zero + scale * value.
+        counts: (N,) int32, 1 to K. The number of entries of every row; None if all rows keep K.
         temperatures: The temperature of each column of ``lse``. The first is 1.0.
         target_logit: (N,) float32 or None, as in SparseLogits.
 
     Raises:
-        TypeError: A field of another dtype.
-        ValueError: Fields whose shapes or devices do not belong together, or that hold no rows of V ids.
+        TypeError: A field has another dtype.
+        ValueError: Shapes or devices of the fields do not match, or K is not in [1, V].
     """
 
     id_words: Tensor
@@ -62,11 +62,11 @@ class PackedLogits:
                 f"vocab_size={self.vocab_size}"
             )
         num_rows, top_k = self.values.shape
-        # Rows of fewer entries can need a word more than those of K, so that W is known only where all keep K.
+        # A row with fewer entries can need a word more than one with K, so W is only known if all rows keep K.
         words = row_words(self.vocab_size, top_k) if self.counts is None else (self.id_words.shape or (0,))[-1]
         _check(self.id_words, "id_words", torch.int32, (num_rows, words))
         if (self.affine is None) != (self.values.dtype != torch.uint8):
-            raise ValueError("affine must be given with uint8 values, and with no others")
+            raise ValueError("affine must be given if values are uint8, and only then")
         _check(self.affine, "affine", torch.float32, (num_rows, 2))
         _check(self.counts, "counts", torch.int32, (num_rows,))
         _check(self.target_logit, "target_logit", torch.float32, (num_rows,))
@@ -83,12 +83,12 @@ class PackedLogits:
 
     @property
     def device(self) -> torch.device:
-        """Where every field is."""
+        """The device of every field."""
         return self.values.device
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all fields: what a copy to another device moves."""
+        """The bytes of all fields, which a copy to another device moves."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedLogits:
@@ -96,11 +96,11 @@ class PackedLogits:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedLogits:
-        """Copies every field to pinned memory, from where a copy to a GPU need not be waited for."""
+        """Copies every field to pinned memory, from which a copy to a GPU can be asynchronous."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def __getitem__(self, index) -> PackedLogits:
-        """Selects rows by a slice, a mask or a tensor or list of indices."""
+        """Selects rows by a slice, a mask, or a tensor or list of indices."""
         if isinstance(index, (int, tuple)) or index is None or index is Ellipsis:
             raise TypeError(f"rows are selected by a slice, a mask or a list of indices, got {index!r}")
         return self._map(lambda tensor: tensor[index])
@@ -110,10 +110,10 @@ class PackedLogits:
 
     @staticmethod
     def cat(parts: Sequence[PackedLogits]) -> PackedLogits:
-        """Concatenates rows; where the parts keep different numbers of entries, the result says how many each keeps.
+        """Concatenates rows. The result has ``counts`` if the parts keep different numbers of entries.
 
         Raises:
-            ValueError: No parts, or parts of other vocabularies, codecs or temperatures, or only some with a
+            ValueError: There are no parts, their vocabularies, codecs or temperatures differ, or only some have a
                 target_logit.
         """
         if not parts:
@@ -124,7 +124,7 @@ class PackedLogits:
         if len(dtypes := {part.values.dtype for part in parts}) > 1:
             raise ValueError(f"parts must share the dtype of their values, got {sorted(map(str, dtypes))}")
         if len({part.target_logit is None for part in parts}) > 1:
-            raise ValueError("either every part or no part may have a target_logit")
+            raise ValueError("either all parts or no part must have a target_logit")
         uniform = all(part.counts is None and part.top_k == parts[0].top_k for part in parts)
 
         def join(field: str) -> Any:
@@ -162,4 +162,4 @@ def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[in
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape} beside the values, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {shape} to match values, got {tuple(tensor.shape)}")

@@ -1,20 +1,20 @@
-"""What every sampling op means, in plain torch: truncation, counter-based noise, and the draws made with it.
+"""Defines the sampling ops in plain torch: truncation, counter-based noise, and the draws made with it.
 
-The continuation of ``reference.py``. Scores and noise are computed in float64 whatever the dtype of the logits.
+This module continues ``reference.py``. Scores and noise are computed in float64 for every dtype of the logits.
 
-Noise. Draw number ``draw`` (0 in ``sample_logits`` and ``sample_distinct``, the round in ``sample_targets``) gives
-every token id of a row one Gumbel variate, a function of (seed, position, draw, token id) alone:
+Noise: draw number ``draw`` (0 in ``sample_logits`` and ``sample_distinct``, the round in ``sample_targets``) gives
+every token id of a row one Gumbel variate, which is a function of (seed, position, draw, token id) only:
 
 - Philox-4x32-10 (Salmon et al. 2011) with key ``(seed & 0xffffffff, seed >> 32)`` and counter
   ``(token_id // 4, draw, position & 0xffffffff, position >> 32)``, seed and position being the 64 bits of an int64;
   ``bits`` is word ``token_id % 4`` of the output. One call serves four neighbouring ids.
 - u = (bits + 0.5) / 2^32, inside (0, 1).
-- Gumbel = -log(-log(1 - u)). The finest steps of u, at 0, are the largest variates, the ones that win an argmax.
-  A kernel in float32 takes log1p(-u) where bits < 2^31 and log((0xffffffff - bits + 0.5) / 2^32) elsewhere, so that
-  1 - u is never rounded.
+- Gumbel = -log(-log(1 - u)). The largest variates, which win an argmax, are those near u = 0, where floats are densest.
+  A kernel in float32 uses log1p(-u) if bits < 2^31 and log((0xffffffff - bits + 0.5) / 2^32) otherwise, so that 1 - u
+  is never rounded.
 
-Rows that softmax has no answer for. Logits of +inf share the mass equally, the limit of ever larger ones. A row with a
-NaN, or with nothing but -inf, has no distribution: nothing is drawn (token -1) and every number about it is NaN.
+Rows for which softmax is undefined: logits of +inf share the mass equally, which is the limit of ever larger ones. A
+row with a NaN, or of -inf only, has no distribution: nothing is drawn (token -1) and its numbers are NaN.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from slimkernels.sparse_logits import SparseLogits
 
 
 class Sampled(NamedTuple):
-    """``token`` int64, the others float32 (float64 for float64 logits).
+    """Drawn tokens.
 
-    ``logprob`` is under softmax(logits), ``truncated_logprob`` under the distribution drawn from, and ``entropy``
-    (nats) is that of softmax(logits).
+    Attributes:
+        token: Drawn ids, int64; the other fields are float32 (float64 for float64 logits).
+        logprob: Log-probability under softmax(logits).
+        truncated_logprob: Log-probability under the distribution drawn from.
+        entropy: Entropy of softmax(logits) in nats.
     """
 
     token: Tensor
@@ -51,19 +54,19 @@ def sample_logits(
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
 ) -> Sampled:
-    """One token of every row: argmax of the truncated log-probabilities plus Gumbel noise, the lowest id on a tie.
+    """Draws the argmax of truncated log-probabilities plus Gumbel noise from every row; the lowest id on a tie.
+
+    Each of the three truncations keeps either all or none of the ids that share a score.
 
     Args:
         logits: (..., V), any float dtype; -inf is never drawn.
         seed: int64, a number or (...).
         position: int64, a number or (...). Rows that share seed and position share their noise.
-        temperature: 0 takes the argmax, the lowest id on a tie.
-        top_k: Keeps what is not below the k-th largest score; 0 (or V and more) keeps everything.
-        top_p: Of what top-k left, renormalised, keeps the ids whose strictly likelier ids sum to less than this,
-            and always the likeliest; 1 keeps everything.
-        min_p: Keeps what is at least this share of the likeliest id's probability.
-
-    Equal scores stand or fall together in each of the three.
+        temperature: Temperature of the scores; 0 takes the argmax, the lowest id on a tie.
+        top_k: Number of ids to keep, with all that tie with the last of them; 0 (or V and more) keeps every id.
+        top_p: Mass of the nucleus. After top-k and renormalisation, an id is kept if all strictly likelier ids sum to
+            less than this; the likeliest is always kept. 1 keeps every id.
+        min_p: Smallest ratio to the likeliest id's probability that is kept.
 
     Returns:
         Sampled, every field (...).
@@ -93,27 +96,27 @@ def sample_distinct(
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
 ) -> Sampled:
-    """The ``m`` largest of the perturbed scores of ``sample_logits`` in falling order: m draws without replacement.
+    """Draws m ids without replacement: those with the largest perturbed scores of ``sample_logits``, largest first.
 
     Returns:
         Sampled with token, logprob and truncated_logprob (..., m), entropy (...). A row with fewer than m ids left
-        (temperature 0 leaves one) ends in token -1 with log-probabilities -inf.
+        (temperature 0 leaves one) ends in tokens -1 with log-probabilities -inf.
     """
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
-    rows, lawless = _limit_rows(logits)
+    rows, undefined = _limit_rows(logits)
     logprobs = torch.log_softmax(rows, dim=-1)
     truncated = _truncated_logprobs(
         rows,
         *(_per_row(option, rows).double() for option in (temperature, top_k, top_p, min_p)),
     )
     perturbed = truncated + gumbel_noise(_per_row(seed, rows), _per_row(position, rows), rows.shape[-1])
-    # Stable, so that the lowest id comes first among equals.
+    # A stable sort puts the lowest id first among equals.
     token = perturbed.sort(dim=-1, descending=True, stable=True).indices[..., :m]
-    possible = (truncated.gather(-1, token) > -math.inf) & ~lawless
+    possible = (truncated.gather(-1, token) > -math.inf) & ~undefined
     logprob = logprobs.gather(-1, token).masked_fill(~possible, -math.inf)
     entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(-1)
-    entropy = entropy.masked_fill(lawless.squeeze(-1), math.nan)
+    entropy = entropy.masked_fill(undefined.squeeze(-1), math.nan)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     def widen(field: Tensor, padding: float) -> Tensor:
@@ -121,8 +124,8 @@ def sample_distinct(
 
     return Sampled(
         widen(token.masked_fill(~possible, -1), -1),
-        widen(logprob, -math.inf).masked_fill(lawless, math.nan).to(dtype),
-        widen(truncated.gather(-1, token), -math.inf).masked_fill(lawless, math.nan).to(dtype),
+        widen(logprob, -math.inf).masked_fill(undefined, math.nan).to(dtype),
+        widen(truncated.gather(-1, token), -math.inf).masked_fill(undefined, math.nan).to(dtype),
         entropy.to(dtype),
     )
 
@@ -136,10 +139,10 @@ def sample_targets(
     temperature: float = 1.0,
     target: Tensor | None = None,
 ) -> SparseLogits:
-    """``rounds`` draws with replacement from softmax(logits / T), as an unbiased sparse target.
+    """Draws ``rounds`` ids with replacement from softmax(logits / T) and returns them as an unbiased sparse target.
 
-    The distinct ids of a row carry log(count / rounds) and lse 0: the record is a distribution of its own, to be used
-    at temperature 1. Draw r is ``sample_logits`` with the noise of draw number r.
+    The distinct ids of a row have logits log(count / rounds), with lse 0: a row is a complete distribution, to be used
+    at temperature 1. Draw r is that of ``sample_logits`` with the noise of draw number r.
 
     Args:
         logits: (..., V), any float dtype.
@@ -147,7 +150,7 @@ def sample_targets(
         seed: int64, a number or (...).
         position: int64, a number or (...). Rows that share seed and position share their noise.
         temperature: T, positive.
-        target: (...) int64. ``target_logit`` is then the label's exact log softmax(logits); NaN where negative.
+        target: (...) int64. ``target_logit`` is then the label's exact log softmax(logits); NaN for a negative label.
 
     Returns:
         SparseLogits (..., K) with K = min(rounds, V), float32 (float64 for float64 logits).
@@ -156,7 +159,7 @@ def sample_targets(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    rows, lawless = _limit_rows(logits)
+    rows, undefined = _limit_rows(logits)
     vocab_size = rows.shape[-1]
     scores = torch.log_softmax(rows / temperature, dim=-1)
     counts = torch.zeros_like(rows)
@@ -165,14 +168,14 @@ def sample_targets(
         token = (scores + noise).argmax(-1, keepdim=True)
         counts.scatter_add_(-1, token, torch.ones_like(token, dtype=counts.dtype))
     ids = torch.arange(vocab_size, device=rows.device).expand(rows.shape)
-    ids = ids.masked_fill((counts == 0) | lawless, vocab_size).sort(-1).values[..., : min(rounds, vocab_size)]
+    ids = ids.masked_fill((counts == 0) | undefined, vocab_size).sort(-1).values[..., : min(rounds, vocab_size)]
     drawn = ids < vocab_size
     share = counts.gather(-1, ids.clamp(max=vocab_size - 1)) / rounds
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target_logit = None
     if target is not None:
         target_logit = torch.log_softmax(rows, -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        target_logit = target_logit.masked_fill((target < 0) | lawless.squeeze(-1), math.nan).to(dtype)
+        target_logit = target_logit.masked_fill((target < 0) | undefined.squeeze(-1), math.nan).to(dtype)
     return SparseLogits(
         ids=ids.masked_fill(~drawn, -1).to(torch.int32),
         logits=share.masked_fill(~drawn, 1.0).log().to(dtype),
@@ -191,19 +194,19 @@ def mixed_targets(
     temperature: float = 1.0,
     target: Tensor | None = None,
 ) -> SparseLogits:
-    """The ``top_k`` largest with their exact log-probabilities, and the mass of the others spread over draws from them.
+    """Keeps the ``top_k`` likeliest ids with exact log-probabilities and spreads the rest of the mass over drawn ids.
 
     Args:
-        logits: (..., V), any float dtype. Of equal ones the lowest id is the larger.
+        logits: (..., V), any float dtype. Ties go to the lowest id.
         top_k: Number of ids that are always kept.
-        rounds: Number of draws from the others: ``sample_targets`` of the row without the ``top_k``.
+        rounds: Number of draws from the others, as by ``sample_targets`` on the row without the ``top_k``.
         seed: int64, a number or (...).
         position: int64, a number or (...).
         temperature: T, positive.
         target: (...) int64, as in ``sample_targets``.
 
     Returns:
-        SparseLogits (..., top_k + min(rounds, V - top_k)), lse 0. Rows that are not finite from above keep nothing.
+        SparseLogits (..., top_k + min(rounds, V - top_k)), lse 0. Rows with NaN or +inf, or of -inf only, keep no id.
     """
     rows = logits.detach().double()
     vocab_size = rows.shape[-1]
@@ -212,7 +215,7 @@ def mixed_targets(
     others = logits.detach().scatter(-1, head, -math.inf)
     drawn = sample_targets(others, rounds, seed, position=position, temperature=temperature)
     mass = probs.scatter(-1, head, 0.0).sum(-1, keepdim=True)
-    # One column too many takes what pads the draws.
+    # The padding of the draws is scattered into an extra column, which is dropped.
     column = drawn.ids.long().masked_fill(drawn.ids < 0, vocab_size)
     shares = torch.zeros_like(rows[..., :1]).expand(*rows.shape[:-1], vocab_size + 1)
     shares = shares.scatter(-1, column, mass * drawn.logits.double().exp())[..., :vocab_size]
@@ -234,7 +237,7 @@ def mixed_targets(
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, draw: int = 0) -> Tensor:
-    """The float64 noise (..., V) of the module docstring; ``seed`` and ``position`` int64, broadcast to (..., 1)."""
+    """Computes the float64 noise (..., V) of the module docstring; ``seed`` and ``position`` are int64 (..., 1)."""
     token_id = torch.arange(vocab_size, device=seed.device)
     counter = (token_id // 4, torch.full_like(token_id, draw), position & _WORD, (position >> 32) & _WORD)
     words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
@@ -247,11 +250,11 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10: four int64 tensors holding 32-bit words, from a counter of four and a key of two."""
+    """Computes Philox-4x32-10 of a counter of four words and a key of two; words are 32 bits in int64 tensors."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter, *key)[:4]
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap: all 64 bits of the unsigned product survive, the sign bit included.
+        # int64 products wrap around, so they hold all 64 bits of the unsigned product, one of them as the sign.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, high1 = (product0 >> 32) & _WORD, (product1 >> 32) & _WORD
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _WORD, high0 ^ c3 ^ k1, product0 & _WORD
@@ -260,17 +263,20 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def _limit_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 rows (..., V) that softmax has an answer for, and (..., 1) where the given row has no distribution."""
+    """Returns float64 rows (..., V) with a defined softmax, and a mask (..., 1) of rows without a distribution."""
     rows = logits.detach().double()
-    lawless = rows.isnan().any(-1, keepdim=True) | (rows == -math.inf).all(-1, keepdim=True)
+    undefined = rows.isnan().any(-1, keepdim=True) | (rows == -math.inf).all(-1, keepdim=True)
     infinite = rows == math.inf
     limit = torch.zeros_like(rows).masked_fill(~infinite, -math.inf)
     rows = torch.where(infinite.any(-1, keepdim=True), limit, rows)
-    return rows.masked_fill(lawless, 0.0), lawless
+    return rows.masked_fill(undefined, 0.0), undefined
 
 
 def _truncated_logprobs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Log-probabilities (..., V) of the distribution drawn from, -inf outside; options broadcast to (..., 1)."""
+    """Returns the log-probabilities (..., V) of the distribution drawn from; -inf for ids that are cut.
+
+    Options are (..., 1).
+    """
     vocab_size = logits.shape[-1]
     greedy = temperature == 0
     scores = logits / temperature.masked_fill(greedy, 1.0)
@@ -295,6 +301,6 @@ def _truncated_logprobs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_
 
 
 def _per_row(option: float | Tensor, rows: Tensor) -> Tensor:
-    """A number or a tensor (...) as (..., 1) beside the rows (..., V)."""
+    """Returns a number or a tensor (...) as a tensor (..., 1) that broadcasts with the rows (..., V)."""
     dtype = torch.float64 if isinstance(option, float) else None
     return torch.as_tensor(option, dtype=dtype, device=rows.device).expand(rows.shape[:-1]).unsqueeze(-1)

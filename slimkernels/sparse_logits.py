@@ -1,4 +1,4 @@
-"""The one type that flows from teacher to student: a few of a row's logits and its exact normaliser."""
+"""``SparseLogits``, the type that carries a teacher's rows to the student: the kept logits and the exact normaliser."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 class SparseLogits:
     """The K kept logits of every row, with the log-sum-exp of the WHOLE row.
 
-    The teacher's exact probability of a kept id is ``exp(logits / T - lse_at(T))``, and the kept mass of a
-    row is their sum, at most 1. ``...`` stands for any leading dimensions, the same in every field.
+    The teacher's exact probability of a kept id is ``exp(logits / T - lse_at(T))``. The kept mass of a row is the sum
+    of these, at most 1. In the shapes, ``...`` stands for any leading dimensions, the same in every field.
 
     Attributes:
         ids: (..., K) int32. Kept vocabulary ids, ascending; rows that keep fewer than K end in ``-1``.
         logits: (..., K) float32, bfloat16, float16, float64, float8_e4m3fn or float8_e5m2. Raw logits at ``ids``, or
-            log-probabilities (then ``lse`` is 0). The values at padding are never read. The ops work on float8 as
+            log-probabilities (then ``lse`` is 0). The values at padding are never read. The ops convert float8 to
             bfloat16, which holds all of its values.
         lse: (..., M) float32 (float64 with float64 logits). Log-sum-exp of the whole row divided by each of
             the M temperatures.
         temperatures: The temperature of each column of ``lse``. The first is 1.0.
-        target_logit: (...) float32 or None. The raw logit of the label token, also when the label is not
-            among ``ids``; NaN where it is not known, or a row has no label.
+        target_logit: (...) float32 or None. The raw logit of the label token, whether or not the label is among
+            ``ids``; NaN if it is unknown or the row has no label.
     """
 
     ids: Tensor
@@ -61,11 +61,11 @@ class SparseLogits:
 
     @property
     def device(self) -> torch.device:
-        """Where every field is."""
+        """The device of every field."""
         return self.ids.device
 
     def lse_at(self, temperature: float) -> Tensor:
-        """The whole row's log-sum-exp at one temperature, shape (...).
+        """Returns the whole row's log-sum-exp at one temperature, shape (...).
 
         Raises:
             ValueError: The teacher was not captured at this temperature.
@@ -80,19 +80,19 @@ class SparseLogits:
         )
 
     def flatten(self) -> SparseLogits:
-        """The same rows with one leading dimension N."""
+        """Returns the same rows with one leading dimension N."""
         return self._map(lambda t: t.reshape(-1, t.shape[-1]), lambda t: t.reshape(-1))
 
     def reshape(self, *leading_shape: int) -> SparseLogits:
-        """The same rows with another leading shape."""
+        """Returns the same rows with another leading shape."""
         return self._map(lambda t: t.reshape(*leading_shape, t.shape[-1]), lambda t: t.reshape(leading_shape))
 
     def to(self, *args, **kwargs) -> SparseLogits:
-        """Moves every field to a device, like ``Tensor.to``; dtypes stay."""
+        """Moves every field to a device, like ``Tensor.to``."""
         return self._map(lambda t: t.to(*args, **kwargs), lambda t: t.to(*args, **kwargs))
 
     def __getitem__(self, index) -> SparseLogits:
-        """Selects along the leading dimensions; an integer keeps none of them."""
+        """Selects rows along the leading dimensions; an integer drops its dimension."""
         return self._map(lambda t: t[index], lambda t: t[index])
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class SparseLogits:
         """Concatenates flat rows (N_i, K_i) to (sum N_i, max K_i), padding with ``-1``.
 
         Raises:
-            ValueError: No parts, or parts with other temperatures, or only some with a target_logit.
+            ValueError: There are no parts, their temperatures differ, or only some have a target_logit.
         """
         if not parts:
             raise ValueError("parts must hold at least one SparseLogits, got none")
@@ -112,7 +112,7 @@ class SparseLogits:
             raise ValueError(f"parts must share temperatures, got {sorted({p.temperatures for p in parts})}")
         targets = [part.target_logit for part in parts if part.target_logit is not None]
         if targets and len(targets) != len(parts):
-            raise ValueError("either every part or no part may have a target_logit")
+            raise ValueError("either all parts or no part must have a target_logit")
         top_k = max(part.top_k for part in parts)
 
         def pad(tensor: Tensor, value: float) -> Tensor:
@@ -127,11 +127,11 @@ class SparseLogits:
         )
 
     def validate(self, vocab_size: int | None = None) -> None:
-        """Reads every row and checks what the kernels rely on.
+        """Checks every row for what the kernels rely on.
 
         Raises:
-            ValueError: An id outside [0, vocab_size), a row not strictly ascending (a duplicated id is not),
-                an entry after padding, or a kept mass above 1. The message names the first such row.
+            ValueError: An id is outside [0, vocab_size), ids do not ascend strictly (or one is duplicated), an entry
+                follows padding, or the kept mass is above 1. The message names the first such row.
         """
         ids = self.ids.reshape(-1, self.top_k)
         kept = ids >= 0
@@ -157,12 +157,12 @@ class SparseLogits:
 
 
 def widen_float8(logits: Tensor) -> Tensor:
-    """Kept logits as the kernels read them: float8 as bfloat16, exactly, and other dtypes as they are."""
+    """Converts float8 logits to bfloat16, exactly; returns other dtypes, which the kernels can read, unchanged."""
     return logits.to(torch.bfloat16) if logits.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else logits
 
 
 def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape: tuple[int, ...]) -> None:
-    """Checks the temperatures and that ``lse`` has a column for each of them."""
+    """Checks the temperatures, and that ``lse`` has a column for each of them."""
     lse_shape = (*leading_shape, len(temperatures))
     if lse.shape != lse_shape:
         raise ValueError(

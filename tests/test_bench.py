@@ -1,4 +1,4 @@
-"""The benchmark suite itself: its cases are right and its arithmetic is, and what it skips, compares and draws."""
+"""Tests of the benchmark suite: its cases and their checks, its arithmetic, resuming, comparing and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import blocks, codecs, compare, machine, records, table, training_step
+from bench import blocks, codecs, compare, machine, overview, records, table, training_step
 from bench.ops import peers, worker
 from bench.ops.case import OURS, Case, Work
 from bench.ops.cases import all_cases
@@ -131,7 +131,7 @@ def test_bench_gate_stops_a_wrong_provider():
         case.gated_work()
 
 
-def test_bench_gate_leaves_out_an_optional_peer_that_fails(capsys):
+def test_bench_gate_skips_an_optional_peer_that_fails(capsys):
     def fails():
         raise RuntimeError("built for another torch")
 
@@ -142,7 +142,7 @@ def test_bench_gate_leaves_out_an_optional_peer_that_fails(capsys):
     case = Case("op", "fwd", torch.float32, {"N": 1}, 8, lambda: Work(dict(providers), check))
     case = dataclasses.replace(case, peers=("wrong", "broken", "right"), optional_peers=("wrong", "broken"))
     assert list(case.gated_work().providers) == [OURS, "right"]
-    assert "broken is left out, built for another torch" in capsys.readouterr().err
+    assert "broken is skipped, built for another torch" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="another torch"):
         dataclasses.replace(case, optional_peers=("wrong",)).gated_work()
 
@@ -191,7 +191,8 @@ def test_bench_commit_ignores_results_and_sees_code(tmp_path):
         subprocess.run(command, check=True, capture_output=True)
 
     (tmp_path / "bench/results").mkdir(parents=True)
-    for name in ("code.py", "README.md", "bench/results/cpu.jsonl"):
+    (tmp_path / "docs").mkdir()
+    for name in ("code.py", "README.md", "docs/speed.md", "bench/results/cpu.jsonl"):
         (tmp_path / name).write_text("one")
     git("init", "-q")
     git("add", ".")
@@ -200,6 +201,7 @@ def test_bench_commit_ignores_results_and_sees_code(tmp_path):
     assert len(first) == 12
     (tmp_path / "bench/results/cpu.jsonl").write_text("two")
     (tmp_path / "README.md").write_text("two")
+    (tmp_path / "docs/speed.md").write_text("two")
     assert machine.commit(tmp_path) == first
     (tmp_path / "code.py").write_text("two")
     assert machine.commit(tmp_path) == f"{first}-dirty"
@@ -234,17 +236,53 @@ def test_bench_table_by_hand():
 def test_bench_table_check_finds_another_number(tmp_path):
     (tmp_path / "cpu.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row("peer", 6.0)) + "\n")
     (tmp_path / "demo.jsonl").write_bytes((ROOT / "bench/results/demo.jsonl").read_bytes())
-    readme = tmp_path / "README.md"
-    blocks = (f"<!-- {name}:begin --><!-- {name}:end -->" for name in ("ops", "bench", "demo"))
-    readme.write_text("\n".join(blocks))
-    command = [sys.executable, "-m", "bench.table", "--results", str(tmp_path), "--readme", str(readme)]
+    readme, speed = tmp_path / "README.md", tmp_path / "docs/speed.md"
+    speed.parent.mkdir()
+    for document, names in ((readme, ("demo",)), (speed, ("ops", "bench"))):
+        document.write_text("\n".join(f"<!-- {name}:begin --><!-- {name}:end -->" for name in names))
+    command = [sys.executable, "-m", "bench.table", "--results", str(tmp_path), "--documents", str(readme), str(speed)]
     subprocess.run(command, cwd=ROOT, check=True)
-    assert "| 3.0x |" in readme.read_text()
+    assert "| 3.0x |" in speed.read_text()
+    assert "| 3.0x |" not in readme.read_text()
+    assert "make demo" in readme.read_text()
     subprocess.run([*command, "--check"], cwd=ROOT, check=True)
-    readme.write_text(readme.read_text().replace("3.0x", "4.0x"))
+    speed.write_text(speed.read_text().replace("3.0x", "4.0x"))
     done = subprocess.run([*command, "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "run `make plots`" in done.stderr
+
+
+def test_bench_overview_spans_machines_and_takes_the_newest_commit_of_each():
+    rows = [
+        row(p50=1.0, commit="old"),
+        row("peer", 50.0, commit="old"),
+        row(p50=2.0),
+        row("peer", 6.0),
+        row(p50=1.0, device="other"),
+        row("peer", 8.0, device="other"),
+        row(p50=1.0, sweep="N"),
+        row("peer", 99.0, sweep="N"),
+    ]
+    cases = overview.Results({"cpu": rows}).cases("op")
+    assert overview.ratios_of(cases) == [3.0, 8.0]
+    assert overview._typical([3.0, 8.0, 4.0]) == "4.0 (3.0 to 8.0)"
+    assert overview._typical([]) == ""
+
+
+def test_bench_overview_figure_has_every_comparison():
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = overview.Results.read(ROOT / "bench/results")
+    lines = overview.comparisons(results)
+    assert len(lines) <= 8
+    figure = overview.overview_figure(results)
+    memory, speed, learning = figure.axes
+    assert len(memory.patches) == 2 * len(results.cases(overview.LOSS))
+    assert len(speed.get_yticklabels()) == sum(bool(line.ratios) for line in lines)
+    assert len(learning.get_legend().get_texts()) == 3
+    plt.close(figure)
 
 
 def test_bench_comparison_of_commits_by_hand():

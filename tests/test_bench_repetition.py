@@ -1,4 +1,4 @@
-"""The benchmark of the repetition check: its embeddings are the engine's, its chains are what they are said to be."""
+"""The benchmark of the repetition check: its embeddings are the engine's, and its steps have the kinds they claim."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_bench_repetition_knows_a_loop_of_the_model():
     engine.tokenizer = make_tokenizer()
     [chain] = own_chains(engine, ["Why?"], PathFinderConfig(max_depth=5))
     assert [(step.text, step.kind) for step in chain.steps] == list(
-        zip(said, ["", "own", "", "loop"], strict=False)  # three of five words are the same: neither new nor repeated
+        zip(
+            said, ["", "own", "", "loop"], strict=False
+        )  # the third shares three of five words: neither new nor repeated
     )
     assert engine.encoded == [engine.tokenizer.decode(chain.prompt)] == ["Q: Why?\nA:"]
 
@@ -93,7 +95,7 @@ def test_bench_repetition_chooses_on_one_half_and_tells_of_the_other():
     assert chosen["steps"] == {"gsm8k": 2, "own": 1, "verbatim": 2}
 
 
-def test_bench_repetition_appends_rows_that_the_readme_shows(data, tmp_path):
+def test_bench_repetition_appends_rows_that_the_docs_show(data, tmp_path):
     make_teacher(max_position_embeddings=512).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     out = tmp_path / "repetition.jsonl"
@@ -106,4 +108,5 @@ def test_bench_repetition_appends_rows_that_the_readme_shows(data, tmp_path):
     [default] = [row for row in rows if row["is_default"]]
     assert (default["embedding"], default["threshold"]) == ("layer 2", 0.98)
     assert default["steps"]["gsm8k"] == 10
-    assert f"{100 * default['cut']['new']['gsm8k']:.0f} % of 10 of GSM8K's" in blocks.repetition_sentence(rows)
+    cut = f"{100 * default['cut']['new']['gsm8k']:.0f} %"
+    assert f"| new | a solution of GSM8K | 10 | {cut} |" in blocks.repetition_table(rows)

@@ -1,4 +1,4 @@
-"""The benchmark of the search: its peers search as it does, and its rows say what was measured."""
+"""The benchmark of the search: its peers run the same search, and its rows describe what was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimkernels.search import PathFinder, PathFinderConfig, TransformersEngine,
 
 @pytest.fixture(scope="module")
 def model():
-    """Writes capital letters only, which the tokenizer joins to nothing: their text has one encoding."""
+    """A model that writes only capital letters, which the tokenizer never merges: their text has one encoding."""
     model = make_teacher(max_position_embeddings=512)
     others = set(range(300)) - set(make_tokenizer().convert_tokens_to_ids(list(string.ascii_uppercase)))
     with torch.no_grad():
@@ -23,7 +23,7 @@ def model():
 
 
 def test_bench_search_with_generate_is_the_search(model):
-    # The likeliest token in both: the same texts, with the same log-probabilities.
+    # Both take the likeliest token, so they must give the same texts with the same log-probabilities.
     options = {"branching_factor": 2, "beam": 2, "max_depth": 3, "max_step_tokens": 4, "step_end": lambda _: False}
     config = PathFinderConfig(top_k=1, **options)
     questions = ["When the rain stopped", "Anna"]
@@ -43,7 +43,7 @@ def test_bench_search_with_generate_is_the_search(model):
 
 @pytest.fixture
 def run(model, tmp_path, monkeypatch):
-    """Runs the benchmark of a small search, as of a commit without changes; the rows that are there then."""
+    """Returns a function that benchmarks a small search at a clean commit, and returns the rows of the file."""
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     here = search.machine() | {"commit": "0123456789ab"}
@@ -67,13 +67,14 @@ def test_bench_search_rows(run):
     assert set(speeds) == {search.OURS, search.REENCODING, search.PLAIN}
     assert all(speed > 0 for speed in speeds.values())
     bytes_of = {row["provider"]: row["p50"] for row in rows if row["metric"] == "kv_memory"}
-    # Of a token: keys and values, two layers, two heads of eight float32. 48 rows with 46 tokens each.
+    # 48 rows of 46 tokens; each token has keys and values of two layers with two heads of eight float32.
     assert bytes_of["unshared copies"] == 48 * 46 * 2 * 2 * 2 * 8 * 4
     assert bytes_of[search.OURS] < bytes_of["unshared copies"] / 3
     times = {row["provider"]: row["p50"] for row in rows if row["op"] == "consensus"}
-    said = blocks.search_sentence(rows)
-    assert f"{speeds[search.OURS] / speeds[search.PLAIN]:.1f}x {search.PLAIN}" in said
-    assert f"{speeds[search.OURS]:,.0f} tokens/s" in said
+    said = blocks.search_table(rows)
+    line = said.splitlines()[2]
+    ratios = [f"{speeds[search.OURS] / speeds[peer]:.1f}x" for peer in (search.REENCODING, search.PLAIN)]
+    assert line.split(" | ")[3:6] == [f"{speeds[search.OURS]:,.0f} tokens/s", *ratios]
     assert "8 questions at once, branching 2, beam 3, 3 steps of 2 tokens" in said
     assert f"9 candidates of 400 words takes {times[search.OURS]:.0f} ms" in said
 

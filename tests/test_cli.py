@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 from support import teachers
+from support.commands import parsers
+from transformers import AutoTokenizer
 
-from slimkernels.cli import main
+from slimkernels.cli import main, terminal, train
 from slimkernels.store import Store
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.teacher import capture, read_documents
+from slimkernels.trainer import SlimConfig
 
 CORPUS = [
     "When the rain stopped, Anna put on her boots.",
@@ -56,19 +65,23 @@ def run(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_quick_and_loads_no_library() -> None:
-    code = """if True:
-        import sys, time
-        import slimkernels
-        before, start = set(sys.modules), time.perf_counter()
+PROGRAMS = [parser.prog for parser in parsers()]
+
+
+def test_help_of_every_command_loads_nothing_but_the_standard_library() -> None:
+    code = f"""if True:
+        import sys
+        before = set(sys.modules)
         from slimkernels.cli import main
-        try:
-            main(["--help"])
-        except SystemExit as stop:
-            assert stop.code == 0
-        heavy = {"torch", "numpy", "transformers", "datasets", "rich", "slimkernels.trainer", "slimkernels.teacher"}
-        assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
-        assert time.perf_counter() - start < 0.5
+        for words in {[program.split()[1:] for program in PROGRAMS]}:
+            try:
+                main([*words, "--help"])
+            except SystemExit as stop:
+                assert stop.code == 0, words
+        loaded = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+        assert "argparse" in loaded
+        foreign = loaded - set(sys.stdlib_module_names)
+        assert foreign == {{"slimkernels"}}, foreign
     """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
@@ -76,17 +89,79 @@ def test_help_is_quick_and_loads_no_library() -> None:
         assert command in process.stdout
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["demo"], ["capture"], ["train"], ["eval"], ["decode"], ["tree"], ["store", "info"]]
-)
-def test_help_of_every_command(command, capsys) -> None:
+def test_a_mistyped_option_loads_no_torch() -> None:
+    code = """if True:
+        import sys
+        from slimkernels.cli import main
+        assert main(["capture", "--teacher", "x", "--prompts", "--out", "y"]) == 2
+        assert main(["eval", "--out", "y"]) == 2
+        assert main(["decode", "--model", "x"]) == 2
+        assert not {"torch", "transformers"} & set(sys.modules)
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("slimkernels: ") == 3
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_every_command(program, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
+        main([*program.split()[1:], "--help"])
     assert stop.value.code == 0
     output = capsys.readouterr().out
-    assert output.startswith("usage: " + " ".join(["slimkernels", *command]))
-    if command and command[0] in ("capture", "train", "eval"):
-        assert f"slimkernels {command[0]} --" in output.partition("examples:")[2]
+    assert output.startswith(f"usage: {program}")
+    if program.split()[1:] and program.split()[1] in ("capture", "train", "eval"):
+        assert f"{program} --" in output.partition("examples:")[2]
+
+
+@pytest.mark.parametrize("parser", list(parsers()), ids=lambda parser: parser.prog)
+def test_every_argument_is_described(parser) -> None:
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            assert action.help, action.dest
+
+
+def test_train_documents_the_defaults_of_the_configuration() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(SlimConfig)}
+    own = {
+        "rest": "ghost with reverse_kl, jsd and skew_kl, else renorm",
+        "divergence": "set by --method",
+        "kd_weight": "1;",
+    }
+    for field, (_, _, text) in train._FIELDS.items():
+        stated = text.partition("(default: ")[2].removesuffix(")")
+        if field in own:
+            assert stated.startswith(own[field])
+        elif field != "max_steps":  # --epochs is its default
+            assert float(stated) == float(defaults[field]), field
+
+
+def printed(function, *arguments) -> str:
+    """What a function prints in a terminal of 80 columns."""
+    output = io.StringIO()
+    function(*arguments, Console(file=output, width=80))
+    assert max(map(len, output.getvalue().splitlines())) <= 80
+    assert "…" not in output.getvalue()
+    return output.getvalue()
+
+
+def test_a_long_value_is_wrapped_at_80_columns() -> None:
+    content = {"entropy_bound_bits_per_entry": "14.37", "teacher": "{'name': '" + "a[bold]name/" * 12 + "'}"}
+    text = printed(terminal.print_table, content)
+    for word in (*content, *content.values()):
+        assert re.sub(r"\s", "", word) in re.sub(r"\s", "", text)
+
+
+def test_metrics_of_many_models_fit_80_columns() -> None:
+    names = [f"demo-output/students/a-long-name-{i}" for i in range(9)]
+    metrics = {"teacher_perplexity": "1.234e+04", "tokens_per_second": "4.912e+05"}
+    text = printed(terminal.print_columns, dict.fromkeys(names, metrics))
+    for metric, value in metrics.items():
+        lines = [line for line in text.splitlines() if line.split()[:1] == [metric]]
+        assert sum(line.split().count(value) for line in lines) == len(names)
+    # A name is spread over the lines of its column.
+    assert text.count("demo-") == len(names)
+    assert all(re.search(rf"-{i}\b", text) for i in range(9))
 
 
 def test_capture_of_a_text_file(teacher, corpus, tmp_path, capsys) -> None:
@@ -146,6 +221,14 @@ def test_train_then_eval(store, tmp_path, capsys) -> None:
     assert "kl_ghost" in capsys.readouterr().out
 
 
+def test_train_takes_the_folder_of_a_tokenizer(store, tmp_path, capsys) -> None:
+    teachers.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    arguments = ["train", "--store", store, "--method", "sft", "--out", str(tmp_path / "out"), "--max-steps", "1"]
+    assert main([*arguments, "--tokenizer", str(tmp_path / "tokenizer"), "--option", "use_cpu=true"]) == 0
+    assert "student saved in" in capsys.readouterr().out
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_train_with_a_teacher_beside_the_student(store, teacher, tmp_path, capsys) -> None:
     for method in ("gkd", "kd"):
         arguments = ["train", "--store", store, "--method", method, "--out", str(tmp_path / method)]
@@ -191,7 +274,7 @@ def test_a_damaged_store_exits_1_and_names_the_place(store) -> None:
         ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --text-field body", "no field 'body' in record 1"),
         ("capture --teacher {teacher} --text {corpus} --out {corpus}", "is not a directory"),
         ("capture --teacher {teacher} --text {corpus} --out {tmp}", "choose an empty or new directory"),
-        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --tokens 5", "give --prompts, not --text"),
+        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --generated x", "give --prompts, not --text"),
         ("capture --teacher {teacher} --prompts --out {tmp}/s", "give --tokens N or --documents N"),
         ("capture --teacher {teacher} --prompts {tmp}/no.txt --tokens 5 --out {tmp}/s", "prompts file not found"),
         ("train --store {tmp} --method slim --out {tmp}/o", "holds no manifest.json"),
@@ -278,3 +361,34 @@ def test_a_reader_that_leaves_is_no_error(store) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     process.wait(timeout=60)
+
+
+def test_capture_stops_at_a_number_of_documents_or_tokens_of_a_text(teacher, corpus, tmp_path) -> None:
+    command = ["capture", "--teacher", teacher, "--text", corpus, "--top-k", "5", "--out"]
+    assert main([*command, str(tmp_path / "a"), "--documents", "2"]) == 0
+    assert len(Store(tmp_path / "a")) == 2
+    assert main([*command, str(tmp_path / "b"), "--tokens", "20"]) == 0
+    assert sum(len(document.input_ids) for document in Store(tmp_path / "b")) == 20
+
+
+def test_capture_of_logits_of_token_ids_needs_no_tokenizer(tmp_path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    np.save(tmp_path / "logits.npy", np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32))
+    command = f"capture --logits {tmp_path}/logits.npy --model a --text {tmp_path}/ids.jsonl --text-field input_ids"
+    assert main([*command.split(), "--out", str(tmp_path / "store")]) == 0
+    store = Store(tmp_path / "store")
+    assert (store.vocab_size, store.tokenizer_fingerprint) == (50, "")
+
+
+def test_capture_of_a_conversation_has_the_assistants_tokens_as_labels(tmp_path) -> None:
+    folder = teachers.save_teacher(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    command = f"capture --teacher {folder} --text {tmp_path}/chat.jsonl --text-field messages --out {tmp_path}/store"
+    assert main(command.split()) == 0
+    (document,) = Store(tmp_path / "store")
+    assert tokenizer.decode(document.input_ids[document.positions]) == "There.<|end|>"

@@ -13,7 +13,22 @@ from slimkernels.packed_logits import row_words
 
 @pytest.mark.interpret
 def test_decode_logits_passes_its_tests_interpreted():
-    assert_tests_pass_interpreted("test_decode_logits.py", "test_decode_logits_triton.py::test_broken_rows_make_nan")
+    names = (
+        "hand_worked",
+        "of_ragged_rows[32000-counts1-affine8]",
+        "of_uniform_rows[1003-129-bfloat16]",
+        "of_broken_rows",
+    )
+    assert_tests_pass_interpreted(
+        *(f"test_decode_logits.py::test_decode_logits_{name}" for name in names),
+        "test_decode_logits_triton.py::test_broken_rows_make_nan",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_decode_logits_passes_all_its_tests_interpreted():
+    assert_tests_pass_interpreted("test_decode_logits.py")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -6,6 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import re
+import shlex
+import shutil
+import sys
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from rich.console import Console
 from support.teachers import save_teacher
 from transformers import AutoModelForCausalLM
 
+from slimkernels.cli import main
 from slimkernels.demo import DemoSettings, run_demo
+from slimkernels.demo.report import results_table
 from slimkernels.evaluate import evaluate_store
 from slimkernels.store import Store, verify
 from slimkernels.teacher import shipped_prompts
@@ -66,7 +72,14 @@ def test_demo_writes_measured_numbers(first, settings):
     assert len(set(starts)) == 1, "the three students start from the same weights"
     ends = [student["curve"][-1]["perplexity"] for student in results["students"].values()]
     assert len(set(ends)) == 3, "and end elsewhere"
-    for words in ("perplexity", "KL: to the teacher", "per s", "B/token", "SLIM", "slimkernels train --store"):
+    for words in (
+        "perplexity",
+        "KL: divergence from the teacher",
+        "per s",
+        "B/token",
+        "SLIM",
+        "slimkernels train --store",
+    ):
         assert words in printed, words
 
 
@@ -114,8 +127,8 @@ def test_second_run_reuses_what_is_done_and_redoes_what_changed(first, settings)
 
 
 def test_interrupted_phases_are_continued(tmp_path, settings, first, monkeypatch):
-    """A run that is stopped between the two stores goes on with the text it has."""
-    from slimkernels import demo
+    """A run that is stopped between the two stores continues with the text it has."""
+    from slimkernels.demo import demo
 
     original, calls = demo.capture, []
 
@@ -134,6 +147,70 @@ def test_interrupted_phases_are_continued(tmp_path, settings, first, monkeypatch
     assert "store: reused" not in printed
     expected = first[1]["students"]["slim"]["curve"][-1]
     assert results["students"]["slim"]["curve"][-1]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_every_slow_step_is_announced(first, settings):
+    """In the order in which they run, and before the bar that shows their progress."""
+    printed = first[2]
+    steps = [
+        "5 phases",
+        f"loading the teacher {settings.teacher}",
+        "text: the teacher writes 24 documents",
+        "documents",
+    ]
+    steps += ["store: the top 5% of the teacher's logits of", "tokens ", "student sft: 3 epochs over 18 documents"]
+    steps += ["steps", "student kd:", "student slim:", "finished in"]
+    places, start = [], 0
+    for step in steps:
+        assert step in printed[start:], step
+        start = printed.index(step, start)
+        places.append(start)
+    assert places == sorted(places)
+
+
+def test_printed_command_runs(first, capsys):
+    output_dir, _, printed = first
+    (command,) = (line for line in printed.splitlines() if "slimkernels train" in line)
+    words = shlex.split(command)
+    assert main(words[words.index("slimkernels") + 1 :]) == 0
+    assert "eval_perplexity" in capsys.readouterr().out
+    assert (output_dir / "students" / "slim-ghost" / "tokenizer.json").exists()
+
+
+def test_printed_command_starts_this_program(monkeypatch, tmp_path):
+    from slimkernels.demo import demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert demo._program() == [".venv/bin/python", "-m", "slimkernels"]
+    monkeypatch.setattr(shutil, "which", lambda _: "/elsewhere/bin/slimkernels")
+    assert demo._program() == [".venv/bin/python", "-m", "slimkernels"]
+    monkeypatch.setattr(shutil, "which", lambda _: str(tmp_path / ".venv" / "bin" / "slimkernels"))
+    assert demo._program() == ["slimkernels"]
+
+
+@pytest.mark.parametrize("scale", [1, 1000, 1e5])
+def test_table_fits_80_columns(first, scale):
+    """At the sizes of the default run, and with perplexities that differ by orders of magnitude."""
+    curve = [
+        {"perplexity": 712.43 * scale, "kl_ghost": 14.538, "tokens_seen": 50_843, "teacher_perplexity": 5.74},
+        {"perplexity": 734.61 * scale, "kl_ghost": 14.618, "tokens_seen": 102_580, "teacher_perplexity": 5.74},
+    ]
+    student = {"curve": curve, "train_tokens_per_second": 12_398.9}
+    results = {"heldout": {"documents": 1032, "rows": 103_857}, "store": {"bytes_per_token": 14_400.2}}
+    output = io.StringIO()
+    Console(file=output, width=80).print(
+        results_table(results | {"students": dict.fromkeys(("sft", "kd", "slim"), student)})
+    )
+    text = output.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    cells = {1: ("734.6", "712.4 (51k)"), 1000: ("734,610", "712,430 (51k)"), 1e5: ("7.3e+07", "7.1e+07 (51k)")}[scale]
+    assert re.search(r"^method +perplexity +\(after\) +KL +\(after\) +per s +B/token *$", text, re.M)
+    for method, stored in (("SFT", "-"), ("KD", "14,400"), ("SLIM", "14,400")):
+        row = (method, *cells, "14.618", "14.538 (51k)", "12,399", stored)
+        assert re.search("^" + " +".join(map(re.escape, row)) + " *$", text, re.M), text
 
 
 def test_demo_leaves_other_peoples_folders_alone(tmp_path, settings):

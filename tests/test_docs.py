@@ -1,5 +1,6 @@
-"""What the documents show is true: their examples run, their numbers come from committed results."""
+"""The documents are true: their examples run, their numbers come from committed results, their links lead somewhere."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -9,13 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import VOCAB_SIZE, make_model, make_tokenizer
+from support.teachers import make_teacher, make_tokenizer, save_teacher
 from transformers import AutoModelForCausalLM
 
 import slimkernels as sk
+from bench import table
 from bench.ops_table import OPS, support_of
+from slimkernels.teacher import capture
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
+DOCUMENTS = [*PAGES, "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
+# Shown in a script of the reader's own, whose model, arguments and data set it uses.
+THREE_LINES = "class Distiller("
 # sample_distinct is documented in the module of sample_logits.
 OP_MODULES = [op for op in OPS if op != "sample_distinct"]
 
@@ -27,85 +34,166 @@ def test_docs_op_examples_run(op):
     assert result.failed == 0
 
 
-def snippet(name: str) -> str:
-    readme = (ROOT / "README.md").read_text()
-    return re.search(rf"<!-- {name}:begin -->\n```python\n(.*?)```\n<!-- {name}:end -->", readme, re.S)[1]
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
 
 
-def test_docs_readme_loop_runs():
-    done = subprocess.run([sys.executable, "-c", snippet("example")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"loss \d+\.\d\d, CE \d+\.\d\d, KL \d+\.\d\d, w 0\.\d\d\n", done.stdout)
+def snippets(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text_of(page), re.S | re.M)
 
 
-def test_docs_readme_patch_computes_the_models_own_loss():
-    model, input_ids = make_model().train(), torch.randint(VOCAB_SIZE, (2, 9))
+def snippet(page: str, start: str) -> str:
+    [found] = [code for code in snippets(page) if code.startswith(start)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with what the documents name: models, of which one stands in for the shipped one, and two stores."""
+    folder = tmp_path_factory.mktemp("reader")
+    for seed, name in enumerate(("smollm2-135m-instruct", "teacher", "student")):
+        save_teacher(folder / name, seed)
+    model, tokenizer = make_teacher(), make_tokenizer()
+    texts = ("When the rain stopped, Anna went home.", "A black cat was sleeping on the old wall.", "She thought so.")
+    for name, chosen in (("store", texts), ("heldout", texts[:1])):
+        capture(model, tokenizer, [tokenizer(text)["input_ids"] for text in chosen], folder / "runs" / name)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_docs_snippets_run(page, files, monkeypatch):
+    """One after the other in one namespace, as a reader would paste them."""
+    monkeypatch.chdir(files)
+    found = snippets(page)
+    assert found
+    names = {"__name__": "snippets"}
+    for number, code in enumerate(found, 1):
+        if not code.startswith(THREE_LINES):
+            exec(compile(code, f"{page}, snippet {number}", "exec"), names)  # noqa: S102 -- the documents' own code
+
+
+def test_docs_loop_prints_its_loss(monkeypatch, capsys):
+    names = {"sk": sk, "torch": torch}
+    exec(snippet("docs/training.md", "vocab_size, hidden_size ="), names)  # noqa: S102
+    assert re.fullmatch(r"loss \d+\.\d\d, CE \d+\.\d\d, KL \d+\.\d\d, w 0\.\d\d\n", capsys.readouterr().out)
+
+
+def test_docs_eager_loss_is_the_one_that_the_line_replaces(files, monkeypatch):
+    monkeypatch.chdir(files)
+    names = {"sk": sk}
+    exec(snippet("docs/training.md", "import torch\nfrom transformers"), names)  # noqa: S102
+    eager = names["loss"]
+    line = snippet("docs/training.md", "teacher = sk.topk_logits").replace("top_fraction=0.05", "top_fraction=1.0")
+    exec(line, names)  # noqa: S102
+    torch.testing.assert_close(names["loss"], eager)
+
+
+def test_docs_patch_computes_the_models_own_loss():
+    model, input_ids = make_teacher().train(), torch.randint(300, (2, 9))
     expected = model(input_ids, labels=input_ids)
-    exec(snippet("patch"), {"sk": sk, "model": model})  # noqa: S102 -- the README's
-    output = model(input_ids, labels=input_ids)
-    assert output.get("logits") is None
-    torch.testing.assert_close(output.loss, expected.loss)
+    names = {"sk": sk, "model": model, "input_ids": input_ids}
+    exec(snippet("docs/training.md", "sk.patch_model(model)"), names)  # noqa: S102
+    assert model(input_ids, labels=input_ids).get("logits") is None
+    torch.testing.assert_close(names["loss"], expected.loss)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_docs_readme_distiller_trains(tmp_path):
+def test_docs_distiller_trains(files, tmp_path, monkeypatch):
     trl = pytest.importorskip("trl", reason="needs the extra trl")
     from datasets import Dataset
 
-    for name, seed in (("teacher", 9), ("student", 0)):
-        make_model(seed=seed).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.chdir(files)
     options = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
     names = {
         "sk": sk,
         "SFTTrainer": trl.SFTTrainer,
         "AutoModelForCausalLM": AutoModelForCausalLM,
-        "model": AutoModelForCausalLM.from_pretrained(tmp_path / "student"),
+        "model": AutoModelForCausalLM.from_pretrained("./student"),
         "args": trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, bf16=False, **options),
         "dataset": Dataset.from_list([{"input_ids": [2, 3, 5, 8, 13]}] * 4),
     }
-    code = snippet("mixin").replace('"./teacher"', repr(str(tmp_path / "teacher")))
-    exec(code, names)  # noqa: S102 -- the README's
+    code = snippet("README.md", THREE_LINES)
+    assert code == snippet("docs/training.md", THREE_LINES)
+    exec(code, names)  # noqa: S102
     names["trainer"].train()
     logs = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert len(logs) == 2
     assert all(0 < entry["weight"] < 1 and entry["kd"] > 0 for entry in logs)
 
 
-def test_docs_readme_search_answers(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    code = snippet("pathfinder").replace("max_tokens=2000", "max_tokens=200, max_step_tokens=4, max_depth=2")
-    names = {"model": make_model(), "tokenizer": make_tokenizer(), "questions": ["w3 w5", "w8"]}
-    exec(code, names)  # noqa: S102 -- the README's
-    assert names["result"].num_tokens > 0
-    assert names["result"].text in capsys.readouterr().out
-    assert (tmp_path / "search.jsonl").stat().st_size > 0
-
-
-def test_docs_readme_tables_come_from_the_results():
-    command = [sys.executable, "-m", "bench.table", "--results", "bench/results", "--readme", "README.md", "--check"]
+def test_docs_tables_come_from_the_results():
+    command = [sys.executable, "-m", "bench.table", "--results", "bench/results", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_docs_readme_links_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
-            assert link.startswith("https://") or (ROOT / link).exists(), f"{document}: {link}"
+def test_docs_every_block_has_one_place():
+    marked = [name for page in PAGES for name in re.findall(r"<!-- ([\w-]+):begin -->", text_of(page))]
+    # No figures of a GPU are committed yet.
+    assert sorted(marked) == sorted({*table.all_blocks(ROOT / "bench/results"), "bench-cuda"})
 
 
-def test_docs_readme_commands_exist():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"(?:`|^    )make ([a-z]+)", readme, re.M))
-    makefile = (ROOT / "Makefile").read_text()
+def test_docs_readme_is_short_and_links_every_page():
+    readme = text_of("README.md")
+    assert len(readme.splitlines()) < 130
+    assert [page for page in PAGES[1:] if f"]({page})" not in readme] == []
+    [summary] = re.findall(r"<!-- overview:begin -->\n(.*?)<!-- overview:end -->", readme, re.S)
+    assert sum(line.startswith("| ") for line in summary.splitlines()) <= 1 + 8
+
+
+@pytest.mark.parametrize("page", PAGES[1:])
+def test_docs_page_starts_with_an_example(page):
+    introduction = text_of(page).split("\n## ")[0]
+    assert introduction.startswith("# ")
+    assert "```python\n" in introduction
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_docs_links_exist(document):
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\(([^)\s]+)\)", text_of(document))
+    missing = [link for link in links if not link.startswith("https://") and not (folder / link.split("#")[0]).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_docs_lines_fit(document):
+    """Commands, tables and figures cannot be broken."""
+    unbroken = ("    ", "|", "!")
+    lines = [line for line in text_of(document).splitlines() if not line.startswith(unbroken)]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_docs_quoted_errors_exist():
+    """The documents quote messages in italics, with dots where a value stands."""
+    constants = "\n".join(
+        node.value
+        for path in ROOT.glob("slimkernels/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    quoted = {text for page in PAGES for text in re.findall(r'\*"(.*?)"\*', " ".join(text_of(page).split()))}
+    assert len(quoted) > 9
+    parts = [(text, part.strip()) for text in quoted for part in text.split("...")]
+    assert [text for text, part in parts if part not in constants] == []
+
+
+def test_docs_make_targets_exist():
+    targets = {target for page in DOCUMENTS for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text_of(page), re.M)}
+    makefile = text_of("Makefile")
     assert {"demo", "test"} <= targets
-    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
+
+
+def test_docs_benchmarks_exist():
+    modules = {name for page in DOCUMENTS for name in re.findall(r"python -m (bench[\w.]*\w)", text_of(page))}
+    assert {"bench.run", "bench.reproduce.sample_efficiency", "bench.reproduce.instructions"} <= modules
+    assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
 
 
 def call(op: str, dtype: torch.dtype) -> torch.Tensor:
-    """Something that a call of the op returns, and that has a gradient where there is one."""
-    if op == "decode_logits":  # uint8 is a dtype of its alone, and of no logits
+    """Calls an op; returns a result that has a gradient where there is one."""
+    if op == "decode_logits":  # the only op with uint8, which is no dtype of logits
         words = torch.tensor([[0x5E, 0x93]], dtype=torch.int32)
         affine = torch.ones(1, 2) if dtype == torch.uint8 else None
         packed = sk.PackedLogits(words, torch.ones(1, 4).to(dtype), torch.ones(1, 1), vocab_size=20, affine=affine)

@@ -1,4 +1,4 @@
-"""Students of some of a teacher's layers, against the teacher with the other layers taken out."""
+"""Students made of some of a teacher's layers, against the teacher with the other layers removed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NAMES = {"llama-tied": "model.layers", "gemma2": "model.layers", "gpt2": "transf
 
 
 def make_teacher(name: str, num_layers: int = 6, dtype: torch.dtype = torch.float32):
-    """A family's model; Gemma's sliding layers, every other one, look back two tokens."""
+    """Makes a family's model; Gemma's sliding layers, which are every other one, look back two tokens."""
     config, options = FAMILIES[name]
     torch.manual_seed(0)
     sizes = _SIZES | {"num_hidden_layers": num_layers} | ({"sliding_window": 2} if name == "gemma2" else {})
     model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes | options), dtype=dtype).eval()
     with torch.no_grad():
-        # Layers that do something.
+        # Freshly initialised layers would hardly change their input.
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -41,7 +41,7 @@ def test_drop_layers_is_the_teacher_without_the_others(name):
     shortened = copy.deepcopy(teacher)
     parent, _, attribute = NAMES[name].rpartition(".")
     owner = shortened.get_submodule(parent)
-    # Some decoders count on as many layers as their configuration names.
+    # Some decoders rely on having as many layers as their configuration says.
     setattr(owner, attribute, nn.ModuleList(getattr(owner, attribute)[index] for index in (0, 2, 5)))
     owner.config.num_hidden_layers = 3
     if name == "gemma2":

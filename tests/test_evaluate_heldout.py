@@ -159,7 +159,7 @@ def test_models_are_labelled_by_the_parts_of_their_paths_that_differ(tmp_path):
     ("arguments", "message"),
     [
         ("--models {model} --tasks heldout --out {tmp}", "--tasks heldout needs --store DIR"),
-        ("--models {model} --tasks gsm8k --data {tmp} --store {store} --out {tmp}", "no meaning with --store but"),
+        ("--models {model} --tasks gsm8k --data {tmp} --store {store} --out {tmp}", "no meaning with --store unless"),
         ("--models {model} --tasks heldout gsm8k --store {store} --out {tmp}", "--models needs --data"),
         ("--models {model} --tasks heldout --store {tmp}/no --out {tmp}", "{tmp}/no"),
         ("--models {chars} --tasks heldout --store {store} --out {tmp}", "was captured with tokenizer_fingerprint"),

@@ -39,7 +39,7 @@ def documents() -> list[dict]:
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
-    """As torchtune collates them: padded on the right, prompts of two tokens without labels."""
+    """Makes batches as torchtune does: padded on the right, with prompts of two tokens that have no labels."""
     rows = documents()
     made = []
     for pair in (rows[:2], rows[2:]):
@@ -54,7 +54,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def curve(recipe, model, loss) -> list[float]:
-    """The losses of six steps of the recipe's own step."""
+    """Returns the losses of six steps of the recipe's own step."""
     fields = {"_model": model, "_loss_fn": loss, "ignore_labels_cache": torch.full((2, 1), -100)}
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     this = SimpleNamespace(**fields, activations_handling_ctx=torch.autograd.graph.save_on_cpu())
@@ -68,7 +68,7 @@ def curve(recipe, model, loss) -> list[float]:
 
 
 def eager_slim(store):
-    """On whole logits, straight from the definition; the teacher's rows in the order of the labels."""
+    """Returns a loss on full logits, from its definition, with the teacher's rows in the order of the labels."""
     of_documents = [
         store[index].teacher[torch.arange(1, len(row["input_ids"]) - 1)] for index, row in documents_of(store)
     ]

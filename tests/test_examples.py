@@ -1,4 +1,4 @@
-"""The examples train what an eager loop on full logits trains."""
+"""The training examples against eager loops on full logits."""
 
 from __future__ import annotations
 

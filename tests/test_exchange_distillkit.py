@@ -236,7 +236,7 @@ def test_the_configuration_is_found_in_other_files(form, tokenizer, tmp_path) ->
         ({"k": None}, r"k must be a whole number in \[1, 1048576\], got None"),
         ({"d": 0}, "d must be a whole number"),
         ({"exact_k": 13}, r"exact_k must be a whole number in \[0, 12\], got 13"),
-        ({"exact_k": 5}, "polynomial_terms or residual_bins must say what comes after exact_k=5"),
+        ({"exact_k": 5}, "polynomial_terms or residual_bins must define entries after exact_k=5"),
         ({"exact_dtype": "int8"}, "exact_dtype must be one of float16, bfloat16, float32, float64, got 'int8'"),
         ({"polynomial_terms": ["log"]}, "polynomial_terms must be whole numbers, 'sqrt' or 'exp', got 'log'"),
         ({"polynomial_terms": [-1]}, "polynomial_terms must be"),
@@ -261,7 +261,7 @@ def test_import_refuses_a_configuration(change, message, tokenizer, tmp_path) ->
 def test_import_distillkit_refuses(tokenizer, tmp_path) -> None:
     record = record_of(make_cases(1)[0], EXACT)
     source, store = write(tmp_path / "a.parquet", [record]), tmp_path / "store"
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*compression_config.yaml; give the capture's"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*compression_config.yaml; give the one of the capture"):
         import_distillkit(source, store, tokenizer)
     (tmp_path / "compression_config.yaml").write_text("- 1")
     with pytest.raises(ValueError, match=r"compression_config.yaml: must be a mapping of settings, got list"):
@@ -271,7 +271,7 @@ def test_import_distillkit_refuses(tokenizer, tmp_path) -> None:
         import_distillkit(source, store, tokenizer)
     (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(EXACT))
     for change, message in (
-        ({"compressed_logprobs": record["compressed_logprobs"][2:]}, "a row for every one of 20 tokens but the first"),
+        ({"compressed_logprobs": record["compressed_logprobs"][2:]}, "a row for each of 20 tokens but the first"),
         ({"bytepacked_indices": None}, "bytepacked_indices must be a list of lists, got null"),
         ({"input_ids": None}, "input_ids must be a list, got null"),
         ({"bytepacked_indices": [[255] * 14] * 19}, "record 1: teacher row 0 holds an id twice"),

@@ -207,8 +207,9 @@ def test_import_megatron_refuses(tokenizer, tmp_path) -> None:
     (tmp_path / "cache" / "cp0_dp0__12.tar").unlink()
 
     write_cache(tmp_path / "cache", cases, iterations_a_file=1)
-    refuses("is of sample 12, but samples has no more", samples=samples[:BATCH])
-    refuses("has 16 rows, but sample 3 15 tokens", samples=[*samples[:3], samples[3][:-2], *samples[4:]])
+    refuses("is of sample 12, but samples ends before it", samples=samples[:BATCH])
+    message = "has 16 rows, so sample 3 must have as many tokens or one more, got 15"
+    refuses(message, samples=[*samples[:3], samples[3][:-2], *samples[4:]])
     refuses("sample 1: must be a list of token ids, got 7", samples=[samples[0], 7])
     one = tmp_path / "cache" / "dp1__12-24.tar"
     data = one.read_bytes()
@@ -241,7 +242,7 @@ def test_import_megatron_refuses(tokenizer, tmp_path) -> None:
     for rank in range(RANKS):
         write_tar(tmp_path / "cache" / f"dp{rank}__18-30.tar", {"_meta.json": meta(), "18-30.pt.zst": good})
     one.write_bytes(data)
-    refuses("begins at sample 18, but those below 24 were there before")
+    refuses("begins at sample 18, but earlier files hold those below 24")
 
 
 def test_import_megatron_command(tmp_path, capsys) -> None:

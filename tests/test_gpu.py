@@ -13,6 +13,7 @@ import torch
 from support.helpers import assert_same_bits, sparse_fields
 
 import slimkernels as sk
+import slimkernels.ops  # registers the operators
 
 HERE = Path(__file__).parent
 OP_TESTS = (

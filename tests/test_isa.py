@@ -62,7 +62,7 @@ def test_every_isa_passes_the_tests(isa, tests):
         pytest.skip(f"this build or machine has no {isa}")
     if isa == _C.cpu_isa():
         pytest.skip(f"the other tests of this process run on {isa}")
-    used = run("-c", "from slimkernels import _C; print(_C.cpu_isa())", isa=isa)
+    used = run("-c", "import torch; from slimkernels import _C; print(_C.cpu_isa())", isa=isa)
     assert used.stdout.strip() == isa, used.stderr
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / test) for test in tests), isa=isa)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -70,7 +70,7 @@ def test_every_isa_passes_the_tests(isa, tests):
 
 def test_the_best_isa_is_chosen_and_an_unknown_one_refused():
     environment = {name: value for name, value in os.environ.items() if name != "SLIMKERNELS_CPU_ISA"}
-    command = [sys.executable, "-c", "from slimkernels import _C; print(_C.cpu_isa())"]
+    command = [sys.executable, "-c", "import torch; from slimkernels import _C; print(_C.cpu_isa())"]
     chosen = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=60)
     assert chosen.stdout.strip() == _C.supported_cpu_isas()[0]
     refused = run("-c", "import torch, slimkernels; slimkernels.topk_logits(torch.zeros(1, 3), 1)", isa="sse9")

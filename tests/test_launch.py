@@ -1,4 +1,4 @@
-"""The commands of the examples' README: accelerate and the command line take them, and two processes train."""
+"""The commands of the examples' README: accelerate and the command line accept them, and two processes train."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_configuration_is_launched_by_a_command():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_loads_the_configuration(path):
-    """Its loader refuses keys that it does not know."""
+    """Loads the configuration with accelerate, which rejects keys that it does not know."""
     config = load_config_from_file(str(path))
     assert config.num_processes == PROCESSES[path.stem.split("_")[0]]
     assert config.num_machines == (2 if path.stem.startswith("two_nodes") else 1)
@@ -62,7 +62,7 @@ def test_launcher_and_script_take_their_arguments(command, monkeypatch):
     assert (trained.command, trained.store, trained.out) == ("train", "STORE", "OUT")
     if launcher == "accelerate":
         assert Path(args.config_file).is_file()
-        # What a machine lacks, GPUs or DeepSpeed, is not the command's fault.
+        # This machine may lack GPUs or DeepSpeed, which are not part of the command.
         monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
         _validate_launch_command(args)
 

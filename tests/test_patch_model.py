@@ -1,4 +1,4 @@
-"""Models patched to compute their loss without logits, against the same models as they are."""
+"""Models patched to compute their loss without logits, against the same models unpatched."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import slimkernels as sk
+from slimkernels.models.make_student import make_student
 
 pytestmark = [
-    # peft still calls what transformers renamed, and warns that an adapter's merge would untie Gemma's head.
+    # peft still calls functions that transformers renamed, and warns that merging an adapter would untie Gemma's head.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
 
 def make_batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two right-padded sequences whose first tokens are a prompt."""
+    """Makes two right-padded sequences whose first tokens are a prompt."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB_SIZE, (2, 12), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -57,7 +58,7 @@ def generate(model) -> torch.Tensor:
 
 
 class NoLogits(TorchDispatchMode):
-    """Fails on a tensor (..., V) with as many rows as the batch has tokens."""
+    """A mode that fails on a tensor (..., V) with as many rows as the batch has tokens."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -154,6 +155,21 @@ def test_autocast_multiplies_in_bfloat16():
     assert actual != model(**batch).loss
 
 
+def test_a_bfloat16_head_has_its_gradient_in_a_float16_region():
+    """Compares the gradient of tokens that are no label: it is far below the smallest number of float16."""
+    model = make_student(vocab_size=16_000, hidden_size=8, num_heads=2, num_layers=1, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 10)
+    truth = copy.deepcopy(model).double()
+    ids = torch.randint(100, (1, 256), generator=torch.Generator().manual_seed(0))
+    (truth(input_ids=ids, labels=ids).loss * 65536).backward()
+    with torch.autocast("cpu", torch.float16):
+        loss = sk.patch_model(model)(input_ids=ids, labels=ids).loss
+    (loss * 65536).backward()
+    expected, actual = truth.lm_head.weight.grad[100:], model.lm_head.weight.grad[100:]
+    assert (actual - expected).norm() <= 2e-2 * expected.norm()
+
+
 def test_a_copy_of_a_patched_model_is_its_own():
     model, batch = sk.patch_model(make_family("llama")), make_batch()
     twin = copy.deepcopy(model)
@@ -244,8 +260,8 @@ def without_head():
     [
         (with_hook, "logits of LlamaForCausalLM are not softcap.*call slimkernels.slim_loss"),
         (with_own_loss, "must be transformers' ForCausalLMLoss, got <lambda>"),
-        (with_inline_loss, "Inline does not leave its loss to its loss_function"),
-        (encoder_decoder, "T5ForConditionalGeneration does not leave its loss"),
+        (with_inline_loss, "Inline does not compute its loss with its loss_function"),
+        (encoder_decoder, "T5ForConditionalGeneration does not compute its loss"),
         (without_head, "LlamaModel must be one torch.nn.Linear|causal language model with output embeddings"),
     ],
 )
@@ -259,11 +275,11 @@ def test_a_model_with_another_loss_is_refused_and_left_as_it_was(make, message):
 
 def test_patching_twice_or_not_at_all_is_an_error():
     model = sk.patch_model(make_family("llama"))
-    with pytest.raises(ValueError, match="patched already: call unpatch_model"):
+    with pytest.raises(ValueError, match="already patched: call unpatch_model"):
         sk.patch_model(model)
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(ValueError, match="replaced once more after patch_model"):
+    with pytest.raises(ValueError, match="replaced again after patch_model"):
         sk.unpatch_model(model)
     model.forward = forward
     sk.unpatch_model(model)
@@ -297,7 +313,7 @@ def test_lora_is_trained_as_it_is_by_the_eager_loss(family, placement):
     model, batch = peft.get_peft_model(make_family(family), config), make_batch()
 
     def run():
-        torch.manual_seed(11)  # of the adapter's dropout
+        torch.manual_seed(11)  # for the adapter's dropout
         return loss_and_gradients(model, **batch)
 
     expected = run()

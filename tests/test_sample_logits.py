@@ -455,9 +455,9 @@ def test_sample_distinct_ends_in_padding_where_too_few_are_left():
     assert (drawn.token[:, 3:] == -1).all()
     assert (drawn.logprob[:, 3:] == -INF).all()
     assert (drawn.truncated_logprob[:, 3:] == -INF).all()
-    lawless = sk.sample_distinct(torch.tensor([[NAN, 1.0]]), 3, seed=0, position=0)
-    assert lawless.token.tolist() == [[-1] * 3]
-    assert lawless.logprob.isnan().all()
+    undefined = sk.sample_distinct(torch.tensor([[NAN, 1.0]]), 3, seed=0, position=0)
+    assert undefined.token.tolist() == [[-1] * 3]
+    assert undefined.logprob.isnan().all()
 
 
 PER_ROW = {
@@ -529,7 +529,7 @@ def test_sample_logits_fake_has_the_shapes_and_dtypes_of_the_real():
         (ValueError, r"top_p must be in \[0, 1\] in every row, got 2.0 in row 1", {"top_p": torch.tensor([1.0, 2.0])}),
         (ValueError, r"min_p must be in \[0, 1\], got 7", {"min_p": 7}),
         (ValueError, r"min_p must be in \[0, 1\] in every row, got -1.0 in row 0", {"min_p": torch.tensor([-1.0, 0])}),
-        (ValueError, "seed must fit into 64 bits", {"seed": 2**63}),
+        (ValueError, "seed must fit into a signed 64-bit integer", {"seed": 2**63}),
         (TypeError, "seed must be an integer", {"seed": 1.5}),
         (TypeError, r"seed must have dtype torch.int64, .* seed\.long\(\)", {"seed": torch.zeros(2)}),
         (ValueError, r"position must .* shape \(2,\), .* got \(5,\)", {"position": torch.arange(5)}),

@@ -17,26 +17,37 @@ INF, NAN = math.inf, math.nan
 
 @pytest.mark.interpret
 def test_sample_logits_passes_its_tests_interpreted():
-    hand_worked = (1, 4, 6, 8, 11, 12, 13, 16)
     assert_tests_pass_interpreted(
-        *(f"test_sample_logits.py::test_sample_logits_hand_worked[dtype0-options{i}-kept{i}]" for i in hand_worked),
+        *(f"test_sample_logits.py::test_sample_logits_hand_worked[dtype0-options{i}-kept{i}]" for i in (11, 13, 16)),
         *(
             f"test_sample_logits.py::test_sample_logits_ties_and_infinities_hand_worked[dtype1-row{i}-options{i}-kept{i}]"
             for i in range(13)
         ),
-        "test_sample_logits.py::test_sample_logits_of_hostile_rows[37-dtype1]",
         "test_sample_logits.py::test_sample_logits_at_extreme_temperatures[dtype0-1e-30]",
-        "test_sample_logits.py::test_sample_logits_at_extreme_temperatures[dtype2-10000.0]",
         "test_sample_logits.py::test_sample_logits_takes_strided_options",
-        "test_sample_logits.py::test_sample_logits_keeps_leading_dimensions",
-        "test_sample_logits.py::test_sample_logits_opcheck",
         "test_sample_logits.py::test_sample_distinct_ends_in_padding_where_too_few_are_left",
-        "test_sample_logits_triton.py::test_draws_among_candidates",
+        "test_sample_logits_triton.py::test_draws_among_candidates[torch.bfloat16]",
         "test_sample_logits_triton.py::test_hostile_rows_of_several_blocks",
-        "test_sample_logits_triton.py::test_draws_are_batch_invariant",
         "test_sample_logits_triton.py::test_more_draws_than_a_block",
         "test_sample_logits_triton.py::test_noise_of_any_seed_and_position",
         "test_sample_logits_triton.py::test_options_out_of_range_make_nan",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_sample_logits_passes_more_of_its_tests_interpreted():
+    assert_tests_pass_interpreted(
+        *(
+            f"test_sample_logits.py::test_sample_logits_hand_worked[dtype0-options{i}-kept{i}]"
+            for i in (1, 4, 6, 8, 12)
+        ),
+        "test_sample_logits.py::test_sample_logits_of_hostile_rows[37-dtype1]",
+        "test_sample_logits.py::test_sample_logits_at_extreme_temperatures[dtype2-10000.0]",
+        "test_sample_logits.py::test_sample_logits_keeps_leading_dimensions",
+        "test_sample_logits.py::test_sample_logits_opcheck",
+        "test_sample_logits_triton.py::test_draws_among_candidates",
+        "test_sample_logits_triton.py::test_draws_are_batch_invariant",
     )
 
 
@@ -75,7 +86,7 @@ def test_sample_logits_compiles_for(architecture, dtype, variant):
 def block_of_256(monkeypatch):
     """Rows of a few thousand ids take several blocks, and not so many that the interpreter takes long."""
     launch = pytest.importorskip("slimkernels.ops.triton.launch")
-    monkeypatch.setattr(launch, "launch_settings", lambda *_args: launch.Launch(256, 4))
+    monkeypatch.setattr(launch, "settings_of", lambda *_args: launch.Settings(256, 4))
 
 
 def rows_to_truncate(vocab_size: int) -> dict[str, torch.Tensor]:

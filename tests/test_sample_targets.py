@@ -178,7 +178,7 @@ def test_sample_targets_has_no_gradient():
         (ValueError, "temperature must be positive and finite, got 0", {"temperature": 0.0}),
         (ValueError, "temperature must be positive and finite, got nan", {"temperature": NAN}),
         (TypeError, "seed must be an integer", {"seed": "7"}),
-        (ValueError, "seed must fit into 64 bits", {"seed": -(2**63) - 1}),
+        (ValueError, "seed must fit into a signed 64-bit integer", {"seed": -(2**63) - 1}),
         (TypeError, "seed must have dtype torch.int64", {"seed": torch.zeros(2)}),
         (ValueError, r"position must .* shape \(2,\)", {"position": torch.arange(3)}),
         pytest.param(

@@ -1,4 +1,4 @@
-"""What no search can use, and what others may plug into one: every bad model or question ends, and says how."""
+"""Bad models and questions, which end with a clear report or error, and custom parts that users plug into a search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = PathFinderConfig(branching_factor=2, beam=2, max_depth=3, max_step_toke
 
 
 def with_logits(change):
-    """A tiny model whose head ``change`` makes other, in a hook on its output (B, L, V)."""
+    """Returns a tiny model with ``change`` applied to its logits (B, L, V)."""
     model = make_teacher()
     model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, logits: change(logits))
     return model

@@ -13,7 +13,7 @@ VECTORS = {"a": np.array([1.0, 0.0]), "again": np.array([2.0, 0.1]), "new": np.a
 def test_pathfinder_regenerates_a_repetition_once_then_cuts_it():
     script = {
         "": [("a\n", -1.0), ("new\n", -3.0)],
-        # The first child repeats once, the second twice.
+        # The first child repeats a step at one attempt, the second at two.
         "a\n": [[("again$", -1.0), ("new$", -1.0)], [("again$", -1.0), ("again$", -2.0)]],
     }
     engine, [result] = find(script, beam=1, checks=[RepetitionCheck(0.95)], vectors=VECTORS)
@@ -29,13 +29,13 @@ def test_pathfinder_regenerates_a_repetition_once_then_cuts_it():
         [((0, 0), 0), ((0, 1), 0)],
         [((0, 0), 1), ((0, 1), 1)],
     ]
-    # 2 + 4, then again$ twice, new$ and again$: every attempt counts.
+    # Every attempt counts: 2 + 4 tokens at first, then those of again$ twice, new$ and again$.
     assert result.num_tokens == 6 + 12 + 4 + 6
     assert result.checks == ("repetition",)
 
 
 def test_pathfinder_repetition_threshold_is_the_scaled_cosine():
-    # cos of (1, 0) and (0, 1) is 0: a score of one half fails at 0.5 and passes just above.
+    # The cosine of (1, 0) and (0, 1) is 0, so the score is 0.5: it fails at 0.5 and passes just above.
     script = {"": [("a\n", -1.0)], "a\n": [("new$", -1.0)]}
     for threshold, reason in ((0.5, "repetition"), (0.501, "finished")):
         _, [result] = find(
@@ -55,7 +55,7 @@ def test_pathfinder_repetition_by_an_encoder_embeds_every_step_once():
     check = RepetitionCheck(0.95, embed)
     _, [result] = find(script, branching_factor=1, checks=[check], max_attempts=1)
     assert result.reasons == {"repetition": 1}
-    assert result.node is None
+    assert (result.finished, result.text) == (False, "a\nnew\n")
     assert sorted(embedded) == ["a", "again", "new"]
 
 

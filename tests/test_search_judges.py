@@ -1,4 +1,4 @@
-"""Models that judge: beside their own forward of one input at a time, and in a search."""
+"""The models that judge, compared with their own forward of one input at a time, and used in a search."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_judges_verifier_is_the_probability_of_yes(tokenizer):
 def test_judges_verifier_refuses(tokenizer):
     with pytest.raises(ValueError, match=r"must contain \{text\}"):
         Verifier(make_teacher(), tokenizer, template="{question}")
-    with pytest.raises(ValueError, match="one token"):
+    with pytest.raises(ValueError, match="a single token"):
         Verifier(make_teacher(), tokenizer, yes=("absolutely",))
 
 

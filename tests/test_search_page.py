@@ -1,4 +1,4 @@
-"""The page of a trace: what it says, that it is safe, and how a real browser draws it."""
+"""The page of a trace: its content, its safety against hostile text, and its rendering in a real browser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slimkernels.search.trace import TracedQuestion
 from slimkernels.search.tree_page import tree_page
 
 HOSTILE = "<script>document.body.remove()</script>"
-# Two children at every leaf, of which one is kept: a chain of four steps, and a pruned sibling of each.
+# Every leaf gets two children and one is kept, which makes a chain with a pruned sibling at each depth.
 SCRIPT = {
     "": [(f"{HOSTILE}\n", -1.0), ("other\n", -2.0)],
     f"{HOSTILE}\n": [("if a < b & c\n", -1.0), ("worse\n", -2.0)],
@@ -27,7 +27,7 @@ VOID = {"meta", "input", "br"}
 
 
 class Page(HTMLParser):
-    """The elements of a page with their classes and texts; fails where they are not nested."""
+    """A parser of a page's elements, their classes and texts, which fails if elements are not nested properly."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -147,5 +147,5 @@ def test_page_in_a_browser_is_drawn_light_and_dark_and_fits_a_phone(trace, tmp_p
         columns = on_frame.any(0).nonzero()
         assert columns.min() >= 16
         assert columns.max() < 390 - 16, "nothing is wider than the screen"
-    # Cut off at the right edge, where a page that is too wide would go on.
+    # A page that is too wide would continue at the right edge.
     assert (light[:, -8:] == 255).all()

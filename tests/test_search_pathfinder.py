@@ -1,4 +1,4 @@
-"""Tree search on a scripted language model, worked out by hand, and its budgets on a made-up one."""
+"""Tree searches on a scripted language model, worked out by hand, and budgets on a random one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slimkernels.search import (
 )
 from slimkernels.search.question import node_seed
 
-# Scores are sums over tokens: "a\n" at -1 each has -2 over 2 tokens.
+# Log-probabilities are per token: "a\n" at -1 sums to -2 over 2 tokens.
 TWO_LEVELS = {
     "": [("a\n", -1.0), ("b\n", -2.0)],
     "a\n": [("c$", -1.0), ("d\n", -3.0)],
@@ -97,6 +97,97 @@ def test_pathfinder_says_that_the_contradiction_check_is_off():
     assert any("contradiction check was off" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("preset", [greedy, lambda engine: self_consistency(engine, 2), lambda e: best_of_n(e, 2)])
+def test_pathfinder_does_not_mention_checks_that_were_not_asked_for(preset):
+    [result] = preset(ScriptedEngine({"": [("a$", -1.0), ("b$", -1.0)]})).solve(["Q"])
+    assert result.notes == ()
+
+
+def test_pathfinder_returns_the_best_partial_branch_where_all_were_cut():
+    script = {"": [("a\n", -1.0), ("b\n", -2.0)], "a\n": [("x\n", -1.0)] * 2, "b\n": [("x\n", -1.0)] * 2}
+    _, [result] = find(script, checks=[NoX()])
+    assert (result.text, result.finished) == ("a\n", False)
+    assert result.notes[-1] == "no branch was left: 4 no x; this is the best partial one"
+    assert [candidate.text for candidate in result.candidates] == ["a\n", "b\n"]
+    _, [result] = find({"": [("x\n", -3.0), ("x x\n", -1.0)]}, checks=[NoX()])
+    assert (result.text, result.finished) == ("x x\n", False)
+
+
+def test_pathfinder_says_that_a_limit_ended_the_search():
+    _, [result] = find(TWO_LEVELS, max_depth=1)
+    assert "no branch came to its own end: 2 depth; this is the best of those that a limit ended" in result.notes
+
+
+def test_pathfinder_says_how_many_children_the_token_budget_had_room_for():
+    script = {"": [("a\n", -1.0), ("b\n", -2.0)], "a\n": [("c$", -1.0)], "b\n": [("d$", -1.0)]}
+    _, [result] = find(script, branching_factor=8, max_tokens=46)
+    assert (
+        "the budget of 46 tokens had room for 2 of 8 children at depth 1, 2 of 16 children at depth 2" in result.notes
+    )
+    _, [result] = find({"": [("a$", -1.0), ("b$", -2.0)]}, max_tokens=60)
+    assert not any("budget" in note for note in result.notes)
+
+
+class NoX:
+    name = "no x"
+
+    def __call__(self, branches):
+        return ["x" in branch.step.text for branch in branches]
+
+
+class Miscounting(NoX):
+    def __call__(self, branches):
+        return [False]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"selector": "consensus"}, TypeError, r"selector must be a function .*consensus\(\), got 'consensus'"),
+        ({"checks": ["repetition"]}, TypeError, "checks must be functions of branches with a name"),
+        ({"checks": [lambda branches: []]}, TypeError, "checks must be functions of branches with a name"),
+        ({"checks": [Miscounting()]}, ValueError, "'no x' must return one value for each of 2 branches, got 1"),
+        ({"selector": lambda candidates: [1.0]}, ValueError, "scores must be one number for each of 2 candidates"),
+    ],
+)
+def test_pathfinder_checks_the_protocols_of_checks_and_selectors(options, error, message):
+    with pytest.raises(error, match=message):
+        find({"": [("a$", -1.0), ("b$", -2.0)]}, **options)
+
+
+class Chatting(ScriptedEngine):
+    """An engine with a chat template, whose prompts are in angle brackets."""
+
+    def chat_prompt(self, question):
+        return None if "<" in question else f"<{question}>"
+
+
+def test_pathfinder_asks_plain_questions_in_the_chat_template():
+    engine = Chatting({"": [("a$", -1.0)]})
+    config = PathFinderConfig(branching_factor=1)
+    for chat, question, encoded in [
+        (True, "Q", "<Q>"),
+        (True, "<Q>", "<Q>"),
+        (True, Question("Q", "Q"), "Q"),
+        (False, "Q", "Q"),
+    ]:
+        engine.encoded.clear()
+        [result] = PathFinder(engine, config, chat=chat).solve([question])
+        assert engine.encoded == [encoded]
+        assert result.candidates[0].context == ("Q" if "Q" in (question, question[0]) else "<Q>")
+
+
+def test_pathfinder_step_of_hidden_tokens_alone_goes_on():
+    class Hidden(ScriptedEngine):
+        def extend(self, requests, step_end, *, embed):
+            steps = super().extend(requests, step_end, embed=embed)
+            return [dataclasses.replace(step, text="", end="length") if "#" in step.text else step for step in steps]
+
+    engine = Hidden({"": [("#\n", -1.0)], "#\n": [("a$", -1.0)]})
+    [result] = greedy(engine).solve(["Q"])
+    assert (result.text, result.finished) == ("a", True)
+
+
 def test_pathfinder_end_of_text_alone_finishes_a_chain_but_is_no_chain():
     _, [result] = find({"": [("a\n", -1.0), ("$", -1.0)], "a\n": [("$", -1.0), ("  $", -1.0)]}, beam=1)
     assert nodes_of(result.tree) == {
@@ -142,8 +233,8 @@ def test_pathfinder_end_marker_and_answer_pattern_finish_a_branch():
 
 
 def test_pathfinder_token_budget_grants_whole_steps_in_turn():
-    # 46 tokens: 2 steps at depth 0 (up to 40); 42 are left for depth 1, two steps: one for each leaf, better first.
-    # They take 4 tokens; 38 are left, one whole step: for the better leaf's first child.
+    # A step may take 20 tokens. Of 46 tokens, the two steps at depth 0 take 4. The 42 left allow two steps at depth 1,
+    # one for each leaf, better leaf first; they take 4. The 38 left allow one step, for the better leaf's first child.
     script = {
         "": [("a\n", -1.0), ("b\n", -2.0)],
         "a\n": [("c\n", -1.0), None],
@@ -163,13 +254,13 @@ def test_pathfinder_token_budget_grants_whole_steps_in_turn():
 def test_pathfinder_does_not_regenerate_beyond_the_budget():
     script = {"": [[("$", -1.0), ("a$", -1.0)], [("$", -1.0), ("b$", -1.0)]]}
     engine, [result] = find(script, max_tokens=40)
-    # Two tokens are spent; 38 allow one whole step.
+    # Two tokens are spent; the 38 left allow one whole step.
     assert [len(batch) for batch in engine.batches] == [2, 1]
     assert nodes_of(result.tree) == {(0,): ("a", "FINISHED", "finished"), (1,): ("", "CUT", "empty")}
 
 
 class Talkative(ScriptedEngine):
-    """Generates more tokens than it is asked for, as some servers count them."""
+    """An engine that generates more tokens than requested, as some servers do by their own count."""
 
     def extend(self, requests, step_end, *, embed):
         steps = super().extend(requests, step_end, embed=embed)
@@ -219,8 +310,8 @@ def test_pathfinder_presets_are_chains():
 
 
 def test_pathfinder_plan_by_hand():
-    # Leaves 1, 3, 3 of four, children 3, 6, 6: fifteen steps of 10 tokens, twice. At most, three leaves of two steps
-    # and six children are kept.
+    # Leaves are 1, 3 and 3, children 3, 6 and 6: fifteen steps of 10 tokens, each generated up to twice. At most three
+    # leaves of two steps and six children are kept at a time.
     config = PathFinderConfig(branching_factor=(3, 2), beam=3, max_depth=3, max_step_tokens=10, batch_questions=2)
     engine = CharacterEngine()
     assert PathFinder(engine, config).plan(["p", "qq", "rrr"]) == (6, 900, 12, 3 + 2 * 120)
@@ -236,7 +327,7 @@ def test_pathfinder_async_is_the_same():
 
 
 def test_pathfinder_frees_everything_when_the_engine_fails():
-    engine = ScriptedEngine({"": [("a\n", -1.0), ("b\n", -2.0)]})  # nothing below them: a KeyError
+    engine = ScriptedEngine({"": [("a\n", -1.0), ("b\n", -2.0)]})  # the script ends here, with a KeyError
     with pytest.raises(KeyError):
         PathFinder(engine, PathFinderConfig(branching_factor=2)).solve(["Q"])
     assert engine.texts == {}
@@ -343,7 +434,7 @@ def test_pathfinder_never_exceeds_a_budget(config, end_logit):
     def spy(prune):
         def pruned(search):
             prune(search)
-            kept.append((search.tree.with_status(Status.OPEN), search.hypotheses()))
+            kept.append((search.tree.with_status(Status.OPEN), search.tree.hypotheses()))
 
         return pruned
 

@@ -1,4 +1,4 @@
-"""The search's checks with judges that were trained: an entailment model on SNLI, a sentence encoder."""
+"""The checks of the search with trained models: an entailment model on SNLI and a sentence encoder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def snli(public_data):
 
 
 def cut_nodes(tree, check):
-    """The texts of the branches that the check cut."""
+    """Returns the texts of the branches that the check cut."""
     engine = ScriptedEngine({above: [(f"{text}{end}", -1.0) for text, end in below] for above, below in tree.items()})
     config = PathFinderConfig(branching_factor=2, beam=4, max_step_tokens=80, max_attempts=1)
     [result] = PathFinder(engine, config, checks=[check], selector=log_probability).solve(["Q"])
@@ -72,7 +72,7 @@ def test_contradiction_check_cuts_what_contradicts_its_own_ancestors(judge):
         return judge(pairs)
 
     check = ContradictionCheck(contradicts)
-    # The same steps are offered below both: what one has said, the other contradicts.
+    # Both branches are offered the same steps, each of which contradicts one branch and agrees with the other.
     tree = {
         "": [(GUITAR, "\n"), (ASLEEP, "\n")],
         f"{GUITAR}\n": [(OUTDOORS, "\n"), (IN_BED, "\n")],
@@ -82,7 +82,8 @@ def test_contradiction_check_cuts_what_contradicts_its_own_ancestors(judge):
     }
     expected = {(GUITAR, IN_BED), (ASLEEP, OUTDOORS), (GUITAR, OUTDOORS, RESTING), (ASLEEP, IN_BED, MUSIC)}
     assert cut_nodes(tree, check) == expected
-    # One call for all leaves of a depth, about their own ancestors alone; no pair twice, nor again in another search.
+    # One call per depth covers the pairs of each leaf with its own ancestors. No pair is judged twice, even in another
+    # search.
     assert [set(pairs) for pairs in asked] == [
         {(premise, step) for premise in (GUITAR, ASLEEP) for step in (OUTDOORS, IN_BED)},
         {(premise, step) for premise in (GUITAR, OUTDOORS, ASLEEP, IN_BED) for step in (MUSIC, RESTING)},

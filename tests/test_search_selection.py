@@ -1,4 +1,4 @@
-"""Which candidate is selected: scores worked out by hand, ties, and the incremental consensus beside its definition."""
+"""Scores of candidates worked out by hand, ties, and the incremental consensus compared with its definition."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_selection_consensus_by_hand():
         assert consensus(similarity)(candidates(*texts)) == pytest.approx([shared, shared, 0.0, 0.0])
 
 
-# Beside plain words: punctuation within and around them, capitals whose lower case has two characters or depends on the
-# place, white space beyond ASCII.
+# The texts have plain words, punctuation within and around words, capitals whose lower case has two characters or
+# depends on the position, and white space beyond ASCII.
 @given(
     st.lists(st.text(alphabet="ab ", max_size=24) | st.text(alphabet="aB'.Σİ \n\u2003"), max_size=8),
     st.sampled_from(SIMILARITIES),
@@ -66,7 +66,7 @@ def test_selection_consensus_of_trigrams_that_few_or_many_texts_have(similarity)
 
 
 def test_selection_consensus_of_more_words_than_fit_beside_a_text():
-    # 19 bits for each of 270,000 words, and 7 for one of 64 texts.
+    # A trigram and its text need 3 * 19 bits (270,000 words) and 7 bits (64 texts), more than an integer has.
     texts = [" ".join(f"w{word}" for word in range(start, start + 4300)) for start in range(0, 64 * 4200, 4200)]
     assert consensus()(candidates(*texts)) == pytest.approx(consensus_by_definition(texts, "jaccard"), rel=1e-12)
 
@@ -87,7 +87,7 @@ def consensus_by_definition(texts, similarity):
 
 
 def test_selection_consensus_of_a_full_buffer_is_fast():
-    # 512 chains of 100 words with much in common. The bound is ten times what is needed, for a machine that is busy.
+    # 512 chains of 100 words with many shared trigrams. The bound is ten times the usual time, for a busy machine.
     generator = np.random.default_rng(0)
     words = [" ".join(f"w{word}" for word in generator.integers(0, 6, 100)) for _ in range(512)]
     start = time.perf_counter()

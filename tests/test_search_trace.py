@@ -1,4 +1,4 @@
-"""The trace of a search: killed anywhere, it goes on to the same trees; what is not its own trace is refused."""
+"""The trace of a search: a search killed anywhere resumes to the same trees, and refuses any trace but its own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QUESTIONS = ["p", "q", Question("r", "what is r?")]
 
 
 class Embedding(CharacterEngine):
-    """Steps of the same letters are the same."""
+    """An engine whose embedding of a step depends only on the letters in it."""
 
     def embed(self, text):
         return np.array([text.count("a"), text.count("b"), 1.0])
@@ -48,14 +48,14 @@ def finder(config=CONFIG, engine=None, **options):
 
 
 def everything(result):
-    """All of a result but the time."""
+    """Returns everything in a result except the time."""
     tree = result.tree
     nodes = [tree.record(node) for node in range(1, len(tree))]
     return nodes, result._replace(tree=None, seconds=0.0)
 
 
 def trees_of(path):
-    """Every node of every question, and the results, as the file has them."""
+    """Reads every node of every question and the results from a trace."""
     return [
         ([traced.progress.tree.record(node) for node in range(len(traced.progress.tree))], traced.result)
         for traced in read_trace(path).questions
@@ -68,7 +68,7 @@ def lines_of(path):
 
 @pytest.fixture
 def whole(tmp_path):
-    """The results of a search, its trace, and the same as bytes."""
+    """Returns the results of a search and the path of its trace."""
     path = tmp_path / "whole.jsonl"
     return finder().solve(QUESTIONS, trace=path), path
 
@@ -99,7 +99,7 @@ def test_trace_goes_on_after_every_line_and_inside_of_lines(whole, tmp_path):
             assert resumed.engine.texts == {}
             if kept == len(lines):
                 assert resumed.engine.encoded == resumed.engine.batches == []
-            # Seconds differ, and what was written before the cut is not written again.
+            # The file has the same lines except for the seconds; none is written twice.
             assert len(lines_of(cut)) == len(lines)
             assert trees_of(cut) == trees_of(path)
 
@@ -107,7 +107,7 @@ def test_trace_goes_on_after_every_line_and_inside_of_lines(whole, tmp_path):
 def test_trace_goes_on_without_the_work_that_was_done(whole, tmp_path):
     _, path = whole
     cut = tmp_path / "cut.jsonl"
-    cut.write_bytes(b"".join(lines_of(path)[:5]))  # the header, and two depths of each of two questions
+    cut.write_bytes(b"".join(lines_of(path)[:5]))  # the header, and two depths of two questions
     fresh, resumed = finder(), finder()
     fresh.solve(QUESTIONS)
     resumed.solve(QUESTIONS, trace=cut)
@@ -290,7 +290,7 @@ def test_trace_of_another_model_is_refused(tmp_path):
 
 
 def test_trace_survives_sigkill(tmp_path):
-    """A process that dies in the middle of an append, or of a generation, again and again; the next one goes on."""
+    """Kills processes in the middle of appends and of generations; each new process resumes the search."""
     path = tmp_path / "killed.jsonl"
     script = Path(__file__).parent / "scripts/search_killed.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parents[2])])}

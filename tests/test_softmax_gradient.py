@@ -9,7 +9,7 @@ import torch
 from support.helpers import DTYPES, assert_as_accurate, row_strided
 from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
-import slimkernels  # noqa: F401 -- defines the operator
+import slimkernels.ops  # noqa: F401 -- registers the operators
 
 
 def in_torch(logits, numbers, temperature, softcap, logit_scale):

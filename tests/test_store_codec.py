@@ -207,7 +207,7 @@ def test_store_codec_affine6_example_of_the_format_page():
 def test_store_codec_affine6_refuses_bits_behind_the_values(values, count):
     """In the last byte of the values, and in the byte that may part two rows of a ragged shard."""
     words = oracle.encode_ids(20, list(range(count)))
-    with pytest.raises(RowDataError, match="a bit behind its values is set"):
+    with pytest.raises(RowDataError, match="a padding bit after its values is set"):
         hand_made(20, words, values, codec="affine6", count=count)
     hand_made(20, words, [0] * len(values), codec="affine6", count=count)
 

@@ -276,7 +276,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda p: shutil.rmtree(p / "part-00001"), errors.MissingPartError, "^part-00001: this part is not there"),
+        (lambda p: shutil.rmtree(p / "part-00001"), errors.MissingPartError, "^part-00001: this part is missing"),
         (lambda p: (p / "part-00001" / MANIFEST).unlink(), errors.MissingPartError, "^part-00001: "),
         (
             lambda p: replace_manifest(p / "part-00001", codec="float32", shards=[]),

@@ -1,4 +1,4 @@
-"""Loading teachers, telling them apart, and reading and writing their documents."""
+"""Loading teachers, their fingerprints, and reading and writing their documents."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ class TestGeneration:
     def test_refuses_files_of_others(self, model, tokenizer, tmp_path) -> None:
         path = tmp_path / "a.jsonl"
         whole = self.run(model, tokenizer, path)
-        with pytest.raises(ValueError, match="generated with seed=3, but seed=4 is asked for"):
+        with pytest.raises(ValueError, match="generated with seed=3, but seed=4 was requested"):
             self.run(model, tokenizer, path, seed=4)
         with pytest.raises(ValueError, match="generated with weights="):
             self.run(teachers.make_teacher(seed=1), tokenizer, path)

@@ -1,4 +1,4 @@
-"""The trainer against an eager loop with full logits, and what a training run must survive."""
+"""SlimTrainer against an eager loop with full logits, and training runs that are killed, poisoned or distributed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, TrainerCallback
 
 from slimkernels.models.head import LanguageModelHead, check_head
-from slimkernels.models.head_loss import hidden_states
+from slimkernels.models.hidden_states import hidden_states
 from slimkernels.models.make_student import make_student
 from slimkernels.store import Document, Store, StoreDataset
 from slimkernels.trainer import SlimCollator, SlimConfig, SlimTrainer, last_complete_checkpoint, train
@@ -59,7 +59,7 @@ def training_logs(trainer: SlimTrainer) -> list[dict]:
 
 
 def dense_terms(model, document: Document, rest: str) -> dict[str, torch.Tensor]:
-    """CE, KL and w of one document's labels from its full logits, straight from the definitions."""
+    """Computes CE, KL and w of one document's labels from its full logits, straight from the definitions."""
     positions = document.positions
     logits = model(document.input_ids[None]).logits[0, positions - 1]
     logprobs = logits.log_softmax(-1)
@@ -156,7 +156,7 @@ class GradientRecorder(TrainerCallback):
 
 @pytest.mark.parametrize("method", ["sft", "slim"])
 def test_accumulation_equals_one_large_batch(tmp_path, store, method):
-    """Micro-batches hold different numbers of labels, so a mean of means would differ."""
+    """Uses micro-batches with different numbers of labels, for which a mean of means would differ."""
     recorded = {}
     for batch, accumulation in ((8, 1), (2, 4)):
         recorder = GradientRecorder()
@@ -192,7 +192,7 @@ def test_gradient_is_that_of_the_dense_mean(tmp_path, store):
 
 
 class NoDenseLogits(TorchDispatchMode):
-    """Fails on any tensor as large as one (N, V) matrix, except the head's own weight and what is shaped like it."""
+    """A mode that fails on any tensor as large as one (N, V) matrix, unless it has the shape of the head's weight."""
 
     def __init__(self, num_rows: int, weight_shape):
         super().__init__()
@@ -228,7 +228,7 @@ def test_mixed_precision_stays_near_float32(tmp_path, store):
 
 
 def test_collator_points_each_row_at_the_label_before(store):
-    """Two documents by hand: [7 8 9] with labels at 1, 2 and [3 4 5 6 2] with a label at 4."""
+    """Collates two hand-made documents, [7 8 9] with labels at 1, 2 and [3 4 5 6 2] with a label at 4."""
     long, short = store[0].teacher[:1], store[0].teacher[:2]
     documents = [
         Document(torch.tensor([7, 8, 9]), torch.tensor([1, 2]), short),
@@ -382,7 +382,7 @@ resumable_trainer({output!r}, {store!r}, callbacks=[Kill()]).train()
 
 
 def resumable_trainer(output_dir: str, store_path: str, callbacks=None, **options) -> SlimTrainer:
-    """Dropout and random order, so that a resumed run needs the right state of every generator."""
+    """Makes a trainer with dropout and random order, so that a resumed run needs the state of every generator."""
     model = make_model()
     model.config.attention_dropout = 0.2
     for layer in model.model.layers:
@@ -402,7 +402,7 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    # A kill in the middle of writing a checkpoint leaves one without its last file.
+    # A kill while a checkpoint is written leaves it without its last file.
     half_written = killed / "checkpoint-9"
     half_written.mkdir()
     (half_written / "model.safetensors").write_bytes(b"half")
@@ -442,7 +442,7 @@ trainer.train(resume_from_checkpoint=True)
 
 @pytest.mark.slow
 def test_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
-    """Killed while it computes or writes, over and over, until a run gets to the end."""
+    """Kills the run while it computes or writes, several times, and then lets it finish."""
     store_path = make_store(tmp_path / "store")
     whole = resumable_trainer(str(tmp_path / "whole"), store_path, max_steps=60)
     whole.train()
@@ -482,7 +482,7 @@ if trainer.is_world_process_zero():
 
 
 def test_two_processes_equal_one(tmp_path):
-    """Two ranks of two micro-batches of one document against one rank with the same four documents a step."""
+    """Compares two ranks of two one-document micro-batches with one rank that has the same four documents a step."""
     store_path = make_store(tmp_path / "store")
     alone = make_trainer(tmp_path, Store(store_path), max_steps=4)
     alone.train()

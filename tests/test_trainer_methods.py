@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store
+from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
 from test_trainer import RECIPE, make_trainer, training_logs
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 
 import slimkernels as sk
+from slimkernels.cli import main
 from slimkernels.models.batch import SlimCollator
+from slimkernels.models.heldout import evaluate_store
+from slimkernels.models.load import load_model, load_teacher
+from slimkernels.models.make_student import make_student
 from slimkernels.store import Document, Store, StoreDataset, StoreWriter
+from slimkernels.teacher import capture
 from slimkernels.trainer import SlimConfig, SlimTrainer
 from slimkernels.trainer.objective import METHODS
 from slimkernels.trainer.on_policy import continue_prompts
 
 pytestmark = [
-    # peft still calls what transformers renamed, and warns that an adapter's merge would untie the head.
+    # peft still calls functions that transformers renamed, and warns that merging an adapter would untie the head.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
 
@@ -32,7 +40,7 @@ def store(tmp_path_factory) -> Store:
 
 
 def make_teacher():
-    """The model that ``make_store`` captured."""
+    """Makes the model that ``make_store`` captured."""
     return make_model(seed=1234)
 
 
@@ -48,7 +56,7 @@ def online(tmp_path, store, **options) -> SlimTrainer:
 
 
 def dense_divergence(method: str, logits, teacher_logits, beta: float = 0.5) -> torch.Tensor:
-    """(N,) over the whole vocabulary, straight from the definitions."""
+    """Computes the divergence (N,) over the whole vocabulary, straight from the definitions."""
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     if method in ("kd", "slim"):
@@ -60,7 +68,7 @@ def dense_divergence(method: str, logits, teacher_logits, beta: float = 0.5) -> 
 
 
 def eager_losses(method: str, store, steps: int, temperature: float = 1.0, beta: float = 0.5) -> list[float]:
-    """The losses of an eager loop with a dense teacher over documents in order, four a step."""
+    """Returns the losses of an eager loop with a dense teacher over documents in order, four a step."""
     model, teacher = make_model().train(), make_teacher().eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["learning_rate"], weight_decay=0.0)
     losses = []
@@ -122,7 +130,7 @@ def test_offline_equals_online_where_the_same_logits_are_kept(tmp_path, store, m
 
 
 def make_drawn_store(path, rounds: int, kind: str = "sample") -> Store:
-    """The documents of ``make_store`` with draws in place of the largest logits."""
+    """Writes the documents of ``make_store`` with draws in place of the largest logits."""
     documents = Store(make_store(Path(path) / "documents"))
     teacher = make_teacher().eval()
     writer = StoreWriter(
@@ -146,7 +154,7 @@ def make_drawn_store(path, rounds: int, kind: str = "sample") -> Store:
 
 
 def drawn_losses(model, document) -> torch.Tensor:
-    """(N,) CE + KL of shares of draws, from the full logits."""
+    """Computes CE + KL (N,) to the shares of draws from the full logits."""
     ids, positions = document.input_ids, document.positions
     logprobs = model(ids[None]).logits[0, positions - 1].log_softmax(-1)
     losses = []
@@ -160,7 +168,7 @@ def drawn_losses(model, document) -> torch.Tensor:
 
 
 def test_sampled_learns_from_draws(tmp_path, store):
-    """Offline the very rows of the store; with many draws, on line and off, the dense curve."""
+    """Compares the loss with that of the store's rows, and with the dense loss when there are many draws."""
     few = make_drawn_store(tmp_path / "few", rounds=20)
     trainer = make_trainer(tmp_path, few, method="sampled", max_steps=1)
     trainer.train()
@@ -181,7 +189,7 @@ def test_sampled_learns_from_draws(tmp_path, store):
 
 
 def documents_of(batch: dict) -> list[tuple[list[int], list[int]]]:
-    """(tokens, labels) of every document of a batch."""
+    """Returns the tokens and the labels of every document of a batch."""
     length = batch["input_ids"].shape[1]
     found = []
     for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
@@ -210,7 +218,7 @@ def test_student_continues_every_document_from_its_prompt():
     assert [len(target) for _, target in written] == [6, 6, 6]
     assert model.training
 
-    # The same draws, where one of the first document's tokens now ends the text.
+    # The draws are the same, but one of the first document's tokens now ends the text.
     tokens = written[0][1]
     end = next(place for place, token in enumerate(tokens) if place and token not in tokens[:place])
     model.generation_config.eos_token_id = [tokens[end], VOCAB_SIZE + 5]
@@ -225,7 +233,7 @@ def test_student_continues_every_document_from_its_prompt():
 
 
 def test_student_writes_from_its_own_distribution():
-    """Four thousand continuations of one prompt by one token, against softmax(logits / T)."""
+    """Compares four thousand continuations of one prompt by one token with softmax(logits / T)."""
     model = make_model().eval()
     model.generation_config.eos_token_id = None
     batch = {
@@ -242,7 +250,7 @@ def test_student_writes_from_its_own_distribution():
 
 
 class KeepWeights(TrainerCallback):
-    """Notes the student's weights before each step."""
+    """A callback that keeps the student's weights before each step."""
 
     def __init__(self):
         self.weights = []
@@ -324,7 +332,7 @@ def test_observability_of_every_step(tmp_path, store):
     ("fields", "message"),
     [
         ({"method": "gkd"}, "'gkd' needs a teacher_model"),
-        ({"method": "kd", "teacher_top_k": 4}, "choose what is kept of a teacher_model, got none"),
+        ({"method": "kd", "teacher_top_k": 4}, "select logits of a teacher_model, got none"),
     ],
 )
 def test_a_method_without_its_teacher_is_refused(tmp_path, store, fields, message):
@@ -342,7 +350,7 @@ def test_sft_with_a_teacher_model_is_refused(tmp_path, store):
     [
         ({"method": "kd", "teacher_rounds": 4}, "teacher_rounds must stay None with method 'kd'"),
         ({"method": "sampled", "teacher_top_k": 4}, "not with method 'sft' or 'sampled'"),
-        ({"method": "kd", "teacher_top_k": 4, "teacher_top_fraction": 0.1}, "one or the other"),
+        ({"method": "kd", "teacher_top_k": 4, "teacher_top_fraction": 0.1}, "set one or the other"),
         ({"method": "gkd", "on_policy_fraction": 1.5}, r"on_policy_fraction must be in \[0, 1\], got 1.5"),
         ({"method": "gkd", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"method": "gkd", "sampling_temperature": 0.0}, "sampling_temperature must be positive"),
@@ -385,3 +393,107 @@ def test_adapters_of_the_student_are_trained_and_learned_prompts_refused(tmp_pat
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="would not train PEFT's prompts: use SlimLossMixin"):
         make_trainer(tmp_path, store, model=peft.get_peft_model(make_model(), prompts))
+
+
+def test_experts_whose_auxiliary_loss_would_be_dropped_are_refused(tmp_path, store):
+    config = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    with pytest.raises(ValueError, match="would not train the auxiliary loss of the experts of MixtralForCausalLM"):
+        make_trainer(tmp_path, store, model=make_student(MixtralConfig(**sizes, **config)))
+    for changed in ({"output_router_logits": False}, {"router_aux_loss_coef": 0.0}):
+        make_trainer(tmp_path, store, model=make_student(MixtralConfig(**sizes, **config | changed)))
+
+
+def test_gkd_warns_where_student_and_teacher_end_with_other_tokens(tmp_path, store, caplog):
+    student, teacher = make_model(), make_teacher()
+    teacher.generation_config.eos_token_id = [3, 4]
+    args = SlimConfig(output_dir=str(tmp_path), **RECIPE | {"method": "gkd"})
+    for ends, is_other in (([5, 6], True), (4, False), (None, False)):
+        student.generation_config.eos_token_id = ends
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "slimkernels"):
+            SlimTrainer(model=student, args=args, train_dataset=store, teacher_model=teacher)
+        assert ("ends its text with the tokens [5, 6] and the teacher with [3, 4]" in caplog.text) == is_other
+
+
+def test_a_teacher_and_a_store_can_be_given_by_their_folders(tmp_path, store):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    args = SlimConfig(output_dir=str(tmp_path), **RECIPE | {"max_steps": 1})
+    trainer = SlimTrainer(
+        model=make_model(),
+        args=args,
+        train_dataset=store.path,
+        eval_dataset={"held-out": str(store.path)},
+        teacher_model=str(tmp_path / "teacher"),
+    )
+    trainer.train()
+    expected = online(tmp_path, store, max_steps=1)
+    expected.train()
+    assert training_logs(trainer)[0]["loss"] == training_logs(expected)[0]["loss"]
+    assert trainer.evaluate()["eval_held-out_perplexity"] > 1
+
+
+@pytest.mark.parametrize("base", ["by name", "unnamed", "moved"])
+def test_a_student_of_adapters_is_loaded_to_be_measured_and_trained_further(tmp_path, store, base, capsys):
+    """Saves LoRA adapters with SlimTrainer, and runs `eval` and `train` on their folder."""
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    make_model().save_pretrained(tmp_path / "base")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if base == "unnamed":
+        student.name_or_path = student.config.name_or_path = ""
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    trainer = make_trainer(tmp_path / "run", store, model=peft.get_peft_model(student, config), max_steps=3)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapters"))
+    expected = trainer.evaluate(store)["eval_loss"]
+    command = ["train", "--store", str(store.path), "--student", str(tmp_path / "adapters"), "--method", "kd"]
+    command += ["--out", str(tmp_path / "further"), "--max-steps", "3", "--learning-rate", "0.01"]
+    command += ["--option", "use_cpu=true"]
+    if base != "by name":
+        (tmp_path / "base").rename(tmp_path / "elsewhere")
+        assert main(["eval", "--store", str(store.path), "--model", str(tmp_path / "adapters")]) == 2
+        message = capsys.readouterr().err
+        assert f"the model of the adapter in {tmp_path / 'adapters'} is not found" in message
+        assert "set base_model_name_or_path in its adapter_config.json" in message
+        return
+    capsys.readouterr()
+    assert main(["eval", "--store", str(store.path), "--model", str(tmp_path / "adapters"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[str(tmp_path / "adapters")]
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)
+    assert main(command) == 0
+    further = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "further"
+    )
+    assert evaluate_store(further, store)["loss"] < expected
+    teacher = load_model(tmp_path / "adapters")
+    assert make_student(str(tmp_path / "adapters")).training
+    assert sum(parameter.requires_grad for parameter in teacher.parameters()) == 6
+
+
+def test_a_teacher_of_adapters_is_one_model(tmp_path, store):
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "adapters")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "adapters")
+    teacher, _ = load_teacher(tmp_path / "adapters")
+    ids = store[0].input_ids[None]
+    torch.testing.assert_close(teacher(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert teacher.name_or_path == "adapters"
+    capture(teacher, make_tokenizer(), [[2, 3, 4]], tmp_path / "captured", top_k=3)
+
+
+def test_a_student_continues_the_prompt_that_the_store_knows(tmp_path) -> None:
+    """Every token but the first of a generated document is a label, so that its labels do not say where it began."""
+    teacher, tokens = make_model(seed=5).eval(), torch.arange(2, 14)
+    settings = {"vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": "", "teacher": {}, "selection": {}}
+    with torch.no_grad():
+        rows = sk.topk_logits(teacher(tokens[None]).logits[0, :-1], top_k=5, target=tokens[1:])
+    with StoreWriter(tmp_path, **settings) as writer:
+        writer.add(tokens, torch.arange(1, 12), rows, prompt_length=7)
+    batch = SlimCollator()([StoreDataset(tmp_path)[0]])
+    written = continue_prompts(teacher, batch, max_new_tokens=3, temperature=1.0, pad_token_id=0)
+    assert written["input_ids"][0, :7].tolist() == tokens[:7].tolist()
+    assert int(written["rows"][0]) == 6

@@ -1,4 +1,4 @@
-"""Method "minillm": TRL's trainer on a store's prompts, its reward against the definition, and what it refuses."""
+"""Method "minillm": TRL's trainer on a store's prompts, its advantage against the definition, and its errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECIPE = {
     "use_cpu": True,
 }
 pytestmark = [
-    # TRL reads settings that transformers has since renamed, and says that its trainer is experimental.
+    # TRL reads settings that transformers has since renamed, and warns that its trainer is experimental.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -43,7 +43,7 @@ def store_path(tmp_path_factory) -> str:
 
 @torch.no_grad()
 def reverse_kl(student, teacher, store) -> float:
-    """KL(student || teacher) of the next token after every prompt, over the whole vocabulary."""
+    """Computes KL(student || teacher) of the next token after every prompt, over the whole vocabulary."""
     terms = []
     for document in (store[index] for index in range(len(store))):
         prompt = document.input_ids[None, : int(document.positions[0])]
@@ -75,7 +75,7 @@ def test_minillm_brings_the_student_to_the_teacher_on_its_own_words(tmp_path, st
 
 @needs_trl
 def test_minillm_changes_nothing_where_the_student_is_the_teacher(tmp_path, store_path):
-    """The teacher's reward is all there is: it is 0 here, whatever the student writes."""
+    """Trains with a teacher equal to the student, where every reward is 0 whatever the student writes."""
     student, teacher = make_model(seed=1234), make_model(seed=1234)
     options = {"tokenizer": make_tokenizer(), "teacher_model": teacher, "max_steps": 2, "optim": "sgd"}
     train(store_path, student, "minillm", tmp_path, **RECIPE | options)
@@ -143,7 +143,7 @@ def test_minillm_runs_by_the_same_command(tmp_path, store_path, capsys):
         command += [f"--{name}", str(tmp_path / name)]
     for flag, name in (("--rest", "ghost"), ("--temperature", "2"), ("--kd-weight", "1")):
         assert main([*command, flag, name]) == 2
-        assert f"{flag} means nothing with --method minillm" in capsys.readouterr().err
+        assert f"{flag} has no meaning with --method minillm" in capsys.readouterr().err
     options = ["--option", "max_completion_length=4", "--option", "use_cpu=true", "--max-steps", "1"]
     assert main([*command, *options, "--batch-size", "2", "--eval-store", store_path]) == 0
     assert "eval_perplexity" in capsys.readouterr().out

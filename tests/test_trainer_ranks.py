@@ -1,4 +1,4 @@
-"""Two gloo ranks against one, and stopped runs against whole ones, for what trains beside SlimTrainer's own store."""
+"""SlimLossMixin, online teachers and patched models on two gloo ranks against one, and resumed after a stop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_two_ranks(tmp_path, make: str, options: dict) -> list[tuple[dict, list[d
 
 
 def run_script(tmp_path, source: str) -> list:
-    """What each of two ranks that run the script saves."""
+    """Runs a script on two ranks and returns what each rank saved."""
     script = tmp_path / "run.py"
     script.write_text(source)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -83,7 +83,7 @@ def assert_same_run(ranks, alone) -> None:
 
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_mixin_on_two_ranks_equals_one(tmp_path, offline):
-    """Micro-batches hold different numbers of labels on either rank, so a mean of means would differ."""
+    """Uses micro-batches with different numbers of labels on the two ranks, for which a mean of means would differ."""
     write_store(tmp_path / "rows", make_model(seed=9).eval(), make_rows())
     alone = make_mixin(tmp_path, batch_size=2, offline=offline)
     alone.train()
@@ -108,7 +108,7 @@ def test_students_of_two_ranks_write_apart_and_learn_together(tmp_path):
 
 
 def test_stopped_mixin_run_goes_on_to_the_same_weights(tmp_path):
-    """Dropout and a shuffled order: every generator's state and the place in the data have to come back."""
+    """Uses dropout and a shuffled order, so that every generator's state and the place in the data must be restored."""
 
     def make(**options):
         trainer = make_mixin(
@@ -176,7 +176,7 @@ dist.destroy_process_group()
 
 
 def test_patched_model_sharded_over_two_ranks_has_the_gradients_of_one(tmp_path):
-    """FSDP2, the head in the group of the whole model; in one of its own it is SlimTrainer's loss that works."""
+    """Shards the head in the group of the whole model, or in its own group, for which only SlimTrainer's loss works."""
     cases = ("llama", "llama-tied", "gemma2", "llama head-by-itself")
     ranks = run_script(tmp_path, SHARDED.format(tests=str(Path(__file__).parent), output=str(tmp_path), cases=cases))
     for case in cases:

@@ -13,11 +13,11 @@ from test_trainer import RECIPE
 from test_trainer_ranks import assert_same_run, make_mixin, make_slim, run_script
 
 import slimkernels as sk
-from slimkernels.models.head_loss import is_partitioned
+from slimkernels.models.sharding import is_partitioned
 from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.teachers import OnlineTeacher
 
-# accelerate shards on GPUs only. Everything but this choice is its own code: the plugin, the groups, the optimizer.
+# accelerate shards only on GPUs, so the script enables FSDP itself; plugin, groups and optimizer are accelerate's.
 FSDP = """
 import sys
 import torch
@@ -62,7 +62,7 @@ def test_fsdp2_on_two_ranks_equals_one(tmp_path):
     assert [rank["eval"] for rank in ranks] == pytest.approx([expected] * 2, rel=1e-4)
 
 
-# One engine without accelerate, whose DeepSpeed needs a GPU, for a patched model and for the loss of SlimTrainer.
+# The engine is used directly, as accelerate's DeepSpeed needs a GPU: for a patched model, and for SlimTrainer's loss.
 ZERO = """
 import os, sys
 os.environ |= {{"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}}
@@ -71,7 +71,8 @@ import torch
 sys.path.insert(0, {tests!r})
 from support.families import make_family
 from test_patch_model import make_batch
-from slimkernels.models.head_loss import is_partitioned, loss_of_batch
+from slimkernels.models.head_loss import loss_of_batch
+from slimkernels.models.sharding import is_partitioned
 import slimkernels as sk
 
 torch.set_num_threads(1)
@@ -111,7 +112,7 @@ torch.save(saved, {output!r} + "/rank" + str(rank) + ".pt")
 
 
 def test_zero3_on_two_ranks_equals_one(tmp_path):
-    """Two steps of plain gradient descent, so that weights are as wrong as gradients are."""
+    """Takes two steps of plain gradient descent, after which weights are as wrong as gradients are."""
     pytest.importorskip("deepspeed", reason="needs the package deepspeed")
     cases = [f"{family} {path}" for family in ("llama", "llama-tied") for path in ("patched", "trainer")]
     ranks = run_script(tmp_path, ZERO.format(tests=str(Path(__file__).parent), output=str(tmp_path), cases=cases))
@@ -131,7 +132,7 @@ def test_zero3_on_two_ranks_equals_one(tmp_path):
 
 
 def partition(model):
-    """What DeepSpeed ZeRO-3 makes of a model before its engine exists."""
+    """Partitions a model as DeepSpeed ZeRO-3 does before its engine exists."""
     for parameter in model.parameters():
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)

@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import slimkernels.ops  # noqa: F401 -- registers the operators
 from bench import tune
 from slimkernels.ops import _library
 from slimkernels.ops.triton import launch
-from slimkernels.ops.triton.launch import Launch
+from slimkernels.ops.triton.launch import Settings
 
 ROWS = torch.empty(4, 128256, dtype=torch.bfloat16, device="meta")
 
@@ -35,7 +36,7 @@ def shipped(monkeypatch):
 
     def ship(*entries: dict, architecture: str = "sm_90") -> None:
         monkeypatch.setattr(launch, "_table", lambda: list(entries))
-        monkeypatch.setattr(launch, "_architecture", lambda _device: architecture)
+        monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
         launch._nearest.cache_clear()
 
     yield ship
@@ -49,21 +50,21 @@ def shipped(monkeypatch):
 def test_launch_settings_come_from_the_nearest_architecture(shipped, architecture, block):
     entries = [entry(block=1), entry(architecture="sm_80", block=2), entry(architecture="gfx942", block=3)]
     shipped(*entries, architecture=architecture)
-    assert launch.launch_settings("op", ROWS).block == block
+    assert launch.settings_of("op", ROWS).block == block
 
 
 def test_launch_settings_come_from_the_nearest_size(shipped):
     shipped(entry(block=1), entry(vocab_size=131072, block=2), entry(itemsize=4, vocab_size=131072, block=3))
-    assert launch.launch_settings("op", ROWS).block == 2
-    assert launch.launch_settings("op", ROWS[:, :20000]).block == 1
-    assert launch.launch_settings("op", ROWS.float()).block == 3
+    assert launch.settings_of("op", ROWS).block == 2
+    assert launch.settings_of("op", ROWS[:, :20000]).block == 1
+    assert launch.settings_of("op", ROWS.float()).block == 3
 
 
 def test_every_kernel_has_settings_that_are_powers_of_two():
     table = json.loads(tune.TABLE.read_text())["settings"]
     operators = {name.removesuffix("_rows") for name in _library.triton_launchers}
     # The sampling ops share a kernel that reads the row first; softmax_gradient takes the settings of slim_loss.
-    assert {line["op"] for line in table} == operators - {"softmax_gradient"} | {"row_law"}
+    assert {line["op"] for line in table} == operators - {"softmax_gradient"} | {"row_softmax"}
     for line in table:
         assert set(line) - {"max_registers"} == set(entry())
         assert line["source"] in ("estimated", "measured")
@@ -72,16 +73,16 @@ def test_every_kernel_has_settings_that_are_powers_of_two():
 
 
 def test_tuning_takes_the_fastest_that_works():
-    seconds = {Launch(1, 1): 3.0, Launch(2, 1): 1.0, Launch(4, 1): 2.0}
+    seconds = {Settings(1, 1): 3.0, Settings(2, 1): 1.0, Settings(4, 1): 2.0}
 
-    def seconds_of(candidate: Launch) -> float:
-        if candidate == Launch(8, 1):
+    def seconds_of(candidate: Settings) -> float:
+        if candidate == Settings(8, 1):
             raise RuntimeError("out of resource: shared memory")
         return seconds[candidate]
 
-    assert tune.best_of([*seconds, Launch(8, 1)], seconds_of) == (Launch(2, 1), 1.0)
+    assert tune.best_of([*seconds, Settings(8, 1)], seconds_of) == (Settings(2, 1), 1.0)
     with pytest.raises(RuntimeError, match="no candidate"):
-        tune.best_of([Launch(8, 1)], seconds_of)
+        tune.best_of([Settings(8, 1)], seconds_of)
 
 
 def test_tuning_replaces_the_entry_of_its_case_alone(tmp_path):

@@ -1,1 +1,1 @@
-"""How the ops are timed: cases, peers, clocks, and the processes that run them."""
+"""Times the ops: the cases, their peers, the clocks, and the processes that run them."""

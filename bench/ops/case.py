@@ -1,4 +1,4 @@
-"""The form of a case: what is timed, what it cannot avoid, and how its results are judged."""
+"""Defines a benchmark case: what is timed, its lower bounds, and the check of its results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OURS = "slimkernels"
 
 @dataclasses.dataclass
 class Work:
-    """A case's tensors.
+    """The tensors of a case, bound in the functions that are timed.
 
     Attributes:
-        providers: Does the whole job once; ours first, then ``Case.peers``.
-        check: Raises AssertionError when a provider's result, just returned, is wrong.
-        leaves: What gets a gradient, with the gradient of the last provider that ran.
+        providers: Functions that do the whole job once, by name; ours first, then ``Case.peers``.
+        check: Function that raises AssertionError if the result that a provider just returned is wrong.
+        leaves: Tensors that get a gradient; they hold that of the last provider that ran.
     """
 
     providers: dict[str, Callable[[], Any]]
@@ -34,14 +34,18 @@ class Case:
     """One op on one shape; nothing is allocated before ``build``.
 
     Attributes:
-        sizes: The letters of the shape, in order: N rows, D hidden, V vocabulary, K kept.
-        peers: The other providers; ratios are taken to the first.
-        floor_bytes: Every input read once and every output written once.
-        floor_flops: The multiply-adds of the matrix products, twice.
-        sweep: The letter that varies, where the case is a point of a growth curve.
-        rate_bytes: The bytes of results per call, where the figure is a rate and not a time.
-        optional_peers: The peers from other packages, which are left out where they fail.
-        quick: Whether it belongs to the short selection: the smallest shape of every op without a matrix product.
+        op: Name of the op.
+        mode: Part of the op that is timed, such as "fwd" or "fwd+bwd".
+        dtype: Dtype of the logits or of the head.
+        sizes: Sizes by letter, in order: N rows, D hidden, V vocabulary, K kept.
+        floor_bytes: Bytes that must move: every input read once and every output written once.
+        build: Function that allocates the tensors.
+        peers: Names of the other providers; the reported ratio is to the first.
+        floor_flops: Twice the number of multiply-adds of the matrix products.
+        sweep: Letter that varies if the case is a point of a growth curve.
+        rate_bytes: Bytes of results per call if the figure is a rate; 0 if it is a time.
+        quick: Whether the case belongs to the short selection: the smallest shape of every op without a matrix product.
+        optional_peers: Peers from other packages, which are skipped if they fail.
     """
 
     op: str
@@ -59,24 +63,24 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """256x32000 K=1600."""
+        """The sizes in short form, such as 256x32000 K=1600."""
         dense = "x".join(str(size) for letter, size in self.sizes.items() if letter != "K")
         return dense + (f" K={self.sizes['K']}" if "K" in self.sizes else "")
 
     @property
     def dtype_name(self) -> str:
-        """bfloat16."""
+        """The dtype without its module, such as bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def name(self) -> str:
-        """One word that names the case, for selecting it."""
+        """A unique name without spaces, by which ``--only`` selects the case."""
         parts = [self.op.replace(" ", "_"), self.shape.replace(" ", "_"), self.dtype_name]
         return "-".join([*parts, f"sweep{self.sweep}"] if self.sweep else parts)
 
     @property
     def has_memory(self) -> bool:
-        """Whether its peak memory says something: not for another point of a curve, not for a call of microseconds."""
+        """Whether peak memory is measured: not for points of a growth curve, nor for calls of microseconds."""
         return self.sweep is None and not self.rate_bytes
 
     @property
@@ -86,30 +90,30 @@ class Case:
 
     @property
     def metric(self) -> str:
-        """What its figures are."""
+        """The kind of the figures: "throughput" or "time"."""
         return "throughput" if self.rate_bytes else "time"
 
     @property
     def unit(self) -> str:
-        """The unit of its figures."""
+        """The unit of the figures."""
         return "GB/s" if self.rate_bytes else "ms"
 
     def figure(self, seconds: float) -> float:
-        """A call's duration in ``unit``."""
+        """Converts the duration of a call to ``unit``."""
         return self.rate_bytes / seconds / 1e9 if self.rate_bytes else 1e3 * seconds
 
     def gated_work(self, ours_only: bool = False) -> Work:
-        """The tensors, after every provider ran once and gave the right result; optional peers that did not are out.
+        """Builds the tensors, runs every provider once and checks its result; optional peers that fail are dropped.
 
         Args:
-            ours_only: Leaves the peers out.
+            ours_only: Whether to skip the peers.
 
         Raises:
-            AssertionError: A provider gave a wrong one.
+            AssertionError: A provider gave a wrong result.
         """
         work = self.build()
         if tuple(work.providers) != (OURS, *self.peers):
-            raise ValueError(f"{self.name} declares {self.peers} beside {OURS}, but builds {tuple(work.providers)}")
+            raise ValueError(f"{self.name} declares {OURS} and {self.peers}, but builds {tuple(work.providers)}")
         if ours_only:
             work.providers = {OURS: work.providers[OURS]}
         for provider, run in list(work.providers.items()):
@@ -118,7 +122,7 @@ class Case:
             except Exception as error:
                 if provider in self.optional_peers:
                     del work.providers[provider]
-                    print(f"{self.name}: {provider} is left out, {error}", file=sys.stderr, flush=True)
+                    print(f"{self.name}: {provider} is skipped, {error}", file=sys.stderr, flush=True)
                 elif isinstance(error, AssertionError):
                     raise AssertionError(f"{provider}: {error}") from None
                 else:
@@ -127,44 +131,44 @@ class Case:
 
 
 def random_rows(num_rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal rows with the spread of a language model's logits."""
+    """Draws normal rows with about the spread of a language model's logits."""
     return (3 * torch.randn(num_rows, width, generator=generator(seed))).to(dtype)
 
 
 def random_target(num_rows: int, vocab_size: int) -> Tensor:
-    """Labels (N,)."""
+    """Draws labels (N,)."""
     return torch.randint(vocab_size, (num_rows,), generator=generator(1))
 
 
 def generator(seed: int) -> torch.Generator:
-    """Of the default device."""
+    """Returns a seeded generator on the default device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def exact_dtype() -> torch.dtype:
-    """What gradients are judged by: float64, but for a GPU's large cases, which would not fit."""
+    """Returns the dtype of exact gradients: float64, or float32 on a GPU, where float64 would not fit into memory."""
     return torch.float64 if torch.get_default_device().type == "cpu" else torch.float32
 
 
 def five_per_cent(vocab_size: int) -> int:
-    """The K that SLIM keeps."""
+    """Returns K = 5 % of the vocabulary, as SLIM keeps."""
     return math.ceil(vocab_size / 20)
 
 
 def require(right: bool, what: str) -> None:
-    """Raises unless ``right``."""
+    """Raises AssertionError unless ``right``."""
     if not right:
         raise AssertionError(f"wrong result: {what}")
 
 
 def require_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Raises unless the largest error is below ``tolerance`` times the largest expected value."""
+    """Raises AssertionError unless the largest error is below ``tolerance`` times the largest expected value."""
     error = (actual.to(expected.dtype) - expected).abs().max() / expected.abs().max()
     require(bool(error < tolerance), f"{what} with relative error {error:.2e}, not below {tolerance:.0e}")
 
 
 def training_step(leaves: tuple[Tensor, ...], loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Forward and backward; the gradients are left in the leaves, as an optimiser finds them."""
+    """Returns a function that runs forward and backward and leaves the gradients in the leaves."""
 
     def step() -> Tensor:
         for leaf in leaves:
@@ -179,7 +183,7 @@ def training_step(leaves: tuple[Tensor, ...], loss: Callable[[], Tensor]) -> Cal
 def gradient_check(
     leaves: tuple[Tensor, ...], exact: Callable[[tuple[Tensor, ...]], Tensor], dtype: torch.dtype, tolerance: float
 ) -> Callable[[str, Tensor], None]:
-    """Judges a training step by the loss and the gradients of ``exact``, computed in ``dtype``."""
+    """Returns a check of a training step's loss and gradients against those of ``exact``, computed in ``dtype``."""
     copies = tuple(leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
     expected = training_step(copies, lambda: exact(copies))()
     gradients = [copy.grad for copy in copies]

@@ -1,4 +1,4 @@
-"""What is timed: every op beside its peers, and the points of the growth curves."""
+"""Lists the cases timed on a CPU: every op and its peers, and the points of the growth curves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from bench.ops.linear_cases import linear_cases
 from slimkernels import reference, reference_sampling
 from slimkernels.store import codec
 
-# Relative to the largest; half of the bits of a half-precision gradient are rounded away.
+# Error of a gradient relative to its largest entry; half-precision gradients are rounded.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 HAS_SAMPLING = hasattr(sk, "sample_logits")
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 def all_cases(shrink: int = 1) -> list[Case]:
-    """Every case, the long ones last; ``shrink`` divides N, D and V, for tests."""
+    """Returns every case, slow ones last; tests use ``shrink``, which divides N, D and V."""
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     rows, vocab = 256 // shrink, 32000 // shrink
     kept = five_per_cent(vocab)
@@ -57,7 +57,7 @@ def all_cases(shrink: int = 1) -> list[Case]:
 
 
 def sweep_cases(case: Callable[..., Case], num_rows: int, vocab_size: int, top_k: int) -> list[Case]:
-    """Three points each in N, V and K, the other two in the middle."""
+    """Returns three points each along N, V and K, with the other two sizes fixed at the middle."""
     middle = {"N": num_rows, "V": vocab_size, "K": top_k}
     points = []
     for letter, size in middle.items():
@@ -68,7 +68,7 @@ def sweep_cases(case: Callable[..., Case], num_rows: int, vocab_size: int, top_k
 
 
 def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
-    """Top-k of whole rows; the peers leave the log-sum-exp out."""
+    """Returns a case of top-k of whole rows; the peers do not compute the log-sum-exp."""
     other = ("torch.topk", "torch.topk sorted")
     if dtype == torch.float32 and torch.get_default_device().type == "cpu":  # numpy has no bfloat16
         other += ("numpy.argpartition",)
@@ -91,8 +91,8 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
 
         def check(provider: str, result) -> None:
             if provider == OURS:
-                require(torch.equal(result.ids, expected.ids), "other ids than the reference")
-                require(torch.equal(result.logits, logits.gather(-1, result.ids.long())), "logits of other ids")
+                require(torch.equal(result.ids, expected.ids), "ids differ from the reference")
+                require(torch.equal(result.logits, logits.gather(-1, result.ids.long())), "logits of the wrong ids")
                 require_close(result.lse, expected.lse, 1e-6, "lse")
                 return
             ids = torch.from_numpy(result) if provider == "numpy.argpartition" else result
@@ -116,7 +116,7 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
 
 
 def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
-    """The default loss on student logits and a captured teacher."""
+    """Returns a case of the default loss on student logits and a captured teacher."""
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size)
@@ -151,7 +151,7 @@ def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=Fals
 
 
 def topk_slim_loss_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> Case:
-    """From whole rows of both models to the gradient: what a step without a store costs."""
+    """Returns a case from whole rows of both models to the gradient: the cost of a step without a store."""
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size)
@@ -182,7 +182,7 @@ def topk_slim_loss_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> C
         mode="fwd+bwd",
         dtype=dtype,
         sizes={"N": num_rows, "V": vocab_size, "K": top_k},
-        # The kept logits pass from one op to the other; a fused op would never write them.
+        # The kept logits between the two ops do not count, because a fused op would never write them.
         floor_bytes=3 * num_rows * vocab_size * dtype.itemsize,
         build=build,
         peers=("torch eager", "torch.compile"),
@@ -191,7 +191,7 @@ def topk_slim_loss_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> C
 
 
 def cross_entropy_case(num_rows, vocab_size, dtype) -> Case:
-    """The loss without a teacher."""
+    """Returns a case of the loss without a teacher."""
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size)
@@ -225,7 +225,7 @@ def cross_entropy_case(num_rows, vocab_size, dtype) -> Case:
 
 
 def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
-    """One token per row at a temperature, after top-k and top-p."""
+    """Returns a case of one token per row, drawn at a temperature after top-k and top-p."""
     fused = cuda_peers.samplers()
 
     def build() -> Work:
@@ -244,9 +244,9 @@ def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) 
             kept = logits.gather(-1, token[:, None])[:, 0] >= least
             require(bool(kept.all()), "a token outside the top-k")
             if provider == OURS:
-                # Float32 noise may turn a tie within its rounding around.
+                # Tokens may differ where two perturbed scores tie within float32 rounding.
                 same = (token == expected).double().mean().item()
-                require(same >= 0.99, f"{same:.1%} of the reference's tokens")
+                require(same >= 0.99, f"only {same:.1%} of the tokens agree with the reference")
 
         return Work(providers, check)
 
@@ -265,8 +265,8 @@ def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) 
 
 
 def store_case(vocab_size, top_k) -> Case:
-    """One row of a store back to ids and logits, its checksum included."""
-    # Half a bit over the entropy of the ids, a byte per logit, and the row's scalars.
+    """Returns a case of decoding one row of a store to ids and logits, with its checksum verified."""
+    # The words of the ids, a byte per logit, then affine, lse, target_logit and checksum.
     encoded_bytes = 4 * codec.row_words(vocab_size, top_k) + top_k + 8 + 4 + 4 + 8
     pair_bytes = 8 * top_k
 
@@ -300,7 +300,7 @@ def store_case(vocab_size, top_k) -> Case:
 
         def check(_provider: str, result) -> None:
             ids, logits = (torch.from_numpy(array) for array in result)
-            require(torch.equal(ids, sparse.ids), "other ids than were stored")
+            require(torch.equal(ids, sparse.ids), "ids differ from those stored")
             require(bool(((logits - sparse.logits).abs() <= 0.51 * step).all()), "logits off by more than half a step")
 
         return Work({OURS: decode}, check)

@@ -1,4 +1,4 @@
-"""How a device is timed, what it reaches, and how much of its memory a call takes."""
+"""Measures a device: times, memory of a call, copy bandwidth and matrix-product rate."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from pathlib import Path
 
 import torch
 
-# Long enough that reading a CPU's clock costs nothing; shorter calls are repeated within a round.
+# Long enough to make the cost of reading a CPU's clock negligible; shorter calls are repeated within a round.
 SHORTEST_ROUND_SECONDS = 2e-3
-# More than any GPU's second-level cache.
+# Larger than the second-level cache of any GPU.
 _FLUSH_BYTES = 2**28
 
 
 class CpuClock:
-    """Wall time of calls in a row, and resident memory."""
+    """A clock of a CPU: wall time of consecutive calls, and resident memory."""
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
-        """Per call."""
+        """Returns the mean time of ``calls`` calls."""
         start = time.perf_counter()
         for _ in range(calls):
             run()
         return (time.perf_counter() - start) / calls
 
     def calls_per_round(self, seconds: float) -> int:
-        """How many calls a round takes together."""
+        """Returns the number of calls that are timed together, given the time of one."""
         return max(1, round(SHORTEST_ROUND_SECONDS / seconds))
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
-        """The most memory that a call takes over what there was before it."""
+        """Returns the peak memory of a call, minus the memory in use before it."""
         gc.collect()
         _return_free_pages()
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -42,13 +42,16 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between events of the current stream, each call on a cold second-level cache; the allocator's memory."""
+    """A clock of a GPU: time between events of the current stream, and memory of torch's allocator.
+
+    Every call starts with a cold second-level cache.
+    """
 
     def __init__(self) -> None:
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
-        """Per call."""
+        """Returns the mean time of ``calls`` calls."""
         total = 0.0
         for _ in range(calls):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -61,11 +64,11 @@ class CudaClock:
         return total / calls
 
     def calls_per_round(self, _seconds: float) -> int:
-        """One, because every call finds a flushed cache."""
+        """Returns 1, because the cache is flushed before every call."""
         return 1
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
-        """The most memory that a call takes over what there was before it."""
+        """Returns the peak memory of a call, minus the memory in use before it."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -76,12 +79,12 @@ class CudaClock:
 
 
 def clock() -> CpuClock | CudaClock:
-    """That of torch's default device."""
+    """Returns a clock of torch's default device."""
     return CudaClock() if torch.get_default_device().type == "cuda" else CpuClock()
 
 
 def copy_bytes_per_second() -> float:
-    """What the device copies between tensors far larger than any cache, reads and writes counted."""
+    """Returns the copy bandwidth between tensors far larger than any cache; reads and writes both count."""
     source = torch.ones(2**25 if torch.get_default_device().type == "cpu" else 2**28)
     target = torch.empty_like(source)
     timer = clock()
@@ -89,7 +92,7 @@ def copy_bytes_per_second() -> float:
 
 
 def matmul_flops_per_second(dtype: torch.dtype) -> float:
-    """What the device reaches in the product that an lm_head takes: (N, D) by (V, D) transposed."""
+    """Returns the rate of a matrix product like that of an lm_head: (N, D) times (V, D) transposed."""
     rows, depth, columns = (1024, 2048, 4096) if torch.get_default_device().type == "cpu" else (4096, 4096, 16384)
     left, right = torch.randn(rows, depth).to(dtype), torch.randn(columns, depth).to(dtype)
     timer = clock()
@@ -102,7 +105,7 @@ def _status_bytes(field: str) -> int:
 
 
 def _return_free_pages() -> None:
-    """Pages that an earlier call left in the allocator would be used again without showing."""
+    """Returns free pages to the system, because reusing them would not show in the peak of the next call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

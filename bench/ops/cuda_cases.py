@@ -1,4 +1,4 @@
-"""What is timed on a GPU: the ops at the shapes of one training step, in bfloat16."""
+"""Lists the cases timed on a GPU: the ops at the shapes of one training step, in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.ops.linear_cases import linear_cross_entropy_case, linear_slim_loss_c
 
 
 def cuda_cases(shrink: int = 1) -> list[Case]:
-    """Every case, the long ones last; ``shrink`` divides N, D and V, for tests."""
+    """Returns every case, slow ones last; tests use ``shrink``, which divides N, D and V."""
     dtype = torch.bfloat16
     rows, vocab = 4096 // shrink, 128256 // shrink
     kept = five_per_cent(vocab)

@@ -1,4 +1,4 @@
-"""The peers that exist on CUDA only, where they are installed; none has to be."""
+"""Finds the peers that exist on CUDA only; each is optional and used if it is installed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import slimkernels  # noqa: F401 -- loads the CUDA C++ operators, where they are built
+import slimkernels.ops  # noqa: F401 -- loads the CUDA C++ operators if they are built
 
 
 def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Cross entropy of ``hidden @ weight.T``: functions of (hidden, weight, target), by name."""
+    """Returns the functions (hidden, weight, target) -> cross entropy of ``hidden @ weight.T``, by name."""
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     if (liger := _installed("liger_kernel.transformers")) is not None:
         liger_loss = liger.LigerFusedLinearCrossEntropyLoss()
@@ -25,7 +25,7 @@ def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Ten
 
 
 def topks() -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Unsorted top-k, and this package's other kernel: functions of (logits, top_k) to ids, by name."""
+    """Returns the functions (logits, top_k) -> unsorted ids, by name; one is this package's CUDA C++ kernel."""
     found: dict[str, Callable[[Tensor, int], Tensor]] = {}
     flashinfer = _installed("flashinfer")
     if flashinfer is not None and hasattr(flashinfer, "top_k"):
@@ -36,7 +36,7 @@ def topks() -> dict[str, Callable[[Tensor, int], Tensor]]:
 
 
 def _topk_logits_rows_cuda(logits: Tensor, top_k: int) -> Tensor:
-    """With the log-sum-exp, as ours."""
+    """Runs the CUDA C++ kernel, which computes the log-sum-exp too, and returns the ids."""
     values = logits.new_empty(len(logits), top_k)
     ids = torch.empty_like(values, dtype=torch.int32)
     lse = logits.new_empty(len(logits), 1, dtype=torch.float32)
@@ -45,7 +45,7 @@ def _topk_logits_rows_cuda(logits: Tensor, top_k: int) -> Tensor:
 
 
 def samplers() -> dict[str, Callable[[Tensor, float, int, float], Tensor]]:
-    """Top-k and top-p sampling: functions of (logits, temperature, top_k, top_p) to tokens, by name."""
+    """Returns the functions (logits, temperature, top_k, top_p) -> sampled tokens, by name."""
     flashinfer = _installed("flashinfer.sampling")
     if flashinfer is None:
         return {}
@@ -57,7 +57,7 @@ def samplers() -> dict[str, Callable[[Tensor, float, int, float], Tensor]]:
 
 
 def _installed(module: str):
-    """The module, or None: on a CPU, and where it is not installed or does not load."""
+    """Returns the module, or None if the default device is a CPU or the module is missing or does not load."""
     if torch.get_default_device().type != "cuda":
         return None
     try:

@@ -1,4 +1,4 @@
-"""The cases that start from hidden states: their time is three matrix products, or one."""
+"""Lists the cases that start from hidden states, most of whose time goes into one or three matrix products."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from bench.ops.case import (
 )
 from slimkernels import reference
 
-# Of the largest gradient. The peers round whole logits to half precision before the softmax.
+# Error of a gradient relative to its largest entry. The peers round all logits to half precision before the softmax.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 CHUNKED, TUNED = "F.linear_cross_entropy chunked", "F.linear_cross_entropy tuned"
 
 
 def linear_cases(shrink: int = 1) -> list[Case]:
-    """Every case with an lm_head; ``shrink`` divides N, D and V, for tests."""
+    """Returns every case with an lm_head; tests use ``shrink``, which divides N, D and V."""
     float32, bfloat16 = torch.float32, torch.bfloat16
     narrow = (1024 // shrink, 2048 // shrink, 32000 // shrink)
     wide = (512 // shrink, 2048 // shrink, 128256 // shrink)
@@ -36,7 +36,7 @@ def linear_cases(shrink: int = 1) -> list[Case]:
         linear_topk_case(*narrow, bfloat16),
         linear_slim_loss_case(*narrow, float32, compiled=True),
         linear_slim_loss_case(*narrow, bfloat16, compiled=True, fused=(TUNED, CHUNKED)),
-        # A call of torch's own chunks takes most of a minute here, so that only the tuned ones take part.
+        # With its own chunking, a call of torch takes most of a minute here, so only the tuned peer takes part.
         linear_slim_loss_case(*wide, bfloat16, fused=(TUNED,)),
         linear_cross_entropy_case(*wide, bfloat16),
     ]
@@ -49,7 +49,7 @@ def _head(num_rows, hidden_size, vocab_size, dtype) -> tuple[torch.Tensor, torch
 
 
 def linear_topk_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
-    """The teacher's side: top-k of an lm_head's output."""
+    """Returns a case of the teacher's side: top-k of an lm_head's output."""
     top_k = five_per_cent(vocab_size)
 
     def build() -> Work:
@@ -60,10 +60,10 @@ def linear_topk_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
         def check(provider: str, result) -> None:
             ids = result.ids.long() if provider == OURS else result.indices
             values = logits.gather(-1, ids)
-            # Logits rounded to half precision before or after the selection, so ids near the threshold may differ.
+            # Logits are rounded to half precision before or after the selection, so ids near the threshold may differ.
             slack = 2e-2 * least.abs().max()
             require(bool((values > least - slack).all()), "an id far below the k-th largest")
-            require(bool((ids.sort(-1).values.diff() > 0).all()), "an id twice")
+            require(bool((ids.sort(-1).values.diff() > 0).all()), "a duplicated id")
             if provider == OURS:
                 require_close(result.lse[:, 0], lse, 5e-3, "lse")  # half a unit in the last place of bfloat16
                 require_close(result.logits, values, 1e-2, "kept logits")
@@ -87,7 +87,16 @@ def linear_topk_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
 
 
 def linear_slim_loss_case(num_rows, hidden_size, vocab_size, dtype, *, compiled=False, fused=()) -> Case:
-    """The default loss of an lm_head's output; ``fused`` are torch's own ops, which compute cross entropy alone."""
+    """Returns a case of the default loss of an lm_head's output.
+
+    Args:
+        num_rows: N.
+        hidden_size: D.
+        vocab_size: V.
+        dtype: Dtype of hidden states and weight.
+        compiled: Whether torch.compile is a peer.
+        fused: Names of torch's fused ops that are peers, which compute the cross entropy only.
+    """
     top_k = five_per_cent(vocab_size)
     fused = fused if peers.HAS_LINEAR_CROSS_ENTROPY else ()
 
@@ -137,7 +146,7 @@ def linear_slim_loss_case(num_rows, hidden_size, vocab_size, dtype, *, compiled=
 
 
 def linear_cross_entropy_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
-    """The loss of an lm_head's output without a teacher."""
+    """Returns a case of the loss of an lm_head's output without a teacher."""
     fused = (TUNED,) if peers.HAS_LINEAR_CROSS_ENTROPY else ()
     on_cuda = cuda_peers.linear_cross_entropies()
 
@@ -180,7 +189,7 @@ def linear_cross_entropy_case(num_rows, hidden_size, vocab_size, dtype) -> Case:
 
 
 def _head_bytes(num_rows, hidden_size, vocab_size, dtype) -> int:
-    """Hidden states and weight read once, their gradients written once."""
+    """Returns the bytes of reading hidden states and weight once and writing their gradients once."""
     return 2 * (num_rows + vocab_size) * hidden_size * dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""Times and peak memory of a case's providers, in this process."""
+"""Measures times and peak memory of a case's providers in this process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from bench.ops.clock import clock
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th, each a value that was measured."""
+    """Returns the 20th, 50th and 80th percentile without interpolation, so that each is a measured value."""
     ordered = sorted(values)
     return {f"p{p}": ordered[round(p / 100 * (len(ordered) - 1))] for p in (20, 50, 80)}
 
 
 def rounds_for(seconds: float, rounds: int, compared: bool) -> int:
-    """Fewer rounds for what takes long; ``compared`` is true of ours and of the peer that ratios are taken to."""
+    """Returns the number of rounds of a provider, smaller if a call is slow.
+
+    Args:
+        seconds: Time of one call.
+        rounds: Number of rounds of a fast provider.
+        compared: Whether the provider takes part in the reported ratio: ours or the first peer.
+    """
     if seconds <= 1:
         return rounds
     if seconds <= 3:
@@ -24,7 +30,10 @@ def rounds_for(seconds: float, rounds: int, compared: bool) -> int:
 
 
 def time_providers(case: Case, work: Work, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of every provider; they take turns, so that a change in the machine meets them all."""
+    """Returns the seconds per call of every provider, one value per round.
+
+    Providers take turns within a round, so a change in the machine affects all of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in work.providers}
     planned, calls = {}, {}
     timer = clock()
@@ -34,17 +43,18 @@ def time_providers(case: Case, work: Work, rounds: int) -> dict[str, list[float]
         calls[name] = timer.calls_per_round(seconds)
     for turn in range(rounds):
         for name, run in work.providers.items():
-            # Spread over the run, not all at its beginning.
+            # A provider with fewer rounds takes them spread over the whole run.
             if (turn + 1) * planned[name] // rounds > turn * planned[name] // rounds:
                 times[name].append(timer.seconds(run, calls[name]))
     return times
 
 
 def peak_extra_bytes(work: Work, run: Callable[[], object]) -> int:
-    """The most memory besides the inputs and the gradients that any implementation must return.
+    """Returns the peak memory of a call in bytes, without the inputs and the gradients that it must return.
 
-    A gradient that does not exist yet at the peak would hide as much of it. So the peak is taken twice, with every
-    gradient and with the first alone (the others' inputs frozen), each less the gradients made, and the larger counts.
+    Subtracting a gradient that does not exist yet at the peak would hide that much memory. So the peak is taken twice,
+    with all gradients and with the first one alone (the other leaves frozen). From each peak the gradients made are
+    subtracted, and the larger difference counts.
     """
     peaks = []
     for frozen in ((), work.leaves[1:])[: 1 + (len(work.leaves) > 1)]:

@@ -1,4 +1,4 @@
-"""What one would use without this package, written the way one writes it in torch."""
+"""Implements the ops as one would write them in torch without this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HAS_LINEAR_CROSS_ENTROPY = hasattr(F, "linear_cross_entropy")
 
 
 def slim_loss(logits: Tensor, target: Tensor, teacher: sk.SparseLogits) -> Tensor:
-    """The default ``slim_loss``."""
+    """Computes the default ``slim_loss``."""
     return _slim_loss(logits, target, teacher.ids.long(), teacher.logits, teacher.lse[:, 0], teacher.target_logit)
 
 
@@ -32,7 +32,7 @@ def _slim_loss(
 
 
 def topk_slim_loss(logits: Tensor, target: Tensor, teacher_logits: Tensor, top_k: int) -> Tensor:
-    """The default ``slim_loss`` on the ``top_k`` largest of whole rows of teacher logits."""
+    """Computes the default ``slim_loss``, keeping the ``top_k`` largest of full rows of teacher logits."""
     kept, ids = teacher_logits.topk(top_k, -1, sorted=False)
     lse = torch.logsumexp(teacher_logits.float(), -1)
     target_logit = teacher_logits.gather(-1, target[:, None])[:, 0].float()
@@ -40,25 +40,25 @@ def topk_slim_loss(logits: Tensor, target: Tensor, teacher_logits: Tensor, top_k
 
 
 def linear_slim_loss(hidden: Tensor, weight: Tensor, target: Tensor, teacher: sk.SparseLogits) -> Tensor:
-    """The default ``linear_slim_loss``, with the full logits."""
+    """Computes the default ``linear_slim_loss``, with the full logits in memory."""
     return slim_loss(hidden @ weight.T, target, teacher)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy of an lm_head's output, in float32 as training loops have it."""
+    """Computes the cross entropy of an lm_head's output, in float32 as training loops do."""
     return F.cross_entropy((hidden @ weight.T).float(), target)
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The fused op of torch as its own heuristic chunks it, never holding the full logits."""
+    """Computes the cross entropy with torch's fused op and its own chunking, never holding the full logits."""
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def tuned_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The fused op of torch with the fastest options found by hand that still save memory.
+    """Computes the cross entropy with torch's fused op and the fastest options found by hand that still save memory.
 
-    On two Zen 5 cores with 1024x2048x32000 bfloat16, half of the rows per chunk take 0.61 s and a quarter 0.74 s, where
-    the heuristic takes 6.7 s; with 512x2048x128256 1.4 s and 3.1 s, where the heuristic takes 38 s.
+    On two Zen 5 cores with 1024x2048x32000 bfloat16, chunks of half the rows take 0.61 s, chunks of a quarter 0.74 s
+    and torch's own chunking 6.7 s; with 512x2048x128256 these are 1.4 s, 3.1 s and 38 s.
     """
     options = torch.nn.LinearCrossEntropyOptions(
         batch_chunk_size=-(-len(hidden) // 2), chunking_method=None, acc_policy="accurate"
@@ -67,12 +67,12 @@ def tuned_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tenso
 
 
 def compiled(function: Callable) -> Callable:
-    """The function under ``torch.compile``, with what earlier cases compiled forgotten."""
+    """Returns the function under ``torch.compile``, after discarding what earlier cases compiled."""
     torch.compiler.reset()
     inner = torch.compile(function, fullgraph=True, dynamic=False)
 
     def call(*args):
-        with warnings.catch_warnings():  # the compiler's own deprecations are not this suite's business
+        with warnings.catch_warnings():  # torch's compiler uses deprecated functions of torch
             warnings.simplefilter("ignore")
             return inner(*args)
 
@@ -80,7 +80,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def warpers_sample(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Callable[[], Tensor]:
-    """One step of transformers' sampling loop: (N,) tokens."""
+    """Returns a function that does one step of transformers' sampling loop and returns (N,) tokens."""
     from transformers.generation.logits_process import (
         TemperatureLogitsWarper,
         TopKLogitsWarper,

@@ -1,13 +1,12 @@
-"""One process of the runner: one thread count, and either times or peak memory.
+"""Measures times or peak memory with one thread count, in a process that ``bench.run`` starts.
 
-A thread count needs its own process because compiled peers bake it in; times and memory because they need different
-allocators. ``bench.run`` starts it.
+Every thread count needs its own process because compiled peers have it baked in. Times and memory need different
+processes because they need different allocator settings.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--ours", action="store_true", help="leave the peers out")
+    parser.add_argument("--ours", action="store_true", help="skip the peers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
@@ -50,12 +49,12 @@ def main() -> None:
             print(f"{case.name}: not timed, {error}", file=sys.stderr, flush=True)
             continue
         figures = times(case, work, args.rounds) if args.metric == "time" else peaks(work)
-        append(args.out, [row_of(case, provider, where, fields) for provider, fields in figures.items()])
+        records.append(args.out, [row_of(case, provider, where, fields) for provider, fields in figures.items()])
         print(summary(case, figures), flush=True)
 
 
 def selected(cases: list[Case], only: str, quick: bool, metric: str, threads: int) -> list[Case]:
-    """The cases asked for, of those that the metric and the thread count mean something to."""
+    """Returns the requested cases, without those for which the metric or the thread count is meaningless."""
     return [
         case
         for case in cases
@@ -67,15 +66,15 @@ def selected(cases: list[Case], only: str, quick: bool, metric: str, threads: in
 
 
 def pending(cases: list[Case], rows: list[dict], where: dict, metric: str) -> list[Case]:
-    """The cases without figures from this commit, machine and thread count."""
+    """Returns the cases without figures from this commit, machine and thread count."""
     metrics = ("time", "throughput") if metric == "time" else (records.MEMORY,)
     done = records.measured(rows, where, metrics)
     return [case for case in cases if records.case_of(row_of(case, OURS, {}, {})) not in done]
 
 
 def times(case: Case, work: Work, rounds: int) -> dict[str, dict]:
-    """The fields of every provider's row."""
-    # Measured beside every case: on a shared host they may change twofold within minutes.
+    """Times every provider and returns the fields of its row."""
+    # Measured anew for every case, because on a shared host they may change twofold within minutes.
     bandwidth = copy_bytes_per_second()
     flop_rate = matmul_flops_per_second(case.dtype) if case.floor_flops else None
     floor_seconds = max(case.floor_bytes / bandwidth, case.floor_flops / flop_rate if flop_rate else 0)
@@ -95,7 +94,7 @@ def times(case: Case, work: Work, rounds: int) -> dict[str, dict]:
 
 
 def peaks(work: Work) -> dict[str, dict]:
-    """The fields of every provider's row."""
+    """Measures the peak memory of every provider and returns the fields of its row."""
     return {
         provider: {"metric": records.MEMORY, "unit": "bytes", "p50": peak_extra_bytes(work, run)}
         for provider, run in work.providers.items()
@@ -103,7 +102,7 @@ def peaks(work: Work) -> dict[str, dict]:
 
 
 def row_of(case: Case, provider: str, where: dict, fields: dict) -> dict:
-    """A line of the results file."""
+    """Returns a row of the results file."""
     return {
         "op": case.op,
         "provider": provider,
@@ -118,15 +117,8 @@ def row_of(case: Case, provider: str, where: dict, fields: dict) -> dict:
     }
 
 
-def append(path: Path, rows: list[dict]) -> None:
-    """Writes a case's rows at once, so that an interrupted run leaves whole cases."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        out.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def summary(case: Case, figures: dict[str, dict]) -> str:
-    """One line for who watches."""
+    """Returns a line about a case's figures for the console."""
     ours = figures[OURS]
     if ours["unit"] == "bytes":
         return f"{case.name}: " + ", ".join(f"{name} {row['p50'] / 2**20:.0f} MiB" for name, row in figures.items())

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from bench import records
-from slimkernels.models.head_loss import HeadInput
+from slimkernels.models.hidden_states import HeadInput
 from slimkernels.store import Store, StoreDataset
 from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
 

@@ -30,7 +30,8 @@ struct Choice {
   std::string error;
 };
 
-// __builtin_cpu_supports asks cpuid and xgetbv: an ISA whose registers the system does not save is not reported.
+// __builtin_cpu_supports checks cpuid and xgetbv, so an ISA whose registers the operating system does not save is not
+// reported.
 Choice choose() {
   Choice choice;
   const KernelTable* candidates[4];

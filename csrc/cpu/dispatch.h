@@ -22,20 +22,20 @@ constexpr int64_t kFaults = 4;
 // The statistics of a row of slim_loss, named in SlimLossArgs.
 constexpr int kStats = 7;
 
-// Arrays marked "acc" hold float32, or float64 when `dtype` is kFloat64.
+// Arrays marked "acc" hold float32, or float64 if `dtype` is kFloat64.
 struct TopkLogitsArgs {
   const void* logits;  // (N, V) of dtype, rows `row_stride` elements apart
   int64_t row_stride;
   int dtype;
   int64_t vocab_size;
   int64_t top_k;
-  const int64_t* target;  // (N,) or null; negative: no label
+  const int64_t* target;  // (N,) or null; a negative entry means no label
   const double* temperatures;
   int64_t num_temperatures;
   int32_t* ids;        // (N, K)
   void* values;        // (N, K) of dtype
   void* lse;           // (N, M) acc
-  void* target_logit;  // (N,) acc, written when target is not null
+  void* target_logit;  // (N,) acc, written if target is not null
 };
 
 struct SparseSoftmaxArgs {
@@ -102,10 +102,10 @@ struct SoftmaxGradientArgs {
   double logit_scale;
 };
 
-// Calls task(context, i) for i in [0, tasks), on several threads.
+// Calls task(context, i) for every i in [0, tasks) on several threads.
 typedef void (*RunTasks)(int64_t tasks, void* context, void (*task)(void* context, int64_t i));
 
-// An option with one value for all rows (step 0) or one value a row (step 1).
+// An option with one value for all rows (step 0) or one value per row (step 1).
 struct RowInts {
   const int64_t* values;
   int64_t step;
@@ -142,13 +142,13 @@ struct SampleTargetsArgs {
   RowInts seed;
   RowInts position;
   double temperature;
-  const int64_t* target;  // (N,) or null; negative: no label
+  const int64_t* target;  // (N,) or null; a negative entry means no label
   int32_t* ids;           // (N, min(rounds, V))
   void* log_shares;       // (N, min(rounds, V)) acc
-  void* target_logit;     // (N,) acc, written when target is not null
+  void* target_logit;     // (N,) acc, written if target is not null
 };
 
-// Every kernel works on rows [begin, end) and is called from several threads at once.
+// The kernels of one instruction set. Every kernel processes rows [begin, end) and is called from several threads.
 struct KernelTable {
   const char* isa;
   int64_t (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
@@ -160,13 +160,13 @@ struct KernelTable {
   int64_t (*sample_targets)(const SampleTargetsArgs&, int64_t begin, int64_t end);
 };
 
-// The best table this machine can run, or the one SLIMKERNELS_CPU_ISA names. Chosen once.
+// Returns the best table that this machine supports, or the one that SLIMKERNELS_CPU_ISA names. Chosen once.
 const KernelTable& kernels();
 
-// Why kernels() cannot be used (an ISA that is unknown or not supported here), or null.
+// Returns the reason why kernels() cannot be used (SLIMKERNELS_CPU_ISA is unknown or not supported here), or null.
 const char* kernels_error();
 
-// The ISAs this build holds and this machine can run, best first, separated by spaces.
+// Returns the ISAs that this build contains and this machine supports, best first, separated by spaces.
 const char* supported_isas();
 
 }  // namespace slimkernels

@@ -1,9 +1,9 @@
-// The race that counter-based Gumbel noise decides: which ids of a row have the largest score plus noise.
+// The Gumbel race: finds the ids of a row with the largest score plus counter-based Gumbel noise.
 //
-// Every id has random bits of its own (Philox-4x32-10, reference_sampling.py says which). An upper bound of score plus
-// noise takes a few instructions, because -log(u) bounds the noise and the exponent of u bounds -log(u). The few ids
-// whose bound reaches what has been found already are evaluated in float64: the outcome does not depend on the
-// instruction set.
+// Every id has its own random bits (Philox-4x32-10, defined in reference_sampling.py). An upper bound of score plus
+// noise takes a few instructions, because -log(u) bounds the noise and the bits of u, read as an integer, bound
+// -log(u). The few ids whose bound reaches the last leader are evaluated in float64, so the outcome does not depend on
+// the instruction set.
 #pragma once
 
 #include "select.h"
@@ -16,7 +16,7 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// Ids whose noise is computed together. A vector of counters serves 64 ids; two of them hide each other's latency.
+// Noise is computed for kGroup ids together. A vector of counters serves 64 ids; two vectors hide each other's latency.
 constexpr int kStreams = 2;
 constexpr int kVectors = 4 * kStreams;
 constexpr int kGroup = 16 * kVectors;
@@ -25,8 +25,8 @@ constexpr int kRounds = 10;
 constexpr uint32_t kFactor0 = 0xD2511F53u, kFactor1 = 0xCD9E8D57u;
 
 struct NoiseKey {
-  uint32_t key[kRounds][2];  // of every round, from the seed
-  uint32_t position[2];      // the upper half of the counter
+  uint32_t key[kRounds][2];  // key of every round, derived from the seed
+  uint32_t position[2];      // upper half of the counter
 };
 
 SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
@@ -50,7 +50,7 @@ SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
 }
 #else
 SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
-  // Arrays, because a loop over the lanes of a vector is not vectorised.
+  // Compilers vectorise this loop over arrays, but not one over the lanes of a vector.
   uint32_t in[16], top[16], bottom[16];
   memcpy(in, &a, sizeof(in));
   for (int lane = 0; lane < 16; ++lane) {
@@ -63,7 +63,7 @@ SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
 }
 #endif
 
-// The words of 16 counters, in the order of the ids they belong to.
+// Reorders the words of 16 counters by the ids they belong to.
 SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
 #if defined(__AVX512F__)
   const __m512i w0 = bitcast<__m512i>(c0), w1 = bitcast<__m512i>(c1);
@@ -85,14 +85,15 @@ SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
 #endif
 }
 
-// bits[j] are those of ids first_id + 16 j + lane; first_id is a multiple of kGroup.
+// Computes the random bits of kGroup ids: lane l of bits[j] belongs to id first_id + 16 j + l. first_id is a multiple
+// of kGroup.
 SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id, VecU bits[kVectors]) {
 #if defined(__AVX512F__)
-  const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // what interleave() turns into ids
+  const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // interleave() undoes this order
 #else
   const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #endif
-  // Two rounds in which only the id differs between lanes: half of their products are the same in all of them.
+  // In the first two rounds only the id differs between lanes, so half of the products are the same in all lanes.
   const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
   const uint32_t same = uint32_t(same1 >> 32) ^ draw ^ key.key[0][0];
   const uint64_t same2 = uint64_t(same) * kFactor0;
@@ -126,16 +127,17 @@ SK_INLINE double gumbel(uint32_t bits) {
   return -__builtin_log(-__builtin_log1p(-u));
 }
 
-constexpr float kLargestNoise = 22.9f;  // of bits = 0, rounded up
+constexpr float kLargestNoise = 22.9f;  // noise of bits = 0, rounded up
 
-// Not below gumbel(bits): -log(1 - u) >= u, and log2 of a float is at least what its bits say, read as an integer.
+// Returns an upper bound of gumbel(bits), because -log(1 - u) >= u, and log2 of a float is at least the number that its
+// bits, read as an integer, stand for.
 SK_INLINE VecF noise_bound(VecU bits) {
-  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // not above 2^31 u but for float32 rounding
+  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // at most 2^31 u, within float32 rounding
   const VecF log2_u = __builtin_convertvector(bitcast<VecI>(u), VecF) * 0x1p-23f;
   return (158.0f - log2_u) * 0.69314718f;
 }
 
-// One bit for each lane that is not below the bound.
+// Returns a mask with a bit for each lane that is not below the bound.
 SK_INLINE uint32_t lanes_reaching(VecF v, float bound) {
 #if defined(__AVX512F__)
   return not_below(v, bound);
@@ -158,47 +160,47 @@ constexpr A largest_finite() {
   return sizeof(A) == 4 ? A(__FLT_MAX__) : A(__DBL_MAX__);
 }
 
-// Who takes part in the race, and with which scores: (z - max) / T of every logit z >= threshold.
+// The scores of a row: a logit z >= threshold is eligible and has the score (z - max) / T.
 template <class A>
-struct Field {
-  A max;        // finite: the largest finite number stands for +inf
-  A threshold;  // at least -largest_finite, so that a logit of -inf never takes part
+struct Scoring {
+  A max;        // finite; the largest finite number stands for +inf
+  A threshold;  // at least -largest_finite, so that a logit of -inf is never eligible
   double temperature;
 
-  // 1 / T within what float32 can hold and multiply with any difference.
+  // Returns 1 / T, limited so that float32 can hold it and multiply it with any difference.
   A inv_temperature() const {
     const double inverse = 1 / temperature;
     return A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse);
   }
-  // A difference above 0 is that of +inf.
+  // Only a logit of +inf exceeds max; its score is 0.
   double score(double z) const { return (z < double(max) ? z - double(max) : 0) / temperature; }
 };
 
 template <class A, class V>
-SK_INLINE V scores_of(V z, const Field<A>& field, A inv_temperature) {
-  V score = (z - field.max) * inv_temperature;
+SK_INLINE V scores_of(V z, const Scoring<A>& scoring, A inv_temperature) {
+  V score = (z - scoring.max) * inv_temperature;
   score = score < 0 ? score : V{};
   score = score > -__FLT_MAX__ ? score : V{} - A(__FLT_MAX__);
-  return z >= field.threshold ? score : V{} - infinity<A>();
+  return z >= scoring.threshold ? score : V{} - infinity<A>();
 }
 
-// Whether one of kGroup logits takes part.
+// Returns whether any of kGroup logits is eligible.
 template <class X, class A>
-SK_INLINE bool any_in_field(const X* z, const Field<A>& field) {
+SK_INLINE bool any_eligible(const X* z, const Scoring<A>& scoring) {
   constexpr int kWidth = Lanes<A>::kWidth;
   auto best = load(z);
   for (int i = kWidth; i < kGroup; i += kWidth) best = max(best, load(z + i));
-  return count(not_below(best, field.threshold)) != 0;
+  return count(not_below(best, scoring.threshold)) != 0;
 }
 
 template <class X>
-SK_INLINE VecF scores_at(const X* z, const Field<float>& field, float inv_temperature) {
-  return scores_of(load(z), field, inv_temperature);
+SK_INLINE VecF scores_at(const X* z, const Scoring<float>& scoring, float inv_temperature) {
+  return scores_of(load(z), scoring, inv_temperature);
 }
-SK_INLINE VecF scores_at(const double* z, const Field<double>& field, double inv_temperature) {
+SK_INLINE VecF scores_at(const double* z, const Scoring<double>& scoring, double inv_temperature) {
   VecF scores;
   for (int half = 0; half < 2; ++half) {
-    const VecD wide = scores_of(load(z + 8 * half), field, inv_temperature);
+    const VecD wide = scores_of(load(z + 8 * half), scoring, inv_temperature);
     for (int lane = 0; lane < 8; ++lane) scores[8 * half + lane] = float(wide[lane]);
   }
   return scores;
@@ -213,12 +215,12 @@ SK_INLINE bool is_ahead(const Runner& a, const Runner& b) {
   return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
-// The `room` runners that are ahead of all others: a heap whose root is the last of them.
+// The best `room` runners so far: a heap whose root is the last of them.
 struct Leaders {
   Runner* runners;
   int64_t room;
   int64_t size;
-  float bound;  // what a score must reach to be worth looking at; below the last leader's by more than rounding errs
+  float bound;  // a float32 bound must reach this to be evaluated: the last leader's score, less more than rounding
 
   void clear() {
     size = 0;
@@ -254,7 +256,7 @@ struct Leaders {
     bound = reach > -double(__FLT_MAX__) ? float(reach) : -__FLT_MAX__;
   }
 
-  // Leaves the best first.
+  // Sorts the leaders, best first.
   void sort() {
     const int64_t all = size;
     while (size > 1) {
@@ -273,24 +275,24 @@ SK_INLINE VecF highest_of(const VecF scores[kVectors]) {
   return highest;
 }
 
-// Evaluates the ids of a group whose bounds reach what leads. Rare, and kept out of the loop that is not.
+// Evaluates the ids of a group whose bounds reach the last leader. This is rare and therefore not inlined.
 template <class X, class A>
 __attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const VecF bounds[kVectors],
-                                           const VecU bits[kVectors], const Field<A>& field, Leaders& leading) {
+                                           const VecU bits[kVectors], const Scoring<A>& scoring, Leaders& leading) {
   for (int j = 0; j < kVectors; ++j) {
     for (uint32_t lanes = lanes_reaching(bounds[j], leading.bound); lanes != 0; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
-      const double score = field.score(double(load_one(z + 16 * j + lane)));
+      const double score = scoring.score(double(load_one(z + 16 * j + lane)));
       leading.enter({score + gumbel(bits[j][lane]), first_id + 16 * j + lane});
     }
   }
 }
 
-// Runs `num_draws` races over one row; leaders[draw] collects the outcome of the race with the noise of that draw.
+// Runs `num_draws` races over one row; leaders[draw] receives the outcome of the race with the noise of that draw.
 template <class X, class A>
-void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKey& key, int64_t num_draws,
+void race(const X* row, int64_t vocab_size, const Scoring<A>& scoring, const NoiseKey& key, int64_t num_draws,
           Leaders* leaders) {
-  const A inv_temperature = field.inv_temperature();
+  const A inv_temperature = scoring.inv_temperature();
   X padded_group[kGroup];
   for (int64_t first = 0; first < vocab_size; first += kGroup) {
     const X* z = row + first;
@@ -300,9 +302,9 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
       memcpy(padded_group, z, (vocab_size - first) * sizeof(X));
       z = padded_group;
     }
-    if (!any_in_field(z, field)) continue;
+    if (!any_eligible(z, scoring)) continue;
     VecF scores[kVectors];
-    for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, field, inv_temperature);
+    for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, scoring, inv_temperature);
     const VecF best = highest_of(scores);
     for (int64_t draw = 0; draw < num_draws; ++draw) {
       Leaders& leading = leaders[draw];
@@ -312,7 +314,7 @@ void race(const X* row, int64_t vocab_size, const Field<A>& field, const NoiseKe
       VecF bounds[kVectors];
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
-      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, field, leading);
+      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, scoring, leading);
     }
   }
 }

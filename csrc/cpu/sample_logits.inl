@@ -1,8 +1,11 @@
-// Draws from the truncated softmax of a row, without a sort of the row.
+// Draws from the truncated softmax of a row, without sorting the row.
 //
-// Equal logits stand or fall together in top-k, top-p and min-p, so what a truncation keeps is everything not below one
-// threshold. A first read of the row sums its exponentials and collects what may lie above the threshold; the threshold
-// is found among these; a second read runs the race of score plus noise over what it keeps.
+// Top-k, top-p and min-p each keep or cut ids with equal logits together, so a truncation keeps exactly the logits at
+// or above some threshold.
+//
+// 1. A first read of the row sums its exponentials and collects candidates that may lie above the threshold.
+// 2. The threshold is found among the candidates.
+// 3. A second read runs the Gumbel race over the logits at or above the threshold.
 #pragma once
 
 #include <stdlib.h>
@@ -19,12 +22,12 @@ namespace {
 
 struct RowOptions {
   double temperature;
-  int64_t top_k;  // 0: all
+  int64_t top_k;  // 0 keeps every id
   double top_p;
   double min_p;
 };
 
-// The sums of a row relative to a level: of e = exp(z - level), of (z - level) e, and of exp((z - level) / T).
+// Sums over a row relative to a level: of e = exp(z - level), of (z - level) e, and of exp((z - level) / T).
 struct RowSums {
   double level = 0;
   double exps = 0;
@@ -34,34 +37,35 @@ struct RowSums {
   void move_level(double new_level, double inv_temperature) {
     const double shift = level - new_level;
     const double factor = __builtin_exp(shift);
-    moments = factor > 0 ? factor * (moments + shift * exps) : 0;  // never infinity times 0
+    moments = factor > 0 ? factor * (moments + shift * exps) : 0;  // avoids 0 * infinity
     exps *= factor;
     tempered *= __builtin_exp(shift * inv_temperature);
     level = new_level;
   }
 };
 
-// softmax(z) and what is drawn from a row. Log-probabilities are relative to `field.max`, the largest logit.
+// softmax(z) of a row, and the truncated distribution that is drawn from. Sums are relative to the largest logit,
+// `scoring.max`.
 template <class A>
-struct RowLaw {
-  bool exists;    // no: a NaN, or nothing but -inf
-  bool infinite;  // the logits of +inf share the mass equally, the limit of ever larger ones
+struct RowSoftmax {
+  bool exists;    // false if the row has a NaN, or -inf only
+  bool infinite;  // the row has logits of +inf, which share the mass equally: the limit of ever larger ones
   double log_sum;
   double entropy;
-  double log_kept;  // log of the sum of exp((z - max) / T) over what is kept
-  Field<A> field;
+  double log_kept;  // log of the sum of exp((z - max) / T) over the kept ids
+  Scoring<A> scoring;
 
   double logprob(double z) const {
     if (infinite) return z == infinity<double>() ? -log_sum : -infinity<double>();
-    return z - double(field.max) - log_sum;
+    return z - double(scoring.max) - log_sum;
   }
-  double truncated_logprob(double z) const { return field.score(z) - log_kept; }
+  double truncated_logprob(double z) const { return scoring.score(z) - log_kept; }
 };
 
 template <class A>
 struct SampleScratch {
   using Key = typename Lanes<A>::Key;
-  A* values;  // (V + width) candidates, later what truncation kept
+  A* values;  // (V + width) candidates, later the kept logits
   A* masses;  // (V + width) exp((value - max) / T)
   Key* keys;  // (V + width)
 };
@@ -74,7 +78,7 @@ SK_INLINE VecD widened_sum(VecF v) {
   return __builtin_convertvector(half[0], VecD) + __builtin_convertvector(half[1], VecD);
 }
 
-// A NaN is above nothing.
+// Returns whether any lane is above the bound; NaN is not.
 #if defined(__AVX512F__)
 SK_INLINE bool any_above(VecF v, float bound) {
   return _mm512_cmp_ps_mask(bitcast<__m512>(v), _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
@@ -84,14 +88,14 @@ SK_INLINE bool any_above(VecF v, float bound) { return count(VecI(v > bound)) !=
 #endif
 SK_INLINE bool any_above(VecD v, double bound) { return count(VecL(v > bound)) != 0; }
 
-// What no candidate for top-p and min-p can lie below, given a level not above the largest logit and a part of the sum
-// over the row of exp((z - level) / T).
+// Returns a lower bound of the logits that top-p and min-p keep, given a level that the largest logit reaches and a
+// partial sum of exp((z - level) / T) over the row.
 template <class A>
 A least_candidate(const RowOptions& options, int64_t vocab_size, double level, double partial_sum) {
   partial_sum = partial_sum < 1 ? 1 : partial_sum;  // the level itself is in the row
   double share = options.min_p;
   if (options.top_p < 1) {
-    // All logits with weights of at most w together have at most V w; once that is 1 - p of the sum, top-p drops them.
+    // All logits with weights of at most w have at most V w together. Top-p cuts them if that is 1 - p of the sum.
     const double weight = 0.999 * (1 - options.top_p) * partial_sum / double(vocab_size);
     share = weight > share ? weight : share;
   }
@@ -103,7 +107,7 @@ A least_candidate(const RowOptions& options, int64_t vocab_size, double level, d
 
 enum Collecting { kNothing, kSampledThreshold, kRisingThreshold };
 
-// Reads the row once: its sums relative to its largest logit and its candidates. Returns how many those are.
+// Reads the row once, sums it relative to its largest logit, and collects candidates. Returns the number of candidates.
 template <bool kTempered, class X, class A>
 int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, RowGuess<A> guess, Collecting collecting,
                  const SampleScratch<A>& scratch, RowSums* sums) {
@@ -113,7 +117,7 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
   constexpr A kNoMass = sizeof(A) == 4 ? -104 : -750;
   const double inverse = 1 / options.temperature;
   const A inv_temperature = kTempered ? A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse) : A(1);
-  // How far above its level a block may reach: a few units, whatever the temperature.
+  // A block is summed again at a higher level if it exceeds the level by more than this, so that exp cannot overflow.
   const A slack = 4 / (inv_temperature > 1 ? inv_temperature : A(1));
   A threshold = guess.threshold > kLowest ? guess.threshold : kLowest;
   A level = kLowest > guess.level ? kLowest : guess.level > -kLowest ? -kLowest : guess.level;
@@ -148,7 +152,7 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
         }
         best = max(best, z);
         const Vec difference = z - level;
-        const Vec d = kNoMass > difference ? Vec{} + kNoMass : difference;  // a NaN stays
+        const Vec d = kNoMass > difference ? Vec{} + kNoMass : difference;  // NaN is kept
         const Vec e = exp(d);
         block_exps += e;
         block_moments += d * e;
@@ -184,7 +188,7 @@ struct Above {
   int64_t entries;
 };
 
-// What the keys above the pivot have together; both arrays cover whole vectors.
+// Returns the mass and the number of the keys above the pivot; both arrays are padded to whole vectors.
 template <class A, class Key>
 Above sum_above(const Key* keys, const A* masses, int64_t length, Key pivot) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -205,8 +209,8 @@ Above sum_above(const Key* keys, const A* masses, int64_t length, Key pivot) {
   return {sum_lanes(mass), int64_t(sum_lanes(entries))};
 }
 
-// The lowest key above which there is less than `target`, and the mass from it on. Overwrites the arrays: a bisection
-// like that of select_key, which drops what is out of reach once that is half of them.
+// Returns the lowest key above which the mass is less than `target`, and stores the mass at or above it. Overwrites the
+// arrays: like select_key, it bisects, and drops entries outside the range once they are half of the arrays.
 template <class A, class Key>
 Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, double* mass) {
   using KeyVector = typename KeyVec<Key>::type;
@@ -228,8 +232,8 @@ Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, d
     high_lanes = key > high_lanes ? key : high_lanes;
   }
   Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
-  Above over_high = {0, 0};  // what the arrays hold above `high`
-  double dropped = 0;        // and what they once did
+  Above over_high = {0, 0};  // entries in the arrays above `high`
+  double dropped = 0;        // mass of entries above `high` that were dropped from the arrays
   Above from_low = sum_above(keys, masses, length, kLowest);
   *mass = from_low.mass;
   while (low < high) {
@@ -262,7 +266,7 @@ Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, d
   return low;
 }
 
-// Compacts values, and masses where given, to what is not below the threshold.
+// Compacts values, and masses if they are given, to the entries not below the threshold. Returns their number.
 template <class A>
 int64_t keep_reaching(A threshold, int64_t length, A* values, A* masses) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -281,15 +285,15 @@ int64_t keep_reaching(A threshold, int64_t length, A* values, A* masses) {
   return kept;
 }
 
-// The lowest number whose exp((z - max) / T) is at least min_p, as float64 sees it.
+// Returns the lowest number z whose exp((z - max) / T), computed in float64, is at least min_p.
 template <class A>
-A min_p_threshold(const Field<A>& field, double min_p) {
+A min_p_threshold(const Scoring<A>& scoring, double min_p) {
   using Key = typename Lanes<A>::Key;
   using Bits = typename UnsignedOf<Key>::type;
-  const auto reaches = [&](Key key) { return __builtin_exp(field.score(double(value_of_key<A>(key)))) >= min_p; };
-  Key low = order_key(-largest_finite<A>()), high = order_key(field.max);
+  const auto reaches = [&](Key key) { return __builtin_exp(scoring.score(double(value_of_key<A>(key)))) >= min_p; };
+  Key low = order_key(-largest_finite<A>()), high = order_key(scoring.max);
   if (reaches(low)) return -largest_finite<A>();
-  const double estimate = double(field.max) + field.temperature * __builtin_log(min_p);
+  const double estimate = double(scoring.max) + scoring.temperature * __builtin_log(min_p);
   if (estimate > -double(largest_finite<A>())) {
     const Key key = order_key(A(estimate));
     if (key - 4 > low && !reaches(key - 4)) low = key - 4;
@@ -310,61 +314,62 @@ void keys_of(const A* values, int64_t length, typename Lanes<A>::Key* keys) {
   }
 }
 
-// Finds the threshold of the field and the sum of what it keeps. `total` is that of the whole row at T.
+// Finds the threshold and the sum over the kept ids. `total` is the sum over the whole row at T.
 template <class A>
-void truncate(const RowOptions& options, int64_t found, double total, const SampleScratch<A>& scratch, RowLaw<A>* law) {
+void truncate(const RowOptions& options, int64_t found, double total, const SampleScratch<A>& scratch,
+              RowSoftmax<A>* softmax) {
   constexpr int kWidth = Lanes<A>::kWidth;
-  Field<A>& field = law->field;
+  Scoring<A>& scoring = softmax->scoring;
   if (options.top_k > 0 && found > options.top_k) {
     keys_of(scratch.values, found, scratch.keys);
-    field.threshold = value_of_key<A>(select_key(scratch.keys, found, options.top_k));
-    found = keep_reaching<A>(field.threshold, found, scratch.values, nullptr);
+    scoring.threshold = value_of_key<A>(select_key(scratch.keys, found, options.top_k));
+    found = keep_reaching<A>(scoring.threshold, found, scratch.values, nullptr);
   }
   for (int64_t i = found; i % kWidth != 0; ++i) scratch.values[i] = -infinity<A>();
-  const A inv_temperature = field.inv_temperature();
+  const A inv_temperature = scoring.inv_temperature();
   VecD sum = {};
   for (int64_t i = 0; i < found; i += kWidth) {
-    const auto mass = exp((load(scratch.values + i) - field.max) * inv_temperature);
+    const auto mass = exp((load(scratch.values + i) - scoring.max) * inv_temperature);
     store(scratch.masses + i, mass);
     sum += widened_sum(mass);
   }
   double kept = sum_lanes(sum);
   if (options.top_k > 0) total = kept;
   if (options.min_p > 0) {
-    const A threshold = min_p_threshold(field, options.min_p);
-    field.threshold = threshold > field.threshold ? threshold : field.threshold;
-    found = keep_reaching(field.threshold, found, scratch.values, scratch.masses);
+    const A threshold = min_p_threshold(scoring, options.min_p);
+    scoring.threshold = threshold > scoring.threshold ? threshold : scoring.threshold;
+    found = keep_reaching(scoring.threshold, found, scratch.values, scratch.masses);
     kept = 0;
     for (int64_t i = 0; i < found; ++i) kept += double(scratch.masses[i]);
   }
   if (options.top_p < 1) {
     keys_of(scratch.values, found, scratch.keys);
     const auto key = lowest_key_of_nucleus(scratch.keys, scratch.masses, found, options.top_p * total, &kept);
-    field.threshold = value_of_key<A>(key);
+    scoring.threshold = value_of_key<A>(key);
   }
-  law->log_kept = __builtin_log(kept);
+  softmax->log_kept = __builtin_log(kept);
 }
 
-// A row with a NaN, a +inf, or nothing but -inf.
+// Returns the softmax of a row with a NaN, with +inf, or with -inf only, whose sums are useless.
 template <class X, class A>
-RowLaw<A> law_without_sums(const X* row, int64_t vocab_size, bool greedy) {
+RowSoftmax<A> softmax_without_sums(const X* row, int64_t vocab_size, bool greedy) {
   int64_t infinite = 0;
   for (int64_t v = 0; v < vocab_size; ++v) {
     const A z = load_one(row + v);
     if (z != z) return {};
     infinite += z == infinity<A>();
   }
-  RowLaw<A> law = {};
-  law.exists = law.infinite = infinite > 0;
-  law.log_sum = law.entropy = __builtin_log(double(infinite));
-  law.log_kept = greedy ? 0 : law.log_sum;
-  law.field = {largest_finite<A>(), infinity<A>(), 1};
-  return law;
+  RowSoftmax<A> softmax = {};
+  softmax.exists = softmax.infinite = infinite > 0;
+  softmax.log_sum = softmax.entropy = __builtin_log(double(infinite));
+  softmax.log_kept = greedy ? 0 : softmax.log_sum;
+  softmax.scoring = {largest_finite<A>(), infinity<A>(), 1};
+  return softmax;
 }
 
-// Temperature 0 stands for the argmax: the field's threshold is then the largest logit.
+// Returns the softmax of a row and truncates it. Temperature 0 means the argmax: the threshold is the largest logit.
 template <class X, class A>
-RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const SampleScratch<A>& scratch) {
+RowSoftmax<A> softmax_of_row(const X* row, int64_t vocab_size, RowOptions options, const SampleScratch<A>& scratch) {
   const bool greedy = options.temperature == 0;
   if (greedy) options = {1, 0, 1, 0};
   if (options.top_k < 0 || options.top_k >= vocab_size) options.top_k = 0;
@@ -384,7 +389,7 @@ RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const
   int64_t found = options.temperature == 1 || options.top_k > 0
                       ? read_row<false>(row, vocab_size, options, guess, collecting, scratch, &sums)
                       : read_row<true>(row, vocab_size, options, guess, collecting, scratch, &sums);
-  if (!(sums.exps > 0.5 && sums.exps < 1e300)) return law_without_sums<X, A>(row, vocab_size, greedy);
+  if (!(sums.exps > 0.5 && sums.exps < 1e300)) return softmax_without_sums<X, A>(row, vocab_size, greedy);
   if (found < options.top_k && guess.threshold > -largest_finite<A>()) {
     found = 0;
     for (int64_t v = 0; v < vocab_size; ++v) {
@@ -393,19 +398,19 @@ RowLaw<A> law_of_row(const X* row, int64_t vocab_size, RowOptions options, const
     }
   }
 
-  RowLaw<A> law = {};
-  law.exists = true;
-  law.log_sum = __builtin_log(sums.exps);
-  law.entropy = law.log_sum - sums.moments / sums.exps;
-  law.entropy = law.entropy > 0 ? law.entropy : 0;
-  law.log_kept = __builtin_log(sums.tempered);
-  law.field = {A(sums.level), -largest_finite<A>(), options.temperature};
-  if (truncates) truncate(options, found, sums.tempered, scratch, &law);
+  RowSoftmax<A> softmax = {};
+  softmax.exists = true;
+  softmax.log_sum = __builtin_log(sums.exps);
+  softmax.entropy = softmax.log_sum - sums.moments / sums.exps;
+  softmax.entropy = softmax.entropy > 0 ? softmax.entropy : 0;
+  softmax.log_kept = __builtin_log(sums.tempered);
+  softmax.scoring = {A(sums.level), -largest_finite<A>(), options.temperature};
+  if (truncates) truncate(options, found, sums.tempered, scratch, &softmax);
   if (greedy) {
-    law.field.threshold = law.field.max;
-    law.log_kept = 0;
+    softmax.scoring.threshold = softmax.scoring.max;
+    softmax.log_kept = 0;
   }
-  return law;
+  return softmax;
 }
 
 template <class X, class A>
@@ -438,43 +443,35 @@ int64_t sample_logits_rows(const SampleLogitsArgs& args, int64_t begin, int64_t 
     const RowOptions options = {args.temperature.values[n * args.temperature.step],
                                 args.top_k.values[n * args.top_k.step], args.top_p.values[n * args.top_p.step],
                                 args.min_p.values[n * args.min_p.step]};
-    const RowLaw<A> law = law_of_row<X, A>(row, args.vocab_size, options, scratch);
+    const RowSoftmax<A> softmax = softmax_of_row<X, A>(row, args.vocab_size, options, scratch);
     leaders.clear();
-    if (law.exists && options.temperature == 0) {
-      leaders.enter({0, first_reaching(row, args.vocab_size, law.field.threshold)});
-    } else if (law.exists) {
+    if (softmax.exists && options.temperature == 0) {
+      leaders.enter({0, first_reaching(row, args.vocab_size, softmax.scoring.threshold)});
+    } else if (softmax.exists) {
       const NoiseKey key =
           noise_key(args.seed.values[n * args.seed.step], args.position.values[n * args.position.step]);
-      race(row, args.vocab_size, law.field, key, 1, &leaders);
+      race(row, args.vocab_size, softmax.scoring, key, 1, &leaders);
       leaders.sort();
     }
-    const A absent = law.exists ? -infinity<A>() : A(__builtin_nan(""));
+    const A absent = softmax.exists ? -infinity<A>() : A(__builtin_nan(""));
     int64_t* token = args.token + n * num_distinct;
     A* logprob = static_cast<A*>(args.logprob) + n * num_distinct;
     A* truncated_logprob = static_cast<A*>(args.truncated_logprob) + n * num_distinct;
     for (int64_t i = 0; i < num_distinct; ++i) {
       token[i] = i < leaders.size ? leaders.runners[i].id : -1;
       const double z = token[i] >= 0 ? double(load_one(row + token[i])) : 0;
-      logprob[i] = token[i] >= 0 ? A(law.logprob(z)) : absent;
-      truncated_logprob[i] = token[i] >= 0 ? A(law.truncated_logprob(z)) : absent;
+      logprob[i] = token[i] >= 0 ? A(softmax.logprob(z)) : absent;
+      truncated_logprob[i] = token[i] >= 0 ? A(softmax.truncated_logprob(z)) : absent;
     }
-    static_cast<A*>(args.entropy)[n] = law.exists ? A(law.entropy) : absent;
+    static_cast<A*>(args.entropy)[n] = softmax.exists ? A(softmax.entropy) : absent;
   }
   free(memory);
   return kOk;
 }
 
 int64_t sample_logits(const SampleLogitsArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case kFloat32:
-      return sample_logits_rows<float>(args, begin, end);
-    case kBFloat16:
-      return sample_logits_rows<bf16>(args, begin, end);
-    case kFloat16:
-      return sample_logits_rows<f16>(args, begin, end);
-    default:
-      return sample_logits_rows<double>(args, begin, end);
-  }
+  return with_element_type(args.dtype,
+                           [&](auto element) { return sample_logits_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace

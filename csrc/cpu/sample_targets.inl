@@ -1,4 +1,4 @@
-// A sparse teacher from draws with replacement: the distinct ids of a row and how often each was drawn.
+// Makes a sparse teacher from draws with replacement: the distinct ids of a row and how often each was drawn.
 #pragma once
 
 #include <stdlib.h>
@@ -39,24 +39,24 @@ int64_t sample_targets_rows(const SampleTargetsArgs& args, int64_t begin, int64_
       break;
     }
     const X* row = static_cast<const X*>(args.logits) + n * args.row_stride;
-    RowLaw<A> law = law_of_row<X, A>(row, vocab_size, {1, 0, 1, 0}, scratch);
-    law.field.temperature = args.temperature;
+    RowSoftmax<A> softmax = softmax_of_row<X, A>(row, vocab_size, {1, 0, 1, 0}, scratch);
+    softmax.scoring.temperature = args.temperature;
     if (args.target != nullptr) {
       static_cast<A*>(args.target_logit)[n] =
-          target < 0 || !law.exists ? A(__builtin_nan("")) : A(law.logprob(double(load_one(row + target))));
+          target < 0 || !softmax.exists ? A(__builtin_nan("")) : A(softmax.logprob(double(load_one(row + target))));
     }
-    if (law.exists) {
+    if (softmax.exists) {
       for (int64_t draw = 0; draw < rounds; ++draw) leaders[draw].clear();
       const NoiseKey key =
           noise_key(args.seed.values[n * args.seed.step], args.position.values[n * args.position.step]);
-      race(row, vocab_size, law.field, key, rounds, leaders);
+      race(row, vocab_size, softmax.scoring, key, rounds, leaders);
       for (int64_t draw = 0; draw < rounds; ++draw) ++counts[runners[draw].id];
     }
     int32_t* ids = args.ids + n * top_k;
     A* log_shares = static_cast<A*>(args.log_shares) + n * top_k;
     int64_t kept = 0;
-    for (int64_t v = 0; law.exists && v < vocab_size; v += kMaxWidth) {
-      // Sixteen at once, as nearly all are 0.
+    for (int64_t v = 0; softmax.exists && v < vocab_size; v += kMaxWidth) {
+      // Nearly all counts are 0, so they are tested sixteen at a time.
       if (count(above(load_raw<VecI>(counts + v), 0)) == 0) continue;
       for (int64_t id = v; id < v + kMaxWidth; ++id) {
         if (counts[id] == 0) continue;
@@ -75,16 +75,8 @@ int64_t sample_targets_rows(const SampleTargetsArgs& args, int64_t begin, int64_
 }
 
 int64_t sample_targets(const SampleTargetsArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case kFloat32:
-      return sample_targets_rows<float>(args, begin, end);
-    case kBFloat16:
-      return sample_targets_rows<bf16>(args, begin, end);
-    case kFloat16:
-      return sample_targets_rows<f16>(args, begin, end);
-    default:
-      return sample_targets_rows<double>(args, begin, end);
-  }
+  return with_element_type(args.dtype,
+                           [&](auto element) { return sample_targets_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace

@@ -7,8 +7,8 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// ---- Keys: larger key, larger logit; -0.0 equals 0.0, every NaN is the largest. No logit has the lowest key, which
-// therefore pads arrays of keys to the vector width.
+// ---- Keys sort like logits: -0.0 equals 0.0, and NaN is the largest. No logit has the lowest key, which therefore
+// pads arrays of keys to the vector width.
 
 template <class A, class Key = typename Lanes<A>::Key>
 SK_INLINE Key order_key(A value) {
@@ -41,12 +41,12 @@ constexpr Key lowest_key() {
   return Key(1) << (sizeof(Key) * 8 - 1);
 }
 
-// ---- Masks of lanes, and appending the lanes they name. Appending writes whole vectors, so the arrays have a vector
-// of room behind their last entry; they may be compacted in place.
+// ---- Masks of lanes, and appending the selected lanes to an array. Appending writes whole vectors, so arrays need
+// room for a vector behind their last entry. Arrays may be compacted in place.
 
 #if defined(__AVX512F__)
 using MaskF = __mmask16;
-SK_INLINE MaskF not_below(VecF v, float threshold) {  // a NaN is not
+SK_INLINE MaskF not_below(VecF v, float threshold) {  // NaN is never below
   return _mm512_cmp_ps_mask(bitcast<__m512>(v), _mm512_set1_ps(threshold), _CMP_NLT_UQ);
 }
 SK_INLINE MaskF above(VecI keys, int32_t pivot) {
@@ -57,7 +57,7 @@ SK_INLINE MaskF equal(VecI keys, int32_t pivot) {
 }
 SK_INLINE int64_t count(MaskF mask) { return __builtin_popcount(mask); }
 SK_INLINE MaskF first_lanes(MaskF mask, int64_t lanes) { return MaskF(_pdep_u32((1u << lanes) - 1, mask)); }
-// Compressing in registers and storing whole vectors: compress-to-memory is microcoded on some machines.
+// Compresses in registers and stores whole vectors, because compress-to-memory is microcoded on some machines.
 SK_INLINE void append(MaskF mask, VecI v, int32_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, bitcast<__m512i>(v)));
 }
@@ -113,7 +113,7 @@ struct KeyVec<int64_t> {
   using type = VecL;
 };
 
-// How many keys are at least `pivot`, over whole vectors.
+// Returns the number of keys that are at least `pivot`; the array is padded to whole vectors.
 template <class Key>
 SK_INLINE int64_t count_reaching(const Key* keys, int64_t length, Key pivot) {
   using Vec = typename KeyVec<Key>::type;
@@ -123,10 +123,10 @@ SK_INLINE int64_t count_reaching(const Key* keys, int64_t length, Key pivot) {
   return int64_t(sum_lanes(reaching));
 }
 
-// The rank-th largest of `keys` (rank 1 is the largest). `keys` has room to be padded to the vector width and is
-// overwritten. A bisection over the bits of the range that is really there: each step counts, and whatever fell out of
-// the range is dropped once it is half of the array, so that well-spread keys cost a few passes and the worst input
-// as many passes as a key has bits.
+// Returns the rank-th largest of `keys` (rank 1 is the largest). `keys` is overwritten and must have room for padding
+// to the vector width. The range from the smallest to the largest key is bisected. Each step counts the keys in the
+// upper half; keys outside the range are dropped once they are half of the array. Well-spread keys cost a few passes,
+// the worst input as many passes as a key has bits.
 template <class Key>
 Key select_key(Key* keys, int64_t length, int64_t rank) {
   using Vec = typename KeyVec<Key>::type;
@@ -145,8 +145,8 @@ Key select_key(Key* keys, int64_t length, int64_t rank) {
     high_lanes = key > high_lanes ? key : high_lanes;
   }
   Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
-  int64_t inside = length;  // of the array's keys, how many are in [low, high]
-  int64_t over = 0;         // and how many are above high
+  int64_t inside = length;  // number of keys in the array that are in [low, high]
+  int64_t over = 0;         // number of keys in the array above high
   while (low < high) {
     using Bits = typename UnsignedOf<Key>::type;
     const Key middle = Key(Bits(low) + (Bits(high) - Bits(low)) / 2 + 1);

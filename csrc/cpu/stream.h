@@ -1,4 +1,4 @@
-// Writing past the caches: for outputs that are larger than they are and will not be read again soon.
+// Writes that bypass the caches, for outputs larger than the caches that are not read again soon.
 #pragma once
 
 #include <stdint.h>
@@ -33,7 +33,7 @@ constexpr int64_t kStreamBytes = 16;
 SK_INLINE void stream_vector(char* to, const char* from) { memcpy(to, from, kStreamBytes); }
 #endif
 
-// memcpy without fetching the lines that it overwrites; any alignment.
+// Copies like memcpy, but does not fetch the cache lines that it overwrites; any alignment.
 SK_INLINE void stream(void* to, const void* from, int64_t bytes) {
   char* out = static_cast<char*>(to);
   const char* in = static_cast<const char*>(from);
@@ -45,7 +45,7 @@ SK_INLINE void stream(void* to, const void* from, int64_t bytes) {
   memcpy(out + i, in + i, bytes - i);
 }
 
-// Orders streamed writes before whatever tells another thread that they are there.
+// Orders streamed writes before later writes, which may tell another thread that the data is ready.
 SK_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

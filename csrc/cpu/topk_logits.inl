@@ -1,8 +1,10 @@
-// The K largest logits of a row, ordered by id, and the row's log-sum-exp, from one read of the row.
+// Finds the K largest logits of a row, ordered by id, and the row's log-sum-exp, in one read of the row.
 //
-// A strided sample gives a threshold that a few more than K elements pass and a level that the exponentials are taken
-// relative to; one pass collects the candidates with their ids while it sums; a bisection finds the exact K-th among
-// them. A sample that misleads costs a second pass over the row: slower, never wrong.
+// 1. A strided sample gives a threshold that a few more than K elements pass, and a level for the exponentials.
+// 2. One pass collects the candidates with their ids and sums the exponentials relative to the level.
+// 3. A bisection finds the exact K-th largest among the candidates.
+//
+// If the sample misleads, a second pass over the row is necessary, which is slower but still exact.
 #pragma once
 
 #include <stdlib.h>
@@ -21,17 +23,17 @@ struct TopkScratch {
   A* values;     // (V + width) candidates in id order
   int32_t* ids;  // (V + width)
   Key* keys;     // (V + width)
-  double* sums;  // (M) of exp((z - level) / T)
+  double* sums;  // (M) sums of exp((z - level) / T)
 };
 
-// What a sample says about a row before it is read.
+// Estimates from a sample of a row.
 template <class A>
 struct RowGuess {
-  A threshold;  // a few more than K elements are not below it; -inf where sampling cannot help
+  A threshold;  // a few more than K elements are not below it; -inf if sampling cannot help
   A level;      // the largest element of the sample
 };
 
-// Reads every stride-th vector of the row. The threshold's rank leaves room for four standard deviations of the
+// Samples every stride-th vector of the row. The rank of the threshold allows for four standard deviations of the
 // sampling error.
 template <class X, class A>
 RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratch<A>& scratch) {
@@ -60,7 +62,7 @@ RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratc
   return guess;
 }
 
-// Appends everything not below the guessed threshold, in id order, and sums the exponentials relative to its level.
+// Collects the elements not below the guessed threshold, in id order, and sums the exponentials relative to the level.
 template <class X, class A>
 int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -88,12 +90,12 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
       scratch.sums[m] += sum_exp(row + begin, length, guess.level, A(1 / args.temperatures[m]));
     }
   }
-  // Padding lanes of the last vector pass a threshold of -inf; they carry the ids past the row's end.
+  // Padding lanes of the last vector pass a threshold of -inf. Their ids lie past the end of the row.
   while (found > 0 && scratch.ids[found - 1] >= vocab_size) --found;
   return found;
 }
 
-// Compacts the candidates in place to the top_k largest, still in id order, ties to the lowest id.
+// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id.
 template <class A>
 void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -178,16 +180,7 @@ int64_t topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
 }
 
 int64_t topk_logits(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case kFloat32:
-      return topk_rows<float>(args, begin, end);
-    case kBFloat16:
-      return topk_rows<bf16>(args, begin, end);
-    case kFloat16:
-      return topk_rows<f16>(args, begin, end);
-    default:
-      return topk_rows<double>(args, begin, end);
-  }
+  return with_element_type(args.dtype, [&](auto element) { return topk_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Vectors for the CPU kernels, written once on GCC/Clang vector extensions and compiled per instruction set.
+// Vectors for the CPU kernels, written once with GCC/Clang vector extensions and compiled per instruction set.
 //
-// A vector is always 64 bytes; on a narrower machine the compiler splits it. Everything has internal linkage, because
+// A vector always has 64 bytes; on narrower machines the compiler splits it. Everything has internal linkage, because
 // the same names are compiled for several instruction sets (see dispatch.h).
 #pragma once
 
@@ -9,6 +9,8 @@
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+#include "dispatch.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -30,7 +32,7 @@ typedef uint16_t VecH __attribute__((vector_size(32)));
 typedef double VecD __attribute__((vector_size(64)));
 typedef int64_t VecL __attribute__((vector_size(64)));
 
-// What each accumulation type works with: its vector, its order-preserving key, and as many lanes as fit.
+// The vector, the order-preserving key and the number of lanes of each accumulation type.
 template <class A>
 struct Lanes;
 template <>
@@ -66,7 +68,7 @@ struct Element<VecF> {
 template <class V>
 using ElementOf = typename Element<V>::type;
 
-// The type a logit of type X is computed in.
+// The accumulation type of logits of type X.
 template <class X>
 struct Acc {
   using type = float;
@@ -89,21 +91,36 @@ constexpr T infinity() {
   return T(__builtin_inf());
 }
 
-// Asks for a line that will be needed soon; an address past the end of an array is harmless.
+// Prefetches a cache line that will be needed soon; an address past the end of an array is harmless.
 SK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// Asks for what a pass over a row will need soon. A pass that computes as it reads gains a third from it on one core of
-// a Zen 5, whose own prefetching stays too close.
+// Prefetches for a sequential pass over a row. This saves a third of the time of a pass that computes as it reads, on
+// one core of a Zen 5, whose hardware prefetcher does not run far enough ahead.
 SK_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + 8192); }
 
-// ---- Conversion of stored logits to and from the accumulation type
+// Calls run(element) with a value of the element type that `dtype` names, and returns its result.
+template <class Run>
+int64_t with_element_type(int dtype, Run run) {
+  switch (dtype) {
+    case kFloat32:
+      return run(float());
+    case kBFloat16:
+      return run(bf16());
+    case kFloat16:
+      return run(f16());
+    default:
+      return run(double());
+  }
+}
+
+// ---- Conversion between stored logits and the accumulation type
 
 SK_INLINE VecF half_to_float(VecH half) {
 #if defined(__AVX512F__)
   return bitcast<VecF>(_mm512_cvtph_ps(bitcast<__m256i>(half)));
 #else
   const VecU bits = __builtin_convertvector(half, VecU);
-  // Shifting the exponent by 112 through a product also scales half denormals to normal floats.
+  // Raising the exponent by 112 with a multiplication also turns half denormals into normal floats.
   VecF magnitude = bitcast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f;
   const VecU special = VecU((bits & 0x7c00u) == 0x7c00u);
   const VecU result = bitcast<VecU>(magnitude) | (special & 0x7f800000u) | ((bits & 0x8000u) << 16);
@@ -119,7 +136,7 @@ SK_INLINE VecH float_to_half(VecF x) {
   const VecU sign = bits & 0x80000000u;
   const VecU magnitude = bits ^ sign;
   const VecU normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 0.5 aligns a half denormal's last bit with the float's: the addition itself rounds to nearest even.
+  // Adding 0.5 aligns the last bit of a half denormal with that of the float, so the addition rounds to nearest even.
   const VecF half = VecF{} + 0.5f;
   const VecU denormal = bitcast<VecU>(bitcast<VecF>(magnitude) + half) - bitcast<VecU>(half);
   const VecU special = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
@@ -170,7 +187,7 @@ SK_INLINE void store(f16* p, VecF v) {
   memcpy(p, &raw, sizeof(raw));
 }
 
-// Lanes at and past `count` are `fill`.
+// Loads `count` elements; the other lanes are `fill`.
 template <class X, class A = typename Acc<X>::type>
 SK_INLINE typename Lanes<A>::Vec load_part(const X* p, int64_t count, A fill) {
   X padded[Lanes<A>::kWidth] = {};
@@ -187,7 +204,7 @@ SK_INLINE void store_part(X* p, V v, int64_t count) {
   memcpy(p, whole, count * sizeof(X));
 }
 
-// The same for a value that the type holds exactly: no rounding, and a denormal survives.
+// Stores values that the type holds exactly, without rounding and without flushing denormals.
 template <class X, class V>
 SK_INLINE void store_exact(X* p, V v) {
   store(p, v);
@@ -218,7 +235,7 @@ SK_INLINE void store_one(bf16* p, float value) {
   p->bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// ---- Reductions (a fixed order: the same on every machine)
+// ---- Reductions, in a fixed order that is the same on every machine
 
 template <class V>
 SK_INLINE double sum_lanes(V v) {
@@ -229,7 +246,7 @@ SK_INLINE double sum_lanes(V v) {
 
 template <class V>
 SK_INLINE V max(V a, V b) {
-  return a > b ? a : b;  // a NaN in `b` is kept out while `a` is a number, so a running maximum goes first
+  return a > b ? a : b;  // returns `b` if either is NaN
 }
 
 template <class V>
@@ -241,11 +258,11 @@ SK_INLINE auto max_lanes(V v) {
 
 // ---- Elementary functions
 
-// exp for x <= 88, which is all a softmax asks for. NaN stays NaN, -inf gives 0. The relative error stays below 2e-7
-// for x > -2 and grows with |x| to 4e-7 at -20, as that of a float32 x itself does.
+// exp for x <= 88, which is enough for a softmax. NaN stays NaN, -inf gives 0. The relative error is below 2e-7 for
+// x > -2 and grows with |x| to 4e-7 at -20, like the effect of rounding x itself to float32.
 #if defined(__AVX512F__)
 SK_INLINE VecF exp(VecF x) {
-  // max returns its second operand where one is NaN.
+  // _mm512_max_ps returns its second operand if either is NaN.
   x = bitcast<VecF>(_mm512_max_ps(_mm512_set1_ps(-104.0f), bitcast<__m512>(x)));
   const VecF n = bitcast<VecF>(
       _mm512_roundscale_ps(bitcast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -263,14 +280,14 @@ SK_INLINE VecF exp(VecF x) {
   x = x > 89.0f ? VecF{} + 89.0f : x;
   const VecF magic = VecF{} + 0x1.8p23f;
   const VecF n = (x * 1.44269504f + magic) - magic;
-  const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // Cody and Waite: there may be no fused multiply-add
+  const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // Cody-Waite, as fused multiply-add may be missing
   VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;             // Cephes expf
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  // 2^n in two factors, because n reaches below the exponent of the smallest normal number.
+  // 2^n is split into two factors, because n can be below the exponent of the smallest normal number.
   const VecI whole = __builtin_convertvector(n, VecI);
   const VecI half = whole >> 1;
   const VecF low = bitcast<VecF>((half + 127) << 23);
@@ -286,7 +303,7 @@ SK_INLINE VecD exp(VecD x) {
 
 SK_INLINE double exp(double x) { return __builtin_exp(x); }
 
-// The relative error stays below 2e-7.
+// tanh with a relative error below 2e-7.
 SK_INLINE VecF tanh(VecF x) {
   const VecF square = x * x;
   VecF p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes tanhf, for |x| < 0.625
@@ -305,10 +322,10 @@ SK_INLINE VecD tanh(VecD x) {
   return x;
 }
 
-// log(1 + x) for x in [0, 1], the only range log_add_exp needs.
+// log(1 + x) for x in [0, 1], the range that log_add_exp needs.
 SK_INLINE VecF log1p_unit(VecF x) {
   const VecF y = x + 1.0f;
-  const VecF carry = x - (y - 1.0f);  // what the addition rounded away
+  const VecF carry = x - (y - 1.0f);  // rounding error of the addition
   const VecI upper = VecI(y > 1.41421356f);
   const VecF m = upper ? y * 0.5f : y;
   const VecF f = m - 1.0f;
@@ -343,13 +360,13 @@ SK_INLINE double log1m_exp(double x) {
   return x > -0.69314718055994531 ? __builtin_log(-__builtin_expm1(x)) : __builtin_log1p(-__builtin_exp(x));
 }
 
-constexpr int64_t kBlock = 1024;  // elements summed in float32 lanes, and worked on in the first-level cache
+constexpr int64_t kBlock = 1024;  // elements that are summed in float32 lanes and fit into the first-level cache
 
-// Over an array of whole vectors.
+// Sums an array that is padded to whole vectors.
 template <class A>
 SK_INLINE double sum_of(const A* x, int64_t count) {
   constexpr int kWidth = Lanes<A>::kWidth;
-  typename Lanes<A>::Vec sums[4] = {};  // independent, so that they overlap
+  typename Lanes<A>::Vec sums[4] = {};  // independent, so that additions overlap
   int64_t i = 0;
   for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
     for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * kWidth);
@@ -366,17 +383,17 @@ SK_INLINE A max_of(const A* x, int64_t count) {
   return max_lanes(best);
 }
 
-// Exponentials relative to a level, and their sum.
+// The sum of exponentials relative to a level.
 struct ExpSum {
   double level = 0;
   double sum = 0;
 
   double log() const { return sum == 0 ? -infinity<double>() : level + __builtin_log(sum); }
-  // What turns the exponentials into exp(x - norm).
+  // Returns the factor that turns the exponentials into exp(x - norm).
   double scale(double norm) const { return sum == 0 ? 0 : __builtin_exp(level - norm); }
 };
 
-// Writes exp(x / T - level) of an array padded to the vector width with -inf, the level being the largest x / T.
+// Writes exp(x / T - level), with the largest x / T as the level, of an array padded with -inf to the vector width.
 template <class A>
 SK_INLINE ExpSum exponentials(const A* x, int64_t count, double inv_temperature, A* out) {
   const A best = max_of(x, count);
@@ -396,7 +413,7 @@ SK_INLINE ExpSum exponentials(const A* x, int64_t count, double inv_temperature,
   return total;
 }
 
-// sum(exp((x - level) * inv_temperature)) over a block that need not be padded.
+// Returns sum(exp((x - level) * inv_temperature)) over a block that need not be padded.
 template <class X, class A = typename Acc<X>::type>
 SK_INLINE double sum_exp(const X* x, int64_t count, A level, A inv_temperature) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -407,11 +424,12 @@ SK_INLINE double sum_exp(const X* x, int64_t count, A level, A inv_temperature) 
   return sum_lanes(sum);
 }
 
-// Whether a sum of exponentials relative to a guessed level lost nothing to overflow; false for NaN. The level is at
-// most the row's maximum, so nothing that counts can underflow.
+// Returns whether a sum of exponentials relative to a guessed level did not overflow; false for NaN. The level is at
+// most the row's maximum, so nothing significant can underflow.
 constexpr bool is_sound(double sum) { return sum < 1e25; }
 
-// log(sum(exp(x * inv_temperature))) of a row, from that sum relative to a guessed level where it is sound.
+// Returns log(sum(exp(x * inv_temperature))) of a row. Uses the sum relative to a guessed level if that is sound, else
+// reads the row again.
 template <class X, class A>
 double log_sum_exp_of_row(const X* row, int64_t count, double inv_temperature, A level, double sum) {
   if (is_sound(sum)) return double(level) * inv_temperature + __builtin_log(sum);
@@ -429,13 +447,13 @@ double log_sum_exp_of_row(const X* row, int64_t count, double inv_temperature, A
   return double(best) * inv_temperature + __builtin_log(sum);
 }
 
-// The largest of a sample of the row: every stride-th vector. NaN may be left out.
+// Returns the maximum of a few evenly spaced vectors of the row. NaN may be ignored.
 template <class X, class A = typename Acc<X>::type>
 SK_INLINE A sampled_max(const X* row, int64_t count) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const int64_t vectors = count / kWidth;
   if (vectors == 0) return max_lanes(load_part(row, count, -infinity<A>()));
-  const int64_t samples = vectors < 8 ? vectors : 8;  // each is a miss of the caches
+  const int64_t samples = vectors < 8 ? vectors : 8;  // each is a cache miss
   typename Lanes<A>::Vec best = {};
   best -= infinity<A>();
   for (int64_t i = 0; i < samples; ++i) best = max(best, load(row + vectors * i / samples * kWidth));

@@ -1,5 +1,5 @@
-// What a kernel asks of the machine beyond CUDA's own names. The emulator has the same for a CPU (device.h in tests/support/cuda_emulator);
-// the one that is included first is in use.
+// Device functions and types that kernels need beyond CUDA's own names. The emulator implements the same for a CPU
+// (device.h in tests/support/cuda_emulator); the file that is included first is used.
 #ifndef SLIMKERNELS_DEVICE
 #define SLIMKERNELS_DEVICE
 
@@ -7,7 +7,7 @@
 
 namespace slimkernels {
 
-// ---- The thread block cluster: the blocks that see each other's shared memory. Before sm_90 each block is alone.
+// ---- Thread block clusters, whose blocks can read each other's shared memory. Before sm_90 a cluster is one block.
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline uint32_t cluster_size() { return __clusterSizeInBlocks(); }
@@ -16,7 +16,7 @@ template <class T>
 __device__ inline T* in_block(T* shared, uint32_t rank) {
   return static_cast<T*>(__cluster_map_shared_rank(shared, rank));
 }
-// A barrier of the cluster's threads, and so of the block's, that orders their shared memory.
+// A barrier of all threads of the cluster, so also of the block, that orders accesses to shared memory.
 __device__ inline void sync_cluster() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
@@ -43,13 +43,13 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
-// ---- Element formats: what is kept in memory is Bits; a Word is four bytes of them.
+// ---- Element formats. Bits is an element in memory; a word is four bytes of elements.
 
 struct Float32 {
   using Bits = uint32_t;
   static constexpr uint32_t kInfinity = 0x7f800000;
   __device__ static float widen(Bits x) { return __uint_as_float(x); }
-  // The larger of each pair of elements; NaN where either is.
+  // Returns the larger of each pair of elements; NaN if either is NaN.
   __device__ static uint32_t max_word(uint32_t a, uint32_t b) {
     asm("max.NaN.f32 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
     return a;

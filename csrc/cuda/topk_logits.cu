@@ -1,9 +1,8 @@
-// The operator slimkernels::topk_logits_rows_cuda: topk_logits_rows by topk_logits_kernel, to be compared with the
-// Triton kernel, which is the one that serves CUDA tensors. The kernel has run on an emulated GPU
-// (tests/support/cuda_emulator); neither it nor this file has run on a real one.
+// The operator slimkernels::topk_logits_rows_cuda: topk_logits_rows by a CUDA C++ kernel. It exists for comparison with
+// the Triton kernel, which serves CUDA tensors. The kernel has run on an emulated GPU (tests/support/cuda_emulator);
+// neither it nor this file has run on a real one.
 //
-// Nothing here waits for the device, and data raises nothing: the label of a row that is not in [0, V) makes its
-// target_logit NaN.
+// The host never waits for the device, so bad data raises nothing: a label outside [0, V) gives a target_logit of NaN.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -34,7 +33,8 @@ int64_t attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// A contiguous tensor of the given type and number of elements on the device; null for an absent one.
+// Returns the data of a contiguous tensor of the given type and number of elements on the device; null for an absent
+// one.
 void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, int device, const char* name) {
   if (!t.has_value()) return nullptr;
   STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == device && t->is_contiguous() && t->scalar_type() == type &&
@@ -78,16 +78,16 @@ void launch(const Machine& machine, TopkLogitsArgs& args, int64_t num_rows, cuda
 int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor target, std::vector<double> temperatures,
                               Tensor values, Tensor ids, Tensor lse, OptionalTensor target_logit) {
   STD_TORCH_CHECK(logits.is_cuda() && logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
-                  "logits must be a CUDA tensor of two dimensions whose last one is dense");
+                  "logits must be a two-dimensional CUDA tensor whose last dimension is dense");
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
   if (num_rows == 0) return 0;
   const int64_t num_temperatures = static_cast<int64_t>(temperatures.size());
-  // A tile past the end of the longest row still has 32-bit ids.
+  // The limit leaves room for a tile past the end of the longest row, whose ids must fit into 32 bits.
   STD_TORCH_CHECK(top_k >= 1 && top_k <= vocab_size && vocab_size <= INT32_MAX - kMaxBlocks * kTile,
                   "top_k must be in [1, V] and V below 2 ** 31 - 8192");
   STD_TORCH_CHECK(num_temperatures >= 1 && num_temperatures <= kMaxTemperatures, "temperatures must be 1 to ",
                   kMaxTemperatures, " numbers, got ", num_temperatures);
-  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit come together");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit must be given together");
   const int device = logits.get_device_index();
   TopkLogitsArgs args = {};
   args.logits = logits.const_data_ptr();
@@ -108,7 +108,7 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
                            int(attribute(cudaDevAttrMultiProcessorCount, device))};
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-                  "topk_logits_rows_cuda: the current stream of device ", device, " could not be found");
+                  "topk_logits_rows_cuda: could not get the current stream of device ", device);
   const auto launch_type = [&] {
     switch (logits.scalar_type()) {
       case ScalarType::Float:
@@ -119,7 +119,7 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
         return launch<Float16>;
       default:
         STD_TORCH_CHECK(
-            false, "logits must be float32, bfloat16 or float16 for the CUDA C++ kernel; topk_logits takes float64");
+            false, "logits must be float32, bfloat16 or float16 for the CUDA C++ kernel; call topk_logits for float64");
     }
   }();
   launch_type(machine, args, num_rows, static_cast<cudaStream_t>(stream));

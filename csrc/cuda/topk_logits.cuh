@@ -1,13 +1,18 @@
-// The K largest logits of a row, ordered by id, and the row's log-sum-exp, from one read of the row from device memory.
+// Finds the K largest logits of a row, ordered by id, and the row's log-sum-exp, in one read of device memory.
 //
-// A row belongs to the blocks of a cluster, each of which keeps its slice in shared memory (or, where it does not fit,
-// reads it again through L2). A strided sample gives a threshold that a few more than K elements pass; one pass sums
-// the exponentials and lists what passes; counting digits of order-preserving keys (a radix selection, as in Alabi et
-// al. 2012, "Fast k-selection algorithms for graphics processing units") finds the exact K-th among the listed. A
-// sample that misleads leaves the whole slice to count: slower, never wrong.
+// A row is processed by a cluster of blocks. Each block keeps its slice of the row in shared memory, or reads it again
+// through L2 if it does not fit.
 //
-// What blocks tell each other are integers, and exponentials are added up in fixed point from tiles of the row: no
-// result depends on the order of atomics, the number of blocks or the alignment of the row, bit for bit.
+// 1. A strided sample gives a threshold that a few more than K elements pass.
+// 2. One pass sums the exponentials and lists the elements that pass.
+// 3. A radix selection (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units") counts digits
+// of
+//    order-preserving keys and finds the exact K-th largest among the listed elements.
+//
+// If the sample misleads, step 3 counts the whole slice, which is slower but still exact.
+//
+// Blocks exchange integers only, and exponentials are summed per tile and then in fixed point. So the results do not
+// depend, bit for bit, on the order of atomics, the number of blocks or the alignment of the row.
 #pragma once
 
 #include "device.cuh"
@@ -17,9 +22,9 @@ namespace slimkernels {
 
 constexpr int kDigitBits = 11;
 constexpr unsigned kAllLanes = ~0u;
-constexpr float kFixedPoint = 4294967296.0f;  // 2 ** 32 to one: 2 ** 31 exponentials fit into 64 bits
+constexpr float kFixedPoint = 4294967296.0f;  // 1.0 is 2 ** 32, so that 2 ** 31 exponentials fit into 64 bits
 
-// Keys: larger key, larger logit; -0.0 equals 0.0, every NaN is the largest.
+// Keys sort like logits: -0.0 equals 0.0, and NaN is the largest.
 
 template <class X>
 __device__ uint32_t order_key(typename X::Bits bits) {
@@ -29,7 +34,7 @@ __device__ uint32_t order_key(typename X::Bits bits) {
   return bits > kSign ? kAll - bits : magnitude | kSign;
 }
 
-// An element with this key; a NaN for keys below that of -inf, which no element has.
+// Returns the element with this key; NaN for keys below that of -inf, which no element has.
 template <class X>
 __device__ float value_of_key(uint32_t key) {
   using Bits = typename X::Bits;
@@ -37,7 +42,7 @@ __device__ float value_of_key(uint32_t key) {
   return X::widen(Bits(key & kSign ? key ^ kSign : ~key));
 }
 
-// A block's part of one row, on its way through the kernel.
+// The state and the steps of one block working on its slice of one row.
 template <class X, bool kStaged, int kThreads>
 struct RowSlice {
   using Bits = typename X::Bits;
@@ -50,13 +55,13 @@ struct RowSlice {
   const int64_t n;
   const uint32_t num_blocks, rank;
   const int thread, lane, warp;
-  const int32_t begin, length;  // of the row's elements
+  const int32_t begin, length;  // position of the slice in the row, and its number of elements
   const Bits* const row;        // the slice in device memory
   const bool aligned;
   BlockMemory<X, kStaged, kThreads> memory;
   State& state;
 
-  // Whether the candidates are the list's, or whatever of the slice has a key from `low` to `high`.
+  // Whether the candidates are the listed elements; otherwise they are all elements of the slice.
   bool listed = false;
   int32_t num_candidates;
 
@@ -81,7 +86,7 @@ struct RowSlice {
 
   __device__ Bits element(int32_t i) const { return kStaged ? memory.staged[i] : row[i]; }
 
-  // Elements i to i + 7, -inf past the end of the slice.
+  // Reads elements i to i + 7; -inf past the end of the slice.
   __device__ void read_group(int32_t i, Bits (&group)[kGroup]) const {
     if (kStaged || (aligned && i + kGroup <= length)) {
       const uint4* from = reinterpret_cast<const uint4*>((kStaged ? memory.staged : row) + i);
@@ -100,7 +105,7 @@ struct RowSlice {
     }
   }
 
-  // Empties the counters and, where the slice is staged, copies it. Returns the key of the row's largest element.
+  // Clears the counters and, if the slice is staged, copies it. Returns the key of the row's largest element.
   __device__ uint32_t load() {
     for (int i = thread; i < kBins; i += kThreads) state.histogram[i] = 0;
     for (int i = thread; i < kMaxTemperatures; i += kThreads) state.sums[i] = 0;
@@ -148,8 +153,8 @@ struct RowSlice {
     return __reduce_max_sync(kAllLanes, key);
   }
 
-  // Adds the keys from `low` to `high` to the histogram of their distance from `low`. Equal bins of a warp are added
-  // as one: rows of few distinct values would otherwise queue up at one counter.
+  // Adds the keys from `low` to `high` to the histogram of their distance from `low`. The lanes of a warp with the same
+  // bin do a single atomic addition, because rows of few distinct values would otherwise serialise at one counter.
   template <class IdOf>
   __device__ void count_keys(int32_t num_ids, IdOf id_of, uint32_t low, uint32_t high, int shift) {
     for (int32_t base = warp * 32; base < num_ids; base += kThreads) {
@@ -163,14 +168,14 @@ struct RowSlice {
     }
   }
 
-  // Finds the bin in which the counted elements of all blocks reach `rank` from above, and what is counted in higher
-  // ones; (0, 0) where fewer are counted. Empties the histogram.
+  // Finds the bin that holds the element of a rank, counted from the highest bin over all blocks, and the number of
+  // elements in higher bins; both are 0 if there are fewer elements. Clears the histogram.
   __device__ void find_bin(uint32_t rank_from_above, uint32_t& bin, uint32_t& counted_higher) {
     constexpr int kBinsPerThread = kBins / kThreads;
-    const int first = kBins - (thread + 1) * kBinsPerThread;  // the first thread has the highest bins
+    const int first = kBins - (thread + 1) * kBinsPerThread;  // thread 0 has the highest bins
     sync_cluster();
     uint32_t counts[kBinsPerThread] = {};
-    // More at a time would spill registers.
+    // Unrolling further would spill registers.
 #pragma unroll 2
     for (uint32_t block = 0; block < num_blocks; ++block) {
       const uint4* from = reinterpret_cast<const uint4*>(state_of(block).histogram + first);
@@ -202,7 +207,7 @@ struct RowSlice {
         higher += counts[j];
       }
     }
-    // The others have read the histogram, and everybody may read the bin.
+    // After this all blocks have read the histogram, and all threads can read the bin.
     sync_cluster();
     bin = state.bin;
     counted_higher = state.counted_higher;
@@ -220,10 +225,10 @@ struct RowSlice {
     return value;
   }
 
-  // A key that, by a sample, a few more than K elements reach. The rank leaves room for four standard deviations.
+  // Estimates from a sample a key that a few more than K elements reach. The rank allows for four standard deviations.
   __device__ uint32_t guess_threshold(uint32_t high) {
     constexpr int32_t kGroups = kThreads;
-    // An odd number of groups: what repeats in the row meets the sample at every phase.
+    // The stride is an odd number of groups, so that the sample meets a periodic row at every phase.
     const int32_t stride = args.slice / kGroup / kGroups | 1;
     const int32_t samples = length / kGroup / stride * kGroup;
     const int shift = digit_shift(high);
@@ -232,17 +237,17 @@ struct RowSlice {
     uint32_t bin, counted_higher;
     find_bin(uint32_t(expected + 4 * sqrtf(expected) + 2), bin, counted_higher);
     const uint32_t guess = bin << shift, infinity = order_key<X>(Bits(X::kInfinity));
-    return guess < infinity ? guess : infinity;  // so that the guess is the key of a number
+    return guess < infinity ? guess : infinity;  // never the key of a NaN
   }
 
-  // How far a distance is shifted for its highest digit to be a bin.
+  // Returns the shift that leaves the highest digit of a distance, which is its bin.
   __device__ static int digit_shift(uint32_t largest_distance) {
     const int bits = 32 - __clz(largest_distance);
     return bits > kDigitBits ? bits - kDigitBits : 0;
   }
 
-  // Adds exp((x - level) / T) of the slice to the sum of temperature m. Where `mark`, marks and counts what is not
-  // below the threshold.
+  // Adds exp((x - level) / T) over the slice to the sum of temperature m. With kMark, also marks and counts the
+  // elements that are not below the threshold.
   template <bool kMark>
   __device__ void sum_exponentials(int m, float level, float threshold) {
     const float scale = args.temperatures[m].exponent_scale;
@@ -262,7 +267,7 @@ struct RowSlice {
           for (int j = 0; j < kGroup; ++j) {
             const float x = X::widen(group[j]);
             sum += exp2_approx((x - level) * scale);
-            if (kMark && !(x < threshold)) marks |= 1u << j;  // a NaN is not below
+            if (kMark && !(x < threshold)) marks |= 1u << j;  // NaN is never below
           }
           if (length - i < kGroup) marks &= (1u << (length - i)) - 1;
         }
@@ -287,7 +292,7 @@ struct RowSlice {
     return __reduce_add_sync(kAllLanes, lane < int(num_blocks) ? state_of(lane).found : 0u);
   }
 
-  // Where the row has a NaN or its largest element is infinite, the sum says nothing and the level is the result.
+  // Writes the log-sum-exps of the row. If the level is NaN or infinite, it is the result itself.
   __device__ void write_lse(float level) {
     if (rank != 0 || thread >= args.num_temperatures) return;
     unsigned long long sum = 0;
@@ -304,7 +309,7 @@ struct RowSlice {
     args.target_logit[n] = labelled ? X::widen(row[target]) : __uint_as_float(0x7fc00000);
   }
 
-  // Lists the marked elements in the order of their ids.
+  // Lists the marked elements in ascending order of ids.
   __device__ void list_marked() {
     for (int32_t tile = warp; tile * kTile < length; tile += kWarps) {
       uint32_t before = 0;
@@ -319,7 +324,7 @@ struct RowSlice {
 
   __device__ int32_t candidate(int32_t i) const { return listed ? int32_t(memory.list[i]) : i; }
 
-  // Narrows [low, high] to the K-th largest key; returns how many of the elements equal to it are kept.
+  // Narrows [low, high] to the K-th largest key; returns the number of elements equal to it that are kept.
   __device__ uint32_t find_kth(uint32_t& low, uint32_t high) {
     uint32_t wanted = args.top_k;
     while (low < high) {
@@ -335,9 +340,9 @@ struct RowSlice {
     return wanted;
   }
 
-  // Writes the candidates above the K-th largest key and, in the order of ids, as many of its equals as are kept.
+  // Writes the candidates above the K-th largest key and, lowest ids first, as many of its ties as are kept.
   __device__ void write_largest(uint32_t kth, uint32_t ties_kept) {
-    const int32_t share = (num_candidates + kThreads - 1) / kThreads * 32;  // of a warp, consecutive
+    const int32_t share = (num_candidates + kThreads - 1) / kThreads * 32;  // consecutive candidates of a warp
     const int32_t first = warp * share;
     const int32_t last = num_candidates - first < share ? num_candidates : first + share;
     const auto compare = [&](int32_t i, uint32_t& above, uint32_t& tied) {
@@ -380,7 +385,7 @@ struct RowSlice {
       above_before += __popc(above);
       tied_before += __popc(tied);
     }
-    sync_cluster();  // the others read this block's counts before it ends
+    sync_cluster();  // other blocks read this block's counts, so it must not end earlier
   }
 
   __device__ void run() {

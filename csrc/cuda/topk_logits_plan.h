@@ -1,4 +1,4 @@
-// How topk_logits_kernel is launched: host code only, and none of CUDA's, so that it is tested without a GPU.
+// Plans how topk_logits_kernel is launched. This is host code without CUDA, so that it can be tested without a GPU.
 #pragma once
 
 #include <float.h>
@@ -9,18 +9,18 @@
 namespace slimkernels {
 
 constexpr int kLaunchedThreads = 512;
-constexpr int kMaxBlocks = 8;  // what every device with clusters can co-schedule
+constexpr int kMaxBlocks = 8;  // cluster size that every device with clusters supports
 
-// What a plan depends on of the device.
+// Properties of a device that a plan depends on.
 struct Machine {
   bool has_clusters;
-  int64_t block_bytes, processor_bytes;  // of shared memory, at most for a block and of a multiprocessor
+  int64_t block_bytes, processor_bytes;  // shared memory: the most that a block can use, and that of a multiprocessor
   int processors;
 };
 
 struct Plan {
-  int num_blocks;  // of a row
-  bool staged;     // the row is kept in shared memory
+  int num_blocks;  // blocks per row
+  bool staged;     // whether the row is kept in shared memory
   int64_t slice, list_capacity, bytes;
 };
 
@@ -29,8 +29,9 @@ inline int64_t slice_of(int64_t vocab_size, int num_blocks) {
   return (tiles + num_blocks - 1) / num_blocks * kTile;
 }
 
-// Twice a block's share of K, since neither the sample nor the spread of the largest over the row is exact. A K that
-// is a large part of V, or a slice whose marks take a large part of the memory, is not worth a list.
+// Plans one number of blocks. The list holds twice a block's share of K, because the sample is not exact and the
+// largest elements are not spread evenly over the blocks. There is no list if K is a large part of V, or if list and
+// marks do not fit into shared memory.
 template <class X, bool kStaged>
 Plan plan_of(const Machine& machine, int64_t vocab_size, int64_t top_k, int num_blocks) {
   using Memory = BlockMemory<X, kStaged, kLaunchedThreads>;
@@ -45,11 +46,12 @@ Plan plan_of(const Machine& machine, int64_t vocab_size, int64_t top_k, int num_
   return plan;
 }
 
-// The fewest blocks whose slices leave a multiprocessor room for a second block, which loads while the first one
-// counts; more, as long as there are multiprocessors without a block. A row that does not fit is read through L2.
+// Chooses the number of blocks. It starts with the fewest whose slices leave room for a second block on a
+// multiprocessor, which loads while the first one counts, and uses more while multiprocessors would be idle. A row that
+// does not fit into shared memory is read through L2.
 template <class X>
 Plan make_plan(const Machine& machine, int64_t num_rows, int64_t vocab_size, int64_t top_k) {
-  constexpr int64_t kReserved = 1024;  // bytes of a block that the system takes
+  constexpr int64_t kReserved = 1024;  // bytes per block that the system reserves
   const int max_blocks = machine.has_clusters ? kMaxBlocks : 1;
   int num_blocks = 1;
   const auto fits = [&](int64_t bytes) {
@@ -69,7 +71,7 @@ inline void set_temperatures(TopkLogitsArgs& args, const double* temperatures, i
   args.num_temperatures = num_temperatures;
   for (int m = 0; m < num_temperatures; ++m) {
     const double scale = M_LOG2E / temperatures[m];
-    // Bounded, so that neither 0 nor -inf times the scale is NaN.
+    // The scale is bounded, so that neither 0 nor -inf times the scale is NaN.
     args.temperatures[m] = {1 / temperatures[m], float(fmin(fmax(scale, FLT_MIN), FLT_MAX))};
   }
 }

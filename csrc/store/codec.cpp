@@ -23,7 +23,7 @@ float bits_float(uint32_t u) {
 
 bool is_finite(float x) { return (float_bits(x) & 0x7F800000u) != 0x7F800000u; }
 
-// exp(x) for x <= 0 to about 1e-5 relative: what the choice of a row's zero and the mass check need.
+// Computes exp(x) for x <= 0 to about 1e-5 relative, which is enough for choose_zero and the mass check.
 float exp_below_zero(float x) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   const float t = std::max(x, -87.0f) * 1.44269504f;
@@ -33,7 +33,8 @@ float exp_below_zero(float x) {
   return bits_float(float_bits(p) + (static_cast<uint32_t>(static_cast<int32_t>(whole)) << 23));
 }
 
-// sum_j w_j (exp(decoded_j - x_j) - 1): how much kept mass the codes of this zero add, relative to the largest.
+// Computes sum_j w_j (exp(decoded_j - x_j) - 1): the kept mass that rounding with this zero adds, relative to the
+// weight of the largest logit.
 float mass_error(const float* x, const float* w, int64_t n, float zero, float scale, float last_code) {
   constexpr float magic = 12582912.0f;
   constexpr int lanes = 8;
@@ -55,9 +56,9 @@ float mass_error(const float* x, const float* w, int64_t n, float zero, float sc
   return sum;
 }
 
-// Sliding a row's grid by up to one step keeps every error within half a step, so the slide is free: spend it on
-// keeping the row's mass. The error rises with zero and only ever jumps down, so between a negative and a positive
-// value it crosses zero continuously and bisection finds the place.
+// Chooses the zero of a row's grid in [first, last]. Every choice keeps all rounding errors within half a step, so the
+// one that preserves the row's mass best is taken. The mass error rises with the zero except for jumps down, so between
+// a negative and a positive error it crosses 0 continuously, and bisection finds the crossing.
 float choose_zero(const float* x, const float* w, int64_t n, double first, double last, float scale, float last_code) {
   constexpr int coarse_steps = 16, fine_steps = 10;
   double best = 0.5 * (first + last), below = 0;
@@ -85,8 +86,8 @@ bool is_affine(Codec codec) { return codec == Codec::kAffine8 || codec == Codec:
 
 int last_code(Codec codec) { return codec == Codec::kAffine6 ? 63 : 255; }
 
-// A scale keeps 16 significant bits: times a code of at most 8 bits it is exact in float32, so that decoders with and
-// without fused multiply-add agree bit for bit. Zero, or a normal number.
+// A scale is 0 or a normal number with 16 significant bits. Its product with a code of at most 8 bits is then exact in
+// float32, so that decoders with and without fused multiply-add agree bit for bit.
 constexpr uint32_t kScaleMask = 0xFF;
 
 bool affine_is_valid(float scale, float zero, int last_code) {
@@ -108,7 +109,7 @@ struct Scratch {
         codes(static_cast<size_t>(width)) {}
 };
 
-// The smallest and largest of n finite numbers; in lanes, because the compiler may not reorder comparisons itself.
+// Finds the smallest and largest of n finite numbers. Works in lanes, because the compiler may not reorder comparisons.
 void min_max(const float* x, int64_t n, float* smallest, float* largest) {
   constexpr int lanes = 8;
   float lo[lanes], hi[lanes];
@@ -136,7 +137,7 @@ RowFault encode_affine(const float* x, int64_t n, double lo, double hi, float to
   if (hi > lo) {
     const uint32_t rounded = float_bits(static_cast<float>((hi - lo) / last_code)) + 0x80u;
     scale = std::max(bits_float(rounded & ~kScaleMask), FLT_MIN);
-    // The entries that hold the mass; the errors of the many small ones cancel among themselves.
+    // Only the entries with most of the mass matter; the errors of the many small ones cancel.
     const float *weight = s.weight.data(), least = total / 4096.0f;
     float *heavy_logit = s.heavy_logit.data(), *heavy_weight = s.heavy_weight.data();
     int64_t heavy = 0;
@@ -159,7 +160,7 @@ RowFault encode_affine(const float* x, int64_t n, double lo, double hi, float to
   return RowFault::kNone;
 }
 
-// Code j is bits [6 j, 6 j + 6) of the bytes, counted from the least significant of each.
+// Packs codes of six bits: code j is bits [6 j, 6 j + 6) of the bytes, counted from the least significant bit of each.
 void pack_six(const uint8_t* codes, int64_t n, uint8_t* bytes) {
   uint32_t pending = 0;
   int filled = 0;
@@ -170,7 +171,7 @@ void pack_six(const uint8_t* codes, int64_t n, uint8_t* bytes) {
   if (filled > 0) *bytes = static_cast<uint8_t>(pending);
 }
 
-// logits[j] = zero + scale * code j. Four codes are three bytes; the last few are read one by one.
+// Computes logits[j] = zero + scale * code j. Four codes are three bytes; the last few codes are read one by one.
 void unpack_six(const uint8_t* bytes, int64_t n, float scale, float zero, float* logits) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4, bytes += 3) {
@@ -193,7 +194,8 @@ RowFault encode_logits(const float* x, int64_t n, float lse, Codec codec, Scratc
   for (int64_t j = 0; j < n; ++j) weight[j] = exp_below_zero(x[j] - hi);
   double total = 0;
   for (int64_t j = 0; j < n; ++j) total += weight[j];
-  // 0.1: what rounding logits near 30 to bfloat16 explains, and an lse of another temperature or row does not.
+  // The tolerance of 0.1 allows for logits near 30 rounded to bfloat16, but not for an lse of another temperature or
+  // row.
   if (std::log(total) + hi - lse > 0.1) return RowFault::kMass;
   if (is_affine(codec)) {
     uint8_t* codes = codec == Codec::kAffine6 ? s.codes.data() : values;
@@ -271,7 +273,7 @@ RowFault decode_row(const ShardRows& s, Codec codec, int64_t vocab_size, int64_t
     const int64_t entry = s.entry_offsets[row], entry_end = s.entry_offsets[row + 1];
     word = s.id_word_offsets[row];
     const int64_t word_end = s.id_word_offsets[row + 1];
-    // No codec takes less than half a byte; checked first, so that a hostile offset cannot overflow below.
+    // No codec takes less than half a byte per entry. Checked first, so that a malicious offset cannot overflow below.
     if (entry < 0 || entry_end <= entry || entry_end / 2 > s.num_value_bytes) return RowFault::kOffsets;
     if (word < 0 || word_end <= word || word_end > s.num_id_words) return RowFault::kOffsets;
     n = entry_end - entry;
@@ -316,7 +318,7 @@ int64_t row_value_bytes(Codec codec, int64_t n) {
 }
 
 int64_t ragged_value_offset(Codec codec, int64_t row, int64_t entry) {
-  // A row of whole bytes never needs more than the bytes its bits touch, and one.
+  // Every row begins at a whole byte, so each row before it can add at most one byte to those that its bits fill.
   return codec == Codec::kAffine6 ? 6 * entry / 8 + row : row_value_bytes(codec, entry);
 }
 
@@ -374,7 +376,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Arrays are taken as they are (noconvert below), so that nothing is copied behind the caller's back.
+// Arguments are never converted (noconvert below), so arrays are not copied silently.
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -479,7 +481,7 @@ py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, i
 void bind_store_codec(py::module_& m) {
   const auto array = [](const char* name) { return py::arg(name).noconvert(); };
   m.def("store_row_words", &row_words, py::arg("vocab_size"), py::arg("top_k"),
-        "The number of 32-bit words that hold one row's ids.");
+        "Returns the number of 32-bit words that hold the ids of a row.");
   m.def("store_decode_rows", &store_decode_rows, py::kw_only(), py::arg("vocab_size"), py::arg("codec"),
         py::arg("top_k"), py::arg("first"), array("entry_offsets"), array("id_word_offsets"), array("id_words"),
         array("values"), array("affine"), array("lse"), array("target_logit"), array("checksums"), array("out_ids"),

@@ -1,6 +1,6 @@
-// The row codec of the store (slimkernels/store/FORMAT.md): Elias-Fano ids, quantised logits, row checksums.
-// Host only, plain C++17 on raw pointers, little-endian. Nothing here trusts its input: a row of hostile bytes
-// is reported as a fault and never read or written out of bounds.
+// The row codec of the store (slimkernels/store/FORMAT.md): Elias-Fano ids, quantised logits, row checksums. Plain
+// C++17 on raw pointers, little-endian. Input is not trusted: a row of malicious bytes is reported as a fault and never
+// leads to a read or write out of bounds.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,14 +13,14 @@ namespace slimkernels::store {
 
 enum class Codec { kAffine8, kAffine6, kBfloat16, kFloat32 };
 
-// The bytes of the values of a row of n entries.
+// Returns the number of bytes of the values of a row of n entries.
 int64_t row_value_bytes(Codec codec, int64_t n);
 
-// Where the values of a row begin in a ragged shard, `entry` being the number of entries before it.
+// Returns the position of the values of a row in a ragged shard; `entry` is the number of entries before the row.
 int64_t ragged_value_offset(Codec codec, int64_t row, int64_t entry);
 
-// The encoded rows of one shard. `top_k` > 0: every row keeps top_k entries and the offsets are null.
-// `top_k` == 0: ragged, row r's entries are [entry_offsets[r], entry_offsets[r + 1]), likewise its words.
+// The encoded rows of one shard. If `top_k` > 0, every row keeps top_k entries and the offsets are null. If `top_k` is
+// 0, the shard is ragged: the entries of row r are [entry_offsets[r], entry_offsets[r + 1]), and likewise its words.
 struct ShardRows {
   int64_t rows;
   int64_t top_k;
@@ -37,13 +37,13 @@ struct ShardRows {
   const uint64_t* checksums;  // (rows)
 };
 
-// Decodes rows [first, first + count) into ids and logits (count, width), padded with -1 and 0. Returns the
-// first bad row and stores why in *fault, or -1. The output of rows before it is complete.
+// Decodes rows [first, first + count) into ids and logits (count, width), padded with -1 and 0. Returns the first bad
+// row and stores its fault in *fault, or returns -1. The output of the rows before it is complete.
 int64_t decode_rows(const ShardRows& shard, Codec codec, int64_t vocab_size, int64_t first, int64_t count,
                     int64_t width, int32_t* ids, float* logits, RowFault* fault);
 
-// Where encode_rows writes; sizes follow from the offsets, which the caller computes with row_layout. The values of
-// the rows follow each other without a gap.
+// The outputs of encode_rows. Sizes follow from the offsets, which the caller computes with row_layout. The values of
+// consecutive rows have no gap between them.
 struct EncodedRows {
   const int64_t* entry_offsets;    // (count + 1)
   const int64_t* id_word_offsets;  // (count + 1)
@@ -55,8 +55,8 @@ struct EncodedRows {
   uint64_t* checksums;
 };
 
-// Encodes ids and logits (count, width), rows ending in -1 padding; the first row is row `first` of its shard.
-// Returns the first row that cannot be stored and stores why in *fault, or -1.
+// Encodes ids and logits (count, width), with rows padded with -1; the first row is row `first` of its shard. Returns
+// the first row that cannot be stored and stores its fault in *fault, or returns -1.
 int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit, int64_t first,
                     int64_t count, int64_t width, int64_t num_temperatures, Codec codec, int64_t vocab_size,
                     const EncodedRows& out, RowFault* fault);

@@ -1,5 +1,5 @@
-// Sorted ids of a vocabulary in a fixed number of bits for given (vocab_size, K): the low bits of every id side
-// by side, the high parts as a unary bitmap (slimkernels/store/FORMAT.md).
+// Encodes sorted ids of a vocabulary in a number of bits that depends on (vocab_size, K) only: the low bits of the ids
+// are stored consecutively, the high parts as a unary bitmap (slimkernels/store/FORMAT.md).
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@
 
 namespace slimkernels::store {
 
-// Why a row was refused. The numbers are shared with slimkernels/store/codec.py.
+// Reasons for rejecting a row. slimkernels/store/codec.py uses the same numbers.
 enum class RowFault : int {
   kNone = 0,
   kOffsets = 1,     // a ragged row's offsets leave the shard or disagree with its number of entries
-  kChecksum = 2,    // the bytes are not those that were written
+  kChecksum = 2,    // the bytes differ from those written
   kIdBits = 3,      // the high bitmap does not hold exactly K ones, or a padding bit is set
   kIdOrder = 4,     // ids not strictly ascending
   kIdRange = 5,     // an id outside [0, vocab_size)
@@ -22,14 +22,14 @@ enum class RowFault : int {
   kEmpty = 7,       // no entry at all (encoding only)
   kNotFinite = 8,   // a kept logit is NaN or infinite
   kMagnitude = 9,   // a logit, or the span of a row, is too large for the codec (encoding only)
-  kAffine = 10,     // scale or zero is not one an encoder writes
+  kAffine = 10,     // scale or zero is not a value that an encoder writes
   kLse = 11,        // an lse is NaN or infinite
   kTarget = 12,     // a target_logit is +inf
   kMass = 13,       // the kept logits hold more probability than lse allows (encoding only)
   kValueBits = 14,  // a bit behind the values of a row is set
 };
 
-// How one row's ids lie in its 32-bit words: K fields of `low_bits` bits, then the high bitmap.
+// The layout of a row's ids in 32-bit words: K fields of `low_bits` bits, then the high bitmap.
 struct RowLayout {
   int low_bits;
   int64_t low_words;
@@ -38,7 +38,7 @@ struct RowLayout {
   int64_t words() const { return low_words + high_words; }
 };
 
-// Needs 1 <= top_k <= vocab_size < 2^31.
+// Returns the layout of a row; requires 1 <= top_k <= vocab_size < 2^31.
 inline RowLayout row_layout(int64_t vocab_size, int64_t top_k) {
   RowLayout layout{};
   while ((top_k << (layout.low_bits + 1)) <= vocab_size) ++layout.low_bits;
@@ -49,7 +49,7 @@ inline RowLayout row_layout(int64_t vocab_size, int64_t top_k) {
   return layout;
 }
 
-// A field of `width` bits at bit `position` of the words, reading no byte at or past `end`.
+// Reads a field of `width` bits at bit `position`, without touching bytes at or past `end`.
 inline uint32_t read_field(const uint8_t* bytes, const uint8_t* end, int64_t position, int width) {
   const uint8_t* p = bytes + (position >> 3);
   uint64_t v = 0;
@@ -57,7 +57,8 @@ inline uint32_t read_field(const uint8_t* bytes, const uint8_t* end, int64_t pos
   return static_cast<uint32_t>((v >> (position & 7)) & ((uint64_t{1} << width) - 1));
 }
 
-// ids[j] |= the j-th low field. Eight fields of at most 8 bits are L whole bytes: one load, constant shifts.
+// Merges low fields of L <= 8 bits into ids, eight at a time: they are L whole bytes, so one load and constant shifts
+// suffice. Returns the number of merged ids.
 template <int L>
 inline int64_t merge_low_by_eight(const uint8_t* bytes, const uint8_t* end, int64_t n, int32_t* ids) {
   constexpr uint64_t mask = (uint64_t{1} << L) - 1;
@@ -105,23 +106,23 @@ inline void merge_low(const uint8_t* bytes, const uint8_t* end, int64_t n, int l
   for (; j < n; ++j) ids[j] |= static_cast<int32_t>(read_field(bytes, end, j * low_bits, low_bits));
 }
 
-// Bits [used, 32 * words) of the last word are padding and must be zero.
+// Returns whether the padding bits, from `used` to the end of the last word, are 0.
 inline bool padding_is_zero(const uint32_t* words, int64_t num_words, int64_t used) {
   const int tail = static_cast<int>(used & 31);
   return num_words == 0 || tail == 0 || (words[num_words - 1] >> tail) == 0;
 }
 
-// The words hold exactly layout.words() words and ids has room for n entries.
+// Decodes layout.words() words into n ids.
 inline RowFault decode_ids(const uint32_t* words, const RowLayout& layout, int64_t vocab_size, int64_t n,
                            int32_t* ids) {
   const uint32_t* high = words + layout.low_words;
   if (!padding_is_zero(words, layout.low_words, n * layout.low_bits)) return RowFault::kIdBits;
   if (!padding_is_zero(high, layout.high_words, layout.high_bits)) return RowFault::kIdBits;
-  // Counted first, so that the loop below cannot write a K+1st entry.
+  // The ones are counted first, so that the loop below cannot write more than n ids.
   int64_t ones = 0;
   for (int64_t w = 0; w < layout.high_words; ++w) ones += __builtin_popcount(high[w]);
   if (ones != n) return RowFault::kIdBits;
-  // Unsigned, because high part << low_bits of a hostile row can reach past 2^31 (never past 2^32).
+  // Unsigned, because in a malicious row high part << low_bits can exceed 2^31 (never 2^32).
   const int low_bits = layout.low_bits;
   uint32_t j = 0;
   for (int64_t w = 0; w < layout.high_words; w += 2) {
@@ -133,7 +134,7 @@ inline RowFault decode_ids(const uint32_t* words, const RowLayout& layout, int64
   }
   merge_low(reinterpret_cast<const uint8_t*>(words), reinterpret_cast<const uint8_t*>(words + layout.words()), n,
             low_bits, ids);
-  // High parts never decrease, so when the last id is in range none before it has its top bit set either.
+  // High parts never decrease, so if the last id is in range, no earlier id has its top bit set either.
   if (static_cast<uint32_t>(ids[n - 1]) >= static_cast<uint64_t>(vocab_size)) return RowFault::kIdRange;
   int32_t unordered = 0;
   for (int64_t i = 1; i < n; ++i) unordered |= ids[i] <= ids[i - 1];

@@ -1,4 +1,4 @@
-// The CPU kernel of decode_logits: rows of a store side by side, padded to one width (slimkernels/packed_logits.py).
+// The CPU kernel of decode_logits, which decodes rows padded to one width (slimkernels/packed_logits.py).
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ struct DecodeLogitsArgs {
   const uint32_t* id_words;  // (N, W)
   int64_t num_words;
   const void* values;     // (N, K)
-  const float* affine;    // (N, 2) scale, zero; read with 8-bit values
-  const int32_t* counts;  // (N,) or null: every row keeps K entries
+  const float* affine;    // (N, 2) scale, zero; null unless values are uint8
+  const int32_t* counts;  // (N,), or null if every row keeps K entries
   int64_t vocab_size;
   int64_t top_k;
   int32_t* ids;   // (N, K)
@@ -42,7 +42,7 @@ void decode_values(const DecodeLogitsArgs& args, int64_t row, int64_t count) {
   for (int64_t k = 0; k < count; ++k) logits[k] = logit_of(values[k], affine);
 }
 
-// Stops at the first row whose ids are not ones that a store writes, and returns it as row * kFaults + kBadIds.
+// Decodes rows [begin, end). Stops at the first row whose ids are invalid and returns row * kFaults + kBadIds.
 inline int64_t decode_packed_rows(const DecodeLogitsArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t count = args.counts == nullptr ? args.top_k : args.counts[row];

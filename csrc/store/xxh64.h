@@ -24,7 +24,7 @@ inline uint64_t rotl(uint64_t x, int r) { return (x << r) | (x >> (64 - r)); }
 inline uint64_t xxh_round(uint64_t acc, uint64_t lane) { return rotl(acc + lane * kPrime2, 31) * kPrime1; }
 inline uint64_t xxh_merge(uint64_t h, uint64_t acc) { return (h ^ xxh_round(0, acc)) * kPrime1 + kPrime4; }
 
-// XXH64, as published by its author: the checksum of the store's rows.
+// Computes XXH64 as published by its author; it is the checksum of the store's rows.
 inline uint64_t xxh64(const void* data, uint64_t size, uint64_t seed) {
   const uint8_t* p = static_cast<const uint8_t*>(data);
   uint64_t left = size, h = seed + kPrime5;

@@ -1,4 +1,4 @@
-"""`slimkernels decode` and `slimkernels tree`: questions in, answers, results, a trace and its page out."""
+"""``slimkernels decode``: answers to questions by tree search, with results and a trace in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from slimkernels.cli.decode_arguments import DECODE_FIELDS, DEFAULT_ANSWER_PATTERN
+from slimkernels.cli.options import Parser, add_command, add_model_options
+from slimkernels.cli.terminal import be_quiet
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +23,34 @@ if TYPE_CHECKING:
     from slimkernels.durable import JsonLines
     from slimkernels.search import Engine, PathFinder, Question, Result, Scorer, Tree
 
-Say = Callable[[str], None]
+_DECODERS = ("pathfinder", "self-consistency", "best-of-n", "greedy")
+_SELECTORS = ("consensus", "majority-vote", "log-probability", "verifier")
 _DEFAULT_CHAINS = 8
-# Fields of the configuration that a decoder sets by itself.
+_DEFAULT_TEMPLATE = (
+    '{question}\n\nThink step by step, one step on each line. The last line is "Answer:" and the answer alone.'
+)
+_EXAMPLES = """\
+examples:
+  slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
+  echo "Why is the sky blue?" | slimkernels decode --model ./my-model -
+  every question of a file, by two decoders that may generate the same number of tokens:
+    slimkernels decode --model ./my-model --questions test.jsonl --token-budget 4096 --out tree.jsonl
+    slimkernels decode --model ./my-model --questions test.jsonl --token-budget 4096 --out chains.jsonl \\
+        --decoder self-consistency --chains 16
+  the highest cost of that, without generating anything:
+    slimkernels decode --model ./my-model --questions test.jsonl --plan
+  a search that can be stopped and continued, and a page that shows its trees:
+    slimkernels decode --model ./my-model --questions test.jsonl --trace trace.jsonl
+    slimkernels tree trace.jsonl -o tree.html
+The same command continues a stopped run: --out skips the questions that it already answers, and --trace continues
+inside an unfinished tree. The prompt is --template, with {question} or any other {field} of the question's record
+filled in. It is sent as a user's message where the tokenizer has a chat template, else as text to continue. The default
+template is
+    {question}
+
+    Think step by step, one step on each line. The last line is "Answer:" and the answer alone.
+"""
+# Fields of the configuration that a decoder sets on its own.
 _SET_BY_CHAINS = ("branching_factor", "beam", "buffer_size", "annealing", "max_attempts")
 _SET_BY = {
     "pathfinder": (),
@@ -35,70 +61,200 @@ _SET_BY = {
 _CHECK_OPTIONS = ("repetition_threshold", "no_repetition_check", "nli", "contradiction_threshold")
 
 
+def _numbers(text: str) -> int | tuple[int, ...]:
+    try:
+        numbers = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, or several as in 8,4,1, got {text!r}") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+# Options that are fields of PathFinderConfig: flag, keywords of add_argument, help.
+SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "branching_factor": (
+        "--branching-factor",
+        {"type": _numbers, "metavar": "N[,N...]"},
+        "children per open leaf; several numbers apply to depth 0, 1, ..., the last to all deeper ones (default: 8)",
+    ),
+    "beam": ("--beam", {"type": int, "metavar": "N"}, "open leaves kept at every depth (default: 8)"),
+    "buffer_size": ("--buffer-size", {"type": int, "metavar": "N"}, "hypotheses kept at every depth (default: 128)"),
+    "max_depth": ("--max-depth", {"type": int, "metavar": "N"}, "maximum number of steps in a branch (default: 12)"),
+    "max_step_tokens": (
+        "--max-step-tokens",
+        {"type": int, "metavar": "N"},
+        "maximum number of tokens in a step (default: 64)",
+    ),
+    "max_tokens": (
+        "--token-budget",
+        {"type": int, "metavar": "N"},
+        "maximum number of tokens generated per question, over all branches and attempts (default: no limit)",
+    ),
+    "time_limit_s": (
+        "--time-limit",
+        {"type": float, "metavar": "SECONDS"},
+        "time limit for each batch of questions (default: no limit)",
+    ),
+    "step_delimiter": (
+        "--step-delimiter",
+        {"type": lambda text: text.replace("\\n", "\n").replace("\\t", "\t"), "metavar": "TEXT"},
+        r"text that ends a step; \n and \t stand for a line break and a tab (default: \n)",
+    ),
+    "end_markers": (
+        "--end-marker",
+        {"action": "append", "metavar": "TEXT"},
+        "text that finishes a branch; may be repeated",
+    ),
+    "answer_kind": (
+        "--answer-kind",
+        {"choices": ("any", "number", "yes_no", "letter")},
+        'kind of the answer that finishes a branch, as "The answer is 18" or "Answer: 18" do (default: any)',
+    ),
+    "answer_pattern": (
+        "--answer-pattern",
+        {"metavar": "REGEX"},
+        "regular expression in its place, found in the step that finishes a branch; its first group is the answer "
+        "(default: --answer-kind)",
+    ),
+    "temperature": (
+        "--temperature",
+        {"type": float, "metavar": "T"},
+        "sampling temperature at depth 0; 0 takes the most probable token (default: 0.8)",
+    ),
+    "annealing": (
+        "--annealing",
+        {"type": float, "metavar": "F"},
+        "factor of the temperature from one depth to the next (default: 0.9)",
+    ),
+    "top_k": (
+        "--top-k",
+        {"type": int, "metavar": "K"},
+        "sample from the K most probable tokens; 0 is no limit (default: 0)",
+    ),
+    "top_p": (
+        "--top-p",
+        {"type": float, "metavar": "P"},
+        "sample from the fewest tokens whose probabilities add up to P (default: 0.95)",
+    ),
+    "length_penalty": (
+        "--length-penalty",
+        {"type": float, "metavar": "F"},
+        "exponent in the score, sum of log-probabilities / (number of tokens)^F (default: 1.0)",
+    ),
+    "max_attempts": (
+        "--max-attempts",
+        {"type": int, "metavar": "N"},
+        "maximum number of generations of a step that fails its checks (default: 2)",
+    ),
+    "seed": ("--seed", {"type": int, "metavar": "N"}, "random seed for sampling (default: 0)"),
+    "batch_questions": (
+        "--batch-questions",
+        {"type": int, "metavar": "N"},
+        "questions searched at the same time; affects speed and memory, not results (default: 8)",
+    ),
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command ``decode``."""
+    parser = add_command(commands, "decode", run, "answer questions with a model and a tree search", _EXAMPLES)
+    _add_model_arguments(parser)
+    _add_question_arguments(parser)
+    _add_judge_arguments(parser)
+    search = parser.add_argument_group("search")
+    for field, (flag, options, text) in SEARCH_FIELDS.items():
+        search.add_argument(flag, dest=field, help=text, **options)
+
+
+def _add_model_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("question", nargs="?", metavar="QUESTION", help="question; - reads one question from standard input")
+    add(
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="folder, .gguf file, smollm2-135m-instruct, or name on the hub; with --server, its name on the server",
+    )
+    add("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    add("--tokenizer", metavar="MODEL", help="tokenizer whose chat template is used with --server (default: none)")
+    add_model_options(parser, "the model")
+    add("--device", metavar="DEVICE", help="device of the model, such as cuda (default: the CPU)")
+    add("--decoder", choices=_DECODERS, default=_DECODERS[0], help="search algorithm (default: %(default)s)")
+    add("--chains", type=int, metavar="N", help="answers drawn by self-consistency and best-of-n (default: 8)")
+    add("--plan", action="store_true", help="print the highest possible number of tokens and bytes, and stop")
+    add(
+        "--out",
+        metavar="FILE",
+        help=".jsonl file that receives every prediction with all candidates; an existing one is continued",
+    )
+    add(
+        "--trace", metavar="FILE", help=".jsonl file that receives the trees as they grow; an existing one is continued"
+    )
+
+
+def _add_question_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("questions")
+    add = group.add_argument
+    add("--questions", metavar="FILE", help=".jsonl file with one record per question; - reads standard input")
+    add("--question-field", default="question", metavar="NAME", help="field with the question (default: %(default)s)")
+    add("--reference-field", metavar="NAME", help="field with the correct answer, copied to --out as reference")
+    add("--limit", type=int, metavar="N", help="number of questions to read, from the first (default: all)")
+    template = group.add_mutually_exclusive_group()
+    template.add_argument(
+        "--template", default=_DEFAULT_TEMPLATE, metavar="TEXT", help="prompt with {question} (see below)"
+    )
+    template.add_argument("--template-file", metavar="FILE", help="file with the template")
+    add("--no-chat", action="store_true", help="do not use the tokenizer's chat template")
+
+
+def _add_judge_arguments(parser: Parser) -> None:
+    add = parser.add_argument_group("checks of steps, and selection of the answer").add_argument
+    add(
+        "--repetition-threshold",
+        type=float,
+        metavar="F",
+        help="similarity from which a step repeats an earlier one (default: 0.98)",
+    )
+    add("--no-repetition-check", action="store_true", help="accept steps that repeat earlier ones")
+    add("--nli", metavar="MODEL", help="entailment model, which turns the contradiction check on")
+    add(
+        "--contradiction-threshold",
+        type=float,
+        metavar="F",
+        help="probability from which two steps contradict each other (default: 0.5)",
+    )
+    add(
+        "--selector",
+        choices=_SELECTORS,
+        help="rule that chooses the answer (default: consensus; majority-vote with self-consistency, log-probability "
+        "with best-of-n)",
+    )
+    add("--verifier", metavar="MODEL", help="model that judges with --selector verifier (default: the model itself)")
+
+
 class _Asked(NamedTuple):
-    """A question of the input."""
+    """A question of the input.
+
+    Attributes:
+        text: The question.
+        record: All fields of its line in the file; empty for a question from the command line.
+    """
 
     text: str
     record: Mapping[str, Any]
 
 
-def decode(args: argparse.Namespace, say: Say) -> None:
-    """Runs `decode`: answers to ``say``, progress to the standard error."""
+def run(args: argparse.Namespace) -> None:
+    """Answers the questions: answers to standard output, progress to standard error."""
     _check_options(args)
+    be_quiet()
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
     asked = _read_questions(args)
     finder, tokenizer = _path_finder(args)
     questions = [_question(item, template, tokenizer, not args.no_chat) for item in asked]
     if args.plan:
-        plan = finder.plan(questions)
-        say(f"questions            {len(questions)}")
-        say(f"prompt tokens        {plan.prompt_tokens}")
-        say(f"generated tokens     at most {plan.generated_tokens}")
-        say(f"steps at a time      at most {plan.most_rows}")
-        say(f"keys and values      at most {plan.cache_bytes} bytes ({plan.cache_bytes / 2**20:.1f} MiB)")
-        return
-    with contextlib.ExitStack() as stack:
-        results, settings = None, ""
-        if args.out is not None:
-            from slimkernels.durable import JsonLines
-
-            results = stack.enter_context(JsonLines(args.out, "index"))
-            settings = _settings(args, finder, template)
-        answered = {} if results is None else _answered(results, settings, asked)
-        # A trace is one of all questions, and knows itself which of them are done.
-        todo = [index for index in range(len(asked)) if args.trace is not None or index not in answered]
-        if answered:
-            sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
-        watch = stack.enter_context(_watch(asked, todo))
-        started, tokens = time.monotonic(), 0
-        for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=watch):
-            index = todo[place]
-            tokens += result.num_tokens
-            say(_summary(index, len(asked), result))
-            if results is not None and index not in answered:
-                results.append(_record(args, index, asked[index], finder, result, settings))
-        seconds = time.monotonic() - started
-    if todo:
-        sys.stderr.write(
-            f"{len(todo)} questions, {tokens} tokens, {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
-        )
-
-
-def tree(args: argparse.Namespace, say: Say) -> None:
-    """Runs `tree`."""
-    from slimkernels.search.trace import read_trace
-    from slimkernels.search.tree_page import tree_page
-
-    content = read_trace(args.trace)
-    number = args.question
-    if number is not None and not 1 <= number <= len(content.questions):
-        raise ValueError(
-            f"--question must be in [1, {len(content.questions)}], the questions of the trace, got {number}"
-        )
-    out = Path(args.trace).with_suffix(".html") if args.out is None else Path(args.out)
-    page = tree_page(content, None if number is None else [number - 1])
-    out.write_text(page, encoding="utf-8", errors="replace")
-    say(f"wrote {out}")
+        _print_plan(finder, questions)
+    else:
+        _solve(args, finder, asked, questions, template)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -108,9 +264,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
     for name in _SET_BY[args.decoder]:
         if getattr(args, name) is not None:
-            raise ValueError(f"{DECODE_FIELDS[name][0]} has no meaning with --decoder {args.decoder}: leave it out")
-    chains = args.decoder in ("self-consistency", "best-of-n")
-    refused = [] if chains else ["chains"]
+            raise ValueError(f"{SEARCH_FIELDS[name][0]} has no meaning with --decoder {args.decoder}: omit it")
+    refused = [] if args.decoder in ("self-consistency", "best-of-n") else ["chains"]
     if args.decoder != "pathfinder":
         refused += _CHECK_OPTIONS
     if args.decoder == "greedy":
@@ -120,9 +275,9 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in refused:
         if getattr(args, name) not in (None, False):
             needed = "without --selector verifier" if name == "verifier" else f"with --decoder {args.decoder}"
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning {needed}: leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning {needed}: omit it")
     if args.no_repetition_check and args.repetition_threshold is not None:
-        raise ValueError("--repetition-threshold has no meaning with --no-repetition-check: leave it out")
+        raise ValueError("--repetition-threshold has no meaning with --no-repetition-check: omit it")
     if args.contradiction_threshold is not None and args.nli is None:
         raise ValueError("--contradiction-threshold needs --nli MODEL, which turns the check on")
 
@@ -134,57 +289,49 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
             raise ValueError("the question must have text in it, got an empty one")
         return [_Asked(text, {})]
     name = "the standard input" if args.questions == "-" else args.questions
-    lines = sys.stdin if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8").splitlines()
+    # Lines of JSON end at newlines alone: a string may hold other separators, such as U+2028. A file may begin with a
+    # byte order mark.
+    text = sys.stdin.read() if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8")
+    lines = text.removeprefix("\ufeff").split("\n")
     asked: list[_Asked] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if len(asked) == args.limit:
             break
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number} of {name} must be a JSON object: {error}") from error
-        for field in filter(None, (args.question_field, args.reference_field)):
-            if not isinstance(record, dict) or field not in record:
-                fields = sorted(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"line {number} of {name} has no field {field!r}, only {fields}")
-        text = record[args.question_field]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"the field {args.question_field!r} must be text in line {number} of {name}, got {text!r}")
-        asked.append(_Asked(text, record))
+        asked.append(_read_question(args, line, f"line {number} of {name}"))
     if not asked:
         raise ValueError(f"{name} must hold at least one question, got none")
     return asked
 
 
+def _read_question(args: argparse.Namespace, line: str, where: str) -> _Asked:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} must be a JSON object: {error}") from error
+    for field in filter(None, (args.question_field, args.reference_field)):
+        if not isinstance(record, dict) or field not in record:
+            fields = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{where} has no field {field!r}, only {fields}")
+    text = record[args.question_field]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the field {args.question_field!r} must be text in {where}, got {text!r}")
+    return _Asked(text, record)
+
+
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
 
-    options: dict[str, Any] = {"answer_pattern": DEFAULT_ANSWER_PATTERN}
-    options |= {name: getattr(args, name) for name in DECODE_FIELDS if getattr(args, name) is not None}
-    # Before the model is loaded: a bad value is found out at once.
+    options: dict[str, Any] = {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
+    # Made before the model is loaded, so that a bad value fails at once.
     config = search.PathFinderConfig(**options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains
     if chains < 1:
         raise ValueError(f"--chains must be at least 1, got {chains}")
     checks = _checks(args)
-
     engine, model, tokenizer = _served(args) if args.server is not None else _embedded(args)
-    selector: Scorer | None = None
-    if args.selector == "verifier":
-        from slimkernels import teacher
-
-        if args.verifier is not None:
-            selector = search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
-        else:
-            selector = search.Verifier(*cast(Any, (model, tokenizer)))  # a server has neither, and needs --verifier
-    elif args.selector is not None:
-        selector = {
-            "consensus": search.consensus(),
-            "majority-vote": search.majority_vote,
-            "log-probability": search.log_probability,
-        }[args.selector]
+    selector = _selector(args, model, tokenizer)
     selection = {} if selector is None else {"selector": selector}
     if args.decoder == "pathfinder":
         return search.PathFinder(engine, config, checks=checks, **selection), tokenizer
@@ -194,13 +341,26 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     return preset(engine, chains, config, **selection), tokenizer
 
 
+def _checks(args: argparse.Namespace) -> list[Any]:
+    from slimkernels import search
+
+    checks: list[Any] = []
+    if not args.no_repetition_check:
+        threshold = args.repetition_threshold
+        checks.append(search.RepetitionCheck() if threshold is None else search.RepetitionCheck(threshold))
+    if args.nli is not None:
+        threshold = 0.5 if args.contradiction_threshold is None else args.contradiction_threshold
+        checks.append(search.ContradictionCheck(search.NLIModel.from_pretrained(args.nli), threshold))
+    return checks
+
+
 def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
     from slimkernels import search, teacher
 
     if args.tokenizer is not None:
-        raise ValueError("--tokenizer is of --server: a model that runs here has its own")
+        raise ValueError("--tokenizer applies to --server only: a model that runs here has its own")
     model, tokenizer = teacher.load_teacher(
         args.model,
         gguf_file=args.gguf_file,
@@ -229,17 +389,26 @@ def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizer
     return search.ServerEngine(args.server, args.model), None, tokenizer
 
 
-def _checks(args: argparse.Namespace) -> list[Any]:
+def _selector(
+    args: argparse.Namespace, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Scorer | None:
+    """Returns the scorer of --selector; None for the decoder's own."""
     from slimkernels import search
 
-    checks: list[Any] = []
-    if not args.no_repetition_check:
-        threshold = args.repetition_threshold
-        checks.append(search.RepetitionCheck() if threshold is None else search.RepetitionCheck(threshold))
-    if args.nli is not None:
-        threshold = 0.5 if args.contradiction_threshold is None else args.contradiction_threshold
-        checks.append(search.ContradictionCheck(search.NLIModel.from_pretrained(args.nli), threshold))
-    return checks
+    if args.selector is None:
+        return None
+    if args.selector != "verifier":
+        scorers: dict[str, Scorer] = {
+            "consensus": search.consensus(),
+            "majority-vote": search.majority_vote,
+            "log-probability": search.log_probability,
+        }
+        return scorers[args.selector]
+    if args.verifier is None:
+        return search.Verifier(*cast(Any, (model, tokenizer)))  # with a server, _served has refused this
+    from slimkernels import teacher
+
+    return search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
 
 
 def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> Question:
@@ -262,8 +431,17 @@ def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | 
     return Question(token_ids, item.text)
 
 
+def _print_plan(finder: PathFinder, questions: Sequence[Question]) -> None:
+    plan = finder.plan(questions)
+    print(f"questions            {len(questions)}")
+    print(f"prompt tokens        {plan.prompt_tokens}")
+    print(f"generated tokens     at most {plan.generated_tokens}")
+    print(f"steps at a time      at most {plan.most_rows}")
+    print(f"keys and values      at most {plan.cache_bytes} bytes ({plan.cache_bytes / 2**20:.1f} MiB)")
+
+
 def _settings(args: argparse.Namespace, finder: PathFinder, template: str) -> str:
-    """A hash of all that the predictions depend on but the questions."""
+    """Returns a hash of everything that the predictions depend on, except for the questions."""
     from slimkernels.search.trace import header_of
 
     header = header_of(finder.engine, finder.config, finder.checks, [])
@@ -271,8 +449,43 @@ def _settings(args: argparse.Namespace, finder: PathFinder, template: str) -> st
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
+def _solve(
+    args: argparse.Namespace,
+    finder: PathFinder,
+    asked: Sequence[_Asked],
+    questions: Sequence[Question],
+    template: str,
+) -> None:
+    """Searches the questions that are left, prints each answer, and appends it to --out."""
+    with contextlib.ExitStack() as stack:
+        results, settings = None, ""
+        if args.out is not None:
+            from slimkernels.durable import JsonLines
+
+            results = stack.enter_context(JsonLines(args.out, "index"))
+            settings = _settings(args, finder, template)
+        answered = set() if results is None else _answered(results, settings, asked)
+        # A trace belongs to all questions of a run, and records which of them are done.
+        todo = [index for index in range(len(asked)) if args.trace is not None or index not in answered]
+        if answered:
+            sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
+        watch = stack.enter_context(_watch(asked, todo))
+        started, tokens = time.monotonic(), 0
+        for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=watch):
+            index = todo[place]
+            tokens += result.num_tokens
+            print(_summary(index, len(asked), result))
+            if results is not None and index not in answered:
+                results.append(_record(args, index, asked[index], finder, result, settings))
+        seconds = time.monotonic() - started
+    if todo:
+        sys.stderr.write(
+            f"{len(todo)} questions, {tokens} tokens, {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
+        )
+
+
 def _answered(results: JsonLines, settings: str, asked: Sequence[_Asked]) -> set[int]:
-    """The questions that the results file has a prediction for."""
+    """Returns the indices of the questions for which the results file has a prediction."""
     for record in results.found:
         if record.get("settings") != settings:
             raise ValueError(f"{results.path} holds predictions of other settings or another model: give another --out")
@@ -317,7 +530,7 @@ def _record(
 def _unfinished_reason(result: Result) -> str | None:
     if result.finished:
         return None
-    return result.notes[-1] if result.node is None else result.tree.reasons[result.node]
+    return (result.node is not None and result.tree.reasons[result.node]) or result.notes[-1]
 
 
 def _summary(index: int, total: int, result: Result) -> str:
@@ -331,20 +544,22 @@ def _summary(index: int, total: int, result: Result) -> str:
 
 @contextlib.contextmanager
 def _watch(asked: Sequence[_Asked], todo: Sequence[int]) -> Iterator[Callable[[int, Tree], None]]:
-    """What to do when a depth is done: draw the tree in a terminal, else write a line."""
+    """Yields the function that shows a finished depth: the tree in a terminal, a line elsewhere."""
     from rich.console import Console
 
-    from slimkernels.search.tree_text import draw, line
+    from slimkernels.search.tree_text import progress_line, render_tree
 
     console = Console(stderr=True)
     if not console.is_terminal:
 
         def write(place: int, tree: Tree) -> None:
-            sys.stderr.write(f"{line(todo[place], tree)}\n")
+            sys.stderr.write(f"{progress_line(todo[place], tree)}\n")
 
         yield write
         return
     from rich.live import Live
 
     with Live(console=console, transient=True, auto_refresh=False) as live:
-        yield lambda place, tree: live.update(draw(asked[todo[place]].text, tree, console.height - 2), refresh=True)
+        yield lambda place, tree: live.update(
+            render_tree(asked[todo[place]].text, tree, console.height - 2), refresh=True
+        )

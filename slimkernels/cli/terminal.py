@@ -1,17 +1,21 @@
-"""What the commands share: quiet libraries, progress bars and tables."""
+"""Output of the commands: quiet libraries, progress bars, tables and numbers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
+
+# More columns would not fit 80 characters: four numbers of ten digits and the longest name of a metric do.
+_MODELS_PER_TABLE = 4
 
 
 def be_quiet() -> None:
-    """Silences what the libraries below say about each file they read; errors come through as exceptions."""
+    """Silences the messages that transformers and datasets print about each file they read; they still raise errors."""
     import datasets
     import transformers
 
@@ -22,7 +26,7 @@ def be_quiet() -> None:
 
 @contextlib.contextmanager
 def progress_bars(*, is_shown: bool = True) -> Iterator[Progress]:
-    """Bars on standard error, for ``progress_task``."""
+    """Yields a display of progress bars on standard error, for ``progress_task``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -32,24 +36,50 @@ def progress_bars(*, is_shown: bool = True) -> Iterator[Progress]:
 
 
 def progress_task(progress: Progress, description: str) -> Callable[[int, int | None], None]:
-    """A bar, as what is told how many are done, and of how many."""
+    """Adds a bar and returns the function that updates it, called with the number done and the total."""
     task = progress.add_task(description, total=None)
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def print_table(content: dict[str, str]) -> None:
-    """A line for each name, folded to the width of the terminal."""
+def print_table(content: Mapping[str, str], console: Console | None = None) -> None:
+    """Prints one line per name, wrapped to the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False)
-    table.add_column()
+    table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in content.items():
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(name, Text(value))
+    (Console() if console is None else console).print(table)
+
+
+def print_columns(columns: Mapping[str, Mapping[str, str]], console: Console | None = None) -> None:
+    """Prints columns of named numbers side by side, in several tables where one would be too wide.
+
+    Args:
+        columns: Numbers by row, by heading; a row may be missing from a column.
+        console: Console to print to; None is standard output.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console() if console is None else console
+    rows = list(dict.fromkeys(name for column in columns.values() for name in column))
+    headings = list(columns)
+    for first in range(0, len(headings), _MODELS_PER_TABLE):
+        table = Table(box=None)
+        table.add_column("", no_wrap=True)
+        shown_headings = headings[first : first + _MODELS_PER_TABLE]
+        for heading in shown_headings:
+            table.add_column(Text(heading), overflow="fold", justify="right")
+        for row in rows:
+            table.add_row(row, *(columns[heading].get(row, "") for heading in shown_headings))
+        console.print(table)
 
 
 def shown(value: object) -> str:
-    """Four digits of a float; anything else whole."""
+    """Formats a float with four significant digits, and anything else with ``str``."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The demonstration: a real teacher writes, is captured, and teaches one small student three ways."""
+"""The demonstration: a real teacher writes text, its logits are stored, and one small student learns three ways."""
 
 from slimkernels.demo.demo import DemoSettings, run_demo
 

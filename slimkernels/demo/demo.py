@@ -1,4 +1,4 @@
-"""The whole way in one command: a teacher's own text, its logits in a store, one small student trained three ways."""
+"""The demonstration's phases: a teacher's own text, its logits in a store, one small student trained three ways."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,45 +17,45 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
-import slimkernels as sk
+from slimkernels import __version__
 from slimkernels._C import supported_cpu_isas
-from slimkernels.demo.phases import Phase, progress_bar, quiet_libraries
+from slimkernels.demo.phases import Phase, progress_bar, quiet_libraries, say
 from slimkernels.demo.report import report
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.make_student import make_student
 from slimkernels.store import Store, info
-from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
+from slimkernels.teacher import EMBEDDED_TEACHERS, capture, generate_documents, load_teacher, shipped_prompts
 from slimkernels.trainer import SlimConfig, SlimTrainer
 
 SPLITS = ("train", "heldout")
-# The methods that are compared.
+# Methods that are compared.
 STUDENTS = ("sft", "kd", "slim")
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration does; the defaults take a few minutes on two CPU cores.
+    """Sizes and options of the demonstration; the defaults take a few minutes on two CPU cores.
 
     Attributes:
         teacher: Name or folder, as ``load_teacher`` takes it.
-        teacher_dtype: Of its weights; "auto": bfloat16 on processors that have its instructions, where it halves the
-            time, and float32 on others, where bfloat16 takes four times as long.
-        prompts: How many of the shipped prompts to use, from the first: the first 40 open stories.
-        heldout_every: Every so many-th prompt is held out, with all its documents.
-        documents: How many the teacher writes, over all prompts.
-        max_new_tokens: Longest continuation of a prompt.
-        sampling_temperature: Of the teacher's sampling.
-        sampling_top_k: The teacher draws among so many tokens.
-        top_fraction: Share of the vocabulary kept of each of the teacher's rows.
-        hidden_size: D of the student.
+        teacher_dtype: Dtype of the teacher's weights; "auto" is bfloat16 on processors with bfloat16 instructions,
+            where it halves the time, and float32 on others, where bfloat16 takes four times as long.
+        prompts: Number of shipped prompts to use, from the first; the first 40 open stories.
+        heldout_every: Distance between held-out prompts: one prompt in so many, with all its documents, is held out.
+        documents: Number of documents that the teacher writes, over all prompts.
+        max_new_tokens: Longest continuation of a prompt, in tokens.
+        sampling_temperature: Temperature at which the teacher writes.
+        sampling_top_k: Number of most probable tokens from which the teacher samples.
+        top_fraction: Share of the vocabulary whose logits are kept in each row of the teacher.
+        hidden_size: Hidden size D of the student.
         num_layers: Layers of the student.
         num_heads: Attention heads of the student.
         epochs: Passes over the training documents, the same for every method.
         batch_size: Documents per optimizer step.
-        learning_rate: Peak, after a linear warm-up over a tenth of the steps and before a cosine decay; the same
-            for every method.
-        evaluations: Measurements on the held-out documents, spread evenly over a training.
-        seed: Of the teacher's sampling, the student's initialisation and the order of the documents.
+        learning_rate: Peak learning rate, the same for every method; reached by a linear warm-up over a tenth of the
+            steps and followed by a cosine decay.
+        evaluations: Measurements on the held-out documents, spread evenly over each training.
+        seed: Random seed of the teacher's sampling, the student's initialisation and the order of the documents.
     """
 
     teacher: str = "smollm2-135m-instruct"
@@ -86,29 +88,30 @@ def run_demo(
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs what of the demonstration is not there yet, and prints, plots and returns its numbers.
+    """Runs the phases of the demonstration that are not finished, and prints, plots and returns its numbers.
 
     The teacher continues short prompts. Some prompts are held out, with all their documents, before anything is
-    captured. The teacher's top logits of both parts go into two stores. One student, the same initialisation, the
-    same documents in the same order, the same recipe, learns from the labels alone (sft), with the teacher's kept
+    captured. The teacher's largest logits of both parts are written into two stores. One student, with the same
+    initialisation, documents, order and recipe each time, learns from the labels alone (sft), with the teacher's kept
     logits (kd), and with those weighted per token (slim).
 
-    In ``output_dir``: ``text``, ``store/train``, ``store/heldout``, ``students/METHOD``, ``results.json`` and
-    ``learning_curves.png``. A phase that is done is reused as long as its settings are the same; one that was
-    stopped is continued (text, store) or started again (a student); one with other settings is done again.
+    ``output_dir`` then holds ``text``, ``store/train``, ``store/heldout``, ``students/METHOD``, ``results.json`` and
+    ``learning_curves.png``. A finished phase is reused if its settings are the same and run again if they differ. A
+    phase that was stopped is continued (text, store) or started again (a student).
 
     Args:
-        output_dir: Gets everything; made when absent.
-        quick: Sizes that show nothing but that it works.
-        seed: Replaces that of the settings.
-        settings: Sizes of your own.
-        console: Where to print; by default standard output.
+        output_dir: Folder for all results; created if absent.
+        quick: Whether to use much smaller sizes, whose numbers only show that everything works.
+        seed: Random seed, in place of that of the settings.
+        settings: Sizes and options; None is the default ones.
+        console: Console to print to; None is standard output.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
-        ValueError: ``quick`` and ``settings`` both given, or ``output_dir`` holds a folder that is not the demo's.
+        ValueError: ``quick`` and ``settings`` are both given, or ``output_dir`` holds a folder that is not the
+            demonstration's.
         TeacherNotFoundError: The teacher is not installed; the message holds the command that installs it.
     """
     if quick and settings is not None:
@@ -121,13 +124,14 @@ def run_demo(
         settings = dataclasses.replace(settings, teacher_dtype="bfloat16" if has_bfloat16 else "float32")
     console = console or Console()
     start = time.perf_counter()
+    say(console, f"{2 + len(STUDENTS)} phases: the teacher's text, the store of its logits, {len(STUDENTS)} students")
     with quiet_libraries():
         demo = _Demo(Path(output_dir), settings, console)
         demo.write_text()
         demo.capture_stores()
         students = {method: demo.train_student(method) for method in STUDENTS}
     results = {
-        "version": sk.__version__,
+        "version": __version__,
         "settings": dataclasses.asdict(settings),
         "store": info(demo.stores / "train"),
         "heldout": info(demo.stores / "heldout"),
@@ -135,13 +139,21 @@ def run_demo(
         "phase_seconds": demo.seconds,
     }
     report(results, demo.output_dir, console)
-    console.print(f"{time.perf_counter() - start:.0f} s. Next, another loss on the same store:", highlight=False)
-    console.print(demo.next_command(), soft_wrap=True, highlight=False)
+    say(
+        console,
+        f"curves in {demo.output_dir / 'learning_curves.png'}, all numbers in {demo.output_dir / 'results.json'}",
+    )
+    say(console, f"finished in {time.perf_counter() - start:.0f} s; next, train with another loss on the same store:")
+    say(console, f"  {demo.next_command()}")
     return results
 
 
 class _Demo:
-    """The phases, in the order in which they are called."""
+    """The phases of one run, in the order in which they are called.
+
+    Attributes:
+        seconds: Wall time of each phase, by its name.
+    """
 
     def __init__(self, output_dir: Path, settings: DemoSettings, console: Console) -> None:
         self.output_dir, self.settings, self.console = output_dir, settings, console
@@ -151,21 +163,26 @@ class _Demo:
         self.heldout_prompts = set(self.prompts[:: settings.heldout_every])
         self._teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
-        self._text_key = {"version": sk.__version__, "prompts": prompts} | self._pick(
+        self._text_key = {"version": __version__, "prompts": prompts} | self._pick(
             *("teacher", "teacher_dtype", "heldout_every", "documents", "max_new_tokens"),
             *("sampling_temperature", "sampling_top_k", "seed"),
         )
         self._store_key = self._text_key | self._pick("top_fraction")
 
     def write_text(self) -> None:
-        """The teacher continues the prompts, each document one line of ``text/documents.jsonl``."""
+        """Lets the teacher continue the prompts; each document is one line of ``text/documents.jsonl``."""
         settings = self.settings
         with self._phase("text", self.text, self._text_key) as phase:
             if phase.is_done:
                 return
             model, tokenizer = self._load_teacher()
             tokenizer.save_pretrained(self.text / "tokenizer")
-            with progress_bar(self.console, "the teacher writes documents") as update:
+            say(
+                self.console,
+                f"text: the teacher writes {settings.documents} documents of up to {settings.max_new_tokens} tokens, "
+                f"from {len(self.prompts)} prompts",
+            )
+            with progress_bar(self.console, "documents") as update:
                 corpus = generate_documents(
                     model,
                     tokenizer,
@@ -182,7 +199,7 @@ class _Demo:
             phase.finish({"documents": corpus.documents, "tokens": corpus.tokens})
 
     def capture_stores(self) -> None:
-        """The teacher's kept logits of every label, into a store to train on and one that is held out."""
+        """Writes the teacher's largest logits of every label into a store for training and one that is held out."""
         with self._phase("store", self.stores, self._store_key) as phase:
             if phase.is_done:
                 return
@@ -195,7 +212,8 @@ class _Demo:
                 ]
                 total = sum(map(len, documents))
                 kept = f"{self.settings.top_fraction:.0%}"
-                with progress_bar(self.console, f"top {kept} of the logits, {split} tokens") as update:
+                say(self.console, f"store: the top {kept} of the teacher's logits of {total:,} tokens, {split}")
+                with progress_bar(self.console, "tokens") as update:
                     capture(
                         model,
                         tokenizer,
@@ -205,11 +223,11 @@ class _Demo:
                         progress=lambda _, done, update=update, total=total: update(done, total),
                     )
             phase.finish({})
-        # Hundreds of megabytes that training has better use for.
+        # The teacher's weights take hundreds of megabytes, and training does not need them.
         self._teacher = None
 
     def train_student(self, method: str) -> dict[str, Any]:
-        """One method's held-out curve and speed, from a training now or one that was finished before."""
+        """Returns one method's held-out curve and speed, from a training now or one that was finished before."""
         key = self._store_key | {"method": method}
         key |= self._pick(
             "hidden_size", "num_layers", "num_heads", "epochs", "batch_size", "learning_rate", "evaluations"
@@ -245,12 +263,17 @@ class _Demo:
             disable_tqdm=True,
             use_cpu=True,
         )
-        with progress_bar(self.console, f"train {method}, steps") as update:
+        say(
+            self.console,
+            f"student {method}: {settings.epochs} epochs over {len(store)} documents, {student.num_parameters():,} "
+            "parameters",
+        )
+        with progress_bar(self.console, "steps") as update:
             curve = _HeldoutCurve(heldout, settings.evaluations, update)
             trainer = SlimTrainer(
                 model=student, args=config, train_dataset=store, processing_class=tokenizer, callbacks=[curve]
             )
-            # It prints every log; ours are in the result.
+            # This callback would print every log; the result holds them.
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         trainer.save_model()
@@ -263,18 +286,21 @@ class _Demo:
         }
 
     def next_command(self) -> str:
-        """A command that trains one more student on the demo's store."""
+        """Returns a shell command that trains one more student on the demonstration's store."""
         out = self.output_dir
-        arguments = ["--store", out / "store" / "train", "--eval-store", out / "store" / "heldout"]
+        arguments = ["train", "--store", out / "store" / "train", "--eval-store", out / "store" / "heldout"]
         arguments += ["--tokenizer", out / "text" / "tokenizer", "--method", "slim", "--rest", "ghost"]
         arguments += ["--out", out / "students" / "slim-ghost"]
-        return f"  slimkernels train {shlex.join(map(str, arguments))}"
+        return shlex.join(map(str, [*_program(), *arguments]))
 
     def _load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._teacher is None:
-            with self.console.status(f"loading the teacher {self.settings.teacher}"):
-                dtype = getattr(torch, self.settings.teacher_dtype)
-                self._teacher = load_teacher(self.settings.teacher, dtype=dtype)
+            converted = (
+                " (its GGUF file is converted on first use)" if self.settings.teacher in EMBEDDED_TEACHERS else ""
+            )
+            say(self.console, f"loading the teacher {self.settings.teacher}{converted}")
+            dtype = getattr(torch, self.settings.teacher_dtype)
+            self._teacher = load_teacher(self.settings.teacher, dtype=dtype)
         return self._teacher
 
     def _phase(self, name: str, folder: Path, key: dict[str, Any]) -> Phase:
@@ -284,8 +310,23 @@ class _Demo:
         return {name: getattr(self.settings, name) for name in names}
 
 
+def _program() -> list[str]:
+    """Returns the words that run this program in the user's shell, where its environment may not be active."""
+    python = Path(sys.executable)
+    script = shutil.which("slimkernels")
+    if script is not None and Path(script).parent == python.parent:
+        return ["slimkernels"]
+    inside = python.is_relative_to(Path.cwd())
+    return [str(python.relative_to(Path.cwd()) if inside else python), "-m", "slimkernels"]
+
+
 class _HeldoutCurve(TrainerCallback):
-    """Measures the student on the held-out store before, during and at the end of its training, off the clock."""
+    """Callback that measures the student on the held-out store before, during and after training.
+
+    Attributes:
+        points: Metrics of ``evaluate_store`` with the step and the tokens seen, one entry per measurement.
+        train_seconds: Wall time of the training without the measurements.
+    """
 
     def __init__(self, heldout: Store, evaluations: int, update) -> None:
         self.heldout, self.evaluations, self.update = heldout, evaluations, update
@@ -293,12 +334,12 @@ class _HeldoutCurve(TrainerCallback):
         self.train_seconds = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """The untrained student."""
+        """Measures the untrained student."""
         self._measure(state, model)
         self._start = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Where the next of the evenly spread measurements is due; the last step is one."""
+        """Measures where the next of the evenly spread measurements is due, last after the last step."""
         self.update(state.global_step, state.max_steps)
         if len(self.points) * state.max_steps <= state.global_step * self.evaluations:
             self.train_seconds += time.perf_counter() - self._start

@@ -1,4 +1,4 @@
-"""What every phase of the demonstration does alike: is it done, how far is it, how long did it take."""
+"""Phases of a long run: each is reused once it is finished, is timed, and shows its progress."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ PHASE_NAME = "phase.json"
 
 
 class Phase:
-    """A context for one phase, which leaves ``phase.json`` in its folder: its settings and, once done, its result.
+    """A context that runs one phase, and records its settings and finally its result in its folder, as ``phase.json``.
 
-    A folder with other settings is emptied; one without ``phase.json`` is not the demo's and is left alone.
+    A folder with other settings is emptied. A folder with files but without ``phase.json`` belongs to someone else and
+    is not touched.
 
     Args:
-        name: For the console and for ``seconds``.
-        folder: Belongs to this phase; made when absent.
-        key: Settings that decide the result, JSON values.
-        seconds: Gets how long the phase took, when it ran.
-        console: Is told what is reused.
+        name: Name of the phase on the console and in ``seconds``.
+        folder: Folder of this phase alone; created if absent.
+        key: Settings that decide the result, as JSON values.
+        seconds: Wall times by phase; receives that of this phase.
+        console: Console that names a reused phase.
+
+    Attributes:
+        is_done: Whether the phase is finished; the body of the context has nothing to do then.
+        result: Result of the finished phase.
 
     Raises:
-        ValueError: The folder holds something else.
+        ValueError: The folder holds files of something else.
     """
 
     def __init__(
@@ -58,32 +63,33 @@ class Phase:
         self.is_done = recorded["is_done"]
         if self.is_done:
             self.result, self.seconds[self.name] = recorded["result"], recorded["seconds"]
-            self.console.print(
-                f"{self.name}: reused from an earlier run (to do it again, remove {self.folder})",
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(self.console, f"{self.name}: reused from an earlier run (to run it again, remove {self.folder})")
         self._start = time.perf_counter()
         return self
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Records the result; from now on the phase is done."""
+        """Records the result and marks the phase as done."""
         self.result, self.is_done = result, True
         self.seconds[self.name] = time.perf_counter() - self._start
         content = {"key": self.key, "is_done": True, "seconds": self.seconds[self.name], "result": result}
         write_json(self.folder / PHASE_NAME, content)
 
     def __exit__(self, *exception) -> None:
-        """Nothing to clean up: an unfinished phase is continued by the next run."""
+        """Does nothing: an unfinished phase is continued by the next run."""
 
     def _recorded(self) -> dict[str, Any] | None:
         path = self.folder / PHASE_NAME
         return json.loads(path.read_text()) if path.is_file() else None
 
 
+def say(console: Console, line: str) -> None:
+    """Prints one line without styling or line breaks of its own, so that a command can be copied from it."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 @contextlib.contextmanager
 def progress_bar(console: Console, description: str) -> Iterator[Callable[[int, int], None]]:
-    """A live bar; yields update(done, total)."""
+    """Shows a live progress bar; yields the function that updates it, called with the number done and the total."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -98,7 +104,7 @@ def progress_bar(console: Console, description: str) -> Iterator[Callable[[int, 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silences what transformers says and draws about every file it reads; errors are raised as ever."""
+    """Silences the messages and bars of transformers about every file it reads; it still raises errors."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

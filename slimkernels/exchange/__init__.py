@@ -1,7 +1,7 @@
-"""Stores from the teacher files that other projects write, and parquet files from stores.
+"""Imports teacher files of other projects into stores, and exports stores as parquet files.
 
-Each importer streams its source into a store and says in its docstring what the source means. Beside the columns, five
-questions decide whether a file was read rightly:
+Each importer streams its source into a store; its docstring defines the source. Apart from the columns, five
+properties of a format decide whether it is read correctly:
 
 =============  ==================  =====================  ==================  ==============  =========================
 format         values              normalised over        temperature         row j is about  rest to train with
@@ -16,10 +16,10 @@ Megatron       log-probabilities   the vocabulary         1                   to
 parquet        as in the store     as in the store        as in the store     ``positions``   as in the store
 =============  ==================  =====================  ==================  ==============  =========================
 
-Log-probabilities normalised over the vocabulary become logits with lse 0. Of those normalised over the kept ids, lse is
-that of the kept ids: their mass is then 1, and the tail is not known. None of the formats says what the teacher gave to
-a label that is not kept; ``target_logit`` is then -inf, by which ``slim_loss`` gives the row the weight 0 ("kd" trains
-on it as on any other).
+Log-probabilities normalised over the vocabulary become logits with lse 0. For those normalised over the kept ids, lse
+is the log-sum-exp of the kept ids: their mass is then 1, and the mass of the tail is not known. None of the formats has
+the teacher's log-probability of a label that is not kept. Its ``target_logit`` is then -inf, so ``slim_loss`` gives the
+row the weight 0 ("kd" trains on it like on any other row).
 """
 
 from slimkernels.exchange.axolotl import import_axolotl

@@ -1,4 +1,4 @@
-"""``import_axolotl``: the log-probability columns of axolotl's knowledge distillation."""
+"""``import_axolotl``: imports the log-probability columns of axolotl's knowledge distillation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from slimkernels.exchange.writing import Document, ImportReport, Meaning, docume
 
 _PREPARED = ("target_logprobs", "target_token_ids", "target_mask")
 ALIGNMENTS = ("next", "same")
-# What axolotl pads with: -inf, in newer releases -1e9.
-_PADDING = -1e8
 
 
 def import_axolotl(
@@ -34,45 +32,45 @@ def import_axolotl(
 ) -> ImportReport:
     """Streams axolotl's offline teacher data into a store.
 
-    **Raw columns** (with ``logprobs_field``), what axolotl is given: for each of the last L tokens of a conversation
-    the list of a vLLM server's entries, ``{"token": "token_id:123", "logprob": -0.5}``; or, as its newer loader wants
-    them, a list of log-probabilities, with the ids in ``target_token_ids``. Row r is the distribution OVER token
-    T - L + r. The values are the server's log-probabilities, normalised over the vocabulary, so that the tail mass is
-    known: train with rest "ghost", "zero" or "renorm". They are at the temperature at which the server reports them
-    (1 for vLLM, unless it runs with processed log-probabilities). At another temperature T the store keeps the lse of
-    T exactly, and at 1 that of the kept ids alone: train at T, or with rest "renorm". Rows may keep different numbers
-    of ids; axolotl cuts them to the shortest, here all are kept.
+    **Raw columns** (with ``logprobs_field``) are the input of axolotl: for each of the last L tokens of a conversation
+    the list of a vLLM server's entries, ``{"token": "token_id:123", "logprob": -0.5}``, or, for newer releases, a list
+    of log-probabilities with the ids in ``target_token_ids``. Row r is the distribution OVER token T - L + r. The
+    values are the server's log-probabilities, normalised over the vocabulary, so the tail mass is known: train with
+    rest "ghost", "zero" or "renorm". Their temperature is the one at which the server reports them (1 for vLLM, unless
+    it runs with processed log-probabilities). For another temperature T the store holds the exact lse at T, and at 1
+    only that of the kept ids: train at T, or with rest "renorm". Rows may keep different numbers of ids; axolotl cuts
+    them to the shortest, and this import keeps them all.
 
-    **Prepared columns** (without ``logprobs_field``), what axolotl trains on: ``target_logprobs`` and
+    **Prepared columns** (without ``logprobs_field``) are what axolotl trains on: ``target_logprobs`` and
     ``target_token_ids`` (T, K), ``target_mask`` (T, K) with 0 for padding and for prompts. These values were
     renormalised over the K ids, at axolotl's ``kd_temperature``, so the tail mass is lost: the kept mass is 1, and
-    rest "renorm" (or "renorm_both") is all that can be meant. Row j is about token j + 1 ("next"). Releases before
-    axolotl's producers were brought into line wrote it beside token j itself ("same"); which one it is shows in the
-    data, and is checked.
+    only rest "renorm" (or "renorm_both") applies. Row j is about token j + 1 ("next"). Older releases of axolotl stored
+    the row about token j at index j ("same"). The data show which of the two it is, and this is checked.
 
     Records without ``input_ids`` are rendered by the tokenizer's chat template, which must be the one the teacher saw.
-    ``labels``, where there, leave out the rows that are -100.
+    If there are ``labels``, rows with label -100 are left out.
 
     Args:
         source: A .parquet, .arrow or .jsonl file, or a folder of them (as ``datasets.save_to_disk`` writes).
-        store_path: A new directory, or a store made with the same settings; documents that are in it are skipped.
-        tokenizer: The teacher's, from transformers.
-        logprobs_field: The name of the raw column (axolotl's option of the same name). None: prepared columns.
-        messages_field: The conversation's column, for records without ``input_ids``.
-        temperature: T of the values: the server's for raw columns, ``kd_temperature`` for prepared ones.
-        alignment: "next" or "same", of prepared columns.
-        vocab_size: V of the teacher; by default ``len(tokenizer)``.
-        teacher: Its name, kept in the store.
-        codec: "affine8", "affine6", "bfloat16" or "float32".
-        check_alignment: False imports rows whatever tokens they seem to be about.
+        store_path: New directory, or a store made with the same settings, whose documents are skipped.
+        tokenizer: The teacher's tokenizer, from transformers.
+        logprobs_field: Name of the raw column (axolotl's option of the same name). None reads prepared columns.
+        messages_field: Name of the column with the conversation, for records without ``input_ids``.
+        temperature: Temperature T of the values: the server's for raw columns, ``kd_temperature`` for prepared ones.
+        alignment: "next" or "same", for prepared columns.
+        vocab_size: V of the teacher; ``len(tokenizer)`` by default.
+        teacher: Name of the teacher, kept in the store.
+        codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32".
+        check_alignment: Whether to refuse rows that seem to be about other tokens.
 
     Returns:
-        ImportReport. The store's ``target_logit`` is the label's where it is kept, -inf elsewhere.
+        ImportReport. The store's ``target_logit`` is that of the label if it is kept, otherwise -inf.
 
     Raises:
-        FileNotFoundError, ImportError: There is no such source, or no pyarrow to read it with.
-        ValueError: A column is missing or has another form, a row cannot be stored, or the rows turn out to be about
-            other tokens. The message says which file and record.
+        FileNotFoundError: There is no such source.
+        ImportError: pyarrow is not installed.
+        ValueError: A column is missing or has another form, a row cannot be stored, or the rows are about other tokens.
+            The message names the file and the record.
 
     References: axolotl (Apache-2.0), https://github.com/axolotl-ai-cloud/axolotl, folder src/axolotl/integrations/kd:
     README.md ("Target alignment"), chat_template.py (columns, placement, renormalisation), collator.py (padding).
@@ -130,9 +128,7 @@ def _prepared_rows(record: dict[str, Any], length: int, where: str) -> tuple[np.
         _require_length(rows, length, name, where)
     _require_same_widths(values, ids, "target_logprobs", where)
     _require_same_widths(mask, ids, "target_mask", where)
-    logprobs = padded(values, np.float64)
-    # Written so that NaN is not taken for padding.
-    return padded(ids, np.int64), logprobs, (padded(mask, np.int64) != 0) & ~(logprobs <= _PADDING)
+    return padded(ids, np.int64), padded(values, np.float64), padded(mask, np.int64) != 0
 
 
 def _raw_rows(record: dict[str, Any], field: str, length: int, where: str) -> tuple[int, tuple[np.ndarray, ...]]:
@@ -140,7 +136,7 @@ def _raw_rows(record: dict[str, Any], field: str, length: int, where: str) -> tu
     rows = record[field]
     if not isinstance(rows, list):
         raise ValueError(f"{where}: {field} must be a list with a row for each token, got {str(rows)[:60]}")
-    # vLLM gives None for a token that nothing comes before.
+    # vLLM gives None for the first token of a text.
     rows: list[list[Any]] = [row or [] for row in rows]
     if any(isinstance(row[0], dict) for row in rows if row):
         ids = [[_token_id(entry, where) for entry in row] for row in rows]
@@ -149,13 +145,11 @@ def _raw_rows(record: dict[str, Any], field: str, length: int, where: str) -> tu
         values, ids = rows, [row or [] for row in record.get("target_token_ids") or []]
         _require_length(ids, len(rows), "target_token_ids", where)
         _require_same_widths(values, ids, field, where)
-    # A conversation that was cut keeps its head.
+    # A truncated conversation keeps its beginning.
     first = max(length - len(rows), 0)
     widths = np.array([len(row) for row in rows])[:, None]
     logprobs = padded(values, np.float64)
-    # -inf is probability 0: nothing is lost without it.
-    valid = (np.arange(logprobs.shape[1]) < widths) & (logprobs != -np.inf)
-    return first, (padded(ids, np.int64), logprobs, valid)
+    return first, (padded(ids, np.int64), logprobs, np.arange(logprobs.shape[1]) < widths)
 
 
 def _token_id(entry: Any, where: str) -> int:

@@ -1,4 +1,4 @@
-"""``import_distillkit``: the compressed teacher data of arcee-ai's DistillKit."""
+"""``import_distillkit``: imports the compressed teacher data of arcee-ai's DistillKit."""
 
 from __future__ import annotations
 
@@ -31,38 +31,40 @@ def import_distillkit(
     codec: str = "affine8",
     check_alignment: bool = True,
 ) -> ImportReport:
-    """Streams what DistillKit's ``sample_logits_vllm`` writes into a store.
+    """Streams the output of DistillKit's ``sample_logits_vllm`` into a store.
 
     A record has ``input_ids`` (T,), and for every token but the first a row of bytes: ``compressed_logprobs`` and
-    ``bytepacked_indices``. Row j is about token j + 1. A row more than that (packed data sets have T) is about a token
-    that is not there, and left out.
+    ``bytepacked_indices``. Row j is about token j + 1. Packed data sets have T rows, the last of which is about a token
+    beyond the end and is left out.
 
     The values are log-probabilities of vLLM at temperature 1, normalised over the vocabulary, so the tail mass is known
-    and rest "ghost", "zero" and "renorm" are all right. But those behind the first ``exact_k`` are a polynomial's, so
-    that the mass of a row is as good as the fit; where the values sum to more than 1, lse is that of the kept ids. The
-    tool appends one padding token to a short text, to have the teacher's word on what follows its last token: that row
-    has the padding as its label, and ``pad_token_id`` leaves it out. Sequences that were packed from several texts have
-    rows across the borders, which the files do not show.
+    and rest "ghost", "zero" and "renorm" all apply. But only the first ``exact_k`` are exact. The others come from a
+    polynomial, whose fit limits the accuracy of a row's mass; if the values sum to more than 1, lse is that of the kept
+    ids. The tool appends one padding token to a short text to get the teacher's distribution after its last token. The
+    label of that row is the padding, and ``pad_token_id`` leaves it out. Sequences that were packed from several texts
+    have rows across the borders between the texts, which the files do not record.
 
     Args:
         source: A .parquet file, or a folder of them.
-        store_path: A new directory, or a store made with the same settings; documents that are in it are skipped.
-        tokenizer: The teacher's, from transformers.
-        compression_config: The capture's, as a mapping or a file of YAML or JSON (a training configuration's
-            ``logprob_compressor`` is found too). By default compression_config.yaml beside the source.
-        pad_token_id: Rows with this label are left out.
-        vocab_size: V of the teacher; by default ``len(tokenizer)``.
-        teacher: Its name, kept in the store.
-        codec: "affine8", "affine6", "bfloat16" or "float32".
-        check_alignment: False imports rows whatever tokens they seem to be about.
+        store_path: New directory, or a store made with the same settings, whose documents are skipped.
+        tokenizer: The teacher's tokenizer, from transformers.
+        compression_config: Configuration of the capture, as a mapping or a file of YAML or JSON (the
+            ``logprob_compressor`` of a training configuration is found too). The default is compression_config.yaml in
+            the folder of the source.
+        pad_token_id: Label of rows to leave out.
+        vocab_size: V of the teacher; ``len(tokenizer)`` by default.
+        teacher: Name of the teacher, kept in the store.
+        codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32".
+        check_alignment: Whether to refuse rows that seem to be about other tokens.
 
     Returns:
-        ImportReport. The store's ``target_logit`` is the label's where it is kept, -inf elsewhere.
+        ImportReport. The store's ``target_logit`` is that of the label if it is kept, otherwise -inf.
 
     Raises:
-        FileNotFoundError, ImportError: There is no such source or configuration, or no package to read it with.
-        ValueError: The configuration is of another kind or does not fit the rows, a column is missing, a row cannot be
-            stored, or the rows turn out to be about other tokens. The message says which file and record.
+        FileNotFoundError: There is no such source or configuration.
+        ImportError: pyarrow or pyyaml is not installed.
+        ValueError: The configuration is of another kind or does not match the rows, a column is missing, a row cannot
+            be stored, or the rows are about other tokens. The message names the file and the record.
 
     References: arcee-ai's DistillKit (Apache-2.0), https://github.com/arcee-ai/DistillKit: distillkit/sample_common.py
     (columns) and sample_logits_vllm.py (what is sampled, and what row j is about); the bytes: ``distillkit_codec``.
@@ -80,8 +82,8 @@ def import_distillkit(
             if pad_token_id is not None:
                 positions = positions[input_ids[positions] != pad_token_id]
             decoded = compression.values(values[positions - 1])
-            # -inf fills rows of fewer than k entries.
-            valid = decoded != -np.inf
+            # Rows of fewer than k entries are padded with -inf, which ``document`` takes for a placeholder.
+            valid = np.ones(decoded.shape, bool)
             yield document(where, _MEANING, input_ids, positions, compression.ids(ids[positions - 1]), decoded, valid)
 
     return write_store(
@@ -98,11 +100,11 @@ def import_distillkit(
 
 
 def _rows(record: dict[str, Any], name: str, width: int, length: int, where: str) -> np.ndarray:
-    """A column of bytes as (R, width) uint8."""
+    """Returns a column of bytes as (R, width) uint8."""
     data, widths = ragged_list(record[name], f"{where}: {name}")
     if len(widths) not in (length - 1, length):
         raise ValueError(
-            f"{where}: {name} must have a row for every one of {length} tokens but the first, got {len(widths)}"
+            f"{where}: {name} must have a row for each of {length} tokens but the first, got {len(widths)}"
         )
     if (widths != width).any():
         raise ValueError(
@@ -121,7 +123,9 @@ def _compression(config: Mapping[str, Any] | str | os.PathLike[str] | None, sour
     else:
         path = Path(config)
     if not path.is_file():
-        raise FileNotFoundError(f"compression configuration not found: there is no file {path}; give the capture's")
+        raise FileNotFoundError(
+            f"compression configuration not found: there is no file {path}; give the one of the capture"
+        )
     try:
         import yaml
     except ImportError as error:
@@ -135,5 +139,5 @@ def _compression(config: Mapping[str, Any] | str | os.PathLike[str] | None, sour
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a mapping of settings, got {type(content).__name__}")
-    # A training configuration has it under its teacher.
+    # A training configuration has the compression under "teacher".
     return Compression.of(content.get("teacher", content), str(path))

@@ -1,6 +1,6 @@
-"""Decodes the rows of DistillKit's compressed log-probabilities, as its configuration says.
+"""Decodes rows of DistillKit's compressed log-probabilities.
 
-A row of k entries in falling order is, byte after byte and little-endian:
+A row of k entries in descending order consists, byte after byte and little-endian, of:
 
 1. the first ``exact_k`` values, in ``exact_dtype``;
 2. a coefficient for each of ``polynomial_terms``, in ``term_dtype``: the other n = k - exact_k values are approximately
@@ -8,10 +8,10 @@ A row of k entries in falling order is, byte after byte and little-endian:
    power of a whole number, sqrt(t) or exp(t);
 3. for each of ``residual_bins`` a scale in ``scale_dtype`` and ``num_elements`` whole numbers of ``element_bits`` bits,
    filled up to a byte: the residuals of the next entries are (number - 2^(bits - 1)) * scale, of one bit
-   (2 * number - 1) * scale. Entries behind the last bin have none.
+   (2 * number - 1) * scale. Entries after the last bin have none.
 
-With ``delta_encoding`` the values are differences to the one before. Bits go from the highest to the lowest, over the
-bytes and over each number. The ids are ceil(log2(d)) bits each, in the same order.
+With ``delta_encoding`` each value is the difference to the one before. Bits are ordered from the highest to the lowest,
+in the bytes and in each number. The ids take ceil(log2(d)) bits each, in the same order.
 
 References: arcee-ai's DistillKit (Apache-2.0), https://github.com/arcee-ai/DistillKit: README.md ("Compression
 Deep-Dive"), distillkit/compression/config.py, bitpack.py and monotonic_logprobs.py.
@@ -38,7 +38,7 @@ _MAX_ENTRIES, _MAX_POWER = 1 << 20, 64
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """Quantised residuals of some entries."""
+    """The quantised residuals of consecutive entries."""
 
     scale_dtype: torch.dtype
     element_bits: int
@@ -46,21 +46,21 @@ class Bin:
 
     @property
     def packed_bytes(self) -> int:
-        """Of the numbers alone."""
+        """The bytes of the numbers, without the scale."""
         return (self.element_bits * self.num_elements + 7) // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """A ``DistributionQuantizationConfig``, by DistillKit's names; ``of`` checks one.
+    """A ``DistributionQuantizationConfig`` with DistillKit's field names; ``of`` reads and checks one.
 
     Attributes:
-        d: The vocabulary size that the width of an id comes from.
-        k: Entries of a row.
-        exact_k: Those that are stored as they are.
-        exact_dtype, term_dtype: Of values and coefficients.
+        d: Vocabulary size, which decides the width of an id.
+        k: Number of entries of a row.
+        exact_k: Number of entries that are stored exactly.
+        exact_dtype, term_dtype: Dtypes of exact values and of coefficients.
         polynomial_terms: Whole numbers, "sqrt", "exp".
-        residual_bins: What corrects the polynomial.
+        residual_bins: Corrections of the polynomial.
         delta_encoding: Whether the values are differences.
         normalize_t: Whether t ends at 1.
     """
@@ -77,7 +77,7 @@ class Compression:
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str) -> Compression:
-        """Reads a configuration, the defaults being DistillKit's; ``where`` is named in errors.
+        """Reads a configuration with DistillKit's defaults; errors name ``where``.
 
         Raises:
             ValueError: A field is missing, unknown, or out of range.
@@ -87,13 +87,13 @@ class Compression:
             config = dict(config["logprob_compressor"])
         if "polynomial_degree" in config or "legacy_logit_compression" in config:
             raise ValueError(
-                f"{where}: is of DistillKit's legacy compression, which is not supported, as its files do not say "
+                f"{where}: is of DistillKit's legacy compression, which is not supported because its files do not say "
                 "whether their values are log-probabilities or centred logits"
             )
         known = {field.name for field in dataclasses.fields(cls)} | {"error_diffusion"}
         if unknown := sorted(set(config) - known):
             raise ValueError(f"{where}: holds unknown fields {', '.join(unknown)}")
-        # It only matters to the encoder.
+        # Only the encoder uses it.
         config.pop("error_diffusion", None)
 
         def integer(source: dict[str, Any], name: str, least: int, most: int) -> int:
@@ -125,7 +125,7 @@ class Compression:
         if sum(bin_.num_elements for bin_ in bins) > k - exact_k:
             raise ValueError(f"{where}: residual_bins must hold at most k - exact_k = {k - exact_k} elements")
         if exact_k < k and not terms and not bins:
-            raise ValueError(f"{where}: polynomial_terms or residual_bins must say what comes after exact_k={exact_k}")
+            raise ValueError(f"{where}: polynomial_terms or residual_bins must define entries after exact_k={exact_k}")
         return cls(
             d=integer(config, "d", 1, 2**31 - 1),
             k=k,
@@ -140,17 +140,17 @@ class Compression:
 
     @property
     def index_bits(self) -> int:
-        """Of an id."""
+        """The bits of an id."""
         return max((self.d - 1).bit_length(), 1)
 
     @property
     def index_bytes(self) -> int:
-        """Of the ids of a row."""
+        """The bytes of the ids of a row."""
         return (self.k * self.index_bits + 7) // 8
 
     @property
     def value_bytes(self) -> int:
-        """Of the values of a row."""
+        """The bytes of the values of a row."""
         return (
             self.exact_k * self.exact_dtype.itemsize
             + len(self.polynomial_terms) * self.term_dtype.itemsize
@@ -158,11 +158,11 @@ class Compression:
         )
 
     def ids(self, packed: np.ndarray) -> np.ndarray:
-        """(R, index_bytes) uint8 to ids (R, k) int64, in falling order of their values."""
+        """Decodes (R, index_bytes) uint8 to ids (R, k) int64, in descending order of their values."""
         return _unpack(packed, self.index_bits, self.k)
 
     def values(self, packed: np.ndarray) -> np.ndarray:
-        """(R, value_bytes) uint8 to log-probabilities (R, k) float64, falling up to the error of the approximation."""
+        """Decodes (R, value_bytes) uint8 to log-probabilities (R, k) float64, descending up to the error of the fit."""
         start = self.exact_k * self.exact_dtype.itemsize
         exact = _floats(packed[:, :start], self.exact_dtype)
         approximate = torch.zeros(len(packed), self.k - self.exact_k, dtype=torch.float64)
@@ -186,7 +186,7 @@ class Compression:
         return (values.cumsum(-1) if self.delta_encoding else values).numpy()
 
     def _fit(self, coefficients: Tensor) -> Tensor:
-        """The polynomial (R, n), in the dtype in which the encoder took the residuals from it."""
+        """Evaluates the polynomial (R, n), in the dtype in which the encoder computed the residuals."""
         count = self.k - self.exact_k
         if self.normalize_t:
             points = torch.linspace(0, 1, steps=count, dtype=self.term_dtype)
@@ -207,7 +207,7 @@ def _floats(packed: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """(R, ceil(count * bits / 8)) bytes to (R, count) int64."""
+    """Unpacks (R, ceil(count * bits / 8)) bytes to (R, count) int64."""
     each = np.unpackbits(packed, axis=-1, count=count * bits).reshape(len(packed), count, bits)
     numbers = np.zeros((len(packed), count), np.int64)
     for bit in range(bits):

@@ -1,4 +1,4 @@
-"""``import_megatron``: the cached logits of Megatron-LM's offline distillation."""
+"""``import_megatron``: imports the cached logits of Megatron-LM's offline distillation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ _META_NAME = "_meta.json"
 _SHARD_NAME = re.compile(r"dp(\d+)__(\d+)-(\d+)\.tar")
 _MEMBER_NAME = re.compile(r"(\d+)-(\d+)\.pt\.zst")
 _FORMAT_VERSION = 2
-# Entries outside the nucleus hold -1e3, of an earlier saver -1e4.
-_LEAST_LOGPROB = -999.0
-# Log-probabilities of the whole row, from logits as the model gives them.
+# Log-probabilities over the whole row, of unscaled logits.
 _MEANING = Meaning(temperature=1.0, whole_row=True)
 
 
@@ -42,34 +40,35 @@ def import_megatron(
 ) -> ImportReport:
     """Streams a cache that Megatron-LM wrote with ``--logits-save-dir`` into a store.
 
-    The cache has the teacher's rows and no tokens: a student of Megatron-LM reads them beside the same data in the same
-    order. So the ``samples`` of that run are needed here, in order, as token ids; that they are the right ones is
-    checked by how often a row keeps its own label. Row s of a sample is about its token s + 1.
+    The cache has the teacher's rows but no tokens: a student of Megatron-LM reads the rows along with the same data in
+    the same order. So this function needs the ``samples`` of that run, in order, as token ids. It checks that they are
+    the right ones by how often a row keeps its own label. Row s of a sample is about its token s + 1.
 
-    The values are log-probabilities at temperature 1, normalised over the vocabulary before the K largest were taken
-    (and of those, with ``--logits-save-top-p``, a nucleus), in float16 by default: the tail mass is known, and rest
-    "ghost", "zero" and "renorm" are all right. Megatron's own loss is "ghost". Where rounding lets a row sum to more
+    The values are log-probabilities at temperature 1, in float16 by default. They were normalised over the vocabulary
+    before the K largest (and of those, with ``--logits-save-top-p``, a nucleus) were taken, so the tail mass is known
+    and rest "ghost", "zero" and "renorm" all apply. Megatron's own loss is "ghost". If rounding makes a row sum to more
     than 1, lse is that of the kept ids. Rows of a packed sample across the borders of its documents are left out.
 
     Args:
-        source: The folder of ``dp<rank>__<first>-<last>.tar`` files, those of all data-parallel ranks.
-        store_path: A new directory, or a store made with the same settings; samples that are in it are skipped.
-        tokenizer: The teacher's, from transformers.
+        source: Folder of the ``dp<rank>__<first>-<last>.tar`` files of all data-parallel ranks.
+        store_path: New directory, or a store made with the same settings, whose samples are skipped.
+        tokenizer: The teacher's tokenizer, from transformers.
         samples: Token ids of sample 0, 1, 2, ... of the run: its T input tokens, or those and the last label. A file
-            or folder of .parquet, .arrow or .jsonl with a column ``input_ids``, or anything that yields lists.
-        vocab_size: V of the teacher; by default ``len(tokenizer)``. Megatron pads its vocabulary: give the padded size
-            where the padding can be among the kept ids.
-        teacher: Its name, kept in the store.
-        codec: "affine8", "affine6", "bfloat16" or "float32".
-        check_alignment: False imports rows whatever tokens they seem to be about.
+            or folder of .parquet, .arrow or .jsonl with a column ``input_ids``, or an iterable of lists.
+        vocab_size: V of the teacher; ``len(tokenizer)`` by default. Megatron pads its vocabulary: give the padded size
+            if the padding can be among the kept ids.
+        teacher: Name of the teacher, kept in the store.
+        codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32".
+        check_alignment: Whether to refuse rows that seem to be about other tokens.
 
     Returns:
-        ImportReport. The store's ``target_logit`` is the label's where it is kept, -inf elsewhere.
+        ImportReport. The store's ``target_logit`` is that of the label if it is kept, otherwise -inf.
 
     Raises:
-        FileNotFoundError, ImportError: There is no such folder, or no pyarrow to decompress with.
-        ValueError: The cache is of version 1, incomplete or damaged, there are too few samples or of another length, a
-            row cannot be stored, or the rows turn out to be about other tokens. The message says where.
+        FileNotFoundError: There is no such folder.
+        ImportError: pyarrow, which decompresses the files, is not installed.
+        ValueError: The cache is of version 1, incomplete or damaged, there are too few samples or samples of another
+            length, a row cannot be stored, or the rows are about other tokens. The message names the file.
 
     References: NVIDIA Megatron-LM, https://github.com/NVIDIA/Megatron-LM:
     docs/user-guide/features/offline_logits_distillation.md ("On-Disk Format"), and in megatron/training/distillation
@@ -81,15 +80,17 @@ def import_megatron(
         for where, index, ids, values, borders in _saved_samples(source):
             input_ids = next((sample for number, sample in tokens if number == index), None)
             if input_ids is None:
-                raise ValueError(f"{where}: is of sample {index}, but samples has no more")
+                raise ValueError(f"{where}: is of sample {index}, but samples ends before it")
             if len(input_ids) not in (len(ids), len(ids) + 1):
                 raise ValueError(
-                    f"{where}: has {len(ids)} rows, but sample {index} {len(input_ids)} tokens, not as many or one more"
+                    f"{where}: has {len(ids)} rows, so sample {index} must have as many tokens or one more, got "
+                    f"{len(input_ids)}"
                 )
             positions = np.setdiff1d(np.arange(1, min(len(ids) + 1, len(input_ids))), borders)
             rows = values[positions - 1]
-            # Written so that NaN is not taken for padding.
-            yield document(where, _MEANING, input_ids, positions, ids[positions - 1], rows, ~(rows <= _LEAST_LOGPROB))
+            # Entries outside the nucleus are -1e3, or -1e4 in an earlier release: placeholders for ``document``.
+            valid = np.ones(rows.shape, bool)
+            yield document(where, _MEANING, input_ids, positions, ids[positions - 1], rows, valid)
 
     return write_store(
         documents(),
@@ -105,7 +106,7 @@ def import_megatron(
 
 
 class _Iteration(NamedTuple):
-    """What one rank saved of samples [first, last): (T, B, K) ids and values, borders (B, n) or None."""
+    """The part of samples [first, last) that one rank saved: (T, B, K) ids and values, borders (B, n) or None."""
 
     where: str
     first: int
@@ -117,21 +118,21 @@ class _Iteration(NamedTuple):
 
 
 def _saved_samples(source: str | os.PathLike[str]) -> Iterator[tuple[str, int, np.ndarray, np.ndarray, np.ndarray]]:
-    """The samples in order: where each is, its number, (T, K) ids and values, and the borders of its documents."""
+    """Yields the samples in order: location, number, (T, K) ids and values, and the borders of the documents."""
     ranks = _shards(Path(source))
     end = 0
     for parts in itertools.zip_longest(*(_iterations(paths, len(ranks)) for paths in ranks)):
         present = [part for part in parts if part is not None]
         one = present[0]
         if len(present) < len(ranks) or any((part.first, part.last) != (one.first, one.last) for part in present):
-            raise ValueError(f"{one.where}: not every data-parallel rank has the same samples next to it")
+            raise ValueError(f"{one.where}: not every data-parallel rank has the same samples at this place")
         if one.first < end:
-            raise ValueError(f"{one.where}: begins at sample {one.first}, but those below {end} were there before")
+            raise ValueError(f"{one.where}: begins at sample {one.first}, but earlier files hold those below {end}")
         end = one.last
         if one.last - one.first != sum(part.ids.shape[1] for part in parts):
             raise ValueError(f"{one.where}: its ranks hold {[part.ids.shape[1] for part in parts]} samples")
         for offset in range(one.last - one.first):
-            # A micro-batch of every rank in turn, as Megatron's sampler deals them out.
+            # Megatron's sampler assigns micro-batches to the ranks in turn.
             block, within = divmod(offset, one.micro_batch)
             turn, rank = divmod(block, len(ranks))
             column = turn * one.micro_batch + within
@@ -141,7 +142,7 @@ def _saved_samples(source: str | os.PathLike[str]) -> Iterator[tuple[str, int, n
 
 
 def _shards(folder: Path) -> list[list[Path]]:
-    """The files of each data-parallel rank, by their first sample."""
+    """Returns the files of each data-parallel rank, sorted by their first sample."""
     if not folder.is_dir():
         raise FileNotFoundError(f"source not found: there is no folder {folder}")
     found: dict[int, list[tuple[int, Path]]] = {}
@@ -160,7 +161,7 @@ def _shards(folder: Path) -> list[list[Path]]:
 
 
 def _iterations(paths: list[Path], num_ranks: int) -> Iterator[_Iteration]:
-    """What one rank saved, iteration after iteration; a tar file is streamed."""
+    """Streams the iterations that one rank saved."""
     for path in paths:
         micro_batch = None
         try:
@@ -197,10 +198,10 @@ def _micro_batch(data: bytes, where: str, num_ranks: int) -> int:
 
 
 def _payload(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Ids (T, B, K) int64, values (T, B, K) float32 and borders (B, n) of a compressed ``torch.save``."""
+    """Reads ids (T, B, K) int64, values (T, B, K) float32 and borders (B, n) of a compressed ``torch.save``."""
     pyarrow = require_pyarrow()
     try:
-        # Tensors alone: a pickle of anything else is refused.
+        # weights_only refuses to unpickle anything but tensors.
         saved = pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
         content = torch.load(io.BytesIO(saved), weights_only=True)
         values, low, high = (content[name] for name in ("values", "indices_low", "bit_17"))

@@ -1,4 +1,4 @@
-"""What every importer does: turns a source's rows into SparseLogits, checks what they are about, and writes a store."""
+"""Turns the rows of any source into SparseLogits, checks their alignment, and writes a store."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from slimkernels import _checks
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
 
-# The rows over which the alignment is judged, before anything is written.
+# Placeholders for "no entry" are at or below this value in every format: -999 to -1e9, the lowest float or -inf. No
+# float32 softmax reaches so low.
+_LEAST_LOGPROB = -999.0
+# Rows by which the alignment is judged before anything is written.
 _JUDGED_ROWS = 512
 
 
 class ImportReport(NamedTuple):
-    """What one import did.
+    """The result of one import.
 
     Attributes:
         documents: Documents added to the store.
-        rows: Their teacher rows.
-        skipped: Documents passed over: in the store already, or without a teacher row.
+        rows: Teacher rows of these documents.
+        skipped: Documents that were in the store already, or have no teacher row.
         label_share: Share of the added rows whose label is among the kept ids; NaN without rows. A good teacher of
             natural text keeps most labels.
     """
@@ -36,20 +39,21 @@ class ImportReport(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document of a source: where it is, (T,) token ids, (R,) positions, and (R, K) logits."""
+    """One document of a source: its location, (T,) token ids, (R,) positions, (R, K) logits, length of its prompt."""
 
     where: str
     input_ids: np.ndarray
     positions: np.ndarray
     teacher: SparseLogits
+    prompt_length: int = 0
 
 
 class Meaning(NamedTuple):
-    """What the numbers of a source are.
+    """The definition of the numbers of a source.
 
     Attributes:
-        temperature: T, of log softmax(logits / T).
-        whole_row: Whether the softmax was over the vocabulary; False: over the kept ids, or over nothing known.
+        temperature: T in log softmax(logits / T).
+        whole_row: Whether the softmax was over the vocabulary; otherwise it was over the kept ids, or is not known.
     """
 
     temperature: float
@@ -57,26 +61,26 @@ class Meaning(NamedTuple):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Those of which the store keeps the lse."""
+        """Temperatures at which the store keeps the lse."""
         return (1.0, self.temperature) if self.whole_row and self.temperature != 1 else (1.0,)
 
     def rows(self, ids: np.ndarray, values: np.ndarray, valid: np.ndarray) -> SparseLogits:
-        """Rows of any order as SparseLogits.
+        """Converts rows with ids in any order to SparseLogits.
 
-        The logits are T * value, so that they are up to a constant those at temperature 1. Where the softmax was over
-        the vocabulary, the lse at T is 0, the constant itself. Any other lse is that of the kept ids. Rounding can
-        bring the mass of a row above 1; its lse is then that of the kept ids too.
+        The logits are T * value, which equals the logits at temperature 1 up to a constant. If the softmax was over the
+        vocabulary, the lse at T is 0. Any other lse is that of the kept ids, also for a row whose mass exceeds 1 due
+        to rounding.
 
         Args:
             ids: (R, K) integers.
             values: (R, K) log-probabilities.
-            valid: (R, K) bool, at least one in every row; the others are not read.
+            valid: (R, K) bool, at least one in every row; the other entries are ignored.
 
         Returns:
             SparseLogits (R, K) float32 with ids ascending.
 
         Raises:
-            ValueError: An id twice in a row, or a value that is NaN or infinite.
+            ValueError: A row holds an id twice, or a value is NaN or infinite.
         """
         order = np.argsort(np.where(valid, ids, np.iinfo(np.int64).max), axis=-1, kind="stable")
         order = order[:, : int(valid.sum(-1).max(initial=1))]
@@ -98,11 +102,15 @@ class Meaning(NamedTuple):
 def document(
     where: str, meaning: Meaning, input_ids: Any, positions: Any, ids: np.ndarray, values: np.ndarray, valid: np.ndarray
 ) -> Document:
-    """A document from what its source says; rows without a valid entry are left out.
+    """Makes a document from the data of a source, without placeholders and the rows that have no other entry.
+
+    A value of at most -999, such as -9999 or -inf, is a placeholder for an entry that is not there.
 
     Raises:
-        ValueError: As ``Meaning.rows``, with the place of the document.
+        ValueError: The same as in ``Meaning.rows``, with the location of the document.
     """
+    # The negation keeps NaN, which is an error and no placeholder.
+    valid = valid & ~(values <= _LEAST_LOGPROB)
     kept = valid.any(-1)
     try:
         teacher = meaning.rows(ids[kept], values[kept], valid[kept])
@@ -112,7 +120,7 @@ def document(
 
 
 def padded(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
-    """Ragged rows as an array (R, K), padded with 0."""
+    """Pads ragged rows with 0 to an array (R, K)."""
     array = np.zeros((len(rows), max(map(len, rows), default=0)), dtype)
     for line, row in zip(array, rows, strict=True):
         line[: len(row)] = row
@@ -131,21 +139,21 @@ def write_store(
     codec: str,
     check_alignment: bool,
 ) -> ImportReport:
-    """Writes the documents of a source that says nothing about itself.
+    """Writes the documents of a source that does not describe itself.
 
     Args:
-        documents: As ``document`` makes them.
-        store_path: A new directory, or a store of the same settings, whose documents are skipped.
-        format_name: Of the source.
+        documents: Documents made by ``document``.
+        store_path: New directory, or a store made with the same settings, whose documents are skipped.
+        format_name: Name of the source's format.
         tokenizer: A transformers tokenizer.
         vocab_size: V; None for ``len(tokenizer)``.
-        teacher: Its name, or "".
-        meaning: What the numbers are.
-        codec: Of the store.
-        check_alignment: Whether ``aligned`` looks at the documents first.
+        teacher: Name of the teacher, or "".
+        meaning: Definition of the numbers.
+        codec: Codec of the store.
+        check_alignment: Whether to check the documents with ``aligned`` first.
 
     Raises:
-        ValueError: A document that cannot be stored, or rows that are about other tokens.
+        ValueError: A document cannot be stored, or the rows are about other tokens.
         SettingsMismatchError: The store was made with other settings.
     """
     from slimkernels.models.fingerprints import tokenizer_fingerprint
@@ -173,7 +181,7 @@ def write_documents(
 ) -> ImportReport:
     """Writes documents into a store of the given settings (the keywords of ``StoreWriter``)."""
     documents = iter(documents)
-    # The first is read before the store is made: a source that cannot be read leaves nothing behind.
+    # The first document is read before the store is made, so that an unreadable source leaves nothing behind.
     first = next(documents, None)
     if first is None:
         raise ValueError("the source must hold at least one document, got none")
@@ -184,7 +192,7 @@ def write_documents(
                 if not len(item.positions) or item.input_ids in writer:
                     skipped += 1
                     continue
-                writer.add(item.input_ids, item.positions, item.teacher)
+                writer.add(item.input_ids, item.positions, item.teacher, prompt_length=item.prompt_length)
             except ValueError as error:
                 raise ValueError(f"{item.where}: {error}") from error
             added += 1
@@ -194,14 +202,15 @@ def write_documents(
 
 
 def aligned(documents: Iterable[Document]) -> Iterator[Document]:
-    """The same documents, after a check on the first of them that each row is about its own label.
+    """Yields the same documents after checking on the first of them that each row is about its own label.
 
-    None of the files says whether row j is about token j or j + 1, and some not even which tokens. But a teacher's row
-    keeps its own label much more often than that of a neighbour, and more often than any other of the document.
+    None of the formats records whether row j is about token j or j + 1, and some do not contain the tokens. But a
+    teacher's row keeps its own label much more often than that of a neighbour, and more often than any other label of
+    the document.
 
     Raises:
-        ValueError: The rows keep the label before or after their own more than twice as often, or, many of them, their
-            own no more often than another.
+        ValueError: The rows keep the label before or after their own more than twice as often as their own, or there
+            are many rows and they keep their own label no more often than another one.
     """
     documents = iter(documents)
     first: list[Document] = []
@@ -214,7 +223,7 @@ def aligned(documents: Iterable[Document]) -> Iterator[Document]:
     own, before, after = (sum(_labels_kept(item, shift) for item in first) for shift in (0, -1, 1))
     other = sum(_labels_kept(item, len(item.positions) // 2, cyclic=True) for item in first)
     found = None
-    # In both cases beyond what chance does.
+    # Both thresholds lie beyond what chance produces.
     if max(before, after) > 2 * own + 8:
         found = f"{before} keep the one before it" if before > after else f"{after} keep the one after it"
     elif rows >= _JUDGED_ROWS // 2 and own < min(other + 2 * math.sqrt(rows), 0.95 * rows):
@@ -222,15 +231,15 @@ def aligned(documents: Iterable[Document]) -> Iterator[Document]:
     if found is not None:
         raise ValueError(
             f"the teacher's rows are about other tokens: of {rows} rows {own} keep their own label, but {found}. The "
-            "rows are aligned otherwise, or the token ids are not those the teacher read; check_alignment=False "
-            "imports them all the same"
+            "rows have another alignment, or the token ids are not those that the teacher read; check_alignment=False "
+            "imports them anyway"
         )
     yield from first
     yield from documents
 
 
 def _labels_kept(item: Document, shift: int, cyclic: bool = False) -> int:
-    """The number of rows that keep the token ``shift`` places from their label, or the label of that many rows on."""
+    """Counts the rows that keep the token ``shift`` places after their label, or the label ``shift`` rows before."""
     at = np.roll(item.positions, shift) if cyclic else item.positions + shift
     inside = (at >= 0) & (at < len(item.input_ids))
     labels = item.input_ids[at[inside]].astype(np.int64)

@@ -1,1 +1,1 @@
-"""What every tool needs of a language model: loading it, its head, its batches, its loss, its fingerprints."""
+"""Language models as all tools see them: loading, head, batches, loss, held-out scores and fingerprints."""

@@ -1,33 +1,28 @@
-"""A batch of store documents for a student, and the checks that they fit it."""
+"""Collates store documents into batches and checks their lengths and ids against the student."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.ops.decode_logits import decode_logits
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import collate_documents
-
-if TYPE_CHECKING:
-    from slimkernels.store import Document, PackedDocument
+from slimkernels.store import Document, PackedDocument, collate_documents
 
 
 @dataclasses.dataclass(frozen=True)
 class SlimCollator:
-    """Makes one right-padded batch of store documents.
+    """A collator that makes one right-padded batch of store documents and checks it against the student.
 
     Attributes:
-        pad_token_id: Fills ``input_ids`` behind each document; never a label, never attended to.
-        vocab_size: V of the student; ids are checked against it. None: not checked.
-        max_length: Longest document the student can read. None: not checked.
-        with_teacher: False leaves the teacher out of the batch, as supervised training needs none.
+        pad_token_id: Id that fills ``input_ids`` after the end of each document; never a label, never attended to.
+        vocab_size: Vocabulary size V of the student, which all ids must be below; None for no check.
+        max_length: Number of tokens that the student can read; None for no check.
+        with_teacher: False to make batches without teacher rows, which supervised training does not need.
     """
 
     pad_token_id: int = 0
@@ -36,7 +31,7 @@ class SlimCollator:
     with_teacher: bool = True
 
     def __call__(self, documents: Sequence[Document | PackedDocument]) -> dict[str, Any]:
-        """``slimkernels.store.collate_documents``, checked against what the student can read.
+        """Collates as ``slimkernels.store.collate_documents`` does, and checks lengths and ids.
 
         Raises:
             ValueError: A document longer than ``max_length``, a position outside [1, T), or an id outside
@@ -51,7 +46,7 @@ class SlimCollator:
         batch = collate_documents(documents, pad_token_id=self.pad_token_id, with_teacher=self.with_teacher)
         self._check_ids("input_ids", batch["input_ids"].amax())
         if isinstance(batch["teacher"], PackedLogits):
-            # Every row of a store was checked against its vocabulary when it was read.
+            # Reading a packed row has checked its ids against the store's vocabulary size.
             self._check_ids("teacher.ids", batch["teacher"].vocab_size - 1)
         elif batch["teacher"] is not None:
             self._check_ids("teacher.ids", batch["teacher"].ids.amax() if batch["teacher"].ids.numel() else 0)
@@ -66,22 +61,5 @@ class SlimCollator:
 
 
 def teacher_rows(teacher: SparseLogits | PackedLogits) -> SparseLogits:
-    """The teacher of a batch, decoded where it is if it is packed."""
+    """Returns the teacher rows of a batch, decoding packed ones on the device that they are on."""
     return decode_logits(teacher) if isinstance(teacher, PackedLogits) else teacher
-
-
-def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Compares a student's tokenizer with the one that a store was captured with, where both are known.
-
-    Raises:
-        ValueError: They differ.
-    """
-    stored = getattr(dataset, "tokenizer_fingerprint", None)
-    if not stored or tokenizer is None:
-        return
-    own = tokenizer_fingerprint(tokenizer)
-    if own != stored:
-        raise ValueError(
-            f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
-            "load the teacher's tokenizer, or capture again with this one"
-        )

@@ -1,45 +1,130 @@
-"""Fingerprints of tokenizers and weights: is this the model that it was?"""
+"""Fingerprints of tokenizers and weights, which tell whether a model is the one that was used before."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+
+from slimkernels.models.sharding import full_tensor
+
+if TYPE_CHECKING:
+    # Packages that do not need transformers import this module.
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLES_PER_PARAMETER = 1024
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text, as 64 hex digits.
+    """Computes SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text.
 
-    Two tokenizers share it if and only if every token id means the same. The padding token is left out: it never
-    occurs in a document, and training code sets it freely.
+    Two tokenizers have the same fingerprint if and only if every token id means the same in both. The padding token
+    does not count: it never occurs in a document, and training code sets it freely.
+
+    Returns:
+        64 hexadecimal digits.
     """
+    return _tokenizer_fingerprint(tokenizer, tokenizer.get_vocab())
+
+
+def _fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Computes ``tokenizer_fingerprint``, and that of the tokenizer before a padding token was added to it.
+
+    An added padding token is the last of the vocabulary, so the other ids mean what they meant without it.
+    """
+    found = [tokenizer_fingerprint(tokenizer)]
+    vocab, pad = tokenizer.get_vocab(), tokenizer.pad_token
+    others = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk")}
+    if pad in vocab and pad not in others and vocab[pad] == max(vocab.values()):
+        found.append(
+            _tokenizer_fingerprint(tokenizer, {token: number for token, number in vocab.items() if token != pad})
+        )
+    return found
+
+
+def fingerprint_in_store(tokenizer: PreTrainedTokenizerBase, stored: str) -> str:
+    """Returns the fingerprint of a tokenizer: ``stored`` if only a padding token has been added to that one."""
+    return stored if stored in _fingerprints(tokenizer) else tokenizer_fingerprint(tokenizer)
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int]) -> str:
     content = {
-        "vocab": sorted(tokenizer.get_vocab().items()),
+        "vocab": sorted(vocab.items()),
         "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")},
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the names, shapes and evenly spaced elements of all parameters, as 16 hex digits.
+def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Checks that a student's tokenizer is the one that a store was captured with, where both are known.
 
-    Reads about a thousand elements of each parameter: milliseconds, and another training run or another
-    quantisation is told apart; a change to a handful of weights may not be.
+    Args:
+        dataset: A ``Store`` or ``StoreDataset``. Other data sets have no fingerprint and pass.
+        tokenizer: The student's tokenizer. None passes.
+
+    Raises:
+        ValueError: The tokenizers differ.
+    """
+    stored = getattr(dataset, "tokenizer_fingerprint", None)
+    if not stored or tokenizer is None:
+        return
+    own = fingerprint_in_store(tokenizer, stored)
+    if own != stored:
+        raise ValueError(
+            f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
+            "load the teacher's tokenizer, or capture again with this one"
+        )
+
+
+def weights_fingerprint(model: nn.Module, *, only_frozen: bool = False) -> str:
+    """Computes SHA-256 over the names, shapes, dtypes and evenly spaced elements of all parameters.
+
+    It reads about a thousand elements of each parameter, which takes milliseconds. That tells apart training runs and
+    quantisations, but may miss a change to a handful of weights.
+
+    Args:
+        model: The model. The processes that share a sharded one must all call this.
+        only_frozen: True to leave out the parameters that are trained, such as adapters.
+
+    Returns:
+        16 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = whole_tensor(parameter.detach()).flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_PARAMETER)]
+    for name, parameter, sample in _sampled_parameters(model, _SAMPLES_PER_PARAMETER):
+        if only_frozen and parameter.requires_grad:
+            continue
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.float().cpu().numpy().tobytes())
+        digest.update(sample)
     return digest.hexdigest()[:16]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is split over processes, all of which must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def trace_weights_fingerprint(model: nn.Module) -> str:
+    """Returns a hash of the names, shapes and about 1000 elements of every parameter, as 16 hexadecimal digits.
+
+    Traces of searches hold this hash, and existing ones must still resume. It never equals ``weights_fingerprint``,
+    which stores hold: both its inputs and its hash function differ.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter, sample in _sampled_parameters(model, 1000):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def _sampled_parameters(model: nn.Module, num_samples: int) -> Iterator[tuple[str, Tensor, bytes]]:
+    """Yields the name, the parameter and evenly spaced elements of it, for all parameters of a model by name.
+
+    Args:
+        model: Any module. The processes that share a sharded one must all iterate.
+        num_samples: Least number of elements of a parameter; fewer only where it has fewer, never twice as many.
+
+    Yields:
+        The name, the parameter, and the elements as the bytes of float32 numbers.
+    """
+    for name, parameter in sorted(model.named_parameters()):
+        flat = full_tensor(parameter.detach()).flatten()
+        sample = flat[:: max(1, flat.numel() // num_samples)]
+        yield name, parameter, sample.float().cpu().numpy().tobytes()

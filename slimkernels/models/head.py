@@ -1,23 +1,43 @@
-"""A language model's head: what turns its last hidden states into logits, read from the model and checked."""
+"""The head of a causal language model, which turns hidden states into logits: found, read and checked."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slimkernels.models.sharding import full_tensor
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Returns the transformers model inside PEFT's wrapper, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, model if inner is None else inner())
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module:
+    """Returns the module that computes a causal language model's logits.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} must be a causal language model with output embeddings, got none")
+    return head
+
 
 class LowRankAdapter(NamedTuple):
-    """What a LoRA adapter of rank r adds to the logits: scaling * (down(dropout(hidden)) @ up.T).
+    """A LoRA adapter of rank r on the head, which adds scaling * (down(dropout(hidden)) @ up.T) to the logits.
 
     Attributes:
-        dropout: (N, D) to (N, D), the identity in evaluation mode.
-        down: (N, D) to (N, r).
-        up: (V, r).
-        scaling: lora_alpha / r, or as configured.
+        dropout: Module from (N, D) to (N, D), the identity in evaluation mode.
+        down: Module from (N, D) to (N, r).
+        up: Weight (V, r).
+        scaling: Factor, lora_alpha / r unless PEFT is configured otherwise.
     """
 
     dropout: nn.Module
@@ -28,17 +48,17 @@ class LowRankAdapter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelHead:
-    """What turns hidden states into logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
+    """A head whose logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
 
-    LoRA adapters (arXiv 2106.09685) are columns of the same product: hidden @ weight.T + scaling * (down @ up.T) is
-    [hidden, scaling * down] @ [weight, up].T, so that they are trained without the logits, too.
+    LoRA adapters (arXiv 2106.09685) become columns of the same product, hidden @ weight.T + scaling * (down @ up.T) =
+    [hidden, scaling * down] @ [weight, up].T, and are trained without the logits as well.
 
     Attributes:
-        weight: (V, D).
-        bias: (V,) or None.
-        softcap: None: no cap.
-        logit_scale: 1.0: no scale.
-        adapters: Active LoRA adapters of the head.
+        weight: Weight (V, D).
+        bias: Bias (V,), or None.
+        softcap: Cap of the logits' magnitude; None for no cap.
+        logit_scale: Factor of the logits; 1.0 for no scaling.
+        adapters: Active LoRA adapters on the head.
     """
 
     weight: Tensor
@@ -49,22 +69,22 @@ class LanguageModelHead:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LanguageModelHead:
-        """Reads a causal language model's head and what its configuration does to the logits.
+        """Reads a causal language model's head, and the softcap and scale that its configuration names.
 
         Raises:
-            ValueError: The model's output embeddings are not one ``torch.nn.Linear`` of floating-point weights, with
-                PEFT's LoRA adapters or as PEFT's modules to save; or its configuration names no positive scale.
+            ValueError: The output embeddings are not one ``torch.nn.Linear`` of floating-point weights, possibly with
+                LoRA adapters or in PEFT's ``modules_to_save``; or the configured scale is not positive.
         """
         linear, adapters = _adapted_linear(model.get_output_embeddings(), type(model).__name__)
         return cls(weight=linear.weight, bias=linear.bias, adapters=adapters, **_logits_options(model.config))
 
     @property
     def vocab_size(self) -> int:
-        """V, the rows of the weight, also of one that DeepSpeed ZeRO-3 has partitioned."""
+        """Vocabulary size V, also where DeepSpeed ZeRO-3 has partitioned the weight."""
         return getattr(self.weight, "ds_shape", self.weight.shape)[0]
 
     def first_rows(self, vocab_size: int) -> LanguageModelHead:
-        """The head of the first ``vocab_size`` tokens."""
+        """Returns the head of the first ``vocab_size`` tokens."""
         return dataclasses.replace(
             self,
             weight=self.weight[:vocab_size],
@@ -72,8 +92,13 @@ class LanguageModelHead:
             adapters=tuple(adapter._replace(up=adapter.up[:vocab_size]) for adapter in self.adapters),
         )
 
+    def gathered(self) -> LanguageModelHead:
+        """Returns the head with its full weight and bias, which all processes that share them must ask for together."""
+        bias = None if self.bias is None else full_tensor(self.bias)
+        return dataclasses.replace(self, weight=full_tensor(self.weight), bias=bias)
+
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
-        """``hidden`` (N, D) and the head as arguments of ``linear_slim_loss``, all in the dtype of ``hidden``."""
+        """Returns ``hidden`` (N, D) and the head as arguments of ``linear_slim_loss``, in the dtype of ``hidden``."""
         hidden, weight = self._product(hidden)
         return {
             "hidden": hidden,
@@ -84,16 +109,14 @@ class LanguageModelHead:
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The dense logits (..., V) of a few rows, to compare with the model's own."""
+        """Computes the dense logits (..., V) of hidden states (..., D), of which there should be few."""
         hidden, weight = self._product(hidden)
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        # Of a head whose vocabulary is sharded, these are DTensors.
-        tensors: tuple[Any, ...] = (hidden, weight, bias)
-        hidden, weight, bias = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors)
-        logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
+        bias = None if self.bias is None else full_tensor(self.bias.to(hidden.dtype))
+        logits = self.logit_scale * nn.functional.linear(full_tensor(hidden), full_tensor(weight), bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _product(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the two factors whose product is the logits before bias and scale, adapters included."""
         dtype = hidden.dtype
         inputs, weights = [hidden], [self.weight.to(dtype)]
         for adapter in self.adapters:
@@ -104,7 +127,7 @@ class LanguageModelHead:
 
 
 def _adapted_linear(module: Any, model_name: str) -> tuple[nn.Linear, tuple[LowRankAdapter, ...]]:
-    """The linear layer that a head is, and the adapters that PEFT has put around it."""
+    """Returns the linear layer inside a head and the active adapters that PEFT has put around it."""
     is_off = getattr(module, "disable_adapters", False)
     if hasattr(module, "modules_to_save"):
         active = module.active_adapters
@@ -116,7 +139,7 @@ def _adapted_linear(module: Any, model_name: str) -> tuple[nn.Linear, tuple[LowR
             if name in module.lora_variant or module.lora_bias[name]:
                 raise ValueError(
                     f"the LoRA adapter {name!r} on the head of {model_name} must be a plain one (no DoRA or other "
-                    "variant, lora_bias=False), or it would not be trained: change its LoraConfig, or leave the head "
+                    "variant, lora_bias=False), or it would not be trained: change its LoraConfig, or take the head "
                     "out of target_modules"
                 )
             adapters.append(
@@ -127,7 +150,7 @@ def _adapted_linear(module: Any, model_name: str) -> tuple[nn.Linear, tuple[LowR
         module = module.base_layer
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise ValueError(
-            f"the output embeddings of {model_name} must be one torch.nn.Linear of floating-point weights, by itself, "
+            f"the output embeddings of {model_name} must be one torch.nn.Linear of floating-point weights, alone, "
             f"with LoRA adapters or in modules_to_save, got {type(module).__name__}: merge other adapters first, and "
             "do not quantise the head"
         )
@@ -135,7 +158,7 @@ def _adapted_linear(module: Any, model_name: str) -> tuple[nn.Linear, tuple[LowR
 
 
 def _logits_options(config: PreTrainedConfig) -> dict[str, Any]:
-    """The softcap and the scale of the logits, under the names that the model families give them."""
+    """Reads the softcap and the scale of the logits, which every model family names in its own way."""
     config = config.get_text_config(decoder=True)
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -152,21 +175,53 @@ def check_head(model: PreTrainedModel) -> None:
     """Runs two tokens through the model and checks that ``LanguageModelHead`` reproduces its logits.
 
     Raises:
-        ValueError: The model does something else to its logits, or its decoder does not end in the head's input.
+        ValueError: The model does something else to its logits, or its decoder's output is not the head's input.
     """
     head, was_training = LanguageModelHead.of(model), model.training
     ids = torch.tensor([[0, head.vocab_size - 1]], device=head.weight.device)
     model.eval()
     try:
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+        logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         model.train(was_training)
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
-    error = (head.logits(hidden.to(head.weight.dtype)).float() - expected).abs().max()
-    if not error <= tolerance * expected.abs().max().clamp(min=1.0):
+    check_logits(
+        model,
+        head,
+        hidden.to(head.weight.dtype),
+        logits,
+        hidden_name="its decoder's last hidden state",
+        advice="; train it with your own loop and slimkernels.slim_loss on its logits",
+    )
+
+
+def check_logits(
+    model: nn.Module, head: LanguageModelHead, hidden: Tensor, logits: Tensor, *, hidden_name: str, advice: str = ""
+) -> None:
+    """Checks that a head computes a model's logits from hidden states, up to the rounding of the weight's dtype.
+
+    Args:
+        model: Model that the head was read from, named in the error.
+        head: The head.
+        hidden: Hidden states (..., D).
+        logits: Logits (..., V) that the model computed; NaN fails.
+        hidden_name: Description of ``hidden`` in the error.
+        advice: End of the error message, which says what to do.
+
+    Raises:
+        ValueError: The logits differ.
+    """
+    expected = logits.float()
+    error = float((head.logits(hidden).float() - expected).abs().max())
+    tolerance = relative_tolerance(head.weight.dtype) * max(1.0, float(expected.abs().max()))
+    # NaN compares false and so fails.
+    if not error <= tolerance:
         raise ValueError(
-            f"the logits of {type(model).__name__} are not softcap(logit_scale * (hidden @ weight.T + bias)) of its "
-            f"decoder's last hidden state (they differ by {float(error):.3g}); train it with your own loop and "
-            "slimkernels.slim_loss on its logits"
+            f"the logits of {type(model).__name__} are not softcap(logit_scale * (hidden @ weight.T + bias)) of "
+            f"{hidden_name} (they differ by {error:.3g}){advice}"
         )
+
+
+def relative_tolerance(dtype: torch.dtype) -> float:
+    """Returns the error, relative to the value or to 1 if that is larger, up to which two computations agree."""
+    return 1e-4 if dtype == torch.float32 else 5e-2

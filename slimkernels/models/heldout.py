@@ -1,11 +1,10 @@
-"""Held-out perplexity and divergence to the teacher, from a store, without the teacher or dense logits."""
+"""A student's perplexity and divergence from the teacher on a held-out store, without teacher or dense logits."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -13,21 +12,22 @@ from transformers import PreTrainedModel
 from slimkernels.models.batch import SlimCollator, teacher_rows
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.head_loss import loss_of_batch
-
-if TYPE_CHECKING:
-    from slimkernels.store import Document, PackedDocument
+from slimkernels.models.perplexity import perplexity
+from slimkernels.store import Document, PackedDocument
 
 
 class DocumentMetrics(NamedTuple):
-    """Sums over the labels of a document, in nats or of probabilities; each as ``evaluate_store`` explains its mean.
+    """Sums over the labels of one document; ``evaluate_store`` returns their means over a store.
 
     Attributes:
-        labels: How many there are.
-        loss: Of -log s_y.
-        kl_ghost: Of the divergence from the teacher.
-        teacher_mass: Of the teacher's probability of the kept ids.
-        student_mass: Of the student's.
-        teacher_loss: Of the teacher's -log p_y; None where the store does not have its logits of the labels.
+        labels: Number of labels.
+        loss: Sum of the student's cross-entropy, -log s_y, in nats.
+        kl_ghost: Sum of the divergence from the teacher, in nats.
+        teacher_mass: Sum of the teacher's probability of the kept ids.
+        student_mass: Sum of the student's probability of the kept ids.
+        teacher_loss: Sum of the teacher's cross-entropy, in nats, over the labels whose logit the store has; None where
+            it has none.
+        teacher_labels: Number of these labels.
     """
 
     labels: int
@@ -36,6 +36,7 @@ class DocumentMetrics(NamedTuple):
     teacher_mass: float
     student_mass: float
     teacher_loss: float | None
+    teacher_labels: int
 
 
 def evaluate_store(
@@ -45,7 +46,7 @@ def evaluate_store(
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Measures a student on every label of a store: exp of the mean of -log s_y, and the mean KL to the teacher.
+    """Computes a student's perplexity, exp(mean(-log s_y)), and its mean KL from the teacher over a store's labels.
 
     ``kl_ghost`` is the forward KL, in nats per token at temperature 1, between teacher and student over K + 1
     outcomes: the K kept ids, and one bucket for all others that holds the teacher's remaining mass. It never
@@ -54,18 +55,19 @@ def evaluate_store(
     The (N, V) logits never exist; peak extra memory is that of ``linear_slim_loss``'s forward.
 
     Args:
-        model: A causal language model; evaluated in eval mode on its own device, its mode restored.
+        model: A causal language model; it runs in evaluation mode on its own device, and its mode is restored.
         store: A ``StoreDataset`` or ``Store``, or any sequence of their documents.
-        batch_size: Documents per step; changes nothing but the speed and the memory.
-        on_batch: Called after each batch with the number of documents done.
+        batch_size: Documents per step; affects only speed and memory.
+        on_batch: Function called after each batch with the number of documents done.
 
     Returns:
-        ``perplexity``; ``loss``, its logarithm; ``kl_ghost``; ``teacher_perplexity``, of the teacher on the same
-        labels (only where the store has their logits); ``teacher_mass`` and ``student_mass``, the mean
-        probability of the kept ids; ``tokens``, the number of labels; ``tokens_per_second``.
+        ``perplexity``; ``loss``, its logarithm; ``kl_ghost``; ``teacher_perplexity``, the teacher's on the same labels
+        (only of those whose logit the store has, of which ``teacher_tokens`` is the number where it is not all);
+        ``teacher_mass`` and ``student_mass``, the mean probability of
+        the kept ids; ``tokens``, the number of labels; ``tokens_per_second``.
 
     Raises:
-        ValueError: ``store`` holds no label, its ids do not fit the student's vocabulary, or ``batch_size`` below 1.
+        ValueError: ``store`` holds no label, its ids do not fit the student's vocabulary, or ``batch_size`` is below 1.
     """
     start = time.perf_counter()
     found: list[DocumentMetrics] = []
@@ -79,7 +81,7 @@ def evaluate_store(
     seconds = time.perf_counter() - start
     loss = sum(metrics.loss for metrics in found) / num_tokens
     result = {
-        "perplexity": _exp(loss),
+        "perplexity": perplexity(loss),
         "loss": loss,
         "kl_ghost": sum(metrics.kl_ghost for metrics in found) / num_tokens,
         "teacher_mass": sum(metrics.teacher_mass for metrics in found) / num_tokens,
@@ -87,18 +89,20 @@ def evaluate_store(
         "tokens": num_tokens,
         "tokens_per_second": num_tokens / seconds,
     }
-    teacher_losses = [metrics.teacher_loss for metrics in found if metrics.teacher_loss is not None]
-    if len(teacher_losses) == len(found):
-        result["teacher_perplexity"] = _exp(sum(teacher_losses) / num_tokens)
+    num_known = sum(metrics.teacher_labels for metrics in found)
+    if num_known:
+        result["teacher_perplexity"] = perplexity(sum(metrics.teacher_loss or 0.0 for metrics in found) / num_known)
+    if num_known != num_tokens:
+        result["teacher_tokens"] = num_known
     return result
 
 
 def evaluate_documents(
     model: PreTrainedModel, documents: Sequence[Document | PackedDocument], *, batch_size: int = 8
 ) -> Iterator[DocumentMetrics]:
-    """What ``evaluate_store`` measures, for each document by itself, in order, ``batch_size`` at a time.
+    """Yields what ``evaluate_store`` measures for each document, in order, computed ``batch_size`` at a time.
 
-    The model is in eval mode while a batch is computed, and in its own mode between batches.
+    The model is in evaluation mode while a batch is computed, and in its own mode between batches.
 
     Raises:
         ValueError: Ids of the documents do not fit the student's vocabulary, or ``batch_size`` is below 1.
@@ -127,15 +131,18 @@ def _evaluate_batch(
     result = loss_of_batch(model, batch, teacher=teacher, rest="ghost", token_weight="none", reduction="none")
     terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
     if teacher.target_logit is not None:
-        terms.append(teacher.lse_at(1.0) - teacher.target_logit)
-    rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 5)
+        # A logit of NaN or -inf is that of a label which is not known, or was not kept.
+        is_known = teacher.target_logit.isfinite()
+        terms += [torch.where(is_known, teacher.lse_at(1.0) - teacher.target_logit, 0.0), is_known]
+    rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 6)
     sums = [part.sum(0).tolist() for part in rows.split(counts)]
     return [
-        DocumentMetrics(count, loss, kl, teacher_mass, student_mass, known[0] if known else None)
+        DocumentMetrics(count, loss, kl, teacher_mass, student_mass, *_known(known))
         for count, (loss, kl, teacher_mass, student_mass, *known) in zip(counts, sums, strict=True)
     ]
 
 
-def _exp(value: float) -> float:
-    """exp, infinite where it overflows: the perplexity of a diverged student is reported, not raised."""
-    return math.exp(value) if value < 700 else math.inf
+def _known(sums: list[float]) -> tuple[float | None, int]:
+    """Returns the teacher's loss, None where no label is known, and the number of labels that are."""
+    loss, count = sums or (0.0, 0.0)
+    return (loss if count else None), int(count)

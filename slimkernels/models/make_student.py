@@ -1,4 +1,4 @@
-"""Makes students: loaded, randomly initialised, or some of a teacher's layers."""
+"""Students to train: loaded, initialised at random, or made of some of a teacher's layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimkernels.models.load import is_adapter, load_adapter
 
 
 def make_student(
@@ -23,20 +25,21 @@ def make_student(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Loads a student, or makes a small randomly initialised one over the teacher's vocabulary.
+    """Loads a student, or makes a small randomly initialised one with the teacher's vocabulary.
 
     Args:
-        config_or_path: A folder or hub name to load, a configuration to initialise at random, or None for a
-            Llama-style model with tied embeddings of the sizes below.
-        tokenizer: The teacher's tokenizer; gives ``vocab_size`` and the special tokens of a new student.
-        vocab_size: V of a new student; wins over ``len(tokenizer)`` (a teacher's head may be padded).
-        hidden_size: D of a new student.
+        config_or_path: A folder (of a model, or of an adapter of PEFT) or hub name to load, a configuration to
+            initialise at random, or None for a new Llama-style student with tied embeddings of the sizes below.
+        tokenizer: The teacher's tokenizer, which gives a new student ``vocab_size`` and special tokens.
+        vocab_size: Vocabulary size V of a new student; takes precedence over ``len(tokenizer)``, as a teacher's head
+            may be padded.
+        hidden_size: Width D of a new student.
         num_layers: Decoder layers of a new student.
-        num_heads: Attention heads of a new student; divides ``hidden_size``.
-        intermediate_size: Width of the feed-forward layers, by default ``3 * hidden_size``.
+        num_heads: Attention heads of a new student; ``hidden_size`` must be a multiple of twice as many.
+        intermediate_size: Width of the feed-forward layers; None for ``3 * hidden_size``.
         max_length: Longest sequence of a new student, in tokens.
-        seed: Of the random initialisation. The global generator is left as it was.
-        dtype: Of the parameters.
+        seed: Seed of the random initialisation, which does not change torch's global generator.
+        dtype: Data type of the parameters.
 
     Returns:
         A causal language model in training mode, on the CPU.
@@ -45,6 +48,8 @@ def make_student(
         ValueError: A new student without ``vocab_size`` and ``tokenizer``, or sizes that do not fit.
     """
     if isinstance(config_or_path, str):
+        if is_adapter(config_or_path):
+            return load_adapter(config_or_path, dtype=dtype).train()
         return AutoModelForCausalLM.from_pretrained(config_or_path, dtype=dtype).train()
     if config_or_path is None:
         if vocab_size is None:
@@ -75,21 +80,21 @@ def make_student(
 
 
 def drop_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A student of some of a teacher's layers: layer i of it is layer round(i (L - 1) / (num_layers - 1)) of L.
+    """Makes a student of evenly spaced layers: its layer i is round(i (L - 1) / (num_layers - 1)) of the teacher's L.
 
-    First and last layer, embeddings, norms and head are the teacher's; with ``num_layers=1`` the first layer stays.
-    Initialising a student so is that of DistilBERT (arXiv 1910.01108).
+    The first and the last layer, embeddings, norms and head are the teacher's; ``num_layers=1`` keeps the first layer.
+    DistilBERT initialises its student in this way (arXiv 1910.01108).
 
     Args:
-        model: The teacher, whose decoder holds its layers in one ``torch.nn.ModuleList``; left as it is.
-        num_layers: From 1 to L.
+        model: The teacher, whose decoder holds its layers in one ``torch.nn.ModuleList``; it is not changed.
+        num_layers: Number of layers to keep, from 1 to L.
 
     Returns:
-        A new model of the teacher's class and dtype, in training mode, on the CPU; it shares no memory with the
+        A new model of the teacher's class and dtype, in training mode, on the CPU, which shares no memory with the
         teacher.
 
     Raises:
-        ValueError: ``num_layers`` out of range, or a decoder without such a list.
+        ValueError: ``num_layers`` is out of range, or the decoder has no such list.
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     if not 1 <= num_layers <= total:
@@ -103,7 +108,7 @@ def drop_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     for name, value in text.to_dict().items():
-        # What a configuration says of each layer, such as the kinds of its attention.
+        # Settings with one value for each layer, such as the kind of its attention.
         if isinstance(value, list) and len(value) == total:
             setattr(text, name, [value[layer] for layer in kept])
     text.num_hidden_layers = num_layers

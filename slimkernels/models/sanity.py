@@ -1,14 +1,14 @@
-"""Checks that a teacher reads plain English: its weights and its tokenizer belong together."""
+"""The check that a teacher reads plain English, which fails where weights and tokenizer do not belong together."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Plain enough that a small model reads it well; SmolLM2-135M has perplexity 16 on it, and 857 on its shuffled tokens.
+from slimkernels.models.perplexity import perplexity
+
+# Plain enough for a small model: SmolLM2-135M has perplexity 16 on the text and 857 on its shuffled tokens.
 SANITY_TEXT = """\
 When the rain stopped, Anna put on her boots and went out to look at the garden. The apple trees were still wet, and \
 small drops of water fell from the leaves whenever the wind moved them. She walked slowly along the path to the old \
@@ -21,25 +21,25 @@ MIN_SHUFFLED_RATIO = 5.0
 
 
 class TeacherSanityError(ValueError):
-    """The teacher does not predict plain English: its weights and its tokenizer do not belong together."""
+    """An error for a teacher that does not predict plain English, as its weights or its tokenizer are damaged."""
 
 
 def check_teacher_sanity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
-    """Checks that the teacher reads ``SANITY_TEXT``: the text survives the tokenizer, and its order matters.
+    """Checks that the tokenizer preserves ``SANITY_TEXT`` and that the teacher predicts it better than its shuffle.
 
-    A tokenizer or a weight file that was converted wrongly still gives fluent-looking logits, and would spoil a
-    capture silently.
+    A tokenizer or a weight file that was converted wrongly still gives plausible logits, and would silently spoil a
+    capture.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
 
     Returns:
-        The perplexity of the text and of its shuffled tokens.
+        The perplexities of the text and of its shuffled tokens.
 
     Raises:
         TeacherSanityError: The decoded text differs by more than case and white space, the perplexity is above
-            ``MAX_PERPLEXITY``, or it is not below that of the shuffled tokens by ``MIN_SHUFFLED_RATIO``.
+            ``MAX_PERPLEXITY``, or that of the shuffled tokens is not ``MIN_SHUFFLED_RATIO`` times as high.
     """
     ids = torch.tensor(tokenizer(SANITY_TEXT)["input_ids"])
     decoded = str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
@@ -53,15 +53,15 @@ def check_teacher_sanity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(0))
     shuffled = ids.clone()
     shuffled[words] = ids[words[order]]
-    perplexity, shuffled_perplexity = _perplexity(model, ids), _perplexity(model, shuffled)
-    # Written so that NaN fails.
-    if not (perplexity <= MAX_PERPLEXITY and perplexity * MIN_SHUFFLED_RATIO <= shuffled_perplexity):
+    in_order, out_of_order = _perplexity(model, ids), _perplexity(model, shuffled)
+    # NaN compares false and so fails.
+    if not (in_order <= MAX_PERPLEXITY and in_order * MIN_SHUFFLED_RATIO <= out_of_order):
         raise TeacherSanityError(
             f"the teacher must read plain English with a perplexity of at most {MAX_PERPLEXITY:g}, "
-            f"{MIN_SHUFFLED_RATIO:g} times below that of the shuffled text; got {perplexity:.4g} and "
-            f"{shuffled_perplexity:.4g}: its weights or its tokenizer are damaged or do not belong together"
+            f"{MIN_SHUFFLED_RATIO:g} times below that of the shuffled text; got {in_order:.4g} and "
+            f"{out_of_order:.4g}: its weights or its tokenizer are damaged or do not belong together"
         )
-    return perplexity, shuffled_perplexity
+    return in_order, out_of_order
 
 
 @torch.inference_mode()
@@ -73,5 +73,4 @@ def _perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
     finally:
         model.train(was_training)
-    loss = float(nn.functional.cross_entropy(logits.float(), ids[1:]))
-    return math.exp(loss) if loss < 700 else math.inf
+    return perplexity(float(nn.functional.cross_entropy(logits.float(), ids[1:])))

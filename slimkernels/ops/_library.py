@@ -1,4 +1,4 @@
-"""Where operators are defined, and how the native code behind them is found."""
+"""Defines torch operators and loads the native code behind them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ except ImportError as error:
 else:
     _missing = None
 
-# The CUDA C++ kernels, in operators of their own beside those that Triton serves. Loading them initialises no device.
+# The CUDA C++ kernels are separate operators; CUDA tensors are served by Triton. Loading the library initialises no
+# device.
 _CUDA_LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"
 if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
     try:
@@ -28,13 +29,13 @@ if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
     except OSError as error:
         warnings.warn(
             f"{_CUDA_LIBRARY} does not load with this torch ({error}); install slimkernels again to rebuild it, "
-            "or delete it: nothing but the benchmark uses it",
+            "or delete it, because only the benchmark uses it",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-# The operators with a Triton kernel, and the module of its launcher, which has the operator's name.
+# Operators with a Triton kernel, and the module with the launcher, a function named like the operator.
 triton_launchers: dict[str, str] = {}
 
 
@@ -44,11 +45,12 @@ def define(
     """Defines ``slimkernels::<schema>`` with its fake (shape-only) implementation.
 
     Args:
-        schema: The operator's schema; the only place where it is written.
-        fake: Allocates outputs of the right shape and dtype from the same arguments.
-        implementation: For an operator that composes others on any device. Operators with kernels of their own
-            register them per device instead: CPU in ``csrc/ops.cpp``, CUDA by ``triton_module``.
-        triton_module: The module whose function of the operator's name serves CUDA tensors, imported on first use.
+        schema: Schema of the operator. Schemas are written nowhere else.
+        fake: Function that allocates outputs of the right shape and dtype from the same arguments.
+        implementation: Python implementation for every device, of an operator that composes others. Operators with
+            their own kernels register them per device instead: CPU in ``csrc/ops.cpp``, CUDA by ``triton_module``.
+        triton_module: Module whose function with the operator's name serves CUDA tensors. It is imported on first use,
+            so that importing the ops does not import triton.
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,16 +67,20 @@ def _launch(module: str, name: str, *arguments):
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Registers the autograd formula of ``slimkernels::<name>``, kept for the life of the process."""
+    """Registers the autograd formula of ``slimkernels::<name>`` for the life of the process."""
     torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def check_kernels(tensor: torch.Tensor, argument: str) -> None:
-    """Raises where no kernel can work on ``tensor``'s device.
+    """Checks that kernels for the device of ``tensor`` are available.
+
+    Args:
+        tensor: Operand of an op.
+        argument: Its name, for the message.
 
     Raises:
-        RuntimeError: A CPU tensor and the extension is not built, or a CUDA tensor and Triton is not installed.
-        NotImplementedError: A device without kernels.
+        RuntimeError: The tensor is on the CPU and the extension is not built, or on CUDA and triton is not installed.
+        NotImplementedError: There are no kernels for the device.
     """
     if tensor.device.type == "cpu":
         if _missing is not None:
@@ -85,7 +91,7 @@ def check_kernels(tensor: torch.Tensor, argument: str) -> None:
     elif tensor.device.type == "cuda":
         if not _has_triton():
             raise RuntimeError(
-                f"{argument} is on {tensor.device}, where the kernels are Triton's, and triton is not installed; "
+                f"{argument} is on {tensor.device}, where the kernels need triton, which is not installed; "
                 "install it with `pip install triton`"
             )
     elif tensor.device.type != "meta":
@@ -99,6 +105,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def flat_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Returns logits (..., V) as rows (N, V) whose last dimension is dense, copying only if necessary."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels sum and report in."""
+    """Returns the accumulation and output dtype of the kernels for operands of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,7 @@
-"""What the sampling ops share: options that are a number for all rows or a tensor with one for each."""
+"""Options of the sampling ops: each is one number for all rows or a tensor with one value per row.
+
+A schema holds every option as a pair: the number, and a tensor (N,) that replaces it if given.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from slimkernels import _checks
 
 
 def resolve_integer(value: int | Tensor, name: str, logits: Tensor) -> tuple[int, Tensor | None]:
-    """The schema's pair of a number and, in its place, a contiguous int64 tensor (N,)."""
+    """Checks an integer option and returns the pair for the schema; the tensor is contiguous and int64."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}: call {name}.long()")
@@ -19,12 +22,12 @@ def resolve_integer(value: int | Tensor, name: str, logits: Tensor) -> tuple[int
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer or an int64 tensor, got {type(value).__name__} {value!r}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into 64 bits with a sign, got {value}: take it modulo 2**63")
+        raise ValueError(f"{name} must fit into a signed 64-bit integer, got {value}: take it modulo 2**63")
     return value, None
 
 
 def resolve_top_k(value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
-    """Like ``resolve_integer``; numbers are checked here and tensors where they are read."""
+    """Checks ``top_k`` and returns the pair for the schema; the range of a tensor is checked where it is read."""
     number, per_row = resolve_integer(value, "top_k", logits)
     if number < 0:
         raise ValueError(f"top_k must be at least 0 (0 keeps everything), got {number}")
@@ -32,9 +35,10 @@ def resolve_top_k(value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | No
 
 
 def resolve_float(value: float | Tensor, name: str, limits: str, logits: Tensor) -> tuple[float, Tensor | None]:
-    """The schema's pair of a number and, in its place, a contiguous float64 tensor (N,).
+    """Checks a float option and returns the pair for the schema; the tensor is contiguous and float64.
 
-    Numbers are checked here and tensors where they are read. ``limits`` is a key of ``LIMITS``.
+    The range of a number is checked here, that of a tensor where its values are read. ``limits`` is a key of
+    ``LIMITS``.
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
@@ -51,7 +55,7 @@ LIMITS = {"finite and at least 0": torch.finfo(torch.float64).max, "in [0, 1]": 
 
 
 def check_values(per_row: Tensor | None, name: str, limits: str) -> None:
-    """Checks every value of an option tensor (N,); inside an operator, where reading it breaks no graph."""
+    """Checks every value of an option tensor (N,). Called inside an operator, where reading values breaks no graph."""
     if per_row is None:
         return
     wrong = ~((per_row >= 0) & (per_row <= LIMITS.get(limits, math.inf)))
@@ -64,7 +68,7 @@ def _per_row(value: Tensor, name: str, logits: Tensor) -> Tensor:
     leading_shape = logits.shape[:-1]
     if value.ndim > 0 and value.shape != leading_shape:
         raise ValueError(
-            f"{name} must be a number or have shape {tuple(leading_shape)}, one value for each row of logits, "
+            f"{name} must be a number or have shape {tuple(leading_shape)}, one value per row of logits, "
             f"got {tuple(value.shape)}"
         )
     _checks.same_device(value, name, logits, "logits")

@@ -1,4 +1,4 @@
-"""``decode_logits``: the ids and logits of packed rows, made where they are used."""
+"""``decode_logits``: decodes the ids and logits of packed rows on the device where they are used."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from slimkernels.sparse_logits import SparseLogits
 
 
 def decode_logits(packed: PackedLogits) -> SparseLogits:
-    """``ids`` from their Elias-Fano words and ``logits = zero + scale * values``, exactly as the store decodes them.
+    """Decodes ``ids`` from Elias-Fano words and ``logits = zero + scale * values``, exactly as the store does.
 
-    With bitmap and low fields as in slimkernels/store/FORMAT.md, equivalent for every row to::
+    Equivalent for every row, with bitmap and low fields as in slimkernels/store/FORMAT.md, to::
 
-        bits = bitmap.nonzero()[:, 0]  # b_j, the place of the j-th set bit
+        bits = bitmap.nonzero()[:, 0]  # b_j, the position of the j-th set bit
         ids = ((bits - torch.arange(top_k)) << low_bits) | low
         logits = zero + scale * values.float()
 
-    A row of K = 1600 ids out of 32000 takes 2.9 KB packed and 12.8 KB decoded, so packed rows are what a batch copies
-    to a GPU.
+    A row of K = 1600 ids out of 32000 takes 2.9 KB packed and 12.8 KB decoded, so it is cheaper to copy packed rows to
+    a GPU and decode them there.
 
     Args:
-        packed: N rows, of ``Store.packed`` or ``PackedLogits.cat``, on the device that is to hold the result.
+        packed: N rows from ``Store.packed`` or ``PackedLogits.cat``, on the device where the result is wanted.
 
     Returns:
-        SparseLogits with ids (N, K) int32 and logits (N, K) float32, rows of fewer than K entries padded with id -1 and
-        logit 0, and the other fields of ``packed`` as they are.
+        SparseLogits with ids (N, K) int32 and logits (N, K) float32. Rows of fewer than K entries are padded with id
+        -1 and logit 0. The other fields are those of ``packed``.
 
     Raises:
-        ValueError: cpu: a row whose ids no store holds: not laid out inside its words, with a bit too many or too few,
-            or not ascending inside [0, V). cuda: such a row's ids are all -2, which is neither an id nor padding, and
-            its logits NaN, so that every op that reads the row makes it NaN. Rows of a store were checked when they
-            were read. No bytes whatever make the op read or write outside its tensors.
+        ValueError: On cpu, a damaged row: it does not fit into its words, has a bit too many or too few, or its ids do
+            not ascend inside [0, V). On cuda nothing is raised; such a row gets ids -2, which are neither ids nor
+            padding, and logits NaN, so that every op that reads the row returns NaN for it. Rows of a store were
+            checked when they were read. No input makes the op read or write outside its tensors.
 
-    Supports: cpu and cuda x (uint8, bfloat16, float32) x no backward x deterministic. On cuda nothing waits for the
-    device, so that a graph can capture it.
+    Supports: cpu and cuda x (uint8, bfloat16, float32) x no backward x deterministic. On cuda the host never waits for
+    the device, so the op can be captured in a graph.
 
-    Precision: exact. Scales of a store have 16 significant bits, so every device returns the same bits.
+    Precision: exact. Scales of a store have 16 significant bits, so all devices return the same bits.
 
     References: Elias 1974, "Efficient storage and retrieval by content and address of static files"; Vigna 2013,
     "Quasi-succinct indices" (arXiv:1206.4300).
@@ -61,8 +61,8 @@ def _decode_logits(id_words: Tensor, values: Tensor, affine: Tensor | None, coun
     fault = torch.ops.slimkernels.decode_logits_rows(id_words, values, affine, counts, vocab_size, *outputs)
     if fault != 0:
         raise ValueError(
-            f"row {fault // 4} of packed holds no ids of a vocabulary of {vocab_size} as a store writes them: its "
-            "counts or id_words are damaged, or were packed for another vocabulary or number of entries"
+            f"row {fault // 4} of packed holds no valid ids of a vocabulary of {vocab_size}: its counts or id_words "
+            "are damaged, or were packed for another vocabulary size or number of entries"
         )
     return outputs
 

@@ -1,4 +1,4 @@
-"""``linear_topk_logits``: ``topk_logits`` of an lm_head's output that is never held whole."""
+"""``linear_topk_logits``: ``topk_logits`` of an lm_head's output, computed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops._library import check_kernels, define
+from slimkernels.ops.topk_logits import empty_outputs, sparse_logits_of
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -26,7 +27,7 @@ def linear_topk_logits(
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
 ) -> SparseLogits:
-    """``topk_logits(softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), ...)``.
+    """Computes ``topk_logits(softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), ...)``.
 
     Equivalent to::
 
@@ -35,7 +36,7 @@ def linear_topk_logits(
             logits = softcap * torch.tanh(logits / softcap)
         return topk_logits(logits, top_k, top_fraction, target=target, temperatures=temperatures)
 
-    The (N, V) logits never exist: O(chunk_rows * V) extra memory. The teacher's side of distillation, so the result
+    The (N, V) logits are never materialised; extra memory is O(chunk_rows * V). The op is for teachers, so the result
     carries no gradient.
 
     Args:
@@ -44,23 +45,24 @@ def linear_topk_logits(
         top_k: K, 1 to V. Give this or ``top_fraction``.
         top_fraction: K as a share of the vocabulary, ``ceil(top_fraction * V)``.
         bias: (V,) of the same dtype, or None.
-        target: (...) int64 labels whose raw logit is kept too; negative for no label.
-        temperatures: At which the log-sum-exp is taken; 1.0 is always the first.
-        softcap: Positive, or None for no cap.
-        logit_scale: Positive factor on the logits, before the cap.
-        chunk_rows: Rows whose logits are held at a time. By default on a CPU what 32 MiB hold and at least 128 (16 MiB
-            and 256 in half precision); on CUDA 4096, halved down to 256 until they take a quarter of the free memory.
+        target: (...) int64 labels whose raw logit is kept as well; negative for no label.
+        temperatures: Temperatures of the log-sum-exp; 1.0 is always the first, given or not.
+        softcap: Positive limit of the logits, or None for no limit.
+        logit_scale: Positive factor on the logits, applied before the softcap.
+        chunk_rows: Number of rows whose logits are held at a time. The default on a CPU is as many as fit into 32 MiB,
+            at least 128 (16 MiB and 256 in half precision). On CUDA it is 4096, halved down to 256 until the logits
+            take at most a quarter of the free memory.
 
     Returns:
         SparseLogits (..., K), detached.
 
     Raises:
-        ValueError: Shapes that do not match, and what ``topk_logits`` raises.
-        TypeError: Dtypes that are not supported or differ.
+        ValueError: Shapes do not match, or as in ``topk_logits``.
+        TypeError: Dtypes are not supported or differ.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
-    Precision: the matrix product is torch's, in hidden's dtype; the rest as ``topk_logits``.
+    Precision: the matrix product is torch's, in hidden's dtype; the rest is that of ``topk_logits``.
 
     >>> sparse = linear_topk_logits(torch.eye(2), torch.tensor([[1.0, 4.0], [2.0, 3.0], [3.0, 0.0]]), top_k=1)
     >>> sparse.ids.tolist(), sparse.logits.tolist()
@@ -79,7 +81,7 @@ def linear_topk_logits(
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    values, ids, lse, target_logit = torch.ops.slimkernels.linear_topk_logits(
+    outputs = torch.ops.slimkernels.linear_topk_logits(
         rows,
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -90,13 +92,7 @@ def linear_topk_logits(
         logit_scale,
         checked_chunk_rows(chunk_rows),
     )
-    return SparseLogits(
-        ids=ids.reshape(*leading_shape, top_k),
-        logits=values.reshape(*leading_shape, top_k),
-        lse=lse.reshape(*leading_shape, len(temperatures)),
-        temperatures=temperatures,
-        target_logit=None if target is None else target_logit.reshape(leading_shape),
-    )
+    return sparse_logits_of(outputs, leading_shape, temperatures, has_target=target is not None)
 
 
 def _linear_topk_logits(
@@ -110,7 +106,7 @@ def _linear_topk_logits(
     logit_scale: float,
     chunk_rows: int,
 ):
-    outputs = _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, chunk_rows)
+    outputs = empty_outputs(hidden, top_k, target, temperatures)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
         if logit_scale != 1:
@@ -130,14 +126,7 @@ def _linear_topk_logits(
 
 
 def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, chunk_rows):
-    num_rows = hidden.shape[0]
-    dtype = accumulation_dtype(hidden.dtype)
-    return (
-        hidden.new_empty(num_rows, top_k),
-        hidden.new_empty(num_rows, top_k, dtype=torch.int32),
-        hidden.new_empty(num_rows, len(temperatures), dtype=dtype),
-        hidden.new_empty(0 if target is None else num_rows, dtype=dtype),
-    )
+    return empty_outputs(hidden, top_k, target, temperatures)
 
 
 define(

@@ -1,4 +1,4 @@
-"""``mixed_targets``: an unbiased sparse teacher whose likeliest ids are exact and whose tail is drawn."""
+"""``mixed_targets``: an unbiased sparse teacher with exact probabilities of the likeliest ids and a sampled tail."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def mixed_targets(
     temperature: float = 1.0,
     target: Tensor | None = None,
 ) -> SparseLogits:
-    """Keeps the K largest logits with ``log q``, and of ``rounds`` draws from the rest ``log(m * count / rounds)``.
+    """Keeps the K likeliest ids with ``log q``, and ids drawn from the rest with ``log(m * count / rounds)``.
 
-    Here q = softmax(logits / T), and m is the mass that q leaves outside the K. Equivalent to, in distribution::
+    Here q = softmax(logits / T), m is the mass of q outside the K ids, and ``count`` is how often an id was drawn in
+    ``rounds`` draws. Equivalent, in distribution, to::
 
         q = torch.softmax(logits / temperature, -1)
         head = logits.topk(top_k).indices
@@ -35,37 +36,37 @@ def mixed_targets(
         share = tail.sum(-1, keepdim=True) * count / rounds + (q - tail)
         # ids where share > 0, logits = log(share), lse = 0
 
-    A record is a distribution of its own (lse 0), to be learned from at temperature 1 with rest "zero" or "renorm",
-    which are the same where nothing is left out. Its expectation over the draws is q, so that the gradient of
-    ``slim_loss`` on it is on average the dense one. The variance is that of the tail's draws alone, m^2 / rounds times
-    that of a single one, where ``sample_targets`` draws the head as well. The noise is that of
-    ``sample_targets``: it depends on (seed, position, id) and on nothing beside the row. Memory is O(N V).
+    A row is a complete distribution (lse 0), to be used at temperature 1 with rest "zero" or "renorm", which agree
+    because no mass is missing. Its expectation over the draws is q, so the expected gradient of ``slim_loss`` on it is
+    the dense one. Only the tail is random: the variance is m^2 / rounds times that of a single draw from the tail,
+    whereas ``sample_targets`` draws the head as well. The noise is that of ``sample_targets``: a row's draws depend on
+    its own logits, seed and position only. Memory is O(N V).
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
-        top_k: K, the ids that are always kept, 1 to V; ties go to the lowest id.
-        rounds: Draws from the rest of a row, at least 1.
+        top_k: K, number of ids that are always kept, 1 to V; ties go to the lowest id.
+        rounds: Number of draws from the rest of a row, at least 1.
         seed: int64, a number or a tensor (...).
         position: int64, a number or a tensor (...); rows that share seed and position share their noise.
         temperature: T, positive.
-        target: (...) int64 labels. ``target_logit`` is then the label's exact log softmax(logits) at temperature 1; a
-            negative label stands for none (NaN).
+        target: (...) int64 labels, or None. ``target_logit`` is then the label's exact log softmax(logits) at
+            temperature 1; it is NaN for a negative label, which means no label.
 
     Returns:
-        SparseLogits with K + min(rounds, V - K) entries a row: ids int32 ascending, padded with -1, logits, lse
-        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN or ``+inf``, or with
-        nothing but ``-inf``, keeps no id.
+        SparseLogits with K + min(rounds, V - K) entries per row: ids int32 ascending, padded with -1; logits, lse
+        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN or ``+inf``, or of
+        ``-inf`` only, keeps no id.
 
     Raises:
-        ValueError: K outside [1, V], rounds below 1, a temperature that is not positive, a tensor of another shape or
-            device, and on CPU a target at or past V, which makes the row's target_logit NaN on CUDA.
-        TypeError: A dtype that is not supported.
+        ValueError: K is outside [1, V], rounds is below 1, the temperature is not positive, or a tensor has another
+            shape or device. On CPU also a target at or above V; on CUDA such a row's target_logit is NaN instead.
+        TypeError: A dtype is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
-    Precision: m is the log-sum-exp of the entries outside the K, never 1 minus the others.
+    Precision: m is the log-sum-exp of the entries outside the K, never 1 minus the mass of the others.
 
-    References: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, which draws all of it.
+    References: Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870, which draws every id.
 
     >>> sparse = mixed_targets(torch.tensor([[5.0, 1.0, 1.0, -20.0]]), 1, 64, 0, position=0)
     >>> sparse.ids[0, :3].tolist(), round(sparse.logits[0, :3].exp().sum().item(), 6)
@@ -82,7 +83,7 @@ def mixed_targets(
 
     lse = head.lse_at(temperature)[..., None]
     head_shares = head.logits.to(lse.dtype) / temperature - lse
-    # Of a row without a tail neither number is read: nothing was drawn.
+    # In a row without a tail nothing was drawn, so the NaN of its tail_shares is masked below.
     tail_shares = tail.logits + tail_lse[..., None] - lse
     num_drawn = min(tail.top_k, logits.shape[-1] - top_k)
     ids = torch.cat([head.ids, tail.ids[..., :num_drawn]], -1)

@@ -1,4 +1,4 @@
-"""``sample_logits`` and ``sample_distinct``: draws from the truncated softmax, reproducible row by row."""
+"""``sample_logits`` and ``sample_distinct``: draw tokens from the truncated softmax, reproducibly for every row."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops import _sample_options
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows
 
 
 class Sampled(NamedTuple):
-    """What a sampling op drew; nothing has a gradient.
+    """Tokens that a sampling op drew, without gradient.
 
     Attributes:
-        token: (...) int64, from ``sample_distinct`` (..., m); -1 where nothing was left to draw.
-        logprob: The token's natural-log probability under softmax(logits); float32 (float64 for float64 logits), as
-            the fields below.
-        truncated_logprob: The same under the distribution drawn from: at the temperature, renormalised over what the
-            truncation keeps.
-        entropy: (...) of softmax(logits), in nats.
+        token: (...) int64; (..., m) from ``sample_distinct``. -1 if no id was left to draw.
+        logprob: Natural log-probability of the token under softmax(logits), in the shape of ``token``; float32
+            (float64 for float64 logits), like the fields below.
+        truncated_logprob: Natural log-probability of the token under the distribution drawn from: softmax(logits / T)
+            renormalised over the ids that the truncation keeps.
+        entropy: (...) Entropy of softmax(logits) in nats.
     """
 
     token: Tensor
@@ -42,48 +42,48 @@ def sample_logits(
 ) -> Sampled:
     """Draws ``argmax_v(truncated_logprob_v + gumbel(seed, position, v))`` from every row.
 
-    Equivalent to, in distribution::
+    Equivalent, in distribution, to::
 
-        scores = MinP(min_p)(TopP(top_p)(TopK(top_k)(logits / temperature)))  # the rest at -inf
+        scores = MinP(min_p)(TopP(top_p)(TopK(top_k)(logits / temperature)))  # -inf for ids that are cut
         truncated = torch.log_softmax(scores, -1)
         token = torch.multinomial(truncated.exp(), 1)
         logprob = torch.log_softmax(logits, -1).gather(-1, token)
         truncated_logprob = truncated.gather(-1, token)
 
-    Equal logits stand or fall together in all three truncations. The noise is Philox-4x32-10 of (seed, position, id): a
-    row's draw depends on nothing but its own logits, options, seed and position, so that neither the batch around it
-    nor the number of threads changes it. A row is read twice; nothing of it is sorted, and beside the results there
-    are O(V) bytes of scratch for each thread, on CUDA for each of a few programs on every multiprocessor.
+    Each truncation keeps either all or none of the ids that share a logit. The noise is Philox-4x32-10 of (seed,
+    position, id), so a row's draw depends on its own logits, options, seed and position only, not on the rest of the
+    batch or the number of threads. A row is read twice and never sorted. Scratch memory is O(V) per thread; on CUDA it
+    is O(V) for each of a few programs per multiprocessor.
 
-    A logit of ``-inf`` is never drawn. Logits of ``+inf`` share the whole mass equally, the limit of ever larger ones.
-    A row with a NaN, or with nothing but ``-inf``, has no distribution: its token is -1, its other fields are NaN.
+    A logit of ``-inf`` is never drawn. Logits of ``+inf`` share all of the mass equally, which is the limit of ever
+    larger ones. A row with a NaN, or of ``-inf`` only, has no distribution: its token is -1, its other fields are NaN.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
         seed: int64, a number or a tensor (...).
-        position: int64, a number or a tensor (...); rows that share seed and position share their noise, so give every
-            row and step of a text its own.
-        temperature: At least 0, a number or a floating-point tensor (...). 0 takes the argmax, the lowest id on a tie,
-            and leaves nothing for the other options to do.
-        top_k: Keeps what is not below the k-th largest logit; a number or an int64 tensor (...). 0, or V and more,
-            keeps everything.
-        top_p: Of what top-k left, renormalised, keeps the ids whose strictly likelier ids sum to less than this, and
-            always the likeliest; in [0, 1], a number or a tensor (...). 1 keeps everything.
-        min_p: Keeps what has at least this share of the likeliest id's probability; in [0, 1], a number or a tensor
-            (...). 0 keeps everything.
+        position: int64, a number or a tensor (...). Rows that share seed and position share their noise, so give every
+            row and every step of a text its own.
+        temperature: T, at least 0, a number or a floating-point tensor (...). 0 takes the argmax, the lowest id on a
+            tie; the other options then have no effect.
+        top_k: Number of ids that top-k keeps, and all that tie with the last of them; a number or an int64 tensor
+            (...). 0, or V and more, keeps every id.
+        top_p: Mass of the nucleus, in [0, 1], a number or a tensor (...). After top-k and renormalisation, an id is
+            kept if all strictly likelier ids sum to less than this; the likeliest is always kept. 1 keeps every id.
+        min_p: Smallest ratio to the likeliest id's probability that is kept, in [0, 1], a number or a tensor (...). 0
+            keeps every id.
 
     Returns:
         Sampled(token, logprob, truncated_logprob, entropy), each (...).
 
     Raises:
-        ValueError: An option outside its range, on CPU also inside a tensor, or a tensor of another shape or device. On
-            CUDA, where no host waits to see it, such a row has token -1 and NaN.
-        TypeError: A dtype that is not supported.
+        ValueError: An option is outside its range, or a tensor has another shape or device. Values inside tensors are
+            checked on CPU only: on CUDA raising would need a sync, so such a row gets token -1 and NaN.
+        TypeError: A dtype is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: perturbed scores are compared in float64; sums are accumulated in float64 over float32 blocks of 1024. An
-    id whose likelier ids sum to top_p within float32 rounding may fall on either side.
+    id whose likelier ids sum to top_p within float32 rounding may be kept or cut.
 
     References: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox); Holtzman et al. 2020,
     arXiv 1904.09751 (top-p); Nguyen et al. 2024, arXiv 2407.01082 (min-p).
@@ -109,36 +109,36 @@ def sample_distinct(
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
 ) -> Sampled:
-    """Draws m different ids a row: the m largest ``truncated_logprob_v + gumbel(seed, position, v)``, falling.
+    """Draws the m ids with the largest ``truncated_logprob_v + gumbel(seed, position, v)`` of every row, largest first.
 
-    Equivalent to, in distribution, m draws without replacement::
+    Equivalent, in distribution, to m draws without replacement::
 
         token = torch.multinomial(truncated.exp(), m, replacement=False)  # truncated as in sample_logits
 
-    The first of them is the draw of ``sample_logits``. Log-probabilities are those of a first draw. Memory is O(V + m)
-    for each thread.
+    The first id is the one that ``sample_logits`` draws. Log-probabilities are those of a single draw, not conditional
+    on the earlier ids. Scratch memory is O(V + m) per thread.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
-        m: Draws a row, at least 1.
-        seed: As in ``sample_logits``, like every option below.
-        position: See there.
-        temperature: See there.
-        top_k: See there.
-        top_p: See there.
-        min_p: See there.
+        m: Number of draws per row, at least 1.
+        seed: Same as in ``sample_logits``, like every option below.
+        position: See ``sample_logits``.
+        temperature: See ``sample_logits``.
+        top_k: See ``sample_logits``.
+        top_p: See ``sample_logits``.
+        min_p: See ``sample_logits``.
 
     Returns:
         Sampled with token, logprob and truncated_logprob (..., m), entropy (...). A row with fewer than m ids left
-        (temperature 0 leaves one) ends in token -1 with log-probabilities -inf.
+        (temperature 0 leaves one) ends in tokens -1 with log-probabilities -inf.
 
     Raises:
-        ValueError: m below 1, and as in ``sample_logits``.
-        TypeError: A dtype that is not supported.
+        ValueError: m is below 1, or as in ``sample_logits``.
+        TypeError: A dtype is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
-    Precision: as ``sample_logits``.
+    Precision: the same as that of ``sample_logits``.
 
     References: Kool et al. 2019, "Stochastic beams and where to find them", arXiv 1903.06059 (Gumbel top-k).
 
@@ -166,15 +166,13 @@ def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, m
         *_sample_options.resolve_float(min_p, "min_p", "in [0, 1]", logits),
     )
     check_kernels(logits, "logits")
-    rows = logits.detach().reshape(-1, logits.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = flat_rows(logits.detach())
     return torch.ops.slimkernels.sample_logits(rows, m, *options)
 
 
 def _sample_logits(logits: Tensor, m: int, *options):
     _, _, _, _, _, temperatures, _, top_ks, _, top_ps, _, min_ps = options
-    if logits.device.type == "cpu":  # on a GPU that would wait; there the kernel looks
+    if logits.device.type == "cpu":  # on CUDA this would need a sync, so the kernel checks instead
         _sample_options.check_values(temperatures, "temperature", "finite and at least 0")
         _sample_options.check_values(top_ks, "top_k", "at least 0")
         _sample_options.check_values(top_ps, "top_p", "in [0, 1]")
@@ -195,7 +193,7 @@ def _fake(logits: Tensor, m: int, *_options):
     )
 
 
-# Every option is a number and, in its place where given, a tensor (N,).
+# Every option is a pair: a number, and a tensor (N,) that replaces it if given.
 _OPTIONS = (
     "Tensor logits, SymInt m, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, float temperature,"
     " Tensor? temperatures, SymInt top_k, Tensor? top_ks, float top_p, Tensor? top_ps, float min_p, Tensor? min_ps"

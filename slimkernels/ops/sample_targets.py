@@ -1,4 +1,4 @@
-"""``sample_targets``: an unbiased sparse teacher from draws with replacement."""
+"""``sample_targets``: an unbiased sparse teacher made from draws with replacement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops import _sample_options
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -22,37 +22,37 @@ def sample_targets(
 ) -> SparseLogits:
     """Keeps the distinct ids of ``rounds`` draws from softmax(logits / T), with ``logits = log(count / rounds)``.
 
-    Equivalent to, in distribution::
+    Equivalent, in distribution, to::
 
         drawn = torch.multinomial(torch.softmax(logits / temperature, -1), rounds, replacement=True)
         count = torch.zeros_like(logits).scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=logits.dtype))
         # ids where count > 0, logits = log(count / rounds), lse = 0
 
-    A record is a distribution of its own (lse 0), to be learned from at temperature 1. Its expectation over the draws
-    is softmax(logits / T), so that the gradient of ``slim_loss`` on it is on average the dense one, whereas the K
-    largest logits alone are biased. Draw r of a row takes its noise from Philox-4x32-10 of (seed, position, id, r), so
-    that it depends on nothing but the row; the first is that of ``sample_logits``. Memory is O(V + rounds) for each
-    thread, on CUDA O(rounds) for each row.
+    A row is a complete distribution (lse 0), to be used at temperature 1. Its expectation over the draws is
+    softmax(logits / T), so the expected gradient of ``slim_loss`` on it is the dense one; that of the K largest logits
+    is biased. Draw r of a row takes its noise from Philox-4x32-10 of (seed, position, id, r), so it does not depend on
+    other rows; draw 0 is that of ``sample_logits``. Scratch memory is O(V + rounds) per thread, on CUDA O(rounds) per
+    row.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
-        rounds: Draws a row, at least 1.
+        rounds: Number of draws per row, at least 1.
         seed: int64, a number or a tensor (...).
         position: int64, a number or a tensor (...); rows that share seed and position share their noise.
         temperature: T, positive.
-        target: (...) int64 labels. ``target_logit`` is then the label's exact log softmax(logits) at temperature 1; a
-            negative label stands for none (NaN).
+        target: (...) int64 labels, or None. ``target_logit`` is then the label's exact log softmax(logits) at
+            temperature 1; it is NaN for a negative label, which means no label.
 
     Returns:
-        SparseLogits with K = min(rounds, V): ids (..., K) int32 ascending, padded with -1, logits (..., K), lse
-        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN, or with nothing but
-        ``-inf``, keeps no id. Logits of ``+inf`` share the whole mass equally.
+        SparseLogits with K = min(rounds, V): ids (..., K) int32 ascending, padded with -1; logits (..., K), lse
+        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN, or of ``-inf`` only,
+        keeps no id. Logits of ``+inf`` share all of the mass equally.
 
     Raises:
-        ValueError: rounds below 1, a temperature that is not positive, a tensor of another shape or device, and on CPU
-            a target at or past V. On CUDA, where no host waits to see it, such a row keeps no id and its numbers are
-            NaN.
-        TypeError: A dtype that is not supported.
+        ValueError: rounds is below 1, the temperature is not positive, or a tensor has another shape or device. On CPU
+            also a target at or above V; on CUDA raising would need a sync, so such a row keeps no id and its logits
+            and target_logit are NaN.
+        TypeError: A dtype is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
@@ -77,9 +77,7 @@ def sample_targets(
         _checks.is_target(target, leading_shape, logits, "logits")
         target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
-    rows = logits.detach().reshape(-1, logits.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = flat_rows(logits.detach())
     ids, log_shares, target_logit = torch.ops.slimkernels.sample_targets(
         rows, rounds, seed, seeds, position, positions, temperature, target
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows, register_autograd
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -24,32 +24,32 @@ def topk_logits(
 
     Equivalent to::
 
-        values, ids = logits.topk(top_k, sorted=False)  # but ordered by id, ties to the lowest id
+        values, ids = logits.topk(top_k, sorted=False)  # then ordered by id; ties go to the lowest id
         lse = torch.stack([torch.logsumexp(logits.float() / t, -1) for t in temperatures], -1)
         target_logit = logits.gather(-1, target[..., None])[..., 0].float()
 
-    Every row is read once; nothing of size V is written. Exact for every input: ties, ``-inf`` rows, ``+inf``,
-    NaN (the largest, as in ``torch.topk``), ``-0.0 == +0.0``.
+    Every row is read once, and nothing of size V is written. The result is exact for every input: ties, rows of
+    ``-inf``, ``+inf``, NaN (the largest, as in ``torch.topk``), ``-0.0 == +0.0``.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
         top_k: K, 1 to V. Give this or ``top_fraction``.
         top_fraction: K as a share of the vocabulary, ``ceil(top_fraction * V)``; SLIM keeps 0.05.
-        target: (...) int64 labels whose raw logit is kept too; a negative one stands for no label (NaN).
-        temperatures: At which the log-sum-exp is taken. 1.0 is always the first column, given or not.
+        target: (...) int64 labels whose raw logit is kept as well, or None. A negative label means no label (NaN).
+        temperatures: Temperatures of the log-sum-exp; 1.0 is always the first, given or not.
 
     Returns:
         SparseLogits with ids (..., K) int32 ascending, logits (..., K) in the dtype of ``logits``, lse (..., M)
         and target_logit (...) float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: Neither or both of ``top_k`` and ``top_fraction``, K outside [1, V], a temperature that is not
-            positive, a target of another shape or with an index at or past V.
-        TypeError: A dtype that is not supported.
+        ValueError: Neither or both of ``top_k`` and ``top_fraction`` are given, K is outside [1, V], a temperature is
+            not positive, or the target has another shape. On CPU also a label at or above V; on CUDA raising would
+            need a sync, so its ``target_logit`` is NaN.
+        TypeError: A dtype is not supported.
 
-    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; a row is the same
-    whatever rows are beside it. On CUDA the host does not wait, so a label at or past V
-    raises nothing there: its ``target_logit`` is NaN.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; the result of a row does
+    not depend on the other rows.
 
     Precision: ids and logits are exact; lse is accumulated in float64 over float32 blocks of 1024.
 
@@ -68,36 +68,43 @@ def topk_logits(
         _checks.is_target(target, leading_shape, logits, "logits")
         target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
-    rows = logits.reshape(-1, vocab_size)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    values, ids, lse, target_logit = torch.ops.slimkernels.topk_logits(rows, top_k, target, list(temperatures))
+    rows = flat_rows(logits)
+    outputs = torch.ops.slimkernels.topk_logits(rows, top_k, target, list(temperatures))
+    return sparse_logits_of(outputs, leading_shape, temperatures, has_target=target is not None)
+
+
+def sparse_logits_of(
+    outputs: Sequence[Tensor], leading_shape: Sequence[int], temperatures: tuple[float, ...], *, has_target: bool
+) -> SparseLogits:
+    """Returns the operator's outputs (values, ids, lse, target_logit) as SparseLogits of the given leading shape."""
+    values, ids, lse, target_logit = outputs
     return SparseLogits(
-        ids=ids.reshape(*leading_shape, top_k),
-        logits=values.reshape(*leading_shape, top_k),
+        ids=ids.reshape(*leading_shape, ids.shape[-1]),
+        logits=values.reshape(*leading_shape, values.shape[-1]),
         lse=lse.reshape(*leading_shape, len(temperatures)),
         temperatures=temperatures,
-        target_logit=None if target is None else target_logit.reshape(leading_shape),
+        target_logit=target_logit.reshape(leading_shape) if has_target else None,
+    )
+
+
+def empty_outputs(like: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
+    """Allocates the operator's outputs for the rows of ``like`` (N, ...); target_logit is empty without a target."""
+    num_rows = like.shape[0]
+    accumulated = accumulation_dtype(like.dtype)
+    return (
+        like.new_empty(num_rows, top_k),
+        like.new_empty(num_rows, top_k, dtype=torch.int32),
+        like.new_empty(num_rows, len(temperatures), dtype=accumulated),
+        like.new_empty(0 if target is None else num_rows, dtype=accumulated),
     )
 
 
 def _topk_logits(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
-    values, ids, lse, target_logit = outputs = _fake(logits, top_k, target, temperatures)
+    values, ids, lse, target_logit = outputs = empty_outputs(logits, top_k, target, temperatures)
     wanted = None if target is None else target_logit
     fault = torch.ops.slimkernels.topk_logits_rows(logits, top_k, target, temperatures, values, ids, lse, wanted)
     _checks.raise_fault(fault)
     return outputs
-
-
-def _fake(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
-    num_rows = logits.shape[0]
-    accumulated = accumulation_dtype(logits.dtype)
-    return (
-        logits.new_empty(num_rows, top_k),
-        logits.new_empty(num_rows, top_k, dtype=torch.int32),
-        logits.new_empty(num_rows, len(temperatures), dtype=accumulated),
-        logits.new_empty(0 if target is None else num_rows, dtype=accumulated),
-    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -134,7 +141,7 @@ define(
 define(
     "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"
     " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
-    fake=_fake,
+    fake=empty_outputs,
     implementation=_topk_logits,
 )
 register_autograd("topk_logits", _backward, _setup_context)

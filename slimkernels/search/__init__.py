@@ -1,7 +1,7 @@
 """Tree search over reasoning steps: ``PathFinder``, its engines, checks, scorers and presets.
 
-``pathfinder.py`` is the algorithm, ``tree.py`` its data, ``engine.py`` what it asks of a language model,
-``trace.py`` the file that a killed search goes on from.
+``pathfinder.py`` is the algorithm, ``tree.py`` its data, ``engine.py`` the interface to a language model, ``engines/``
+the implementations of it, ``trace.py`` the file from which a killed search resumes.
 """
 
 import importlib
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
     from slimkernels.search.transformers_generate import custom_generate
 
-# What needs transformers or an HTTP client is loaded on first use.
+# Loaded on first use, because they import transformers or an HTTP client.
 _LAZY = {
     "NLIModel": "slimkernels.search.judges",
     "SentenceEncoder": "slimkernels.search.judges",

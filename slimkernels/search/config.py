@@ -1,4 +1,4 @@
-"""``PathFinderConfig``: how a tree of reasoning steps grows, and when it stops."""
+"""``PathFinderConfig``: the settings of a search."""
 
 from __future__ import annotations
 
@@ -8,38 +8,45 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from slimkernels.search.answers import ANSWER_KINDS, AnswerKind, extract, finishes
 from slimkernels.search.engine import StepEnd
 
 
 @dataclasses.dataclass(frozen=True)
 class PathFinderConfig:
-    r"""How a tree of reasoning steps grows, and when it stops.
+    r"""The settings of a search: how a tree of reasoning steps grows, and when it stops.
 
     Attributes:
-        branching_factor: Children of every open leaf; or one number for each depth, the last of which holds on.
-        beam: Open leaves kept for each question after every depth, the best by score.
-        buffer_size: Hypotheses kept for each question after every depth, finished ones included, the best by score.
-        max_depth: Steps of a branch at most.
-        max_step_tokens: Tokens of a step at most; a step that reaches it is one.
-        max_tokens: Tokens generated for a question at most, those of cut and pruned children included. A step is only
-            begun where a whole one still fits. None: no limit.
-        time_limit_s: Seconds for each batch of questions, looked at before every generation. None: no limit.
-        step_delimiter: What ends a step, once there is anything but white space in it.
-        end_markers: A step that has one in its text ends there, and the branch is finished.
-        answer_pattern: A regular expression; a branch is finished with the step that it is found in. What is found
-            last, its first group if there is one, is the result's ``answer``.
-        temperature: T_0; at depth d a token is drawn at T_0 * annealing^d. 0 takes the likeliest.
-        annealing: gamma, above 0; 1 keeps the temperature.
-        top_k: Tokens are drawn from the k likeliest; 0: from all.
-        top_p: And from the smallest set with this much probability.
-        length_penalty: lambda of the score, sum of log-probabilities / (number of tokens)^lambda.
-        max_attempts: Generations of a child that fails its checks, until it is cut.
-        seed: Of all noise.
-        batch_questions: Questions searched at the same time. Changes speed and memory, not results.
-        step_end: What ends a step, in place of ``step_delimiter``: called with the step's text after every token.
+        branching_factor: Children of every open leaf; or one number per depth, the last of which applies to all deeper
+            ones.
+        beam: Open leaves to keep for each question after every depth, those with the best scores.
+        buffer_size: Hypotheses to keep for each question after every depth, finished ones included, those with the best
+            scores.
+        max_depth: Largest number of steps of a branch.
+        max_step_tokens: Largest number of tokens of a step; a step that reaches it ends there.
+        max_tokens: Largest number of tokens generated for a question, those of cut and pruned children included. A step
+            is started only if a whole one still fits. None: no limit.
+        time_limit_s: Time limit for each batch of questions in seconds, tested before every generation. None: no limit.
+        step_delimiter: Text that ends a step, once the step has anything but white space.
+        end_markers: Texts that end a step and finish its branch.
+        answer_kind: Kind of the answers, "any", "number", "yes_no" or "letter": a branch finishes with the line that
+            announces such an answer ("The answer is 18", "Answer: 18", "#### 18", "\\boxed{18}"), by the rule by
+            which ``slimkernels.evaluate.extract`` reads the result's ``answer``. None finishes no branch.
+        answer_pattern: Regular expression in place of ``answer_kind``: it finishes a branch with the step in which it
+            matches. The last match, or its first group if there is one, becomes the result's ``answer``.
+        temperature: T_0; at depth d tokens are drawn at T_0 * annealing^d. 0 takes the likeliest token.
+        annealing: gamma, above 0; 1 keeps the temperature constant.
+        top_k: Number of likeliest tokens to draw from; 0 for all.
+        top_p: Probability of the smallest set of likeliest tokens to draw from, after ``top_k``.
+        length_penalty: lambda in the score, sum of log-probabilities / (number of tokens)^lambda.
+        max_attempts: Number of times to generate a child that fails its checks before it is cut.
+        seed: Seed of all noise.
+        batch_questions: Questions to search at the same time. Changes speed and memory, not results.
+        step_end: Function that replaces ``step_delimiter``: called with the step's text after every token; True ends
+            the step.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value is outside its range.
     """
 
     branching_factor: int | Sequence[int] = 8
@@ -51,6 +58,7 @@ class PathFinderConfig:
     time_limit_s: float | None = None
     step_delimiter: str = "\n"
     end_markers: Sequence[str] = ()
+    answer_kind: AnswerKind | None = "any"
     answer_pattern: str | None = None
     temperature: float = 0.8
     annealing: float = 0.9
@@ -68,7 +76,7 @@ class PathFinderConfig:
         else:
             factors = tuple(self.branching_factor)
         if not factors or not all(isinstance(factor, int) and factor >= 1 for factor in factors):
-            raise ValueError(f"branching_factor must be at least 1, at every depth, got {self.branching_factor}")
+            raise ValueError(f"branching_factor must be at least 1 at every depth, got {self.branching_factor}")
         for name in ("beam", "buffer_size", "max_depth", "max_step_tokens", "max_attempts", "batch_questions"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -77,8 +85,8 @@ class PathFinderConfig:
             raise ValueError(f"max_tokens must be an integer or None, got {self.max_tokens!r}")
         if self.max_tokens is not None and self.max_tokens < self.max_step_tokens:
             raise ValueError(
-                f"max_tokens must be at least max_step_tokens = {self.max_step_tokens}, as only whole steps are begun, "
-                f"got {self.max_tokens}: lower max_step_tokens"
+                f"max_tokens must be at least max_step_tokens = {self.max_step_tokens}, because only whole steps "
+                f"are started, got {self.max_tokens}: lower max_step_tokens"
             )
         if self.time_limit_s is not None and not self.time_limit_s > 0:
             raise ValueError(f"time_limit_s must be positive, got {self.time_limit_s}")
@@ -94,6 +102,9 @@ class PathFinderConfig:
             raise ValueError(f"annealing must be finite and above 0, got {self.annealing}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k must be an integer of at least 0, got {self.top_k!r}")
+        if self.answer_kind is not None and self.answer_kind not in ANSWER_KINDS:
+            kinds = ", ".join(map(repr, ANSWER_KINDS))
+            raise ValueError(f"answer_kind must be one of {kinds}, or None, got {self.answer_kind!r}")
         if self.answer_pattern is not None:
             try:
                 re.compile(self.answer_pattern)
@@ -101,13 +112,13 @@ class PathFinderConfig:
                 raise ValueError(f"answer_pattern must be a regular expression, got {self.answer_pattern!r}") from error
 
     def branching_at(self, depth: int) -> int:
-        """Children of a leaf of this depth; the root's is 0."""
+        """Returns the number of children of a leaf at this depth; the root is at depth 0."""
         if isinstance(self.branching_factor, int):
             return self.branching_factor
         return self.branching_factor[min(depth, len(self.branching_factor) - 1)]
 
     def temperature_at(self, depth: int) -> float:
-        """T_0 * gamma^d."""
+        """Returns T_0 * gamma^d."""
         return self.temperature * self.annealing**depth
 
     @property
@@ -116,25 +127,42 @@ class PathFinderConfig:
         return (*(() if self.step_end is not None else (self.step_delimiter,)), *self.end_markers)
 
     def is_step(self, text: str) -> bool:
-        """Whether a step is complete."""
+        """Returns whether a step with this text is complete."""
         if any(marker in text for marker in self.end_markers):
             return True
         if self.step_end is not None:
             return self.step_end(text)
         return self.step_delimiter in text.lstrip()
 
-    def is_final(self, text: str) -> bool:
-        """Whether a branch that ends in this step is finished."""
+    def is_final(self, text: str, before: str = "", choices: Sequence[str] = (), *, complete: bool = True) -> bool:
+        """Returns whether a step finishes its branch.
+
+        Args:
+            text: Text of the step.
+            before: Text of the branch before it, since an answer may be announced on one line and stand on the next.
+            choices: Texts of the choices, if the answer is a letter.
+            complete: Whether the step came to its end. The last line of one that a limit cut off announces nothing yet,
+                as "The answer is 1" may become "The answer is 18".
+        """
         if any(marker in text for marker in self.end_markers):
             return True
-        return self.answer_pattern is not None and re.search(self.answer_pattern, text) is not None
+        if self.answer_pattern is not None:
+            return re.search(self.answer_pattern, text) is not None
+        if self.answer_kind is None:
+            return False
+        branch = before + text
+        return finishes(branch if complete else branch[: branch.rfind("\n") + 1], self.answer_kind, choices)
 
-    def answer(self, text: str) -> str | None:
-        """What ``answer_pattern`` finds last in a whole branch; None also where its first group took no part in it."""
+    def answer(self, text: str, choices: Sequence[str] = ()) -> str | None:
+        """Returns the answer of a branch; None without one.
+
+        It is the last match of ``answer_pattern`` (None if its first group did not take part), or else the answer of
+        ``answer_kind`` that ``extract`` finds, for which a letter may stand for one of the ``choices``.
+        """
         if self.answer_pattern is None:
-            return None
+            return None if self.answer_kind is None else extract(text, self.answer_kind, choices).flexible
         found = None
-        for found in re.finditer(self.answer_pattern, text):  # noqa: B007 -- the last one is wanted
+        for found in re.finditer(self.answer_pattern, text):  # noqa: B007 -- the last match is used
             pass
         if found is None:
             return None

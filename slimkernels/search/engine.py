@@ -1,4 +1,4 @@
-"""What the search asks of a language model: ``Engine``, ``StepRequest``, ``Step``. Nothing here knows a model."""
+"""The interface between the search and a language model: ``Engine``, ``StepRequest`` and ``Step``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-# A step of text so far -> whether the step is complete.
+# Tells from the text of a step so far whether the step is complete.
 StepEnd = Callable[[str], bool]
 Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRequest:
-    """One child of one branch, to be generated.
+    """A request for one child of one branch.
 
     Attributes:
         branch: The engine's number of the branch to continue.
-        path: The child's name: which child of which child of the root it is.
-        attempt: 0, or how often this child has been generated before.
-        seed: int64; with the token's position it keys the noise, so that the child does not depend on its batch.
-        temperature: Of the sampling; 0 takes the likeliest token.
-        top_k: As in ``sample_logits``.
-        top_p: As in ``sample_logits``.
-        max_tokens: Tokens of the step at most, at least 1.
-        stop: Texts that may end the step, for engines that can stop at them; whether it has ended, ``step_end`` says.
+        path: Identity of the child: the ordinals of the nodes from the root's child down to it.
+        attempt: Number of times that this child has been generated before.
+        seed: int64; keys the noise together with the token's position, so that the child does not depend on its batch.
+        temperature: Sampling temperature; 0 takes the likeliest token.
+        top_k: Number of likeliest tokens to draw from; 0 for all.
+        top_p: Probability of the smallest set of likeliest tokens to draw from, after ``top_k``.
+        max_tokens: Largest number of tokens of the step, at least 1.
+        stop: Texts that may end the step, for engines that can stop at a text. Whether the step has ended is for the
+            ``step_end`` of ``Engine.extend`` to decide.
     """
 
     branch: int
@@ -45,13 +46,16 @@ class Step:
     """A generated step.
 
     Attributes:
-        branch: The engine's number of the branch that ends in this step, to be continued or freed.
-        token_ids: Of the step, between one and ``max_tokens``.
-        text: Of the step, without the end of text.
-        sum_logprob: Of ``token_ids`` under the model's softmax, in nats.
-        end: "step" (complete), "end_of_text", "length" (``max_tokens``), or "context" (the model can read no more).
-        sum_entropy: Of the model's distribution at each token, in nats.
-        embedding: (d,) float32 of the step for the repetition check, where ``embed`` asked for it.
+        branch: The engine's number of the branch that ends with this step, to be continued or freed.
+        token_ids: Token ids of the step, between one and ``max_tokens``.
+        text: Text that the step adds to that of the branch, without the end of text.
+        sum_logprob: Sum of the log-probabilities of ``token_ids`` under the model's softmax, in nats.
+        end: Reason why the step ended: "step" (complete), "end_of_text", "length" (``max_tokens``), or "context" (the
+            model cannot read more tokens).
+        sum_entropy: Sum of the entropies of the model's distributions at each token, in nats.
+        embedding: (d,) float32, embedding of the step for the repetition check if ``embed`` requested it, else None.
+        replaces: Number of characters at the end of the branch's text that ``text`` replaces: the marks U+FFFD for the
+            first bytes of a character that the step completes.
     """
 
     branch: int
@@ -61,44 +65,51 @@ class Step:
     end: Literal["step", "end_of_text", "length", "context"]
     sum_entropy: float = 0.0
     embedding: np.ndarray | None = None
+    replaces: int = 0
 
 
 class Engine(Protocol):
-    """A language model that keeps branches; ``notes``, where it has them, are for every result to say."""
+    """A language model that keeps branches.
+
+    An engine may also have ``notes``, a sequence of strings to add to the notes of every result, and a method
+    ``chat_prompt`` that returns the token ids of a question in the model's chat template, or None without a template.
+    """
 
     def identity(self) -> dict[str, Any]:
-        """What its draws depend on, as JSON values: those of the trace of a search must be equal for it to go on."""
+        """Returns everything that draws depend on, as JSON values. A search resumes only if they equal the trace's."""
         ...
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt that ``start`` could not take, such as one longer than the context."""
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt."""
+        """Returns the number of tokens of a prompt."""
         ...
 
     def cache_bytes(self, prompt_tokens: int, generated_tokens: int) -> int:
-        """The most bytes that so many tokens, each kept once, take in this process."""
+        """Returns the most bytes that so many tokens, each stored once, take in this process."""
         ...
 
     def start(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Encodes prompts, once; the branch that is each of them."""
+        """Encodes each prompt once. Returns the branch that ends with it."""
         ...
 
     def extend(self, requests: Sequence[StepRequest], step_end: StepEnd, *, embed: bool) -> list[Step]:
-        """Generates all requests in one batch; each becomes a branch of its own, and those they continue stay."""
+        """Generates all requests in one batch. Each becomes a branch; the branches that they continue remain."""
         ...
 
     def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
-        """Continues the branch of each step by its tokens, as ``extend`` did when it drew them.
+        """Continues branches by steps that ``extend`` drew before, in one batch.
 
-        Of a step, ``branch`` is the branch that it continues, and ``token_ids`` and ``text`` are what follows; the
-        others are without meaning.
+        Args:
+            steps: Steps to append. ``branch`` is the branch to continue, ``token_ids`` and ``text`` are the step's;
+                the other fields are ignored.
+            embed: Whether to compute the embeddings that ``extend`` gave.
 
         Returns:
-            The steps with their own branches, and with the embeddings that ``extend`` gave, in one batch.
+            The steps with their own branches and embeddings.
         """
         ...
 
     def free(self, branch: int) -> None:
-        """Forgets a branch; what others share with it stays theirs."""
+        """Frees a branch; whatever other branches share with it remains."""

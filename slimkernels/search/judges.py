@@ -1,4 +1,4 @@
-"""Models that judge what was generated: a sentence encoder, an entailment model, a verifier. All of transformers."""
+"""Models of transformers that judge generated steps: a sentence encoder, an entailment model, and a verifier."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from slimkernels.search.selection import Candidate
 
 
 class SentenceEncoder:
-    """Texts to the mean of their tokens' last hidden states, for ``RepetitionCheck(threshold, embed=...)``.
+    """A sentence encoder for ``RepetitionCheck(threshold, embed=...)``: the mean of a text's last hidden states.
 
-    A sentence-transformers model needs no wrapping: give its ``encode``.
+    For a sentence-transformers model, pass its ``encode`` method to the check instead.
 
     Args:
-        model: An encoder, in evaluation mode.
-        tokenizer: Its tokenizer, with a padding token.
-        batch_size: Texts in a forward.
+        model: An encoder; it is put into evaluation mode.
+        tokenizer: Tokenizer of the model, with a padding token.
+        batch_size: Number of texts per forward.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64) -> None:
@@ -36,13 +36,13 @@ class SentenceEncoder:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **options: Any) -> SentenceEncoder:
-        """Loads an encoder from a folder or a hub."""
+        """Loads an encoder from a directory or the Hugging Face Hub."""
         model = AutoModel.from_pretrained(name_or_path, **options)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path))
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (n, d) float32."""
+        """Computes embeddings (n, d) float32 of n texts."""
         embeddings = []
         for batch in _batches(self.tokenizer, self.model, list(texts), self.batch_size):
             hidden = self.model(**batch).last_hidden_state.float()
@@ -52,15 +52,15 @@ class SentenceEncoder:
 
 
 class NLIModel:
-    """Pairs (premise, hypothesis) to P(contradiction), for ``ContradictionCheck``.
+    """A model of natural language inference for ``ContradictionCheck``: P(contradiction) of (premise, hypothesis).
 
     Args:
-        model: A sequence-classification model of natural language inference; its configuration names the labels.
-        tokenizer: Its tokenizer, with a padding token.
-        batch_size: Pairs in a forward.
+        model: A sequence-classification model whose configuration names the labels; it is put into evaluation mode.
+        tokenizer: Tokenizer of the model, with a padding token.
+        batch_size: Number of pairs per forward.
 
     Raises:
-        ValueError: Not exactly one of the model's labels is a contradiction's.
+        ValueError: Not exactly one of the model's labels begins with "contradict".
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64) -> None:
@@ -69,20 +69,20 @@ class NLIModel:
         if len(found) != 1:
             raise ValueError(
                 f"model.config.id2label must name one label that begins with 'contradict', got "
-                f"{sorted(labels.values())}: set it to what the classes of the model mean"
+                f"{sorted(labels.values())}: set it to the names of the model's classes"
             )
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self._contradiction = found[0]
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **options: Any) -> NLIModel:
-        """Loads an entailment model from a folder or a hub."""
+        """Loads an entailment model from a directory or the Hugging Face Hub."""
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, **options)
         return cls(model, AutoTokenizer.from_pretrained(name_or_path))
 
     @torch.inference_mode()
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Probabilities (n,) float32."""
+        """Computes the probabilities (n,) float32 that n pairs contradict each other."""
         probabilities = []
         for batch in _batches(self.tokenizer, self.model, [list(pair) for pair in pairs], self.batch_size):
             logits = self.model(**batch).logits.float()
@@ -91,19 +91,19 @@ class NLIModel:
 
 
 class Verifier:
-    """A scorer of candidates: the probability that a language model, asked whether one is right, says yes.
+    """A scorer of candidates: the probability that a language model says "yes" when asked whether one is correct.
 
-    score = sum over spellings of "yes" that are one token of P(token | template), under the whole softmax.
+    score = sum of P(token | template) over the spellings of "yes" that are a single token, under the whole softmax.
 
     Args:
-        model: A causal language model, in evaluation mode.
-        tokenizer: Its tokenizer.
-        template: What is asked, with ``{question}`` (the question's context) and ``{text}`` (the candidate).
-        yes: The spellings.
-        batch_size: Candidates in a forward.
+        model: A causal language model; it is put into evaluation mode.
+        tokenizer: Tokenizer of the model.
+        template: Prompt with the placeholders ``{question}`` (the question's context) and ``{text}`` (the candidate).
+        yes: Spellings of "yes".
+        batch_size: Number of candidates per forward.
 
     Raises:
-        ValueError: No spelling is one token, or the template lacks ``{text}``.
+        ValueError: No spelling is a single token, or the template lacks ``{text}``.
     """
 
     def __init__(
@@ -116,16 +116,16 @@ class Verifier:
         batch_size: int = 8,
     ) -> None:
         if "{text}" not in template:
-            raise ValueError(f"template must contain {{text}}, where the candidate goes, got {template!r}")
+            raise ValueError(f"template must contain {{text}}, the placeholder of the candidate, got {template!r}")
         encoded = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in yes]
         self._yes = sorted({token_ids[0] for token_ids in encoded if len(token_ids) == 1})
         if not self._yes:
-            raise ValueError(f"yes must have a spelling that is one token, got {list(yes)}")
+            raise ValueError(f"yes must have a spelling that is a single token, got {list(yes)}")
         self.model, self.tokenizer, self.template, self.batch_size = model.eval(), tokenizer, template, batch_size
 
     @torch.inference_mode()
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
-        """The score of every candidate."""
+        """Computes the score of every candidate."""
         texts = [
             self.template.replace("{question}", candidate.context).replace("{text}", candidate.text)
             for candidate in candidates
@@ -133,7 +133,7 @@ class Verifier:
         scores: list[float] = []
         for first in range(0, len(texts), self.batch_size):
             encoded = [self.tokenizer(text)["input_ids"] for text in texts[first : first + self.batch_size]]
-            # Padded on the right, where a causal model does not look back at it: no padding token is needed.
+            # A causal model does not attend to padding on the right, so any token will do.
             lengths = torch.tensor([len(token_ids) for token_ids in encoded])
             padded = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.long)
             for row, token_ids in enumerate(encoded):
@@ -143,7 +143,7 @@ class Verifier:
         return scores
 
     def _last_logits(self, padded: Tensor, lengths: Tensor) -> Tensor:
-        # The head sees the last position of every row alone, for rows of one length; else those that some row ends at.
+        # The head runs only at positions where some row ends, not at all positions of the batch.
         ends = (lengths - 1).unique()
         logits = self.model(padded, logits_to_keep=ends, use_cache=False).logits
         return logits[torch.arange(len(lengths), device=logits.device), torch.searchsorted(ends, lengths - 1)]
@@ -152,10 +152,11 @@ class Verifier:
 def _batches(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, inputs: list[Any], batch_size: int
 ) -> Iterator[BatchEncoding]:
-    """Encoded inputs, cut to what the model can read."""
-    # RoBERTa's models have two positions more than they can read, which their tokenizers know; others may know none.
+    """Yields batches of encoded inputs, truncated to the number of tokens that the model can read."""
+    # RoBERTa models have two positions more than they can read, which only their tokenizers take into account. A
+    # tokenizer without a limit has an enormous one.
     known = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    limit = min((most for most in known if most is not None and most < 1 << 30), default=None)
+    limit = min((length for length in known if length is not None and length < 1 << 30), default=None)
     for first in range(0, len(inputs), batch_size):
         batch = inputs[first : first + batch_size]
         encoded = tokenizer(batch, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt")

@@ -1,4 +1,4 @@
-"""``PathFinder``: tree search over reasoning steps. Read it from ``solve`` down; nothing here knows a model."""
+"""``PathFinder``: tree search over reasoning steps. Methods are in call order, from ``solve`` down."""
 
 from __future__ import annotations
 
@@ -11,34 +11,40 @@ from collections.abc import Callable, Iterator, Sequence
 
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
-from slimkernels.search.engine import Engine, Prompt, StepRequest
+from slimkernels.search.engine import Engine, Prompt, Step, StepRequest
 from slimkernels.search.plan import Plan, plan
-from slimkernels.search.question import Child, Progress, Question, QuestionSearch, Result, node_seed, replay
+from slimkernels.search.question import Child, Progress, Question, QuestionSearch, Result, node_seed
 from slimkernels.search.selection import Scorer, consensus, select
 from slimkernels.search.trace import Trace, header_of
 from slimkernels.search.tree import ROOT, Status, Tree
 
-# Called with a question's index and its tree when a depth is done.
+# Called with a question's index and its tree whenever a depth is complete.
 OnDepth = Callable[[int, Tree], None]
 
 
 class PathFinder:
-    """Grows a tree of reasoning steps for every question, keeps its best branches, and selects one.
+    """A search that grows a tree of reasoning steps for every question, keeps the best branches, and selects one.
 
-    At every depth each open leaf gets ``branching_factor`` children, all of them and of all questions in one batch.
-    A child that has no text or fails a check is generated again, and cut after ``max_attempts``. Of each question the
-    best ``beam`` leaves go on, and the best ``buffer_size`` hypotheses are kept. What is left at the end goes to the
-    selector.
+    At every depth each open leaf gets ``branching_factor`` children; those of all leaves and questions are generated in
+    one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. Then the
+    best ``beam`` open leaves and the best ``buffer_size`` hypotheses of each question are kept. At the end the selector
+    chooses among the hypotheses that are left.
 
-    A node's noise is keyed by the configuration's seed, the prompt, the node's path and the attempt: other questions,
-    batches and pruned branches do not change it. Equal prompts have equal trees.
+    A node's noise is keyed by the configuration's seed, the prompt, the node's path and the attempt; it does not depend
+    on other questions, batches or pruned branches. Equal prompts have equal trees.
 
     Args:
-        engine: The language model.
-        config: How to search; by default ``PathFinderConfig()``.
-        checks: Of new steps, in this order; by default a ``RepetitionCheck``. Add a ``ContradictionCheck``, which needs
-            an NLI model. ``()``: none.
-        selector: Scores the candidates of a question; by default ``consensus()``.
+        engine: Language model.
+        config: Settings of the search; by default ``PathFinderConfig()``.
+        checks: Checks of new steps, in the order in which they run; by default a ``RepetitionCheck``. Add a
+            ``ContradictionCheck``, which needs an NLI model. ``()`` runs none.
+        selector: Scorer of a question's candidates, a function from candidates to one number for each (``Scorer``); by
+            default ``consensus()``.
+        chat: Whether questions that are plain texts are asked in the chat template of the engine's model, if it has
+            one. A ``Question`` is always read as it is.
+
+    Raises:
+        TypeError: A check or the selector does not follow its protocol; the message says what it lacks.
 
     References: Golovneva et al. 2023, "PathFinder: Guided search over multi-step reasoning paths", arXiv 2312.05180.
     """
@@ -50,11 +56,43 @@ class PathFinder:
         *,
         checks: Sequence[Check] | None = None,
         selector: Scorer | None = None,
+        chat: bool = True,
     ) -> None:
         self.engine = engine
         self.config = config or PathFinderConfig()
         self.checks = (RepetitionCheck(),) if checks is None else tuple(checks)
-        self.selector = selector or consensus()
+        self.selector = consensus() if selector is None else selector
+        self.chat = chat
+        for check in self.checks:
+            if not callable(check) or not isinstance(getattr(check, "name", None), str):
+                raise TypeError(
+                    f"checks must be functions of branches with a name, a string, as in slimkernels.search.Check, got "
+                    f"{check!r}"
+                )
+        if not callable(self.selector):
+            raise TypeError(
+                "selector must be a function from candidates to scores, such as slimkernels.search.consensus(), got "
+                f"{self.selector!r}"
+            )
+
+    def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
+        """Returns upper bounds of the tokens and bytes that ``solve`` takes, without generating any tokens.
+
+        Raises:
+            ValueError: As in ``solve``.
+        """
+        checked = self._check_questions(questions)
+        return plan(self.config, [self.engine.count_tokens(question.prompt) for question in checked], self.engine)
+
+    async def solve_async(
+        self,
+        questions: Sequence[Prompt | Question],
+        *,
+        trace: str | os.PathLike[str] | None = None,
+        on_depth: OnDepth | None = None,
+    ) -> list[Result]:
+        """Runs ``solve`` in a thread, so that the caller's event loop keeps running."""
+        return await asyncio.to_thread(self.solve, questions, trace=trace, on_depth=on_depth)
 
     def solve(
         self,
@@ -63,23 +101,24 @@ class PathFinder:
         trace: str | os.PathLike[str] | None = None,
         on_depth: OnDepth | None = None,
     ) -> list[Result]:
-        """Searches every question; the results in the same order.
+        """Searches every question.
 
         Args:
-            questions: Prompts (texts, or their token ids), or prompts with their contexts.
-            trace: A file that the search is written to as it goes. Where it is there, the search goes on from it, with
-                the same trees and results as without the interruption.
-            on_depth: Called with a question's index and its tree when a depth of it is done.
+            questions: Texts, token ids of prompts, or prompts with their contexts. A text is asked in the chat template
+                of the model, if it has one and unless ``chat`` is False, and is else continued.
+            trace: File to record the search in as it proceeds. If the file exists, the search resumes from it, with the
+                same trees and results as without the interruption.
+            on_depth: Function called with a question's index and its tree whenever a depth of it is complete.
 
         Returns:
-            One result each, also where nothing was found.
+            One result for each question in the same order, even for a question whose branches were all cut.
 
         Raises:
-            ValueError: An empty question, or one that the engine cannot take. All are looked at before the first is
+            ValueError: A question is empty, or the engine cannot take it. All questions are checked before the first is
                 searched.
-            FloatingPointError: The model gave logits that are NaN.
-            TraceMismatchError: The trace is that of another search: other questions, checks, model or configuration.
-            TraceDamagedError, DamagedLineError, FileInUseError, ForeignFileError: As ``Trace``.
+            FloatingPointError: The model returned NaN logits.
+            TraceMismatchError: The trace is of another search: other questions, checks, model or configuration.
+            TraceDamagedError, DamagedLineError, FileInUseError, ForeignFileError: As in ``Trace``.
         """
         return [result for _, result in self.solve_each(questions, trace=trace, on_depth=on_depth)]
 
@@ -90,49 +129,37 @@ class PathFinder:
         trace: str | os.PathLike[str] | None = None,
         on_depth: OnDepth | None = None,
     ) -> Iterator[tuple[int, Result]]:
-        """``solve``, a question's index and result at a time, as soon as its batch of questions is done."""
-        asked = self._all_checked(questions)
+        """Yields the index and result of each question as soon as its batch of questions is complete. See ``solve``."""
+        checked = self._check_questions(questions)
+        batch_size = self.config.batch_questions
         with contextlib.ExitStack() as stack:
             written, progress = None, lambda _: Progress()
             if trace is not None:
-                header = header_of(self.engine, self.config, self.checks, asked)
+                header = header_of(self.engine, self.config, self.checks, checked)
                 written = stack.enter_context(Trace(trace, header))
                 progress = written.progress
-            for first in range(0, len(asked), self.config.batch_questions):
+            for first in range(0, len(checked), batch_size):
                 searches = [
                     QuestionSearch(self.engine, self.config, index, question, progress(index))
-                    for index, question in enumerate(asked[first : first + self.config.batch_questions], first)
+                    for index, question in enumerate(checked[first : first + batch_size], first)
                 ]
-                yield from enumerate(self._solve_together(searches, written, on_depth), first)
+                yield from enumerate(self._search_batch(searches, written, on_depth), first)
 
-    def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
-        """The most tokens and bytes that ``solve`` may take, without generating any.
+    def _check_questions(self, questions: Sequence[Prompt | Question]) -> list[Question]:
+        """Returns all questions with their contexts.
 
         Raises:
-            ValueError: As ``solve``.
+            TypeError: A single question was given.
+            ValueError: As in ``solve``.
         """
-        asked = self._all_checked(questions)
-        return plan(self.config, [self.engine.count_tokens(question.prompt) for question in asked], self.engine)
-
-    async def solve_async(
-        self,
-        questions: Sequence[Prompt | Question],
-        *,
-        trace: str | os.PathLike[str] | None = None,
-        on_depth: OnDepth | None = None,
-    ) -> list[Result]:
-        """``solve`` in a thread, for callers that have an event loop to keep running."""
-        return await asyncio.to_thread(self.solve, questions, trace=trace, on_depth=on_depth)
-
-    def _all_checked(self, questions: Sequence[Prompt | Question]) -> list[Question]:
         if isinstance(questions, (str, Question)):
             raise TypeError(f"questions must be a sequence, got one {type(questions).__name__}: give [question]")
-        return [self._checked(index, question) for index, question in enumerate(questions)]
+        return [self._check_question(index, question) for index, question in enumerate(questions)]
 
-    def _checked(self, index: int, question: Prompt | Question) -> Question:
+    def _check_question(self, index: int, question: Prompt | Question) -> Question:
         if not isinstance(question, Question):
-            question = Question(question)
-        prompt, context = question
+            question = self._ask(question)
+        prompt, context, choices = question
         if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"questions[{index}] must have a prompt with text in it, got an empty one")
         try:
@@ -141,11 +168,20 @@ class PathFinder:
             raise ValueError(f"questions[{index}]: {error}") from error
         if context is None:
             context = prompt if isinstance(prompt, str) else ""
-        return Question(prompt, context)
+        return Question(prompt, context, tuple(choices))
 
-    def _solve_together(
+    def _ask(self, question: Prompt) -> Question:
+        """Returns a question in the chat template of the engine's model, if that has one; else it is continued."""
+        chat_prompt = getattr(self.engine, "chat_prompt", None)
+        if not self.chat or chat_prompt is None or not isinstance(question, str) or not question.strip():
+            return Question(question)
+        prompt = chat_prompt(question)
+        return Question(question) if prompt is None else Question(prompt, question)
+
+    def _search_batch(
         self, searches: Sequence[QuestionSearch], trace: Trace | None, on_depth: OnDepth | None
     ) -> list[Result]:
+        """Grows the trees of a batch of questions depth by depth, and selects their results."""
         config = self.config
         started = time.monotonic() - max(search.progress.seconds for search in searches)
         deadline = None if config.time_limit_s is None else started + config.time_limit_s
@@ -158,9 +194,9 @@ class PathFinder:
                 if deadline is not None and time.monotonic() >= deadline:
                     limit = "budget"
                     break
-                # A search that was interrupted may have done this depth, which others have still to do.
+                # In a resumed search some questions may have completed this depth before the interruption.
                 growing = [search for search in searches if search.is_open and search.progress.depth == depth]
-                self._branch(growing, depth, deadline)
+                self._expand(growing, depth, deadline)
                 for search in growing:
                     search.prune()
                     search.progress.depth = depth + 1
@@ -181,20 +217,40 @@ class PathFinder:
         return results
 
     def _start(self, searches: Sequence[QuestionSearch]) -> None:
-        """Gives searches the engine's branches of their open leaves: of new ones, their prompts."""
+        """Gives every search the engine's branches for its open leaves: the prompt's, or those of a resumed tree."""
         if not searches:
             return
         branches = self.engine.start([search.question.prompt for search in searches])
         for search, branch in zip(searches, branches, strict=True):
             search.start(branch)
-        replay(searches, self.engine, embed=self._embeds)
+        self._replay(searches)
+
+    def _replay(self, searches: Sequence[QuestionSearch]) -> None:
+        """Lets the engine read the branches of open leaves again, one batch per depth."""
+        waiting = [(search, node) for search in searches for node in search.nodes_to_replay()]
+        for depth in sorted({int(search.tree.depth[node]) for search, node in waiting}):
+            level = [(search, node) for search, node in waiting if search.tree.depth[node] == depth]
+            steps = [
+                Step(
+                    branch=search.branch_of[int(search.tree.parent[node])],
+                    token_ids=search.tree.step_token_ids(node),
+                    text=search.tree.steps[node],
+                    sum_logprob=0.0,
+                    end="step",
+                )
+                for search, node in level
+            ]
+            for (search, node), step in zip(level, self.engine.replay(steps, embed=self._embeds), strict=True):
+                search.receive_replayed(node, step)
+        for search in searches:
+            search.release_expanded()
 
     @property
     def _embeds(self) -> bool:
-        return any(check.needs_embeddings for check in self.checks)
+        return any(getattr(check, "needs_embeddings", False) for check in self.checks)
 
-    def _branch(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
-        """Gives every open leaf its children, in one batch; what fails is generated again, in one batch."""
+    def _expand(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
+        """Gives every open leaf its children: generates all in one batch, then those that fail in further batches."""
         children = [child for search in searches for child in search.new_children(self.config.branching_at(depth))]
         pending = children
         for attempt in range(self.config.max_attempts):
@@ -206,61 +262,80 @@ class PathFinder:
             if not pending:
                 break
             self._generate(pending, depth)
-            self._check(pending, depth)
+            self._check_steps(pending, depth)
         for child in children:
             child.search.add(child)
 
     def _generate(self, children: Sequence[Child], depth: int) -> None:
+        """Generates the steps of children in one batch."""
         config = self.config
-        requests = []
-        for child in children:
-            path = child.path
-            requests.append(
-                StepRequest(
-                    branch=child.search.branch_of[child.parent],
-                    path=path,
-                    attempt=child.attempts,
-                    seed=node_seed(config.seed, child.search.question.prompt, path, child.attempts),
-                    temperature=config.temperature_at(depth),
-                    top_k=config.top_k,
-                    top_p=config.top_p,
-                    max_tokens=config.max_step_tokens,
-                    stop=config.stop,
-                )
+        requests = [
+            StepRequest(
+                branch=child.search.branch_of[child.parent],
+                path=child.path,
+                attempt=child.attempts,
+                seed=node_seed(config.seed, child.search.question.prompt, child.path, child.attempts),
+                temperature=config.temperature_at(depth),
+                top_k=config.top_k,
+                top_p=config.top_p,
+                max_tokens=config.max_step_tokens,
+                stop=config.stop,
             )
+            for child in children
+        ]
         steps = self.engine.extend(requests, config.is_step, embed=self._embeds)
         for child, step in zip(children, steps, strict=True):
             child.receive(step)
 
-    def _check(self, children: Sequence[Child], depth: int) -> None:
-        """Sets every child's ``failure``: nothing where it passes, else the first check that it fails."""
+    def _check_steps(self, children: Sequence[Child], depth: int) -> None:
+        """Sets every child's ``failure`` to the first check that its step fails, or to the empty string."""
         for child in children:
-            # After a whole step, an end of text alone is the end of the branch; at the root it is no answer at all.
+            # A lone end of text finishes a branch that has steps; below the root it would be an empty answer.
             ends = depth > 0 and child.step.end == "end_of_text"
-            child.failure = "" if child.has_text or ends else "empty"
+            # Tokens that show as no text at all, such as special ones or the first bytes of a character, may be
+            # followed by some.
+            hidden = not child.step.text and child.step.end != "end_of_text"
+            child.failure = "" if child.has_text or ends or hidden else "empty"
         for check in self.checks:
             passing = [child for child in children if not child.failure and child.has_text]
             if not passing:
                 return
             branches = [child.search.checked_branch(child) for child in passing]
-            for child, fails in zip(passing, check(branches), strict=True):
+            failed = list(check(branches))
+            if len(failed) != len(branches):
+                raise ValueError(
+                    f"check {check.name!r} must return one value for each of {len(branches)} branches, got "
+                    f"{len(failed)}"
+                )
+            for child, fails in zip(passing, failed, strict=True):
                 child.failure = check.name if fails else ""
 
     def _select(self, search: QuestionSearch) -> Result:
+        """Selects one of the finished branches, or else of those that a limit ended, or else of those that were cut."""
         tree = search.tree
         nodes = tree.with_status(Status.FINISHED)
         finished = bool(nodes)
         if not finished:
             nodes = [node for node in tree.with_status(Status.ENDED) if node != ROOT]
+        if not nodes:
+            partial = tree.partial_branches()
+            nodes = sorted(tree.best(partial, self.config.buffer_size, self.config.length_penalty))
         candidates = [search.candidate(node) for node in nodes]
         scores = [float(score) for score in self.selector(candidates)] if candidates else []
         best = candidates[select(candidates, scores)] if candidates else None
         checks = tuple(check.name for check in self.checks)
-        notes = () if "contradiction" in checks else ("the contradiction check was off: no NLI model was given",)
-        notes += tuple(getattr(self.engine, "notes", ()))
-        if best is None:
-            ends = Counter(reason for reason in tree.reasons if reason)
-            notes += ("no branch was left: " + ", ".join(f"{count} {why}" for why, count in sorted(ends.items())),)
+        # A search without any checks did not ask for this one.
+        off = checks and "contradiction" not in checks
+        notes = ("the contradiction check was off: no NLI model was given",) if off else ()
+        notes += (*getattr(self.engine, "notes", ()), *search.notes())
+        if not finished:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tree.count_reasons().items()))
+            if best is None:
+                notes += (f"no branch was left: {reasons}",)
+            elif tree.status[best.node] == Status.ENDED:
+                notes += (f"no branch came to its own end: {reasons}; this is the best of those that a limit ended",)
+            else:
+                notes += (f"no branch was left: {reasons}; this is the best partial one",)
         return Result(
             text=best.text if best else "",
             answer=best.answer if best else None,
@@ -277,7 +352,7 @@ class PathFinder:
 
 
 def _affordable(children: Sequence[Child]) -> list[Child]:
-    """Those of the children for which their question's token budget has a whole step."""
+    """Returns the first children of each question, as many as its token budget has whole steps left."""
     taken: Counter[int] = Counter()
     affordable = []
     for child in children:

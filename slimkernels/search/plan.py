@@ -1,8 +1,8 @@
-"""``plan``: upper bounds of what a search takes, before it starts."""
+"""``plan``: upper bounds of the tokens and bytes that a search takes, before it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from slimkernels.search.config import PathFinderConfig
@@ -10,13 +10,13 @@ from slimkernels.search.engine import Engine
 
 
 class Plan(NamedTuple):
-    """Upper bounds, were no step to end before ``max_step_tokens`` and every child to need all its attempts.
+    """Upper bounds, reached if every step has ``max_step_tokens`` tokens and every child needs all its attempts.
 
     Attributes:
-        prompt_tokens: Read, of all questions.
-        generated_tokens: Of all questions.
+        prompt_tokens: Tokens of all prompts.
+        generated_tokens: Tokens generated for all questions.
         most_rows: Steps generated at the same time.
-        cache_bytes: Of keys and values at the same time, prompts included.
+        cache_bytes: Bytes of keys and values at any time, those of the prompts included.
     """
 
     prompt_tokens: int
@@ -26,21 +26,19 @@ class Plan(NamedTuple):
 
 
 def plan(config: PathFinderConfig, prompt_lengths: Sequence[int], engine: Engine) -> Plan:
-    """Bounds for questions whose prompts have these lengths, in tokens.
+    """Returns the upper bounds of a search.
 
     Args:
-        config: Of the search.
-        prompt_lengths: Of every question.
-        engine: Says how many bytes a number of tokens takes.
+        config: Settings of the search.
+        prompt_lengths: Number of tokens of every question's prompt.
+        engine: Language model, which knows how many bytes a number of tokens takes.
     """
-    leaves, generated, most_rows, most_kept = 1, 0, 0, 0
-    for depth in range(config.max_depth):
-        children = leaves * config.branching_at(depth)
+    generated, most_rows, most_kept = 0, 0, 0
+    for depth, (leaves, children) in enumerate(growth(config)):
         generated += children * config.max_step_tokens * config.max_attempts
         most_rows = max(most_rows, children)
-        # Leaves, each with at most its own copy of all its steps, and their children.
+        # The steps of each leaf, which it shares with no other leaf in the worst case, and one step of each child.
         most_kept = max(most_kept, (leaves * depth + children) * config.max_step_tokens)
-        leaves = min(children, config.beam, config.buffer_size)
     if config.max_tokens is not None:
         generated, most_kept = min(generated, config.max_tokens), min(most_kept, config.max_tokens)
         most_rows = min(most_rows, config.max_tokens // config.max_step_tokens)
@@ -52,3 +50,12 @@ def plan(config: PathFinderConfig, prompt_lengths: Sequence[int], engine: Engine
         most_rows=most_rows * max(map(len, batches), default=0),
         cache_bytes=max((engine.cache_bytes(sum(batch), most_kept * len(batch)) for batch in batches), default=0),
     )
+
+
+def growth(config: PathFinderConfig) -> Iterator[tuple[int, int]]:
+    """Yields, for each depth, the most open leaves of one question and the most children that they get."""
+    leaves = 1
+    for depth in range(config.max_depth):
+        children = leaves * config.branching_at(depth)
+        yield leaves, children
+        leaves = min(children, config.beam, config.buffer_size)

@@ -1,12 +1,13 @@
-"""The search of one question: ``Question`` in, ``QuestionSearch`` and ``Child`` while it grows, ``Result`` out."""
+"""The search of one question: ``Question``, ``QuestionSearch`` and ``Child`` while its tree grows, ``Result``."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from slimkernels.search.checks import CheckedBranch, CheckedStep
 from slimkernels.search.config import PathFinderConfig
@@ -16,33 +17,37 @@ from slimkernels.search.tree import ROOT, Status, Tree
 
 
 class Question(NamedTuple):
-    """What to continue, and what of it the steps must not contradict.
+    """A prompt to continue, and the text that its steps must not contradict.
 
     Attributes:
-        prompt: All that the model reads: a text, or its token ids.
-        context: The question alone, for the contradiction check and for scorers; None: the prompt, if it is a text.
+        prompt: Everything that the model reads: a text, or its token ids.
+        context: The question alone, for the contradiction check and for scorers. None takes the prompt if it is a text.
+        choices: Texts that the letters A, B, ... stand for, if the answer is a letter.
     """
 
     prompt: Prompt
     context: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
     """The outcome of one question.
 
     Attributes:
-        text: The selected branch, without the prompt; empty where there is none.
-        answer: What ``answer_pattern`` found in it, or None.
-        finished: Whether the selected branch came to its end by itself; False where all that was left had run into a
-            limit, or where nothing was left.
-        node: The selected node of ``tree``; None where nothing was left.
-        candidates: What was selected from: the finished hypotheses kept, or, where there are none, the others.
+        text: Text of the selected branch, without the prompt. If no branch is left, that of the best partial one; empty
+            if the model wrote nothing.
+        answer: Answer that the text announces, by the configuration's ``answer_kind`` or ``answer_pattern``, or None.
+        finished: Whether the selected branch came to its own end. False if a limit ended all branches that are left, or
+            if none is left.
+        node: Selected node of ``tree``; None if the model wrote nothing.
+        candidates: Hypotheses given to the selector: the finished ones; if none is finished, those that a limit ended;
+            if all were cut, what is left of them.
         scores: The selector's score of each candidate.
-        num_tokens: Generated for this question, those of cut and pruned nodes included.
-        tree: Every node, with why it ended.
-        checks: The names of the checks that ran; a step without text also fails without them.
-        notes: What to know about the result, such as a check that is off.
-        seconds: From the start of its batch of questions to its own end, interruptions left out.
+        num_tokens: Tokens generated for this question, those of cut and pruned nodes included.
+        tree: Tree of all nodes, with the reason why each ended.
+        checks: Names of the checks that ran. A step without text fails even if there are no checks.
+        notes: Remarks that a reader of the result should know, such as a check that is off.
+        seconds: Time from the start of the question's batch to the question's own end, without interruptions.
     """
 
     text: str
@@ -59,19 +64,19 @@ class Result(NamedTuple):
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many nodes ended for which reason."""
-        return dict(Counter(reason for reason in self.tree.reasons if reason))
+        """Number of nodes that ended for each reason."""
+        return self.tree.count_reasons()
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far the search of one question has come.
+    """The state of one question's search, from which it can resume.
 
     Attributes:
-        tree: Its nodes.
-        depth: Depths that are done.
-        num_tokens: Generated so far.
-        seconds: Since the start of its batch of questions, interruptions left out.
+        tree: Nodes so far.
+        depth: Number of depths that are complete.
+        num_tokens: Tokens generated so far.
+        seconds: Time since the start of the question's batch, without interruptions.
     """
 
     tree: Tree = dataclasses.field(default_factory=Tree)
@@ -81,7 +86,20 @@ class Progress:
 
 
 class Child:
-    """A node to be: generated, checked, perhaps generated again, then added to the tree."""
+    """A future node: it is generated, checked, possibly generated again, and then added to the tree.
+
+    Args:
+        search: Search of the question.
+        parent: Node to continue.
+        ordinal: Rank among the parent's children, from 0.
+
+    Attributes:
+        path: Identity of the node in its tree.
+        attempts: Number of times that its step was generated.
+        failure: Name of the check that its step failed, "empty" for a step without text, or "".
+        step: Step of the last attempt.
+        checked: The same step as checks see it.
+    """
 
     def __init__(self, search: QuestionSearch, parent: int, ordinal: int) -> None:
         self.search, self.parent, self.ordinal = search, parent, ordinal
@@ -93,7 +111,7 @@ class Child:
 
     @property
     def has_text(self) -> bool:
-        """Whether its step is more than white space."""
+        """Whether the step has anything but white space."""
         return bool(self.step.text.strip())
 
     def receive(self, step: Step) -> None:
@@ -105,19 +123,23 @@ class Child:
         self.checked = CheckedStep(step.text, step.embedding)
 
     def discard(self) -> None:
-        """Frees a step that failed, before it is generated again."""
+        """Frees the branch of a failed step before the next attempt."""
         self.search.release(self.step.branch)
 
 
 class QuestionSearch:
-    """The tree of one question, and the engine's branches of its open leaves.
+    """The tree of one question, and the engine's branches for its open leaves.
 
     Args:
-        engine: The language model.
-        config: How to search.
-        index: The question's, among all.
-        question: What is searched.
-        progress: Where to go on.
+        engine: Language model.
+        config: Settings of the search.
+        index: Index of the question among all questions.
+        question: Question to search.
+        progress: State to start from.
+
+    Attributes:
+        tree: The tree of ``progress``.
+        branch_of: The engine's number of the branch that ends with a node, for open leaves.
     """
 
     def __init__(
@@ -127,85 +149,112 @@ class QuestionSearch:
         self.tree = progress.tree
         self.branch_of: dict[int, int] = {}
         self._engine = engine
-        self._held: set[int] = set()
+        self._held: set[int] = set()  # all branches of the engine that are to be freed
         self._checked: dict[int, CheckedStep] = {}
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a leaf that may branch."""
+        """Whether any leaf may still get children."""
         return bool(self.tree.with_status(Status.OPEN))
 
     def start(self, branch: int) -> None:
-        """Takes the engine's branch of the prompt."""
+        """Takes the engine's branch for the prompt."""
         self.hold(branch)
         self.branch_of[ROOT] = branch
 
-    def nodes_to_replay(self) -> Iterator[int]:
-        """Those that the engine must know again so that the open leaves can branch, rising."""
+    def nodes_to_replay(self) -> list[int]:
+        """Returns the nodes on the branches of all open leaves, in ascending order."""
         leaves = self.tree.with_status(Status.OPEN)
-        return iter(sorted({node for leaf in leaves for node in self.tree.branch(leaf)}))
+        return sorted({node for leaf in leaves for node in self.tree.branch(leaf)})
 
-    def replayed(self, node: int, step: Step) -> None:
-        """Takes the engine's branch of a node that was in the tree."""
+    def receive_replayed(self, node: int, step: Step) -> None:
+        """Takes the engine's branch for a node that is already in the tree."""
         self.hold(step.branch)
         self.branch_of[node] = step.branch
         self._checked[node] = CheckedStep(step.text, step.embedding)
 
     def release_expanded(self) -> None:
-        """Frees the branches that only led to others."""
+        """Frees the branches of nodes that are not open leaves."""
         for node in [node for node in self.branch_of if self.tree.status[node] != Status.OPEN]:
             self.release(self.branch_of.pop(node))
 
     def affordable_steps(self) -> int | None:
-        """Whole steps that the token budget still allows; None: no limit."""
+        """Returns the number of whole steps that the token budget still allows; None if there is no budget."""
         if self.config.max_tokens is None:
             return None
         # A server may have generated more than it was asked for.
         return max(0, self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
 
     def new_children(self, factor: int) -> list[Child]:
-        """``factor`` for each open leaf; where that is too much, one for each in turn, the best leaf first."""
+        """Returns ``factor`` children for each open leaf, in the order of their leaves.
+
+        If the token budget does not allow all of them, every leaf gets one child before any gets a second, best leaf
+        first. Leaves without children are ended.
+        """
         leaves = self._ranked(self.tree.with_status(Status.OPEN))
-        wanted = [(leaf, ordinal) for ordinal in range(factor) for leaf in leaves][: self.affordable_steps()]
-        for leaf in leaves[len(wanted) :]:
+        affordable = [(leaf, ordinal) for ordinal in range(factor) for leaf in leaves][: self.affordable_steps()]
+        for leaf in leaves[len(affordable) :]:
             self._close_leaf(leaf, Status.ENDED, "budget")
-        return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(wanted)]
+        return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(affordable)]
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns what the token budget changed, for the notes of the result."""
+        tree, depths = self.tree, []
+        if self.config.max_tokens is None:
+            return ()
+        for depth in range(int(tree.depth.max()) + 1):
+            at_depth = [node for node in range(len(tree)) if tree.depth[node] == depth]
+            children = int(np.count_nonzero(np.isin(tree.parent, at_depth)))
+            expanded = sum(tree.status[node] == Status.EXPANDED for node in at_depth)
+            leaves = expanded + sum(tree.reasons[node] == "budget" for node in at_depth)
+            wanted = leaves * self.config.branching_at(depth)
+            # If no leaf was expanded, the time limit may be what ended them.
+            if children < wanted and (expanded or self.config.time_limit_s is None):
+                depths.append(f"{children} of {wanted} children at depth {depth + 1}")
+        if not depths:
+            return ()
+        return (f"the budget of {self.config.max_tokens} tokens had room for {', '.join(depths)}",)
 
     def checked_branch(self, child: Child) -> CheckedBranch:
-        """The child with the steps above it."""
+        """Returns a child and the steps before it as checks see them."""
         earlier = [self._checked[node] for node in self.tree.branch(child.parent)]
         return CheckedBranch(self.question.context or "", earlier, child.checked)
 
     def add(self, child: Child) -> None:
-        """Makes the child a node; its parent has branched."""
+        """Adds a child to the tree, and marks its parent as expanded."""
         step, tree = child.step, self.tree
         if child.parent in self.branch_of:
             self._close_leaf(child.parent, Status.EXPANDED)
         node = tree.add(
-            child.parent, child.ordinal, step.token_ids, step.text, step.sum_logprob, attempts=child.attempts
+            child.parent,
+            child.ordinal,
+            step.token_ids,
+            step.text,
+            step.sum_logprob,
+            attempts=child.attempts,
+            replaces=step.replaces,
         )
         self.branch_of[node] = step.branch
         self._checked[node] = child.checked
         if child.failure:
             self._close_leaf(node, Status.CUT, child.failure)
-        elif step.end == "end_of_text" or self.config.is_final(step.text):
+        elif step.end == "end_of_text" or self._is_final(child):
             self._close_leaf(node, Status.FINISHED, "finished")
         elif step.end == "context":
             self._close_leaf(node, Status.ENDED, "context")
 
-    def prune(self) -> None:
-        """Keeps the best ``beam`` open leaves, and the best ``buffer_size`` hypotheses of all kinds."""
-        leaves = self._ranked(self.tree.with_status(Status.OPEN))
-        for leaf in leaves[self.config.beam :]:
-            self._close_leaf(leaf, Status.PRUNED, "pruned")
-        for node in self._ranked(self.hypotheses())[self.config.buffer_size :]:
-            self._close_leaf(node, Status.PRUNED, "pruned")
+    def _is_final(self, child: Child) -> bool:
+        before = self.tree.text(child.parent)
+        before = before[: max(0, len(before) - child.step.replaces)]
+        complete = child.step.end == "step"
+        return self.config.is_final(child.step.text, before, self.question.choices, complete=complete)
 
-    def hypotheses(self) -> list[int]:
-        """The nodes that are kept: open leaves, finished branches, and those that a limit ended."""
-        return sorted(
-            node for status in (Status.OPEN, Status.FINISHED, Status.ENDED) for node in self.tree.with_status(status)
-        )
+    def prune(self) -> None:
+        """Prunes all but the best ``beam`` open leaves, then all but the best ``buffer_size`` hypotheses."""
+        for leaf in self._ranked(self.tree.with_status(Status.OPEN))[self.config.beam :]:
+            self._close_leaf(leaf, Status.PRUNED, "pruned")
+        for node in self._ranked(self.tree.hypotheses())[self.config.buffer_size :]:
+            self._close_leaf(node, Status.PRUNED, "pruned")
 
     def end(self, reason: str) -> None:
         """Ends the leaves that are still open."""
@@ -213,19 +262,19 @@ class QuestionSearch:
             self._close_leaf(leaf, Status.ENDED, reason)
 
     def candidate(self, node: int) -> Candidate:
-        """A node as selectors see it."""
+        """Returns a node as selectors see it."""
         text = self.tree.text(node)
         return Candidate(
             node=node,
             text=text,
-            answer=self.config.answer(text),
+            answer=self.config.answer(text, self.question.choices),
             sum_logprob=float(self.tree.sum_logprob[node]),
             num_tokens=int(self.tree.num_tokens[node]),
             context=self.question.context or "",
         )
 
     def hold(self, branch: int) -> None:
-        """Notes a branch of the engine, to be freed."""
+        """Records a branch of the engine, which is to be freed."""
         self._held.add(branch)
 
     def release(self, branch: int) -> None:
@@ -242,34 +291,18 @@ class QuestionSearch:
         return self.tree.best(nodes, len(nodes), self.config.length_penalty)
 
     def _close_leaf(self, node: int, status: Status, reason: str = "") -> None:
+        """Marks a node that gets no more children, and frees its branch."""
         self.tree.mark(node, status, reason)
         if node in self.branch_of:
             self.release(self.branch_of.pop(node))
 
 
-def replay(searches: Sequence[QuestionSearch], engine: Engine, *, embed: bool) -> None:
-    """Gives searches that were interrupted the engine's branches of their open leaves, a batch for each depth."""
-    waiting = [(search, node) for search in searches for node in search.nodes_to_replay()]
-    for depth in sorted({int(search.tree.depth[node]) for search, node in waiting}):
-        level = [(search, node) for search, node in waiting if search.tree.depth[node] == depth]
-        steps = [
-            Step(
-                branch=search.branch_of[int(search.tree.parent[node])],
-                token_ids=search.tree.step_token_ids(node),
-                text=search.tree.steps[node],
-                sum_logprob=0.0,
-                end="step",
-            )
-            for search, node in level
-        ]
-        for (search, node), step in zip(level, engine.replay(steps, embed=embed), strict=True):
-            search.replayed(node, step)
-    for search in searches:
-        search.release_expanded()
-
-
 def node_seed(seed: int, prompt: Prompt, path: Sequence[int], attempt: int) -> int:
-    """The int64 that keys a node's noise: of the search's seed, the prompt, the node's path and the attempt."""
-    name = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-    key = repr((seed, name, tuple(path), attempt)).encode()
+    """Returns the int64 that keys a node's noise: a hash of the search's seed, the prompt, the path and the attempt."""
+    key = repr((seed, plain_prompt(prompt), tuple(path), attempt)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+
+
+def plain_prompt(prompt: Prompt) -> str | list[int]:
+    """Returns a prompt as a JSON value: a text, or a list of Python integers."""
+    return prompt if isinstance(prompt, str) else [int(token) for token in prompt]

@@ -1,4 +1,4 @@
-"""Which of a question's hypotheses is its answer: scorers of candidates, and ``select``."""
+"""Selection of a question's answer among its hypotheses: scorers of candidates, and ``select``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slimkernels.search.answers import canonical
+
 _WORD = re.compile(r"\w+")
 SIMILARITIES = ("jaccard", "count", "f1")
-_WORD_BITS = 21  # three words in an int64
-_END = 0  # of a text, among the numbers of pieces and of words
-_FREQUENT = 24  # texts that have a trigram, from which on it is counted in a matrix product
+_WORD_BITS = 21  # so that the ids of three words fit into an int64
+_END = 0  # id that marks the end of a text, both among pieces and among words
+_FREQUENT = 24  # a trigram that more texts than this share is counted by a matrix product
 
 
 class Candidate(NamedTuple):
     """A hypothesis that may be selected.
 
     Attributes:
-        node: Of the tree.
-        text: The whole branch, without the prompt.
-        answer: What ``answer_pattern`` found in it, or None.
-        sum_logprob: Of its tokens, in nats.
-        num_tokens: Of the branch.
-        context: What the question was.
+        node: Node of the tree.
+        text: Text of the whole branch, without the prompt.
+        answer: Answer that the text announces, or None.
+        sum_logprob: Sum of the log-probabilities of the branch's tokens, in nats.
+        num_tokens: Number of tokens of the branch.
+        context: Context of the question.
     """
 
     node: int
@@ -36,15 +38,17 @@ class Candidate(NamedTuple):
     context: str = ""
 
 
-# The candidates of one question, in the order of their nodes -> a score for each; the largest is selected.
+# Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected:
+#     def shortest(candidates: Sequence[Candidate]) -> Sequence[float]:
+#         return [-candidate.num_tokens for candidate in candidates]
 Scorer = Callable[[Sequence[Candidate]], Sequence[float]]
 
 
 def select(candidates: Sequence[Candidate], scores: Sequence[float]) -> int:
-    """The index of the largest score; ties go to the higher log-probability, then to the lower index.
+    """Returns the index of the largest score; ties go to the higher log-probability, then to the lower index.
 
     Raises:
-        ValueError: No candidates, another number of scores, or a score that is NaN.
+        ValueError: There are no candidates, another number of scores, or a score that is NaN.
     """
     values = np.asarray(scores, np.float64)
     if not candidates or values.shape != (len(candidates),):
@@ -55,26 +59,33 @@ def select(candidates: Sequence[Candidate], scores: Sequence[float]) -> int:
 
 
 def log_probability(candidates: Sequence[Candidate]) -> list[float]:
-    """The sum of a candidate's token log-probabilities."""
+    """Scores each candidate by the sum of its tokens' log-probabilities."""
     return [candidate.sum_logprob for candidate in candidates]
 
 
 def majority_vote(candidates: Sequence[Candidate]) -> list[float]:
-    """The number of candidates with the same answer; those without an answer get and give no vote."""
-    votes = Counter(candidate.answer for candidate in candidates if candidate.answer is not None)
-    return [float(votes[candidate.answer]) if candidate.answer is not None else 0.0 for candidate in candidates]
+    """Scores each candidate by the number of candidates with the same answer; 0 for candidates without an answer.
+
+    Answers are the same if their values are: ``$18``, ``18 dollars`` and ``18.00`` vote for one answer.
+    """
+    values = [None if candidate.answer is None else canonical(candidate.answer, "any") for candidate in candidates]
+    votes = Counter(value for value in values if value is not None)
+    return [float(votes[value]) if value is not None else 0.0 for value in values]
 
 
 def majority_vote_by(extract: Callable[[str], str | None]) -> Scorer:
-    """``majority_vote`` on answers that ``extract`` finds in a candidate's text."""
+    """Returns ``majority_vote`` with answers that ``extract`` finds in the candidates' texts."""
     return lambda candidates: majority_vote([c._replace(answer=extract(c.text)) for c in candidates])
 
 
 def consensus(similarity: str = "jaccard") -> Scorer:
-    """score_c = sum_{c' != c} S(c, c'), S the overlap of their word trigrams (``TrigramConsensus``).
+    """Returns the scorer score_c = sum_{c' != c} S(c, c'), S the overlap of word trigrams (``TrigramConsensus``).
+
+    Args:
+        similarity: "jaccard" | "count" | "f1".
 
     Raises:
-        ValueError: An unknown similarity.
+        ValueError: ``similarity`` is unknown.
     """
     TrigramConsensus(similarity)
 
@@ -88,7 +99,10 @@ def consensus(similarity: str = "jaccard") -> Scorer:
 
 
 def word_trigrams(text: str) -> set[tuple[str, ...]]:
-    """The distinct runs of three words, in lower case and without punctuation; of one or two words, the one run."""
+    """Returns the distinct runs of three words, in lower case and without punctuation.
+
+    A text of only one or two words counts as one run.
+    """
     words = _WORD.findall(text.lower())
     if len(words) < 3:
         return {tuple(words)} if words else set()
@@ -96,7 +110,7 @@ def word_trigrams(text: str) -> set[tuple[str, ...]]:
 
 
 class TrigramConsensus:
-    """How much each text has in common with all others; texts are added one at a time.
+    """A pool of texts that scores each by its similarity to all others; texts are added one at a time.
 
     Equivalent to::
 
@@ -106,15 +120,15 @@ class TrigramConsensus:
         f1 = 2 * len(a & b) / (len(a) + len(b))
         score_a = sum(S(a, b) for every other text b)
 
-    An ``add`` numbers what stands between a text's white space, O(words). ``scores`` packs a trigram and its text into
-    an integer, sorts those of all n texts, and counts those of a pair of texts together: rare ones pair by pair,
-    frequent ones in a matrix product. Memory: the numbers, and O(n^2) more while scoring.
+    ``add`` splits a text at white space and assigns an id to each piece, O(words). ``scores`` packs each trigram and
+    its text into an integer, sorts these over all n texts, and counts how many trigrams each pair of texts shares: rare
+    trigrams pair by pair, frequent ones by a matrix product. Memory: the ids, and O(n^2) more while scoring.
 
     Args:
         similarity: "jaccard" | "count" | "f1".
 
     Raises:
-        ValueError: An unknown similarity, or more than two million different words.
+        ValueError: ``similarity`` is unknown, or the texts have more than two million different words.
 
     References: PathFinder, arXiv 2312.05180, section on candidate selection.
     """
@@ -130,8 +144,8 @@ class TrigramConsensus:
         return len(self._texts)
 
     def add(self, text: str) -> int:
-        """Adds a text; returns its index."""
-        # White space is no part of a word, so that words can be looked for piece by piece, in each piece once.
+        """Adds a text. Returns its index."""
+        # No word contains white space, so the words of each distinct piece need to be found only once.
         pieces = list(map(self._pieces.__getitem__, text.lower().split()))
         if len(self._pieces.words) >= 1 << _WORD_BITS:
             raise ValueError(f"the texts must have fewer than {1 << _WORD_BITS} different words, got more")
@@ -139,10 +153,10 @@ class TrigramConsensus:
         return len(self._texts) - 1
 
     def scores(self) -> np.ndarray:
-        """The score of every text (n,) float64."""
+        """Returns the score of every text (n,) float64."""
         trigrams, text = self._entries()
         sizes = np.bincount(text, minlength=len(self))
-        shared = _shared(trigrams, text, len(self))
+        shared = _count_shared(trigrams, text, len(self))
         if self._similarity == "count":
             similarity = shared
         elif self._similarity == "f1":
@@ -152,14 +166,14 @@ class TrigramConsensus:
         return similarity.sum(1)
 
     def _entries(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every trigram of every text once, as a number (m,), and the text's index (m,); trigrams rise."""
+        """Returns each distinct trigram of each text as an integer (m,), ascending, and the text's index (m,)."""
         if not self._texts:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         words, counts = self._pieces.words_of(np.concatenate(self._texts))
         text = np.repeat(np.repeat(np.arange(len(self)), [len(pieces) for pieces in self._texts]), counts)
         first, second, third = words[:-2], words[1:-1], words[2:]
         text, begins = text[:-2], np.diff(text[:-2], prepend=-1) > 0
-        # Whole ones, and the one run of a text of one or two words.
+        # Whole trigrams, and the single run of a text of one or two words.
         kept = (first != _END) & ((third != _END) | begins)
         bits, text_bits = len(self._pieces.words).bit_length(), len(self).bit_length()
         trigrams = ((first << 2 * bits) | (second << bits) | third)[kept]
@@ -171,47 +185,51 @@ class TrigramConsensus:
 
 
 class _Pieces(dict[str, int]):
-    """Numbers pieces of texts, and the words in them, from 1 on, as they come."""
+    """The ids of pieces, assigned from 1 in the order of their first use, and of the words in them.
+
+    Attributes:
+        words: Ids of all words so far.
+    """
 
     def __init__(self) -> None:
         self.words: dict[str, int] = {}
-        self._words = [_END]  # of all pieces, one after the other
-        self._counts = [1]  # words of each piece
+        self._words = [_END]  # word ids of all pieces, concatenated
+        self._counts = [1]  # number of words of each piece
 
     def __missing__(self, piece: str) -> int:
         words = [self.words.setdefault(word, len(self.words) + 1) for word in _WORD.findall(piece)]
         self._words += words
         self._counts.append(len(words))
-        self[piece] = number = len(self) + 1
-        return number
+        self[piece] = piece_id = len(self) + 1
+        return piece_id
 
     def words_of(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The words of pieces (n,), one after the other, and how many each of them has (n,)."""
+        """Returns the concatenated word ids of pieces (n,), and the number of words of each piece (n,)."""
         counts = np.array(self._counts)
         starts = np.cumsum(counts) - counts
         starts, counts = starts[pieces], counts[pieces]
-        places = np.repeat(starts - np.cumsum(counts) + counts, counts)
-        places += np.arange(len(places))
-        return np.array(self._words)[places], counts
+        indices = np.repeat(starts - np.cumsum(counts) + counts, counts)
+        indices += np.arange(len(indices))
+        return np.array(self._words)[indices], counts
 
 
-def _shared(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
-    """How many trigrams two texts have in common (count, count) float64; 0 for a text with itself."""
+def _count_shared(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
+    """Returns how many trigrams each pair of texts shares (count, count) float64, with a diagonal of 0."""
     if not len(trigrams):
         return np.zeros((count, count))
     starts = np.flatnonzero(np.diff(trigrams, prepend=-1))
-    lengths = np.diff(np.append(starts, len(trigrams)))  # texts with each trigram
+    lengths = np.diff(np.append(starts, len(trigrams)))  # number of texts with each trigram
     frequent = lengths > _FREQUENT
     entries = np.repeat(frequent, lengths)
     has = np.zeros((count, np.count_nonzero(frequent)), np.float32)
     has[text[entries], np.repeat(np.arange(has.shape[1]), lengths[frequent])] = 1
     shared = (has @ has.T).astype(np.float64)
     np.fill_diagonal(shared, 0)
-    return shared + _pairs(trigrams[~entries], text[~entries], count)
+    return shared + _count_shared_pairwise(trigrams[~entries], text[~entries], count)
 
 
-def _pairs(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
-    """How often two texts (count, count) stand at one trigram; the trigrams are sorted, and few texts have each."""
+def _count_shared_pairwise(trigrams: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:
+    """Returns how many of the sorted trigrams each pair of texts shares (count, count), for trigrams of few texts."""
     found = []
     for distance in range(1, _FREQUENT):
         same = np.flatnonzero(trigrams[distance:] == trigrams[:-distance])

@@ -1,4 +1,4 @@
-"""``Trace``: the search as it went, in a file, from which a killed search goes on and a tree is drawn."""
+"""``Trace``: the record of a search in a file, from which a killed search resumes and its trees can be shown."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from slimkernels.durable import JsonLines, read_json_lines
 from slimkernels.search.checks import Check
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine
-from slimkernels.search.question import Progress, Question, QuestionSearch, Result
+from slimkernels.search.question import Progress, Question, QuestionSearch, Result, plain_prompt
 from slimkernels.search.tree import Status
 
 _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
+_NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
 
 
 class TraceMismatchError(ValueError):
-    """The trace is that of another search."""
+    """The trace is of another search, or of another version of the format."""
 
 
 class TraceDamagedError(ValueError):
-    """The trace is not as it was written."""
+    """A line of the trace contradicts the lines before it."""
 
 
 class TracedQuestion(NamedTuple):
-    """What a trace holds of one question.
+    """One question in a trace.
 
     Attributes:
-        question: What was asked.
-        progress: The tree, and how far it came.
+        question: Question that was searched.
+        progress: State of its search.
         result: The selected ``node`` (or None), ``text``, ``answer`` and ``finished``, and the ``candidates`` (nodes)
-            with their ``scores``; None where the search has not come to its end.
+            with their ``scores``; None if the search of the question is not complete.
     """
 
     question: Question
@@ -45,11 +46,11 @@ class TracedQuestion(NamedTuple):
 
 
 class TraceContent(NamedTuple):
-    """What a trace holds.
+    """The content of a trace.
 
     Attributes:
-        header: The engine, the configuration, the checks and the questions, as ``header_of`` gives them.
-        questions: In the order in which they were asked.
+        header: Engine, configuration, checks and questions, as returned by ``header_of``.
+        questions: Questions in the order in which they were given.
     """
 
     header: Mapping[str, Any]
@@ -59,10 +60,10 @@ class TraceContent(NamedTuple):
 def header_of(
     engine: Engine, config: PathFinderConfig, checks: Sequence[Check], questions: Sequence[Question]
 ) -> dict[str, Any]:
-    """What must be equal for a search to go on, as JSON values.
+    """Returns everything that must be equal for a search to resume, as JSON values.
 
-    A ``step_end`` and the checks are known by their names, and a check by its ``settings`` if it has some. How many
-    questions are searched at the same time may differ.
+    ``step_end`` and the checks are identified by their names, and a check also by its ``settings`` if it has any. The
+    number of questions that are searched at the same time may differ.
     """
     fields = {
         field.name: getattr(config, field.name)
@@ -80,28 +81,27 @@ def header_of(
         "config": fields,
         "checks": [{"name": check.name, **getattr(check, "settings", {})} for check in checks],
         "questions": [
-            {
-                "prompt": prompt if isinstance(prompt, str) else [int(token) for token in prompt],
-                "context": context,
-            }
-            for prompt, context in questions
+            {"prompt": plain_prompt(question.prompt), "context": question.context}
+            | ({"choices": list(question.choices)} if question.choices else {})
+            for question in questions
         ],
     }
 
 
 class Trace:
-    """The file of one search: a header, a line for each question and depth when it is done, and one for its result.
+    """The file of one search: a header, a line for each complete depth of a question, and a line for its result.
 
-    A line of a depth has the new nodes (``Tree.record``) and those before whose status changed. The file is locked.
+    The line of a depth holds the new nodes (``Tree.record``) and the earlier nodes whose status changed. The file is
+    locked until the trace is closed.
 
     Args:
-        path: Created, or continued where it is there.
-        header: Of this search.
+        path: File to create, or to continue if it exists.
+        header: Header of this search.
 
     Raises:
         TraceMismatchError: The file is the trace of another search.
-        TraceDamagedError: A line of the file cannot follow those before it.
-        DamagedLineError, FileInUseError, ForeignFileError: As ``JsonLines``.
+        TraceDamagedError: A line of the file contradicts the lines before it.
+        DamagedLineError, FileInUseError, ForeignFileError: As in ``JsonLines``.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
@@ -109,10 +109,10 @@ class Trace:
         try:
             if self._lines.found:
                 _check_header(self._lines.found[0], header, path)
-                self._traced = _follow(self._lines.found, path)
+                self._traced = _restore(self._lines.found, path)
             else:
                 self._lines.append(header)
-                self._traced = _follow([dict(header)], path)
+                self._traced = _restore([dict(header)], path)
         except BaseException:
             self._lines.close()
             raise
@@ -125,11 +125,11 @@ class Trace:
         self._lines.close()
 
     def progress(self, index: int) -> Progress:
-        """Where the search of a question goes on."""
+        """Returns the state from which the search of a question resumes."""
         return self._traced[index].progress
 
     def write_depth(self, search: QuestionSearch) -> None:
-        """Notes that a question has grown by a depth."""
+        """Records a complete depth of a question."""
         progress = search.progress
         first = len(self._statuses[search.index])
         line = {
@@ -144,7 +144,7 @@ class Trace:
         self._statuses[search.index] = search.tree.status.copy()
 
     def write_result(self, search: QuestionSearch, result: Result) -> None:
-        """Notes what was selected for a question, if it is not what the trace ends in."""
+        """Records the result of a question, unless the trace already holds the same."""
         content = {
             "node": result.node,
             "text": result.text,
@@ -157,6 +157,7 @@ class Trace:
             self._lines.append({"question": search.index, "result": content, "changed": self._changed(search)})
 
     def _changed(self, search: QuestionSearch) -> list[dict[str, Any]]:
+        """Returns the recorded nodes whose status has changed since."""
         before = self._statuses[search.index]
         changed = np.flatnonzero(before != search.tree.status[: len(before)]).tolist()
         records = [search.tree.record(node) for node in changed]
@@ -164,24 +165,25 @@ class Trace:
 
 
 def read_trace(path: str | os.PathLike[str]) -> TraceContent:
-    """Reads a trace, also while it is being written.
+    """Reads a trace, even one that is still being written.
 
     Raises:
         FileNotFoundError: There is no such file.
-        TraceDamagedError, DamagedLineError, ForeignFileError: As ``Trace``.
+        TraceMismatchError: The trace is of another version of the format.
+        TraceDamagedError, DamagedLineError, ForeignFileError: As in ``Trace``.
     """
     lines = read_json_lines(path, _FIRST_KEY)
     if not lines:
-        raise TraceDamagedError(f"{path} must begin with a whole line, the header, but has none")
+        raise TraceDamagedError(f"{path} must begin with a header on a line of its own, but has no complete line")
     _check_version(lines[0], path)
-    return TraceContent(lines[0], _follow(lines, path))
+    return TraceContent(lines[0], _restore(lines, path))
 
 
 def _check_version(header: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     if header.get(_FIRST_KEY) != _VERSION:
         raise TraceMismatchError(
-            f"{path} must be a trace of version {_VERSION}, got {header.get(_FIRST_KEY)!r}: use the release it was "
-            "written with, or give another path"
+            f"{path} must be a trace of version {_VERSION}, got {header.get(_FIRST_KEY)!r}: use the release that "
+            "wrote it, or give another path"
         )
 
 
@@ -190,22 +192,25 @@ def _check_header(found: Mapping[str, Any], header: Mapping[str, Any], path: str
     for part in ("engine", "config"):
         was, now = found.get(part, {}), header[part]
         for name in sorted({*was, *now}):
+            # A trace of an earlier release does not name a setting that is new since.
+            if name in _NEW_SETTINGS and name not in was:
+                continue
             if was.get(name) != now.get(name):
-                _refuse(path, f"{part} {name}", was.get(name), now.get(name))
+                raise _mismatch(path, f"{part} {name}", was.get(name), now.get(name))
     if found.get("checks") != header["checks"]:
-        _refuse(path, "checks", found.get("checks"), header["checks"])
+        raise _mismatch(path, "checks", found.get("checks"), header["checks"])
     asked, now_asked = found.get("questions", []), header["questions"]
     if len(asked) != len(now_asked):
-        _refuse(path, "number of questions", len(asked), len(now_asked))
+        raise _mismatch(path, "number of questions", len(asked), len(now_asked))
     for index, (was, now) in enumerate(zip(asked, now_asked, strict=True)):
         if was != now:
-            _refuse(path, f"questions[{index}]", was, now)
+            raise _mismatch(path, f"questions[{index}]", was, now)
 
 
-def _refuse(path: str | os.PathLike[str], what: str, was: object, now: object) -> None:
-    raise TraceMismatchError(
-        f"{path} is the trace of another search: its {what} is {_short(was)}, this search's {_short(now)}; give "
-        "another path, or search as before"
+def _mismatch(path: str | os.PathLike[str], field: str, was: object, now: object) -> TraceMismatchError:
+    return TraceMismatchError(
+        f"{path} is the trace of another search: its {field} is {_short(was)}, this search's {_short(now)}; give "
+        "another path, or search with the trace's settings"
     )
 
 
@@ -214,15 +219,17 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _follow(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> list[TracedQuestion]:
-    """Where every question is after the last of the lines."""
+def _restore(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> list[TracedQuestion]:
+    """Returns the state of every question after the last of the lines."""
     number = 1
     try:
         traced = [
-            TracedQuestion(Question(asked["prompt"], asked["context"]), Progress(), None)
+            TracedQuestion(
+                Question(asked["prompt"], asked["context"], tuple(asked.get("choices", ()))), Progress(), None
+            )
             for asked in lines[0]["questions"]
         ]
-        for number, line in enumerate(lines[1:], 2):  # noqa: B007 -- the error names it
+        for number, line in enumerate(lines[1:], 2):  # noqa: B007 -- the error message names the line
             question = traced[line["question"]]
             tree = question.progress.tree
             for change in line["changed"]:

@@ -23,40 +23,38 @@ def custom_generate(
     checks: Sequence[Check] | None = None,
     selector: Scorer | None = None,
 ) -> Callable[..., Tensor]:
-    """What ``model.generate(**inputs, custom_generate=...)`` takes to answer by tree search.
+    """Returns a function for ``model.generate(**inputs, custom_generate=...)`` that answers by tree search.
 
-    Lengths, sampling and seed are those of ``config``; of the generation configuration only the padding token is used
-    (the first end of text where there is none).
+    Lengths, sampling and seed are those of ``config``. The only setting used of the generation configuration is the
+    padding token; without one, the first end-of-text token pads. A streamer receives nothing, because a branch is
+    selected only at the end.
 
     Args:
-        tokenizer: Of the model.
-        config: As ``PathFinder`` takes it.
-        checks: The same.
-        selector: The same.
+        tokenizer: Tokenizer of the model.
+        config: Settings of the search, as for ``PathFinder``.
+        checks: Checks of new steps, as for ``PathFinder``.
+        selector: Scorer of a question's candidates, as for ``PathFinder``.
 
     Returns:
-        A callable that ``generate`` calls with the model and ``input_ids`` (B, L). It returns (B, L + the most tokens
-        of an answer) int64: each row's prompt and selected branch, padded on the right; where nothing was found, the
-        prompt alone.
-
-    Raises:
-        ValueError: The call asks for what the search does not give: more than one sequence of a prompt, beams, scores.
-
-    A streamer gets no answer: a branch is chosen at the end.
+        A function that ``generate`` calls with the model and ``input_ids`` (B, L). It returns (B, L + length of the
+        longest answer) int64: each row's prompt and selected branch, padded on the right; only the prompt if no branch
+        is left. It raises ValueError if the call requests several sequences per prompt, beams or scores.
     """
-    # It reads the model's forward once when it is made, and is kept for the next call with the same model.
+    # The engine is reused for further calls with the same model, because it checks the model's forward when created.
     engine: TransformersEngine | None = None
 
     def generate(
         model: PreTrainedModel,
         input_ids: Tensor,
         generation_config: GenerationConfig,
-        **model_kwargs: Any,  # a mask of its own name would be passed twice
+        **model_kwargs: Any,  # ``generate`` would pass a parameter named attention_mask twice
     ) -> Tensor:
         nonlocal engine
         for name, only in (("num_return_sequences", 1), ("num_beams", 1), ("return_dict_in_generate", False)):
             if getattr(generation_config, name, None) not in (None, only):
-                raise ValueError(f"{name} must be {only} with this custom_generate, which gives one branch of a prompt")
+                raise ValueError(
+                    f"{name} must be {only} with this custom_generate, which returns one branch per prompt"
+                )
         if engine is None or engine.model is not model:
             engine = TransformersEngine(model, tokenizer)
         mask = model_kwargs.get("attention_mask")

@@ -1,57 +1,69 @@
-"""``Tree``: the reasoning steps of one question, as arrays."""
+"""``Tree``: the reasoning steps of one question as a struct of arrays."""
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-ROOT = 0  # the prompt
-NO_PARENT = -1
+ROOT = 0  # index of the root, which stands for the prompt
+NO_PARENT = -1  # ``parent`` of the root
 
 
 class Status(enum.IntEnum):
-    """What a node is; ``reasons`` says why it ended."""
+    """The state of a node. ``Tree.reasons`` tells why a node ended."""
 
-    OPEN = 0  # a leaf that may still branch
-    EXPANDED = 1  # has branched
-    FINISHED = 2  # a hypothesis with an end
+    OPEN = 0  # a leaf that may still get children
+    EXPANDED = 1  # a node with children
+    FINISHED = 2  # a hypothesis that came to its own end
     ENDED = 3  # a hypothesis that a limit ended
-    PRUNED = 4  # a worse hypothesis than those kept
-    CUT = 5  # failed its checks at every attempt
+    PRUNED = 4  # a hypothesis with a lower score than those kept
+    CUT = 5  # a step that failed its checks at every attempt
 
 
-_FIELDS = np.dtype(
+_NODE = np.dtype(
     [
-        ("parent", np.int32),  # NO_PARENT for the root
-        ("depth", np.int32),  # 0 for the root
-        ("ordinal", np.int32),  # which child of its parent, counted before anything is cut or pruned
-        ("attempts", np.int32),  # how often it was generated
-        ("num_tokens", np.int32),  # generated tokens from the root to here
-        ("sum_logprob", np.float64),  # of those tokens under the model, in nats
-        ("first_token", np.int64),  # where its own begin in the tree's flat array
-        ("last_token", np.int64),
+        ("parent", np.int32),
+        ("depth", np.int32),
+        ("ordinal", np.int32),
+        ("attempts", np.int32),
+        ("num_tokens", np.int32),
+        ("sum_logprob", np.float64),
+        ("first_token", np.int64),  # the step's range in the flat array of token ids
+        ("end_token", np.int64),
         ("status", np.int8),
     ]
 )
+_ARRAYS = ("parent", "depth", "ordinal", "attempts", "num_tokens", "sum_logprob", "status")
 
 
 class Tree:
-    """Nodes 0 (the root: the prompt), 1, 2, ... in the order in which they were added.
+    """A growing tree of M nodes, numbered in the order in which they were added; a node follows its parent.
 
-    Every field of a node is an entry of an array of the same length: ``parent``, ``depth``, ``ordinal``, ``attempts``,
-    ``num_tokens``, ``sum_logprob`` and ``status`` are numpy arrays (M,), views that an ``add`` may outdate; ``steps``
-    and ``reasons`` are lists of M strings. ``reasons[node]`` is empty while a node lives and has no other end than its
-    children.
+    The arrays are views that become stale when ``add`` enlarges the tree.
+
+    Attributes:
+        parent: (M,) int32, index of the parent; ``NO_PARENT`` for the root.
+        depth: (M,) int32, number of steps from the root; 0 for the root.
+        ordinal: (M,) int32, rank among the parent's children, counted before any is cut or pruned; 0 for the root.
+        attempts: (M,) int32, number of times that the step was generated; 0 for the root.
+        num_tokens: (M,) int32, generated tokens from the root to the node.
+        sum_logprob: (M,) float64, sum of these tokens' log-probabilities under the model, in nats.
+        status: (M,) int8, a ``Status``.
+        steps: M strings, text of each step; "" for the root.
+        replaces: M integers, how many characters at the end of the parent's text each step replaces; mostly 0.
+        reasons: M strings, why the node ended; "" for a node that is open or expanded.
     """
 
     def __init__(self) -> None:
-        self._nodes = np.zeros(64, _FIELDS)
+        self._nodes = np.zeros(64, _NODE)
         self._tokens = np.zeros(1024, np.int64)
         self._num_tokens = 0
         self.steps: list[str] = [""]
+        self.replaces: list[int] = [0]
         self.reasons: list[str] = [""]
         self._nodes[ROOT]["parent"] = NO_PARENT
 
@@ -59,25 +71,34 @@ class Tree:
         return len(self.steps)
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name in ("parent", "depth", "ordinal", "attempts", "num_tokens", "sum_logprob", "status"):
+        if name in _ARRAYS:
             return self._nodes[name][: len(self)]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add(
-        self, parent: int, ordinal: int, token_ids: Sequence[int], text: str, sum_logprob: float, *, attempts: int = 1
+        self,
+        parent: int,
+        ordinal: int,
+        token_ids: Sequence[int],
+        text: str,
+        sum_logprob: float,
+        *,
+        attempts: int = 1,
+        replaces: int = 0,
     ) -> int:
-        """Adds one open step.
+        """Adds an open node.
 
         Args:
-            parent: The node that it continues.
-            ordinal: Which of the parent's children it is, from 0.
-            token_ids: Of the step alone.
-            text: Of the step alone.
-            sum_logprob: Of the step's tokens, in nats.
-            attempts: How often the step was generated until this.
+            parent: Node that it continues.
+            ordinal: Rank among the parent's children, from 0.
+            token_ids: Token ids of the step.
+            text: Text of the step.
+            sum_logprob: Sum of the log-probabilities of the step's tokens, in nats.
+            attempts: Number of times that the step was generated.
+            replaces: Number of characters at the end of the parent's text that ``text`` replaces.
 
         Returns:
-            The node.
+            The index of the new node.
         """
         node = len(self)
         if node == len(self._nodes):
@@ -100,17 +121,18 @@ class Tree:
         )
         self._num_tokens = end
         self.steps.append(text)
+        self.replaces.append(replaces)
         self.reasons.append("")
         return node
 
     def mark(self, node: int, status: Status, reason: str = "") -> None:
-        """Changes what a node is, and says why."""
+        """Sets the status of a node and the reason for it."""
         self._nodes[node]["status"] = status
         self.reasons[node] = reason
 
     def record(self, node: int) -> dict[str, Any]:
-        """A node as JSON values; ``sum_logprob`` is that of the branch, as in the array."""
-        return {
+        """Returns a node as JSON values; ``sum_logprob`` is that of the branch, as in the array."""
+        record = {
             "node": node,
             "parent": int(self.parent[node]),
             "ordinal": int(self.ordinal[node]),
@@ -121,12 +143,13 @@ class Tree:
             "status": Status(self.status[node]).name.lower(),
             "reason": self.reasons[node],
         }
+        return record | ({"replaces": self.replaces[node]} if self.replaces[node] else {})
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Adds the node that ``record`` gave, as it was.
+        """Adds the node that ``record`` described.
 
         Raises:
-            KeyError, TypeError, ValueError: No record, or not that of the next node.
+            KeyError, TypeError, ValueError: The record is malformed, or is not that of the next node.
         """
         if record["node"] != len(self) or not 0 <= record["parent"] < len(self):
             raise ValueError(f"the next node must be {len(self)}, with a parent before it, got {record['node']}")
@@ -137,16 +160,35 @@ class Tree:
             record["text"],
             0.0,
             attempts=record["attempts"],
+            replaces=record.get("replaces", 0),
         )
+        # Set rather than summed up again, so that it is bit-equal.
         self._nodes[node]["sum_logprob"] = record["sum_logprob"]
         self.mark(node, Status[record["status"].upper()], record["reason"])
 
-    def with_status(self, status: Status) -> list[int]:
-        """The nodes of one status, rising."""
-        return np.flatnonzero(self.status == status).tolist()
+    def with_status(self, *statuses: Status) -> list[int]:
+        """Returns the nodes that have one of the statuses, in ascending order."""
+        return np.flatnonzero(np.isin(self.status, statuses)).tolist()
+
+    def hypotheses(self) -> list[int]:
+        """Returns the nodes that may be selected: open leaves, finished branches, and those that a limit ended."""
+        return self.with_status(Status.OPEN, Status.FINISHED, Status.ENDED)
+
+    def partial_branches(self) -> list[int]:
+        """Returns the ends of the branches that remain of a tree without hypotheses, in ascending order.
+
+        These are the nodes all of whose children were cut; if the first steps were cut already, the cut ones with text.
+        """
+        passed = set(self.with_status(Status.EXPANDED, Status.PRUNED)) - {ROOT}
+        ends = passed - {int(self.parent[node]) for node in passed}
+        return sorted(ends) or [node for node in self.with_status(Status.CUT) if self.steps[node].strip()]
+
+    def count_reasons(self) -> dict[str, int]:
+        """Returns how many nodes ended for each reason."""
+        return dict(Counter(reason for reason in self.reasons if reason))
 
     def branch(self, node: int) -> list[int]:
-        """The nodes from the root's child down to ``node``; of the root, none."""
+        """Returns the nodes from the root's child down to ``node``; an empty list for the root."""
         nodes = []
         while node != ROOT:
             nodes.append(node)
@@ -154,27 +196,30 @@ class Tree:
         return nodes[::-1]
 
     def path(self, node: int) -> tuple[int, ...]:
-        """The ordinals of the branch: the node's name, whatever else is in the tree."""
+        """Returns the ordinals of the branch, which identify the node whatever else is in the tree."""
         return tuple(int(self._nodes[step]["ordinal"]) for step in self.branch(node))
 
     def text(self, node: int) -> str:
-        """Everything generated from the root to ``node``."""
-        return "".join(self.steps[step] for step in self.branch(node))
+        """Returns the text generated from the root to ``node``, which is that of its ``token_ids``."""
+        text = ""
+        for step in self.branch(node):
+            text = text[: max(0, len(text) - self.replaces[step])] + self.steps[step]
+        return text
 
     def step_token_ids(self, node: int) -> list[int]:
-        """The tokens of the node's own step."""
-        return self._tokens[self._nodes[node]["first_token"] : self._nodes[node]["last_token"]].tolist()
+        """Returns the token ids of the node's own step."""
+        return self._tokens[self._nodes[node]["first_token"] : self._nodes[node]["end_token"]].tolist()
 
     def token_ids(self, node: int) -> list[int]:
-        """The tokens generated from the root to ``node``."""
+        """Returns the token ids generated from the root to ``node``."""
         return [token for step in self.branch(node) for token in self.step_token_ids(step)]
 
     def scores(self, nodes: Sequence[int] | np.ndarray, length_penalty: float) -> np.ndarray:
-        """sum_logprob / num_tokens^length_penalty of each node (n,); what pruning keeps is the largest."""
+        """Returns sum_logprob / num_tokens^length_penalty of each node (n,); pruning keeps the largest."""
         index = np.asarray(nodes, np.int64)
         return self.sum_logprob[index] / np.maximum(self.num_tokens[index], 1) ** float(length_penalty)
 
     def best(self, nodes: Sequence[int], count: int, length_penalty: float) -> list[int]:
-        """The ``count`` nodes of the largest scores, falling; ties go to the lower node."""
+        """Returns the ``count`` nodes with the largest scores, best first; ties go to the lower index."""
         order = np.lexsort((np.asarray(nodes, np.int64), -self.scores(nodes, length_penalty)))
         return [nodes[index] for index in order[:count]]

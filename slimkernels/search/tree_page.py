@@ -1,9 +1,8 @@
-"""``tree_page``: the trees of a trace as one HTML page that needs no network, no server, and no scripts to be read."""
+"""``tree_page``: the trees of a trace as one HTML page, readable without a network, a server or scripts."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -15,14 +14,11 @@ from slimkernels.search.tree import ROOT, Status, Tree
 
 
 def tree_page(content: TraceContent, indices: Sequence[int] | None = None) -> str:
-    """The page.
+    """Renders the trees of a trace as an HTML page, in which all text of the trace is escaped.
 
     Args:
-        content: Of a trace, also of one that is still growing.
-        indices: The questions to show; None: all.
-
-    Returns:
-        HTML. All text of the trace is escaped.
+        content: Content of a trace, which may still be growing.
+        indices: Indices of the questions to show; None shows all.
     """
     config: Mapping[str, Any] = content.header["config"]
     shown = range(len(content.questions)) if indices is None else indices
@@ -38,10 +34,11 @@ def tree_page(content: TraceContent, indices: Sequence[int] | None = None) -> st
 
 
 def _question(index: int, traced: TracedQuestion, config: Mapping[str, Any], is_open: bool) -> str:
+    """Renders one question; ``is_open`` shows its tree without a click."""
     tree, result = traced.progress.tree, traced.result
     scores = {}
     if result is None:
-        outcome, answer = "in progress", '<p class="answer">The search has not come to its end.</p>'
+        outcome, answer = "in progress", '<p class="answer">The search is not complete.</p>'
     else:
         outcome = "finished" if result["finished"] else "unfinished"
         scores = dict(zip(result["candidates"], result["scores"], strict=True))
@@ -49,14 +46,13 @@ def _question(index: int, traced: TracedQuestion, config: Mapping[str, Any], is_
         answer = f'<p class="answer"><b>Answer</b> {escape(found)}</p>' if found else '<p class="answer">No answer.</p>'
     chosen = result["node"] if result is not None else None
     branch = set() if chosen is None else set(tree.branch(chosen))
-    ends = Counter(reason for reason in tree.reasons if reason)
     facts = [
         outcome,
         f"{len(tree) - 1} nodes",
         f"depth {int(tree.depth.max())}",
         f"{traced.progress.num_tokens} tokens",
         f"{traced.progress.seconds:.1f} s",
-        *(f"{count} {escape(reason)}" for reason, count in sorted(ends.items())),
+        *(f"{count} {escape(reason)}" for reason, count in sorted(tree.count_reasons().items())),
     ]
     context = traced.question.context or ""
     prompt = traced.question.prompt
@@ -71,13 +67,21 @@ def _question(index: int, traced: TracedQuestion, config: Mapping[str, Any], is_
 def _nodes(
     tree: Tree, branch: set[int], chosen: int | None, selected: Mapping[int, float], length_penalty: float
 ) -> str:
-    """The tree as nested lists; not recursive, as a branch may be deeper than Python's stack."""
+    """Renders the tree as nested lists. Iterative, because a branch may be deeper than Python's stack.
+
+    Args:
+        tree: Tree of the question.
+        branch: Nodes of the chosen branch.
+        chosen: Last node of the chosen branch, or None.
+        selected: The selector's score of each candidate.
+        length_penalty: Exponent in the score of a branch.
+    """
     children: list[list[int]] = [[] for _ in range(len(tree))]
     for node in range(1, len(tree)):
         children[int(tree.parent[node])].append(node)
     scores = tree.scores(np.arange(len(tree)), length_penalty)
     parts: list[str] = []
-    todo: list[int | str] = [ROOT]
+    todo: list[int | str] = [ROOT]  # nodes to render, and closing tags to write after their children
     while todo:
         item = todo.pop()
         if isinstance(item, str):
@@ -87,8 +91,8 @@ def _nodes(
             parts.append(_node(tree, item, float(scores[item]), item in branch, item == chosen, selected.get(item)))
         if children[item]:
             parts.append("<ol>\n")
-        ends = "</ol>\n" if children[item] else ""
-        todo.append(ends + ("</li>\n" if item != ROOT else ""))
+        closing_tag = "</ol>\n" if children[item] else ""
+        todo.append(closing_tag + ("</li>\n" if item != ROOT else ""))
         todo += children[item][::-1]
     return "".join(parts)
 
@@ -123,10 +127,10 @@ _PAGE = """\
 <style>{style}</style>
 </head>
 <body>
-<header><h1>Search trees</h1><p class="facts">{count}. A score is the sum of a branch's log-probabilities, in nats, by \
-its number of tokens to the power of length_penalty; the chosen branch is framed.</p>
-<p class="tools" hidden><label><input type="checkbox" id="only"> only the chosen branch</label>
-<label><input type="checkbox" id="kept"> hide what was cut or pruned</label></p></header>
+<header><h1>Search trees</h1><p class="facts">{count}. A score is the sum of a branch's log-probabilities, in nats, \
+divided by its number of tokens to the power of length_penalty. The chosen branch is framed.</p>
+<p class="tools" hidden><label><input type="checkbox" id="only"> show only the chosen branch</label>
+<label><input type="checkbox" id="kept"> hide steps that were cut or pruned</label></p></header>
 <main>
 {sections}
 </main>
@@ -166,7 +170,7 @@ li.branch > .facts .label { color: var(--choice); }
 pre { white-space: pre-wrap; font-size: .8rem; }
 label { margin-right: 1rem; }
 """
-# Switches classes of the page; without scripts all is shown.
+# Toggles classes of the page's body; without scripts everything is shown.
 _SCRIPT = """
 document.querySelector(".tools").hidden = false;
 for (const name of ["only", "kept"])

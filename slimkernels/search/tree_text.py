@@ -1,48 +1,53 @@
-"""A growing tree in a terminal: ``draw`` for ``rich``, ``line`` where there is none."""
+"""A growing tree in a terminal: ``render_tree`` for ``rich``, ``progress_line`` as plain text."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from rich.text import Text
-from rich.tree import Tree as Drawing
+from rich.tree import Tree as RichTree
 
 from slimkernels.search.tree import ROOT, Status, Tree
 
 _STYLES = {Status.OPEN: "bold", Status.FINISHED: "green", Status.ENDED: "yellow", Status.EXPANDED: ""}
 
 
-def line(index: int, tree: Tree) -> str:
-    """One line: how far the tree of a question, counted from 0, has come."""
+def progress_line(index: int, tree: Tree) -> str:
+    """Returns one line with the depth of a question's tree and its number of nodes by status.
+
+    Args:
+        index: Index of the question, from 0; the line counts from 1.
+        tree: Tree of the question.
+    """
     counts = Counter(tree.status[1:].tolist())
     named = ", ".join(f"{counts[status]} {status.name.lower()}" for status in Status if counts[status])
     return f"question {index + 1}, depth {int(tree.depth.max())}: {named}"
 
 
-def draw(title: str, tree: Tree, lines: int) -> Drawing:
-    """The hypotheses and what led to them, the better first, in at most so many lines.
+def render_tree(title: str, tree: Tree, max_lines: int) -> RichTree:
+    """Returns the best hypotheses with the steps before them, as many as fit.
 
     Args:
-        title: Of the tree.
-        tree: Of any size.
-        lines: At least 3.
+        title: Title of the drawing.
+        tree: Tree of any size.
+        max_lines: Largest number of lines, at least 3.
     """
-    kept = [node for status in (Status.OPEN, Status.FINISHED, Status.ENDED) for node in tree.with_status(status)]
+    hypotheses = [node for node in tree.hypotheses() if node != ROOT]
     shown: set[int] = set()
-    for leaf in tree.best([node for node in kept if node != ROOT], len(kept), 1.0):
+    for leaf in tree.best(hypotheses, len(hypotheses), 1.0):
         branch = set(tree.branch(leaf)) - shown
-        if shown and len(shown) + len(branch) > lines - 2:
+        if shown and len(shown) + len(branch) > max_lines - 2:
             break
         shown |= branch
-    drawing = Drawing(_one_line(title, "bold"))
-    places = {ROOT: drawing}
+    rendered = RichTree(_one_line(title, "bold"))
+    rendered_nodes = {ROOT: rendered}
     for node in sorted(shown):
         label = Text(f"{tree.scores([node], 1.0)[0]:.2f} ", style="cyan")
         label.append_text(_one_line(tree.steps[node], _STYLES[Status(tree.status[node])]))
-        places[node] = places[int(tree.parent[node])].add(label)
+        rendered_nodes[node] = rendered_nodes[int(tree.parent[node])].add(label)
     if len(tree) - 1 > len(shown):
-        drawing.add(Text(f"and {len(tree) - 1 - len(shown)} more nodes", style="dim"))
-    return drawing
+        rendered.add(Text(f"and {len(tree) - 1 - len(shown)} more nodes", style="dim"))
+    return rendered
 
 
 def _one_line(text: str, style: str) -> Text:

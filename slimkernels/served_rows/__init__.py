@@ -1,1 +1,4 @@
-"""A server's answer as rows of a teacher, for capture and for training."""
+"""Turns the log-probabilities in a server's answers into rows of a sparse teacher.
+
+``api`` asks the server and reads its answers, ``tokens`` finds the ids of the tokens in them, and ``rows`` makes rows.
+"""

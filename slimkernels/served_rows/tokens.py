@@ -1,4 +1,4 @@
-"""What a server calls a token, mapped to the tokenizer's ids byte for byte."""
+"""Maps a server's names of tokens to the ids of a tokenizer, byte for byte."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ServerToken(NamedTuple):
     """One token as a server names it.
 
     Attributes:
-        text: Its string; where its bytes are no UTF-8, servers put replacement characters, or nothing.
-        logprob: Natural log of its probability.
-        data: Its bytes, where the server gives them.
-        id: Its id, where the server gives it.
+        text: String of the token. For bytes that are not UTF-8 servers write replacement characters, or nothing.
+        logprob: Natural log of its probability; NaN if the server does not give it.
+        data: Bytes of the token; None if the server does not give them.
+        id: Id of the token; None if the server does not give it.
     """
 
     text: str
@@ -32,25 +32,25 @@ class ServerToken(NamedTuple):
 
     @classmethod
     def named(cls, text: str, logprob: float | None, data: list[int] | None = None, token: int | None = None):
-        r"""Reads the ways of naming a token that servers have.
+        r"""Reads the different ways in which servers name a token.
 
-        vLLM's ``return_tokens_as_token_ids`` gives "token_id:123", with the bytes of that string beside it; the
-        old completions of OpenAI give "bytes:\xe2\x80" for what is no UTF-8.
+        With ``return_tokens_as_token_ids`` vLLM writes "token_id:123", together with the bytes of that string. The
+        legacy completions of OpenAI write "bytes:\xe2\x80" for bytes that are not UTF-8.
         """
         raw = None if data is None else bytes(data)
         if text.startswith(_ID_PREFIX) and text[len(_ID_PREFIX) :].isdecimal():
             token, raw = int(text[len(_ID_PREFIX) :]), None
         elif raw is None and text.startswith(_BYTES_PREFIX):
             raw = _unescaped(text[len(_BYTES_PREFIX) :])
-        # None for a first token, about which a teacher says nothing.
+        # The first token of a text has no log-probability.
         return cls(text, float("nan") if logprob is None else float(logprob), raw, token)
 
 
 class TokenMap:
-    """Finds the id of a token that a server names by id, bytes or string.
+    """Map from the tokens that a server names by id, bytes or string to the ids of a tokenizer.
 
-    Where tokens share their bytes, the one is meant that the tokenizer gives for the text: an added (special) token
-    before one of the vocabulary, and that before a byte fallback token such as ``<0x41>``.
+    Of several tokens with the same bytes it takes the one that the tokenizer uses for the text: an added (special)
+    token before one of the vocabulary, and that before a byte fallback token such as ``<0x41>``.
 
     Args:
         tokenizer: A fast tokenizer, byte-level or with byte fallback.
@@ -58,11 +58,11 @@ class TokenMap:
 
     Attributes:
         vocab_size: V.
-        seen: Tokens looked up.
-        unmapped: Those among them that have no id.
+        seen: Number of tokens looked up.
+        unmapped: Number of those that have no id.
 
     Raises:
-        ValueError: The bytes of this kind of tokenizer's tokens are not known.
+        ValueError: The tokenizer is of a kind whose tokens have unknown bytes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -86,7 +86,7 @@ class TokenMap:
         self._examples: dict[str, None] = {}
 
     def id_of(self, token: ServerToken) -> int | None:
-        """Its id in [0, V), or None, which is counted: no such token, or an id that stands for other bytes."""
+        """Returns the id in [0, V), or None (and counts it) if no token matches or its id stands for other bytes."""
         self.seen += 1
         found = self._find(token)
         if found is None or (token.id is not None and token.data and not self._spells(found, token.data)):
@@ -95,7 +95,7 @@ class TokenMap:
         return found
 
     def count_unmapped(self, token: ServerToken, count: int = 1) -> None:
-        """Counts entries that are lost because of a token."""
+        """Counts ``count`` entries as lost because of a token."""
         self.unmapped += count
         if len(self._examples) < _SHOWN_EXAMPLES:
             name = repr(token.text) if token.data is None else f"{token.text!r} (bytes {token.data!r})"
@@ -103,14 +103,14 @@ class TokenMap:
 
     @property
     def examples(self) -> list[str]:
-        """A few tokens without an id."""
+        """The first tokens without an id."""
         return list(self._examples)
 
     def pieces_of(self, token: ServerToken) -> list[int] | None:
-        """The ids of a token of a document; None where they are not known, which is counted.
+        """Returns the ids of a token of a document, or None (and counts it) if they are not known.
 
-        Usually one. llama.cpp reports the tokens that make up one character together: the bytes of all, and the id
-        of the last. The tokenizer's own way to write that character is taken if it ends in that id.
+        Usually there is one id. llama.cpp reports the tokens that make up one character together, with the bytes of all
+        and the id of the last. The ids are then the tokenizer's encoding of that character, if it ends in that id.
         """
         self.seen += 1
         found = self._find(token)
@@ -124,7 +124,7 @@ class TokenMap:
         return None
 
     def may_be(self, token: ServerToken, expected: int) -> bool:
-        """Whether a server's name for a token does not contradict an id."""
+        """Returns whether a server's name of a token is consistent with an id."""
         found = self._find(token)
         return (
             found is None
@@ -133,13 +133,13 @@ class TokenMap:
         )
 
     def text_of(self, ids: list[int]) -> bytes:
-        """The bytes of a text, its special tokens left out, as servers do."""
+        """Returns the bytes of a text without its special tokens, which servers do not show either."""
         return b"".join(self._bytes.get(token, b"") for token in ids if token not in self._special)
 
     def split(self, ids: list[int], reported: list[ServerToken]) -> Iterator[int]:
-        """For every reported token, the place in ``ids`` of the last of the ids that make it up.
+        """Yields, for every reported token, the index in ``ids`` of the last id that is a part of it.
 
-        Ends early where the two do not fit together.
+        Stops early if the ids and the reported tokens do not match.
         """
         if len(ids) == len(reported):
             yield from range(len(ids))
@@ -159,19 +159,19 @@ class TokenMap:
         if token.id is not None:
             return token.id if 0 <= token.id < self.vocab_size else None
         data = token.text.encode() if token.data is None else token.data
-        # It stands for any bytes that are no UTF-8, and seldom for the token of its own that vocabularies have.
+        # A replacement character stands for any bytes that are not UTF-8, rarely for the token that is that character.
         return None if _REPLACEMENT in data else self._by_bytes.get(data)
 
     def _spells(self, token: int, data: bytes) -> bool:
-        # Servers show special tokens or hide them.
+        # Some servers show the text of special tokens and others do not.
         return token in self._added or self._bytes.get(token) == data
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """The bytes that each token id stands for in a text.
+    """Returns the bytes that each token id stands for in a text.
 
     Raises:
-        ValueError: The tokenizer is neither byte-level nor with byte fallback, or not a fast one.
+        ValueError: The tokenizer is not a fast one, or is neither byte-level nor has byte fallback.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = None if backend is None else backend.decoder
@@ -199,7 +199,7 @@ def _kinds(decoder: Any) -> Iterator[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte, as in GPT-2's encoder.py."""
+    """Returns the byte for each of the printable characters that stand for bytes in GPT-2's encoder.py."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -220,7 +220,7 @@ def _sentence_piece(text: str) -> bytes:
 
 
 def _fallback_byte(text: str) -> int | None:
-    """The byte of a token like ``<0x0A>``."""
+    """Returns the byte of a token like ``<0x0A>``, or None for other tokens."""
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         try:
             return int(text[3:5], 16)
@@ -230,7 +230,7 @@ def _fallback_byte(text: str) -> int | None:
 
 
 def _unescaped(text: str) -> bytes:
-    r"""``\xe2\x80`` to bytes."""
+    r"""Converts text such as ``\xe2\x80`` to bytes."""
     try:
         return text.encode("latin-1").decode("unicode_escape").encode("latin-1")
     except (UnicodeError, ValueError):

@@ -1,1 +1,1 @@
-"""The HTTP side of a served model: clients, and which kind of server is answering."""
+"""HTTP clients of a served model, and the detection of the kind of server."""

@@ -1,4 +1,4 @@
-"""The HTTP side of a served model: retries, a rate limit, requests side by side, and a key that stays here."""
+"""Sends requests to a served model, with retries, a rate limit, concurrency, and a key that no error shows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _MAX_BACKOFF_S = 60.0
 # A server that asks for more than this has a daily quota, or is closed.
 _MAX_RETRY_AFTER_S = 900.0
 _RETRIED = frozenset({408, 409, 425, 429})
-# How some servers say 429 when waiting does not help.
+# Error codes that some servers send with status 429 although waiting does not help.
 _PERMANENT_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+_PAYMENT_REQUIRED = 402
 _SHOWN_CHARACTERS = 300
-# So many requests per worker are under way or answered, waiting for an earlier one.
+# Requests per worker that may be in flight, or answered and waiting for an earlier one.
 _WINDOW = 4
 
 Item = TypeVar("Item")
@@ -32,15 +33,24 @@ Result = TypeVar("Result")
 
 
 class ServerRequestError(ValueError):
-    """The server refused a request, or gave an answer that cannot be used; it would do so again."""
+    """The server refused a request or sent an unusable answer; repeating the request would not help."""
+
+
+class UnusableAnswerError(ServerRequestError):
+    """An answer with a good status that cannot be used; every repetition of the request got such an answer too."""
 
 
 class ServerUnavailableError(OSError):
-    """The server did not answer, however often it was asked."""
+    """The server did not answer any of the attempts."""
+
+
+def as_it_is(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of an answer."""
+    return content
 
 
 class _Client:
-    """What the clients with threads and with an event loop share: who asks whom, and what an answer means."""
+    """The base of both clients: URL, key, limits, and the meaning of a response."""
 
     def __init__(self, url: str, key_env: str | None, limits: dict[str, float | None], counts: dict[str, int]) -> None:
         for name, value in counts.items():
@@ -67,27 +77,42 @@ class _Client:
         }
 
     def _url_of(self, path: str) -> str:
-        """Of a path beside or below the base URL."""
+        """Returns the URL of a path below the base URL; "../" starts from its parent."""
         return self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else self.url + path
 
-    def _outcome(self, name: str, response: Any, attempts: int, max_retries: int) -> _Wait | dict[str, Any]:
-        """What a response, or the error that came in its place, means after so many attempts.
+    def _outcome(
+        self, name: str, response: Any, attempts: int, max_retries: int, read: Callable[[dict[str, Any]], Any]
+    ) -> _Wait | _Content:
+        """Returns the content of a response, or the time to wait before the next attempt, or raises.
 
-        ``name`` is the request's, for errors: its method and URL.
+        Args:
+            name: Method and URL of the request, for errors.
+            response: The response, or the exception that the request raised.
+            attempts: Number of attempts so far.
+            max_retries: Repetitions allowed.
+            read: Function that reads the content; what it raises ``UnusableAnswerError`` for is waited for again.
         """
-        retry_after = None
+        retry_after = unusable = None
         if isinstance(response, Exception):
             problem = f"{type(response).__name__}: {response}" if str(response) else type(response).__name__
         else:
+            status = _status(response)
+            problem = f"status {status}: {self._said(response)}"
+            if not 200 <= status < 300 and not _is_temporary(response, status):
+                kind = _NotFoundError if status in (404, 405) else ServerRequestError
+                raise kind(f"the server refused {name} with {self._clean(problem)}{_advice(status)}")
             if response.is_success:
-                return self._content(response, name)
-            problem = f"status {response.status_code}: {self._said(response)}"
-            if not _is_temporary(response):
-                kind = _NotFoundError if response.status_code in (404, 405) else ServerRequestError
-                raise kind(f"the server refused {name} with {self._clean(problem)}{_advice(response)}")
+                try:
+                    return _Content(read(self._content(response, name)))
+                except UnusableAnswerError as error:
+                    problem, unusable = str(error), error
             retry_after = _retry_after_s(response.headers.get("Retry-After"))
         if attempts > max_retries or (retry_after or 0.0) > _MAX_RETRY_AFTER_S:
             waits = "" if retry_after is None else f"; it asks to wait {retry_after:.0f} s"
+            if unusable is not None:
+                raise UnusableAnswerError(
+                    f"{name} was answered {attempts} times, but no answer can be used: {self._clean(problem)}"
+                ) from unusable
             raise ServerUnavailableError(
                 f"{name} failed {attempts} times, at last with {self._clean(problem)}{waits}: start again when the "
                 "server answers"
@@ -100,22 +125,24 @@ class _Client:
             content = response.json()
         except ValueError:
             content = None
-        if isinstance(content, dict):
+        if isinstance(content, dict) and not content.get("error"):
             return content
-        raise ServerRequestError(
+        if isinstance(content, dict):
+            raise UnusableAnswerError(f"the server reports an error: {self._said(response)}")
+        raise UnusableAnswerError(
             f"{name.partition(' ')[2]} must answer with a JSON object, got "
             f"{response.headers.get('Content-Type', 'no content type')} {self._said(response)!r}: is "
             "this the base URL of an OpenAI-compatible server?"
         )
 
     def _said(self, response: Any) -> str:
-        """What an error's body says, without the key should the server repeat it."""
+        """Returns the message in the body of an error, shortened and without the secrets."""
         try:
             error = response.json()["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError):
             text = response.text
-        # First the key, then the cut: half a key is one too much.
+        # Shortening first could leave a part of a key, which would no longer be recognised.
         return self._clean(" ".join(text.split()))[:_SHOWN_CHARACTERS]
 
     def _clean(self, text: str) -> str:
@@ -124,38 +151,45 @@ class _Client:
         return text
 
 
+class _Content(NamedTuple):
+    """The content of a response, as it was read."""
+
+    value: Any
+
+
 class _Wait(NamedTuple):
-    """Seconds before a repetition: the client's own, and what the server asks for beside it."""
+    """Seconds to wait before a repetition: the client's own backoff, plus the time that the server asks for."""
 
     backoff: float
     retry_after: float
 
 
 class ServerClient(_Client):
-    """Asks one server, from several threads.
+    """Client of one server for several threads.
 
-    A request is repeated when the server cannot be reached, drops the connection, is silent for ``timeout_s``, or
-    answers 408, 409, 425, 429 or 5xx: after ``backoff_s``, twice that, four times that, ... up to a minute, each
-    shortened by up to half at random so that clients do not return together; and never before the server's
-    ``Retry-After``, which holds back all other requests too.
+    A request is repeated when the server cannot be reached, drops the connection, sends nothing for ``timeout_s``, or
+    answers with status 408, 409, 425, 429 or 5xx, or with a good status and something that cannot be used: no JSON
+    object, an error object, or what the reader of ``post`` does not accept. The client waits ``backoff_s``, then twice
+    that, four times that, and so on up to a minute, each reduced by a random amount of up to a half so that clients do
+    not return together. The ``Retry-After`` of a response adds to the wait and delays all other requests too.
 
     Args:
-        url: The base URL, as in ``http://localhost:8000/v1``; without a path, ``/v1`` is meant. A user name and
+        url: Base URL, such as ``http://localhost:8000/v1``; a URL without a path gets ``/v1``. A user name and
             password in it are sent as HTTP basic authentication.
-        key_env: The environment variable that holds the key. None means ``OPENAI_API_KEY``, if that is set. A URL
-            with a user name gets no key.
-        concurrency: Requests under way at the same time.
-        max_retries: Repetitions of one request.
-        requests_per_minute: Requests are started at least 60 s / this apart, repetitions included; None: no limit.
-        timeout_s: Silence after which a request is given up, in seconds.
-        backoff_s: The first wait before a repetition, in seconds.
+        key_env: Name of the environment variable that holds the key. None uses ``OPENAI_API_KEY`` if that is set. A
+            URL with a user name gets no key.
+        concurrency: Largest number of requests in flight.
+        max_retries: Largest number of repetitions of one request.
+        requests_per_minute: Limit on the requests started, repetitions included, at even intervals; None: no limit.
+        timeout_s: Seconds without a response after which a request counts as failed.
+        backoff_s: Seconds before the first repetition.
 
     Attributes:
-        url: The base URL without user name and password.
+        url: Base URL without user name and password.
 
     Raises:
         ImportError: The package httpx2 is not installed.
-        ValueError: An argument out of range, a URL that is not one, or a named variable that is not set.
+        ValueError: An argument is out of range, the URL is malformed, or the named variable is not set.
     """
 
     def __init__(
@@ -180,31 +214,34 @@ class ServerClient(_Client):
         self._turns = _Turns(0.0 if requests_per_minute is None else 60.0 / requests_per_minute, self._stop)
 
     def get(self, path: str) -> dict[str, Any] | None:
-        """The JSON object at ``url + path``, or None where the server has none there."""
+        """Returns the JSON object at ``url + path``, or None if the server has none there (404, 405)."""
         try:
-            # The first request: a URL with a slip in it should not take a minute to be found out.
-            return self._ask("GET", path, None, min(self._max_retries, 1))
+            # One retry only: this is the first request, and a mistyped URL should fail fast.
+            return self._ask("GET", path, None, min(self._max_retries, 1), as_it_is)
         except _NotFoundError:
             return None
 
-    def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that answers a JSON object.
+    def post(self, path: str, payload: dict[str, Any], read: Callable[[dict[str, Any]], Result] = as_it_is) -> Result:
+        """Sends a JSON object and returns the JSON object in the answer, or what a function reads in it.
 
         Args:
-            path: Appended to the base URL; "../completion" is beside its last part.
-            payload: The object.
+            path: Path below the base URL; "../completion" replaces the last part of the base URL.
+            payload: The object to send.
+            read: Function that reads the answer. It raises ``UnusableAnswerError`` for one that the server should be
+                asked for again.
 
         Raises:
-            ServerRequestError: The server refused.
+            ServerRequestError: The server refused the request.
+            UnusableAnswerError: The server answered every attempt with something that cannot be used.
             ServerUnavailableError: Every attempt failed.
         """
-        return self._ask("POST", path, payload, self._max_retries)
+        return self._ask("POST", path, payload, self._max_retries, read)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Each item with its result, in order; ``concurrency`` of them are computed at the same time.
+        """Yields each item with its result, in order; ``concurrency`` of them are computed at the same time.
 
-        An exception of ``function`` comes out, and no request is started after it; results of items before it that
-        are under way still come first.
+        After ``function`` raises, no further request starts. The results of earlier items are yielded before the
+        exception is raised here.
         """
 
         def guarded(item: Item) -> Result:
@@ -229,13 +266,13 @@ class ServerClient(_Client):
             except _StoppedError:
                 raise self._failures[0] from None
             finally:
-                # After an error: wakes those that wait for a repetition; requests under way end by themselves.
+                # After an error: wake the threads that wait for a repetition. Requests in flight are not aborted.
                 if waiting:
                     self._stop.set()
                     pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        """Ends every wait and closes the connections."""
+        """Ends all waits and closes the connections."""
         self._stop.set()
         self._http.close()
 
@@ -245,7 +282,14 @@ class ServerClient(_Client):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, method: str, path: str, payload: dict[str, Any] | None, max_retries: int) -> dict[str, Any]:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None,
+        max_retries: int,
+        read: Callable[[dict[str, Any]], Any],
+    ) -> Any:
         url = self._url_of(path)
         for attempts in itertools.count(1):
             self._turns.wait()
@@ -253,9 +297,9 @@ class ServerClient(_Client):
                 response = self._http.request(method, url, json=payload)
             except self._request_errors as error:
                 response = error
-            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries)
-            if isinstance(outcome, dict):
-                return outcome
+            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries, read)
+            if isinstance(outcome, _Content):
+                return outcome.value
             if outcome.retry_after:
                 self._turns.pause(outcome.retry_after)
             if self._stop.wait(sum(outcome)):
@@ -264,15 +308,15 @@ class ServerClient(_Client):
 
 
 class _StoppedError(Exception):
-    """A request was given up because another one failed."""
+    """A request was abandoned because another one failed."""
 
 
 class _NotFoundError(ServerRequestError):
-    pass
+    """The server has nothing at this path (404, 405)."""
 
 
 class _Turns:
-    """When the next request may start: ``interval_s`` after the one before, and not in a pause."""
+    """The start times of requests: at least ``interval_s`` apart, and none during a pause."""
 
     def __init__(self, interval_s: float, stop: threading.Event) -> None:
         self._interval_s, self._stop = interval_s, stop
@@ -293,13 +337,13 @@ class _Turns:
 
 
 def _split_url(url: str) -> tuple[str, tuple[str, str] | None]:
-    """The base URL without its user name and password, and the two."""
+    """Splits a URL into the base URL and (user name, password), or None without them."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         parts, host, port = urlsplit(""), None, None
-    # The URL itself is not shown: it may hold a password.
+    # The error does not show the URL, which may hold a password.
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
         raise ValueError(
             "url must be the base URL of a server, like http://localhost:8000/v1 or https://api.example.com/v1, "
@@ -320,11 +364,24 @@ def _key(key_env: str | None) -> str | None:
     return key or None
 
 
-def _is_temporary(response: Any) -> bool:
-    if response.status_code not in _RETRIED and response.status_code < 500:
+def _status(response: Any) -> int:
+    """Returns the status of a response; that of the error in its body where the body has one, as proxies send."""
+    try:
+        code = response.json()["error"]["code"]
+        if response.is_success and str(code).isdecimal() and 400 <= int(code) < 600:
+            return int(code)
+        if response.is_success and code in _PERMANENT_CODES:
+            return _PAYMENT_REQUIRED
+    except (ValueError, KeyError, TypeError):
+        pass
+    return response.status_code
+
+
+def _is_temporary(response: Any, status: int) -> bool:
+    if status not in _RETRIED and status < 500:
         return False
-    # The server will not learn what it does not know.
-    if response.status_code == 501:
+    # 501 Not Implemented is permanent.
+    if status == 501:
         return False
     try:
         return response.json()["error"]["code"] not in _PERMANENT_CODES
@@ -332,14 +389,14 @@ def _is_temporary(response: Any) -> bool:
         return True
 
 
-def _advice(response: Any) -> str:
-    if response.status_code in (401, 403):
+def _advice(status: int) -> str:
+    if status in (401, 403):
         return f"; keys are read from the environment: {DEFAULT_KEY_ENV}, or the variable named by key_env (--key-env)"
     return ""
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds, from a number of them or a date."""
+    """Reads a ``Retry-After`` header, a number of seconds or a date; None if it is neither."""
     if value is None:
         return None
     try:

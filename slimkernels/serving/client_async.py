@@ -1,28 +1,29 @@
-"""The same client for an event loop, where a request that is cancelled ends its connection."""
+"""Sends requests to a served model from an event loop; cancelling a request closes its connection."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import Any
 
-from slimkernels.serving.client import _Client, _NotFoundError
+from slimkernels.serving.client import Result, _Client, _Content, _NotFoundError, as_it_is
 
 
 class AsyncServerClient(_Client):
-    """Asks one server, from the tasks of one event loop; repeats and refuses as ``ServerClient`` does.
+    """Client of one server for the tasks of one event loop, with the retries and errors of ``ServerClient``.
 
     Args:
-        url: As for ``ServerClient``, like all others.
-        key_env: Environment variable of the key.
-        concurrency: Requests under way at the same time; others wait.
-        max_retries: Repetitions of one request.
-        requests_per_minute: Requests started in a minute at most, evenly; None: no limit.
-        timeout_s: Silence after which a request is given up, in seconds.
-        backoff_s: The first wait before a repetition, in seconds.
+        url: Base URL, such as ``http://localhost:8000/v1``.
+        key_env: Name of the environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set.
+        concurrency: Largest number of requests in flight; others wait.
+        max_retries: Largest number of repetitions of one request.
+        requests_per_minute: Limit on the requests started, repetitions included, at even intervals; None: no limit.
+        timeout_s: Seconds without a response after which a request counts as failed.
+        backoff_s: Seconds before the first repetition.
 
     Raises:
-        ImportError, ValueError: As ``ServerClient``.
+        ImportError, ValueError: The same as in ``ServerClient``.
     """
 
     def __init__(
@@ -46,22 +47,31 @@ class AsyncServerClient(_Client):
         self._next = 0.0
 
     async def get(self, path: str) -> dict[str, Any] | None:
-        """The JSON object at ``url + path``, or None where the server has none there."""
+        """Returns the JSON object at ``url + path``, or None if the server has none there (404, 405)."""
         try:
-            # The first request: a URL with a slip in it should not take a minute to be found out.
-            return await self._ask("GET", path, None, min(self._max_retries, 1))
+            # One retry only: this is the first request, and a mistyped URL should fail fast.
+            return await self._ask("GET", path, None, min(self._max_retries, 1), as_it_is)
         except _NotFoundError:
             return None
 
-    async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that answers a JSON object; path and errors as ``ServerClient.post``."""
-        return await self._ask("POST", path, payload, self._max_retries)
+    async def post(
+        self, path: str, payload: dict[str, Any], read: Callable[[dict[str, Any]], Result] = as_it_is
+    ) -> Result:
+        """Sends a JSON object and reads the one in the answer, as ``ServerClient.post`` does."""
+        return await self._ask("POST", path, payload, self._max_retries, read)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
 
-    async def _ask(self, method: str, path: str, payload: dict[str, Any] | None, max_retries: int) -> dict[str, Any]:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None,
+        max_retries: int,
+        read: Callable[[dict[str, Any]], Any],
+    ) -> Any:
         url = self._url_of(path)
         for attempts in itertools.count(1):
             async with self._places:
@@ -70,9 +80,9 @@ class AsyncServerClient(_Client):
                     response: Any = await self._http.request(method, url, json=payload)
                 except self._request_errors as error:
                     response = error
-            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries)
-            if isinstance(outcome, dict):
-                return outcome
+            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries, read)
+            if isinstance(outcome, _Content):
+                return outcome.value
             self._next = max(self._next, asyncio.get_running_loop().time() + outcome.retry_after)
             await asyncio.sleep(sum(outcome))
         raise AssertionError("unreachable")

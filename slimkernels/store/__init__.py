@@ -1,4 +1,4 @@
-"""The teacher's kept logits on disk: written once, checked always, decoded row by row (FORMAT.md).
+"""Stores the kept logits of a teacher on disk; every byte is checked when it is read (format: FORMAT.md).
 
 >>> import tempfile, torch
 >>> from slimkernels import SparseLogits

@@ -1,4 +1,4 @@
-"""What a store holds (``info``), and whether every byte of it is accounted for (``verify``)."""
+"""Describes a store (``info``) and checks every byte of it (``verify``)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from slimkernels.store.format import (
     shard_name,
 )
 from slimkernels.store.manifest import load_manifest
+from slimkernels.store.prompts import prompts_name
 from slimkernels.store.quantisation import quantisation_error
 from slimkernels.store.reader import Store, tokens_as_int32
 
@@ -38,14 +39,14 @@ _READ_BYTES = 1 << 20
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Checks that every byte of a store is the one that was written and that all of it makes sense.
+    """Checks that every byte of a store is the one that was written, and that its content is consistent.
 
-    Reads every file once and decodes every row. What a killed writer may leave is passed over, because none of
-    it was reported written: the temporary files of the next shard and of the manifest, and, beside a temporary
-    manifest, the next shard itself. May run beside a writer.
+    Reads every file once and decodes every row. Files that a killed writer may leave are ignored, because none of
+    their documents was reported written: the temporary files of the next shard and of the manifest, and, if there is a
+    temporary manifest, the next shard itself. A writer may append during the check.
 
     Args:
-        path: The directory.
+        path: Directory of the store.
 
     Raises:
         StoreError: The first fault found; its ``file``, ``document`` and ``row`` say where.
@@ -63,7 +64,7 @@ def verify(path: str | os.PathLike[str]) -> None:
             for digest, document in _verify_shards(directory / name, seen).items():
                 if part_of(digest, num_parts) != part:
                     right = part_name(part_of(digest, num_parts))
-                    raise MisplacedDocumentError(f"its hash puts it into {right}", document=document)
+                    raise MisplacedDocumentError(f"its hash belongs to {right}", document=document)
         except StoreError as error:
             raise error.within(name) from error
 
@@ -72,17 +73,16 @@ def verify_complete(path: str | os.PathLike[str], documents: Iterable[Sequence[i
     """Checks that a store holds every document of a corpus that has a label.
 
     Args:
-        path: The directory.
+        path: Directory of the store.
         documents: Token id lists, as they were captured.
 
     Returns:
-        The number of documents looked for: those of at least 2 tokens.
+        The number of documents of at least 2 tokens, which must be in the store.
 
     Raises:
-        MissingDocumentError: Names the first that is missing by its place in the corpus and its hash, and says how
-            many are.
+        MissingDocumentError: Documents are missing; the message says how many, and identifies the first.
         StoreError: The store cannot be opened, or its index is damaged.
-        ValueError: A token id outside the store's vocabulary: it is not the corpus of this store.
+        ValueError: A token id is outside the store's vocabulary, so this is not the corpus of the store.
     """
     store = Store(path)
     looked_for, missing, first = 0, 0, ""
@@ -105,7 +105,7 @@ def verify_complete(path: str | os.PathLike[str], documents: Iterable[Sequence[i
 
 
 def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
-    """Checks a directory of shards and adds its documents to ``seen``; returns them, by hash."""
+    """Checks a directory of shards, adds its documents to ``seen``, and returns their indices by hash."""
     # A writer may append between reading the manifest and listing the files.
     while True:
         manifest = load_manifest(directory)[0]
@@ -138,10 +138,11 @@ def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
 
 def _check_files(store: Store, names: set[str]) -> None:
     next_shard = shard_name(len(store.shards))
-    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX}
+    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX, prompts_name(next_shard)}
     if MANIFEST_NAME + TEMPORARY_SUFFIX in names:
         leftovers.add(next_shard)
-    _check_names(store.path, names, {MANIFEST_NAME, *(entry.file for entry in store.shards)}, leftovers)
+    shards = [entry.file for entry in store.shards]
+    _check_names(store.path, names, {MANIFEST_NAME, *shards, *map(prompts_name, shards)}, leftovers)
 
 
 def _check_names(directory: Path, names: set[str], expected: set[str], leftovers: set[str]) -> None:
@@ -151,27 +152,27 @@ def _check_names(directory: Path, names: set[str], expected: set[str], leftovers
         try:
             status = os.lstat(directory / name)
         except FileNotFoundError:
-            # A writer beside us has given it its final name.
+            # A concurrent writer has given it its final name.
             continue
         if not stat.S_ISREG(status.st_mode) or (name == LOCK_NAME and status.st_size > 0):
-            raise UnexpectedFileError("is not what a writer makes under this name", file=name)
+            raise UnexpectedFileError("is not a file that a writer makes under this name", file=name)
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a store holds and what it costs.
+    """Returns the counts, the size, the quantisation error and the settings of a store.
 
     Args:
-        path: The directory.
+        path: Directory of the store.
 
     Returns:
-        A dict that JSON can hold. ``tokens`` are those of the sequences, ``rows`` the labelled ones among them,
-        ``entries`` the kept (id, logit) pairs; ``bytes`` all files of the store, its manifests included, and
-        ``bits_per_entry`` and ``bytes_per_token`` those bytes over entries and tokens (0 for an empty store).
-        ``entropy_bound_bits_per_entry`` is what no coder of the same rows can beat when every set of K ids is
+        A dict that JSON can hold. ``tokens`` counts the tokens of the sequences, ``rows`` those with a teacher row, and
+        ``entries`` the kept (id, logit) pairs. ``bytes`` is the size of all files, manifests included;
+        ``bits_per_entry`` and ``bytes_per_token`` divide it by entries and tokens (0 for an empty store).
+        ``entropy_bound_bits_per_entry`` is a lower bound for any coder of the same rows if every set of K ids is
         equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
         for the ids, plus the bits of one stored value. It counts nothing else of a row.
-        ``quantisation_kl_nats``, ``quantisation_gradient`` and ``quantisation_log_mass`` say what rounding the kept
-        logits costs, as :func:`slimkernels.store.quantisation.quantisation_error` estimates it from some of the rows.
+        ``quantisation_kl_nats``, ``quantisation_gradient`` and ``quantisation_log_mass`` are the cost of rounding the
+        kept logits; :func:`slimkernels.store.quantisation.quantisation_error` estimates it from some of the rows.
 
     Raises:
         StoreError: The store cannot be opened, or a row that is read is damaged.
@@ -181,7 +182,9 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     entries = sum(entry.entries for entry in shards)
     tokens = sum(entry.tokens for entry in shards)
     folders = [store.path, *(store.path / part_name(part) for part in range(store.num_parts or 0))]
-    total = sum((folder / MANIFEST_NAME).stat().st_size for folder in folders) + sum(entry.bytes for entry in shards)
+    prompts = [store.path / prompts_name(entry.file) for entry in shards]
+    files = [*(folder / MANIFEST_NAME for folder in folders), *(path for path in prompts if path.exists())]
+    total = sum(path.stat().st_size for path in files) + sum(entry.bytes for entry in shards)
     id_bits = 0.0
     for number, entry in enumerate(shards):
         if entry.top_k is not None:

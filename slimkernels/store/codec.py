@@ -1,4 +1,4 @@
-"""Rows of kept ids and logits to bytes and back, and the hash of a document: numpy in, numpy out."""
+"""Encodes rows of kept ids and logits as bytes, decodes them, and hashes documents; all in numpy arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch  # noqa: F401 -- loads the libraries that _C is linked to
 
 from slimkernels.store.errors import (
     ByteOrderError,
@@ -29,11 +30,14 @@ except ImportError as error:
 VALUE_BITS = {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}
 # Codecs with a scale and a zero per row.
 AFFINE_CODECS = ("affine8", "affine6")
+# Distance in nats below the maximum of a row beyond which a writer drops an entry. Only the affine codecs spread their
+# values over the whole row: at most 40 nats, a step is at most 0.16 (affine8).
+FAR_NATS = {"affine8": 40.0, "affine6": 30.0}
 HASH_BYTES = 16
 
-# The numbers of RowFault in csrc/store/elias_fano.h: what each says of a row.
+# Messages for the values of RowFault in csrc/store/elias_fano.h.
 _FAULTS = {
-    1: "its offsets leave the shard or disagree with its number of entries",
+    1: "its offsets lie outside the shard or disagree with its number of entries",
     2: "its bytes are not those that were written",
     3: "its bitmap does not hold one bit per entry, or a padding bit is set",
     4: "its ids are not strictly ascending",
@@ -42,11 +46,11 @@ _FAULTS = {
     7: "it keeps no entry",
     8: "it keeps a logit that is NaN or infinite",
     9: "its logits are too large for codec {codec!r}",
-    10: "its scale or zero is not one an encoder writes",
+    10: "its scale or zero is not one that an encoder writes",
     11: "its lse is NaN or infinite",
     12: "its target_logit is +inf",
     13: "it keeps more probability than its lse allows (logsumexp(logits) > lse)",
-    14: "a bit behind its values is set",
+    14: "a padding bit after its values is set",
 }
 _ADVICE = {
     8: ": leave such entries out, padding the row with id -1",
@@ -70,23 +74,23 @@ def require_little_endian() -> None:
 
 
 def document_hash(input_ids: np.ndarray) -> bytes:
-    """The 16 bytes that name a document: BLAKE2b-128 of its ids as little-endian int32."""
+    """Returns the 16 bytes that identify a document: BLAKE2b-128 of its ids as little-endian int32."""
     return hashlib.blake2b(np.ascontiguousarray(input_ids, dtype="<i4").tobytes(), digest_size=HASH_BYTES).digest()
 
 
 def row_words(vocab_size: int, top_k: int) -> int:
-    """The number of 32-bit words that hold the ids of a row of ``top_k`` entries."""
+    """Returns the number of 32-bit words that hold the ids of a row of ``top_k`` entries."""
     return _C.store_row_words(vocab_size, top_k)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedRows:
-    """Rows as a shard holds them.
+    """Encoded rows, in the form in which a shard holds them.
 
     Attributes:
-        counts: (R,) int64. The number of entries of each row.
+        counts: (R,) int64, the number of entries of each row.
         id_words: (sum of words,) uint32.
-        values: (sum of value bytes,) uint8, row behind row without a gap.
+        values: (sum of value bytes,) uint8, the rows one after the other without a gap.
         affine: (R, 2) float32, scale and zero; (0,) unless the codec is affine8 or affine6.
         lse: (R, M) float32.
         target_logit: (R,) float32.
@@ -106,35 +110,35 @@ class EncodedRows:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the rows take in a shard, offsets aside."""
+        """The bytes that the rows take in a shard, without their offsets."""
         arrays = (self.id_words, self.values, self.affine, self.lse, self.target_logit, self.checksums)
         return sum(array.nbytes for array in arrays)
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """(R,) counts to (R + 1,) int64 offsets starting with 0."""
+    """Returns the (R + 1,) int64 offsets, starting with 0, of (R,) counts."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def words_of(vocab_size: int, counts: np.ndarray) -> np.ndarray:
-    """(R,) entries per row to (R,) int64 words per row."""
+    """Returns (R,) int64 words per row for (R,) entries per row."""
     distinct, inverse = np.unique(counts, return_inverse=True)
     words = np.array([row_words(vocab_size, int(count)) if count > 0 else 0 for count in distinct], np.int64)
     return words[inverse.reshape(-1)]
 
 
 def value_bytes(codec: str, count: Any) -> Any:
-    """The bytes of a row's values, given its number of entries; an integer or an array of them."""
+    """Returns the bytes of a row's values for its number of entries; an integer or an array of them."""
     return (count * VALUE_BITS[codec] + 7) // 8
 
 
 def ragged_value_offset(codec: str, row: Any, entry_offset: Any) -> Any:
-    """Where the values of a row of a ragged shard begin, given where its entries do; integers or arrays of them."""
+    """Returns the offset of the values of a row of a ragged shard from that of its entries; integers or arrays."""
     return 6 * entry_offset // 8 + row if codec == "affine6" else value_bytes(codec, entry_offset)
 
 
 def ragged_values(codec: str, counts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Puts the values of ragged rows, which follow each other without a gap, where a shard has them."""
+    """Moves the values of ragged rows, which follow each other without a gap, to their offsets in a shard."""
     if codec != "affine6":
         return values
     sizes = value_bytes(codec, counts)
@@ -165,13 +169,13 @@ def encode_rows(
         target_logit: (R,) float32.
         vocab_size: V.
         codec: A key of ``VALUE_BITS``.
-        first_row: The first row's place in its shard, which its checksum covers.
+        first_row: Index of the first row in its shard, which its checksum covers.
 
     Returns:
         The encoded rows.
 
     Raises:
-        ValueError: A row that cannot be stored; the message names the first and says why.
+        ValueError: A row cannot be stored; the message names the first one and the reason.
     """
     counts = np.minimum((ids != -1).sum(-1, dtype=np.int64), vocab_size)
     entry_offsets, id_word_offsets = offsets_of(counts), offsets_of(words_of(vocab_size, counts))
@@ -223,21 +227,21 @@ def decode_rows(
     Args:
         vocab_size: V.
         codec: A key of ``VALUE_BITS``.
-        top_k: K of every row of the shard, or None when they differ.
-        first_row: The first row's place in the shard.
-        num_rows: R, at most the rows that follow.
-        width: The K of the result, at least the largest of the rows.
-        arrays: The shard's tensors by name, flat or as the format shapes them, whole.
-        file: The shard's name, for errors.
-        document: The document's place in the store, for errors.
+        top_k: K of every row of the shard, or None if they differ.
+        first_row: Index of the first row in the shard.
+        num_rows: R, the number of rows to decode.
+        width: K of the result, at least that of the largest row.
+        arrays: All tensors of the shard by name, flat or in the shapes of the format.
+        file: Name of the shard, for errors.
+        document: Index of the document in the store, for errors.
 
     Returns:
         ids (R, width) int32, padded with -1, and logits (R, width) float32, padded with 0.
 
     Raises:
-        RowChecksumError: A row whose bytes are not those that were written.
-        RowDataError: A row that is not one an encoder writes.
-        ShardIndexError: A row whose offsets lead nowhere.
+        RowChecksumError: The bytes of a row are not those that were written.
+        RowDataError: A row is not one that an encoder writes.
+        ShardIndexError: The offsets of a row lie outside the shard.
     """
     ids = np.empty((num_rows, width), np.int32)
     logits = np.empty((num_rows, width), np.float32)
@@ -269,12 +273,12 @@ def decode_rows(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-    """Rows as a shard holds them, each padded to the widest of them.
+    """Encoded rows, each padded to the width of the widest.
 
     Attributes:
         id_words: (R, W) uint32.
-        values: (R, K) unsigned integers, the bits of the values; those of 6 bits are a byte each.
-        counts: (R,) int32, or None where every row keeps K entries.
+        values: (R, K) unsigned integers, the bits of the values; those of 6 bits take a byte each.
+        counts: (R,) int32, or None if every row keeps K entries.
     """
 
     id_words: np.ndarray
@@ -306,7 +310,7 @@ def packed_rows(
 
 
 def _as_numbers(codec: str, values: np.ndarray, width: int) -> np.ndarray:
-    """(R, bytes) uint8, as many bytes as (R, width) values need or one more, to a copy of the values."""
+    """Copies (R, bytes) uint8, which may be one byte wider than the values need, to (R, width) unsigned integers."""
     if len(values) == 0:
         return np.zeros((0, width), f"<u{-(-VALUE_BITS[codec] // 8)}")
     if codec != "affine6":
@@ -324,7 +328,7 @@ def _as_numbers(codec: str, values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _padded(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Ragged rows [offsets[r], offsets[r + 1]) of ``flat`` to (R, width of the widest, at least 1), padded with 0."""
+    """Copies ragged rows [offsets[r], offsets[r + 1]) of ``flat`` to (R, largest width, at least 1), padded with 0."""
     sizes = np.diff(offsets)
     rows = np.zeros((len(sizes), sizes.max(initial=1)), flat.dtype)
     rows[np.arange(rows.shape[1]) < sizes[:, None]] = flat[offsets[0] : offsets[-1]]

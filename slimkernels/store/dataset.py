@@ -1,4 +1,4 @@
-"""A store as torch's datasets: by index, or as a stream that ranks and workers share; and batches of its documents."""
+"""Offers a store as torch datasets, by index or as a stream shared by ranks and workers, and collates batches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
@@ -16,15 +17,15 @@ from slimkernels.store.reader import Document, PackedDocument, Store
 
 
 class StoreDataset(Dataset):
-    """The documents of a store by index; what a ``DataLoader`` or a trainer takes.
+    """A map-style dataset of the documents of a store, for a ``DataLoader`` or a trainer.
 
-    Shards are mapped and every document is checked when it is read. Workers, forked or started anew, map the files for
+    Shards are memory-mapped, and every document is checked when it is read. Workers, forked or spawned, map the files
     themselves. ``DocumentOrder`` is the sampler that shuffles, splits by rank and resumes.
 
     Args:
         store: A ``Store``, or the directory of one.
-        packed: True gives each document's rows as ``PackedLogits``, a third of the bytes to send between processes and
-            to a GPU, to be decoded there by ``slimkernels.decode_logits``; False as ``SparseLogits``.
+        packed: Whether rows come as ``PackedLogits``, a third of the bytes to send between processes and to a GPU,
+            where ``slimkernels.decode_logits`` decodes them; otherwise they come as ``SparseLogits``.
 
     Raises:
         StoreError: The store cannot be opened.
@@ -54,24 +55,24 @@ class StoreDataset(Dataset):
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Names the tokenizer of the documents."""
+        """Fingerprint of the tokenizer of the documents."""
         return self.store.tokenizer_fingerprint
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitem__(self, index: int) -> PackedDocument | Document:
-        """One document, every byte of it checked."""
+        """Reads one document and checks every byte of it."""
         return self.store.packed(index) if self.packed else self.store[index]
 
 
 class StoreIterableDataset(IterableDataset):
-    """The documents of a store as a stream: shuffled by (seed, epoch), split by rank and worker, resumable.
+    """A stream of the documents of a store: shuffled by (seed, epoch), split by rank and worker, resumable.
 
-    Every document of an epoch goes to one worker of one rank, for any number of either. Between ranks a remainder is
-    dealt with as in ``DocumentOrder``; between workers nothing is ever left out or repeated.
+    Every document of an epoch goes to one worker of one rank, whatever their numbers. ``even`` decides about a
+    remainder between ranks; workers never drop or repeat a document.
 
-    A stopped epoch goes on with exactly the documents that are left, in the same order::
+    A stopped epoch continues with exactly the remaining documents, in the same order::
 
         for epoch in range(dataset.epoch, num_epochs):
             dataset.set_epoch(epoch)
@@ -80,22 +81,22 @@ class StoreIterableDataset(IterableDataset):
                 ...
                 state = dataset.state_dict(documents_read=8 * (step + 1))  # for load_state_dict, before the loop
 
-    ``torchdata.stateful_dataloader.StatefulDataLoader`` keeps the place of every worker by itself.
+    ``torchdata.stateful_dataloader.StatefulDataLoader`` keeps the position of every worker without this.
 
     Args:
         store: A ``Store``, or the directory of one.
-        packed: As in ``StoreDataset``.
-        batch_size: That of the ``DataLoader``. Workers take this many documents in turn, so that the batches and
+        packed: Whether rows come as ``PackedLogits`` or as ``SparseLogits``.
+        batch_size: Batch size of the ``DataLoader``. Workers take this many documents in turn, so that the batches and
             their order do not depend on the number of workers.
-        shuffle: As in ``DocumentOrder``, and so are ``seed``, ``rank``, ``world_size`` and ``even``.
-        seed: Of the order.
-        rank: By default that of ``torch.distributed``.
-        world_size: By default that of ``torch.distributed``.
-        even: None, "drop" or "repeat".
+        shuffle: Whether to shuffle; False reads documents in stored order.
+        seed: Seed of the order, the same on every rank.
+        rank: Rank of this process, by default that of ``torch.distributed``.
+        world_size: Number of processes, by default that of ``torch.distributed``.
+        even: None, "drop" or "repeat", explained in ``DocumentOrder``.
 
     Raises:
         StoreError: The store cannot be opened.
-        ValueError: An argument out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -124,19 +125,19 @@ class StoreIterableDataset(IterableDataset):
         return self.order.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """As in ``DocumentOrder``."""
+        """Calls ``DocumentOrder.set_epoch``."""
         self.order.set_epoch(epoch)
 
     def state_dict(self, documents_read: int = 0) -> dict[str, Any]:
-        """As in ``DocumentOrder``: the place after this many documents of this rank since the iteration began."""
+        """Returns the position after this many documents of this rank since the iteration began."""
         return self.order.state_dict(documents_read)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As in ``DocumentOrder``."""
+        """Calls ``DocumentOrder.load_state_dict``."""
         self.order.load_state_dict(state)
 
     def __len__(self) -> int:
-        """The documents that an iteration of this rank reads, all its workers together."""
+        """Returns the number of documents that all workers of this rank read together in an iteration."""
         return len(self.order)
 
     def __iter__(self) -> DocumentIterator:
@@ -146,7 +147,7 @@ class StoreIterableDataset(IterableDataset):
 
 
 class DocumentIterator(OrderIterator):
-    """The documents of one worker; its state is its place in the order."""
+    """An iterator over the documents of one worker; its state is its position in the order."""
 
     def __init__(self, documents: StoreDataset, order: DocumentOrder, **place: int) -> None:
         super().__init__(order, **place)
@@ -159,20 +160,23 @@ class DocumentIterator(OrderIterator):
 def collate_documents(
     documents: Sequence[Document | PackedDocument], *, pad_token_id: int = 0, with_teacher: bool = True
 ) -> dict[str, Any]:
-    """Makes one right-padded batch of B documents of at most T tokens with N labels in all.
+    """Makes one right-padded batch of B documents of at most T tokens with N labels in total.
+
+    A ``DataLoader`` that is given no ``collate_fn`` calls this with the defaults.
 
     Args:
-        documents: Of a store, all packed or none.
-        pad_token_id: Fills ``input_ids`` behind each document; never a label, never attended to.
-        with_teacher: False leaves the teacher out.
+        documents: Documents of a store, either all packed or none.
+        pad_token_id: Token that fills ``input_ids`` after each document; never a label and never attended to.
+        with_teacher: Whether to include the teacher.
 
     Returns:
-        ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the place in B * T of the
-        hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` PackedLogits or SparseLogits of N
-        rows, or None.
+        ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the index in B * T of the
+        hidden state that predicts each label; ``target`` (N,) int64; ``prompt_lengths`` (B,) int64, the number of
+        tokens of each document's prompt, or those before its first label where that is not known; ``teacher``
+        PackedLogits or SparseLogits of N rows, or None.
 
     Raises:
-        ValueError: No documents, or a position outside [1, T).
+        ValueError: There are no documents, or a position is outside [1, T).
     """
     if not documents:
         raise ValueError("documents must hold at least one document, got none")
@@ -196,5 +200,20 @@ def collate_documents(
         "attention_mask": attention_mask,
         "rows": torch.cat(rows),
         "target": torch.cat(targets),
+        "prompt_lengths": torch.tensor([_prompt_length(document) for document in documents]),
         "teacher": kind.cat([document.teacher for document in documents]) if with_teacher else None,
     }
+
+
+def _collate_default(documents: Sequence[Document | PackedDocument], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    return collate_documents(documents)
+
+
+# A DataLoader without a collate_fn looks here for types that are no tensors.
+default_collate_fn_map.update(dict.fromkeys((Document, PackedDocument), _collate_default))
+
+
+def _prompt_length(document: Document | PackedDocument) -> int:
+    if document.prompt_length:
+        return document.prompt_length
+    return int(document.positions[0]) if len(document.positions) else len(document.input_ids)

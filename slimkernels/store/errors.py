@@ -1,4 +1,4 @@
-"""Every way a store can be bad, by name."""
+"""Defines an exception for each way in which a store can be invalid."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ class StoreError(Exception):
     """A store cannot be used or trusted.
 
     Attributes:
-        file: The name of the file inside the store, or None when the store as a whole is meant.
-        document: The index of the document in the store, where one is known.
-        row: The row inside the shard ``file``, where one is known.
+        file: Name of the file inside the store, or None for the store as a whole.
+        document: Index of the document in the store, or None if it is not known.
+        row: Index of the row inside the shard ``file``, or None if it is not known.
     """
 
     # One positional argument with defaults after it: data loader workers rebuild exceptions from the message alone.
@@ -28,7 +28,7 @@ class StoreError(Exception):
         self.row = row
 
     def within(self, folder: str) -> StoreError:
-        """The same error, its file named from the parent of the folder it is in."""
+        """Returns the same error with its file named relative to the parent of ``folder``."""
         file = folder if self.file is None else f"{folder}/{self.file}"
         return type(self)(self.message, file=file, document=self.document, row=self.row)
 
@@ -38,15 +38,15 @@ class ByteOrderError(StoreError):
 
 
 class NotAStoreError(StoreError):
-    """The path is no directory, or holds no manifest, or holds something else than a store."""
+    """The path is not a directory, has no manifest, or holds something other than a store."""
 
 
 class ManifestSyntaxError(StoreError):
-    """The manifest is not the JSON document the format asks for."""
+    """The manifest is not the JSON document that the format requires."""
 
 
 class ManifestChecksumError(StoreError):
-    """The manifest is not the one that was written."""
+    """The bytes of the manifest are not those that were written."""
 
 
 class UnsupportedVersionError(StoreError):
@@ -58,15 +58,15 @@ class ManifestFieldError(StoreError):
 
 
 class ShardNameError(StoreError):
-    """A shard is not called what its place in the manifest demands; no other name is ever opened."""
+    """A shard has another name than its index in the manifest requires; no other name is ever opened."""
 
 
 class MissingShardError(StoreError):
-    """A shard of the manifest is not there."""
+    """A shard of the manifest does not exist."""
 
 
 class UnexpectedFileError(StoreError):
-    """The directory holds a file that the manifest does not account for."""
+    """The directory holds a file that does not belong to the store."""
 
 
 class ShardSizeError(StoreError):
@@ -82,31 +82,35 @@ class ShardIndexError(StoreError):
 
 
 class ShardChecksumError(StoreError):
-    """A shard's bytes are not those that were written."""
+    """The bytes of a shard are not those that were written."""
+
+
+class PromptLengthsError(StoreError):
+    """The prompt lengths next to a shard are damaged, or belong to another shard."""
 
 
 class DocumentDamagedError(StoreError):
-    """A document's token ids do not have its hash, or lie outside the vocabulary."""
+    """The token ids of a document do not match its hash, or lie outside the vocabulary."""
 
 
 class RowChecksumError(StoreError):
-    """A row's bytes are not those that were written."""
+    """The bytes of a row are not those that were written."""
 
 
 class RowDataError(StoreError):
-    """A row has the right checksum but is not a row an encoder writes (ids, logits, lse or target_logit)."""
+    """A row has the right checksum but is not one that an encoder writes (ids, logits, lse or target_logit)."""
 
 
 class SettingsMismatchError(StoreError, ValueError):
-    """The store was made with other settings than the ones asked for."""
+    """The store was made with other settings than the requested ones."""
 
 
 class DuplicateDocumentError(StoreError, ValueError):
-    """A document is in the store already, or twice."""
+    """A document is already in the store, or in it twice."""
 
 
 class MissingPartError(StoreError):
-    """A part of a store of parts is not there."""
+    """A part of a store of parts does not exist."""
 
 
 class PartSettingsError(StoreError):
@@ -114,12 +118,12 @@ class PartSettingsError(StoreError):
 
 
 class MisplacedDocumentError(StoreError):
-    """A document lies in another part than the one its hash names."""
+    """A document lies in another part than the one that its hash selects."""
 
 
 class MissingDocumentError(StoreError):
-    """A document of the corpus is not in the store: the capture has not ended, or was another one."""
+    """A document of the corpus is not in the store: the capture is not finished, or was of another corpus."""
 
 
 class StoreLockedError(StoreError):
-    """Another writer holds the store."""
+    """Another writer holds the store, or its file system has no locks."""

@@ -1,4 +1,4 @@
-"""What the bytes of a store mean: the manifest and the layout of a shard (FORMAT.md is the normative text).
+"""Defines the bytes of a store: the manifest and the layout of a shard (FORMAT.md is the normative text).
 
 Safetensors headers are built here and not by the safetensors package, because their bytes are part of the
 format: a manifest entry determines its shard's header completely, so a reader compares and never interprets it.
@@ -61,35 +61,35 @@ _HEAD_TENSORS = frozenset(
 
 
 def shard_name(index: int) -> str:
-    """The only name the shard at this place in the manifest may have."""
+    """Returns the only valid name of the shard at this index in the manifest."""
     return f"shard-{index:06d}.safetensors"
 
 
 def part_name(part: int) -> str:
-    """The directory of a part inside a store of parts."""
+    """Returns the name of the directory of a part inside a store of parts."""
     return f"part-{part:05d}"
 
 
 def part_of(digest: bytes, num_parts: int) -> int:
-    """The part that holds the document of this hash."""
+    """Returns the part that holds the document with this hash."""
     return int.from_bytes(digest[:8], "little") % num_parts
 
 
 def new_digest() -> hashlib.blake2b:
-    """The hash of every checksum in the manifest: BLAKE2b-128, written as 32 lower-case hexadecimal digits."""
+    """Starts the hash of every checksum in the manifest: BLAKE2b-128, written as 32 lower-case hexadecimal digits."""
     return hashlib.blake2b(digest_size=CHECKSUM_BYTES)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreSettings:
-    """What all documents of a store share, and what a writer that resumes it must ask for again.
+    """Settings shared by all documents of a store; a writer that appends to it must be given the same.
 
     Attributes:
         vocab_size: V, in [1, 2^31).
-        tokenizer_fingerprint: Names the tokenizer; any text.
-        teacher: A JSON object about the teacher (name, revision, dtype, ...).
-        selection: A JSON object about how the kept ids were chosen.
-        temperatures: The temperatures of the stored lse; the first is 1.0.
+        tokenizer_fingerprint: Text that identifies the tokenizer.
+        teacher: JSON object that describes the teacher (name, revision, dtype, ...).
+        selection: JSON object that describes how the kept ids were chosen.
+        temperatures: Temperatures of the stored lse; the first is 1.0.
         codec: "affine8", "affine6", "bfloat16" or "float32".
     """
 
@@ -131,16 +131,16 @@ class StoreSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ShardEntry:
-    """One shard's line in the manifest.
+    """The entry of one shard in the manifest.
 
     Attributes:
-        file: Its name inside the store.
-        bytes: Its size.
-        documents, tokens, rows, entries: How many it holds; tokens are those of the sequences.
-        id_words: The 32-bit words of all its rows' ids.
-        top_k: The number of entries of every row, or None when rows differ or there are none.
-        head_checksum: Of its bytes up to the last of its index.
-        checksum: Of all its bytes.
+        file: Name of the shard inside the store.
+        bytes: Size of the file.
+        documents, tokens, rows, entries: Counts; tokens are those of the sequences.
+        id_words: Number of 32-bit words of the ids of all rows.
+        top_k: Number of entries of every row, or None if rows differ or there are none.
+        head_checksum: Checksum of the bytes up to the end of the index.
+        checksum: Checksum of all bytes.
     """
 
     file: str
@@ -157,7 +157,7 @@ class ShardEntry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a shard: where it lies, counted from the start of the file, and what it is."""
+    """Name, dtype and shape of a tensor of a shard, and its bytes [start, stop) in the file."""
 
     name: str
     dtype: str
@@ -196,7 +196,7 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
     if settings.codec in AFFINE_CODECS:
         tensors += [("affine", "F32", (rows, 2))]
     id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
-    # In elements of its dtype, those of affine6 being bytes.
+    # The shape counts elements of the dtype; those of affine6 are bytes.
     item_bytes = _ITEM_BYTES[value_dtype := _VALUE_DTYPES[settings.codec]]
     if top_k is None:
         value_shape = (ragged_value_offset(settings.codec, rows, entry.entries) // item_bytes,)
@@ -233,7 +233,7 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
 
 
 def seal_manifest(content: dict[str, Any]) -> bytes:
-    """The bytes of a manifest with this content, its own checksum put first."""
+    """Returns the bytes of a manifest with this content, preceded by its own checksum."""
     blank = {"checksum": _CHECKSUM_HOLE.decode()} | {k: v for k, v in content.items() if k != "checksum"}
     data = json.dumps(blank, indent=1, allow_nan=False).encode("ascii") + b"\n"
     digest = new_digest()
@@ -246,7 +246,8 @@ def unseal_manifest(data: bytes) -> dict[str, Any]:
     """Checks a manifest's own checksum, which covers every byte of it, and parses it.
 
     Raises:
-        ManifestSyntaxError, ManifestChecksumError: As they say.
+        ManifestSyntaxError: The bytes do not have the form of a manifest.
+        ManifestChecksumError: The bytes do not match the checksum.
     """
     start, stop = len(_CHECKSUM_PREFIX), len(_CHECKSUM_PREFIX) + len(_CHECKSUM_HOLE)
     if len(data) > MAX_MANIFEST_BYTES:
@@ -263,14 +264,14 @@ def unseal_manifest(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("ascii"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ManifestSyntaxError(f"is not the JSON the format asks for: {error}", file=MANIFEST_NAME) from error
+        raise ManifestSyntaxError(f"is not the JSON that the format requires: {error}", file=MANIFEST_NAME) from error
     if not isinstance(content, dict):
         raise ManifestSyntaxError("is not a JSON object", file=MANIFEST_NAME)
     return content
 
 
 def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...]) -> dict[str, Any]:
-    """The manifest as a JSON object, without its checksum."""
+    """Returns the manifest as a JSON object, without its checksum."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -280,15 +281,17 @@ def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...]) ->
 
 
 def parts_content(settings: StoreSettings, num_parts: int) -> dict[str, Any]:
-    """The manifest of a store of parts as a JSON object, without its checksum."""
+    """Returns the manifest of a store of parts as a JSON object, without its checksum."""
     return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(settings), "parts": num_parts}
 
 
 def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardEntry, ...]]:
-    """Checks every field of a manifest against its type, its range and the fields it depends on.
+    """Checks the type, the range and the consistency of every field of a manifest.
 
     Raises:
-        UnsupportedVersionError, ManifestFieldError, ShardNameError: As they say.
+        UnsupportedVersionError: The version is another one.
+        ManifestFieldError: A field is missing, unknown, of the wrong type or out of range, or contradicts another.
+        ShardNameError: A shard does not have the name that its index requires.
     """
     settings = _parse_settings(content, "shards")
     if not isinstance(content["shards"], list):
@@ -297,10 +300,11 @@ def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardE
 
 
 def parse_parts(content: dict[str, Any]) -> tuple[StoreSettings, int]:
-    """The same of the manifest of a store of parts; its settings and the number of parts.
+    """Checks every field of the manifest of a store of parts; returns its settings and the number of parts.
 
     Raises:
-        UnsupportedVersionError, ManifestFieldError: As they say.
+        UnsupportedVersionError: The version is another one.
+        ManifestFieldError: A field is missing, unknown, of the wrong type or out of range.
     """
     settings, num_parts = _parse_settings(content, "parts"), content["parts"]
     if type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS:
@@ -355,7 +359,7 @@ def _parse_entry(settings: StoreSettings, index: int, content: Any) -> ShardEntr
 
 def _contradiction(settings: StoreSettings, entry: ShardEntry) -> str | None:
     if not 1 <= entry.documents <= entry.tokens - entry.rows:
-        return "it needs a document, a token per document, and a token before each document's first row"
+        return "it must have a document, a token per document, and a token before the first row of each document"
     if entry.top_k is None:
         if not entry.rows <= entry.entries <= entry.rows * settings.vocab_size:
             return f"{entry.rows} rows cannot hold {entry.entries} entries"

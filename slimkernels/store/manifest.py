@@ -1,4 +1,4 @@
-"""The manifest of a store and those of its parts, read from their files."""
+"""Reads the manifest of a store and those of its parts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from slimkernels.store.format import (
 
 
 def load_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Reads a manifest and checks its checksum and its syntax; its bytes and its content."""
-    # Looked at before it is opened: opening a pipe for reading would wait for its writer.
+    """Reads a manifest, checks its checksum and its syntax, and returns its bytes and its content."""
+    # Checked before it is opened, because opening a pipe would block until it has a writer.
     if not (path / MANIFEST_NAME).is_file():
         raise NotAStoreError(f"{path} holds no {MANIFEST_NAME}: is it the directory of a store?")
     try:
@@ -39,9 +39,9 @@ def load_manifest(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def load_shards(path: Path, content: dict[str, Any]) -> tuple[StoreSettings, int | None, tuple[ShardEntry, ...]]:
-    """Settings, number of parts (None: the store is one) and all shards of the store with this manifest.
+    """Returns the settings, the number of parts (None for a store without parts) and all shards of a store.
 
-    The shards of a part are named from the store's directory, as in ``part-00001/shard-000000.safetensors``.
+    Files of a part are named relative to the store, such as ``part-00001/shard-000000.safetensors``.
     """
     if "parts" not in content:
         settings, shards = parse_manifest(content)
@@ -59,7 +59,7 @@ def load_shards(path: Path, content: dict[str, Any]) -> tuple[StoreSettings, int
 
 def _part(path: Path, settings: StoreSettings) -> tuple[ShardEntry, ...]:
     if not (path / MANIFEST_NAME).is_file():
-        raise MissingPartError("this part is not there: put it back, or remove the store and capture again")
+        raise MissingPartError("this part is missing: put it back, or remove the store and capture again")
     part_settings, shards = parse_manifest(load_manifest(path)[1])
     if part_settings != settings:
         raise PartSettingsError("this part was made with other settings than the store", file=MANIFEST_NAME)

@@ -1,4 +1,4 @@
-"""DocumentOrder: which documents a rank and a worker of it read in an epoch, and from where a stopped epoch goes on."""
+"""``DocumentOrder``: assigns the documents of an epoch to ranks and workers, and resumes a stopped epoch."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ EVEN = ("drop", "repeat")
 
 
 class DocumentOrder(Sampler[int]):
-    """The documents of a rank, in the order of an epoch; a sampler for a ``DataLoader`` over a ``StoreDataset``.
+    """A sampler of the documents of a rank in an epoch, for a ``DataLoader`` over a ``StoreDataset``.
 
-    Equivalent to, the permutation being made of the counter-based random numbers of (seed, epoch) alone, so that it is
-    the same with every version of numpy and torch::
+    Equivalent to::
 
         order = permutation(seed, epoch, num_documents) if shuffle else arange(num_documents)
         return order[documents_done + rank :: world_size]
 
-    Whatever ``world_size`` is, every document belongs to one rank. Where it does not divide ``num_documents``, the
-    first ranks have one document more than the others, unless ``even`` says what to do about it. Holds the order,
-    8 bytes a document, while it is iterated over.
+    The permutation depends only on the counter-based random numbers of (seed, epoch), so it is the same with every
+    version of numpy and torch.
 
-    An iteration begins where ``load_state_dict`` says, else at the start of the epoch, which ``set_epoch`` chooses;
-    it is a function of the two and of nothing else, so a loop calls ``set_epoch`` before every epoch. Both reach the
-    workers of a ``DataLoader`` that keeps them (``persistent_workers``).
+    For any ``world_size`` every document belongs to one rank. If it does not divide ``num_documents``, the first ranks
+    have one document more than the others, unless ``even`` is set. While it is iterated over, the order takes 8 bytes
+    per document.
+
+    An iteration begins at the position given to ``load_state_dict``, or at the start of the epoch given to
+    ``set_epoch``. It depends on nothing else, so a loop calls ``set_epoch`` before every epoch. Both calls reach the
+    persistent workers of a ``DataLoader``.
 
     Args:
-        num_documents: The documents of the store.
-        shuffle: False reads them in stored order.
-        seed: Of the order, 0 to 2^64 - 1; the same on every rank.
-        rank: This process among ``world_size``; both by default those of ``torch.distributed`` where it is
-            initialised, else 0 of 1.
-        world_size: The number of processes that share an epoch.
-        even: None: each document once. "drop": the last ``num_documents % world_size`` of the order are left out of
-            this epoch. "repeat": documents from the start of the order fill the last round. With either, all ranks
-            have the same number, as a loop needs in which they wait for each other at every step.
+        num_documents: Number of documents in the store.
+        shuffle: Whether to shuffle; False reads documents in stored order.
+        seed: Seed of the order, in [0, 2^64); the same on every rank.
+        rank: Rank of this process, in [0, world_size). By default rank and world size are those of
+            ``torch.distributed`` if it is initialised, otherwise 0 and 1.
+        world_size: Number of processes that share an epoch.
+        even: Treatment of a remainder. None reads each document once. "drop" leaves the last
+            ``num_documents % world_size`` of the order out of this epoch. "repeat" fills the last round with documents
+            from the start of the order. With "drop" and "repeat" all ranks have the same number of documents, which a
+            loop with a synchronisation in every step needs.
 
     Raises:
-        ValueError: An argument out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class DocumentOrder(Sampler[int]):
         self.rank = rank
         self.world_size = world_size
         self.even = even
-        # The epoch, and the documents of it that all ranks together have read. Shared, so that workers that outlive an
-        # epoch see the next one.
+        # The epoch, and the number of its documents that all ranks together have read. In shared memory, so that
+        # persistent workers see the next epoch.
         self._place = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     @property
@@ -84,49 +87,49 @@ class DocumentOrder(Sampler[int]):
         return int(self._place[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch; the epoch it is in already stays at its place, also one just loaded."""
+        """Moves to the start of an epoch; does nothing if this is the current epoch, so a loaded position stays."""
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
         if epoch != self.epoch:
             self._place.copy_(torch.tensor([epoch, 0]))
 
     def __len__(self) -> int:
-        """The documents that an iteration of this rank reads."""
+        """Returns the number of documents that an iteration of this rank reads."""
         return self._count(int(self._place[1]))
 
     def __iter__(self) -> OrderIterator:
         return OrderIterator(self)
 
     def state_dict(self, documents_read: int = 0) -> dict[str, Any]:
-        """The place in the epoch, for ``load_state_dict``.
+        """Returns the position in the epoch, for ``load_state_dict``.
 
         Args:
-            documents_read: How many documents every rank has read since the iteration began. Workers read ahead, so
-                only the loop that uses the documents knows; an iterator knows by itself.
+            documents_read: Number of documents that every rank has read since the iteration began. Workers read ahead,
+                so only the loop that uses the documents knows this number.
         """
         epoch, done = self._place.tolist()
         return {**self._identity(), "epoch": epoch, "documents_done": done + documents_read * self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state_dict`` of this class or of its iterator was, with any number of ranks or workers.
+        """Continues at a position from ``state_dict`` of this class or its iterator; the number of ranks may change.
 
         Raises:
-            ValueError: The state is of another order, or of one worker among several: their iterators take it.
+            ValueError: The state belongs to another order, or to one of several workers, whose iterators take it.
         """
         self._check(state)
         if state.get("num_workers", 1) != 1:
             raise ValueError(
-                f"the state is that of worker {state['worker']} of {state['num_workers']} and says nothing of the "
+                f"the state is that of worker {state['worker']} of {state['num_workers']} and says nothing about the "
                 "others: use state_dict(documents_read=...) of the dataset or the order"
             )
         done = state["documents_done"] + state.get("documents_read", 0) * state.get("world_size", self.world_size)
         self._place.copy_(torch.tensor([state["epoch"], done]))
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """(num_documents,) int64: the order of all ranks' documents in an epoch."""
+        """Returns the order of the documents of all ranks in an epoch, (num_documents,) int64."""
         if not self.shuffle:
             return np.arange(self.num_documents)
-        # Streams of a bit generator are fixed by numpy's compatibility policy; those of its distributions are not.
+        # numpy's compatibility policy fixes the streams of bit generators, but not those of distributions.
         return np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_documents).argsort(kind="stable")
 
     def _count(self, documents_done: int) -> int:
@@ -150,9 +153,10 @@ class DocumentOrder(Sampler[int]):
 
 
 class OrderIterator(Iterator[int]):
-    """Indices of documents for one worker of a rank: workers take blocks of ``block_size`` documents in turn.
+    """An iterator over the document indices of one worker; workers take blocks of ``block_size`` documents in turn.
 
-    Since a ``DataLoader`` takes a batch from its workers in turn, blocks of a batch give the batches of no worker.
+    A ``DataLoader`` takes batches from its workers in turn, so with blocks of the batch size the batches do not depend
+    on the number of workers.
     """
 
     def __init__(self, order: DocumentOrder, *, worker: int = 0, num_workers: int = 1, block_size: int = 1) -> None:
@@ -172,11 +176,11 @@ class OrderIterator(Iterator[int]):
             raise StopIteration
         self._read += 1
         order = self._order
-        # Past the end only with even="repeat", which begins again.
+        # The index passes the end only with even="repeat", which starts again at the beginning.
         return int(self._permutation[(self._done + at * order.world_size + order.rank) % order.num_documents])
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of this worker; with one worker, also a state of the order."""
+        """Returns the position of this worker; with one worker, this is also a state of the order."""
         return {
             **self._order._identity(),
             "epoch": self._epoch,
@@ -189,10 +193,10 @@ class OrderIterator(Iterator[int]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where an iterator of the same worker among as many was.
+        """Continues at the position of an iterator of the same worker among the same number of workers.
 
         Raises:
-            ValueError: The state is of another order or worker.
+            ValueError: The state belongs to another order or worker.
         """
         self._order._check(state)
         own = self.state_dict()

@@ -1,4 +1,4 @@
-"""RankWriter: several ranks fill one store together, each the parts that are its own."""
+"""``RankWriter``: lets several ranks fill one store together, each its own parts."""
 
 from __future__ import annotations
 
@@ -25,32 +25,33 @@ from slimkernels.store.manifest import load_manifest
 from slimkernels.store.reader import tokens_as_int32
 from slimkernels.store.writer import StoreWriter
 
-# The lock of a rank that was killed may outlive it for a moment, on a network file system for longer.
+# The lock of a killed rank may outlive it for a moment, and longer on a network file system.
 _LOCK_WAIT_S = 30.0
 
 
 class RankWriter:
-    """What ``StoreWriter`` is to one process, for one of several ranks that fill a store together.
+    """The writer of one of several ranks that fill a store together.
 
-    The store is a directory of parts, each a store with a lock of its own. A document belongs to the part that its
-    hash names, part p to rank ``p % num_ranks``. So no document can be stored twice, a rank never waits for another,
-    and one that died is started again alone or with all the others, also as another number of ranks. ``Store`` reads
-    all parts as one store.
+    The store is a directory of parts, each a store with its own lock. The hash of a document selects its part, and part
+    p belongs to rank ``p % num_ranks``. So no document is stored twice, and ranks never wait for each other. A rank
+    that died can be started again, alone or with the others, and the number of ranks may change. ``Store`` reads all
+    parts as one store.
 
     Args:
-        path: The directory; made when absent. It may hold a store without parts, which belongs to rank 0 alone.
+        path: Directory of the store, made if it does not exist. It may hold a store without parts, which only rank 0
+            writes.
         rank: This rank, in [0, num_ranks).
-        num_ranks: The number of ranks that run now; 1 opens every part.
-        num_parts: In [1, 2^16], fixed for good when the store is made; 1 makes a store without parts. None takes
-            what the store has, and ``num_ranks`` for a new one.
-        options: The settings of the store, and ``shard_rows``, as in ``StoreWriter``.
+        num_ranks: Number of ranks that run now; 1 opens every part.
+        num_parts: Number of parts, in [1, 2^16], fixed when the store is made; 1 makes a store without parts. None
+            takes the number of an existing store, and ``num_ranks`` for a new one.
+        options: Settings of the store and ``shard_rows``, the same as in ``StoreWriter``.
 
     Raises:
         SettingsMismatchError: The store exists with other settings or another number of parts.
         StoreLockedError: Another writer holds one of the parts.
         NotAStoreError: The path holds other files.
-        ValueError: ``rank``, ``num_ranks`` or ``num_parts`` out of range.
-        StoreError: Any other of its kinds: the existing store is damaged.
+        ValueError: ``rank``, ``num_ranks`` or ``num_parts`` is out of range.
+        StoreError: The existing store is damaged; the subclass says how.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class RankWriter:
         stored = self._stored_parts()
         if stored is None and (num_parts or num_ranks) > 1:
             self._make_parts(num_parts or num_ranks, options)
-            # Another rank may have been faster.
+            # Another rank may have made the store in the meantime.
             stored = self._stored_parts()
         if stored is not None and num_parts not in (None, stored):
             raise SettingsMismatchError(
-                f"{self.path} was made with {stored} parts, but num_parts={num_parts} is asked for: use the same "
+                f"{self.path} was made with {stored} parts, but num_parts={num_parts} was requested: use the same "
                 "number, or another directory"
             )
         self.num_parts = stored or 1
@@ -93,39 +94,39 @@ class RankWriter:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """The parts of this rank; none when there are more ranks than parts."""
+        """The parts of this rank; empty if there are more ranks than parts."""
         return tuple(self._writers)
 
     def part_of(self, input_ids: Any) -> int | None:
-        """The part of a document with these token ids, or None when it belongs to another rank."""
+        """Returns the part of a document with these token ids, or None if it belongs to another rank."""
         part = 0
         if self.num_parts > 1:
             part = part_of(document_hash(tokens_as_int32(input_ids, self.vocab_size)), self.num_parts)
         return part if part in self._writers else None
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits) -> None:
-        """``StoreWriter.add``; a document of another rank is a ValueError."""
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits, *, prompt_length: int = 0) -> None:
+        """Buffers one document as ``StoreWriter.add`` does; raises ValueError for a document of another rank."""
         part = self.part_of(input_ids)
         if part is None:
             raise ValueError("the document belongs to another rank: add it only where `part_of(input_ids)` is not None")
-        self._writers[part].add(input_ids, positions, teacher)
+        self._writers[part].add(input_ids, positions, teacher, prompt_length=prompt_length)
 
     def flush(self) -> None:
-        """``StoreWriter.flush`` of every part of this rank."""
+        """Writes the buffered documents of every part of this rank."""
         for writer in self._writers.values():
             writer.flush()
 
     def close(self) -> None:
-        """Flushes and gives up every part; a second call does nothing."""
+        """Flushes and unlocks every part; a second call does nothing."""
         self._stack.close()
 
     def __contains__(self, input_ids: object) -> bool:
-        """Whether a document with these token ids is stored or buffered in a part of this rank."""
+        """Returns whether a document with these token ids is stored or buffered in a part of this rank."""
         part = self.part_of(input_ids)
         return part is not None and input_ids in self._writers[part]
 
     def __len__(self) -> int:
-        """The number of documents in the parts of this rank, buffered ones included."""
+        """Returns the number of documents in the parts of this rank, buffered ones included."""
         return sum(map(len, self._writers.values()))
 
     def __enter__(self) -> RankWriter:
@@ -135,14 +136,14 @@ class RankWriter:
         self.close()
 
     def _stored_parts(self) -> int | None:
-        """The number of parts of the store that is there; None: there is none."""
+        """Returns the number of parts of the existing store, or None if there is no store."""
         if not (self.path / MANIFEST_NAME).exists():
             return None
         content = load_manifest(self.path)[1]
         return parse_parts(content)[1] if "parts" in content else 1
 
     def _make_parts(self, num_parts: int, options: dict[str, Any]) -> None:
-        """Makes the parts, then the manifest that names them: where it is, they all are."""
+        """Makes the parts and then the manifest, so that a manifest implies that all parts exist."""
         names = [part_name(part) for part in range(num_parts)]
         make_directory(self.path, parts=names)
         descriptor = lock_directory(self.path, _LOCK_WAIT_S)

@@ -1,4 +1,4 @@
-"""What rounding the kept logits costs a student, estimated from the store alone."""
+"""Estimates from a store alone how much the rounding of the kept logits costs a student."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from slimkernels.store.codec import AFFINE_CODECS, EncodedRows, decode_rows, enc
 from slimkernels.store.reader import Store
 
 _ROWS, _ENTRIES = 256, 1 << 22
-# Above the log-sum-exp of any row, so that no row is refused for it.
+# Larger than the log-sum-exp of any row, so that the encoder refuses no row because of its lse.
 _LSE = np.full((1, 1), np.finfo(np.float32).max, np.float32)
 
 
 def quantisation_error(store: Store) -> dict[str, float]:
-    """The error of rounding a row's logits, a mean over rows spread evenly over the store.
+    """Estimates the mean error of rounding a row's logits, from rows spread evenly over the store.
 
-    The logits before rounding are gone, but every one of them lay within half a step of the stored one. So each row is
-    taken for what was stored, moved by uniform noise of half a step either way, and what the codec makes of that row
-    is compared with it. Nothing is assumed of the codec itself: it is run. What is assumed is that the logits lie
-    anywhere within a step. Where a teacher's logits were on the codec's own grid, as bfloat16 ones in a store of
-    codec bfloat16, nothing was lost, and this is what would have been lost otherwise.
+    The original logits are not stored, but each lay within half a step of its stored value. So uniform noise of up to
+    half a step either way is added to the stored logits of a row, the codec encodes and decodes the result, and the
+    error is measured between the two. This assumes that the original logits are spread uniformly within a step. If they
+    were on the grid of the codec, such as bfloat16 logits in a store of codec bfloat16, nothing was lost and the
+    estimate is too high.
 
     Args:
-        store: Any store. At most 256 rows, and about 4 million entries, of it are read.
+        store: Any store. At most 256 rows and about 4 million entries of it are read.
 
     Returns:
-        With q a row's probabilities over its kept ids, adding up to 1, and r the same of the rounded row:
-        ``quantisation_kl_nats``, the mean of KL(q || r); ``quantisation_gradient``, the mean of the Euclidean norm of
-        r - q, which is the error of the gradient of KL(q || student) by the student's logits, a vector of norm at
-        most 1.41, whatever the student; ``quantisation_log_mass``, the mean of how far the logarithm of the row's
-        kept probability moves. All 0 for codec float32 and where there are no rows.
+        With q the probabilities of a row over its kept ids, normalised to 1, and r those of the rounded row:
+        ``quantisation_kl_nats`` is the mean of KL(q || r). ``quantisation_gradient`` is the mean Euclidean norm of
+        r - q, which is the error of the gradient of KL(q || student) with respect to the student's logits, whose norm
+        is at most 1.41 for any student. ``quantisation_log_mass`` is the mean absolute change of the logarithm of the
+        kept probability. All are 0 for codec float32 and for a store without rows.
 
     Raises:
         StoreError: A row that is read is damaged.
@@ -46,10 +46,10 @@ def quantisation_error(store: Store) -> dict[str, float]:
 
 
 def _row_error(store: Store, row: int, noise: np.random.Generator) -> tuple[float, float, float]:
-    """The three errors of one row, counted over the shards of the store."""
+    """Returns the three errors of one row; ``row`` is its index among the rows of all shards."""
     ids, logits, step = _stored_row(store, row)
     moved = logits + step * noise.uniform(-0.5, 0.5, logits.shape)
-    # No wider than what is stored: the largest numbers must stay numbers.
+    # Clipped to the range of the stored logits, so that the largest ones stay finite.
     before = moved.clip(logits.min(), logits.max()).astype(np.float32)
     after = _rounded(ids, before, store.vocab_size, store.settings.codec)
     before, after = before.astype(np.float64), after.astype(np.float64)
@@ -60,7 +60,7 @@ def _row_error(store: Store, row: int, noise: np.random.Generator) -> tuple[floa
 
 
 def _stored_row(store: Store, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | np.float64]:
-    """(1, K) ids and logits of a row, and the distance between the values that its codec could have stored there."""
+    """Returns the (1, K) ids and logits of a row, and the distance between adjacent values of its codec."""
     number = 0
     while row >= store.shards[number].rows:
         row -= store.shards[number].rows
@@ -77,7 +77,7 @@ def _stored_row(store: Store, row: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def _rounded(ids: np.ndarray, logits: np.ndarray, vocab_size: int, codec: str) -> np.ndarray:
-    """(1, K) logits, encoded and decoded."""
+    """Encodes and decodes (1, K) logits."""
     scalar = np.zeros(1, np.float32)
     rows: EncodedRows = encode_rows(ids, logits, _LSE, scalar, vocab_size=vocab_size, codec=codec, first_row=0)
     arrays = {name: getattr(rows, name) for name in ("id_words", "values", "affine", "lse", "target_logit")}

@@ -1,4 +1,4 @@
-"""Store: the documents of a store, decoded when they are asked for, every byte of them checked."""
+"""``Store``: reads the documents of a store; each is checked and decoded on access."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ from slimkernels.store.errors import (
     ShardSizeError,
 )
 from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
+from slimkernels.store.identity import store_fingerprint
 from slimkernels.store.manifest import load_manifest, load_shards
+from slimkernels.store.prompts import read_prompt_lengths
 
 _DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
 _VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -45,31 +47,34 @@ _MAX_MAPPED = 256
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Document:
-    """One sequence and what the teacher said about some of its tokens.
+    """A sequence of tokens and the teacher's logits for some of them.
 
     Attributes:
         input_ids: (T,) int64.
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
-        teacher: SparseLogits (R, K): ids int32, logits, lse and target_logit float32. K is the largest number
-            of entries one of its rows keeps (at least 1); the others are padded with id -1 and logit 0.
+        teacher: SparseLogits (R, K): ids int32, logits, lse and target_logit float32. K is the number of entries of the
+            largest row (at least 1); smaller rows are padded with id -1 and logit 0.
+        prompt_length: Number of tokens at the beginning that are a prompt; 0 where the store does not know.
     """
 
     input_ids: Tensor
     positions: Tensor
     teacher: SparseLogits
+    prompt_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedDocument:
-    """A document whose teacher is still packed: PackedLogits of R rows, for :func:`slimkernels.decode_logits`."""
+    """A document with undecoded rows: PackedLogits of R rows, for :func:`slimkernels.decode_logits`."""
 
     input_ids: Tensor
     positions: Tensor
     teacher: PackedLogits
+    prompt_length: int = 0
 
 
 def tokens_as_int32(input_ids: Any, vocab_size: int) -> np.ndarray:
-    """(T,) token ids of any integer type to int32, T >= 1, each in [0, vocab_size)."""
+    """Converts (T,) token ids of any integer type, T >= 1, each in [0, vocab_size), to int32."""
     ids = torch.as_tensor(input_ids)
     if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(
@@ -82,11 +87,11 @@ def tokens_as_int32(input_ids: Any, vocab_size: int) -> np.ndarray:
 
 
 class Shard:
-    """One mapped shard. Its size, header and index are checked here, documents and rows when they are read.
+    """A memory-mapped shard; size, header and index are checked on opening, documents and rows when they are read.
 
     Attributes:
-        arrays: Its tensors by name, ``id_words`` and ``values`` flat, ``values`` as bytes. Those of the index
-            are a copy, so that what was checked cannot change; the others are mapped.
+        arrays: Tensors by name, and ``prompt_lengths`` (D,); ``id_words`` and ``values`` are flat, ``values`` as
+            bytes. Those of the index are copies, so that they cannot change after the check; the others are mapped.
     """
 
     def __init__(self, path: Path, settings: StoreSettings, entry: ShardEntry) -> None:
@@ -107,6 +112,8 @@ class Shard:
             array = np.frombuffer(head if spec.stop <= layout.head_bytes else self._map, dtype, count, spec.start)
             self.arrays[spec.name] = array if spec.name in ("id_words", "values") else array.reshape(spec.shape)
         self._check_index()
+        counts = np.diff(self.arrays["document_token_offsets"])
+        self.arrays["prompt_lengths"] = read_prompt_lengths(path, entry, counts)
 
     def _check_index(self) -> None:
         entry, arrays = self.entry, self.arrays
@@ -133,17 +140,17 @@ class Shard:
         raise ShardIndexError(f"its index is damaged: {what}", file=self.entry.file)
 
     def hashes(self) -> list[bytes]:
-        """The hash of each document."""
+        """Returns the hash of each document."""
         data = self.arrays["document_hashes"].tobytes()
         return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
 
     def rows_of(self, document: int) -> tuple[int, int]:
-        """The rows [start, stop) of a document."""
+        """Returns the rows [start, stop) of a document."""
         start, stop = self.arrays["document_row_offsets"][document : document + 2].tolist()
         return start, stop
 
     def tokens(self, document: int, index: int) -> np.ndarray:
-        """(T,) int32 ids of a document, checked against its hash; ``index`` is its place in the store."""
+        """Returns the (T,) int32 ids of a document, checked against its hash; ``index`` is its index in the store."""
         self._require_size()
         start, stop = self.arrays["document_token_offsets"][document : document + 2].tolist()
         ids = self.arrays["input_ids"][start:stop]
@@ -169,8 +176,8 @@ class Shard:
         )
 
     def packed(self, start: int, stop: int, index: int) -> PackedLogits:
-        """The same rows as they are stored; they are decoded too, which is how their form is checked."""
-        # A few at a time, so that what is only checked stays in the caches.
+        """Returns rows [start, stop) without decoding them; they are decoded once to check them."""
+        # A few rows at a time, so that the decoded values stay in the caches.
         for begin in range(start, stop, _CHECKED_ROWS):
             self.teacher(begin, min(begin + _CHECKED_ROWS, stop), index)
         rows = packed_rows(**self._rows(start, stop))
@@ -227,22 +234,22 @@ def open_shard(path: Path, entry: ShardEntry, layout: ShardLayout) -> BinaryIO:
 class Store(Sequence[Document]):
     """The documents of a store, in the order they were added; a map-style dataset for data loaders.
 
-    Opening reads the manifest and compares every shard's size and header with it. A document is decoded when
-    it is asked for; every byte that makes it up is checked then, so a damaged one raises and is never returned.
-    Shards are mapped, not read; instances can be pickled, forked and shared by threads.
+    Opening reads the manifest and compares every shard's size and header with it. A document is decoded on access, and
+    every byte of it is checked then, so a damaged one raises and is never returned. Shards are memory-mapped; instances
+    can be pickled, forked and shared by threads.
 
-    A store of parts, which several ranks have captured, is read as one: part after part, ``num_parts`` of them
-    (None: a store that is one).
+    A store of parts, which several ranks have captured, is read as one store, one part after the other. ``num_parts``
+    is their number, or None for a store without parts.
 
     Args:
-        path: The directory.
+        path: Directory of the store.
         vocab_size: V expected by the caller, or None for any.
-        tokenizer_fingerprint: The tokenizer expected by the caller, or None for any.
+        tokenizer_fingerprint: Tokenizer expected by the caller, or None for any.
 
     Raises:
         NotAStoreError: There is no manifest.
         SettingsMismatchError: The store is for another vocabulary or tokenizer.
-        StoreError: Any other of its kinds: the store is damaged.
+        StoreError: The store is damaged; the subclass says how.
     """
 
     def __init__(
@@ -256,7 +263,7 @@ class Store(Sequence[Document]):
             stored = getattr(self.settings, name)
             if expected is not None and expected != stored:
                 raise SettingsMismatchError(
-                    f"{self.path} was captured with {name}={stored!r}, but {name}={expected!r} is asked for: "
+                    f"{self.path} was captured with {name}={stored!r}, but {name}={expected!r} is expected: "
                     "capture the teacher again with this tokenizer, or use the student that belongs to the store"
                 )
         for entry in self.shards:
@@ -277,13 +284,30 @@ class Store(Sequence[Document]):
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Names the tokenizer of the documents."""
+        """Fingerprint of the tokenizer of the documents."""
         return self.settings.tokenizer_fingerprint
 
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The temperatures of every document's lse."""
         return self.settings.temperatures
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the store's documents, rows and settings, which does not depend on names and places."""
+        return store_fingerprint(self.settings, self.shards)
+
+    def longest_document(self) -> int:
+        """Returns the number of tokens of the longest document, from 8 bytes of the index for each document."""
+        longest = 0
+        for entry in self.shards:
+            layout = shard_layout(self.settings, entry)
+            spec = next(spec for spec in layout.tensors if spec.name == "document_token_offsets")
+            with open_shard(self.path, entry, layout) as file:
+                file.seek(spec.start)
+                offsets = np.frombuffer(file.read(spec.stop - spec.start), _DTYPES[spec.dtype])
+            longest = max(longest, int(np.diff(offsets).max(initial=0)))
+        return longest
 
     @property
     def num_rows(self) -> int:
@@ -306,7 +330,7 @@ class Store(Sequence[Document]):
         return self._document(index, Document, Shard.teacher)
 
     def packed(self, index: int) -> PackedDocument:
-        """One document, checked as ever, with its rows left packed: what to copy to a GPU and decode there."""
+        """Returns one document, checked, with its rows still packed, to be copied to a GPU and decoded there."""
         return self._document(index, PackedDocument, Shard.packed)
 
     def _document(self, index: int, kind: Callable[..., Any], teacher: Callable[..., Any]):
@@ -317,13 +341,14 @@ class Store(Sequence[Document]):
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             positions=torch.from_numpy(shard.arrays["positions"][start:stop].astype(np.int64)),
             teacher=teacher(shard, start, stop, index),
+            prompt_length=int(shard.arrays["prompt_lengths"][local]),
         )
 
     def row(self, index: int, position: int) -> SparseLogits:
         """Decodes the single row of document ``index`` that predicts its token ``position``, shape (1, K).
 
         Raises:
-            KeyError: The teacher has no row there.
+            KeyError: The teacher has no row at this position.
         """
         index, shard, local = self._locate(index)
         start, stop = shard.rows_of(local)
@@ -333,7 +358,7 @@ class Store(Sequence[Document]):
         return shard.teacher(at, at + 1, index)
 
     def find(self, input_ids: Any) -> int | None:
-        """The index of the document with these token ids, or None when the store has none."""
+        """Returns the index of the document with these token ids, or None if it is not in the store."""
         if self._index_by_hash is None:
             self._index_by_hash = {
                 digest: first + i
@@ -343,15 +368,15 @@ class Store(Sequence[Document]):
         return self._index_by_hash.get(document_hash(tokens_as_int32(input_ids, self.vocab_size)))
 
     def __contains__(self, input_ids: object) -> bool:
-        """Whether a document with these token ids is stored."""
+        """Returns whether a document with these token ids is stored."""
         return self.find(input_ids) is not None
 
     def shard(self, number: int) -> Shard:
-        """One shard, mapped and its index checked."""
+        """Returns one shard, mapped and with its index checked."""
         shard = self._mapped.pop(number, None)
         if shard is None:
             shard = Shard(self.path, self.settings, self.shards[number])
-        # Reinserted last, so that the first is the one that was not used for the longest time.
+        # Reinserted last, so that the first is the least recently used one.
         self._mapped[number] = shard
         if len(self._mapped) > _MAX_MAPPED:
             self._mapped.pop(next(iter(self._mapped)), None)

@@ -1,8 +1,7 @@
-"""``capture``: what the teacher says about every token of every document, straight from hidden states to a store."""
+"""``capture``: computes the teacher's logits of every token of every document and writes the kept ones into a store."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,26 +11,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint, whole_tensor
-from slimkernels.models.head import LanguageModelHead
+from slimkernels.models.fingerprints import weights_fingerprint
+from slimkernels.models.head import LanguageModelHead, check_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
+from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.ranks import TeacherProcesses
 from slimkernels.teacher.selection import default_codec, resolve_selection
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
-# A batch ends before a document that is this much longer than its shortest one: bounds the padding.
+# Longest document of a batch over its shortest one; bounds the padding.
 _MAX_LENGTH_RATIO = 1.25
 _CHECKED_TOKENS = 16
 
 
 class CaptureReport(NamedTuple):
-    """What one call of ``capture`` did.
+    """The result of one call of ``capture``.
 
     Attributes:
         documents: Documents added to the store.
         tokens: Tokens in them.
-        skipped: Documents passed over: in the store already, or without a label (fewer than 2 tokens; counted by
-            rank 0).
+        skipped: Documents that were in the store already, or have no label (counted by rank 0).
     """
 
     documents: int
@@ -41,7 +41,7 @@ class CaptureReport(NamedTuple):
 
 def capture(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     documents: Iterable[Sequence[int]],
     store_path: str | os.PathLike[str],
     *,
@@ -61,63 +61,64 @@ def capture(
     num_parts: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaptureReport:
-    """Adds every document to a store, with the teacher's kept logits of every token but the first.
+    """Adds documents to a store, with the teacher's kept logits of every token but the first.
 
-    Equivalent to, for each document::
+    Equivalent to, for each document, with V the number of ids of the tokenizer::
 
-        logits = model(ids[None]).logits[0, :-1]
+        logits = model(ids[None]).logits[0, :-1, :V]
         writer.add(ids, torch.arange(1, len(ids)), topk_logits(logits, top_k, top_fraction, target=ids[1:]))
 
-    but the (N, V) logits of a batch never exist, with draws those of a few hundred rows: O(batch_tokens * K) memory
-    beside the model's.
+    but the (N, V) logits of a batch never exist; with draws, those of a few hundred rows do. The memory in addition to
+    the model's is O(batch_tokens * K).
 
-    Documents are sorted by length within windows of consecutive ones and run in right-padded batches. Windows and
-    batches depend on the documents alone, so a call that was killed is continued by the same call and gives the
-    same store, bit for bit; documents that are in the store are skipped. A window's documents are stored longest
-    first.
+    Documents are sorted by length within windows of consecutive documents and run in right-padded batches. Windows and
+    batches depend only on the documents, so after a kill the same call continues and gives the same store, bit for
+    bit; documents that are in the store are skipped. The documents of a window are stored longest first.
 
-    Several processes fill one store together when each calls this with the same documents and a ``rank`` of its own.
-    Windows and batches are then formed within a part of the store (``RankWriter``), so they depend on the documents
-    and on ``num_parts``, never on ``num_ranks``. Ranks do not wait for each other: one that died is started again,
-    alone or with the others, and ``num_ranks`` may be another one then. Every rank reads all documents.
+    Several processes fill one store together if each calls this with the same documents and its own ``rank``. Windows
+    and batches are then formed within each part of the store (``RankWriter``), so they depend on the documents and on
+    ``num_parts``, but not on ``num_ranks``. Ranks do not wait for each other: one that died can be started again, alone
+    or with the others, and ``num_ranks`` may change. Every rank reads all documents.
 
-    A teacher whose parameters are split over several processes (DTensors, as ``load_teacher`` makes them with
-    ``tensor_parallel``) is one rank: all of its processes call this alike, and the first of them writes.
+    A teacher whose parameters are split over several processes (DTensors, from ``load_teacher`` with
+    ``tensor_parallel``) is one rank: all of its processes make the same call, and the first of them writes.
 
     Args:
         model: A causal language model whose head is one linear layer; a final softcap or scale is taken from its
             configuration, and checked against the model's own logits.
-        tokenizer: Its tokenizer; its fingerprint goes into the store.
-        documents: Token id lists, as from ``read_documents``.
-        store_path: A new directory, or a store made with the same settings.
-        top_k: K, the entries kept of every row.
-        top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
-        top_p: In (0, 1]: of every row's K entries, keeps only the fewest that hold this much of the teacher's
-            probability at temperature 1, so that rows differ in length. A row whose K entries hold less keeps them all.
-        select: "top_k" keeps the largest logits. "sample" keeps the ids of ``rounds`` draws instead, as
-            ``sample_targets``, and "mixed" both, as ``mixed_targets``: unbiased teachers, for rest "zero" or "renorm"
-            at temperature 1.
-        rounds: Draws of every row, by default 50.
-        seed: Of the draws; beside it they depend on nothing but the document.
-        temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first, and with draws the
-            only one.
-        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32". By default "affine8", and "float32" with
-            draws, whose shares it keeps to seven digits.
+        tokenizer: Tokenizer of the model; its fingerprint goes into the store, and only its ids count. With None the
+            store has no fingerprint, and every row of the head counts.
+        documents: Token id lists, as from ``read_documents``. A ``TokenizedDocument`` has rows for its labels only, and
+            the store keeps the length of its prompt.
+        store_path: New directory, or a store made with the same settings.
+        top_k: K, the number of entries to keep of every row.
+        top_fraction: K as a share of the vocabulary; 0.05 if neither this nor ``top_k`` is given.
+        top_p: Probability in (0, 1]. Of the K entries of a row it keeps the fewest that hold this much of the teacher's
+            probability at temperature 1, so rows differ in length. A row whose K entries hold less keeps them all.
+        select: Kind of selection. "top_k" keeps the largest logits, "sample" the ids of ``rounds`` draws from
+            ``sample_targets``, and "mixed" both, from ``mixed_targets``. The draws are unbiased teachers, for rest
+            "zero" or "renorm" at temperature 1.
+        rounds: Number of draws of every row, 50 by default.
+        seed: Seed of the draws, which depend on it and on the document only.
+        temperatures: Temperatures at which the log-sum-exp of the whole row is kept; 1.0 is always the first, and with
+            draws the only one.
+        codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32". The default is "affine8", and
+            "float32" with draws, which keeps their shares to seven digits.
         batch_tokens: Tokens of a batch, padding included; a longer document is a batch of its own.
-        window: Documents that are sorted together.
-        shard_rows: As in ``StoreWriter``; a kill loses the rows of an unfinished shard.
-        rank: This process among those that fill the store together.
-        num_ranks: How many there are.
-        num_parts: Of a new store; None makes one per rank, and takes what a store has.
-        progress: Called as progress(documents, tokens) after each batch, with what is done so far, skipped documents
+        window: Number of documents that are sorted together.
+        shard_rows: Rows at which a shard is full, the same as in ``StoreWriter``; a kill loses an unfinished shard.
+        rank: Rank of this process among those that fill the store together.
+        num_ranks: Number of ranks.
+        num_parts: Number of parts of a new store. None makes one per rank, and takes the number of an existing store.
+        progress: Called as progress(documents, tokens) after each batch, with the totals so far, skipped documents
             included.
 
     Returns:
-        CaptureReport, of this rank.
+        CaptureReport of this rank.
 
     Raises:
-        ValueError: An argument out of range, a token id outside the teacher's vocabulary, a document longer than
-            the teacher can read, no document at all, or a teacher whose logits this cannot compute.
+        ValueError: An argument is out of range, a token id is outside the teacher's vocabulary, a document is longer
+            than the teacher can read, there is no document, or the logits of this kind of teacher cannot be computed.
         SettingsMismatchError: The store was made with another teacher, tokenizer, selection, codec or number of
             parts.
         StoreLockedError: Another process writes to the store, or to a part of this rank.
@@ -129,6 +130,7 @@ def capture(
     teacher = _Teacher(
         model,
         tokenizer,
+        store_path,
         select=select,
         top_k=top_k,
         top_fraction=top_fraction,
@@ -146,8 +148,8 @@ def capture(
         rank=rank,
         num_ranks=num_ranks,
         num_parts=num_parts,
-        vocab_size=teacher.head.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=teacher.vocabulary.size,
+        tokenizer_fingerprint=teacher.vocabulary.fingerprint,
         teacher=teacher.description,
         selection=teacher.selection.description,
         temperatures=teacher.selection.temperatures,
@@ -155,7 +157,7 @@ def capture(
         shard_rows=shard_rows,
     ) as writer:
         for batch in _batches(teacher.checked(documents), window, batch_tokens, writer.part_of):
-            # A batch is computed whole or not at all: rounding must not depend on where a capture was killed.
+            # A batch is computed as a whole, so that rounding does not depend on where a capture was killed.
             missing = [ids not in writer for ids in batch]
             if any(missing):
                 rows = teacher(batch)
@@ -164,7 +166,7 @@ def capture(
                     if ids in writer:
                         skipped += 1
                         continue
-                    writer.add(ids, torch.arange(1, len(ids)), sparse)
+                    writer.add(ids, ids.labels, sparse, prompt_length=ids.prompt_length)
                     added += 1
                     tokens += len(ids)
             else:
@@ -175,41 +177,37 @@ def capture(
     if not teacher.labelled:
         raise ValueError("documents must hold at least one document of 2 tokens, got none")
     teacher.dismiss()
-    # Documents without a label belong to no part: the first rank counts them.
+    # Documents without a label belong to no part, so the first rank counts them.
     return CaptureReport(added, tokens, skipped + (teacher.short if rank == 0 else 0))
 
 
 class _Teacher:
     """Turns batches of documents into kept logits."""
 
-    def __init__(self, model, tokenizer, *, select, **options) -> None:
+    def __init__(self, model, tokenizer, store_path, *, select, **options) -> None:
         self.model = model
         self.processes = TeacherProcesses.of(model)
-        self.head = _whole_head(model)
-        self.selection = resolve_selection(select, self.head.vocab_size, **options)
+        self._whole_head = LanguageModelHead.of(model).gathered()
+        self.vocabulary = captured_vocabulary(tokenizer, self._whole_head.vocab_size, store_path)
+        self.head = self._whole_head.first_rows(self.vocabulary.size)
+        self.selection = resolve_selection(select, self.vocabulary.size, **options)
         self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.short = self.labelled = 0
-        # Computed once and by all processes of the teacher.
+        # Computed here, because all processes of the teacher must take part.
         self.description = _describe(model)
         self._is_checked = False
-        # Many models have more rows than their tokenizer has tokens; the other way round is a wrong pair.
-        if len(tokenizer) > self.head.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the teacher {self.head.vocab_size}: load the "
-                "tokenizer that belongs to the teacher"
-            )
 
-    def checked(self, documents: Iterable[Sequence[int]]) -> Iterator[list[int]]:
-        """The documents that have a label, each within the teacher's vocabulary and length."""
+    def checked(self, documents: Iterable[Sequence[int]]) -> Iterator[TokenizedDocument]:
+        """Yields the documents that have a label, after checking their token ids and lengths."""
         for number, document in enumerate(documents, 1):
-            ids = list(document)
-            if len(ids) < 2:
+            ids = TokenizedDocument.of(document)
+            if not ids.labels:
                 self.short += 1
                 continue
-            if min(ids) < 0 or max(ids) >= self.head.vocab_size:
+            if min(ids) < 0 or max(ids) >= self.vocabulary.size:
                 raise ValueError(
-                    f"token ids must lie in [0, {self.head.vocab_size}), the teacher's vocabulary, got {min(ids)} to "
-                    f"{max(ids)} in document {number}"
+                    f"token ids must lie in [0, {self.vocabulary.size}), the ids of the tokenizer, got {min(ids)} to "
+                    f"{max(ids)} in document {number}: give the documents that this tokenizer makes"
                 )
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(
@@ -219,22 +217,22 @@ class _Teacher:
             self.labelled += 1
             yield ids
 
-    def __call__(self, batch: list[list[int]]) -> list[SparseLogits]:
-        """The kept logits (T_i - 1, K) of each document, on the CPU."""
+    def __call__(self, batch: list[TokenizedDocument]) -> list[SparseLogits]:
+        """Returns the kept logits (R_i, K) of the labels of each document, on the CPU."""
         self.processes.share(batch)
         return self._kept(batch)
 
     def follow(self) -> None:
-        """Takes part in every batch of the teacher's first process, until that dismisses the others."""
+        """Computes every batch of the teacher's first process along with it, until ``dismiss`` is called there."""
         while (batch := self.processes.share(None)) is not None:
             self._kept(batch)
 
     def dismiss(self) -> None:
-        """Lets the processes that follow this one return."""
+        """Ends ``follow`` in the other processes of the teacher."""
         self.processes.share(None)
 
     @torch.inference_mode()
-    def _kept(self, batch: list[list[int]]) -> list[SparseLogits]:
+    def _kept(self, batch: list[TokenizedDocument]) -> list[SparseLogits]:
         device = self.model.device
         lengths = [len(ids) for ids in batch]
         padded = torch.zeros((len(batch), max(lengths)), dtype=torch.int64)
@@ -243,15 +241,19 @@ class _Teacher:
         padded = padded.to(device)
         if not self._is_checked:
             self._check_head(padded[:1, : min(lengths[0], _CHECKED_TOKENS)])
-        # Without a mask: padding is at the right, where no causal model looks.
+        # No mask is needed, because a causal model does not see the padding to the right of a token.
         hidden = self._hidden(padded)
-        has_label = torch.arange(1, max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        kept = self.selection(self.head, hidden[:, :-1][has_label], padded[:, 1:][has_label], batch)
+        labels = [torch.tensor(ids.labels) for ids in batch]
+        document = torch.repeat_interleave(torch.tensor([len(of_one) for of_one in labels])).to(device)
+        position = torch.cat(labels).to(device)
+        kept = self.selection(
+            self.head, hidden[document, position - 1], padded[document, position], list(zip(batch, labels, strict=True))
+        )
         if not torch.isfinite(kept.lse).all():
             raise FloatingPointError(
                 f"the teacher's logits are not finite in {self.model.dtype}: load it in float32 or bfloat16"
             )
-        ends = list(itertools.accumulate(length - 1 for length in lengths))
+        ends = list(itertools.accumulate(map(len, labels)))
         return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
     def _hidden(self, ids: Tensor) -> Tensor:
@@ -263,15 +265,17 @@ class _Teacher:
             self.model.train(was_training)
 
     def _check_head(self, ids: Tensor) -> None:
-        expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        actual = self.head.logits(self._hidden(ids)).float()
-        error, scale = (actual - expected).abs().max(), expected.abs().max().clamp(min=1.0)
-        # Written so that NaN passes on to the check of the logits.
-        if error > (1e-4 if self.model.dtype == torch.float32 else 5e-2) * scale:
-            raise ValueError(
-                f"the logits of {type(self.model).__name__} are not softcap(logit_scale * (hidden @ weight.T + bias)) "
-                f"of its decoder's last hidden state (they differ by {float(error):.3g}): pass the model's own logits "
-                "to slimkernels.topk_logits and its result to slimkernels.store.StoreWriter"
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        # Logits that are not finite raise an error of their own when rows are selected.
+        if torch.isfinite(logits).all():
+            check_logits(
+                self.model,
+                self._whole_head,
+                self._hidden(ids),
+                logits,
+                hidden_name="its decoder's last hidden state",
+                advice=": pass the model's own logits to slimkernels.topk_logits and its result to "
+                "slimkernels.store.StoreWriter",
             )
         self._is_checked = True
 
@@ -286,20 +290,14 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _whole_head(model: PreTrainedModel) -> LanguageModelHead:
-    head = LanguageModelHead.of(model)
-    bias = None if head.bias is None else whole_tensor(head.bias)
-    return dataclasses.replace(head, weight=whole_tensor(head.weight), bias=bias)
-
-
 def _batches(
-    documents: Iterable[list[int]],
+    documents: Iterable[TokenizedDocument],
     window: int,
     batch_tokens: int,
-    part_of: Callable[[list[int]], int | None] = lambda ids: 0,
-) -> Iterator[list[list[int]]]:
-    """Batches of documents of one part and of similar length; documents without a part are left out."""
-    windows: dict[int, list[list[int]]] = {}
+    part_of: Callable[[TokenizedDocument], int | None] = lambda ids: 0,
+) -> Iterator[list[TokenizedDocument]]:
+    """Yields batches of documents of one part and of similar length, without the documents of other ranks."""
+    windows: dict[int, list[TokenizedDocument]] = {}
     for ids in documents:
         part = part_of(ids)
         if part is None:
@@ -312,9 +310,9 @@ def _batches(
         yield from _batches_of_window(waiting, batch_tokens)
 
 
-def _batches_of_window(documents: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Batches of at most ``batch_tokens`` with padding; a longer document is one of its own."""
-    batch: list[list[int]] = []
+def _batches_of_window(documents: list[TokenizedDocument], batch_tokens: int) -> Iterator[list[TokenizedDocument]]:
+    """Yields batches of at most ``batch_tokens`` with padding; a longer document is a batch of its own."""
+    batch: list[TokenizedDocument] = []
     # Longest first, so that a batch that does not fit in memory fails early.
     for ids in sorted(documents, key=len, reverse=True):
         longest = len(batch[0]) if batch else 0

@@ -1,4 +1,4 @@
-"""``generate_documents``: the teacher writes the corpus it is then captured on, from short prompts."""
+"""``generate_documents``: lets the teacher generate a corpus from short prompts, on which it is then captured."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from slimkernels.durable import Journal, write_json
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.models.head import LanguageModelHead
+from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher.vocabulary import num_token_ids
 
-# Rows of a batch whose document has ended are dropped when they are more than this share of it.
+# Finished rows of a batch are dropped once they make up at least this share of it.
 _DROPPED_SHARE = 0.25
 _BLOCK = 256
 _LINE_FIELDS = {"document", "batch", "batch_documents", "prompt", "text", "input_ids"}
 
 
 class GeneratedCorpus(NamedTuple):
-    """A file of generated documents, for ``read_documents(path, tokenizer, text_field="input_ids", max_length=None)``.
+    """A file of generated documents for ``read_documents(path, tokenizer, text_field="input_ids", max_length=None)``.
 
     Attributes:
-        path: The .jsonl file.
-        documents: Documents in it.
-        tokens: Tokens in it, prompts included.
+        path: Path of the .jsonl file.
+        documents: Number of documents in the file.
+        tokens: Number of tokens in the file, prompts included.
     """
 
     path: Path
@@ -60,46 +62,46 @@ def generate_documents(
 ) -> GeneratedCorpus:
     """Lets the teacher continue short prompts until there is enough text, and writes it to a .jsonl file.
 
-    Document i continues a prompt with tokens drawn from ``softmax(logits / temperature)`` and ends with the end of
-    text (kept) or after ``max_new_tokens``. All prompts are used once, in an order of their own for every pass,
-    before one is used again. The draw is a function of ``seed`` and i; the same call on the same machine writes
-    the same file.
+    Document i continues a prompt with tokens drawn from ``softmax(logits / temperature)`` over the ids of the
+    tokenizer, and ends with the end of text (kept) or after ``max_new_tokens``. Every pass over the prompts uses each
+    of them once, in a new order. The draw is a function of ``seed`` and i; the same call on the same machine writes the
+    same file.
 
-    A batch is written whole, with fsync; a call that was killed is continued by the same call, and the file ends
-    up as if it had not been. A larger ``num_tokens`` or ``num_documents`` extends the file; other settings are an
+    A batch is written as a whole and flushed to the disk. After a kill the same call continues, and the file becomes
+    the same as without the kill. A larger ``num_tokens`` or ``num_documents`` extends the file; other settings are an
     error (``PATH.settings.json`` holds them).
 
     Each line holds ``input_ids`` (prompt and continuation, the exact tokens drawn), ``text``, ``prompt``, the
-    number of the ``document``, of its ``batch``, and of the ``batch_documents`` in it.
+    numbers of the ``document`` and its ``batch``, and ``batch_documents``, the number of documents in the batch.
 
-    No padding and no mask: a batch starts with as many tokens as its shortest prompt, and longer prompts overrule
-    what is drawn for them until they end. Memory: the keys and values of ``batch_size`` sequences, and (batch_size, V)
-    float32 twice.
+    There is no padding and no mask: a batch starts with as many tokens as its shortest prompt, and the tokens of longer
+    prompts replace the drawn ones until the prompt ends. Memory: the keys and values of ``batch_size`` sequences, and
+    (batch_size, V) float32 twice.
 
     Args:
-        model: A causal language model. SmolLM2-135M writes 1.4 times as fast in bfloat16 as in float32 on an AVX-512
+        model: A causal language model. SmolLM2-135M generates 1.4 times as fast in bfloat16 as in float32 on an AVX-512
             core with bfloat16 instructions.
-        tokenizer: Its tokenizer.
-        prompts: Openings; ``shipped_prompts()`` for English text of many kinds.
-        path: The .jsonl file.
-        num_tokens: At least this many tokens in the file, with no document more than needed.
-        num_documents: This many documents in the file. Give this or ``num_tokens``.
-        max_new_tokens: Longest continuation.
-        temperature: 0 takes the most probable token.
-        top_k: Draws among the most probable tokens only; None among all.
-        seed: At least 0.
-        batch_size: Documents generated together.
-        wait: Waits for another process that is writing the file, and then finds its documents there. So many
-            processes may make the same call: one generates, and when it dies another continues.
-        progress: Called as progress(done, wanted) after each batch, in tokens or documents as asked for.
+        tokenizer: Tokenizer of the model.
+        prompts: Beginnings of documents, such as ``shipped_prompts()``, English text of many kinds.
+        path: Path of the .jsonl file.
+        num_tokens: Least number of tokens in the file; the last document is the one that reaches it.
+        num_documents: Number of documents in the file. Give this or ``num_tokens``.
+        max_new_tokens: Longest continuation, in tokens.
+        temperature: Sampling temperature; 0 takes the most probable token.
+        top_k: Number of most probable tokens to draw from; None draws from all.
+        seed: Seed of the draws, >= 0.
+        batch_size: Number of documents generated together.
+        wait: Whether to wait for another process that is writing the file, and then use its documents. So many
+            processes can make the same call: one generates, and if it dies, another continues.
+        progress: Called as progress(done, wanted) after each batch, in tokens or in documents.
 
     Returns:
         GeneratedCorpus.
 
     Raises:
-        ValueError: An argument out of range, a prompt without a token, a prompt and ``max_new_tokens`` longer than
-            the model can read, or a file made with other settings.
-        BlockingIOError: Another process is writing the file, and ``wait`` is False.
+        ValueError: An argument is out of range, a prompt has no token, a prompt and ``max_new_tokens`` together are
+            longer than the model can read, or the file was made with other settings.
+        FileInUseError: Another process is writing the file, and ``wait`` is False.
     """
     options = _Options(max_new_tokens, temperature, top_k, seed, batch_size)
     options.check()
@@ -152,7 +154,7 @@ class _Options:
 
 
 class _State(NamedTuple):
-    """What a file holds: whole batches."""
+    """The content of a file, which consists of whole batches."""
 
     batches: int = 0
     documents: int = 0
@@ -160,14 +162,14 @@ class _State(NamedTuple):
 
 
 class _Sampler:
-    """Draws whole batches of documents; a batch is a function of the settings and of what was written before."""
+    """Draws whole batches of documents; a batch is a function of the settings and of the documents before it."""
 
     def __init__(self, model, tokenizer, prompts: Sequence[str], options: _Options) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prompts = list(prompts)
         if not self.prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
-        self.encoded = [_without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(self.prompts)["input_ids"]]
+        self.encoded = [without_end(ids, tokenizer.eos_token_id) for ids in tokenizer(self.prompts)["input_ids"]]
         empty = next((index for index, ids in enumerate(self.encoded) if not ids), None)
         if empty is not None:
             raise ValueError(f"every prompt must have at least one token, got {self.prompts[empty]!r}")
@@ -178,7 +180,8 @@ class _Sampler:
                 f"the longest prompt and max_new_tokens={options.max_new_tokens} are {self.longest} tokens, but the "
                 f"teacher reads {limit}: lower max_new_tokens"
             )
-        self.head = LanguageModelHead.of(model)
+        # The rows that pad a head are no tokens: untrained, they have some probability all the same.
+        self.head = LanguageModelHead.of(model).first_rows(num_token_ids(tokenizer))
         if options.top_k is not None and options.top_k > self.head.vocab_size:
             raise ValueError(f"top_k must be at most the vocabulary, {self.head.vocab_size}, got {options.top_k}")
         configured = getattr(model.generation_config, "eos_token_id", None)
@@ -188,7 +191,7 @@ class _Sampler:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the text, beside the number of documents."""
+        """The settings on which the text depends, without the number of documents."""
         return {
             "teacher": str(self.model.name_or_path),
             "weights": weights_fingerprint(self.model),
@@ -198,7 +201,7 @@ class _Sampler:
         }
 
     def batch(self, state: _State, count: int) -> list[dict[str, Any]]:
-        """The lines of documents [state.documents, state.documents + count)."""
+        """Generates the lines of documents [state.documents, state.documents + count)."""
         numbers = range(state.documents, state.documents + count)
         chosen = [self._prompt_of(number) for number in numbers]
         noise = np.stack([_noise(self.options.seed, number, self.options.max_new_tokens) for number in numbers])
@@ -226,12 +229,13 @@ class _Sampler:
             ids[row, : len(prompt)] = torch.tensor(prompt)
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         lengths = prompt_lengths + self.options.max_new_tokens
-        rows = torch.arange(len(prompts), device=device)  # The documents that the cache still holds.
+        # The documents that are still in the cache.
+        rows = torch.arange(len(prompts), device=device)
         length = int(prompt_lengths.min())
         inputs = ids[:, :length]
         cache = DynamicCache(config=self.model.config)
         decoder = self.model.get_decoder()
-        # transformers renamed the argument in 5.24.
+        # transformers 5.24 renamed the argument.
         cache_name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
         while len(rows):
             hidden = decoder(input_ids=inputs, use_cache=True, **{cache_name: cache}).last_hidden_state[:, -1]
@@ -255,21 +259,22 @@ class _Sampler:
 
 
 def _noise(seed: int, document: int, count: int) -> np.ndarray:
-    """(count,) float64 in [0, 1): a function of seed and document."""
+    """Returns (count,) float64 in [0, 1), a function of seed and document."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, document])).random(count)
 
 
 def _draw(logits: Tensor, noise: Tensor, options: _Options) -> Tensor:
     """Inverts the cumulative distribution of softmax(logits / temperature) (B, V) at noise (B,) in [0, 1).
 
-    Sums of blocks first, then one block: (128, 49152) take 19 ms on two cores, and 125 ms in ``torch.multinomial``.
+    Finds a block by the sums of blocks and then the token in it: (128, 49152) take 19 ms on two cores, and 125 ms in
+    ``torch.multinomial``.
     """
     if options.temperature == 0:
         return logits.argmax(-1)
     ids = None
     if options.top_k is not None:
         logits, ids = logits.topk(options.top_k)
-    # The largest weight of a row is 1, so that no sum overflows.
+    # The largest weight of a row is 1, so no sum overflows.
     weights = ((logits - logits.amax(-1, keepdim=True)) / options.temperature).exp_()
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
@@ -281,19 +286,14 @@ def _draw(logits: Tensor, noise: Tensor, options: _Options) -> Tensor:
 
 
 def _invert(ends: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place whose cumulative sum (B, M) exceeds level (B, 1), and the level above that place's start.
+    """Returns the first index whose cumulative sum (B, M) exceeds level (B, 1), and the excess over the sum before it.
 
-    The level is kept below the last sum, so rounding never leads to a place of weight 0.
+    The level is kept below the last sum, so rounding never selects an index of weight 0.
     """
     level = torch.minimum(level, torch.nextafter(ends[:, -1:], torch.zeros_like(level)))
     place = torch.searchsorted(ends, level, right=True)
     start = torch.where(place > 0, ends.gather(1, (place - 1).clamp(min=0)), 0.0)
     return place, level - start
-
-
-def _without_end(ids: list[int], end: int | None) -> list[int]:
-    """A prompt goes on: an end of text that the tokenizer appends is taken off."""
-    return ids[:-1] if ids and ids[-1] == end else ids
 
 
 def _shortest_prefix(lines: list[dict[str, Any]], num_tokens: int) -> list[dict[str, Any]]:
@@ -337,7 +337,7 @@ def _resume(journal: Journal) -> _State:
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
-    """A line that was written whole, or None."""
+    """Parses a line; returns None unless it is complete and has the expected fields."""
     if not raw.endswith(b"\n"):
         return None
     try:
@@ -360,6 +360,6 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         # The weights' fingerprint says more than the teacher's name.
         if name != "teacher" and stored.get(name) != asked:
             raise ValueError(
-                f"{path} was generated with {name}={stored.get(name)!r}, but {name}={asked!r} is asked for: use the "
+                f"{path} was generated with {name}={stored.get(name)!r}, but {name}={asked!r} was requested: use the "
                 "same settings, or another path"
             )

@@ -1,4 +1,4 @@
-"""``capture_logits``: logits that were computed elsewhere, from arrays or files, streamed into a store."""
+"""``capture_logits``: streams logits that were computed elsewhere, in arrays or files, into a store."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels._checks import resolve_temperatures, resolve_top_k
-from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.models.sparse_targets import CHUNK_ROWS, DEFAULT_TOP_FRACTION
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
 from slimkernels.teacher.capture import CaptureReport
+from slimkernels.teacher.corpus import TokenizedDocument
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
 
 class _Rows(NamedTuple):
-    """Logits of one document, not read yet."""
+    """The logits of one document, which ``read(start, stop)`` reads."""
 
     count: int
     vocab_size: int
@@ -33,7 +34,7 @@ class _Rows(NamedTuple):
 
 def capture_logits(
     logits: str | os.PathLike[str] | np.ndarray | Tensor | Iterable[np.ndarray | Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     documents: Iterable[Sequence[int]],
     store_path: str | os.PathLike[str],
     *,
@@ -45,34 +46,35 @@ def capture_logits(
     shard_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaptureReport:
-    """Adds every document to a store, with the kept logits of every token but the first.
+    """Adds documents to a store, with the kept logits of every token but the first.
 
     Equivalent to, for document i of T tokens and its logits (T, V), whose row t predicts token t + 1::
 
         writer.add(ids, torch.arange(1, T), topk_logits(logits[i][:-1], top_k, top_fraction, target=ids[1:]))
 
-    A document's last row, which predicts what comes after it, may be missing. Files are read a few hundred rows at a
-    time. Documents that are in the store are skipped, and their logits not read: the same call continues after a
-    kill. Log-probabilities are logits too.
+    The last row of a document, which predicts the token after its end, may be missing. Files are read a few hundred
+    rows at a time. Documents that are in the store are skipped and their logits not read, so the same call continues
+    after a kill. Log-probabilities are valid logits.
 
     Args:
-        logits: A ``.npy`` or ``.safetensors`` file, an array, or arrays one after the other, of float32, bfloat16,
-            float16 or float64. By shape:
+        logits: A ``.npy`` or ``.safetensors`` file, an array, or an iterable of arrays, of float32, bfloat16, float16
+            or float64. The shape decides the meaning:
 
             - (N, V): the rows of all documents, one document after the other, with N = sum(T) or sum(T - 1).
             - (B, T, V): the documents of a batch, padded at the end.
             - an array (T or T - 1, V) per document. In a ``.safetensors`` file, the tensors are named by the
-              document's number: "0", "1", ..., or with any common beginning, as in "logits.0".
-        tokenizer: The teacher's; its fingerprint goes into the store.
+              number of the document: "0", "1", ..., or with a common prefix, as in "logits.0".
+        tokenizer: The teacher's tokenizer; its fingerprint goes into the store. Columns beyond its ids pad the head
+            and are not read. With None the store has no fingerprint, and every column counts.
         documents: Token id lists, in the order of the logits, each of at least 2 tokens.
-        store_path: A new directory, or a store made with the same settings.
-        name: The teacher's, for the store.
-        top_k: K, the entries kept of every row.
-        top_fraction: K as a share of the vocabulary. By default, without ``top_k``, 0.05.
-        temperatures: At which the log-sum-exp of the whole row is kept; 1.0 is always the first.
-        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32".
-        shard_rows: As in ``StoreWriter``.
-        progress: Called as progress(documents, tokens) after each document, with what is done so far, skipped ones
+        store_path: New directory, or a store made with the same settings.
+        name: Name of the teacher, kept in the store.
+        top_k: K, the number of entries to keep of every row.
+        top_fraction: K as a share of the vocabulary; 0.05 if neither this nor ``top_k`` is given.
+        temperatures: Temperatures at which the log-sum-exp of the whole row is kept; 1.0 is always the first.
+        codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32".
+        shard_rows: Rows at which a shard is full, the same as in ``StoreWriter``.
+        progress: Called as progress(documents, tokens) after each document, with the totals so far, skipped documents
             included.
 
     Returns:
@@ -80,33 +82,29 @@ def capture_logits(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A file that is not one of the two, logits of another shape or dtype, logits and documents that do
-            not fit together, or a token id outside the vocabulary.
+        ValueError: The file is of another kind, the logits have another shape or dtype or do not match the documents,
+            or a token id is outside the vocabulary.
         FloatingPointError: A row's logits are not finite.
         SettingsMismatchError: The store was made with another teacher, tokenizer, selection or codec.
     """
     if top_k is None and top_fraction is None:
         top_fraction = DEFAULT_TOP_FRACTION
     temperatures = resolve_temperatures(temperatures)
-    ids_of = [list(ids) for ids in documents]
+    ids_of = [TokenizedDocument.of(ids) for ids in documents]
     _check_documents(ids_of)
     rows_of = _open(logits, [len(ids) for ids in ids_of])
     first = next(rows_of, None)
     if first is None:
         raise ValueError("logits must hold the logits of at least one document, got none")
     vocab_size = first.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the logits have {vocab_size} columns: give the "
-            "tokenizer that belongs to the teacher"
-        )
+    stored_vocab_size, fingerprint = captured_vocabulary(tokenizer, vocab_size, store_path, "the logits have")
     kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
-    kept = resolve_top_k(top_k, top_fraction, vocab_size)
+    kept = resolve_top_k(top_k, top_fraction, stored_vocab_size)
     added = tokens = skipped = done_tokens = 0
     with StoreWriter(
         store_path,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=stored_vocab_size,
+        tokenizer_fingerprint=fingerprint,
         teacher={"name": name},
         selection={"kind": kind, "value": value, "top_k": kept},
         temperatures=temperatures,
@@ -118,11 +116,13 @@ def capture_logits(
             if number >= len(ids_of):
                 raise ValueError(f"logits must have one array per document, got more than the {len(ids_of)} documents")
             ids = ids_of[number]
-            _check_rows(rows, ids, vocab_size, number)
+            _check_rows(rows, ids, vocab_size, stored_vocab_size, number)
             if ids in writer:
                 skipped += 1
             else:
-                writer.add(ids, torch.arange(1, len(ids)), _select(rows, ids, kept, temperatures, number))
+                labels = torch.tensor(ids.labels, dtype=torch.int64)
+                teacher = _select(rows, ids, stored_vocab_size, kept, temperatures, number)[labels - 1]
+                writer.add(ids, labels, teacher, prompt_length=ids.prompt_length)
                 added += 1
                 tokens += len(ids)
             done_tokens += len(ids)
@@ -133,11 +133,13 @@ def capture_logits(
     return CaptureReport(added, tokens, skipped)
 
 
-def _select(rows: _Rows, ids: list[int], top_k: int, temperatures: tuple[float, ...], number: int) -> SparseLogits:
+def _select(
+    rows: _Rows, ids: list[int], vocab_size: int, top_k: int, temperatures: tuple[float, ...], number: int
+) -> SparseLogits:
     parts = []
     for start in range(0, len(ids) - 1, CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(ids) - 1)
-        chunk = _as_tensor(rows.read(start, stop))
+        chunk = _as_tensor(rows.read(start, stop))[:, :vocab_size]
         label = torch.tensor(ids[start + 1 : stop + 1])
         part = topk_logits(chunk, top_k, target=label, temperatures=temperatures)
         if not torch.isfinite(part.lse).all():
@@ -147,11 +149,11 @@ def _select(rows: _Rows, ids: list[int], top_k: int, temperatures: tuple[float, 
 
 
 def _as_tensor(chunk: Any) -> Tensor:
-    # A copy of the rows: a mapped array cannot be written, and torch wants that it could.
+    # Copies the rows, because torch warns about arrays that are not writable, such as mapped ones.
     return chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
 
 
-def _check_documents(ids_of: list[list[int]]) -> None:
+def _check_documents(ids_of: list[TokenizedDocument]) -> None:
     if not ids_of:
         raise ValueError("documents must hold at least one document, got none")
     short = next((number for number, ids in enumerate(ids_of) if len(ids) < 2), None)
@@ -159,7 +161,7 @@ def _check_documents(ids_of: list[list[int]]) -> None:
         raise ValueError(f"every document must have at least 2 tokens, got {len(ids_of[short])} in document {short}")
 
 
-def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, number: int) -> None:
+def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, stored_vocab_size: int, number: int) -> None:
     if rows.vocab_size != vocab_size:
         raise ValueError(f"document {number} has logits of {rows.vocab_size} columns, the first {vocab_size}")
     if rows.count not in (len(ids) - 1, len(ids)):
@@ -167,12 +169,14 @@ def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, number: int) -> No
             f"document {number} has {len(ids)} tokens, so {len(ids)} or {len(ids) - 1} rows of logits are expected, "
             f"got {rows.count}: give the documents as the teacher read them"
         )
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {min(ids)} to {max(ids)} in document {number}")
+    if min(ids) < 0 or max(ids) >= stored_vocab_size:
+        raise ValueError(
+            f"token ids must lie in [0, {stored_vocab_size}), got {min(ids)} to {max(ids)} in document {number}"
+        )
 
 
 def _open(logits: Any, lengths: list[int]) -> Iterator[_Rows]:
-    """The logits of each document; raises at once for a file or an array that cannot be meant."""
+    """Returns the logits of each document; raises at once for a file or an array that cannot hold them."""
     if isinstance(logits, (str, os.PathLike)):
         path = Path(logits)
         if not path.is_file():
@@ -214,13 +218,13 @@ def _open_safetensors(path: Path, lengths: list[int]) -> Iterator[_Rows]:
 
 
 class _Slice:
-    """A tensor of a safetensors file, read where it is indexed."""
+    """A tensor of a safetensors file, of which only indexed parts are read."""
 
     def __init__(self, file: Any, name: str) -> None:
         self._slice = file.get_slice(name)
         self.shape = tuple(self._slice.get_shape())
         self.ndim = len(self.shape)
-        # Reads nothing.
+        # An empty slice gives the dtype without reading the tensor.
         self.dtype = self._slice[tuple(slice(0, 0) for _ in self.shape)].dtype
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -233,7 +237,7 @@ def _one(array: Any) -> _Rows:
 
 
 def _split(array: Any, lengths: list[int]) -> Iterator[_Rows]:
-    """The documents of one array, flat or padded."""
+    """Splits one array, flat or padded, into the logits of documents."""
     _check_array(array, (2, 3))
     if array.ndim == 3:
         if array.shape[0] != len(lengths) or array.shape[1] < max(lengths) - 1:

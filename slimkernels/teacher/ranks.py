@@ -1,4 +1,4 @@
-"""Many processes that capture together: the rank of this one, its device, and a teacher that is split over several."""
+"""Processes that capture together: the rank and device of each, and teachers that are split over several."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from slimkernels.teacher.corpus import TokenizedDocument
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among those that ``torchrun`` or ``accelerate launch`` started; alone when there are no others.
+    """The place of this process among those that ``torchrun`` or ``accelerate launch`` started, or as the only one.
 
     ``tensor_parallel`` consecutive processes hold one teacher together and are one rank of the capture.
 
     Attributes:
-        process: In [0, num_processes), over all machines.
-        num_processes: A multiple of ``tensor_parallel``.
-        local_process: In [0, num_local_processes), on this machine.
-        num_local_processes: On this machine.
-        tensor_parallel: Processes of one teacher.
+        process: Index of this process over all machines, in [0, num_processes).
+        num_processes: Number of processes over all machines, a multiple of ``tensor_parallel``.
+        local_process: Index of this process on its machine, in [0, num_local_processes).
+        num_local_processes: Number of processes on this machine.
+        tensor_parallel: Number of processes that hold one teacher.
     """
 
     process: int = 0
@@ -37,8 +39,8 @@ class Ranks:
         """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 
         Raises:
-            ValueError: Some of them are set, but not all; one is not a number; or the number of processes is not a
-                multiple of ``tensor_parallel``.
+            ValueError: Only some of them are set, one is not a number, or the number of processes is not a multiple of
+                ``tensor_parallel``.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         values = [environment[name] for name in names if name in environment]
@@ -63,20 +65,20 @@ class Ranks:
 
     @property
     def num_ranks(self) -> int:
-        """The ranks of the capture."""
+        """The number of ranks of the capture."""
         return self.num_processes // self.tensor_parallel
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this process, or the CPU where there is none."""
+        """The GPU of this process, or the CPU if there is none."""
         return torch.device("cuda", self.local_process) if torch.cuda.is_available() else torch.device("cpu")
 
     def start(self, num_threads: int | None = None) -> None:
-        """Takes this process' share of the machine, and joins the processes that hold the same teacher.
+        """Sets the threads and the GPU of this process, and joins the processes that hold the same teacher.
 
         Args:
-            num_threads: On the CPU; None shares the processors among the processes of this machine, also where a
-                launcher has set OMP_NUM_THREADS to 1. A process alone keeps what it has.
+            num_threads: Number of CPU threads. None divides the processors among the processes of this machine, even if
+                a launcher has set OMP_NUM_THREADS to 1; a single process keeps its setting.
 
         Raises:
             ValueError: The machine has fewer GPUs than processes.
@@ -93,7 +95,7 @@ class Ranks:
                 )
             torch.cuda.set_device(self.device)
         if self.tensor_parallel > 1:
-            # A world of its own for every teacher: one that dies leaves the others alone.
+            # Every teacher has its own process group, so that the death of one does not affect the others.
             store, _, _ = next(dist.rendezvous("env://"))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
@@ -103,30 +105,30 @@ class Ranks:
             )
 
     def finish(self) -> None:
-        """Leaves the processes that hold the same teacher, once all of it is done; a failed process just ends."""
+        """Leaves the group of the processes that hold the same teacher; not called by a process that failed."""
         if self.tensor_parallel > 1:
             dist.destroy_process_group()
 
 
 class TeacherProcesses:
-    """The processes that hold one teacher together: its parameters are DTensors over them. Often it is one alone."""
+    """The processes that hold one teacher, whose parameters are DTensors over them; usually a single process."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TeacherProcesses:
-        """Finds them by the model's parameters."""
+        """Finds the processes from the parameters of a model."""
         meshes = [parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)]
         return cls(meshes[0].get_group() if meshes else None)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process is the one that writes."""
         return self._group is None or dist.get_rank(self._group) == 0
 
-    def share(self, batch: list[list[int]] | None) -> list[list[int]] | None:
-        """Sends the first process' batch to the others; returns it in each of them."""
+    def share(self, batch: list[TokenizedDocument] | None) -> list[TokenizedDocument] | None:
+        """Sends the batch of the first process to the others, and returns it in each of them."""
         if self._group is None:
             return batch
         shared = [batch]

@@ -1,4 +1,4 @@
-"""Which of a teacher's logits a capture keeps: the largest, draws from all of them, or both."""
+"""Selects the logits of a teacher that a capture keeps: the largest, draws from all of them, or both."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
 
 SELECTS = ("top_k", "sample", "mixed")
-# Quantising the logarithm of a share would bias it; there are few of them.
+# Quantising the logarithm of a share of draws would bias it, and there are few of them to store.
 _DEFAULT_CODECS = {"top_k": "affine8", "sample": "float32", "mixed": "float32"}
 
 
 class Selection(NamedTuple):
-    """A way to choose, with its numbers; ``resolve_selection`` makes it.
+    """The rule by which entries are kept; ``resolve_selection`` makes it.
 
     Attributes:
         select: "top_k" | "sample" | "mixed".
-        top_k: K, the largest logits kept of every row; 0 for "sample".
-        top_p: What the entries kept of those must hold together; None for "sample" and "mixed".
-        rounds: Draws of every row; 0 for "top_k".
-        seed: Of the draws.
-        temperatures: Of the kept lse.
-        description: What a store says of it.
+        top_k: K, the number of largest logits kept of every row; 0 for "sample".
+        top_p: Probability that the kept ones of those must hold together, or None; always None with draws.
+        rounds: Number of draws of every row; 0 for "top_k".
+        seed: Seed of the draws.
+        temperatures: Temperatures of the kept lse.
+        description: Description of the selection in the store.
     """
 
     select: str
@@ -43,49 +43,53 @@ class Selection(NamedTuple):
     description: dict[str, Any]
 
     def __call__(
-        self, head: LanguageModelHead, hidden: Tensor, target: Tensor, documents: Sequence[Sequence[int]]
+        self,
+        head: LanguageModelHead,
+        hidden: Tensor,
+        target: Tensor,
+        documents: Sequence[tuple[Sequence[int], Tensor]],
     ) -> SparseLogits:
-        """What is kept of the rows of documents, which follow one another.
+        """Returns the kept entries of the rows of consecutive documents.
 
         Args:
-            head: The teacher's.
-            hidden: (N, D), the hidden states of all but the last token of each document.
-            target: (N,) int64, all but the first.
-            documents: Their token ids.
+            head: The teacher's head.
+            hidden: (N, D) hidden states that predict the labels of each document.
+            target: (N,) int64, the labels.
+            documents: The token ids and the (R,) int64 positions of the labels of each document.
 
         Returns:
             SparseLogits (N, K) on the CPU.
 
         Raises:
-            FloatingPointError: Draws were asked for from logits that are not finite.
+            FloatingPointError: The selection draws, and the logits are not finite.
         """
         if self.select == "top_k":
             kept = linear_topk_logits(
                 top_k=self.top_k, target=target, temperatures=self.temperatures, **head.arguments(hidden)
             ).to("cpu")
             return kept if self.top_p is None else cut_top_p(kept, self.top_p)
-        # A row's noise depends on its document and its place in it, and so on no batch.
-        seed = torch.cat([torch.full((len(ids) - 1,), document_seed(self.seed, ids)) for ids in documents])
-        position = torch.cat([torch.arange(1, len(ids)) for ids in documents])
+        # The noise of a row depends on its document and its position there, and so not on the batch.
+        seed = torch.cat([torch.full((len(labels),), document_seed(self.seed, ids)) for ids, labels in documents])
+        position = torch.cat([labels for _, labels in documents])
         seed, position = seed.to(hidden.device), position.to(hidden.device)
         drawn = draw_targets(head, hidden, target, self.rounds, seed, position, top_k=self.top_k, require_finite=True)
         return drawn.to("cpu")
 
 
 def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
-    """The fewest entries of every row whose probabilities, exp(logit - lse) at temperature 1, add up to ``top_p``.
+    """Keeps the fewest entries of every row whose probabilities at temperature 1, exp(logit - lse), sum to ``top_p``.
 
-    Among equally likely ones the lower ids are kept. Rows (N, K) stay as wide as the widest of them needs.
+    Of equally likely entries those with lower ids are kept. The result (N, K') is as wide as its widest row.
     """
     logits = kept.logits.double().masked_fill(kept.ids < 0, -torch.inf)
     order = logits.argsort(dim=-1, descending=True, stable=True)
     mass = (logits.gather(-1, order) - kept.lse[:, :1].double()).exp().cumsum(-1)
-    # An entry stays while those before it fall short, the first in any case.
+    # An entry stays if the sum before it is below top_p; the first one always stays.
     stays = torch.zeros_like(order, dtype=torch.bool)
     stays.scatter_(-1, order, torch.nn.functional.pad(mass[:, :-1] < top_p, (1, 0), value=True))
     stays &= kept.ids >= 0
     width = int(stays.sum(-1).max()) if len(order) else kept.top_k
-    # Those that stay first, both parts in their old order, which is that of the ids.
+    # Moves the entries that stay to the front; the stable sort keeps the ids ascending.
     places = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
     gone = ~stays.gather(-1, places)
     return dataclasses.replace(
@@ -106,10 +110,10 @@ def resolve_selection(
     seed: int,
     temperatures: Sequence[float],
 ) -> Selection:
-    """Checks the arguments of ``capture`` that choose, and fills in what was left out.
+    """Checks the arguments of ``capture`` for the selection, and fills in defaults.
 
     Raises:
-        ValueError: An unknown ``select``, a number out of range, or one that ``select`` has no use for.
+        ValueError: ``select`` is unknown, a number is out of range, or does not apply to ``select``.
     """
     _checks.is_one_of(select, "select", SELECTS)
     temperatures = _checks.resolve_temperatures(temperatures)
@@ -151,11 +155,11 @@ def resolve_selection(
 
 
 def default_codec(select: str) -> str:
-    """The store's codec where none is asked for."""
+    """Returns the default codec of the store."""
     return _DEFAULT_CODECS[select]
 
 
 def document_seed(seed: int, input_ids: Sequence[int]) -> int:
-    """An int64 that names the draws of one document: BLAKE2b-64 of the capture's seed and the token ids."""
+    """Returns the int64 seed of the draws of one document: BLAKE2b-64 of the capture's seed and the token ids."""
     content = torch.tensor([seed, *input_ids]).numpy().astype("<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -1,4 +1,7 @@
-"""``capture_server``: the few log-probabilities that an OpenAI-compatible server gives, with the mass of all others."""
+"""``capture_server``: asks a server for log-probabilities and writes them into a store.
+
+``slimkernels.served_rows`` turns the answers into rows.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,37 @@ import collections
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint
-from slimkernels.served_rows.api import Answer, Request, ServerApi, server_kind
-from slimkernels.served_rows.rows import AnswerReader
+from slimkernels.served_rows.api import Answer, Request, ServerApi
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.served_rows.tokens import TokenMap
-from slimkernels.serving.client import ServerClient, ServerRequestError
+from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
+from slimkernels.serving.kinds import server_kind
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
+from slimkernels.teacher.chat import around_date
+from slimkernels.teacher.corpus import TokenizedDocument, without_end
+from slimkernels.teacher.vocabulary import captured_vocabulary, num_token_ids
 
+# Answers in a row that cannot be used, after which a capture ends with the error of the last.
+_MAX_UNUSABLE = 8
+_SHOWN_REASONS = 5
+# Characters that a date in a chat template may take.
+_DATE_LENGTHS = range(4, 41)
 APIS = ("auto", "completions", "chat", "llama.cpp")
 
 
 class ServerCost(NamedTuple):
-    """What a capture will cost, known before it starts.
+    """The cost of a capture, known before it starts.
 
     Attributes:
         requests: Documents that are not in the store yet.
         prompt_tokens: Tokens that the server reads for them.
-        max_generated_tokens: The most that it generates.
+        max_generated_tokens: Upper limit on the tokens that it generates.
     """
 
     requests: int
@@ -37,15 +48,16 @@ class ServerCost(NamedTuple):
 
 
 class ServerReport(NamedTuple):
-    """What one call of ``capture_server`` did.
+    """The result of one call of ``capture_server``.
 
     Attributes:
         documents: Documents added to the store.
         tokens: Tokens in them, prompts included.
-        skipped: Documents passed over: in the store already, or without a label (fewer than 2 tokens).
-        dropped: Answers with a token whose id is not known; asked for again by another call.
-        unmapped_fraction: Share of the server's entries whose token is not the tokenizer's.
-        generated_tokens: As the server counted them.
+        skipped: Documents that were in the store already, or have no label (fewer than 2 tokens).
+        dropped: Answers that made no document; the next call asks for them again.
+        unmapped_fraction: Share of the server's entries whose token has no id in the tokenizer.
+        generated_tokens: Generated tokens, as counted by the server.
+        drop_reasons: Why answers were dropped, a clause for each of up to five different reasons.
     """
 
     documents: int
@@ -54,6 +66,7 @@ class ServerReport(NamedTuple):
     dropped: int
     unmapped_fraction: float
     generated_tokens: int
+    drop_reasons: tuple[str, ...] = ()
 
 
 def capture_server(
@@ -84,56 +97,61 @@ def capture_server(
     announce: Callable[[ServerCost], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ServerReport:
-    """Adds to a store what a server says of your documents, or the documents it writes from prompts.
+    """Adds documents with the log-probabilities of a server to a store: given ones, or continuations of prompts.
 
-    A row holds up to ``top_logprobs`` natural-log probabilities with ``lse = 0``, so that everything else together
-    has the exact mass ``1 - sum(exp(logprobs))``. Train on it with ``rest="ghost"``, which uses that mass;
-    ``rest="renorm"`` would teach the student that the rest is impossible. Rows are ragged: an entry whose token is not
-    the tokenizer's is left out, and its mass belongs to the rest. ``target_logit`` is the label's log-probability,
-    NaN where the server does not say it.
+    A row holds up to ``top_logprobs`` natural-log probabilities with ``lse = 0``, so that all other tokens together
+    have the exact mass ``1 - sum(exp(logprobs))``. Train on it with ``rest="ghost"``, which uses that mass;
+    ``rest="renorm"`` would teach the student that all other tokens are impossible. Rows are ragged: an entry whose
+    token has no id in the tokenizer is left out, and its mass counts with that of the other tokens. ``target_logit`` is
+    the log-probability of the label, or NaN if the server does not give it.
 
-    Documents are stored in order, at the latest ``flush_s`` after they were answered, and the store is all that is
-    remembered: the same call after an error or a kill asks for what is not in it. A document is known by its tokens,
-    one that was generated by the tokens before its first row, which are its prompt.
+    An answer that cannot be used (an error, a page of HTML, no choice, a text without log-probabilities) is asked for
+    again like one with status 429 or 502. One that stays so is dropped, as are answers that are empty (a tool call, a
+    filter) or have a token whose id is not known; the report counts them and says why.
+
+    Documents are stored in order, at most ``flush_s`` after they were answered. The store is the only state: after an
+    error or a kill, the same call asks for what is missing. A document is recognised by its tokens, and a generated one
+    by the tokens before its first row, which are its prompt.
 
     - ``documents`` are scored through ``/completions``, with ``prompt_logprobs`` (vLLM) or with ``echo``; one token
-      is generated per document, and thrown away. llama.cpp's server cannot do it. Every token but the first has a row.
+      is generated per document and thrown away. llama.cpp's server cannot do this. Every token but the first has a row.
     - ``prompts`` are continued through ``/completions`` with ``logprobs``, or ``/chat/completions`` with
-      ``top_logprobs``. Generated tokens have rows, those of the prompt have none. Document i is drawn from the whole
+      ``top_logprobs``. Generated tokens have rows, tokens of the prompt have none. Document i is drawn from the whole
       distribution with the seed ``seed + i``.
 
-    vLLM and llama.cpp report probabilities before temperature. Of other servers that is not known: keep
-    ``temperature=1``.
+    vLLM and llama.cpp report probabilities before temperature. Other servers may not: keep ``temperature=1`` for them.
 
     Args:
-        url: The base URL, as in ``http://localhost:8000/v1``. User name and password in it are used, and not stored.
+        url: Base URL, such as ``http://localhost:8000/v1``. A user name and password in it are used but not stored.
         model: The server's name for the model.
-        tokenizer: The model's, a fast one.
-        store_path: A new directory, or a store made with the same settings; the server may have moved.
+        tokenizer: The model's tokenizer, a fast one.
+        store_path: New directory, or a store made with the same settings; the server may have moved since.
         documents: Token id lists, as from ``read_documents``. Give these or ``prompts``.
-        prompts: Texts, which the tokenizer encodes as it does by default but for an end of text, or token ids.
-            With ``api="chat"`` each is the one message of a user, which the tokenizer's chat template puts in place.
-        top_logprobs: K, entries asked for; servers have limits (5 to 20 are common; vLLM's is ``--max-logprobs``).
-        api: How prompts are sent: "completions", "chat", or "llama.cpp" for its own ``/completion``, which alone gives
-            the ids of all tokens. "auto" takes the last for llama.cpp, otherwise the first.
-        num_documents: Documents wanted from the prompts, which are used in turn; None: each once.
+        prompts: Texts or token ids. The tokenizer encodes texts with its defaults, without an end of text at the end.
+            With ``api="chat"`` each is the only message of a user, formatted by the tokenizer's chat template.
+        top_logprobs: K, the entries to ask for. OpenAI's limit is 20, or 5 for completions; vLLM's is its
+            ``--max-logprobs``, 20 by default.
+        api: Interface for prompts: "completions", "chat", or "llama.cpp" for its own ``/completion``, the only one that
+            gives the ids of all tokens. "auto" is "llama.cpp" for llama.cpp and "completions" for other servers.
+        num_documents: Number of documents to generate, going through the prompts repeatedly; None uses each once.
         max_tokens: Longest continuation, in tokens.
-        temperature: Of the draws; 0 takes the most probable token.
-        seed: At least 0.
-        vocab_size: V, the rows of the model's head; None means as many as the tokenizer has tokens.
-        codec: Of the store: "affine8", "affine6", "bfloat16" or "float32".
-        max_unmapped_fraction: More of the server's entries than this without an id are an error. The entries of a
-            document that has to be dropped, because one of its own tokens has no id, all count.
-        key_env: The environment variable with the key; None means ``OPENAI_API_KEY``, if that is set. Keys are
-            neither stored nor shown.
-        concurrency: Requests under way at the same time.
-        max_retries: Repetitions of a request after 408, 409, 425, 429, 5xx, a lost connection or a timeout.
+        temperature: Sampling temperature; 0 takes the most probable token.
+        seed: Seed of the draws, in [0, 2^31].
+        vocab_size: V, the rows of the model's head; None means the number of tokens of the tokenizer.
+        codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32".
+        max_unmapped_fraction: Largest allowed share of entries whose token has no id. If a document is dropped because
+            one of its own tokens has no id, all of its entries count.
+        key_env: Environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set. Keys are neither
+            stored nor shown.
+        concurrency: Largest number of requests in flight.
+        max_retries: Repetitions of a request after status 408, 409, 425, 429 or 5xx, a lost connection, a timeout or an
+            answer that cannot be used.
         requests_per_minute: Limit on requests, repetitions included.
-        timeout_s: Silence after which a request is given up, in seconds.
-        backoff_s: First wait before a repetition, in seconds; doubled each time. ``Retry-After`` is obeyed.
-        flush_s: The store is written at least this often, in seconds; each time makes a shard.
-        shard_rows: As in ``StoreWriter``.
-        announce: Called once with the cost, before the first document is asked for.
+        timeout_s: Seconds without a response after which a request counts as failed.
+        backoff_s: Seconds before the first repetition, doubled each time. ``Retry-After`` is obeyed.
+        flush_s: Longest time in seconds between two writes to the store; each write makes a shard.
+        shard_rows: Rows at which a shard is full, the same as in ``StoreWriter``.
+        announce: Called once with the cost, before the first request for a document.
         progress: Called as progress(done, wanted) after each document.
 
     Returns:
@@ -141,17 +159,20 @@ def capture_server(
 
     Raises:
         ImportError: The package httpx2 is not installed.
-        ValueError: An argument out of range, no document, or a tokenizer whose tokens' bytes are not known.
-        ServerRequestError: The server refused, gives no logprobs or such that are not normalised, or its prompt has
-            other tokens than the tokenizer's: a special token in front, another chat template, another tokenizer.
+        ValueError: An argument is out of range, there is no document, or the bytes of the tokenizer's tokens are not
+            known.
+        ServerRequestError: The server refused a request, gives no log-probabilities or ones that are not normalised,
+            gave eight answers in a row that cannot be used, or read other tokens than it was sent because it adds
+            special tokens, has another chat template or another tokenizer.
         ServerUnavailableError: The server did not answer.
-        UnmappedTokensError: See ``max_unmapped_fraction``.
+        UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
         SettingsMismatchError: The store was made with another model, tokenizer, selection or codec.
     """
     if (documents is None) == (prompts is None):
-        raise ValueError("give documents to score or prompts to continue, one of the two")
+        raise ValueError("give either documents to score or prompts to continue")
     _check_arguments(api, top_logprobs, num_documents, max_tokens, temperature, seed, max_unmapped_fraction, flush_s)
-    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer), store_path)
+    vocab_size = vocabulary.size if vocab_size is None else vocab_size
     tokens = TokenMap(tokenizer, vocab_size)
     client = ServerClient(
         url,
@@ -163,58 +184,211 @@ def capture_server(
         backoff_s=backoff_s,
     )
     with client:
-        kind = server_kind(client)
+        kind = server_kind(client.get("/models"))
         if api == "auto":
             api = "llama.cpp" if kind == "llamacpp" else "completions"
         server = ServerApi(client, model, kind, api, top_logprobs, max_tokens, temperature)
-        selection: dict[str, Any] = {"kind": "top_logprobs", "value": top_logprobs, "top_k": top_logprobs}
-        is_scored = documents is not None
         if documents is not None:
-            requests = [Request(list(ids), number=number) for number, ids in enumerate(documents)]
+            task: _Scoring | _Generation = _Scoring(server, documents)
         else:
-            selection |= {"api": api, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-            requests = _requests(tokenizer, prompts or (), api == "chat", num_documents, seed)
+            task = _Generation(server, tokenizer, prompts or (), num_documents, seed)
         writer = StoreWriter(
             store_path,
             vocab_size=vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            teacher=_description(store_path, {"name": model, "server": client.url, "kind": kind}),
-            selection=selection,
+            tokenizer_fingerprint=vocabulary.fingerprint,
+            teacher=_teacher_description(store_path, {"name": model, "server": client.url, "kind": kind}),
+            selection=task.selection,
             codec=codec,
             shard_rows=shard_rows,
         )
         with writer:
-            missing = _missing(requests, writer, is_scored)
+            missing = task.missing(writer)
             if announce is not None:
-                read = sum(len(request.prompt_ids) for request in missing)
-                generated = len(missing) * (1 if is_scored else max_tokens)
-                announce(ServerCost(len(missing), read, generated))
+                announce(task.cost(missing))
             reader = AnswerReader(server, tokens, max_unmapped_fraction)
-            ask = _naming_the_document(server.score if is_scored else server.generate)
-            read_answer = reader.scored if is_scored else reader.generated
-            added = num_tokens = dropped = generated = 0
-            skipped = len(requests) - len(missing)
+            return _store_answers(task, missing, reader, writer, flush_s, progress)
+
+
+class _Scoring:
+    """The capture of given documents, every token of which the server scores.
+
+    Attributes:
+        server: The server that is asked.
+        requests: One request per document.
+        selection: Description of the rows, for the store.
+    """
+
+    def __init__(self, server: ServerApi, documents: Iterable[Sequence[int]]) -> None:
+        self.server = server
+        self.requests = [
+            Request(list(ids), number=number, labels=TokenizedDocument.of(ids).positions)
+            for number, ids in enumerate(documents)
+        ]
+        if not self.requests:
+            raise ValueError("documents must hold at least one document, got none")
+        self.selection = _selection(server)
+
+    def missing(self, writer: StoreWriter) -> list[Request]:
+        """Returns the requests whose document has a label and is not in the store."""
+        return [ask for ask in self.requests if len(ask.prompt_ids) > 1 and ask.prompt_ids not in writer]
+
+    def prompt_length(self, _: Request) -> int:
+        """Returns 0, as the prompt of a given document is not known."""
+        return 0
+
+    def cost(self, missing: Sequence[Request]) -> ServerCost:
+        """Returns the cost of the missing documents; the server generates one token of each."""
+        return ServerCost(len(missing), sum(len(request.prompt_ids) for request in missing), len(missing))
+
+    def ask(self, request: Request) -> Answer:
+        """Asks the server for one document."""
+        return self.server.score(request)
+
+    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
+        """Turns an answer into a document of the store."""
+        return reader.scored(request, answer)
+
+
+class _Generation:
+    """The capture of documents that the server generates from prompts.
+
+    Attributes:
+        server: The server that is asked.
+        requests: One request per document.
+        selection: Description of the documents and the rows, for the store.
+    """
+
+    def __init__(
+        self,
+        server: ServerApi,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str | Sequence[int]],
+        num_documents: int | None,
+        seed: int,
+    ) -> None:
+        if not prompts:
+            raise ValueError("prompts must hold at least one prompt, got none")
+        self.server, self._tokenizer = server, tokenizer
+        encoded = [_encode(tokenizer, prompt, server.api == "chat") for prompt in prompts]
+        self.requests: list[Request] = []
+        for number in range(len(prompts) if num_documents is None else num_documents):
+            prompt, ids = prompts[number % len(prompts)], encoded[number % len(prompts)]
+            self.requests.append(Request(ids, prompt if isinstance(prompt, str) else "", seed + number, number))
+        self.selection = _selection(server) | {
+            "api": server.api,
+            "max_tokens": server.max_tokens,
+            "temperature": server.temperature,
+            "seed": seed,
+        }
+
+    def missing(self, writer: StoreWriter) -> list[Request]:
+        """Returns the requests whose prompt has no document in the store; each document answers one request."""
+        prompts = {tuple(request.prompt_ids): request for request in self.requests}
+        dated: dict[str, dict[str, tuple[int, ...]]] = {}
+        if self.server.api == "chat":
+            for ids, request in prompts.items():
+                if around := around_date(self._tokenizer, _messages(request.content)):
+                    dated.setdefault(around[0], {})[around[1]] = ids
+
+        def of_another_day(ids: list[int]) -> tuple[int, ...] | None:
+            return _of_another_day(str(self._tokenizer.decode(ids)), dated) if dated else None
+
+        stored = _stored_prompts(writer, set(prompts), of_another_day)
+        missing = []
+        for request in self.requests:
+            prompt = tuple(request.prompt_ids)
+            if stored[prompt] > 0:
+                stored[prompt] -= 1
+            else:
+                missing.append(request)
+        return missing
+
+    def cost(self, missing: Sequence[Request]) -> ServerCost:
+        """Returns the cost of the missing documents."""
+        read = sum(len(request.prompt_ids) for request in missing)
+        return ServerCost(len(missing), read, len(missing) * self.server.max_tokens)
+
+    def ask(self, request: Request) -> Answer:
+        """Asks the server for one document."""
+        return self.server.generate(request)
+
+    def prompt_length(self, request: Request) -> int:
+        """Returns the length of the prompt of a generated document."""
+        return len(request.prompt_ids)
+
+    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
+        """Turns an answer into a document of the store."""
+        return reader.generated(request, answer)
+
+
+def _store_answers(
+    task: _Scoring | _Generation,
+    missing: Sequence[Request],
+    reader: AnswerReader,
+    writer: StoreWriter,
+    flush_s: float,
+    progress: Callable[[int, int], None] | None,
+) -> ServerReport:
+    """Asks for the missing documents, several at a time, and stores the answers in order."""
+
+    def ask(request: Request) -> Answer | UnusableAnswerError:
+        try:
+            return task.ask(request)
+        except ServerRequestError as error:
+            # Names the document, because it may be too long for the server.
+            named = f"document {request.number}, {len(request.prompt_ids)} tokens of prompt: {error}"
+            if isinstance(error, UnusableAnswerError):
+                return UnusableAnswerError(named)
+            raise ServerRequestError(named) from error
+
+    added = num_tokens = dropped = generated = unusable = 0
+    reasons: dict[str, None] = {}
+    skipped = len(task.requests) - len(missing)
+    flushed = time.monotonic()
+    for request, answer in task.server.client.map(ask, missing):
+        if isinstance(answer, UnusableAnswerError):
+            unusable += 1
+            # A server whose answers were never good does not get better, and a broken one should not cost hours.
+            if unusable == _MAX_UNUSABLE or unusable == len(missing):
+                raise answer
+            document = DroppedAnswer(str(answer))
+        else:
+            unusable = 0
+            document = task.document(reader, request, answer)
+            reader.check_unmapped()
+            generated += answer.generated_tokens or 0
+        if isinstance(document, DroppedAnswer):
+            dropped += 1
+            if len(reasons) < _SHOWN_REASONS:
+                reasons[document.reason] = None
+        elif document.input_ids in writer:
+            # Two requests got the same text.
+            skipped += 1
+        else:
+            writer.add(*document, prompt_length=task.prompt_length(request))
+            added += 1
+            num_tokens += len(document.input_ids)
+        if time.monotonic() - flushed >= flush_s:
+            writer.flush()
             flushed = time.monotonic()
-            for request, answer in client.map(ask, missing):
-                document = read_answer(request, answer)
-                reader.check_unmapped()
-                generated += answer.generated_tokens or 0
-                if document is None:
-                    dropped += 1
-                # The same text twice.
-                elif document.input_ids in writer:
-                    skipped += 1
-                else:
-                    writer.add(*document)
-                    added += 1
-                    num_tokens += len(document.input_ids)
-                if time.monotonic() - flushed >= flush_s:
-                    writer.flush()
-                    flushed = time.monotonic()
-                if progress is not None:
-                    progress(skipped + added + dropped, len(requests))
-            reader.check_unmapped(is_last=True)
-    return ServerReport(added, num_tokens, skipped, dropped, tokens.unmapped / max(1, tokens.seen), generated)
+        if progress is not None:
+            progress(skipped + added + dropped, len(task.requests))
+    reader.check_unmapped(is_last=True)
+    unmapped_fraction = reader.tokens.unmapped / max(1, reader.tokens.seen)
+    return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated, tuple(reasons))
+
+
+def _selection(server: ServerApi) -> dict[str, Any]:
+    return {"kind": "top_logprobs", "value": server.top_logprobs, "top_k": server.top_logprobs}
+
+
+def _teacher_description(store_path: str | os.PathLike[str], teacher: dict[str, Any]) -> dict[str, Any]:
+    """Returns the teacher's description; an existing store keeps the address that its server had at first."""
+    try:
+        stored = Store(store_path).settings.teacher
+    except NotAStoreError:
+        return teacher
+    return stored if stored | {"server": teacher["server"]} == teacher else teacher
 
 
 def _check_arguments(
@@ -239,83 +413,55 @@ def _check_arguments(
             raise ValueError(f"{name} must be in [0, {most:g}], got {number!r}")
 
 
-def _requests(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[int]],
-    is_chat: bool,
-    num_documents: int | None,
-    seed: int,
-) -> list[Request]:
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    encoded = [_encode(tokenizer, prompt, is_chat) for prompt in prompts]
-    requests = []
-    for number in range(len(prompts) if num_documents is None else num_documents):
-        prompt = prompts[number % len(prompts)]
-        ids = encoded[number % len(prompts)]
-        requests.append(Request(ids, prompt if isinstance(prompt, str) else "", seed + number, number))
-    return requests
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_chat: bool) -> list[int]:
     if is_chat:
         if not isinstance(prompt, str):
             raise ValueError("a prompt of api='chat' must be text; send token ids with api='completions'")
         if not tokenizer.chat_template:
             raise ValueError("api='chat' needs a tokenizer with a chat template; use api='completions'")
-        messages = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        encoded: Any = tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, return_dict=False)
         return list(encoded)
-    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
-    # A prompt goes on: an end of text that the tokenizer appends is taken off.
-    if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    if isinstance(prompt, str):
+        ids = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
+    else:
+        ids = list(prompt)
     if not ids:
         raise ValueError(f"every prompt must have at least one token, got {prompt!r}")
     return ids
 
 
-def _naming_the_document(ask: Callable[[Request], Answer]) -> Callable[[Request], Answer]:
-    """Says which document a server refused: one may be too long for it."""
-
-    def named(request: Request) -> Answer:
-        try:
-            return ask(request)
-        except ServerRequestError as error:
-            length = len(request.prompt_ids)
-            raise ServerRequestError(f"document {request.number}, {length} tokens of prompt: {error}") from error
-
-    return named
+def _messages(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
 
 
-def _description(store_path: str | os.PathLike[str], teacher: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's description; a store keeps the address that its server had at first."""
-    try:
-        stored = Store(store_path).settings.teacher
-    except NotAStoreError:
-        return teacher
-    return stored if stored | {"server": teacher["server"]} == teacher else teacher
+def _of_another_day(text: str, dated: Mapping[str, Mapping[str, tuple[int, ...]]]) -> tuple[int, ...] | None:
+    """Returns the prompt that equals a text in everything but the date, or None.
+
+    Args:
+        text: A prompt.
+        dated: Token ids of prompts, by the text after the date in those of the text before it.
+    """
+    for before, by_end in dated.items():
+        if text.startswith(before):
+            ends = (text[len(before) + length :] for length in _DATE_LENGTHS)
+            found = next((by_end[end] for end in ends if end in by_end), None)
+            if found is not None:
+                return found
+    return None
 
 
-def _missing(requests: list[Request], writer: StoreWriter, is_scored: bool) -> list[Request]:
-    """The requests whose document is not in the store."""
-    if not requests:
-        raise ValueError("documents must hold at least one document, got none")
-    if is_scored:
-        return [request for request in requests if len(request.prompt_ids) > 1 and request.prompt_ids not in writer]
-    stored = _stored_prompts(writer, {tuple(request.prompt_ids) for request in requests})
-    missing = []
-    for request in requests:
-        prompt = tuple(request.prompt_ids)
-        if stored[prompt] > 0:
-            stored[prompt] -= 1
-        else:
-            missing.append(request)
-    return missing
+def _stored_prompts(
+    writer: StoreWriter,
+    prompts: set[tuple[int, ...]],
+    of_another_day: Callable[[list[int]], tuple[int, ...] | None],
+) -> collections.Counter[tuple[int, ...]]:
+    """Counts the documents of each prompt in the store; a document's prompt ends where its rows begin.
 
-
-def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> collections.Counter[tuple[int, ...]]:
-    """How many documents of each prompt the store holds: a document's prompt ends where its rows begin."""
+    Args:
+        writer: Writer of the store.
+        prompts: Token ids of the prompts.
+        of_another_day: Function that finds the prompt whose tokens differ from given ones in the date alone.
+    """
     lengths = sorted({len(prompt) for prompt in prompts}, reverse=True)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     store = Store(writer.path)
@@ -324,9 +470,15 @@ def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> colle
         for document in range(entry.documents):
             ids = tuple(shard.tokens(document, document).tolist())
             start, stop = shard.rows_of(document)
-            end = int(shard.arrays["positions"][start]) if start < stop else len(ids)
-            # Shorter only where the first generated token has no row: a server that named none of its entries.
+            # Earlier releases stored empty answers as documents without a row.
+            if start == stop:
+                continue
+            end = int(shard.arrays["positions"][start])
+            # The prompt is shorter than that if the first generated token has no row, none of whose entries had an id.
             found = next((ids[:length] for length in lengths if length <= end and ids[:length] in prompts), None)
+            if found is None:
+                known = int(shard.arrays["prompt_lengths"][document])
+                found = of_another_day(list(ids[: known or end]))
             if found is not None:
                 counts[found] += 1
     return counts

@@ -1,11 +1,12 @@
-"""Trainers: ``SlimTrainer``, and ``SlimLossMixin`` for the trainer that you have."""
+"""Trainers: ``SlimTrainer`` learns from stores, and ``SlimLossMixin`` adds its loss to any ``transformers.Trainer``."""
 
 from slimkernels.models.batch import SlimCollator
 from slimkernels.models.make_student import make_student
 from slimkernels.trainer.checkpoint import last_complete_checkpoint
 from slimkernels.trainer.mixin import SlimLossMixin
 from slimkernels.trainer.objective import METHODS, SlimConfig, SlimObjective
-from slimkernels.trainer.slim_trainer import SlimTrainer, train
+from slimkernels.trainer.run import train, trainer_of
+from slimkernels.trainer.slim_trainer import SlimTrainer
 
 __all__ = [
     "METHODS",
@@ -17,4 +18,5 @@ __all__ = [
     "last_complete_checkpoint",
     "make_student",
     "train",
+    "trainer_of",
 ]

@@ -1,4 +1,4 @@
-"""What a distillation's log says of its loss, summed on the device and read only when the trainer logs."""
+"""``LossLog``, which sums the terms of the loss on the device and reads them only when the trainer logs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from slimkernels.sparse_logits import SparseLogits
 
 _TERMS = ("ce", "kd", "weight", "teacher_mass", "student_mass")
 _NEVER = torch.iinfo(torch.int64).max
-# Below this share of labels among the teacher's kept ids, its rows are probably not about these labels.
+# With a smaller share of the labels among the teacher's kept ids, its rows probably belong to other tokens.
 _FEW_KEPT = 0.5
 
 logger = logging.getLogger(__name__)
 
 
 class LossLog:
-    """Sums a loss's terms over steps, and names the first step whose loss was not finite.
+    """Sums of the terms of a loss over steps, and the first step whose loss was not finite.
 
-    Nothing here waits for the device but ``means`` and ``first_bad_step``.
+    Only ``means`` and ``first_bad_step`` wait for the device.
 
     Args:
-        device: Where the losses are.
-        with_teacher: Whether there is a divergence to report.
+        device: Device of the losses.
+        with_teacher: True if there is a divergence to report.
     """
 
     def __init__(self, device: torch.device, with_teacher: bool) -> None:
@@ -49,15 +49,16 @@ class LossLog:
         self._bad_step = torch.minimum(self._bad_step, bad_step)
 
     def means(self, over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means per label since the last call, and the labels per second; starts anew.
+        """Returns the means per label and the labels per second since the last call, and resets the sums.
 
         Args:
-            over_processes: Sums a tensor over the processes that train together.
+            over_processes: Function that sums a tensor over the processes that train together.
 
         Returns:
             ``ce``, ``kd`` (unweighted), ``weight`` (mean w), ``teacher_mass``, ``student_mass`` (mean probability of
-            the kept ids), ``label_kept`` (share of labels among the kept ids), ``labels_per_second``. Without a teacher
-            ``ce`` and ``labels_per_second`` alone. A mass that the teacher was not captured for is left out.
+            the kept ids), ``label_kept`` (share of labels among the kept ids), ``labels_per_second``; without a
+            teacher only ``ce`` and ``labels_per_second``. A mean that is NaN is omitted, such as a mass that the
+            teacher was not captured for.
         """
         *sums, num_labels = over_processes(self._sums).tolist()
         self._sums.zero_()
@@ -70,14 +71,14 @@ class LossLog:
         elif num_labels and means["label_kept"] < _FEW_KEPT and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "only %.1f %% of the labels are among the ids that the teacher's rows keep: unless so few are kept, "
-                "the rows are of other tokens, or of another tokenizer",
+                "only %.1f %% of the labels are among the ids that the teacher's rows keep: unless they keep very few "
+                "ids, the rows belong to other tokens or to another tokenizer",
                 100 * means["label_kept"],
             )
         means["labels_per_second"] = num_labels / seconds
         return {name: mean for name, mean in means.items() if mean == mean}
 
     def first_bad_step(self) -> int | None:
-        """The first optimizer step whose loss was NaN or infinite on this process, or None."""
+        """Returns the first optimizer step whose loss was NaN or infinite on this process, or None."""
         step = int(self._bad_step)
         return None if step == _NEVER else step

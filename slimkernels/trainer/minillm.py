@@ -1,6 +1,6 @@
-"""MiniLLM, the reverse-KL baseline: TRL's trainer on the prompts of a store, with its sums kept to written tokens."""
+"""MiniLLM, the reverse-KL baseline: TRL's trainer on the prompts of a store, its sums restricted to drawn tokens."""
 
-# transformers.Trainer declares its attributes (args, model, datasets) wider than they are in this subclass.
+# transformers.Trainer declares wider types for its attributes (args, model, datasets) than they have here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportMissingImports=false
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimkernels.models.batch import check_tokenizer
-from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import base_model
+from slimkernels.models.fingerprints import check_tokenizer
+from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store, StoreDataset
-from slimkernels.trainer.checkpoint import SlimRun, check_same_run, last_complete_checkpoint
+from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
+from slimkernels.trainer.distillation import check_can_be_saved
+from slimkernels.trainer.on_policy import warn_of_other_ends
+from slimkernels.trainer.stored_rows import opened_store, stores_of
 
 try:
     with warnings.catch_warnings():
-        # That it is experimental; the extra names the releases that have it.
+        # TRL warns that this trainer is experimental. The extra pins releases that have it.
         warnings.simplefilter("ignore")
         from trl.experimental.minillm import MiniLLMConfig as _MiniLLMConfig
         from trl.experimental.minillm import MiniLLMTrainer as _MiniLLMTrainer
@@ -42,10 +44,10 @@ class MiniLLMConfig(_MiniLLMConfig):
     """TRL's ``MiniLLMConfig`` with the defaults of ``SlimConfig`` and of the paper, where TRL's differ.
 
     Attributes:
-        method: Always "minillm".
-        gamma: Discount of the rewards of later tokens; 0 leaves no more than the next token's reverse KL.
-        num_generations: Continuations of each prompt.
-        max_completion_length: Of a continuation, in tokens.
+        method: Name of the method, always "minillm".
+        gamma: Discount of the rewards of later tokens; with 0 only the next token's reverse KL remains.
+        num_generations: Number of continuations of each prompt.
+        max_completion_length: Length limit of a continuation, in tokens.
     """
 
     method: str = "minillm"
@@ -66,28 +68,30 @@ class MiniLLMConfig(_MiniLLMConfig):
 
 
 class MiniLLMTrainer(_MiniLLMTrainer):
-    """Policy gradient on the reverse KL divergence, KL(student || teacher) (arXiv 2306.08543), by TRL.
+    """TRL's policy-gradient trainer on the reverse KL divergence, KL(student || teacher) (arXiv 2306.08543).
 
-    The student continues each prompt of a store, what stands before a document's first label. Token t's reward is
-    r_t = log q(y_t) - log p(y_t), teacher over student, its advantage the discounted mean of r_t, r_(t+1), ...; beside
-    it goes the reverse KL of every next token, in closed form. The labels and the store's rows are not read.
+    The student continues each prompt of a store, which is the part of a document before its first label. The reward of
+    token t is r_t = log q(y_t) - log p(y_t), teacher minus student, and its advantage is the discounted mean of r_t,
+    r_(t+1), .... The loss adds the reverse KL of every next token in closed form. The labels and the store's rows are
+    not read.
 
-    TRL forms both over padding, too, discounts from the start of the continuation in place of the token, and lets the
-    gradient through the advantage; here they are sums over the tokens written, and the advantage is a constant.
+    TRL's sums include padding, its discount starts at the beginning of the continuation and not at the token, and its
+    gradient flows through the advantage. Here the sums run over the drawn tokens, and the advantage is a constant.
 
-    A stopped run continues bit for bit within an epoch; TRL's sampler starts its order anew with every run.
+    A stopped run continues bit for bit within an epoch. Across epochs it does not, as TRL's sampler starts its order
+    again in every run.
 
     Args:
         model: The student.
         args: A ``MiniLLMConfig``.
-        train_dataset: A ``Store`` or ``StoreDataset``; documents without a label are left out.
-        eval_dataset: The same, to evaluate on as ``SlimTrainer`` does.
-        processing_class: The tokenizer of student and store.
-        teacher_model: With as many tokens as the student.
-        **kwargs: Passed on to TRL's trainer.
+        train_dataset: A ``Store`` or ``StoreDataset``; documents without a label are skipped.
+        eval_dataset: Held-out store, evaluated as ``SlimTrainer`` does.
+        processing_class: Tokenizer of student and store.
+        teacher_model: A model with as many tokens as the student.
+        **kwargs: Further arguments of TRL's trainer.
 
     Raises:
-        ValueError: A missing teacher or tokenizer, one that does not fit, or a prompt that leaves no room for
+        ValueError: Teacher or tokenizer are missing or do not fit, or a prompt leaves no room for
             ``max_completion_length`` tokens.
     """
 
@@ -107,14 +111,18 @@ class MiniLLMTrainer(_MiniLLMTrainer):
             raise ValueError(
                 "method 'minillm' needs the student's tokenizer (--tokenizer), which its prompts go through"
             )
-        check_tokenizer(train_dataset, processing_class)
+        train_dataset, eval_dataset = opened_store(train_dataset), opened_store(eval_dataset)
+        for store in stores_of(train_dataset):
+            check_tokenizer(store, processing_class)
+        check_can_be_saved(model)
+        warn_of_other_ends(model, teacher_model)
         rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
         if rows[0] != rows[1]:
             raise ValueError(f"student and teacher must have heads of as many rows, got {rows[0]} and {rows[1]}")
         prompts = _prompts(train_dataset)
         _check_lengths(prompts, args.max_completion_length, model)
         texts = [processing_class.decode(ids) for ids in prompts]
-        # TRL's data are texts; tokenised again they can become other tokens than the store's.
+        # TRL's data are texts, and tokenising a text again can give other tokens than the store's.
         self._ids_of = dict(zip(texts, prompts, strict=True))
         self._heldout, self._is_bad = eval_dataset, torch.zeros((), dtype=torch.bool)
         with warnings.catch_warnings():
@@ -127,23 +135,27 @@ class MiniLLMTrainer(_MiniLLMTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+        self._identity = {
+            "student": model_identity(model),
+            "teacher_weights": model_identity(teacher_model),
+        }
+        self._store = train_dataset
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``SlimTrainer.train``."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            check_same_run(resume_from_checkpoint, self._settings())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        """Trains as ``SlimTrainer.train`` does."""
+        checkpoint = checkpoint_to_resume(
+            resume_from_checkpoint, str(self.args.output_dir), self._settings(), self.model
+        )
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
-        """``evaluate_store`` of the student on the held-out store."""
+        """Runs ``evaluate_store`` for the student on the held-out store."""
         metrics = evaluate_store(self.model, self._heldout, batch_size=self.args.eval_batch_size)
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """TRL's, which also notes whether the loss was finite."""
+        """Runs TRL's step and records whether its loss was finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._is_bad = self._is_bad.to(loss.device) | ~torch.isfinite(loss)
         return loss
@@ -152,7 +164,7 @@ class MiniLLMTrainer(_MiniLLMTrainer):
         """Raises if any loss so far was NaN or infinite.
 
         Raises:
-            FloatingPointError: It was.
+            FloatingPointError: A loss was not finite.
         """
         if self._is_bad:
             raise FloatingPointError(
@@ -161,7 +173,7 @@ class MiniLLMTrainer(_MiniLLMTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's, with the tokens that were written as the mask of both terms."""
+        """Computes TRL's loss with both of its terms restricted to the tokens that the student drew."""
         self._written = inputs["completion_mask"].bool()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -170,7 +182,10 @@ class MiniLLMTrainer(_MiniLLMTrainer):
 
     @torch.no_grad()
     def _compute_advantage(self, student_log_probs_on_labels, teacher_log_probs_on_labels, mask=None) -> Tensor:
-        """(B, T) of (B, T): a_t = sum_(i >= t) gamma^(i - t) r_i, over sum_(i >= t) gamma^(i - t) if so configured."""
+        """Computes the advantages (B, T), a_t = sum_(i >= t) gamma^(i - t) r_i, of log-probabilities (B, T).
+
+        With ``length_normalization``, a_t is divided by sum_(i >= t) gamma^(i - t).
+        """
         written = self._written
         rewards = (teacher_log_probs_on_labels - student_log_probs_on_labels).float().masked_fill(~written, 0.0)
         advantages, total, length = torch.zeros_like(rewards), rewards.new_zeros(len(rewards)), 0.0
@@ -182,23 +197,23 @@ class MiniLLMTrainer(_MiniLLMTrainer):
 
     def _single_step_decomposition_loss(self, student_log_probs, teacher_log_probs, mask=None, **options) -> Tensor:
         loss = super()._single_step_decomposition_loss(student_log_probs, teacher_log_probs, self._written, **options)
-        # The policy's loss is divided by the number of micro-batches, this one is not.
+        # TRL divides the policy's loss by the number of micro-batches, but not this one.
         return loss / self.current_gradient_accumulation_steps
 
     def _settings(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that continues it."""
-        args = self.args
-        documents = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return {name: getattr(args, name) for name in _SETTINGS} | {
-            "method": args.method,
+        """Returns the settings that must not change between a checkpoint and the run that continues it."""
+        method = {name: getattr(self.args, name) for name in _SETTINGS} | {
+            "method": self.args.method,
             "prompts": len(self.train_dataset),
-            "documents_per_step": documents,
         }
+        return run_identity(self.args, method | self._identity, self._store)
 
 
 def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
     documents = (dataset[index] for index in range(len(dataset)))
-    return [doc.input_ids[: int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)]
+    return [
+        doc.input_ids[: doc.prompt_length or int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)
+    ]
 
 
 def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:

@@ -1,54 +1,38 @@
-"""``SlimLossMixin``: distillation without logits in any ``transformers.Trainer``."""
+"""``SlimLossMixin``, which distills without logits in any ``transformers.Trainer``."""
 
-# The mixin uses what transformers.Trainer, which it is always combined with, declares.
+# The mixin uses attributes of transformers.Trainer, which it is always combined with.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import IGNORE_INDEX, HeadLoss, TeacherOfLabels, base_model, next_labels
+from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.head_loss import IGNORE_INDEX, HeadLoss, TeacherOfLabels, next_labels
 from slimkernels.models.patch import check_loss, without_logits
-from slimkernels.ops.slim_result import SlimLoss
-from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import Store
+from slimkernels.store import Store, StoreDataset
+from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, run_identity
+from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective, check_training_arguments
-from slimkernels.trainer.teachers import OnlineTeacher, StoredTeacher
+from slimkernels.trainer.stored_rows import check_stored_rows
+from slimkernels.trainer.teachers import StoredTeacher
 
-# What a teacher is not given of a batch.
-_OF_THE_STUDENT = ("labels", "shift_labels", "num_items_in_batch")
+# Entries of a batch that only the student is given.
+_FOR_THE_STUDENT = ("labels", "shift_labels", "num_items_in_batch")
 
 logger = logging.getLogger(__name__)
 
 
-class Step(NamedTuple):
-    """The loss of one micro-batch, and what it was made of.
+class SlimLossMixin(DistillationMixin):
+    """A mixin that makes a ``transformers.Trainer``, or a subclass, train on a ``SlimObjective`` without logits.
 
-    Attributes:
-        loss: Scalar with a gradient.
-        terms: The terms per row.
-        target: (N,) their labels.
-        teacher: The teacher's rows, or None.
-        outputs: What ``compute_loss`` returns beside the loss.
-    """
-
-    loss: Tensor
-    terms: SlimLoss
-    target: Tensor
-    teacher: SparseLogits | None
-    outputs: Any
-
-
-class SlimLossMixin:
-    """Put before a ``transformers.Trainer`` or a subclass, it trains on a ``SlimObjective``, without logits.
-
-    Three lines of a script that trains with TRL change::
+    A script that trains with TRL needs three lines more::
 
         class Distiller(sk.SlimLossMixin, SFTTrainer): ...
 
@@ -60,94 +44,108 @@ class SlimLossMixin:
         logits, target = model(input_ids).logits[labelled rows], labels[labelled rows + 1]
         loss = slim_loss(logits, target, teacher_rows, **objective.loss_options)
 
-    The model runs as it is, wrappers and all; only its head and its loss function are stood in for during the forward
-    pass. Packing by ``position_ids``, gradient checkpointing, mixed precision, experts' auxiliary losses, PEFT's
-    adapters (LoRA on the head, too) and DDP keep their meaning, and so does ``num_items_in_batch``.
+    Only the model's head and its loss function are replaced, during the forward pass; its wrappers stay in place.
+    Packing by ``position_ids``, gradient checkpointing, mixed precision, auxiliary losses of experts, PEFT's adapters
+    (also LoRA on the head), DDP and ``num_items_in_batch`` keep their meaning.
 
-    With every logged loss come those of ``LossLog.means``. A loss that is not finite is a logged warning, by the step.
+    Every logged loss comes with the means of ``LossLog.means``. A loss that is not finite is logged as a warning that
+    names the step. ``evaluate`` reports the same means with the prefix ``eval_``, in addition to ``eval_loss``.
 
     Args:
-        *args: Of the trainer.
-        objective: What to train on; None: method "slim" where there is a teacher, else "sft".
-        teacher_model: A causal language model over the same vocabulary, in evaluation mode.
-        teacher_store: A ``Store`` of the documents of the dataset, tokenised as they are in the batches.
-        **kwargs: Of the trainer.
+        *args: Arguments of the trainer.
+        objective: Training objective, or the name of its method; None for "slim" where there is a teacher, else "sft",
+            which is then logged as a warning.
+        teacher_model: A causal language model with the same vocabulary, or its folder or name; set to evaluation mode.
+        teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches, or its path.
+        **kwargs: Arguments of the trainer.
 
     Raises:
-        ValueError: No teacher where the objective needs one, or two; a model whose loss is not that of its head; an
-            option of the trainer that needs logits to train.
+        ValueError: The objective needs a teacher and there is none, or two; the model's loss is not computed from its
+            head; or an option of the trainer needs logits to train.
     """
+
+    _evaluation_log: LossLog | None = None
 
     def __init__(
         self,
         *args,
-        objective: SlimObjective | None = None,
-        teacher_model: nn.Module | None = None,
-        teacher_store: Store | None = None,
+        objective: SlimObjective | str | None = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | None = None,
+        teacher_store: Store | StoreDataset | str | os.PathLike[str] | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        has_teacher = teacher_model is not None or teacher_store is not None
-        self._set_objective(objective or SlimObjective("slim" if has_teacher else "sft"), teacher_model)
-        self.stored_teacher = None if teacher_store is None else StoredTeacher(teacher_store)
-        if self.objective.needs_teacher + 0 != (teacher_model is not None) + (teacher_store is not None):
+        if isinstance(objective, str):
+            objective = SlimObjective(objective)
+        if not isinstance(objective, SlimObjective | None):
+            raise TypeError(f"objective must be a SlimObjective or the name of a method, got {objective!r}")
+        if not isinstance(teacher_model, nn.Module | str | os.PathLike | None):
+            raise TypeError(f"teacher_model must be a model or its folder, got {type(teacher_model).__name__}")
+        num_teachers = (teacher_model is not None) + (teacher_store is not None)
+        if objective is None and not num_teachers:
+            logger.warning(
+                "SlimLossMixin trains on the labels alone (method 'sft'), as it has no teacher: pass teacher_model or "
+                "teacher_store, or objective='sft' if that is meant"
+            )
+        self._set_objective(objective or SlimObjective("slim" if num_teachers else "sft"), teacher_model)
+        self.stored_teacher = None if teacher_store is None else StoredTeacher(_opened(teacher_store))
+        if num_teachers != (1 if self.objective.needs_teacher else 0):
             raise ValueError(
                 f"method {self.objective.method!r} needs "
                 f"{'one of teacher_model and teacher_store' if self.objective.needs_teacher else 'no teacher'}, got "
                 f"teacher_model={type(teacher_model).__name__}, teacher_store={type(teacher_store).__name__}"
             )
         if self.objective.method == "gkd":
-            raise ValueError("method 'gkd' lets the student write, which SlimTrainer does: use it, or method 'jsd'")
+            raise ValueError(
+                "method 'gkd' trains on text that the student writes, as only SlimTrainer does: use it, or method 'jsd'"
+            )
         check_training_arguments(self.args)
+        # The objective of TRL's trainers; the other ones weight every token by the student's logits.
+        loss_type = getattr(self.args, "loss_type", None)
+        if loss_type not in (None, "nll", "chunked_nll"):
+            raise ValueError(
+                f"loss_type must be 'nll' with SlimLossMixin, which computes the loss, got {loss_type!r}: train with "
+                "TRL's trainer alone, or choose an objective of slimkernels"
+            )
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func must be None: SlimLossMixin computes the loss")
         check_loss(base_model(self.model))
-
-    def _set_objective(self, objective: SlimObjective, teacher_model: nn.Module | None) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"the loss is computed by one process per device, got DataParallel on {self.args.n_gpu} devices: start "
-                "with torchrun, or set CUDA_VISIBLE_DEVICES to one device"
+        if self.stored_teacher is not None:
+            tokenizer = getattr(self, "processing_class", None)
+            check_stored_rows(
+                self.stored_teacher.store,
+                self.objective,
+                vocab_size=LanguageModelHead.of(base_model(self.model)).vocab_size,
+                tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
             )
-        self.objective = objective
-        # compute_loss divides by num_items_in_batch itself, so Trainer must not divide by the accumulation steps.
-        self.model_accepts_loss_kwargs = True
-        self.online_teacher = None
-        if teacher_model is not None:
-            if getattr(teacher_model, "hf_device_map", None) is None:
-                teacher_model = teacher_model.to(self.args.device)
-            vocab_size = LanguageModelHead.of(base_model(self.model)).vocab_size
-            self.online_teacher = OnlineTeacher(teacher_model, objective, vocab_size)
-        self.loss_log = LossLog(self.args.device, objective.needs_teacher)
+        self.add_callback(SlimRun(self._settings, lambda: None))
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ):
-        """The micro-batch's share of the loss, a scalar; with ``return_outputs`` also the model's outputs."""
-        step = self._step(model, inputs, num_items_in_batch)
-        loss = step.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP averages gradients over processes; num_items_in_batch counts the labels of all of them.
-            loss = loss * self.accelerator.num_processes
-        if model.training:
-            self.loss_log.add(step.terms, step.target, step.teacher, self.state.global_step + 1)
-        return (loss, step.outputs) if return_outputs else loss
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trains as the trainer does, after checking that a checkpoint is one of the same run.
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the means per label since the last log to every training log."""
-        if "loss" in logs:
-            logs = logs | self.loss_log.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-            self._report_bad_step()
-        super().log(logs, *args, **kwargs)
+        Raises:
+            ValueError: The checkpoint is of a run with another objective, teacher, data set, optimizer or schedule; the
+                message names what differs.
+        """
+        output_dir = str(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir, self._settings())
+        return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
 
-    def _report_bad_step(self) -> None:
-        step = self.loss_log.first_bad_step()
-        if step is not None:
-            logger.warning("the loss is not finite since optimizer step %d: lower the learning rate", step)
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluates as the trainer does, and adds the means of ``LossLog.means`` to the metrics."""
+        self._evaluation_log = LossLog(self.args.device, self.objective.needs_teacher)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._evaluation_log.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+        means.pop("labels_per_second")
+        added = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | added)
+
+    def _settings(self) -> dict[str, Any]:
+        store = None if self.stored_teacher is None else self.stored_teacher.store.fingerprint
+        return run_identity(self.args, self._method() | {"teacher_store": store}, self.train_dataset)
+
+    def _on_bad_step(self, step: int) -> None:
+        logger.warning("the loss is not finite since optimizer step %d: lower the learning rate", step)
 
     def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
         if "labels" not in inputs:
@@ -158,10 +156,10 @@ class SlimLossMixin:
         teacher = None
         if self.objective.needs_teacher:
             if "shift_labels" not in inputs:
-                # The first token has a hidden state before it only behind a learned prompt, which no teacher has.
+                # Only a learned prompt puts a hidden state before the first token, and no teacher has such a prompt.
                 inputs["labels"] = inputs["labels"].clone()
                 inputs["labels"][:, 0] = IGNORE_INDEX
-            teacher = self._teacher_of(inputs)
+            teacher = self._teacher_of_labels(inputs)
         student = base_model(self.accelerator.unwrap_model(model))
         head = HeadLoss(teacher, num_items=num_items, **self.objective.loss_options)
         with head.inside(student):
@@ -174,9 +172,12 @@ class SlimLossMixin:
                 outputs = model(**inputs)
         else:
             outputs = without_logits(outputs)
+        if not model.training and self._evaluation_log is not None:
+            self._evaluation_log.add(head.result, head.target, head.rows, self.state.global_step)
         return Step(loss, head.result, head.target, head.rows, outputs)
 
-    def _teacher_of(self, inputs: dict[str, Any]) -> TeacherOfLabels:
+    def _teacher_of_labels(self, inputs: dict[str, Any]) -> TeacherOfLabels:
+        """Returns the function from a batch's labels to teacher rows, with the teacher's forward pass already done."""
         target = inputs.get("shift_labels")
         target = next_labels(inputs["labels"]) if target is None else target
         places = target.flatten().ne(IGNORE_INDEX).nonzero().squeeze(-1)
@@ -184,6 +185,16 @@ class SlimLossMixin:
             rows = self.stored_teacher.rows(inputs, places)
             return lambda target: rows.to(target.device)
         online = self.online_teacher
-        hidden = online.hidden({name: value for name, value in inputs.items() if name not in _OF_THE_STUDENT})
+        hidden = online.hidden({name: value for name, value in inputs.items() if name not in _FOR_THE_STUDENT})
         hidden = hidden.flatten(0, -2).index_select(0, places.to(hidden.device))
         return lambda target: online.rows(hidden, target.to(hidden.device)).to(target.device)
+
+
+def _opened(store: Store | StoreDataset | str | os.PathLike[str]) -> Store:
+    if isinstance(store, str | os.PathLike):
+        return Store(store)
+    if isinstance(store, StoreDataset):
+        return store.store
+    if not isinstance(store, Store):
+        raise TypeError(f"teacher_store must be a Store or the path of one, got {type(store).__name__}")
+    return store

@@ -1,4 +1,4 @@
-"""What a student is trained on, and the options of its training."""
+"""``SlimObjective``, the method and loss options of a training, and ``SlimConfig``, with the options of the trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-# What each method sets where the configuration says None; _DEFAULTS where it sets nothing.
+# Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"kd_weight": 0.0},
     "kd": {},
@@ -19,7 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gkd": {"divergence": "jsd", "ce_weight": 0.0},
 }
 _DEFAULTS = {"kd_weight": 1.0, "ce_weight": 1.0, "token_weight": "none", "divergence": "forward_kl"}
-# Divergences that need a proper distribution of teacher and student.
+# Divergences that are defined only where teacher and student are both distributions that sum to one.
 _TWO_SIDED = ("reverse_kl", "jsd", "skew_kl")
 _LOSS_OPTIONS = (
     *("rest", "divergence", "token_weight", "detach_weight", "kd_weight", "ce_weight", "temperature"),
@@ -29,47 +29,51 @@ _LOSS_OPTIONS = (
 
 @dataclasses.dataclass
 class SlimObjective:
-    """What a student is trained on: a method by name, and the options of ``linear_slim_loss``.
+    """A training objective: a method by name, and the options of ``linear_slim_loss``.
 
-    ``method`` chooses what the options left at None become; everything else is the same for all methods. The teacher
-    is a store's rows (offline), or a model beside the student (online):
+    ``method`` only chooses the values of options left at None. The teacher is a store's rows (offline) or a model
+    that runs in the training process (online):
 
-    - ``"sft"``: the labels alone; no teacher. kd_weight 0.
-    - ``"kd"``: CE + KL(teacher || student), every token alike. Offline on the kept logits; online on the whole
-      vocabulary, unless ``teacher_top_k`` or ``teacher_top_fraction`` says otherwise.
-    - ``"slim"``: CE + w * KL, w = 1 - exp(-t_y / s_y), high where the teacher is surer of the label than the student.
-      Online on the largest 5 % of the vocabulary. token_weight "teacher_over_student".
-    - ``"sampled"``: as "kd" on draws from the teacher (arXiv 2503.16870): a store of draws, or ``teacher_rounds`` draws
-      of an online teacher.
+    - ``"sft"``: The cross-entropy of the labels; no teacher. kd_weight 0.
+    - ``"kd"``: CE + KL(teacher || student), with equal weight for every token. Offline on the kept logits; online on
+      the whole vocabulary, unless ``teacher_top_k`` or ``teacher_top_fraction`` is set.
+    - ``"slim"``: CE + w * KL, w = 1 - exp(-t_y / s_y), high where the teacher is more confident of the label than the
+      student. Online on the largest 5 % of the vocabulary. token_weight "teacher_over_student".
+    - ``"sampled"``: The loss of "kd" on draws from the teacher (arXiv 2503.16870): a store of draws, or
+      ``teacher_rounds`` draws from an online teacher.
     - ``"reverse_kl"``: CE + KL(student || teacher).
     - ``"jsd"``: CE + the generalised Jensen-Shannon divergence.
-    - ``"gkd"``: the same divergence alone, on documents of which the share ``on_policy_fraction`` goes on from its
-      prompt in the student's own words, scored by an online teacher (arXiv 2306.13649). ce_weight 0.
+    - ``"gkd"``: The generalised Jensen-Shannon divergence alone. In a share ``on_policy_fraction`` of the
+      micro-batches the student continues the documents' prompts, and an online teacher scores what it wrote
+      (arXiv 2306.13649). ce_weight 0.
 
     Attributes:
-        method: "sft" | "kd" | "slim" | "sampled" | "reverse_kl" | "jsd" | "gkd".
-        rest: The teacher outside its kept ids: "renorm" | "zero" | "ghost" | "zero_logit" | "renorm_both". None:
-            "ghost" for the divergences that need it, "reverse_kl", "jsd" and "skew_kl"; else "renorm".
-        divergence: "forward_kl" | "soft_ce" | "reverse_kl" | "jsd" | "skew_kl"; the last three need rest "ghost"
-            or "renorm_both". None: the method's.
-        token_weight: "teacher_over_student" | "student_over_teacher" | "none"; None: the method's.
-        detach_weight: False lets the gradient through w.
-        kd_weight: Factor of the divergence, >= 0; None: the method's.
-        ce_weight: Factor of the cross-entropy, >= 0; None: the method's.
-        temperature: Of the divergence, > 0; a store must have been captured at it for rest "zero" and "ghost".
-        beta: The teacher's share in "jsd".
-        alpha: The teacher's share in "skew_kl".
-        label_smoothing: Of the cross-entropy, in [0, 1); in place of ``label_smoothing_factor``.
+        method: Name of the method, "sft" | "kd" | "slim" | "sampled" | "reverse_kl" | "jsd" | "gkd".
+        rest: Treatment of the teacher's mass outside its kept ids, "renorm" | "zero" | "ghost" | "zero_logit" |
+            "renorm_both"; None for "ghost" with the divergences that need it, "reverse_kl", "jsd" and "skew_kl", else
+            "renorm".
+        divergence: Divergence, "forward_kl" | "soft_ce" | "reverse_kl" | "jsd" | "skew_kl", of which the last three
+            need rest "ghost" or "renorm_both"; None for the method's.
+        token_weight: Weight of each token's divergence, "teacher_over_student" | "student_over_teacher" | "none"; None
+            for the method's.
+        detach_weight: False to let the gradient through w.
+        kd_weight: Factor of the divergence, >= 0; None for the method's.
+        ce_weight: Factor of the cross-entropy, >= 0; None for the method's.
+        temperature: Temperature of the divergence, > 0; with rest "zero" or "ghost", a store must have been captured
+            at this temperature.
+        beta: Share of the teacher in "jsd".
+        alpha: Share of the teacher in "skew_kl".
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1); replaces ``label_smoothing_factor``.
         z_loss_weight: Factor of the squared log-sum-exp.
-        teacher_top_k: Logits of an online teacher that are kept.
-        teacher_top_fraction: The same as a share of the vocabulary.
-        teacher_rounds: Draws from an online teacher, method "sampled"; None: 50.
-        on_policy_fraction: Probability that the student writes a micro-batch, method "gkd".
-        max_new_tokens: Of what the student writes.
-        sampling_temperature: It writes at, > 0.
+        teacher_top_k: Number of an online teacher's largest logits to keep.
+        teacher_top_fraction: Share of the vocabulary to keep of an online teacher's largest logits.
+        teacher_rounds: Number of draws from an online teacher with method "sampled"; None for 50.
+        on_policy_fraction: Probability that the student writes a micro-batch with method "gkd".
+        max_new_tokens: Largest number of tokens that the student writes after a prompt.
+        sampling_temperature: Sampling temperature of the student, > 0.
 
     Raises:
-        ValueError: An unknown method, or an option that the method has no use for.
+        ValueError: The method is unknown, or an option has no effect with the method.
     """
 
     method: str = "slim"
@@ -104,8 +108,8 @@ class SlimObjective:
         kept = (self.teacher_top_k, self.teacher_top_fraction)
         if kept != (None, None) and (self.method in ("sft", "sampled") or None not in kept):
             raise ValueError(
-                "teacher_top_k and teacher_top_fraction choose what is kept of an online teacher, one or the other, "
-                f"and not with method 'sft' or 'sampled', got {kept} with method {self.method!r}"
+                "teacher_top_k and teacher_top_fraction select an online teacher's largest logits: set one or the "
+                f"other, and not with method 'sft' or 'sampled', got {kept} with method {self.method!r}"
             )
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
@@ -121,7 +125,7 @@ class SlimObjective:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """The keyword arguments of ``linear_slim_loss``, with the method's defaults filled in."""
+        """Keyword arguments of ``linear_slim_loss``, with the method's defaults filled in."""
         options = {name: getattr(self, name) for name in _LOSS_OPTIONS}
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
@@ -132,15 +136,15 @@ class SlimObjective:
 
 @dataclasses.dataclass
 class SlimConfig(SlimObjective, TrainingArguments):
-    """``transformers.TrainingArguments`` and the attributes of ``SlimObjective``.
+    """Fields of ``transformers.TrainingArguments`` and of ``SlimObjective``.
 
     Raises:
-        ValueError: As ``SlimObjective``, and for a ``TrainingArguments`` option that would silently do nothing here.
+        ValueError: As ``SlimObjective``, and for a ``TrainingArguments`` option that would have no effect here.
     """
 
     logging_steps: float = 10
-    # Documents are not dictionaries of columns, and a non-finite loss is reported, not averaged away: the
-    # filter would also synchronise with the device at every step.
+    # Documents are not dictionaries of columns. The NaN filter would hide a loss that is not finite, which is reported
+    # here, and would synchronise with the device at every step.
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
     dataloader_pin_memory: bool = dataclasses.field(default_factory=torch.cuda.is_available)
@@ -152,7 +156,7 @@ class SlimConfig(SlimObjective, TrainingArguments):
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
-    """Refuses what needs the logits, or would silently do nothing.
+    """Rejects options of the trainer that need the logits or would have no effect.
 
     Raises:
         ValueError: ``label_smoothing_factor`` or ``torch_compile`` is set.
@@ -164,6 +168,6 @@ def check_training_arguments(args: TrainingArguments) -> None:
         )
     if args.torch_compile:
         raise ValueError(
-            "torch_compile must be False: it compiles model.forward, of which the loss takes the place; compile the "
-            "decoder instead: model.get_decoder().compile()"
+            "torch_compile must be False: it compiles model.forward, which the loss replaces; compile the decoder "
+            "instead: model.get_decoder().compile()"
         )

@@ -1,12 +1,15 @@
-"""On-policy batches: documents that go on from their prompts in the student's own words."""
+"""On-policy batches: documents whose prompts the student continues."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -19,28 +22,29 @@ def continue_prompts(
     pad_token_id: int,
     max_length: int | None = None,
 ) -> dict[str, Any]:
-    """Lets the student continue every document of a batch from its prompt, and labels what it wrote.
+    """Replaces the labels of every document of a batch by a continuation that the student draws.
 
-    A prompt is what stands before a document's first label; the tokens drawn from softmax(logits / temperature) after
-    it, up to the end of text (kept) or ``max_new_tokens``, are the new labels. The draws come from torch's global
-    generator.
+    The student draws tokens after it from
+    softmax(logits / temperature), up to and including the end of text, or ``max_new_tokens`` of them; they are the new
+    labels. The draws use torch's global generator.
 
     Args:
-        model: The student; generates in evaluation mode, its mode restored.
-        batch: Of ``SlimCollator``.
-        max_new_tokens: Of each document.
-        temperature: > 0.
-        pad_token_id: Fills up prompts and documents; never attended to.
-        max_length: Longest document the student can read. None: no limit.
+        model: The student; it generates in evaluation mode, and its mode is restored.
+        batch: A batch of ``SlimCollator``, whose ``prompt_lengths`` say how many tokens of each document are continued.
+        max_new_tokens: Largest number of tokens to draw for each document.
+        temperature: Sampling temperature, > 0.
+        pad_token_id: Id that pads prompts and documents; never attended to.
+        max_length: Number of tokens that the student can read; None for no limit.
 
     Returns:
-        A batch as ``SlimCollator`` makes it, without a teacher. Documents without a label are left out; where none has
-        one, or a prompt leaves no room, the batch is returned as it was.
+        A batch in the form of ``SlimCollator``, without a teacher. It lacks documents without a label. Where no
+        document has a label, or a prompt leaves no room for a token, the given batch is returned.
     """
     input_ids, rows = batch["input_ids"], batch["rows"]
     length = input_ids.shape[1]
     document, place = rows // length, rows % length
     first = torch.full((len(input_ids),), length, device=rows.device).scatter_reduce(0, document, place + 1, "amin")
+    first = batch.get("prompt_lengths", first).to(rows.device)
     labelled = torch.zeros(len(input_ids), dtype=torch.bool, device=rows.device).index_fill(0, document, True)
     lengths = first[labelled]
     longest = int(lengths.max()) if len(lengths) else 0
@@ -52,6 +56,23 @@ def continue_prompts(
     prompts[mask] = input_ids[labelled][:, :longest][mask.flip(-1)]
     written = _generate(model, prompts, mask, room, temperature, pad_token_id)
     return _collate(prompts, mask, lengths, written, _lengths_to_end(written, model), pad_token_id)
+
+
+def warn_of_other_ends(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Warns where a student ends its text with other tokens than its teacher, who then never scores an end as one."""
+    own, others = (_end_tokens(model) for model in (student, teacher))
+    if own and others and own.isdisjoint(others):
+        logger.warning(
+            "the student ends its text with the tokens %s and the teacher with %s, so the teacher finds the student's "
+            "ends improbable: set the eos_token_id of the student's generation_config",
+            sorted(own),
+            sorted(others),
+        )
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
 
 
 def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, temperature: float, pad: int) -> Tensor:
@@ -74,12 +95,12 @@ def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, tempera
 
 
 def _right_aligned(lengths: Tensor, width: int) -> Tensor:
-    """(B, width), True in the last ``lengths`` places of each row."""
+    """Returns a mask (B, width) that is True in the last ``lengths`` places of each row."""
     return torch.arange(width, device=lengths.device) >= width - lengths[:, None]
 
 
 def _lengths_to_end(written: Tensor, model: PreTrainedModel) -> Tensor:
-    """(B,) the tokens of each row up to its first end of text, that included."""
+    """Returns the number of tokens (B,) of each row up to and including its first end of text."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         return torch.full((len(written),), written.shape[1], device=written.device)
@@ -89,7 +110,7 @@ def _lengths_to_end(written: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def _collate(prompts, mask: Tensor, prompt_lengths: Tensor, written, written_lengths: Tensor, pad: int) -> dict:
-    """Right-padded documents of the prompts and what was written after them."""
+    """Makes a right-padded batch of the prompts followed by their continuations."""
     lengths = prompt_lengths + written_lengths
     width = int(lengths.max())
     place = torch.arange(width, device=prompts.device)

@@ -1,4 +1,4 @@
-"""Teachers of a training step: a model beside the student, or a store asked by the tokens of the batch."""
+"""Teachers of a training step: a model that scores the batch, or a store that is searched for its documents."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.models.head import LanguageModelHead
-from slimkernels.models.head_loss import HeadInput, base_model, is_partitioned
+from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.hidden_states import HeadInput
+from slimkernels.models.sharding import is_partitioned
 from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.trainer.objective import SlimObjective
-
-# A head is padded to some multiple at most as large as this; more rows than that are another vocabulary.
-_LARGEST_PADDING = 1024
+from slimkernels.trainer.stored_rows import LARGEST_PADDING
 
 logger = logging.getLogger(__name__)
 
 
 class OnlineTeacher:
-    """Scores a batch with a model that is not trained, and keeps of it what the objective asks for.
+    """A teacher model, not trained, that scores batches and keeps the logits that the objective selects.
 
-    Its logits never exist whole, except where they are kept whole: "kd" on the whole vocabulary holds 8 bytes for each
-    of (N, V) while the loss is computed.
+    The (N, V) logits never exist, unless all of them are kept: "kd" on the whole vocabulary holds 8 bytes for each of
+    N x V entries while the loss is computed.
 
     Args:
         model: A causal language model; set to evaluation mode.
-        objective: Says which and how many logits are kept.
-        vocab_size: V of the student. Where the two heads are padded differently, the rows that both have count, with a
-            warning.
+        objective: Training objective, which tells how the logits are selected.
+        vocab_size: Number of rows V of the student's head. Where teacher and student are padded differently, only the
+            rows that both heads have are used, and a warning is logged.
 
     Raises:
         ValueError: The vocabularies differ by more than padding, the head is not one linear layer, or DeepSpeed ZeRO-3
@@ -44,11 +43,11 @@ class OnlineTeacher:
         self.objective = objective
         if is_partitioned(model):
             raise ValueError(
-                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before the "
-                "training arguments that turn ZeRO-3 on are made"
+                "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before creating "
+                "the training arguments that enable ZeRO-3"
             )
         rows = LanguageModelHead.of(base_model(model)).vocab_size
-        if abs(rows - vocab_size) > _LARGEST_PADDING:
+        if abs(rows - vocab_size) > LARGEST_PADDING:
             raise ValueError(
                 f"teacher and student must have the same vocabulary, got heads of {rows} and {vocab_size} rows: choose "
                 "a teacher with the student's tokenizer"
@@ -64,7 +63,7 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """What the teacher's head is given for the batch, (B, T, D)."""
+        """Computes the input (B, T, D) of the teacher's head for a batch."""
         catch = HeadInput()
         with catch.inside(base_model(self.model)):
             self.model(**inputs | {"use_cache": False})
@@ -72,7 +71,14 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
-        """What is kept of hidden states (N, D) whose next tokens are ``target`` (N,)."""
+        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,).
+
+        The products are in the teacher's dtype, also within the student's autocast region.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._rows(hidden, target)
+
+    def _rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
         head = self._head()
         objective = self.objective
         if objective.method == "sampled":
@@ -92,37 +98,39 @@ class OnlineTeacher:
 
     def _draw(self, head: LanguageModelHead, hidden: Tensor, target: Tensor) -> SparseLogits:
         rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
-        # From the generator whose state checkpoints keep, so that a resumed run draws what it would have drawn.
+        # Checkpoints keep the state of the global generator, so a resumed run gets the seed it would have got.
         seed = int(torch.randint(2**62, ()))
         return draw_targets(head, hidden, target, rounds, seed, torch.arange(len(hidden), device=hidden.device))
 
 
 class StoredTeacher:
-    """Finds the rows of a batch's documents in a store, by their tokens; for batches that any collator made.
+    """A store in which the rows of a batch's documents are found by their tokens, for batches of any collator.
 
     Args:
-        store: Of the documents, tokenised as in the batch: whole, or packed with ``position_ids``.
+        store: Store of the documents, tokenised as in the batches, which may pack them with ``position_ids``.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:
-        """The teacher's rows of labels.
+        """Finds the teacher's rows of the labels of a batch.
 
         Args:
-            inputs: ``input_ids`` (B, T) and either ``position_ids``, which start at 0 in every document of a packed
-                batch, or ``attention_mask``.
-            places: (N,) ascending, in B * T, of the hidden states that predict the labels.
+            inputs: Tensors ``input_ids`` (B, T) and, where rows hold more than one document or padding,
+                ``position_ids`` (B, T), which start at 0 in every document, and ``attention_mask`` (B, T).
+            places: Flat indices (N,) into B * T of the hidden states that predict the labels, ascending.
 
         Returns:
             SparseLogits (N, K) on the device of ``places``.
 
         Raises:
-            ValueError: A document or a label of it is not in the store.
+            ValueError: The store lacks a document, or a row for one of its labels.
         """
         input_ids = inputs["input_ids"].cpu()
         wanted = places.cpu()
+        if not len(wanted):
+            return self._no_rows().to(places.device)
         length = input_ids.shape[1]
         parts = []
         for row, start, stop in _documents(input_ids, inputs):
@@ -133,8 +141,20 @@ class StoredTeacher:
         found = SparseLogits.cat(parts) if parts else None
         if found is None or found.leading_shape != (len(wanted),):
             count = 0 if found is None else found.leading_shape[0]
-            raise ValueError(f"every label must lie in a document of the batch, got {count} that do of {len(wanted)}")
+            raise ValueError(
+                f"every label must lie in a document of the batch, got {len(wanted)} labels, {count} of which do"
+            )
         return found.to(places.device)
+
+    def _no_rows(self) -> SparseLogits:
+        temperatures = self.store.temperatures
+        return SparseLogits(
+            ids=torch.zeros(0, 1, dtype=torch.int32),
+            logits=torch.zeros(0, 1),
+            lse=torch.zeros(0, len(temperatures)),
+            temperatures=temperatures,
+            target_logit=torch.zeros(0),
+        )
 
     def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
         index = self.store.find(input_ids)
@@ -156,16 +176,26 @@ class StoredTeacher:
 
 
 def _documents(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every document of a batch."""
+    """Returns the row, the start and the end of every document of a batch.
+
+    Tokens that ``attention_mask`` (B, T) excludes belong to no document, whatever their ``position_ids``: they end the
+    document before them. Position 0, or another number of the document in the mask, starts the next one.
+    """
     found = []
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     for row, ids in enumerate(input_ids):
+        is_token = torch.ones(len(ids), dtype=torch.bool)
+        is_start = torch.zeros(len(ids), dtype=torch.bool)
         if positions is not None:
-            starts = positions[row].cpu().eq(0).nonzero().flatten().tolist()
-            found += [(row, a, b) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
-        elif mask is None:
-            found.append((row, 0, len(ids)))
-        else:
-            attended = mask[row].cpu().nonzero().flatten()
-            found += [(row, int(attended[0]), int(attended[-1]) + 1)] if len(attended) else []
+            is_start |= positions[row].cpu().eq(0)
+        if mask is not None and mask.ndim == 2:
+            document = mask[row].cpu()
+            is_token &= document.ne(0)
+            is_start[1:] |= document[1:].ne(document[:-1])
+        is_start[0] = True
+        starts = (is_token & is_start).nonzero().flatten().tolist()
+        ends = (~is_token | is_start).nonzero().flatten().tolist()
+        for start in starts:
+            end = next((end for end in ends if end > start), len(ids))
+            found.append((row, start, end))
     return found

@@ -31,12 +31,12 @@ OPTIONS = {"top_k": 17, "batch_tokens": 120, "window": 8, "shard_rows": 60, "num
 
 
 def documents() -> list[list[int]]:
-    """The same in every process."""
+    """Makes the same documents in every process."""
     return make_documents(80, seed=5)
 
 
 class Rank:
-    """A forked rank, and what it has reported written: the hashes of the documents, a line for every shard."""
+    """A forked rank, which reports the hashes of the documents it has written, a line for every shard."""
 
     def __init__(self, model, tokenizer, path: Path, rank: int, num_ranks: int) -> None:
         read, write = os.pipe()
@@ -69,7 +69,7 @@ class Rank:
             os._exit(code)
 
     def kill(self, shards: int, seconds: float) -> None:
-        """Kills it some seconds after it has reported some shards."""
+        """Kills the rank some seconds after it has reported some shards."""
         for _ in range(shards):
             self.reported += self.report.readline().split()
         time.sleep(seconds)
@@ -77,7 +77,7 @@ class Rank:
         self.is_killed = True
 
     def end(self) -> list[str]:
-        """Waits for it; everything it reported."""
+        """Waits for the rank and returns everything it reported."""
         self.reported += self.report.read().split()
         _, status = os.waitpid(self.process, 0)
         if not (os.WIFSIGNALED(status) and self.is_killed) and status != 0:

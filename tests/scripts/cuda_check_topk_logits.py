@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel of topk_logits against the reference, on a GPU; run in a process of its own.
+"""Compares the CUDA C++ kernel of topk_logits with the reference on a GPU; run in its own process.
 
 python cuda_check_topk_logits.py [--small]: the latter for the tools that slow a kernel down a hundred times. Nothing
 else runs on the GPU; a wrong result is an exception.
@@ -17,6 +17,7 @@ from test_topk_logits import assert_topk_matches
 from torch import Tensor
 
 import slimkernels as sk
+import slimkernels.ops  # registers the operators
 
 
 def topk_logits(
@@ -33,7 +34,7 @@ def topk_logits(
 
 
 def check_hostile_rows(vocab_size: int, copies: int = 1) -> None:
-    """Every dtype and K, with labels good and bad, at two temperatures; the number of rows decides the launch."""
+    """Checks every dtype and K, with valid and invalid labels, at two temperatures; the rows decide the launch."""
     for dtype in DTYPES:
         rows = torch.stack(list(hostile_rows(vocab_size, dtype).values())).repeat(copies, 1)
         target = torch.randint(vocab_size, (len(rows),))

@@ -1,4 +1,4 @@
-"""Which barriers of the emulated kernel of topk_logits can be left out unnoticed; run in a process of its own.
+"""Finds the barriers of the emulated kernel of topk_logits that can be removed unnoticed; run in its own process.
 
 python cuda_removed_barriers.py LIBRARY: writes a JSON list with, for every launch, the number of its barriers and the
 indices of those whose removal changed no result and caused no fault or crash, whatever was selected and in any order of
@@ -28,7 +28,7 @@ LAUNCHES = (
 
 
 def unnoticed(kernel: EmulatedKernel, launch: Launch) -> tuple[int, list[int]]:
-    # Some twenty of every value, so that there are ties at the K-th largest, and values that differ in every digit.
+    # Every value occurs about twenty times, so there are ties at the K-th largest, and values differ in every digit.
     rows = torch.randn(200)[torch.randint(200, (1, 4099))]
     expected = {top_k: sparse_fields(kernel.topk_logits(rows, top_k, launch)) for top_k in TOP_KS}
     barriers = kernel.barriers_of_last_row()
@@ -41,7 +41,7 @@ def unnoticed(kernel: EmulatedKernel, launch: Launch) -> tuple[int, list[int]]:
 
 
 def is_same(kernel: EmulatedKernel, rows: Tensor, launch: Launch, expected: dict[int, list[Tensor]]) -> bool:
-    """Whether the results are as expected; in a child process, for without a barrier a thread may write anywhere."""
+    """Returns whether the results are correct, from a child process, because a thread may write anywhere."""
     child = os.fork()
     if child == 0:
         status = 1

@@ -45,7 +45,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def give_name(package: str) -> None:
-    """A second description of the same files, under the name that vLLM looks for."""
+    """Adds a second package description of the same files, under the name that vLLM looks for."""
     distribution = importlib.metadata.distribution(package)
     known = Path(str(distribution.locate_file(f"{package.replace('-', '_')}-{distribution.version}.dist-info")))
     named = known.with_name(f"vllm-{distribution.version}.dist-info")

@@ -1,7 +1,7 @@
-"""Kills searches: `python search_killed.py PATH` traces two of them to PATH.toy and PATH.tiny, a JSON line per death.
+"""Kills searches: `python search_killed.py PATH` traces two to PATH.toy and PATH.tiny, and prints a line per process.
 
-One process forks the searches, so that torch is imported once. Each dies by SIGKILL at its next moment of a list:
-half-way through the bytes of an append, or before the n-th generation. The last of each search is left alone.
+One process forks the searches, so that torch is imported once. Each fork dies by SIGKILL at the next moment of a list:
+half-way through the bytes of an append, or before the n-th generation. A search that is complete earlier just exits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from test_search_trace import QUESTIONS, TINY_QUESTIONS, finder, tiny_finder
 
 from slimkernels.durable import Journal
 
-# What dies, in which append or generation after the search went on.
+# The append or generation in which each process dies, counted from its start.
 TOY = [("append", 0), ("append", 1), ("append", 0), ("extend", 2), ("append", 2), ("extend", 1), ("append", 1)] * 2
 TINY = [("extend", 2), ("append", 1), ("extend", 1)]
 

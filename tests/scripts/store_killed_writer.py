@@ -22,7 +22,7 @@ from slimkernels.store import StoreWriter
 
 
 def documents(count: int) -> list[Case]:
-    """The same documents in every process."""
+    """Makes the same documents in every process."""
     generator = torch.Generator().manual_seed(7)
     return [random_case(12, 8, generator, ragged=i % 3 == 0) for i in range(count)]
 
@@ -70,11 +70,11 @@ def main(path: Path, count: int, seed: int, kills: int) -> None:
     choose = random.Random(seed)
     cases = documents(count)
     for trial in range(kills):
-        # Two kills for each store: the second meets what the first left.
+        # Every store sees two kills, so that the second writer finds the leftovers of the first.
         store = path / f"store-{trial // 2}"
         reported = run_writer(store, cases, (choose.randint(0, 8), choose.random() * 0.01))
         os.write(1, (json.dumps({"store": store.name, "reported": reported}) + "\n").encode())
-        # The test looks at the store before the next writer repairs it.
+        # The test checks the store before the next writer repairs it.
         sys.stdin.readline()
     for number in range((kills + 1) // 2):
         run_writer(path / f"store-{number}", cases, None)

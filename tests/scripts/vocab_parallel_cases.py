@@ -1,4 +1,4 @@
-"""What two ranks compute in tests/test_vocab_parallel.py: the same problem, each with its slice of the vocabulary.
+"""Computes the cases of tests/test_vocab_parallel.py on two ranks, each with its slice of the vocabulary.
 
 Run as a script by every rank: ``python vocab_parallel_cases.py FOLDER RANK``.
 """
@@ -82,7 +82,7 @@ CASES = make_cases()
 
 
 def make_problem(case: Case) -> Problem:
-    """Row 1 keeps ids of rank 0 alone, row 4 of rank 1 alone; labels are on either rank; row 2 is ignored."""
+    """Makes a problem: row 1 keeps ids of rank 0 only, row 4 of rank 1 only; row 2 is ignored; both have labels."""
     problem = random_problem(NUM_ROWS, VOCAB_SIZE, max(case.top_k, 1), dtype=case.dtype)
     whole = random_problem(NUM_ROWS, VOCAB_SIZE, VOCAB_SIZE, dtype=case.dtype).teacher.logits.clone()
     whole[1, FIRST_SLICE:] -= 40
@@ -101,7 +101,7 @@ def make_problem(case: Case) -> Problem:
 
 
 def make_operands(case: Case) -> tuple[tuple[Tensor, ...], Tensor, SparseLogits | None]:
-    """(logits,) or (hidden, weight, bias), the labels, the teacher."""
+    """Returns (logits,) or (hidden, weight, bias), the labels, and the teacher."""
     problem = make_problem(case)
     operands = (problem.logits,)
     if case.linear:
@@ -126,7 +126,7 @@ def loss_of(case: Case, module, operands, target, teacher, *, product: bool = Fa
 
 
 def run_case(case: Case, rank: int):
-    """The fields of the loss, and the gradients of this rank's part of the operands."""
+    """Returns the fields of the loss, and the gradients of this rank's part of the operands."""
     operands, target, teacher = make_operands(case)
     dims = (None, 0, 0) if case.linear else (-1,)
     more = dict(case.ours)
@@ -154,7 +154,7 @@ def run_case(case: Case, rank: int):
 
 
 def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
-    """The collectives of a forward and a backward pass of the linear form, in chunks."""
+    """Records the collectives (name, shape) of a forward and a backward pass of the linear form, in chunks."""
     calls = []
 
     def recorded(name: str, which: int):
@@ -178,7 +178,7 @@ def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def frozen_weight(rank: int) -> tuple[bool, bool]:
-    """Whether hidden and weight get gradients where the weight is frozen, and where nothing needs one."""
+    """Returns whether a frozen weight leaves only hidden a gradient, and whether a loss under no_grad requires one."""
     (hidden, weight, _), target, teacher = make_operands(Case({}, linear=True))
     start, stop = SLICES[rank]
     group = {"group": dist.group.WORLD, "vocab_start": start}
@@ -190,7 +190,7 @@ def frozen_weight(rank: int) -> tuple[bool, bool]:
 
 
 def memory_of_chunks(rank: int) -> int:
-    """The bytes of the largest tensor that the linear form allocates, forward and backward."""
+    """Returns the bytes of the largest tensor that the linear form allocates, forward and backward."""
     num_rows, vocab_size = MEMORY_SHAPE
     hidden, weight = torch.randn(num_rows, 4, requires_grad=True), torch.randn(vocab_size, 4, requires_grad=True)
     teacher = reference.topk_logits(torch.randn(num_rows, 2 * vocab_size), 4)
@@ -207,7 +207,7 @@ def memory_of_chunks(rank: int) -> int:
 
 
 def gradient_twice(rank: int) -> tuple[Tensor, Tensor]:
-    """hidden's gradient, asked for twice: the sum over ranks must not be taken of the sum."""
+    """Computes the gradient of hidden twice: the sum over ranks must not be summed again."""
     (hidden, weight, _), target, teacher = make_operands(Case({}, linear=True))
     start, stop = SLICES[rank]
     hidden.requires_grad_()
@@ -219,7 +219,7 @@ def gradient_twice(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def patched_model(rank: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The loss of a model with a sharded head, patched, that of the whole one, and how far their gradients differ."""
+    """Returns the losses of a patched model with a sharded and a whole head, and how far their gradients differ."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 

@@ -1,4 +1,4 @@
-"""Writes rows as DistillKit describes its compression, in plain Python: bits as text, bytes by ``struct``.
+"""Writes rows in DistillKit's compression in plain Python: bits as text, bytes through ``struct``.
 
 Written from the description alone (README.md, "Compression Deep-Dive", and the layout in the docstring of
 ``slimkernels.exchange.distillkit_codec``), it shares no code with the decoder.
@@ -19,12 +19,12 @@ def float_bytes(value: float, dtype: str) -> bytes:
     if dtype != "bfloat16":
         return struct.pack(FORMATS[dtype], value)
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    # To nearest, ties to even.
+    # Rounds to nearest, ties to even.
     return struct.pack("<H", (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) if math.isfinite(value) else b"\x80\xff"
 
 
 def rounded(value: float, dtype: str) -> float:
-    """What is read back."""
+    """Returns the value that a reader gets."""
     data = float_bytes(value, dtype)
     if dtype != "bfloat16":
         return struct.unpack(FORMATS[dtype], data)[0]
@@ -46,7 +46,7 @@ def term_value(term: int | str, t: float) -> float:
 
 
 def encode(values: list[float], config: dict) -> tuple[bytes, list[float]]:
-    """The bytes of a row of falling log-probabilities, and what they stand for."""
+    """Returns the bytes of a row of descending log-probabilities, and the decoded values."""
     if config.get("delta_encoding", True):
         values = [values[0], *(after - before for before, after in itertools.pairwise(values))]
     exact_k, k = config["exact_k"], config["k"]

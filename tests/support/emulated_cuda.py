@@ -1,4 +1,4 @@
-"""csrc/cuda/topk_logits.cuh compiled by the host's compiler for the emulated GPU of tests/support/cuda_emulator."""
+"""Compiles csrc/cuda/topk_logits.cuh with the host's compiler for the GPU emulator of tests/support/cuda_emulator."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from slimkernels import SparseLogits
 
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "g++").split()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the emulator's order
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # numbered as in the emulator
 
 
 class Launch(NamedTuple):
-    """How an emulated kernel is launched; what it computes depends on none of it."""
+    """Launch parameters of an emulated kernel, none of which may change its results."""
 
     blocks: int = 1
     staged: bool = True
-    list_capacity: int | None = None  # None: as many candidates as there are elements; 0: no list
+    list_capacity: int | None = None  # None for as many candidates as there are elements; 0 for no list
     threads: int = 64
-    seed: int = 0  # of the order in which threads run
-    skipped_barrier: int = -1  # the barrier that every thread passes without waiting, counted from the first
+    seed: int = 0  # seed of the order in which threads run
+    skipped_barrier: int = -1  # index of a barrier that no thread waits at; -1 for none
 
 
 class Gpu(NamedTuple):
-    """What a launch plan depends on of a device."""
+    """Properties of a device that a launch plan depends on."""
 
     has_clusters: bool
     block_bytes: int
@@ -40,7 +40,7 @@ class Gpu(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the launcher would choose."""
+    """The parameters that the launcher chooses."""
 
     blocks: int
     staged: bool
@@ -50,11 +50,11 @@ class Plan(NamedTuple):
 
 
 class FaultError(Exception):
-    """The emulated threads wait for each other forever, or overran their memory."""
+    """The emulated threads deadlocked or overran their memory."""
 
 
 class EmulatedKernel:
-    """The kernel and its launch plan, from their compiled library."""
+    """The kernel and its launch plan, called in the compiled library."""
 
     def __init__(self, library: Path) -> None:
         self._native = ctypes.CDLL(str(library))
@@ -120,19 +120,19 @@ class EmulatedKernel:
 
 
 def compile_library(folder: Path, **replaced: str) -> Path:
-    """Compiles the kernel into ``folder``, with ``old`` replaced by ``new`` in its source where they are given."""
+    """Compiles the kernel into ``folder``, after replacing ``old`` by ``new`` in its source if they are given."""
     include = ROOT / "csrc"
     if replaced:
         kernel = include / "cuda/topk_logits.cuh"
         source = kernel.read_text()
-        assert source.count(replaced["old"]) == 1, f"{replaced['old']!r} is not once in {kernel}"
+        assert source.count(replaced["old"]) == 1, f"{replaced['old']!r} must occur once in {kernel}"
         include = folder
         (folder / "cuda").mkdir()
         for header in kernel.parent.glob("*.*h"):
             (folder / "cuda" / header.name).write_text(header.read_text())
         (folder / "cuda" / kernel.name).write_text(source.replace(replaced["old"], replaced["new"]))
     library = folder / "topk_logits.so"
-    # Fortified jumps take those between fibers for errors.
+    # Fortified longjmp aborts on jumps between fibers.
     options = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", f"-I{include}"]
     source = ROOT / "tests/support/cuda_emulator/topk_logits.cpp"
     subprocess.run([*COMPILER, *options, str(source), "-o", str(library)], check=True)

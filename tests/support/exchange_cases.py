@@ -1,4 +1,4 @@
-"""Documents with a teacher's dense logits, for the tests that write them in other projects' formats."""
+"""Makes documents with a teacher's dense logits, for tests that write them in the formats of other projects."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ VOCAB_SIZE, TOP_K = 300, 12
 
 
 class Case(NamedTuple):
-    """(T,) token ids that the teacher likes, and its (T, V) log-probabilities; row j predicts token j + 1."""
+    """A document of T likely tokens, and the teacher's (T, V) log-probabilities; row j predicts token j + 1."""
 
     input_ids: list[int]
     logprobs: np.ndarray
 
     def largest(self, row: int, top_k: int = TOP_K) -> list[int]:
-        """The ids of a row's largest log-probabilities, falling."""
+        """Returns the ids of a row's largest log-probabilities, in descending order."""
         return np.argsort(-self.logprobs[row], kind="stable")[:top_k].tolist()
 
 
 def make_cases(count: int = 4, temperature: float = 1.0) -> list[Case]:
-    """The tiny teacher's own text, so that most labels are among the kept ids."""
+    """Generates documents with the tiny teacher, so that most labels are among the kept ids."""
     model = teachers.make_teacher()
     generator = torch.Generator().manual_seed(0)
     cases = []

@@ -1,4 +1,4 @@
-"""Tiny random models of the causal LM families, with whatever each does to its logits switched on."""
+"""Tiny random models of the causal LM families, with each family's operation on its logits enabled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIZES = {
 }
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 
-# Name: (configuration class, its options beside the sizes).
+# Name: (configuration class, its options in addition to the sizes).
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -46,7 +46,7 @@ FAMILIES = {
 
 
 def make_family(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model in training mode, without dropout, whose probabilities differ."""
+    """Makes a model in training mode, without dropout, whose probabilities differ."""
     config, options = FAMILIES[name]
     torch.manual_seed(seed)
     config = getattr(transformers, config)(**_SIZES | options)

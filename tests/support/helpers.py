@@ -1,4 +1,4 @@
-"""What every test of an op shares: problems, hostile rows, and the rule that says when a result is right."""
+"""Helpers for tests of the ops: problems, hostile rows, and the accuracy that a result must have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimkernels import SparseLogits, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Every legal pair: the last three divergences need both sides to sum to 1.
+# Every legal pair. The last three divergences need both distributions to sum to 1.
 RESTS_AND_DIVERGENCES = tuple(
     (rest, divergence)
     for rest in ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
@@ -24,9 +24,9 @@ RESTS_AND_DIVERGENCES = tuple(
     if divergence in ("forward_kl", "soft_ce") or rest in ("ghost", "renorm_both")
 )
 
-# What may be lost beyond twice what torch loses in the same dtype, relative to the largest entry of the truth: a few
-# units in the last place of the dtype the result is stored in. In float64 torch is the truth itself, so the floor is
-# all there is; it leaves room for what an ill-conditioned tail 1 - a does to the last places.
+# Error allowed on top of twice that of torch in the same dtype, relative to the largest entry of the truth: a few units
+# in the last place of the dtype of the result. In float64 torch is the truth itself, so the floor is the whole
+# allowance; it covers the error of an ill-conditioned tail 1 - a.
 FLOORS = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 _FACTOR = 2.0
 
@@ -39,11 +39,11 @@ def assert_as_accurate(
     *,
     at_least: float = 0.0,
 ) -> None:
-    """Our error may be twice that of torch in the same dtype, plus a floor, both against float64.
+    """Asserts that our error is at most twice that of torch in the same dtype plus a floor, both against float64.
 
-    Infinities and NaN must be where the truth has them, and errors are measured on the rest. ``floor`` is relative to
-    the largest magnitude of the truth, or to ``at_least`` where that is larger because the truth is a small difference
-    of large terms; it defaults to the entry of ``FLOORS`` for the dtype of ``actual``.
+    Infinities and NaN must be where the truth has them; errors are measured on the other entries. ``floor`` is relative
+    to the largest magnitude of the truth, or to ``at_least`` if that is larger, for a truth that is a small difference
+    of large terms. It defaults to the entry of ``FLOORS`` for the dtype of ``actual``.
     """
     assert actual.dtype == same_dtype_torch.dtype, f"dtype {actual.dtype}, torch has {same_dtype_torch.dtype}"
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
@@ -66,7 +66,7 @@ def assert_as_accurate(
 
 
 def num_drawn(number: int, interpreted: int) -> int:
-    """How many draws a test takes: ``interpreted`` where Triton's interpreter takes a tenth of a second for each."""
+    """Returns the number of draws of a test: ``interpreted`` in Triton's interpreter, which takes 0.1 s for each."""
     return interpreted if os.environ.get("TRITON_INTERPRET") == "1" else number
 
 
@@ -90,9 +90,9 @@ def random_problem(
     ragged: bool = False,
     with_target_logit: bool = True,
 ) -> Problem:
-    """The teacher is peaked and the student close to it, as in training; ``ragged`` pads some rows with -1.
+    """Draws a problem with a peaked teacher and a student close to it, as in training; ``ragged`` pads some rows.
 
-    The teacher's logits have the dtype of the student's, and their lse is the exact one of those rounded logits.
+    The teacher's logits have the dtype of the student's, and their lse is the exact one of the rounded logits.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -108,7 +108,7 @@ def random_problem(
     teacher = reference.topk_logits(teacher_logits, top_k, target=target, temperatures=temperatures)
     if ragged:
         keep = torch.arange(top_k) < torch.randint(1, top_k + 1, (num_rows, 1), generator=generator)
-        # What stands at padding must never be read.
+        # The NaN at padding must never be read.
         teacher = SparseLogits(
             ids=teacher.ids.masked_fill(~keep, -1),
             logits=teacher.logits.masked_fill(~keep, math.nan),
@@ -125,7 +125,7 @@ def random_problem(
 
 
 def to_dtype(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
-    """The same record with its floating fields in another dtype."""
+    """Converts the floating-point fields of a record to another dtype."""
     return SparseLogits(
         ids=teacher.ids,
         logits=teacher.logits.to(dtype),
@@ -154,7 +154,7 @@ def assert_slim_loss_matches(
     upstream: Tensor | float = 1.0,
     **options,
 ) -> None:
-    """Every field of the loss and the gradient of every operand, by ``assert_as_accurate``.
+    """Asserts that every field of the loss and every operand's gradient is accurate, by ``assert_as_accurate``.
 
     The functions take (*operands, target, teacher, **options); ``truth`` gets everything in float64.
     """
@@ -165,7 +165,7 @@ def assert_slim_loss_matches(
     expected = loss_and_grads(truth, wide, upstream, target, teacher, **options)
     for name in reference.SlimLoss._fields:
         with explain(name):
-            # Sums of logarithms and of probabilities: terms of order 1 even where the sum is not.
+            # The fields are sums of terms of order 1, even if the sum itself is small.
             assert_as_accurate(*(getattr(out, name) for out, _ in (actual, theirs, expected)), at_least=1.0)
     for index, grads in enumerate(zip(actual[1], theirs[1], expected[1], strict=True)):
         with explain(f"gradient of operand {index}"):
@@ -184,7 +184,7 @@ def explain(what: str):
 
 
 def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
-    """Two tensors, or two sequences of them, are equal bit for bit: -0.0 is not 0.0, any NaN is NaN."""
+    """Asserts that two tensors, or two sequences of them, are equal bit for bit; all NaN count as equal."""
     if not isinstance(actual, Tensor):
         for one, other in zip(actual, expected, strict=True):
             assert_same_bits(one, other)
@@ -197,27 +197,27 @@ def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Seque
 
 
 def sparse_fields(sparse: SparseLogits) -> list[Tensor]:
-    """The tensors of a record."""
+    """Returns the tensors of a record."""
     fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit]
     return [field for field in fields if field is not None]
 
 
 def row_strided(rows: Tensor) -> Tensor:
-    """The same rows (N, V) inside wider ones that hold NaN."""
+    """Returns the same rows (N, V) as a view of wider rows that hold NaN."""
     wide = rows.new_full((rows.shape[0], rows.shape[1] + 13), math.nan)
     wide[:, 5 : 5 + rows.shape[1]] = rows
     return wide[:, 5 : 5 + rows.shape[1]]
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """A contiguous copy that starts one element after an aligned address."""
+    """Returns a contiguous copy that starts one element after an aligned address."""
     flat = tensor.new_empty(tensor.numel() + 1)
     flat[1:] = tensor.reshape(-1)
     return flat[1:].view(tensor.shape)
 
 
 def column_major(rows: Tensor) -> Tensor:
-    """The same values with the rows, not the columns, next to each other in memory."""
+    """Returns the same values with the elements of a column adjacent in memory."""
     return rows.t().contiguous().t()
 
 
@@ -225,7 +225,7 @@ LAYOUTS = {"row strided": row_strided, "misaligned": misaligned, "column major":
 
 
 class recorded_ops(TorchFunctionMode):  # noqa: N801 -- used like a function
-    """A context that keeps every call of an operator of this package, for ``torch.library.opcheck``."""
+    """A context that records every call of an operator of this package, for ``torch.library.opcheck``."""
 
     def __enter__(self):
         self.calls: list[tuple] = []
@@ -242,14 +242,14 @@ def opcheck_calls_of(function: Callable, *args, **options) -> list[str]:
     with recorded_ops() as mode:
         function(*args, **options)
     for op, op_args, op_kwargs in mode.calls:
-        # The public functions hand over views of their arguments; opcheck reads .grad and wants leaves.
+        # The public functions pass views of their arguments, but opcheck reads .grad and needs leaves.
         leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in op_args]
         torch.library.opcheck(op, leaves, op_kwargs)
     return [op.name() for op, _, _ in mode.calls]
 
 
 def hostile_rows(vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Rows (V,) on which a top-k or a log-sum-exp goes wrong first, by name."""
+    """Returns rows (V,) by name on which a faulty top-k or log-sum-exp is most likely to fail."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(vocab_size, generator=generator, dtype=torch.float64)
     index = torch.arange(vocab_size)
@@ -285,7 +285,7 @@ def hostile_rows(vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str
         "period of a vector": (index % 16).double(),
         "large at the end": torch.where(index >= vocab_size - vocab_size // 8, 10.0, 0.0) + noise,
         "one outlier": noise.masked_fill(index == vocab_size - 1, 1e4),
-        # What a sample of the row at a fixed stride sees, or misses.
+        # Patterns that a sample of the row at a fixed stride sees completely, or misses completely.
         "comb of 16": torch.where(index % 16 == 0, 5.0, 0.0) + 0.1 * noise,
         "comb of 64": torch.where(index % 64 == 0, 5.0, 0.0) + 0.1 * noise,
         "low comb of 64": torch.where(index % 64 == 0, -5.0, 0.0) + 0.1 * noise,
@@ -297,7 +297,7 @@ def hostile_rows(vocab_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str
 
 
 def hand_worked_problem() -> Problem:
-    """One row small enough for paper: V = 4, ids {0, 1} kept, label 2.
+    """Returns a problem of one row that can be worked by hand: V = 4, ids {0, 1} kept, label 2.
 
     Teacher (8, 4, 2, 2) / 16 = (1/2, 1/4, 1/8, 1/8), so a = 3/4 and t_y = 1/8; its raw logits are ln 8, ln 4, ln 2,
     ln 2. Student (1/8, 1/2, 1/4, 1/8), so P = 5/8 and s_y = 1/4; its logits are shifted by 1, so lse = 1.
@@ -313,7 +313,7 @@ def hand_worked_problem() -> Problem:
 
 
 _LN = math.log
-# rest, divergence, its own option, D of hand_worked_problem() at T = 1.
+# (rest, divergence, options of the divergence, D of hand_worked_problem() at T = 1)
 HAND_WORKED = (
     # q / a = (2/3, 1/3) against p = (1/8, 1/2): ratios 16/3 and 2/3.
     ("renorm", "forward_kl", {}, 2 / 3 * _LN(16 / 3) + 1 / 3 * _LN(2 / 3)),
@@ -376,7 +376,7 @@ HAND_WORKED_WEIGHTS = (
 
 
 def largest_allocation(function: Callable, *args, **options) -> int:
-    """The bytes of the largest single tensor that ``function`` allocates."""
+    """Returns the bytes of the largest single tensor that ``function`` allocates."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         function(*args, **options)

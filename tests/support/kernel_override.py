@@ -1,8 +1,8 @@
 """Runs the tests of the ops on other kernels than the CPU's: ``pytest --kernels=triton`` or ``--kernels=cuda``.
 
-Every row operator's CPU implementation is replaced, so that the public functions, their autograd and every test go
-through the other kernels unchanged. ``triton`` is the Triton launchers under the interpreter (TRITON_INTERPRET=1),
-``cuda`` moves the operands to the GPU, calls the CUDA implementation, and moves the results back.
+The CPU implementation of every row operator is replaced, so the public functions, their autograd and the tests use the
+other kernels unchanged. ``triton`` calls the Triton launchers under the interpreter (TRITON_INTERPRET=1). ``cuda``
+moves the operands to the GPU, calls the CUDA implementation, and moves the results back.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import slimkernels.ops  # noqa: F401 -- registers the operators
 from slimkernels.ops import _library
 
-# Small, so that a short row takes several of them, and not a divisor of the tests' shapes.
+# Small, so that a short row has several blocks, and not a divisor of the tests' shapes.
 INTERPRETED_BLOCK = 64
 
 
@@ -28,19 +29,19 @@ def install(kernels: str) -> None:
 
         np.seterr(all="ignore")  # the interpreter computes with numpy, where log(0) warns
         convert_bfloat16_like_a_gpu()
-        launch.launch_settings = lambda *_args: launch.Launch(INTERPRETED_BLOCK, 4)
+        launch.settings_of = lambda *_args: launch.Settings(INTERPRETED_BLOCK, 4)
     for name, module in _library.triton_launchers.items():
         if kernels == "triton":
             function = getattr(importlib.import_module(module), name)
         else:
             function = functools.partial(on_cuda, getattr(torch.ops.slimkernels, name).default)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is overridden is the point
+            warnings.simplefilter("ignore")  # overriding the kernel is intended
             _library._library.impl(name, function, "CPU")
 
 
 def convert_bfloat16_like_a_gpu() -> None:
-    """Makes the interpreter round float32 to the nearest bfloat16, where it truncates, and keep subnormal numbers."""
+    """Makes the interpreter round float32 to the nearest bfloat16 instead of truncating, and keep subnormal numbers."""
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
@@ -59,7 +60,7 @@ def convert_bfloat16_like_a_gpu() -> None:
 
 
 def on_cuda(op: torch._ops.OpOverload, *arguments):
-    """Calls ``op`` on copies of the arguments that keep their layout, and copies what it wrote back."""
+    """Calls ``op`` on CUDA copies of the arguments with the same layout, and copies the outputs back."""
     moved = [to_cuda(a) if isinstance(a, Tensor) else a for a in arguments]
     result = op(*moved)
     for before, after, argument in zip(arguments, moved, op._schema.arguments, strict=True):
@@ -69,7 +70,7 @@ def on_cuda(op: torch._ops.OpOverload, *arguments):
 
 
 def to_cuda(tensor: Tensor) -> Tensor:
-    """The same view of a copy of the whole storage: strides and misalignment stay."""
+    """Copies the whole storage and returns the same view of it, so that strides and misalignment are kept."""
     storage = tensor.untyped_storage().cuda()
     view = torch.empty(0, dtype=tensor.dtype, device="cuda")
     return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,4 +1,4 @@
-"""A real judge of entailment: a head on a package's frozen sentence encoder, trained on SNLI once and cached."""
+"""A real entailment model: a head on a frozen sentence encoder, trained on SNLI once and cached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Pair = tuple[str, str]
 
 @functools.cache
 def sentence_encoder() -> SentenceEncoder:
-    """The one that the package ships."""
+    """Loads the encoder from the installed package that ships it; skips the test if it is not installed."""
     try:
         files = importlib.metadata.distribution(ENCODER).files or []
     except importlib.metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def sentence_encoder() -> SentenceEncoder:
 
 
 def read_snli(data: Path, split: str) -> tuple[list[Pair], Tensor]:
-    """Pairs of premise and hypothesis, and the places of their labels in LABELS."""
+    """Returns the pairs (premise, hypothesis) of a split, and the indices of their labels in LABELS."""
     premises, hypotheses, labels = (
         (data / "snli" / f"{name}.{split}").read_text().splitlines() for name in ("s1", "s2", "labels")
     )
@@ -42,9 +42,9 @@ def read_snli(data: Path, split: str) -> tuple[list[Pair], Tensor]:
 
 
 class EntailmentJudge:
-    """Pairs (premise, hypothesis) to P(contradiction), as ``ContradictionCheck`` wants it.
+    """A function from pairs (premise, hypothesis) to P(contradiction), for ``ContradictionCheck``.
 
-    The head sees [u, v, |u - v|, u v] of the two sentences' normalised embeddings u and v.
+    The input of the head is [u, v, |u - v|, u v] for the two sentences' normalised embeddings u and v.
     """
 
     def __init__(self, encoder: SentenceEncoder) -> None:
@@ -54,16 +54,16 @@ class EntailmentJudge:
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * size, 512), nn.ReLU(), nn.Linear(512, len(LABELS)))
 
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """Probabilities (n,)."""
+        """Computes the probabilities (n,) of a contradiction."""
         return self.probabilities(pairs)[:, LABELS.index("contradiction")].numpy()
 
     @torch.no_grad()
     def probabilities(self, pairs: Sequence[Pair]) -> Tensor:
-        """Of LABELS, (n, 3)."""
+        """Computes the probabilities (n, 3) of LABELS."""
         return self.head.eval()(self._features(pairs)).softmax(-1)
 
     def train(self, pairs: Sequence[Pair], labels: Tensor, *, epochs: int = 12, batch_size: int = 64) -> None:
-        """Fits the head alone."""
+        """Trains the head; the encoder stays frozen."""
         features = self._features(pairs)
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=5e-4, weight_decay=1e-2)
         self.head.train()
@@ -74,20 +74,20 @@ class EntailmentJudge:
                 optimizer.step()
 
     def _features(self, pairs: Sequence[Pair]) -> Tensor:
-        # Sorted by length: what is padded together is about as long.
+        # Sorted by length, so that texts that are padded together have similar lengths.
         texts = sorted({text for pair in pairs for text in pair}, key=len)
         embeddings = F.normalize(torch.from_numpy(self.encoder(texts)), dim=-1)
-        places = {text: place for place, text in enumerate(texts)}
-        u, v = (embeddings[[places[pair[side]] for pair in pairs]] for side in (0, 1))
+        indices = {text: index for index, text in enumerate(texts)}
+        u, v = (embeddings[[indices[pair[side]] for pair in pairs]] for side in (0, 1))
         return torch.cat([u, v, (u - v).abs(), u * v], -1)
 
 
 def entailment_judge(data: Path, cache: Path) -> EntailmentJudge:
-    """The judge, trained on SNLI's development set, or as it was trained before.
+    """Returns the judge, trained on SNLI's development set or loaded from the cache.
 
     Args:
-        data: The folder with ``snli``.
-        cache: The folder in which the head is kept, under the hash of what it was made from.
+        data: Directory that contains ``snli``.
+        cache: Directory of cached heads, each named by the hash of its code, encoder version and data.
     """
     judge = EntailmentJudge(sentence_encoder())
     version = importlib.metadata.version(ENCODER)

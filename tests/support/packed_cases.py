@@ -1,4 +1,4 @@
-"""Packed rows for tests, made by the store's encoder, and what an independent decoder makes of them."""
+"""Makes packed rows for tests with the store's encoder, and decodes them independently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torc
 
 
 def random_ids(vocab_size: int, counts: list[int], seed: int = 0) -> list[list[int]]:
-    """Ascending ids, some rows crowded at one end of the vocabulary."""
+    """Draws ascending ids; those of some rows are crowded at one end of the vocabulary."""
     generator = np.random.default_rng(seed)
     rows = []
     for r, count in enumerate(counts):
@@ -28,7 +28,7 @@ def random_ids(vocab_size: int, counts: list[int], seed: int = 0) -> list[list[i
 
 
 def pack(ids: list[list[int]], vocab_size: int, codec: str, *, ragged: bool | None = None, seed: int = 0):
-    """PackedLogits of rows with these ids and random logits."""
+    """Returns PackedLogits of rows with these ids and random logits."""
     width = max(map(len, ids))
     padded = np.full((len(ids), width), -1, np.int32)
     for r, row in enumerate(ids):
@@ -63,7 +63,7 @@ def pack(ids: list[list[int]], vocab_size: int, codec: str, *, ragged: bool | No
 
 
 def oracle_row(packed: PackedLogits, row: int) -> tuple[Tensor, Tensor] | None:
-    """The row as tests/support/store_oracle.py reads it, padded; None where its ids are not what an encoder writes."""
+    """Returns the padded row as tests/support/store_oracle.py decodes it; None if its ids are invalid."""
     count = packed.top_k if packed.counts is None else int(packed.counts[row])
     if not 1 <= count <= packed.top_k:
         return None
@@ -72,7 +72,7 @@ def oracle_row(packed: PackedLogits, row: int) -> tuple[Tensor, Tensor] | None:
         return None
     words = packed.id_words[row, :num_words].numpy().view(np.uint32)
     try:
-        # Encodes what it decoded and compares, so that no bit can be out of its place.
+        # The oracle encodes the decoded ids again and compares, so every bit is checked.
         ids = oracle.decode_ids(packed.vocab_size, count, words)
     except (AssertionError, IndexError):
         return None

@@ -1,4 +1,4 @@
-"""Servers for the tests: real ones on localhost, one that records what they say, and one that says it again.
+"""Servers for tests: real ones on localhost, one that records their answers, and one that replays them.
 
     python tests/support/served.py llama.cpp PYTHON        records tests/data/served_llamacpp.jsonl
     python tests/support/served.py vllm PYTHON             records tests/data/served_vllm.jsonl
@@ -30,11 +30,11 @@ DATA = Path(__file__).parents[1] / "data"
 MODEL = "smollm2"
 RECORDINGS = {"llama.cpp": DATA / "served_llamacpp.jsonl", "vllm": DATA / "served_vllm.jsonl"}
 PROMPTS = ["The capital of France is", "Once upon a time", "The café serves"]
-# Answered with characters of several tokens, and with an end of text.
+# The answers contain characters of several tokens, and an end of text.
 QUESTIONS = ["Write one emoji", "Say hi"]
 TEXTS = ["When the rain stopped, Anna put on her boots.", "A black cat 🐈 was sleeping on the bench."]
 SEARCHES = {"llama.cpp": DATA / "searched_llamacpp.jsonl", "vllm": DATA / "searched_vllm.jsonl"}
-# Steps that begin with the delimiter, that end with the text, and that reach their limit.
+# The steps begin with the delimiter, end with the end of text, or reach their limit.
 SEARCHED = [
     "Question: Tom has 3 apples and buys 4 more. How many?\nAnswer:",
     "<|im_start|>user\nSay hi<|im_end|>\n<|im_start|>assistant\n",
@@ -111,13 +111,13 @@ class _Server(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that gave up, as the tests make it do.
+        # Tests make clients disconnect.
         if not isinstance(sys.exception() if sys.version_info >= (3, 11) else sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class ReplayServer(_Server):
-    """Answers as the real server did, to exactly the requests that it was sent; any other gets status 418."""
+    """Replays the recorded answers of a real server; a request that was not recorded gets status 418."""
 
     def __init__(self, recording: Path, *, names_itself: bool = True) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class ReplayServer(_Server):
 
 
 class RecordingServer(_Server):
-    """Passes requests on to a real server and remembers the exchanges."""
+    """Forwards requests to a real server and records the exchanges."""
 
     def __init__(self, real: str, *, names_itself: bool = True) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class RecordingServer(_Server):
 
 
 class ModelServer(_Server):
-    """Serves a real model of transformers as vLLM does, or, as "openai", as a server that takes texts alone.
+    """Serves a transformers model like vLLM, or with kind "openai" like a server that takes only texts.
 
     After ``dies_after`` completions it drops every connection.
     """
@@ -172,7 +172,7 @@ class ModelServer(_Server):
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """The bodies of those that were asked for."""
+        """The bodies of the requests for completions."""
         return [seen["body"] for seen in self.seen if seen["path"] == "/v1/completions"]
 
     def next_fault(self) -> Any:
@@ -181,7 +181,7 @@ class ModelServer(_Server):
 
     def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
         if path == "/v1/models":
-            # The time of the request, as vLLM has it.
+            # vLLM gives the time of the request here.
             own = {"owned_by": self.kind, "max_model_len": 512, "created": time.time()}
             return 200, {}, json.dumps({"data": [{"id": name} | own for name in self.names]})
         if body["model"] not in self.names:
@@ -232,7 +232,7 @@ threading.Event().wait()
 
 @contextlib.contextmanager
 def real_server(kind: str, python: str, model: Path, gguf: Path, log: Path) -> Iterator[str]:
-    """Starts llama.cpp or vLLM with SmolLM2, and gives its address, without /v1, once it answers."""
+    """Starts llama.cpp or vLLM with SmolLM2, and yields its address, without /v1, when it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -247,7 +247,7 @@ def real_server(kind: str, python: str, model: Path, gguf: Path, log: Path) -> I
         options = [*serve.split(), "--port", str(port), "--served-model-name", MODEL]
         command = [python, str(folder / "vllm"), "serve", str(model), *options]
     with open(log, "wb") as output:
-        # A session of its own: vLLM's workers end with it.
+        # Runs in its own session, so that vLLM's workers can be ended with it.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, start_new_session=True, cwd=log.parent
         )
@@ -277,7 +277,7 @@ def _wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> Non
 
 
 def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]]:
-    """The captures that are recorded: a name, whether the server may say what it is, arguments of capture_server."""
+    """Returns the recorded captures: a name, whether the server tells its kind, and arguments of capture_server."""
     documents = [tokenizer(text)["input_ids"] for text in TEXTS]
     wanted = [
         ("generated", True, {"prompts": PROMPTS}),
@@ -289,7 +289,7 @@ def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]
         ("scored_as_openai", False, {"documents": documents}),
     ]
     if kind == "llama.cpp":
-        # Characters of several tokens through its own interface, too; the last one is cut off.
+        # Characters of several tokens through llama.cpp's own interface, the last of them cut off.
         messages = [{"role": "user", "content": QUESTIONS[0]}]
         prompts = [tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)]
         wanted.append(("generated_emoji", True, {"prompts": prompts, "temperature": 0.0, "max_tokens": 11}))
@@ -297,7 +297,7 @@ def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]
 
 
 def record_search(kind: str, python: str, model: Path, gguf: Path, log: Path) -> None:
-    """Writes what a search asked the real server, and its answers without the settings that they repeat."""
+    """Records the requests of a search to the real server, and its answers without the settings they repeat."""
     from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
 
     exchanges: list[dict[str, Any]] = []

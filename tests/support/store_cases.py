@@ -1,4 +1,4 @@
-"""Teachers, documents and stores for the tests of the store."""
+"""Makes teachers, documents and stores for the tests of the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = {
 
 
 class Case(NamedTuple):
-    """What is given to ``StoreWriter.add``."""
+    """The arguments of ``StoreWriter.add``."""
 
     input_ids: Tensor
     positions: Tensor
@@ -38,7 +38,7 @@ def random_teacher(
     temperatures: tuple[float, ...] = (1.0, 2.0),
     spread: float = 3.0,
 ) -> SparseLogits:
-    """Rows of normal logits with their top_k kept, or between 1 and top_k of them when ragged."""
+    """Makes rows of normal logits that keep their top_k, or between 1 and top_k of them if ragged."""
     row = torch.randn(num_rows, vocab_size, generator=generator) * spread
     logits, ids = row.topk(top_k)
     if ragged:
@@ -57,7 +57,7 @@ def random_teacher(
 def random_case(
     num_tokens: int, num_rows: int, generator: torch.Generator, *, vocab_size: int = 97, top_k: int = 6, **options
 ) -> Case:
-    """A document of random ids with rows at random positions."""
+    """Makes a document of random ids with rows at random positions."""
     positions = torch.randperm(num_tokens - 1, generator=generator)[:num_rows].sort().values + 1
     return Case(
         torch.randint(0, vocab_size, (num_tokens,), generator=generator),
@@ -76,7 +76,7 @@ def write_store(path: Path, shards: list[list[Case]], **settings) -> None:
 
 
 def assert_stored(document: Document, case: Case, codec: str = "affine8") -> None:
-    """The document is the case: ids exactly, logits as closely as the codec promises."""
+    """Checks that a document is equal to a case: ids exactly, logits within the error of the codec."""
     assert torch.equal(document.input_ids, case.input_ids.long())
     assert torch.equal(document.positions, case.positions.long())
     width = document.teacher.top_k
@@ -93,7 +93,7 @@ def assert_stored(document: Document, case: Case, codec: str = "affine8") -> Non
 
 
 def assert_logits(actual: Tensor, expected: Tensor, kept: Tensor, codec: str) -> None:
-    """Exact, rounded to bfloat16, or within half a step of (max - min) / 255 or 63 and the rounding of float32."""
+    """Checks logits: exact, as bfloat16, or within half a step of (max - min) / 255 or 63 plus float32 rounding."""
     assert (actual[~kept] == 0).all()
     if codec == "float32":
         assert torch.equal(actual[kept], expected[kept])

@@ -1,4 +1,4 @@
-"""Damages stores at random, and reads them: what comes back must be a named error or exactly what was stored."""
+"""Damages stores at random and reads them: the result must be a named error or exactly the stored data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slimkernels.store.format import ShardEntry, seal_manifest, shard_layout, un
 MANIFEST = "manifest.json"
 SHARDS = ("shard-000000.safetensors", "shard-000001.safetensors")
 VOCAB_SIZE = 19
-# What a case may take before it counts as a hang, and how much memory all of them together may add.
+# Time after which a case counts as a hang, and memory that all cases together may add.
 SECONDS, MEMORY = 20, 1 << 30
 
 _NUMBERS = (-1, 0, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, 2**40, 2**47, 2**48 - 1, 2**48, 2**63, 2**64, 10**30, -(2**63))
@@ -40,12 +40,12 @@ class Pristine(NamedTuple):
 
     path: Path
     files: dict[str, bytes]
-    # Of every document, the bytes of all that is read of it.
+    # The bytes of everything that is read, for every document.
     documents: list[tuple[bytes, ...]]
 
 
 def read(store: Store, index: int) -> tuple[bytes, ...]:
-    """The bytes of a document and its rows, read in both ways."""
+    """Returns the bytes of a document and its rows, read decoded and packed."""
     document, packed = store[index], store.packed(index)
     teacher = document.teacher
     tensors = [document.input_ids, document.positions, teacher.ids, teacher.logits, teacher.lse, teacher.target_logit]
@@ -55,7 +55,7 @@ def read(store: Store, index: int) -> tuple[bytes, ...]:
 
 
 def make_store(path: Path, codec: str) -> Pristine:
-    """Two shards, one with rows alike and one ragged; beside them a shard that no name may reach."""
+    """Makes a store of a uniform and a ragged shard, and a shard outside of it that no name may reach."""
     generator = torch.Generator().manual_seed(3)
     options = {"vocab_size": VOCAB_SIZE, "top_k": 3, "temperatures": (1.0,)}
     shards = [
@@ -71,7 +71,7 @@ def make_store(path: Path, codec: str) -> Pristine:
 
 
 def scramble(data: bytes, choose: random.Random) -> bytes:
-    """A few random changes: bits, runs of noise, runs of one byte, and pieces of the file in another place."""
+    """Makes a few random changes: bits, runs of noise, runs of one byte, and moved pieces of the file."""
     changed = bytearray(data)
     for _ in range(choose.randint(1, 4)):
         start = choose.randrange(len(changed))
@@ -90,16 +90,16 @@ def scramble(data: bytes, choose: random.Random) -> bytes:
 
 
 def damage_bytes(store: Pristine, choose: random.Random) -> dict[str, bytes | None]:
-    """Random bytes of one file."""
+    """Changes random bytes of one file."""
     name = choose.choice([MANIFEST, *SHARDS, *SHARDS])
     data = store.files[name]
-    # Most of so small a shard is its header.
+    # The header is most of such a small shard.
     untouched = 0 if name == MANIFEST or choose.random() < 0.2 else 8 + struct.unpack_from("<Q", data)[0]
     return {name: data[:untouched] + scramble(data[untouched:], choose)}
 
 
 def damage_size(store: Pristine, choose: random.Random) -> dict[str, bytes | None]:
-    """A file that is cut, continued, empty, gone, or another one."""
+    """Truncates, extends, empties, removes or replaces a file."""
     name = choose.choice([MANIFEST, *SHARDS])
     data = store.files[name]
     kind = choose.randrange(5)
@@ -115,7 +115,7 @@ def damage_size(store: Pristine, choose: random.Random) -> dict[str, bytes | Non
 
 
 def damage_manifest(store: Pristine, choose: random.Random) -> dict[str, bytes | None]:
-    """Other values in the manifest, under a right checksum."""
+    """Changes values in the manifest and corrects its checksum."""
     content = unseal_manifest(store.files[MANIFEST])
     for _ in range(choose.randint(1, 2)):
         where = content
@@ -140,7 +140,7 @@ def damage_manifest(store: Pristine, choose: random.Random) -> dict[str, bytes |
 
 
 def damage_text(store: Pristine, choose: random.Random) -> dict[str, bytes | None]:
-    """Other text in the manifest, JSON or not, under a right checksum."""
+    """Changes the text of the manifest, which may then not be JSON, and corrects its checksum."""
     text = store.files[MANIFEST]
     tail = scramble(text[49:], choose) if choose.random() < 0.7 else text[49:]
     if choose.random() < 0.5:
@@ -151,7 +151,7 @@ def damage_text(store: Pristine, choose: random.Random) -> dict[str, bytes | Non
 
 
 def damage_bomb(store: Pristine, choose: random.Random) -> dict[str, bytes | None]:
-    """Counts of a shard that agree with each other and its size, and are as large as they like."""
+    """Gives a shard counts of any size that agree with each other and with its file size."""
     content = unseal_manifest(store.files[MANIFEST])
     number = choose.randrange(2)
     entry = content["shards"][number]
@@ -163,7 +163,7 @@ def damage_bomb(store: Pristine, choose: random.Random) -> dict[str, bytes | Non
         entry["id_words"] = rows * choose.choice([1, 2, 2**10])
     else:
         entry["entries"], entry["id_words"] = 3 * rows, rows * entry["id_words"] // 3
-    # The store's own arithmetic makes the sizes agree.
+    # The package computes the sizes, so that they agree.
     layout = shard_layout(Store(store.path).settings, ShardEntry(**entry))
     entry["bytes"] = layout.total_bytes
     changed: dict[str, bytes | None] = {MANIFEST: seal_manifest(content)}
@@ -175,7 +175,7 @@ def damage_bomb(store: Pristine, choose: random.Random) -> dict[str, bytes | Non
 
 
 def damage_sealed(store: Pristine, choose: random.Random) -> dict[str, bytes | None]:
-    """A shard of other bytes behind its header, with the right checksums of the rows, documents, index and file."""
+    """Changes the bytes after the header of a shard, and corrects the checksums of rows, documents, index and file."""
     number = choose.randrange(2)
     plain = Store(store.path)
     layout = shard_layout(plain.settings, plain.shards[number])
@@ -184,7 +184,7 @@ def damage_sealed(store: Pristine, choose: random.Random) -> dict[str, bytes | N
     start, stop = spans[choose.choice(sorted(spans))]
     piece = scramble(bytes(data[start:stop]), choose)
     if choose.random() < 0.5:
-        # One number instead of noise: what an offset or a float could be that is not nonsense at first sight.
+        # One number instead of noise: a plausible offset or float.
         size = choose.choice([4, 8])
         at = choose.randrange(0, max(1, stop - start - size + 1), 4)
         number_bytes = struct.pack("<q", choose.choice([-1, 0, 1, 2, 3, 4, 18, 19, 2**31, 2**40, 2**62, -(2**63)]))
@@ -200,7 +200,7 @@ def damage_sealed(store: Pristine, choose: random.Random) -> dict[str, bytes | N
 
 
 def _seal_rows(data: bytearray, plain: Store, number: int, spans: dict[str, tuple[int, int]]) -> None:
-    """Rewrites the checksum of every row, and the hash of every document, as far as the offsets lead anywhere."""
+    """Rewrites the checksum of every row and the hash of every document whose offsets are valid."""
     entry, codec = plain.shards[number], plain.settings.codec
 
     def array(name: str, dtype: str) -> np.ndarray:
@@ -234,7 +234,7 @@ def _seal_rows(data: bytearray, plain: Store, number: int, spans: dict[str, tupl
 
 
 def assert_well_formed(store: Store, index: int) -> None:
-    """What every reader may rely on, whoever wrote the bytes."""
+    """Checks the properties that every reader may rely on, whoever wrote the bytes."""
     document = store[index]
     teacher = document.teacher
     kept = teacher.ids >= 0
@@ -251,9 +251,9 @@ def assert_well_formed(store: Store, index: int) -> None:
     assert teacher.lse.isfinite().all()
 
 
-# Damage that leaves the checksums behind.
+# Damage that does not correct the checksums.
 _ACCIDENTS = (damage_bytes, damage_size)
-# Only the last may return rows that were never stored: they are what its checksums, which are no secret, say.
+# Only the last may return rows that were never stored, because it corrects the checksums, which are not secret.
 KINDS: tuple[tuple[Callable, int], ...] = (
     (damage_bytes, 5),
     (damage_size, 2),
@@ -265,11 +265,11 @@ KINDS: tuple[tuple[Callable, int], ...] = (
 
 
 def run_case(store: Pristine, choose: random.Random) -> tuple[str, str]:
-    """Damages, reads, repairs; the kind of damage and what became of it: the name of an error, or "as stored"."""
+    """Damages, reads and repairs a store; returns the kind of damage, and an error's name or "as stored"."""
     damage = choose.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])[0]
     changed = damage(store, choose)
     opened = None
-    # An open store does not look at the manifest again.
+    # An open store does not read the manifest again.
     if choose.random() < 0.4 and changed.keys() - {MANIFEST}:
         opened = Store(store.path)
         if choose.random() < 0.5:
@@ -280,7 +280,7 @@ def run_case(store: Pristine, choose: random.Random) -> tuple[str, str]:
             if data is None:
                 (store.path / name).unlink()
             else:
-                # In place: a store that is open sees it.
+                # Written in place, so that an open store sees the change.
                 with open(store.path / name, "r+b") as file:
                     file.write(data)
                     file.truncate()
@@ -304,7 +304,7 @@ def _read_all(store: Pristine, opened: Store | None, damage: Callable) -> str:
             if damage is damage_sealed:
                 assert_well_formed(reader, index)
             else:
-                # Who gives a manifest other counts, and its checksum, renumbers the documents of later shards.
+                # Other counts in a manifest with a correct checksum renumber the documents of later shards.
                 known = [store.documents[index]] if damage in _ACCIDENTS else store.documents
                 assert read(reader, index) in known, f"document {index} is not what was stored"
         except StoreError as error:
@@ -313,7 +313,7 @@ def _read_all(store: Pristine, opened: Store | None, damage: Callable) -> str:
 
 
 def _check_verify(store: Pristine, changed: dict[str, bytes | None]) -> None:
-    """Damage without right checksums never passes, unless it changed nothing."""
+    """Checks that damage without corrected checksums is never accepted, unless it changed nothing."""
     try:
         verify(store.path)
     except StoreError:
@@ -341,7 +341,7 @@ def guarded() -> Iterator[Callable[[], None]]:
 
 
 def fuzz(path: Path, cases: int, seed: int) -> Counter[tuple[str, str]]:
-    """Runs cases, each of a random number of its own, and counts what became of each kind of damage."""
+    """Runs cases, each with its own seed, and counts the outcomes of each kind of damage."""
     stores = [make_store(path / codec / "store", codec) for codec in VALUE_BITS]
     outcomes: Counter[tuple[str, str]] = Counter()
     with guarded() as start_clock:

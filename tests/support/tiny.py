@@ -18,7 +18,7 @@ TOP_K = 11
 
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Whole words "w3" ... to ids, with "<end>" as end of text and padding."""
+    """Makes a tokenizer of whole words, "w2" and so on, with "<end>" as end of text and padding."""
     vocab = {"<end>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -32,7 +32,7 @@ def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int = 0, **sizes) -> PreTrainedModel:
-    """A Llama of a few thousand parameters; its head is spread out so that probabilities differ."""
+    """Makes a Llama of a few thousand parameters whose head is scaled up so that probabilities differ."""
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_length": 64} | sizes
     model = make_student(seed=seed, **sizes)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def make_model(seed: int = 0, **sizes) -> PreTrainedModel:
 def make_store(
     path: Path, *, num_documents: int = 8, seed: int = 0, temperatures=(1.0,), codec: str = "float32"
 ) -> str:
-    """Documents of 5 to 20 random tokens, of which the later half are labels, seen by a tiny teacher."""
+    """Writes a store of documents of 5 to 20 random tokens, with a tiny teacher's logits for their later halves."""
     teacher = make_model(seed=1234).eval()
     generator = torch.Generator().manual_seed(seed)
     writer = StoreWriter(

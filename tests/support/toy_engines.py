@@ -1,4 +1,4 @@
-"""Two engines without a model: one plays a script, one draws characters from made-up logits; and a scripted search."""
+"""Two engines without a model, one that plays a script and one that draws characters; ``find`` searches a script."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ END = "$"  # end of text in scripts
 
 
 class ToyEngine:
-    """Keeps branches as texts; a token is a character. Counts what it is asked for, and knows a leak."""
+    """An engine that keeps branches as texts, one token per character, and records the calls that it gets."""
 
     context_length = 1000
 
     def __init__(self) -> None:
-        self.texts: dict[int, tuple[str, str]] = {}  # prompt and what follows it, of every live branch
+        self.texts: dict[int, tuple[str, str]] = {}  # prompt and generated text of every branch not yet freed
         self.batches: list[list[StepRequest]] = []
         self.encoded: list[str] = []
         self.replayed: list[str] = []
-        self.peak_tokens = 0  # distinct ones, of prompts and texts
+        self.peak_tokens = 0  # largest number of distinct tokens of prompts and texts at any time
         self._next = 0
 
     def identity(self):
@@ -85,9 +85,12 @@ class ToyEngine:
 
 
 class ScriptedEngine(ToyEngine):
-    """Plays ``script[text so far][ordinal]``: (text, log-probability of each token), or a list of them by attempt.
+    """An engine that plays a script.
 
-    A text ends in a newline or in END. ``vectors`` gives steps their embeddings, by their stripped text.
+    Args:
+        script: ``script[text so far][ordinal]`` is (text, log-probability of each token), or a list of such pairs by
+            attempt. A text ends with a newline or with END. ``script[prompt]`` may hold a script for one prompt.
+        vectors: Embeddings of steps, by their stripped text.
     """
 
     def __init__(self, script, vectors=None) -> None:
@@ -109,7 +112,7 @@ class ScriptedEngine(ToyEngine):
 
 
 class CharacterEngine(ToyEngine):
-    """A language model of six characters, whose logits are a function of the text before."""
+    """A language model of six characters whose logits are a hash of the text before."""
 
     alphabet = "ab \nz" + END
 
@@ -145,7 +148,7 @@ class CharacterEngine(ToyEngine):
 
 
 def find(script, *, checks=(), selector=log_probability, vectors=None, prompts=("Q",), **fields):
-    """The engine and the results of a search in which two children branch and two leaves are kept."""
+    """Searches a script with two children per leaf and a beam of two. Returns the engine and the results."""
     engine = ScriptedEngine(script, vectors)
     config = PathFinderConfig(**{"branching_factor": 2, "beam": 2, "max_depth": 4, "max_step_tokens": 20} | fields)
     results = PathFinder(engine, config, checks=checks, selector=selector).solve(prompts)
@@ -154,7 +157,7 @@ def find(script, *, checks=(), selector=log_probability, vectors=None, prompts=(
 
 
 def nodes_of(tree):
-    """Path -> (text, status, reason) of every node but the root."""
+    """Returns (text, status, reason) of every node except the root, by path."""
     return {
         tree.path(node): (tree.steps[node], Status(tree.status[node]).name, tree.reasons[node])
         for node in range(1, len(tree))

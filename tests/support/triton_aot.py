@@ -1,7 +1,7 @@
-"""Compiles what the Triton launchers would launch, ahead of time and for GPUs that are not there.
+"""Compiles the kernels that Triton launchers launch ahead of time, for GPUs that are not present.
 
-A launcher runs as always, on CPU tensors; what it launches is compiled for the target instead of run, with Triton's own
-binding and specialisation of the arguments. Not for a process with TRITON_INTERPRET.
+A launcher is called with CPU tensors. Its kernels are compiled for the target instead of run, with Triton's own binding
+and specialisation of the arguments. This does not work in a process with TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGETS = {
 
 
 class Compiled(NamedTuple):
-    """One kernel for one target: what its assembler says of it, per thread and per program."""
+    """A kernel compiled for a target, with the resources that the assembler reports per thread and per program."""
 
     kernel: str
     architecture: str
@@ -41,7 +41,7 @@ class Compiled(NamedTuple):
 
 
 class _AbsentDevice:
-    """As much of a Triton driver as compiling asks for."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -50,7 +50,7 @@ class _AbsentDevice:
         return self._target
 
     def get_current_device(self) -> int:
-        return hash(self._target)  # what Triton keeps compiled kernels by
+        return hash(self._target)  # Triton caches compiled kernels by device
 
     def get_current_stream(self, _device: int) -> int:
         return 0
@@ -58,9 +58,9 @@ class _AbsentDevice:
 
 @contextlib.contextmanager
 def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
-    """A context in which launches are compiled for ``architecture``; yields what was compiled."""
+    """Compiles instead of launching inside the context; yields the list of compiled kernels."""
     found: list[Compiled] = []
-    run, architecture_of = JITFunction.run, launch._architecture
+    run, architecture_of = JITFunction.run, launch.architecture_of
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -69,13 +69,13 @@ def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(_AbsentDevice(TARGETS[architecture]))
     JITFunction.run = compile_instead
-    launch._architecture = lambda _device: architecture
+    launch.architecture_of = lambda _device: architecture
     try:
         yield found
     finally:
         triton.runtime.driver._active = active
         JITFunction.run = run
-        launch._architecture = architecture_of
+        launch.architecture_of = architecture_of
 
 
 def _measure(kernel, architecture: str) -> Compiled:

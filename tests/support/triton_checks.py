@@ -1,4 +1,4 @@
-"""The two checks of a Triton kernel that need no GPU: it passes its op's tests interpreted, and it compiles."""
+"""Checks Triton kernels without a GPU: their ops' tests pass under the interpreter, and they compile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def assert_tests_pass_interpreted(*tests: str, timeout: float = 600) -> None:
-    """Runs tests of this folder (``file.py`` or ``file.py::test``) on the Triton kernels, interpreted on the CPU."""
+    """Runs tests of tests/ (``file.py`` or ``file.py::test``) on the Triton kernels, interpreted on the CPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--kernels=triton"]
@@ -30,7 +30,7 @@ def assert_tests_pass_interpreted(*tests: str, timeout: float = 600) -> None:
 
 
 def assert_compiles(launch: Callable[[], object], architecture: str, *, may_spill: bool = False) -> None:
-    """Compiles every kernel that ``launch()`` launches for an absent GPU; none may spill registers unless said so."""
+    """Compiles every kernel that ``launch()`` launches for a GPU; none may spill registers unless ``may_spill``."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from support import triton_aot
 

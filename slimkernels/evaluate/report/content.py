@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from slimkernels.evaluate.served import PLAIN
 from slimkernels.evaluate.statistics import Interval
 from slimkernels.evaluate.summary import Arm, Budget, Comparison, Overall, Records
 from slimkernels.evaluate.tasks import ROUGE
+from slimkernels.models.perplexity import perplexity
 
 TITLE = "Side-by-side evaluation"
 
@@ -337,7 +337,8 @@ _UNKNOWN = "unknown"
 
 
 def _found(row: Overall, name: str) -> Cell:
-    return Cell(_percent(row.extracted[name]), "warning" if row.extracted[name] == 0 else "")
+    share = row.extracted.get(name)
+    return Cell(_UNKNOWN if share is None else _percent(share), "warning" if share == 0 else "")
 
 
 def _seeds(row: Overall) -> str:
@@ -356,7 +357,7 @@ def _interval(name: str, interval: Interval | None) -> str:
 
 
 def _perplexity(loss: float, low: float | None = None, high: float | None = None) -> str:
-    text = f"{math.exp(min(loss, 700)):,.4g}"
+    text = f"{perplexity(loss):,.4g}"
     return text if low is None or high is None else f"{text} [{_perplexity(low)}, {_perplexity(high)}]"
 
 

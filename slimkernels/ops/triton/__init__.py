@@ -1,1 +1,1 @@
-"""The Triton kernels, one module per op, named like it; modules with a leading underscore are shared by several."""
+"""The Triton kernels: one module per op, with its name; modules with a leading underscore are shared by several."""

@@ -1,9 +1,11 @@
-"""The race that counter-based Gumbel noise decides, for Triton: which ids of a row have the largest score plus noise.
+"""The Gumbel race for Triton: finds the ids of a row with the largest score plus counter-based Gumbel noise.
 
-As in ``csrc/cpu/gumbel.h``: an upper bound of score plus noise takes a few instructions, and the few ids whose bound
-reaches what leads are evaluated in float64 by the scalar formula that the reference has. The outcome is the CPU's.
+The method is that of ``csrc/cpu/gumbel.h``. An upper bound of score plus noise takes a few instructions. The few ids
+whose bound reaches the score of the last leader are evaluated in float64 with the scalar formula of the reference, so
+the outcome is the same as on a CPU.
 
-A score is (z - top) / T of a logit z whose order key is at least ``least_key``; ``top`` is the largest finite logit.
+An id is eligible if the order key of its logit z is at least ``least_key``. Its score is (z - top) / T, where ``top``
+is the largest finite logit. Leaders are the best ids so far.
 """
 
 from __future__ import annotations
@@ -11,17 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.ops.triton.launch import order_keys
+from slimkernels.ops.triton._math import order_keys
 
-# Not an id: behind every other one in a tie.
+# Marks a vacant place. It is larger than every id, so it loses every tie.
 NO_ID = tl.constexpr(0x7FFFFFFF)
-LARGEST_NOISE = tl.constexpr(22.9)  # of bits = 0, rounded up
+LARGEST_NOISE = tl.constexpr(22.9)  # noise of bits = 0, rounded up
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def random_words(counter, draw, seed, position):
-    """The four words of Philox-4x32-10 for each counter (an id // 4); reference_sampling.py has the definition."""
+    """Computes the four words of Philox-4x32-10 for each counter (id // 4), as defined in reference_sampling.py."""
     c0 = counter.to(tl.uint32)
     zero = c0 * 0
     seed = seed.to(tl.uint64)
@@ -35,47 +37,47 @@ def random_words(counter, draw, seed, position):
 
 @triton.jit
 def random_bits(ids, draw, seed, position):
-    """Those of any ids, one call for each."""
+    """Computes the random bits of arbitrary ids, with one Philox call per id."""
     w0, w1, w2, w3 = random_words(ids // 4, draw, seed, position)
     return tl.where(ids % 4 < 2, tl.where(ids % 4 == 0, w0, w1), tl.where(ids % 4 == 2, w2, w3))
 
 
 @triton.jit
 def noise_bound(bits):
-    """Not below the Gumbel variate of ``bits`` by more than rounding: -log(1 - u) >= u + u^2 / 2, and u from below."""
-    # The upper 23 bits as the fraction of a float in [1, 2): a conversion would cost four times as much.
+    """Returns an upper bound, within rounding, of ``gumbel(bits)``: -log(1 - u) >= u + u^2 / 2, with u rounded down."""
+    # The upper 23 bits become the fraction of a float in [1, 2); a conversion would cost four times as much.
     u = ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
     return -tl.log(u + 0.5 * u * u)
 
 
 @triton.jit
 def gumbel(bits):
-    """The variate itself. In float64 1 - u is exact, so that the logarithm of it is as good as log1p."""
+    """Computes the Gumbel variate of random bits. In float64 1 - u is exact, so log(1 - u) is as accurate as log1p."""
     u = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     return -tl.log(-tl.log(1.0 - u))
 
 
 @triton.jit
 def finite_top(top, ACC: tl.constexpr):
-    """The top of a row of +inf, so that differences to it are never NaN: the largest finite number."""
+    """Returns the top, or the largest finite number if it is +inf, so that differences to it are never NaN."""
     return tl.minimum(top, 1.7976931348623157e308 if ACC.primitive_bitwidth == 64 else LARGEST_FLOAT)
 
 
 @triton.jit
 def score_of(z, top, temperature):
-    """A difference above 0 is that of +inf, which ``top`` is too small for."""
+    """Computes the score (z - top) / T; 0 if z >= top, which includes z = +inf, whose top is finite."""
     return tl.where(z < top, z - top, 0.0) / temperature
 
 
 @triton.jit
 def clamped_inverse(temperature):
-    """1 / T within what float32 can hold and multiply with any difference."""
+    """Returns 1 / T, limited so that float32 can hold it and multiply it with any difference."""
     return tl.minimum(tl.maximum(1.0 / temperature, 1e-30), 1e30)
 
 
 @triton.jit
-def scores_in_field(z, least_key, top, inv_temperature, ACC: tl.constexpr):
-    """Float32 scores for bounds; -inf outside the field and nowhere else."""
+def eligible_scores(z, least_key, top, inv_temperature, ACC: tl.constexpr):
+    """Computes float32 scores for use in bounds: -inf for ids that are not eligible, finite for all others."""
     wide = z.to(ACC)
     score = tl.where(wide < top.to(ACC), (wide - top.to(ACC)) * inv_temperature.to(ACC), 0.0)
     score = tl.maximum(score, -LARGEST_FLOAT).to(tl.float32)
@@ -84,19 +86,20 @@ def scores_in_field(z, least_key, top, inv_temperature, ACC: tl.constexpr):
 
 @triton.jit
 def is_ahead(score, token, other_score, other_token):
+    """Returns whether one perturbed score beats another; ties go to the lower id."""
     return (score > other_score) | ((score == other_score) & (token < other_token))
 
 
 @triton.jit
 def reach_of(score):
-    """What a bound must reach to be worth looking at: below ``score`` by more than rounding errs, and finite."""
+    """Returns the value that a bound must reach to be evaluated: finite, and below ``score`` by more than rounding."""
     reach = score - 1e-4 - 1e-6 * tl.abs(score)
     return tl.maximum(reach, -LARGEST_FLOAT).to(tl.float32)
 
 
 @triton.jit
 def enter_contenders(
-    bounds,  # float32 tile, -inf where an id does not take part
+    bounds,  # float32 tile, -inf for ids that are not eligible
     ids,  # the same shape
     row_ptr,
     draw,
@@ -107,14 +110,14 @@ def enter_contenders(
     last_score,
     last_id,
     last_slot,
-    scores_ptr,  # (room,) float64, or None where there is one leader
+    scores_ptr,  # (room,) float64, or None if there is a single leader
     ids_ptr,  # (room,) int32, or None
     room,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """Lets every id of a tile whose bound reaches the last of the leaders race against it in float64.
+    """Evaluates every id of a tile whose bound reaches the last leader in float64, and enters it if it is ahead.
 
-    Returns the score and id of the last leader now, and where it stands in the list of leaders.
+    Returns the score and id of the last leader afterwards, and its slot in the list of leaders.
     """
     best = tl.max(bounds)
     while best >= reach_of(last_score):
@@ -128,7 +131,7 @@ def enter_contenders(
             else:
                 tl.store(scores_ptr + last_slot, score)
                 tl.store(ids_ptr + last_slot, token)
-                tl.debug_barrier()  # the last leader is sought by all threads
+                tl.debug_barrier()  # all threads read the leaders below
                 last_score, last_id, last_slot = last_leader(scores_ptr, ids_ptr, room, BLOCK_ROOM)
         bounds = tl.where(ids == token, float("-inf"), bounds)
         best = tl.max(bounds)
@@ -137,7 +140,7 @@ def enter_contenders(
 
 @triton.jit
 def last_leader(scores_ptr, ids_ptr, room, BLOCK_ROOM: tl.constexpr):
-    """The leader that is behind all others; a vacant place is behind every leader."""
+    """Finds the leader that is behind all others; a vacant place is behind every leader."""
     offs = tl.arange(0, BLOCK_ROOM)
     last_score = tl.full((), float("inf"), tl.float64)
     last_id = tl.full((), -1, tl.int32)
@@ -184,7 +187,7 @@ def race_of_row(
     BLOCK: tl.constexpr,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """The race of all of a row that is in the field; returns the last leader's score and id."""
+    """Runs the race among the eligible ids of a row; returns the last leader's score and id."""
     inv_temperature = clamped_inverse(temperature)
     last_score = tl.full((), float("-inf"), tl.float64)
     last_id = tl.full((), NO_ID, tl.int32)
@@ -194,10 +197,10 @@ def race_of_row(
     for begin in range(0, vocab_size, BLOCK):
         ids = begin + offs
         z = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
-        scores = scores_in_field(z, least_key, top, inv_temperature, ACC)
-        # The noise costs more than all else.
+        scores = eligible_scores(z, least_key, top, inv_temperature, ACC)
+        # Noise is the most expensive part, so skip tiles that cannot reach the leaders with any noise.
         if tl.max(scores) + LARGEST_NOISE >= reach_of(last_score):
-            # One call for four neighbours, whose words stay in the thread that has them.
+            # One Philox call serves four neighbouring ids, whose words stay in the thread that computed them.
             w0, w1, w2, w3 = random_words(begin // 4 + groups, draw, seed, position)
             bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK // 4, 4))
             bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(bits))
@@ -239,7 +242,7 @@ def race_of_candidates(
     BLOCK: tl.constexpr,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """The same, when all of the field is among a few candidates."""
+    """Runs the race among candidates that include every eligible id; returns the last leader's score and id."""
     draw = tl.full((), 0, tl.int32)
     inv_temperature = clamped_inverse(temperature)
     last_score = tl.full((), float("-inf"), tl.float64)
@@ -250,7 +253,7 @@ def race_of_candidates(
         mask = begin + offs < num_candidates
         z = tl.load(values_ptr + begin + offs, mask=mask, other=float("-inf"))
         ids = tl.load(candidates_ptr + begin + offs, mask=mask, other=0)
-        scores = scores_in_field(z, least_key, top, inv_temperature, ACC)
+        scores = eligible_scores(z, least_key, top, inv_temperature, ACC)
         bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(random_bits(ids, draw, seed, position)))
         last_score, last_id, last_slot = enter_contenders(
             bounds,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from slimkernels.ops.triton.launch import expm1, log_add_exp
+from slimkernels.ops.triton._math import expm1, log_add_exp
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

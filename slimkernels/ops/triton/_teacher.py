@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slimkernels.ops.triton.launch import log1m_exp, log_add_exp
+from slimkernels.ops.triton._math import log1m_exp, log_add_exp
 
 
 @triton.jit

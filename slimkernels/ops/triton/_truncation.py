@@ -1,7 +1,8 @@
-"""Top-k, top-p and min-p for Triton: one threshold on the order key of a logit, found without a sort.
+"""Top-k, top-p and min-p for Triton: finds one threshold on the order key of a logit, without sorting.
 
-As equal logits stand or fall together, what a truncation keeps is everything not below one threshold. It is sought by
-bisection among candidates: the few ids that a lower bound of the threshold leaves, or, where these are many, the row.
+Ids with equal logits are kept or cut together, so a truncation keeps exactly the logits at or above some threshold. A
+bisection finds it among candidates: the few ids above a lower bound of the threshold, or the whole row if those are
+many.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from slimkernels.ops.triton._math import order_keys, value_of_key
 from slimkernels.ops.triton._race import clamped_inverse, score_of
-from slimkernels.ops.triton.launch import order_keys
 
 
 @triton.jit
@@ -33,9 +34,9 @@ def truncate(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The least key that the options keep, the sum of exp((z - top) / T) that they keep, and the number of candidates.
+    """Finds the least key that the options keep.
 
-    -1 candidates stand for the row itself.
+    Returns the key, the kept sum of exp((z - top) / T), and the number of candidates; -1 if the candidates are the row.
     """
     X: tl.constexpr = row_ptr.dtype.element_ty
     inv_temperature = clamped_inverse(temperature)
@@ -45,23 +46,24 @@ def truncate(
     if min_p > 0:
         least_min_p = min_p_key(min_p, lowest, highest, top, temperature, ACC, X)
 
-    # A lower bound of what is kept: certain, or a guess.
+    # Two lower bounds of the least key: `certain` holds always, `least` may be a guess that is checked below.
     certain = least_min_p
     least = certain
     if vocab_size > BLOCK:
         if top_k > 0:
             certain = lowest
             if top_k <= LANES:
-                # As many lanes as that have something at least as large. Whatever min-p drops of it counts for top-p.
+                # At least top_k lanes have a logit this large. Bounds from min-p are not used here, because top-p
+                # counts the mass of the whole top-k.
                 certain = lowest_key_under(
                     lanes_max_ptr, LANES, lowest, highest, top_k.to(tl.float64), top, inv_temperature, False, ACC, BLOCK
                 )
             least = certain
         elif top_p < 1:
             allowed = (1 - top_p) * total
-            # What has less than this has less than what may go, even if it is nearly the whole row.
+            # Ids below this mass can all be cut: together they have less than the allowed mass, however many they are.
             mass = 0.999 * allowed / vocab_size
-            value = tl.maximum(top + temperature * tl.log(mass), value_of(lowest, X).to(ACC).to(tl.float64))
+            value = tl.maximum(top + temperature * tl.log(mass), value_of_key(lowest, X).to(ACC).to(tl.float64))
             certain = tl.maximum(certain, key_of(value, X) - 2)
             guess = sampled_key(row_ptr, vocab_size, values_ptr, highest, allowed, top, inv_temperature, ACC, BLOCK)
             least = tl.maximum(certain, guess)
@@ -85,7 +87,7 @@ def truncate(
         if found > capacity:
             found = -1
         elif least > certain:
-            # The margin is more than sums in another order differ by.
+            # The margin covers the difference between sums taken in different orders.
             mass = amount_above(values_ptr, found, least - 1, top, inv_temperature, True, ACC, BLOCK)
             if not (mass > (1 + 1e-5) * top_p * total):
                 found = -1
@@ -115,27 +117,15 @@ def truncate(
 
 @triton.jit
 def key_of(value, X: tl.constexpr):
-    """The order key of a number, rounded to what a logit can be."""
+    """Returns the order key of a number after rounding it to the dtype of the logits."""
     if X.primitive_bitwidth < 32:
-        value = value.to(tl.float32)  # the interpreter has no way from float64 to bfloat16
+        value = value.to(tl.float32)  # the interpreter cannot convert float64 to bfloat16 directly
     return order_keys(value.to(X))
 
 
 @triton.jit
-def value_of(key, X: tl.constexpr):
-    """The number with an order key; the map of the bits is its own inverse."""
-    if X.primitive_bitwidth == 64:
-        bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
-    elif X.primitive_bitwidth == 32:
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    else:
-        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
-    return bits.to(X, bitcast=True)
-
-
-@triton.jit
 def between(low, high):
-    """The middle, rounded down; the sum of the two could overflow."""
+    """Returns the mean rounded down, without the overflow of low + high."""
     return (low & high) + ((low ^ high) >> 1)
 
 
@@ -143,9 +133,9 @@ def between(low, high):
 def amount_above(
     values_ptr, num_values, key, top, inv_temperature, BY_MASS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """How many values lie above a key, or their sum of exp((z - top) / T); float64."""
+    """Returns the number of values above a key, or, BY_MASS, their sum of exp((z - top) / T), as float64."""
     offs = tl.arange(0, BLOCK)
-    # Threads wait for each other once, at the end.
+    # Every thread keeps its own amount, so threads synchronise only once, at the end.
     amounts = tl.zeros((BLOCK,), ACC if BY_MASS else tl.int32)
     for begin in range(0, num_values, BLOCK):
         z = tl.load(values_ptr + begin + offs, mask=begin + offs < num_values, other=float("-inf"))
@@ -171,7 +161,7 @@ def lowest_key_under(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The lowest key in [low, high] above which there is less than ``target``; ``high`` where there is none."""
+    """Returns the lowest key in [low, high] above which the amount is less than ``target``; ``high`` if none is."""
     while low < high:
         middle = between(low, high)
         enough = amount_above(values_ptr, num_values, middle, top, inv_temperature, BY_MASS, ACC, BLOCK) < target
@@ -182,11 +172,11 @@ def lowest_key_under(
 
 @triton.jit
 def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl.constexpr):
-    """The lowest key whose exp((z - top) / T) is at least ``min_p``, as float64 sees it."""
+    """Returns the lowest key whose exp((z - top) / T), computed in float64, is at least ``min_p``."""
     low = lowest - 1
     high = highest
-    # A few keys around the estimate are enough, where it is right.
-    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of(lowest, X).to(ACC).to(tl.float64)), X)
+    # If the estimate is good, this leaves a few keys to search.
+    estimate = key_of(tl.maximum(top + temperature * tl.log(min_p), value_of_key(lowest, X).to(ACC).to(tl.float64)), X)
     below = tl.maximum(estimate - 4, low)
     if not reaches(below, min_p, lowest, top, temperature, X):
         low = below
@@ -204,8 +194,8 @@ def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl
 
 @triton.jit
 def reaches(key, min_p, lowest, top, temperature, X: tl.constexpr):
-    """Whether a key is a logit's that min-p keeps."""
-    value = value_of(tl.maximum(key, lowest), X).to(tl.float64)
+    """Returns whether min-p keeps a logit with this key."""
+    value = value_of_key(tl.maximum(key, lowest), X).to(tl.float64)
     return (key >= lowest) & (tl.exp(score_of(value, top, temperature)) >= min_p)
 
 
@@ -221,12 +211,12 @@ def sampled_key(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A guess of the key below which a row of more than BLOCK ids has nearly the mass ``allowed``.
+    """Guesses, from a sample, the key below which a row of more than BLOCK ids has nearly the mass ``allowed``.
 
-    A sample of the row knows its tail well, because no part of that is large; of its head it knows nothing.
+    A sample represents the tail of a row well, because no single id there is large; it does not represent the head.
     """
     offs = tl.arange(0, BLOCK)
-    # Runs of 16 neighbours, so that a sector of memory is not read for the sake of one number.
+    # The sample consists of runs of 16 neighbours, so that every sector of memory that is read is used fully.
     ids = (offs // 16) * (vocab_size // (BLOCK // 16)) + offs % 16
     z = tl.load(row_ptr + ids)
     tl.store(scratch_ptr + offs, z)
@@ -253,12 +243,12 @@ def collect_candidates(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes value and id of every logit with at least ``least_key``, by rising id; returns how many there are.
+    """Writes value and id of every logit whose key is at least ``least_key``, in ascending order of ids.
 
-    Only lanes whose largest logit is one of them are read again. Stops once there is no more room, where the result
-    exceeds ``capacity``.
+    Only lanes whose largest logit reaches the key are read again. Returns the number of such logits. Stops when the
+    scratch is full; the result is then larger than ``capacity``.
     """
-    tl.debug_barrier()  # what the scratch held was read by other threads
+    tl.debug_barrier()  # other threads may still read the scratch that is overwritten
     lanes = tl.arange(0, LANES)
     live = order_keys(tl.load(lanes_max_ptr + lanes)) >= least_key
     tl.store(lanes_ptr + tl.cumsum(live.to(tl.int32)) - 1, lanes, mask=live)

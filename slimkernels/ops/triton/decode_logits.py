@@ -1,6 +1,6 @@
-"""The Triton kernel of ``decode_logits``: one program per row, its bitmap some words at a time.
+"""The Triton kernel of ``decode_logits``: one program per row, which decodes a few words of the bitmap at a time.
 
-Elias-Fano as in Vigna 2013, "Quasi-succinct indices" (arXiv:1206.4300); the layout is that of store/FORMAT.md.
+The code is Elias-Fano as in Vigna 2013, "Quasi-succinct indices" (arXiv:1206.4300), laid out as in store/FORMAT.md.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import widen
 from slimkernels.ops.triton._teacher import kept_entries
 
-# Neither an id nor padding, so that whatever reads the row finds it broken.
+# Neither an id nor padding, so that every op that reads the row recognises it as broken.
 BROKEN_ID = tl.constexpr(-2)
 
 
@@ -29,7 +30,7 @@ def decode_logits_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
 ):
-    """One program per row: scatter an id for every bit of its bitmap, check them in order, write its logits."""
+    """Scatters an id for every set bit of a row's bitmap, checks the ids and writes the logits; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     id_words_ptr += row * num_words
     values_ptr += row * top_k
@@ -42,7 +43,7 @@ def decode_logits_kernel(
 
     low_bits, low_words, high_words, high_bits = row_layout(count, vocab_size)
     sound = (count >= 1) & (count <= top_k) & (low_words + high_words <= num_words)
-    # A row that is not laid out inside its words keeps nothing, so that nothing outside them is read.
+    # A row that does not fit into its words is treated as empty, so that nothing outside them is read.
     count = tl.where(sound, count, 0)
     high_words = tl.where(sound, high_words, 0)
     high_ptr = id_words_ptr + low_words
@@ -55,34 +56,24 @@ def decode_logits_kernel(
     for begin in range(0, top_k, BLOCK):
         k = begin + offs
         tl.store(ids_ptr + k, -1, mask=(k >= count) & (k < top_k))
-    # The ids were stored by other threads than those that now read them.
+    # Threads now read ids that other threads stored.
     tl.debug_barrier()
     broken = ~sound | (ones != count) | (kept_entries(ids_ptr, top_k, vocab_size, BLOCK) != count)
 
     for begin in range(0, top_k, BLOCK):
         k = begin + offs
-        logits = as_float32(tl.load(values_ptr + k, mask=k < count, other=0))
+        logits = widen(tl.load(values_ptr + k, mask=k < count, other=0), tl.float32)
         if affine_ptr is not None:
             logits = tl.load(affine_ptr + 2 * row + 1) + tl.load(affine_ptr + 2 * row) * logits
         logits = tl.where(k < count, logits, 0.0)
-        # No host reads what is wrong with a row. That it is broken is known only when all of its ids have been read.
+        # Raising would need a sync, so broken rows become NaN. The check is complete only after all ids were read.
         tl.store(logits_ptr + k, tl.where(broken, float("nan"), logits), mask=k < top_k)
         tl.store(ids_ptr + k, BROKEN_ID, mask=k < tl.where(broken, top_k, 0))
 
 
 @triton.jit
-def as_float32(values):
-    """Exactly, bfloat16 denormals included, which the interpreter takes for 0."""
-    if values.dtype == tl.bfloat16:
-        wide = (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        wide = values.to(tl.float32)
-    return wide
-
-
-@triton.jit
 def row_layout(count, vocab_size):
-    """Low bits of an id, words of the low part, words of the bitmap, bits of the bitmap."""
+    """Returns the number of low bits of an id, of words of the low part, and of words and bits of the bitmap."""
     last_id = tl.full((), vocab_size, tl.int32) - 1
     per_entry = (last_id + 1) // tl.maximum(count, 1)
     low_bits = tl.maximum(tl.sum(((per_entry >> tl.arange(0, 32)) > 0).to(tl.int32)) - 1, 0)
@@ -92,7 +83,7 @@ def row_layout(count, vocab_size):
 
 @triton.jit
 def rest_is_zero(words_ptr, num_words, used_bits, sound):
-    """Whether the bits of the last word that are not used are 0."""
+    """Returns whether the unused bits of the last word are 0."""
     tail = (used_bits % 32).to(tl.uint32)
     last = tl.load(words_ptr + num_words - 1, mask=sound & (tail > 0), other=0).to(tl.uint32, bitcast=True)
     return (last >> tail) == 0
@@ -102,9 +93,9 @@ def rest_is_zero(words_ptr, num_words, used_bits, sound):
 def scatter_ids(
     id_words_ptr, high_ptr, ids_ptr, begin, high_words, ones_before, count, low_bits, BLOCK_WORDS: tl.constexpr
 ):
-    """Stores the ids of the bits that are set in words [begin, begin + BLOCK_WORDS) of the bitmap; how many there are.
+    """Stores the ids of the set bits in words [begin, begin + BLOCK_WORDS) of the bitmap and returns their number.
 
-    The j-th set bit b of the bitmap is the id ((b - j) << low_bits) | low_j.
+    The j-th set bit, at position b, encodes the id ((b - j) << low_bits) | low_j.
     """
     offs_w = begin + tl.arange(0, BLOCK_WORDS)
     words = tl.load(high_ptr + offs_w, mask=offs_w < high_words, other=0).to(tl.uint32, bitcast=True)
@@ -114,7 +105,7 @@ def scatter_ids(
     words = words[:, None]
     j = first[:, None] + popcount(words & ((1 << bit) - 1))
     kept = (((words >> bit) & 1) != 0) & (j < count)
-    # Unsigned, because a hostile row's high part << low_bits can pass 2^31; it never passes 2^32.
+    # Unsigned, because in a malicious row high << low_bits can exceed 2^31 (never 2^32).
     high = offs_w.to(tl.uint32)[:, None] * 32 + bit - j.to(tl.uint32)
     ids = (high << low_bits.to(tl.uint32)) | low_field(id_words_ptr, j, low_bits, kept)
     tl.store(ids_ptr + j, ids.to(tl.int32, bitcast=True), mask=kept)
@@ -123,20 +114,20 @@ def scatter_ids(
 
 @triton.jit
 def low_field(words_ptr, j, low_bits, mask):
-    """The j-th field of ``low_bits`` bits, which lies in one word or two; 0 where it has none."""
+    """Returns the j-th field of ``low_bits`` bits, which lies in one word or two; 0 if low_bits is 0."""
     begin = j * low_bits
     offset = (begin & 31).to(tl.uint32)
     word = tl.load(words_ptr + (begin >> 5), mask=mask, other=0).to(tl.uint32, bitcast=True)
     straddles = offset + low_bits > 32
     following = tl.load(words_ptr + (begin >> 5) + 1, mask=mask & straddles, other=0).to(tl.uint32, bitcast=True)
-    # In two steps, because a shift by 32 has no meaning.
+    # Shifted in two steps, because a shift by 32 is undefined.
     field = (word >> offset) | ((following << 1) << (31 - offset))
     return field & ((tl.full((), 1, tl.uint32) << low_bits.to(tl.uint32)) - 1)
 
 
 @triton.jit
 def popcount(x):
-    """The number of set bits of every uint32; LLVM knows this form and makes one instruction of it."""
+    """Counts the set bits of every uint32; LLVM recognises this form and compiles it to one instruction."""
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -152,11 +143,11 @@ def decode_logits_rows(
     ids: Tensor,
     logits: Tensor,
 ) -> int:
-    """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
+    """Launches the kernel. Returns 0 (no fault) always, because reading faults back would need a sync."""
     num_rows, top_k = values.shape
-    # What decides is the number of entries, which stands where other ops have their vocabulary.
-    settings = launch.launch_settings("decode_logits", logits)
-    launch.launch(
+    # The settings depend on the number of entries per row, which takes the place of the vocabulary size.
+    settings = launch.settings_of("decode_logits", logits)
+    launch.run(
         decode_logits_kernel,
         num_rows,
         settings,
@@ -170,7 +161,7 @@ def decode_logits_rows(
         id_words.shape[1],
         top_k,
         vocab_size,
-        # A row has 2 to 3 bits per entry in its bitmap; words of it are taken at least two at a time.
+        # The bitmap has 2 to 3 bits per entry; a block is at least two of its words.
         BLOCK=max(launch.block_of(settings, 2 * top_k), 64),
     )
     return 0

@@ -1,7 +1,7 @@
-"""The Triton kernels of ``sample_logits`` and ``sample_distinct``: a row is read once, then little of it again.
+"""The Triton kernels of ``sample_logits`` and ``sample_distinct``, which read a row once and a small part of it again.
 
-``row_law_kernel`` sums the row and leaves the largest logit of each of some hundred lanes. These give a lower bound of
-what a truncation can keep, so that ``sample_logits_kernel`` seeks the threshold and runs the race among few candidates.
+``row_softmax_kernel`` sums the row and writes the largest logit of each of some hundred lanes. These give a lower bound
+of what a truncation can keep, so ``sample_logits_kernel`` finds the threshold and runs the race among few candidates.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double, order_keys
 from slimkernels.ops.triton._race import (
     NO_ID,
     clear_leaders,
@@ -21,7 +22,7 @@ from slimkernels.ops.triton._race import (
     race_of_row,
     score_of,
 )
-from slimkernels.ops.triton._row_law import (
+from slimkernels.ops.triton._row_softmax import (
     ENTROPY,
     FIELDS_OF_ROW,
     LOG_SUM,
@@ -30,12 +31,11 @@ from slimkernels.ops.triton._row_law import (
     lanes_of,
     logprob_of,
     option_of,
-    row_law,
+    row_softmax,
 )
 from slimkernels.ops.triton._truncation import key_of, truncate
-from slimkernels.ops.triton.launch import double, order_keys
 
-# Programs that a multiprocessor is given where each needs scratch, which serves it for all its rows.
+# Programs per multiprocessor if programs need scratch. Each reuses its scratch for all of its rows.
 _PROGRAMS_OF_PROCESSOR = 4
 
 
@@ -43,13 +43,13 @@ _PROGRAMS_OF_PROCESSOR = 4
 def sample_logits_kernel(
     logits_ptr,  # (N, V), rows `row_stride` apart
     row_stride: tl.int64,
-    law_ptr,  # (N, FIELDS)
-    lanes_max_ptr,  # (N, LANES), or None where nothing is truncated
+    softmax_ptr,  # (N, FIELDS)
+    lanes_max_ptr,  # (N, LANES), or None if nothing is truncated
     num_rows,
     vocab_size,
     num_distinct,
     seed: tl.int64,
-    seeds_ptr,  # (N,) int64 or None, as the tensors below
+    seeds_ptr,  # (N,) int64 or None, like the other tensors of options
     position: tl.int64,
     positions_ptr,
     temperature: tl.float64,
@@ -60,11 +60,11 @@ def sample_logits_kernel(
     top_ps_ptr,
     min_p: tl.float64,
     min_ps_ptr,
-    values_ptr,  # (programs, capacity) of the dtype of the logits: candidates; None where nothing is truncated
+    values_ptr,  # (programs, capacity) candidates in the dtype of the logits; None if nothing is truncated
     candidates_ptr,  # (programs, capacity) int32, their ids
     lanes_ptr,  # (programs, LANES) int32
     capacity,
-    scores_ptr,  # (programs, room) float64: leaders; None for a single draw
+    scores_ptr,  # (programs, room) float64 scores of the leaders; None for a single draw
     ids_ptr,  # (programs, room) int32
     room,
     token_ptr,  # (N, num_distinct) int64
@@ -77,7 +77,7 @@ def sample_logits_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """A program has every `num_programs`-th row, one after the other."""
+    """Samples the rows; each program takes every `num_programs`-th row."""
     program = tl.program_id(0).to(tl.int64)
     if values_ptr is not None:
         values_ptr += program * capacity
@@ -87,10 +87,10 @@ def sample_logits_kernel(
         scores_ptr += program * room
         ids_ptr += program * room
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row = tl.full((), 0, tl.int64) + row  # no 32-bit product below
+        row = tl.full((), 0, tl.int64) + row  # row offsets need 64-bit products
         sample_row(
             logits_ptr + row * row_stride,
-            law_ptr + row * FIELDS_OF_ROW,
+            softmax_ptr + row * FIELDS_OF_ROW,
             lanes_max_ptr,
             row,
             vocab_size,
@@ -123,7 +123,7 @@ def sample_logits_kernel(
 @triton.jit
 def sample_row(
     row_ptr,
-    law_ptr,
+    softmax_ptr,
     lanes_max_ptr,
     row,
     vocab_size,
@@ -151,21 +151,21 @@ def sample_row(
     BLOCK: tl.constexpr,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """Truncates one row, draws from it, and writes what was drawn."""
+    """Truncates one row, draws from it, and writes the draws."""
     X: tl.constexpr = row_ptr.dtype.element_ty
-    given_top = tl.load(law_ptr + TOP)
-    log_kept = tl.load(law_ptr + LOG_TEMPERED)
+    given_top = tl.load(softmax_ptr + TOP)
+    log_kept = tl.load(softmax_ptr + LOG_TEMPERED)
     sound = in_range(temperature, 1.7976931348623157e308) & in_range(top_p, 1.0) & in_range(min_p, 1.0) & (top_k >= 0)
     exists = sound & (given_top == given_top)
-    greedy = temperature == 0  # the argmax, which leaves nothing for the other options to do
+    greedy = temperature == 0  # the argmax; the other options have no effect
     one_valued = greedy | (given_top == float("inf")) | ~exists
     temperature = tl.where(one_valued, 1.0, temperature)
     top = finite_top(given_top, ACC)
-    # All that is drawn from is as large as the largest, or -inf is all that is never drawn.
+    # Eligible are only logits equal to the largest (argmax, or +inf), else every logit above -inf.
     least_key = tl.where(one_valued, key_of(given_top, X), key_of(tl.full((), float("-inf"), tl.float32), X) + 1)
     log_kept = tl.where(greedy, 0.0, log_kept)
-    found = -1  # candidates; -1: the row itself
-    if values_ptr is not None:  # noqa: SIM102 -- known when the kernel is compiled, unlike the next
+    found = -1  # number of candidates; -1 if they are the whole row
+    if values_ptr is not None:  # noqa: SIM102 -- a compile-time condition, unlike the next
         if ~one_valued:
             least_key, kept, found = truncate(
                 row_ptr,
@@ -237,9 +237,9 @@ def sample_row(
                     BLOCK_ROOM,
                 )
 
-    log_sum = tl.load(law_ptr + LOG_SUM)
+    log_sum = tl.load(softmax_ptr + LOG_SUM)
     absent = tl.where(exists, float("-inf"), float("nan"))
-    tl.store(entropy_ptr, tl.where(exists, tl.load(law_ptr + ENTROPY), float("nan")))
+    tl.store(entropy_ptr, tl.where(exists, tl.load(softmax_ptr + ENTROPY), float("nan")))
     if scores_ptr is None:
         z = tl.load(row_ptr + leader, mask=leader != NO_ID, other=0.0).to(tl.float64)
         truncated_logprob = score_of(z, top, temperature) - log_kept
@@ -248,14 +248,14 @@ def sample_row(
         tl.store(logprob_ptr, tl.where(drawn, logprob_of(z, given_top, log_sum), absent))
         tl.store(truncated_logprob_ptr, tl.where(drawn, truncated_logprob, absent))
     else:
-        tl.debug_barrier()  # leaders were stored by other threads
+        tl.debug_barrier()  # threads read leaders that others stored
         offs = tl.arange(0, BLOCK_ROOM)
         for begin in range(0, num_distinct, BLOCK_ROOM):
             slots = begin + offs
             scores = tl.load(scores_ptr + slots, mask=slots < room, other=float("-inf"))
             ids = tl.load(ids_ptr + slots, mask=slots < room, other=NO_ID)
             drawn = ids != NO_ID
-            # Vacant places come last and in any order.
+            # Vacant places come last; they are all alike.
             rank = tl.where(drawn, 0, slots)
             for other in range(0, room):
                 other_score = tl.load(scores_ptr + other)
@@ -267,18 +267,18 @@ def sample_row(
             tl.store(token_ptr + rank, tl.where(drawn, ids, -1).to(tl.int64), mask=mask)
             tl.store(logprob_ptr + rank, tl.where(drawn, logprob_of(z, given_top, log_sum), absent), mask=mask)
             tl.store(truncated_logprob_ptr + rank, tl.where(drawn, truncated_logprob, absent), mask=mask)
-        tl.debug_barrier()  # before the next row's leaders
+        tl.debug_barrier()  # the next row overwrites the leaders
 
 
 @triton.jit
 def in_range(value, limit):
-    """False for a NaN."""
+    """Returns whether a value is in [0, limit]; False for NaN."""
     return (value >= 0) & (value <= limit)
 
 
 @triton.jit
 def first_reaching(row_ptr, vocab_size, least_key, BLOCK: tl.constexpr):
-    """The lowest id of the field."""
+    """Returns the lowest id whose key is at least ``least_key``."""
     offs = tl.arange(0, BLOCK)
     first = tl.full((BLOCK,), NO_ID, tl.int32)
     for begin in range(0, vocab_size, BLOCK):
@@ -307,20 +307,20 @@ def sample_logits_rows(
     truncated_logprob: Tensor,
     entropy: Tensor,
 ) -> int:
-    """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
+    """Launches the kernels. Returns 0 (no fault) always, because reading faults back would need a sync."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("sample_logits", logits)
+    settings = launch.settings_of("sample_logits", logits)
     block = launch.block_of(settings, vocab_size)
     lanes, group = lanes_of(logits)
     room = min(m, vocab_size)
     top_k_truncates = top_ks is not None or 0 < top_k < vocab_size
     truncates = top_k_truncates or top_ps is not None or top_p < 1 or min_ps is not None or min_p > 0
     truncates = truncates and not (temperatures is None and temperature == 0)
-    law, lanes_max = row_law(
+    softmax, lanes_max = row_softmax(
         logits,
         temperature,
         temperatures,
-        # At top-k the sum of what is kept takes the place of that over the row.
+        # With top-k the sum over the kept ids is used in place of the sum over the row.
         tempered=temperatures is not None
         or (temperature not in (0, 1) and (top_ks is not None or not top_k_truncates)),
         with_lanes=truncates,
@@ -340,14 +340,14 @@ def sample_logits_rows(
         live_lanes = scratch(lanes, torch.int32)
     if m > 1:
         scores, ids = scratch(room, torch.float64), scratch(room, torch.int32)
-    launch.launch(
+    launch.run(
         sample_logits_kernel,
         num_programs,
         settings,
         logits,
         logits,
         logits.stride(0),
-        law,
+        softmax,
         lanes_max,
         num_rows,
         vocab_size,
@@ -375,7 +375,7 @@ def sample_logits_rows(
         logprob,
         truncated_logprob,
         entropy,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         LANES=lanes,
         GROUP=group,
         BLOCK=block,

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``sample_targets``: a read of every row, a race for every draw, and a count of the draws."""
+"""The Triton kernels of ``sample_targets``: one reads every row, one runs a race per draw, one counts the draws."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._race import NO_ID, finite_top, race_of_row
-from slimkernels.ops.triton._row_law import FIELDS_OF_ROW, LOG_SUM, TOP, logprob_of, option_of, row_law
+from slimkernels.ops.triton._row_softmax import FIELDS_OF_ROW, LOG_SUM, TOP, logprob_of, option_of, row_softmax
 from slimkernels.ops.triton._truncation import key_of
-from slimkernels.ops.triton.launch import double
 
 
 @triton.jit(do_not_specialize=["rounds", "seed", "position"])
 def draw_targets_kernel(
     logits_ptr,  # (N, V), rows `row_stride` apart
     row_stride: tl.int64,
-    law_ptr,  # (N, FIELDS)
+    softmax_ptr,  # (N, FIELDS)
     vocab_size,
     rounds,
     seed: tl.int64,
@@ -30,14 +30,14 @@ def draw_targets_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per draw; those of a row follow one another, so that its logits stay in the cache."""
+    """Draws one id per program; the programs of a row are consecutive, so that its logits stay in the cache."""
     row = (tl.program_id(0) // rounds).to(tl.int64)
     draw = tl.program_id(0) % rounds
     logits_ptr += row * row_stride
     X: tl.constexpr = logits_ptr.dtype.element_ty
-    top = tl.load(law_ptr + row * FIELDS_OF_ROW + TOP)
+    top = tl.load(softmax_ptr + row * FIELDS_OF_ROW + TOP)
     infinite = top == float("inf")
-    # -inf is never drawn, and next to +inf nothing else is.
+    # Logits of -inf are never drawn; if there are logits of +inf, only those are drawn.
     least_key = tl.where(infinite, key_of(top, X), key_of(tl.full((), float("-inf"), tl.float32), X) + 1)
     token = tl.full((), NO_ID, tl.int32)
     if top == top:
@@ -64,9 +64,9 @@ def draw_targets_kernel(
 def count_targets_kernel(
     logits_ptr,  # (N, V), rows `row_stride` apart
     row_stride: tl.int64,
-    law_ptr,  # (N, FIELDS)
+    softmax_ptr,  # (N, FIELDS)
     vocab_size,
-    sorted_ptr,  # (N, rounds) int32, ascending; -1 throughout a row that has no distribution
+    sorted_ptr,  # (N, rounds) int32, drawn ids in ascending order; all -1 in a row without a distribution
     starts_ptr,  # (N, rounds) int32 scratch
     rounds,
     top_k,
@@ -76,7 +76,7 @@ def count_targets_kernel(
     target_logit_ptr,  # (N,) or None
     BLOCK: tl.constexpr,
 ):
-    """One program per row: where in the sorted draws every id begins, and so how often it was drawn."""
+    """Counts how often each id was drawn, from where it begins in the sorted draws; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     sorted_ptr += row * rounds
     starts_ptr += row * rounds
@@ -86,14 +86,14 @@ def count_targets_kernel(
     num_drawn = rounds
     if target_ptr is not None:
         target = tl.load(target_ptr + row)
-        # No host reads what a row did wrong: it keeps nothing, and its numbers are NaN.
+        # Raising would need a sync, so a row with a bad label keeps no id and its numbers are NaN.
         bad = target >= vocab_size
         padding = tl.where(bad, float("nan"), padding)
         num_drawn = tl.where(bad, 0, rounds)
         labelled = (target >= 0) & (target < vocab_size)
         z = tl.load(logits_ptr + row * row_stride + target, mask=labelled, other=0.0).to(tl.float64)
-        law_ptr += row * FIELDS_OF_ROW
-        logprob = logprob_of(z, tl.load(law_ptr + TOP), tl.load(law_ptr + LOG_SUM))
+        softmax_ptr += row * FIELDS_OF_ROW
+        logprob = logprob_of(z, tl.load(softmax_ptr + TOP), tl.load(softmax_ptr + LOG_SUM))
         tl.store(target_logit_ptr + row, tl.where(labelled, logprob, float("nan")))
 
     offs = tl.arange(0, BLOCK)
@@ -107,7 +107,7 @@ def count_targets_kernel(
         tl.store(ids_ptr + slots, ids, mask=first)
         tl.store(starts_ptr + slots, i, mask=first)
         distinct += tl.sum(first.to(tl.int32))
-    tl.debug_barrier()  # starts were stored by other threads
+    tl.debug_barrier()  # threads read starts that others stored
     for begin in range(0, top_k, BLOCK):
         slots = begin + offs
         start = tl.load(starts_ptr + slots, mask=slots < distinct, other=0)
@@ -130,19 +130,19 @@ def sample_targets_rows(
     log_shares: Tensor,
     target_logit: Tensor | None,
 ) -> int:
-    """Launches the kernels; always 0, because the host does not wait to learn what is wrong with a row."""
+    """Launches the kernels. Returns 0 (no fault) always, because reading faults back would need a sync."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("sample_targets", logits)
-    law, _ = row_law(logits, 1.0, None, tempered=False, with_lanes=False)
+    settings = launch.settings_of("sample_targets", logits)
+    softmax, _ = row_softmax(logits, 1.0, None, tempered=False, with_lanes=False)
     drawn = torch.empty(num_rows, rounds, dtype=torch.int32, device=logits.device)
-    launch.launch(
+    launch.run(
         draw_targets_kernel,
         num_rows * rounds,
         settings,
         logits,
         logits,
         logits.stride(0),
-        law,
+        softmax,
         vocab_size,
         rounds,
         seed,
@@ -151,17 +151,17 @@ def sample_targets_rows(
         positions,
         temperature,
         drawn,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK=launch.block_of(settings, vocab_size),
     )
-    launch.launch(
+    launch.run(
         count_targets_kernel,
         num_rows,
         settings,
         logits,
         logits,
         logits.stride(0),
-        law,
+        softmax,
         vocab_size,
         drawn.sort(-1).values,
         drawn,

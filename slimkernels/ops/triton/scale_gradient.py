@@ -26,9 +26,9 @@ def scale_in_place_kernel(gradient_ptr, factor_ptr, numel, num_programs, BLOCK: 
 
 def scale_in_place(gradient: Tensor, upstream: Tensor) -> None:
     """Multiplies a contiguous gradient by a scalar tensor, which stays on the device."""
-    settings = launch.launch_settings("scale_in_place", gradient.view(1, -1))
+    settings = launch.settings_of("scale_in_place", gradient.view(1, -1))
     num_programs = min(_MAX_PROGRAMS, triton.cdiv(gradient.numel(), settings.block))
-    launch.launch(
+    launch.run(
         scale_in_place_kernel,
         num_programs,
         settings,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._slim_passes import (
     DenseGradient,
     KeptGradient,
@@ -39,7 +40,6 @@ from slimkernels.ops.triton._slim_passes import (
 )
 from slimkernels.ops.triton._slim_terms import Mode, Options, diverge, student_row, unit_logits, weigh
 from slimkernels.ops.triton._teacher import kept_entries, log_q_tail_of, teacher_q_norm
-from slimkernels.ops.triton.launch import double
 
 
 class RowNumbers(NamedTuple):
@@ -456,14 +456,14 @@ def slim_loss_rows(
 ) -> int:
     """Launches the kernel, and returns 0: learning of a bad row would need a synchronisation."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("slim_loss", logits)
+    settings = launch.settings_of("slim_loss", logits)
     top_k = 0
     kept_gradient = None
     if ids is not None:
         top_k = ids.shape[1]
         if dlogits is not None:
             kept_gradient = torch.empty_like(ids, dtype=logits.dtype)
-    launch.launch(
+    launch.run(
         slim_loss_kernel,
         num_rows,
         settings,
@@ -504,7 +504,7 @@ def slim_loss_rows(
             two_temperatures=temperature != 1,
             smooths=label_smoothing > 0,
             softcap=softcap > 0,
-            acc=launch.row_scalar_dtype(logits.dtype),
+            acc=launch.accumulation_dtype(logits.dtype),
             block_v=launch.block_of(settings, vocab_size),
             block_k=launch.block_of(settings, top_k),
         ),

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._slim_passes import DenseGradient, fill_row, write_row
 from slimkernels.ops.triton._slim_terms import student_row
-from slimkernels.ops.triton.launch import double
 
 
 class DenseMode(NamedTuple):
@@ -75,8 +75,8 @@ def softmax_gradient_rows(
 ) -> None:
     """Launches the kernel with the settings of slim_loss, whose last pass does the same."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("slim_loss", logits)
-    launch.launch(
+    settings = launch.settings_of("slim_loss", logits)
+    launch.run(
         softmax_gradient_kernel,
         num_rows,
         settings,
@@ -94,7 +94,7 @@ def softmax_gradient_rows(
         MODE=DenseMode(
             two_temperatures=temperature != 1,
             softcap=softcap > 0,
-            acc=launch.row_scalar_dtype(logits.dtype),
+            acc=launch.accumulation_dtype(logits.dtype),
             block_v=launch.block_of(settings, vocab_size),
         ),
     )

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._teacher import kept_entries, log_q_tail_of, log_sum_exp_of_entries, teacher_q_norm
-from slimkernels.ops.triton.launch import double
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def sparse_softmax_rows(
 ) -> int:
     """Launches the kernel, and returns 0: learning of a bad row would need a synchronisation."""
     num_rows, top_k = logits.shape
-    settings = launch.launch_settings("sparse_softmax", logits)
-    launch.launch(
+    settings = launch.settings_of("sparse_softmax", logits)
+    launch.run(
         sparse_softmax_kernel,
         num_rows,
         settings,
@@ -83,7 +83,7 @@ def sparse_softmax_rows(
         vocab_size,
         temperature,
         REST=rest,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK_K=launch.block_of(settings, top_k),
     )
     return 0

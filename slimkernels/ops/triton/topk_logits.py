@@ -1,10 +1,13 @@
-"""The Triton kernels of ``topk_logits``: a sample guesses a threshold, one pass collects, a bisection decides.
+"""The Triton kernels of ``topk_logits``.
 
-A strided sample of a row gives a threshold that somewhat more than K entries reach. One pass over the row appends those
-candidates to a scratch in the order of their ids and sums the exponentials of all others, which the threshold bounds.
-The exact K-th largest is bisected among the candidates, and they are compacted to the outputs. A sample that misleads
-(fewer than K candidates, or more than the scratch holds) makes the row itself the source of what follows, and so does a
-row that is short or of which much is kept: slower, never wrong.
+1. A strided sample of a row gives a threshold that somewhat more than K entries reach.
+2. One pass over the row appends those candidates to a scratch in the order of their ids, and sums the exponentials of
+   all others relative to the threshold, which bounds them.
+3. A bisection finds the exact K-th largest among the candidates.
+4. The candidates are compacted to the outputs.
+
+If the sample misleads (fewer than K candidates, or more than the scratch holds), steps 3 and 4 work on the row itself,
+which is slower but still exact. So they do if the row is short or a large part of it is kept.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
-from slimkernels.ops.triton.launch import double, order_keys
+from slimkernels.ops.triton._math import double, order_keys, value_of_key, widen
 
-# Adjacent entries read for one address of the sample: a sector of memory in 16 bits.
+# Adjacent entries that the sample reads at each position: a sector of memory for 16-bit logits.
 _RUN = tl.constexpr(16)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -46,12 +49,12 @@ def topk_logits_kernel(
     sample_rank,
     sample_most,
     capacity,
-    SAMPLE: tl.constexpr,  # entries of a row that are sampled; 0 for none
-    TWO: tl.constexpr,  # temperatures
+    SAMPLE: tl.constexpr,  # number of entries of a row that are sampled; 0 for none
+    TWO: tl.constexpr,  # whether there is a second temperature
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Each program takes every num_programs-th row, so that its scratch stays in the caches."""
+    """Selects the K largest logits of rows; each program takes every num_programs-th row and reuses its scratch."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     lowest = order_keys(tl.full((), float("-inf"), dtype))
     for row in range(tl.program_id(0), num_rows, num_programs):
@@ -59,7 +62,7 @@ def topk_logits_kernel(
         row_ptr = logits_ptr + far_row * row_stride
         _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, ACC)
 
-        # What the rest is selected from: (length,) entries, none of which is below the key low.
+        # The entries to select from: x_ptr (length,). The K-th largest has at least the key `low`.
         x_ptr = row_ptr
         length = vocab_size + tl.zeros((), tl.int32)
         readable = length
@@ -68,7 +71,7 @@ def topk_logits_kernel(
             found_ptr = scratch_values_ptr + tl.program_id(0).to(tl.int64) * capacity
             found_ids_ptr = scratch_ids_ptr + tl.program_id(0).to(tl.int64) * capacity
             guess = _guess_key(row_ptr, vocab_size, found_ptr, lowest, sample_rank, sample_most, SAMPLE, ACC, BLOCK_V)
-            threshold = _wide(_value_of_key(guess, dtype), ACC)
+            threshold = widen(value_of_key(guess, dtype), ACC)
             found, below, below_second = _collect(
                 row_ptr,
                 vocab_size,
@@ -82,7 +85,7 @@ def topk_logits_kernel(
                 ACC,
                 BLOCK_V,
             )
-            tl.debug_barrier()  # threads read what others appended
+            tl.debug_barrier()  # threads read candidates that others appended
             sufficient = (found >= top_k) & (found <= capacity)
             x_ptr = tl.where(sufficient, found_ptr, row_ptr)
             length = tl.where(sufficient, found, length)
@@ -91,7 +94,7 @@ def topk_logits_kernel(
             readable_ids = tl.where(sufficient, readable, 0)
 
         high = _largest_key(x_ptr, length, readable, lowest, BLOCK_V)
-        level = _wide(_value_of_key(high, dtype), ACC)
+        level = widen(value_of_key(high, dtype), ACC)
         total = _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
             total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
@@ -103,7 +106,7 @@ def topk_logits_kernel(
             tl.store(lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
 
         kth, reaching, above = _select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
-        # Where the bisection stopped at exactly K, all that equal the key are among them.
+        # If the bisection stopped at exactly K entries, all that equal the key are kept.
         ties = tl.where(reaching == top_k, top_k, top_k - above)
         kept = 0
         offs_v = tl.arange(0, BLOCK_V)
@@ -118,7 +121,7 @@ def topk_logits_kernel(
             keys = order_keys(x)
             larger = mask & (keys > kth)
             tied = mask & (keys == kth)
-            # Both are counted by one scan, the ties in the upper half: a block has at most 2**14 entries.
+            # One scan counts both, the ties in the upper 16 bits: a block has at most 2**14 entries.
             counts = larger.to(tl.int32) + (tied.to(tl.int32) << 16)
             ahead = tl.cumsum(counts) - counts
             taken = larger | (tied & ((ahead >> 16) < ties))
@@ -143,12 +146,12 @@ def topk_logits_lse_kernel(
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program per row: the log-sum-exp at one more temperature."""
+    """Computes the log-sum-exp at one more temperature; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     high = _largest_key(row_ptr, vocab_size, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
-    level = _wide(_value_of_key(high, dtype), ACC)
+    level = widen(value_of_key(high, dtype), ACC)
     total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
     tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
 
@@ -158,7 +161,7 @@ def _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, A
     if target_ptr is not None:
         target = tl.load(target_ptr + row)
         inside = (target >= 0) & (target < vocab_size)
-        x = _wide(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
+        x = widen(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
         tl.store(target_logit_ptr + row, tl.where(inside, x, float("nan")))
 
 
@@ -174,17 +177,17 @@ def _guess_key(
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A key that ``rank`` to about ``most`` of the sampled entries reach: runs at equal distances."""
+    """Returns a key that ``rank`` to about ``most`` of SAMPLE entries reach, taken in runs at equal distances."""
     stride = vocab_size // (SAMPLE // _RUN)
     offs_v = tl.arange(0, BLOCK_V)
     for begin in range(0, SAMPLE, BLOCK_V):
         i = begin + offs_v
         x = tl.load(row_ptr + (i // _RUN) * stride + i % _RUN, mask=i < SAMPLE, other=0.0)
         tl.store(scratch_ptr + i, x, mask=i < SAMPLE)
-    tl.debug_barrier()  # threads read what others sampled
+    tl.debug_barrier()  # threads read entries that others sampled
     high = _largest_key(scratch_ptr, SAMPLE, SAMPLE, lowest, BLOCK_V)
     key, _, _ = _select_key(scratch_ptr, SAMPLE, SAMPLE, lowest, high, rank, most, ACC, BLOCK_V)
-    tl.debug_barrier()  # the scratch is overwritten
+    tl.debug_barrier()  # the caller overwrites the scratch
     return key
 
 
@@ -202,9 +205,9 @@ def _collect(
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Appends what reaches the threshold, in the order of ids, as far as there is room; sums exp of the rest to it.
+    """Appends the entries that reach the threshold, in the order of ids, as far as there is room.
 
-    Returns how many reach it, and the sums of exp((x - threshold) / T).
+    Returns the number of entries that reach it, and the sums of exp((x - threshold) / T) over all others.
     """
     offs_v = tl.arange(0, BLOCK_V)
     found = 0
@@ -213,7 +216,7 @@ def _collect(
     for begin in range(0, vocab_size, BLOCK_V):
         v = begin + offs_v
         x = tl.load(row_ptr + v, mask=v < vocab_size, other=float("-inf"))
-        wide = _wide(x, ACC)
+        wide = widen(x, ACC)
         reaches = (v < vocab_size) & _reaches(wide, threshold)
         counts = reaches.to(tl.int32)
         place = found + tl.cumsum(counts) - counts
@@ -229,10 +232,10 @@ def _collect(
 
 @triton.jit
 def _select_key(x_ptr, length, readable, low, high, rank, most, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Bisects [low, high] for the key of the rank-th largest, or one that at most ``most`` >= rank entries reach.
+    """Bisects [low, high] for the key of the rank-th largest entry, or for a key that rank to ``most`` entries reach.
 
-    Stopping there saves half of the steps where the values differ. Returns the key, how many entries reach it, and, if
-    those are more than ``most``, how many are above it.
+    Stopping early saves half of the steps if the values differ. Returns the key, the number of entries that reach it,
+    and, if that is more than ``most``, the number of entries above it.
     """
     reaching = length + tl.zeros((), tl.int32)
     above = tl.zeros((), tl.int32)
@@ -250,11 +253,11 @@ def _select_key(x_ptr, length, readable, low, high, rank, most, ACC: tl.constexp
 @triton.jit
 def _count_reaching(x_ptr, length, readable, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     offs_v = tl.arange(0, BLOCK_V)
-    threshold = _wide(_value_of_key(key, x_ptr.dtype.element_ty), ACC)
+    threshold = widen(value_of_key(key, x_ptr.dtype.element_ty), ACC)
     counts = tl.zeros((BLOCK_V,), tl.int32)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = _wide(_load(x_ptr, i, length, readable), ACC)
+        x = widen(_load(x_ptr, i, length, readable), ACC)
         counts += (_reaches(x, threshold) & (i < length)).to(tl.int32)
     return tl.sum(counts)
 
@@ -271,9 +274,9 @@ def _largest_key(x_ptr, length, readable, lowest, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _load(x_ptr, i, length, readable):
-    """Entries of which there are ``length``, -inf for others; memory is read up to ``readable``.
+    """Loads entries i < ``length`` and returns -inf for others; memory is read up to ``readable``.
 
-    Vectors are loaded only where the end of what may be read is known to be a multiple of them.
+    Triton uses vector loads only if the limit of the mask is known to be a multiple of the vector length.
     """
     x = tl.load(x_ptr + i, mask=i < readable, other=float("-inf"))
     return tl.where(i < length, x, float("-inf"))
@@ -281,19 +284,19 @@ def _load(x_ptr, i, length, readable):
 
 @triton.jit
 def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The sum of exp((x - level) / T), float64, of a level that no x exceeds."""
+    """Returns the sum of exp((x - level) / T) in float64; no x may exceed the level."""
     offs_v = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = _wide(_load(x_ptr, i, length, readable), ACC)
+        x = widen(_load(x_ptr, i, length, readable), ACC)
         sums += _exp(x - level, inv_temperature, ACC)
     return tl.sum(sums.to(tl.float64))
 
 
 @triton.jit
 def _log_sum_exp(level, total, inv_temperature):
-    """Of a row whose largest entry is ``level``: that entry itself where it is no number."""
+    """Returns the log-sum-exp of a row whose largest entry is ``level``: the level itself if it is not finite."""
     wide = level.to(tl.float64)
     finite = tl.abs(wide) < float("inf")
     return tl.where(finite, wide * double(inv_temperature) + tl.log(tl.where(finite, total, 1.0)), wide)
@@ -301,41 +304,25 @@ def _log_sum_exp(level, total, inv_temperature):
 
 @triton.jit
 def _exp(x, inv_temperature, ACC: tl.constexpr):
-    """exp(x / T) by one multiplication."""
+    """Computes exp(x / T) with one multiplication."""
     return tl.exp2(x * (double(inv_temperature) * _LOG2E).to(ACC))
 
 
 @triton.jit
 def _reaches(x, threshold):
-    """Whether x >= threshold in the order of keys: a NaN reaches everything, and only a NaN reaches a NaN."""
+    """Returns whether x >= threshold in the order of keys: NaN reaches every threshold, and only NaN reaches NaN."""
     return (x >= threshold) | (x != x)
 
 
-@triton.jit
-def _wide(x, ACC: tl.constexpr):
-    """x.to(ACC), exactly: the interpreter of Triton 3.9 loses denormals of bfloat16."""
-    if x.dtype == tl.bfloat16:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        wide = bits.to(tl.float32, bitcast=True)
-    else:
-        wide = x.to(ACC)
-    return wide
-
-
-@triton.jit
-def _value_of_key(key, dtype: tl.constexpr):
-    """The inverse of ``order_keys``; a NaN for keys above that of +inf."""
-    if dtype.primitive_bitwidth == 64:
-        bits = key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)
-    elif dtype.primitive_bitwidth == 32:
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    else:
-        bits = (key ^ ((key >> 31) & 0x7FFF)).to(tl.int16)
-    return bits.to(dtype, bitcast=True)
-
-
 class Sampling(NamedTuple):
-    """How a row is sampled: the size, the ranks between which the threshold lies in it, and room for candidates."""
+    """Parameters of the sample of a row.
+
+    Attributes:
+        size: Number of sampled entries.
+        rank: Smallest number of sampled entries that reach the threshold.
+        most: Largest number of sampled entries that reach the threshold, if none tie.
+        capacity: Number of candidates that the scratch holds.
+    """
 
     size: int
     rank: int
@@ -344,10 +331,10 @@ class Sampling(NamedTuple):
 
 
 def sampling(vocab_size: int, top_k: int) -> Sampling | None:
-    """How rows are sampled; None where they are short, or so much is kept that collecting would save nothing.
+    """Returns how rows are sampled; None if they are short or K is so large that collecting would save nothing.
 
-    Of randomly ordered entries the sample's rank-th largest is below the row's K-th but for four standard deviations,
-    and so is the room.
+    If entries are in random order, the sampled threshold is too high, or the candidates too many for the scratch, only
+    in case of a deviation of more than four standard deviations.
     """
     size = min(max(triton.next_power_of_2(vocab_size // 32), 256), 4096)
     share = top_k / vocab_size
@@ -368,11 +355,11 @@ def topk_logits_rows(
     lse: Tensor,
     target_logit: Tensor | None,
 ) -> int:
-    """Launches the kernels; always 0, because the host does not wait to learn what is wrong with a row."""
+    """Launches the kernels. Returns 0 (no fault) always, because reading faults back would need a sync."""
     num_rows, vocab_size = logits.shape
-    settings = launch.launch_settings("topk_logits", logits)
+    settings = launch.settings_of("topk_logits", logits)
     constants = {
-        "ACC": launch.row_scalar_dtype(logits.dtype),
+        "ACC": launch.accumulation_dtype(logits.dtype),
         "BLOCK_V": launch.block_of(settings, vocab_size),
     }
     num_programs = min(num_rows, _resident_programs(logits.device, settings.num_warps))
@@ -384,7 +371,7 @@ def topk_logits_rows(
     else:
         sample = Sampling(0, 0, 0, 0)
     inverses = [1 / temperature for temperature in temperatures]
-    launch.launch(
+    launch.run(
         topk_logits_kernel,
         num_programs,
         settings,
@@ -413,7 +400,7 @@ def topk_logits_rows(
         **constants,
     )
     for column in range(2, len(inverses)):
-        launch.launch(
+        launch.run(
             topk_logits_lse_kernel,
             num_rows,
             settings,
@@ -431,7 +418,7 @@ def topk_logits_rows(
 
 
 def _resident_programs(device: torch.device, num_warps: int) -> int:
-    """Programs that the device runs at a time at 64 registers a thread; each loops over rows."""
+    """Returns the number of programs that the device runs at a time with 64 registers per thread."""
     if device.type != "cuda":
-        return 2  # the interpreter: enough that programs take several rows
+        return 2  # in the interpreter, so that a program takes several rows
     return torch.cuda.get_device_properties(device).multi_processor_count * max(32 // num_warps, 1)

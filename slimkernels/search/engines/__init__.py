@@ -1,1 +1,1 @@
-"""The language models that a search can run on: one of transformers, or one behind a server."""
+"""Language models that a search can run on: a transformers model in this process, or a model behind a server."""

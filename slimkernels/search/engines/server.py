@@ -1,4 +1,4 @@
-"""``ServerEngine``: branches that an OpenAI-compatible server continues, one request for each step, all at once."""
+"""``ServerEngine``: continues branches through an OpenAI-compatible server, with one concurrent request per step."""
 
 from __future__ import annotations
 
@@ -23,46 +23,49 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class _Branch:
-    """What the server reads on from: token ids where it takes them, else the text."""
+    """The text that the server continues: token ids if it takes them, otherwise a string."""
 
     prompt: str | list[int]
-    length: int  # tokens; the prompt's too, where the server takes token ids
+    # Number of tokens, those of the prompt included if the server takes token ids.
+    length: int
 
     def followed_by(self, text: str, token_ids: Sequence[int]) -> str | list[int]:
-        """What the server reads on from after more of a step."""
+        """Returns the prompt extended by a part of a step."""
         return self.prompt + text if isinstance(self.prompt, str) else [*self.prompt, *token_ids]
 
 
 class ServerEngine:
     """A language model behind an OpenAI-compatible server: vLLM, llama.cpp, or any other with ``/completions``.
 
-    The steps of a depth are requested all at the same time, and the server batches them; that it reads the prefix of
-    sibling branches once is the work of its prefix cache. Nothing of a branch is kept here but its token ids (its text,
-    for a server other than vLLM and llama.cpp, which reads on from exactly that text).
+    All steps of a depth are requested at the same time, and the server batches them. Its prefix cache makes it read the
+    common prefix of sibling branches once. The engine keeps only the token ids of a branch, or its text for a server
+    other than vLLM and llama.cpp.
 
-    A step ends where ``step_end`` says. vLLM and llama.cpp are told the texts that end one, and stop there; any other
-    server generates ``max_tokens``, of which what follows the step is thrown away. The child's seed goes with its
-    request: whether the same seed draws the same tokens in another batch is up to the server.
+    ``step_end`` decides where a step ends. vLLM and llama.cpp get the texts that may end a step, and stop there; any
+    other server generates ``max_tokens``, and the tokens after the step are thrown away. Each request carries the seed
+    of its child; whether the same seed draws the same tokens in another batch depends on the server.
 
-    Steps are embedded here by counts of their character trigrams, which tell an exact repeat and little more; give a
-    ``RepetitionCheck`` a sentence encoder for more. ``notes`` says so, and what else a result should say.
+    Steps are embedded by counts of their character trigrams, which recognise exact repeats and little more; give
+    ``RepetitionCheck`` a sentence encoder for more. ``notes`` lists such limitations.
 
     Args:
-        url: The base URL, as in ``http://localhost:8000/v1``.
-        model: The server's name of the model.
-        context_length: Tokens that the model can read; None asks the server, and where it does not say, any number.
-        require_logprobs: False also takes a server that gives no log-probabilities; pruning is then at random.
-        key_env: The environment variable that holds the key; None: ``OPENAI_API_KEY``, if that is set.
-        concurrency: Requests under way at the same time.
-        max_retries: Repetitions of a request that failed.
-        requests_per_minute: Requests started in a minute at most; None: no limit.
-        timeout_s: Silence after which a request is given up, in seconds.
-        backoff_s: The first wait before a repetition, in seconds; it doubles.
+        url: Base URL, such as ``http://localhost:8000/v1``.
+        model: The server's name for the model.
+        context_length: Number of tokens that the model can read; None asks the server, and sets no limit if it does not
+            say.
+        require_logprobs: Whether to refuse a server that gives no log-probabilities; if False, such a server is pruned
+            at random.
+        key_env: Environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set.
+        concurrency: Largest number of requests in flight.
+        max_retries: Repetitions of a failed request.
+        requests_per_minute: Limit on requests, repetitions included; None: no limit.
+        timeout_s: Seconds without a response after which a request counts as failed.
+        backoff_s: Seconds before the first repetition, doubled each time.
 
     Raises:
-        ServerUnavailableError, ServerRequestError: The server does not answer, or wants a key.
+        ServerUnavailableError, ServerRequestError: The server does not answer, or refuses the key.
         ImportError: The package httpx2 is not installed.
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -107,15 +110,15 @@ class ServerEngine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a result of this server should say."""
+        """Limitations that a result of this server should mention."""
         return tuple(self._notes)
 
     def identity(self) -> dict[str, Any]:
-        """The server's model by its name, and how it is spoken to; its weights cannot be seen."""
+        """Returns the server's name for the model and the kind of the server; its weights cannot be read."""
         return {"engine": "server", "model": self._model, "dialect": self._dialect.kind}
 
     def check(self, prompt: Prompt) -> None:
-        """Raises ValueError for a prompt without tokens, that fills the context, or that the server cannot take."""
+        """Raises ValueError for a prompt that has no tokens, fills the context, or is of an unsupported type."""
         if not self._dialect.takes_token_ids and not isinstance(prompt, str):
             raise ValueError(
                 "prompts must be texts for this server, which is not known to take token ids, got token ids"
@@ -127,17 +130,17 @@ class ServerEngine:
             )
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Tokens of a prompt, as the server counts them; of one that does not, the text's bytes, which are no fewer."""
+        """Returns the server's count of the tokens of a prompt; without one, an upper bound: the bytes of the text."""
         if not self._dialect.takes_token_ids:
             return len(str(prompt).encode())
         return len(self._encode(prompt))
 
     def cache_bytes(self, prompt_tokens: int, generated_tokens: int) -> int:
-        """0: keys and values are the server's."""
+        """Returns 0, because the keys and values are on the server."""
         return 0
 
     def start(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Notes each prompt; returns the branch that is it. The server reads it with the first step."""
+        """Returns a branch for each prompt; the server reads the prompt with the first step."""
         for prompt in prompts:
             self.check(prompt)
         by_ids = self._dialect.takes_token_ids
@@ -151,16 +154,16 @@ class ServerEngine:
     def extend(self, requests: Sequence[StepRequest], step_end: StepEnd, *, embed: bool) -> list[Step]:
         """Requests all steps at the same time; each becomes a branch.
 
-        When one fails, or on an interrupt, the others are cancelled and their connections closed.
+        If one fails, or on an interrupt, the others are cancelled and their connections closed.
 
         Args:
-            requests: Any number, of any branches.
-            step_end: Called with growing parts of a step's text.
+            requests: Any number of requests, of any branches.
+            step_end: Function that is called with growing prefixes of a step's text.
             embed: Whether to embed steps, by counts of character trigrams.
 
         Raises:
-            ServerUnavailableError: A request failed, however often it was repeated.
-            ServerRequestError: The server refused, or gave no log-probabilities where they are required.
+            ServerUnavailableError: All attempts of a request failed.
+            ServerRequestError: The server refused a request, or gave no log-probabilities although they are required.
         """
         for request in requests:
             if self._branches[request.branch].length >= self.context_length:
@@ -169,7 +172,7 @@ class ServerEngine:
         return [self._step(*pair, embed) for pair in zip(requests, answers, strict=True)]
 
     def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
-        """Notes steps that were drawn before; the server reads them with the next."""
+        """Restores branches of steps that were drawn earlier; the server reads them with the next step."""
         replayed = []
         for step in steps:
             above = self._branches[step.branch]
@@ -184,11 +187,11 @@ class ServerEngine:
         del self._branches[branch]
 
     def close(self) -> None:
-        """Closes the connections; also done when the engine is no longer used."""
+        """Closes the connections, which also happens when the engine is garbage collected."""
         self._end()
 
     async def _answer(self, request: StepRequest, step_end: StepEnd) -> Answer:
-        """Asks until the step ends: a text that may end it, such as a newline before anything else, need not."""
+        """Asks until the step ends; a stop text, such as a newline before any other text, need not end it."""
         branch = self._branches[request.branch]
         answer = Answer("", [], [], "")
         room = min(request.max_tokens, self.context_length - branch.length)
@@ -222,11 +225,11 @@ class ServerEngine:
             return float(sum(answer.logprobs))
         if self._require_logprobs:
             raise ServerRequestError(
-                f"{self._client.url} must give log-probabilities (logprobs), which pruning is by, but gave none: "
-                "enable them in the server, or prune at random by require_logprobs=False"
+                f"{self._client.url} must give log-probabilities (logprobs) for pruning, but gave none: "
+                "enable them in the server, or prune at random with require_logprobs=False"
             )
         self._notes["pruning was at random: the server gave no log-probabilities"] = None
-        # Of the child's seed, so that it is the same whatever else is in the batch.
+        # Derived from the child's seed, so that it does not depend on the batch.
         return -len(answer.token_ids) * float(np.random.default_rng(request.seed % 2**63).random())
 
     def _add(self, branch: _Branch) -> int:
@@ -244,7 +247,7 @@ class ServerEngine:
         return self._token_ids[prompt]
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Its result; it runs in the engine's own thread, so that a caller may have an event loop, or a Ctrl-C."""
+        """Runs a coroutine in the engine's thread, so that callers may have an event loop of their own, or a Ctrl-C."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -254,7 +257,8 @@ class ServerEngine:
 
 
 def _shut(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: AsyncServerClient) -> None:
-    if threading.current_thread() is thread:  # the last to use the engine was a request
+    # True if the engine is garbage collected in its own thread, which cannot wait for itself.
+    if threading.current_thread() is thread:
         loop.stop()
         return
     asyncio.run_coroutine_threadsafe(client.close(), loop).result()
@@ -264,7 +268,7 @@ def _shut(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Asy
 
 
 async def _all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
-    """All results; where one fails or this is cancelled, the others are cancelled, and awaited."""
+    """Returns all results; if one fails or this call is cancelled, the others are cancelled and awaited."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return list(await asyncio.gather(*tasks))
@@ -276,7 +280,7 @@ async def _all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
 
 
 def trigram_counts(text: str) -> np.ndarray:
-    """How often each of the text's character trigrams is in it, hashed into (1024,) float32."""
+    """Counts the character trigrams of a text, hashed into (1024,) float32."""
     letters = f" {' '.join(text.lower().split())} ".encode()
     places = [zlib.crc32(letters[first : first + 3]) % _EMBEDDING_SIZE for first in range(len(letters) - 2)]
     return np.bincount(places, minlength=_EMBEDDING_SIZE).astype(np.float32)

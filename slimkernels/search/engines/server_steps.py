@@ -1,32 +1,32 @@
-"""What is asked of each kind of server for one step, and how its answer is read."""
+"""Asks each kind of server for one step of a search, and reads its answer into one form."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from slimkernels.search.engine import StepEnd, StepRequest
 from slimkernels.serving.client import ServerRequestError
 from slimkernels.serving.client_async import AsyncServerClient
+from slimkernels.serving.kinds import Kind, listed_models, server_kind
 
-# The id of a token of which a server says nothing but that it is there.
+# The id of a token that the server counts but does not name.
 UNKNOWN_TOKEN = -1
-Kind = Literal["vllm", "llamacpp", "openai"]
 _EMBEDDINGS = (
-    "repetition was judged by character trigrams where the check has no encoder: servers give no hidden states"
+    "repetition was judged by character trigrams unless the check has an encoder: servers give no hidden states"
 )
-_LAST_LOGPROB = "llama.cpp gives no log-probability of the token that ends a step: pruning was by the others'"
+_LAST_LOGPROB = "llama.cpp gives no log-probability of the token that ends a step: pruning used those of the others"
 
 
 class Answer(NamedTuple):
-    """What a server generated.
+    """A part of a step that a server generated.
 
     Attributes:
-        text: With the text that ended it.
-        token_ids: ``UNKNOWN_TOKEN`` where the server does not say.
-        logprobs: Of the tokens that the server gives one for; none at all where it gives none.
-        end: "step", "end_of_text", "length", or "stop": at a text that may end a step.
-        pieces: The text of every token, where that is known.
+        text: Generated text, including the text that ended it.
+        token_ids: Ids of the tokens; ``UNKNOWN_TOKEN`` for those that the server does not name.
+        logprobs: Natural-log probabilities of the tokens for which the server gives one; may be empty.
+        end: Reason of the end: "step", "end_of_text", "length", or "stop" (a text that may end a step).
+        pieces: Text of every token; None if it is not known.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     pieces: list[str] | None = None
 
     def followed_by(self, more: Answer) -> Answer:
-        """Both, one after the other."""
+        """Returns the concatenation of this answer and the next one."""
         pieces = (
             None if more.pieces is None or (self.pieces is None and self.text) else (self.pieces or []) + more.pieces
         )
@@ -45,11 +45,10 @@ class Answer(NamedTuple):
         )
 
     def cut(self, step_end: StepEnd) -> Answer:
-        """Up to the first token after which the step is complete; all of it where none is.
+        """Cuts the answer after the first token that completes the step; without one it stays whole.
 
-        Where nothing is known of the tokens but their number, or not even that, up to the first character, with a share
-        of the tokens.
-        Where ids are known but not their texts, all of it.
+        If at most the number of the tokens is known, the cut is after the first character that completes the step,
+        and keeps a proportional share of the tokens. If ids are known but not their texts, the answer stays whole.
         """
         if self.pieces is None and set(self.token_ids) <= {UNKNOWN_TOKEN}:
             for length in range(1, len(self.text) + 1):
@@ -69,35 +68,34 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ServerDialect:
-    """How one server is asked.
+    """The requests and answers of one kind of server.
 
     Attributes:
-        client: The server.
-        model: Its name of the model.
-        kind: "vllm", "llamacpp", or "openai" for any other.
-        context_length: As the server says it, or None.
-        last_tokens: Texts of tokens in which llama.cpp stopped, by id.
+        client: Client of the server.
+        model: The server's name for the model.
+        kind: Kind of the server.
+        context_length: Context length that the server reports, in tokens, or None.
+        last_tokens: Cached texts of the tokens in which llama.cpp stopped, by id.
     """
 
     client: AsyncServerClient
     model: str
     kind: Kind
     context_length: int | None
-
     last_tokens: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def takes_token_ids(self) -> bool:
-        """Whether a branch is continued from token ids."""
+        """Whether the server continues a branch from token ids instead of text."""
         return self.kind != "openai"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a search's result should say."""
+        """Limitations that the result of a search should mention."""
         return (_EMBEDDINGS, _LAST_LOGPROB) if self.kind == "llamacpp" else (_EMBEDDINGS,)
 
     async def tokenize(self, text: str) -> list[int]:
-        """The server's token ids of a prompt."""
+        """Returns the server's token ids of a prompt."""
         if self.kind == "vllm":
             payload: dict[str, Any] = {"model": self.model, "prompt": text}
         else:
@@ -109,8 +107,14 @@ class ServerDialect:
         return tokens
 
     async def complete(self, prompt: str | list[int], request: StepRequest, num_before: int) -> Answer:
-        """The continuation of a branch, of which ``num_before`` tokens of the same step were asked for before."""
-        # Servers take 31 bits; what goes on after a text that did not end the step draws anew.
+        """Asks for the continuation of a branch.
+
+        Args:
+            prompt: Token ids or text of the branch, including earlier parts of the step.
+            request: The step to draw.
+            num_before: Number of tokens of the same step that earlier requests drew.
+        """
+        # Seeds of servers have 31 bits. A second request for the same step must not repeat the draws of the first.
         options: dict[str, Any] = {
             "prompt": prompt,
             "temperature": request.temperature,
@@ -132,7 +136,7 @@ class ServerDialect:
         return self._read(content, _llama_cpp)
 
     async def _text_of(self, token: int) -> str:
-        """The text of one token of llama.cpp."""
+        """Returns the text of one token of llama.cpp."""
         if token not in self.last_tokens:
             content = await self.client.post("../detokenize", {"tokens": [token]})
             self.last_tokens[token] = str(content.get("content", ""))
@@ -149,14 +153,12 @@ class ServerDialect:
 
 
 async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
-    """Asks a server what it is."""
-    models = (await client.get("/models") or {}).get("data") or ()
-    entries = [entry for entry in models if isinstance(entry, dict)]
-    owners = {entry.get("owned_by") for entry in entries}
-    own = next((entry for entry in entries if entry.get("id") == model), entries[0] if len(entries) == 1 else {})
+    """Asks a server for its models, which tell its kind and the context length."""
+    listing = await client.get("/models")
+    entries = listed_models(listing)
+    own = next((entry for entry in entries if entry["id"] == model), entries[0] if len(entries) == 1 else {})
     length = own.get("max_model_len") or (own.get("meta") or {}).get("n_ctx")
-    kind: Kind = "vllm" if "vllm" in owners else "llamacpp" if "llamacpp" in owners else "openai"
-    return ServerDialect(client, model, kind, length)
+    return ServerDialect(client, model, server_kind(listing), length)
 
 
 def _vllm(content: dict[str, Any]) -> Answer:
@@ -167,57 +169,88 @@ def _vllm(content: dict[str, Any]) -> Answer:
     stopped = choice["finish_reason"] == "stop"
     at_text = isinstance(choice.get("stop_reason"), str)
     text = choice["text"]
+    values = _numbers(logprobs.get("token_logprobs"))
+    if at_text or not stopped:
+        pieces, token_ids, values = _up_to(text, pieces, token_ids, values)
     if at_text and pieces:
         text = _with_rest_of_token(text, pieces[-1])
     if stopped and not at_text and "".join(pieces) != text:
-        pieces[-1:] = [""]  # the end of text, which is not text
+        # The last token is the end of text, which the text does not show.
+        pieces[-1:] = [""]
     end = ("stop" if at_text else "end_of_text") if stopped else "length"
-    return Answer(text, token_ids, _numbers(logprobs.get("token_logprobs")), end, _if_whole(pieces, text, token_ids))
+    return Answer(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
 def _llama_cpp(content: dict[str, Any]) -> Answer:
-    """llama.cpp leaves out the text that stopped it, and the log-probability of its token."""
+    """Reads an answer of llama.cpp, which lacks the text that stopped it and the log-probability of that token."""
     token_ids, entries = content["tokens"], content.get("completion_probabilities") or ()
     pieces = [entry["token"] for entry in entries]
     end = {"word": "stop", "eos": "end_of_text"}.get(content["stop_type"], "length")
     text = content["content"]
+    logprobs = _numbers(entry["logprob"] for entry in entries)
     if end == "stop":
+        pieces, token_ids, logprobs = _up_to(text + content["stopping_word"], pieces, token_ids, logprobs)
         text = _with_rest_of_token(text + content["stopping_word"], content["last_token"])
         if len(pieces) == len(token_ids) - 1:
             pieces.append(content["last_token"])
     elif end == "end_of_text" and len(pieces) == len(token_ids):
         pieces[-1:] = [""]
-    logprobs = _numbers(entry["logprob"] for entry in entries)
-    return Answer(text, token_ids, logprobs, end, _if_whole(pieces, text, token_ids))
+    return Answer(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
 def _openai(content: dict[str, Any]) -> Answer:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
-    if "content" in logprobs:  # the form of chats, which llama.cpp gives
+    # llama.cpp gives log-probabilities in the form of chats here.
+    if "content" in logprobs:
         entries = logprobs["content"] or ()
         logprobs = {name + "s": [entry[name] for entry in entries] for name in ("token", "logprob")}
         logprobs["token_logprobs"] = logprobs["logprobs"]
     pieces: list[str] = list(logprobs.get("tokens") or ())
     count = len(pieces) or int((content.get("usage") or {}).get("completion_tokens") or 0)
-    # No texts to stop at were given: what stopped it is the end of text.
+    # The request had no stop texts, so only the end of text can have stopped it.
     end = "end_of_text" if choice["finish_reason"] == "stop" else "length"
     text = choice["text"] or ""
     if pieces and "".join(pieces[:-1]) == text:
         pieces[-1] = ""
     token_ids = [UNKNOWN_TOKEN] * count
-    return Answer(text, token_ids, _numbers(logprobs.get("token_logprobs")), end, _if_whole(pieces, text, token_ids))
+    values = _counted(_numbers(logprobs.get("token_logprobs")), token_ids)
+    return Answer(text, token_ids, values, end, _if_whole(pieces, text, token_ids))
 
 
 def _with_rest_of_token(text: str, last: str) -> str:
-    """The text of all tokens, where a server cut it in the last one."""
+    """Completes a text that the server cut inside its last token."""
     kept = next((count for count in range(len(last), 0, -1) if text.endswith(last[:count])), len(last))
     return text + last[kept:]
 
 
 def _if_whole(pieces: list[str], text: str, token_ids: list[int]) -> list[str] | None:
-    """The pieces, where they are those of the tokens: a character of several tokens is in none of theirs."""
+    """Returns the pieces if they are the texts of the tokens, else None, as for a character split over tokens."""
     return pieces if len(pieces) == len(token_ids) and "".join(pieces) == text else None
+
+
+def _up_to(
+    text: str, pieces: list[str], token_ids: list[int], logprobs: list[float]
+) -> tuple[list[str], list[int], list[float]]:
+    """Cuts tokens after the one in which a text ends: a server that draws several at a time may name more of them."""
+    if not text or len(pieces) > len(token_ids) or not "".join(pieces).startswith(text):
+        return pieces, token_ids, logprobs
+    length, count = 0, 0
+    while length < len(text):
+        length += len(pieces[count])
+        count += 1
+    return pieces[:count], token_ids[:count], logprobs[:count]
+
+
+def _counted(logprobs: list[float], token_ids: list[int]) -> list[float]:
+    """Returns the log-probabilities.
+
+    Raises:
+        ValueError: There are more of them than tokens, so that nothing tells whose they are.
+    """
+    if len(logprobs) > len(token_ids):
+        raise ValueError(f"it has {len(logprobs)} log-probabilities of {len(token_ids)} tokens")
+    return logprobs
 
 
 def _numbers(values: Any) -> list[float]:

@@ -1,9 +1,10 @@
-// A CPU that stands in for a GPU: enough of CUDA C++ to run csrc/cuda/*.cuh with g++, in place of device.cuh.
+// Emulates a GPU on a CPU: enough of CUDA C++ to run csrc/cuda/*.cuh with g++, in place of device.cuh.
 //
-// Every thread of a cluster is a fiber. Barriers and warp-wide functions are rendezvous; between two of them the
-// threads run in a random order, each without interruption: in half of the runs any that can, in the others the warp
-// that comes first in an order that seldom changes, so that some warps and blocks fall far behind. Shared memory is
-// random bytes before its block starts and after it ended. What lacks a barrier therefore goes wrong for some seed.
+// Every thread of a cluster is a fiber. At barriers and warp-wide functions threads wait for each other; in between
+// each thread runs without interruption, in random order. In half of the runs the next thread is any that can run. In
+// the others it is one of the warp that is first in an order that seldom changes, so that some warps and blocks fall
+// far behind. Shared memory holds random bytes before its block starts and after it ends. A missing barrier therefore
+// causes a wrong result for some seed.
 #pragma once
 #define SLIMKERNELS_DEVICE
 
@@ -37,8 +38,9 @@ using std::log;
 
 namespace emulator {
 
-// Threads that meet: a warp, a block or a cluster. Each leaves a value and sees everybody's; the values of two
-// consecutive meetings are kept apart, since the first to leave one may already arrive at the next.
+// A group of threads that wait for each other: a warp, a block or a cluster. Each thread leaves a value and sees those
+// of all. The values of two consecutive meetings are stored separately, because the first thread to leave one may
+// arrive at the next before the others have read theirs.
 struct Group {
   unsigned size = 0, arrived = 0;
   uint64_t meetings = 0;
@@ -51,14 +53,14 @@ struct Fiber {
   jmp_buf resume;
   std::unique_ptr<char[]> stack;
   bool started, done;
-  unsigned thread, block;  // within the block, within the cluster
-  int barriers;            // that this thread came to
+  unsigned thread, block;  // index within the block, and of the block within the cluster
+  int barriers;            // number of barriers that the thread has reached
 };
 
 struct Machine {
-  unsigned num_threads, num_blocks;  // of a block, of the cluster
-  Index grid_block;                  // of the first block of the cluster, in the grid
-  int skipped_barrier;               // an index of the barriers that a thread comes to, or -1
+  unsigned num_threads, num_blocks;  // threads per block, blocks per cluster
+  Index grid_block;                  // index of the cluster's first block in the grid
+  int skipped_barrier;               // index of the barrier at which no thread waits, or -1
   int64_t memory_size;
   std::mt19937 random;
   std::vector<std::vector<uint4>> memory;  // per block
@@ -67,7 +69,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<unsigned> runnable;
   bool by_rank;
-  std::vector<unsigned> ranks;  // of the warps
+  std::vector<unsigned> ranks;  // order of the warps
   Fiber* running;
   jmp_buf scheduler;
   std::function<void()> kernel;
@@ -76,7 +78,7 @@ struct Machine {
 inline Machine machine;
 
 constexpr int64_t kStack = 128 << 10;
-constexpr int kGuard = 4;  // vectors behind a block's shared memory that must stay as they are
+constexpr int kGuard = 4;  // vectors behind a block's shared memory that must not change
 
 inline void switch_to_scheduler() {
   if (_setjmp(machine.running->resume) == 0) _longjmp(machine.scheduler, 1);
@@ -90,7 +92,7 @@ inline const std::vector<uint64_t>& meet(Group& group, unsigned member, uint64_t
     ++group.meetings;
     machine.runnable.insert(machine.runnable.end(), group.waiting.begin(), group.waiting.end());
     group.waiting.clear();
-    // The last to come is not the first to leave.
+    // The last thread to arrive need not be the first to leave.
     machine.runnable.push_back(unsigned(machine.running - machine.fibers.data()));
   } else {
     group.waiting.push_back(unsigned(machine.running - machine.fibers.data()));
@@ -101,7 +103,7 @@ inline const std::vector<uint64_t>& meet(Group& group, unsigned member, uint64_t
 
 inline bool skips_barrier() { return machine.running->barriers++ == machine.skipped_barrier; }
 
-// What each lane of the warp gives; all 32 of them must come to the same call.
+// Returns the values of all lanes of the warp; all 32 lanes must make the same call.
 inline const uint64_t* of_warp(unsigned mask, uint32_t kind, uint32_t value) {
   const Fiber& self = *machine.running;
   Group& warp = machine.warps[self.block * (machine.num_threads / 32) + self.thread / 32];
@@ -118,14 +120,14 @@ inline void fiber_main() {
   _longjmp(machine.scheduler, 1);
 }
 
-// Random bytes for one block, but for what guards their end.
+// Fills the shared memory of a block with random bytes, except for the guard at its end.
 inline void scramble(std::vector<uint4>& memory) {
   for (size_t i = 0; i + kGuard < memory.size(); ++i) {
     memory[i] = {uint32_t(machine.random()), uint32_t(machine.random()), uint32_t(machine.random()), 7};
   }
 }
 
-// The position in `runnable` of the thread to run next.
+// Returns the position in `runnable` of the thread to run next.
 inline size_t choose() {
   Machine& m = machine;
   if (!m.by_rank) return m.random() % m.runnable.size();
@@ -142,7 +144,7 @@ inline void prepare(Group& group, unsigned size) {
   for (auto& values : group.values) values.resize(size);
 }
 
-// Runs one cluster to its end; false, with the fault set, where its threads wait for each other forever.
+// Runs one cluster to its end; returns false, with the fault set, if something went wrong.
 inline bool run_cluster() {
   Machine& m = machine;
   const unsigned total = m.num_threads * m.num_blocks;

@@ -1,6 +1,6 @@
-// csrc/cuda/topk_logits.cuh on the emulated GPU, for ctypes.
+// Runs csrc/cuda/topk_logits.cuh on the emulated GPU; called with ctypes.
 #include "device.h"
-// The kernel after what it stands on.
+// The kernel must be included after the emulator.
 #include "cuda/topk_logits.cuh"
 #include "cuda/topk_logits_plan.h"
 
@@ -39,7 +39,7 @@ const char* run_variant(TopkLogitsArgs& args, int64_t num_rows, int num_blocks, 
 
 }  // namespace
 
-// Returns null, or what went wrong with the threads. `dtype` is 0 float32, 1 bfloat16, 2 float16.
+// Returns null or a description of the fault. `dtype` is 0 for float32, 1 for bfloat16, 2 for float16.
 extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_rows, int64_t row_stride, int vocab_size,
                                    int top_k, const int64_t* target, const double* temperatures, int num_temperatures,
                                    void* values, int32_t* ids, float* lse, float* target_logit, int num_blocks,
@@ -61,10 +61,10 @@ extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_ro
   return variant(args, num_rows, num_blocks, num_threads, staged != 0, seed, skipped_barrier);
 }
 
-// How many barriers a thread came to in the last row.
+// Returns the number of barriers that a thread reached in the last row.
 extern "C" int barriers_of_last_row() { return emulator::machine.fibers[0].barriers; }
 
-// What the launcher would choose: its blocks of a row, whether they stage it, their slice, candidates and bytes.
+// Writes the plan that the launcher chooses: blocks per row, staged, slice, list capacity and bytes.
 extern "C" void plan_topk_logits(int dtype, int64_t num_rows, int vocab_size, int top_k, int has_clusters,
                                  int64_t block_bytes, int64_t processor_bytes, int processors, int64_t* plan) {
   const Machine machine = {has_clusters != 0, block_bytes, processor_bytes, processors};

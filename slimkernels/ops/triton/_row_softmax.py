@@ -1,4 +1,4 @@
-"""The first kernel of every sampling op: one read of each row, for softmax(z) and for where its large logits lie."""
+"""The first kernel of every sampling op: reads each row once and finds its softmax and where its large logits are."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
+from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._race import clamped_inverse
-from slimkernels.ops.triton.launch import double
 
-# What the kernel writes of a row, float64. The top is +inf where it shares the mass and NaN where there is no softmax.
+# Fields that the kernel writes for a row, float64. TOP is the largest logit: +inf if logits of +inf share the mass, NaN
+# if the row has no softmax.
 FIELDS = 4
 FIELDS_OF_ROW = tl.constexpr(FIELDS)
 TOP, LOG_SUM, ENTROPY, LOG_TEMPERED = (tl.constexpr(field) for field in range(FIELDS))
 
 
 @triton.jit
-def row_law_kernel(
+def row_softmax_kernel(
     logits_ptr,  # (N, V), rows `row_stride` apart
     row_stride: tl.int64,
     vocab_size,
     temperature: tl.float64,
     temperatures_ptr,  # (N,) float64 or None
-    law_ptr,  # (N, FIELDS)
+    softmax_ptr,  # (N, FIELDS)
     lanes_max_ptr,  # (N, LANES) of the dtype of the logits, or None
     TEMPERED: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program per row."""
+    """Writes the softmax fields of a row and, if asked for, the largest logit of each lane; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
-    law_ptr += row * FIELDS_OF_ROW
+    softmax_ptr += row * FIELDS_OF_ROW
     temperature = option_of(row, double(temperature), temperatures_ptr)
     temperature = tl.where(temperature > 0, temperature, 1.0)
     lanes_max, top, exps, moments, tempered = sums_of_row(
@@ -42,25 +43,25 @@ def row_law_kernel(
     )
     log_sum = tl.log(exps)
     entropy = tl.maximum(log_sum - moments / exps, 0.0)
-    # No NaN, no +inf, and something above -inf.
+    # True if the row has no NaN, no +inf, and a logit above -inf.
     if (exps > 0.5) & (exps < 1e300):
-        tl.store(law_ptr + LOG_TEMPERED, tl.log(tempered))
+        tl.store(softmax_ptr + LOG_TEMPERED, tl.log(tempered))
     else:
         infinite = count_of_infinite(logits_ptr, vocab_size, ACC, LANES * GROUP)
         top = tl.where(infinite > 0, float("inf"), float("nan")).to(tl.float64)
         log_sum = tl.log(tl.maximum(infinite, 1).to(tl.float64))
         entropy = log_sum
-        tl.store(law_ptr + LOG_TEMPERED, log_sum)
-    tl.store(law_ptr + TOP, top)
-    tl.store(law_ptr + LOG_SUM, log_sum)
-    tl.store(law_ptr + ENTROPY, entropy)
+        tl.store(softmax_ptr + LOG_TEMPERED, log_sum)
+    tl.store(softmax_ptr + TOP, top)
+    tl.store(softmax_ptr + LOG_SUM, log_sum)
+    tl.store(softmax_ptr + ENTROPY, entropy)
     if lanes_max_ptr is not None:
         tl.store(lanes_max_ptr + row * LANES + tl.arange(0, LANES), lanes_max.to(logits_ptr.dtype.element_ty))
 
 
 @triton.jit
 def option_of(row, number, per_row_ptr):
-    """The row's own, where there is a tensor."""
+    """Returns the option of a row: its value in the tensor if there is one, else the number."""
     option = number
     if per_row_ptr is not None:
         option = tl.load(per_row_ptr + row)
@@ -77,14 +78,14 @@ def sums_of_row(
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """The largest logit of every lane and of the row, and the row's sums of exp(d), d exp(d) and exp(d / T), float64.
+    """Computes the largest logit of every lane and of the row, and the row's sums of exp(d), d exp(d) and exp(d / T).
 
-    Here d = z - top. Where not TEMPERED, the first of the sums takes the place of the last.
+    Here d = z - top; the sums are float64. If not TEMPERED, the sum of exp(d) is returned in place of the last.
 
-    A lane has GROUP neighbouring ids of every LANES * GROUP. It keeps sums and a level of its own, so that no thread
-    waits for another before the row has been read.
+    A lane reads GROUP neighbouring ids out of every LANES * GROUP. It keeps its own sums and its own level, so threads
+    need not synchronise before the whole row has been read.
     """
-    # exp of it is 0 and its product with that, too; the smallest number would overflow.
+    # d is limited to this, so that d exp(d) is 0 instead of -inf * 0.
     NO_MASS: tl.constexpr = -750.0 if ACC.primitive_bitwidth == 64 else -104.0
     inv_temperature_of_lane = inv_temperature.to(ACC)
     offs = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -100,7 +101,7 @@ def sums_of_row(
         factor = tl.exp(step)
         d = z - shift[:, None]
         e = tl.exp(d)
-        # Never 0 times the infinite step of a lane that was empty.
+        # The step of a lane that was empty is -inf, and 0 * -inf would be NaN.
         moments = tl.where(factor > 0, factor * (moments + step * exps), 0.0) + tl.sum(e * tl.maximum(d, NO_MASS), 1)
         exps = factor * exps + tl.sum(e, 1)
         if TEMPERED:
@@ -122,7 +123,7 @@ def sums_of_row(
 
 @triton.jit
 def count_of_infinite(row_ptr, vocab_size, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """How many logits are +inf; 0 for a row with a NaN, which has no distribution either."""
+    """Counts the logits that are +inf; returns 0 for a row with a NaN, which has no distribution either."""
     offs = tl.arange(0, BLOCK)
     infinite = 0
     nans = 0
@@ -135,43 +136,48 @@ def count_of_infinite(row_ptr, vocab_size, ACC: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def logprob_of(z, top, log_sum):
-    """The log softmax of a logit, float64."""
+    """Computes the log softmax of a logit in float64."""
     limit = tl.where(z == float("inf"), -log_sum, float("-inf"))
     return tl.where(top == float("inf"), limit, z - top - log_sum)
 
 
 def lanes_of(logits: Tensor) -> tuple[int, int]:
-    """How many lanes the kernel reads a row in, and how many neighbours a lane has at a time: 16 bytes."""
+    """Returns the number of lanes, and the number of neighbouring ids that a lane loads at a time (16 bytes)."""
     group = 16 // logits.dtype.itemsize
-    return launch.block_of(launch.launch_settings("row_law", logits), logits.shape[-1]) // group, group
+    return launch.block_of(launch.settings_of("row_softmax", logits), logits.shape[-1]) // group, group
 
 
-def row_law(
+def row_softmax(
     logits: Tensor, temperature: float, temperatures: Tensor | None, *, tempered: bool, with_lanes: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Launches the kernel; returns the law (N, FIELDS) and, if asked for, the largest logit of each lane (N, LANES).
+    """Launches the kernel; returns the fields (N, FIELDS) and, if asked for, the largest logit per lane (N, LANES).
 
-    Without ``tempered``, LOG_TEMPERED is LOG_SUM.
+    Args:
+        logits: (N, V).
+        temperature: T of LOG_TEMPERED for all rows.
+        temperatures: (N,) float64 in place of ``temperature``, or None.
+        tempered: Whether to compute LOG_TEMPERED at T; otherwise it equals LOG_SUM.
+        with_lanes: Whether to return the largest logit of each lane.
     """
     num_rows, vocab_size = logits.shape
     lanes, group = lanes_of(logits)
-    law = torch.empty(num_rows, FIELDS, dtype=torch.float64, device=logits.device)
+    softmax = torch.empty(num_rows, FIELDS, dtype=torch.float64, device=logits.device)
     lanes_max = logits.new_empty(num_rows, lanes) if with_lanes else None
-    launch.launch(
-        row_law_kernel,
+    launch.run(
+        row_softmax_kernel,
         num_rows,
-        launch.launch_settings("row_law", logits),
+        launch.settings_of("row_softmax", logits),
         logits,
         logits,
         logits.stride(0),
         vocab_size,
         temperature,
         temperatures,
-        law,
+        softmax,
         lanes_max,
         TEMPERED=tempered,
-        ACC=launch.row_scalar_dtype(logits.dtype),
+        ACC=launch.accumulation_dtype(logits.dtype),
         LANES=lanes,
         GROUP=group,
     )
-    return law, lanes_max
+    return softmax, lanes_max

@@ -1,0 +1,457 @@
+"""``slimkernels capture``: the logits of a teacher model, of a server or of a file into a store."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from slimkernels.cli.options import (
+    Parser,
+    add_command,
+    add_corpus_options,
+    add_model_options,
+    positive_int,
+)
+from slimkernels.cli.terminal import be_quiet, print_table, progress_bars, progress_task, shown
+
+if TYPE_CHECKING:
+    from slimkernels.teacher import Ranks
+
+SHIPPED_PROMPTS = "shipped"
+_CODECS = ("affine8", "affine6", "bfloat16", "float32")
+_EXAMPLES = """\
+examples:
+  100000 tokens of the teacher's own text, from the prompts that come with the package:
+    slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
+  your text, one JSON object with a field "text" per line:
+    slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --top-k 64 --temperatures 1 2
+  on four GPUs, each with the whole teacher, or with the teacher split over all four:
+    torchrun --nproc-per-node 4 -m slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store
+    torchrun --nproc-per-node 4 -m slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store \\
+        --tensor-parallel 4
+  an unbiased sparse teacher, 50 draws per row:
+    slimkernels capture --teacher ./my-model --text corpus.jsonl --out runs/store --select sample --rounds 50
+  text that a server continues, or scores (vLLM), with the key in OPENAI_API_KEY or the variable of --key-env:
+    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --prompts --out runs/store
+    slimkernels capture --server http://localhost:8000/v1 --model NAME --tokenizer ./my-model --text corpus.jsonl \\
+        --out runs/store
+  logits in a file, (N, V) for the concatenated tokens of all documents:
+    slimkernels capture --logits logits.npy --model NAME --tokenizer ./my-model --text documents.jsonl --out runs/store
+A stopped capture is continued by the same command, also with another number of processes. Train on a store that was
+captured from a server with --rest ghost.
+"""
+# Options that only one of the sources accepts.
+_MODEL_ONLY = (
+    *("gguf_file", "revision", "dtype", "tokens", "sample_top_k", "generated", "batch_size", "batch_tokens", "top_p"),
+    *("select", "rounds", "shard_rows", "parts", "tensor_parallel", "threads"),
+)
+_SERVER_ONLY = (*("api", "key_env", "concurrency", "max_retries", "requests_per_minute", "vocab_size", "max_unmapped"),)
+_NOT_SERVER = ("top_fraction", "temperatures")
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command ``capture``."""
+    parser = add_command(commands, "capture", run, "write a teacher's largest logits into a store", _EXAMPLES)
+    parser.set_defaults(default_of=parser.get_default)
+    _add_teacher_arguments(parser)
+    _add_text_arguments(parser)
+    _add_served_arguments(parser)
+    _add_selection_arguments(parser)
+    _add_process_arguments(parser)
+
+
+def _add_teacher_arguments(parser: Parser) -> None:
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--teacher", metavar="MODEL", help="folder, .gguf file, smollm2-135m-instruct, or name on the hub")
+    add("--server", metavar="URL", help="address of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    add("--logits", metavar="FILE", help=".npy or .safetensors file with the logits of the documents in --text")
+    add_model_options(parser, "the teacher")
+    parser.add_argument("--out", required=True, metavar="DIR", help="store; an existing one is appended to")
+
+
+def _add_text_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("text: your own (--text), or written by the teacher (--prompts)")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--text", metavar="FILE", help=".jsonl, .json, .parquet, or .txt with blank lines between documents")
+    add(
+        "--prompts",
+        nargs="?",
+        const=SHIPPED_PROMPTS,
+        metavar="FILE",
+        help="file with one prompt per line; without FILE, the prompts that come with the package",
+    )
+    add_corpus_options(group)
+    add = group.add_argument
+    add("--tokens", type=positive_int, metavar="N", help="number of tokens to generate, or to read of --text")
+    add("--documents", type=positive_int, metavar="N", help="number of documents to generate, or to read of --text")
+    add(
+        "--max-new-tokens",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="longest continuation of a prompt, in tokens (default: %(default)s)",
+    )
+    add("--temperature", type=float, default=1.0, metavar="T", help="sampling temperature (default: %(default)s)")
+    add("--sample-top-k", type=positive_int, metavar="K", help="sample from the K most probable tokens (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed for sampling (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="documents generated at a time (default: %(default)s)",
+    )
+    add("--generated", metavar="FILE", help="file that receives the generated documents (default: DIR.jsonl)")
+
+
+def _add_served_arguments(parser: Parser) -> None:
+    add = parser.add_argument_group("options of --server and --logits").add_argument
+    add("--model", metavar="NAME", help="name of the model on the server; with --logits, name kept in the store")
+    add("--tokenizer", metavar="MODEL", help="folder or name of the model's tokenizer")
+    add(
+        "--api",
+        choices=("auto", "completions", "chat", "llama.cpp"),
+        default="auto",
+        help="endpoint of the server (default: %(default)s)",
+    )
+    add("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
+    add(
+        "--concurrency",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="requests at the same time (default: %(default)s)",
+    )
+    add("--max-retries", type=int, default=6, metavar="N", help="retries of a failed request (default: %(default)s)")
+    add("--requests-per-minute", type=float, metavar="N", help="highest rate, retries included (default: no limit)")
+    add("--vocab-size", type=positive_int, metavar="V", help="rows of the model's head (default: the tokenizer's size)")
+    add(
+        "--max-unmapped",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="largest accepted share of entries whose token the tokenizer does not know (default: %(default)s)",
+    )
+
+
+def _add_selection_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("selection of the logits to keep")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--top-fraction", type=float, metavar="F", help="share of the vocabulary to keep (default: 0.05)")
+    add("--top-k", type=positive_int, metavar="K", help="number of logits to keep per row (--server: default 20)")
+    add = group.add_argument
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="keep, of the selected logits, only the fewest whose probabilities add up to P (default: keep all)",
+    )
+    add(
+        "--select",
+        choices=("top-k", "sample", "mixed"),
+        default="top-k",
+        help="keep the largest logits, random draws, or the largest and draws from the rest (default: %(default)s)",
+    )
+    add(
+        "--rounds",
+        type=positive_int,
+        metavar="N",
+        help="draws per row with --select sample or mixed (default: 50)",
+    )
+    add(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="T",
+        help="temperatures at which students may train (default: 1)",
+    )
+    add("--codec", choices=_CODECS, help="encoding of the logits (default: affine8; float32 for draws)")
+    add(
+        "--batch-tokens",
+        type=positive_int,
+        default=4096,
+        metavar="N",
+        help="tokens that the teacher reads at a time (default: %(default)s)",
+    )
+    add(
+        "--shard-rows",
+        type=positive_int,
+        metavar="N",
+        help="rows per file of the store, the most that a killed process loses (default: about 64 MiB)",
+    )
+
+
+def _add_process_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "processes, started by torchrun or accelerate launch, each on its GPU or CPU cores"
+    )
+    add = group.add_argument
+    add(
+        "--parts",
+        type=positive_int,
+        metavar="N",
+        help="parts of a new store, each written by one process (default: number of processes)",
+    )
+    add(
+        "--tensor-parallel",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="processes over which one teacher is split (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="CPU threads per process (default: the machine's cores, shared by its processes)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Captures the logits and prints what was added and what the store holds."""
+    if args.teacher is not None:
+        _capture_model(args)
+        return
+    _check_served(args)
+    be_quiet()
+    with progress_bars() as progress:
+        capture = _capture_server if args.logits is None else _capture_logits
+        report = capture(args, progress.console.print, progress_task(progress, "documents"))
+    _print_report(report, args.out)
+
+
+def _print_report(report: str, path: str) -> None:
+    from slimkernels import store
+
+    print(report)
+    print_table({name: shown(value) for name, value in store.info(path).items()})
+
+
+def _capture_model(args: argparse.Namespace) -> None:
+    _check_generation(args)
+    be_quiet()
+    import torch
+
+    from slimkernels import teacher
+
+    ranks = teacher.Ranks.from_environment(args.tensor_parallel)
+    prompts = _check_source(args)
+    if ranks.num_processes > 1:
+        # Launchers end the other processes with SIGTERM when one has died: they keep what they have, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ranks.start(args.threads)
+    model, tokenizer = teacher.load_teacher(
+        args.teacher,
+        gguf_file=args.gguf_file,
+        revision=args.revision,
+        dtype=getattr(torch, args.dtype),
+        device=ranks.device,
+        tensor_parallel=args.tensor_parallel,
+    )
+    with progress_bars(is_shown=ranks.process == 0) as progress:
+        captured = progress_task(progress, "captured tokens")
+        unit = "documents" if args.tokens is None else "tokens"
+        generated = progress_task(progress, f"generated {unit}") if prompts is not None else None
+        report = teacher.capture(
+            model,
+            tokenizer,
+            _documents(args, model, tokenizer, prompts, ranks, generated),
+            args.out,
+            top_k=args.top_k,
+            top_fraction=args.top_fraction,
+            select=args.select.replace("-", "_"),
+            rounds=args.rounds,
+            seed=args.seed,
+            top_p=args.top_p,
+            temperatures=args.temperatures,
+            codec=args.codec,
+            batch_tokens=args.batch_tokens,
+            shard_rows=args.shard_rows,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+            num_parts=args.parts,
+            progress=lambda _, tokens: captured(tokens, None),
+        )
+    ranks.finish()
+    _print_rank_report(
+        f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}", args, ranks
+    )
+
+
+def _check_generation(args: argparse.Namespace) -> None:
+    if args.prompts is None and args.generated is not None:
+        raise ValueError("--generated applies to generated text: give --prompts, not --text")
+    if args.prompts is not None and (args.tokens is None) == (args.documents is None):
+        raise ValueError("--prompts needs the amount of text to generate: give --tokens N or --documents N")
+
+
+def _check_source(args: argparse.Namespace) -> list[str] | None:
+    """Checks the file of --text, or returns the prompts, before the teacher is loaded."""
+    from slimkernels import teacher
+
+    if args.text is not None:
+        teacher.check_corpus_file(args.text)
+        return None
+    if args.tensor_parallel > 1:
+        raise ValueError(
+            "--tensor-parallel captures existing text only: generate it first, and give it as --text FILE "
+            "--text-field input_ids"
+        )
+    return _read_prompts(args)
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    from slimkernels import teacher
+
+    return teacher.shipped_prompts() if args.prompts == SHIPPED_PROMPTS else teacher.read_prompts(args.prompts)
+
+
+def _documents(
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str] | None,
+    ranks: Ranks,
+    generated: Callable[[int, int | None], None] | None,
+) -> Iterator[list[int]]:
+    """Yields the documents as token ids, after the teacher has generated all of them where there are prompts.
+
+    As a generator this starts once the store is open, so that options that do not fit the store fail before hours of
+    generation.
+    """
+    from slimkernels import teacher
+
+    if prompts is None:
+        yield from _given_documents(args, tokenizer)
+        return
+    corpus = teacher.generate_documents(
+        model,
+        tokenizer,
+        prompts,
+        args.generated or f"{args.out.rstrip('/')}.jsonl",
+        num_tokens=args.tokens,
+        num_documents=args.documents,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.sample_top_k,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        wait=ranks.num_ranks > 1,
+        progress=generated,
+    )
+    yield from teacher.read_documents(corpus.path, tokenizer, text_field="input_ids", max_length=None)
+
+
+def _print_rank_report(added: str, args: argparse.Namespace, ranks: Ranks) -> None:
+    if ranks.num_processes == 1:
+        _print_report(added, args.out)
+    elif ranks.process % ranks.tensor_parallel == 0:
+        # In one piece: the lines of several processes would mix.
+        sys.stdout.write(f"rank {ranks.rank} of {ranks.num_ranks}: {added}\n")
+
+
+def _given_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[int]]:
+    from slimkernels import teacher
+
+    return teacher.read_documents(
+        args.text,
+        tokenizer,
+        text_field=args.text_field,
+        max_length=args.max_length,
+        num_documents=args.documents,
+        num_tokens=args.tokens,
+    )
+
+
+def _check_served(args: argparse.Namespace) -> None:
+    """Checks that the options fit together, before anything is loaded.
+
+    Raises:
+        ValueError: An option is missing, or would have no effect.
+    """
+    source = "--server" if args.logits is None else "--logits"
+    for name in ("model", "tokenizer"):
+        # Logits of documents of token ids need none.
+        if getattr(args, name) is None and (name == "model" or args.logits is None):
+            raise ValueError(f"{source} needs --{name}: NAME of the model and MODEL for its tokenizer")
+    if args.logits is not None and args.prompts is not None:
+        raise ValueError("--logits needs the documents that were scored: give --text, not --prompts")
+    if args.logits is not None and args.documents is not None:
+        raise ValueError("--documents has no meaning with --logits, which are those of all documents: omit it")
+    for name in (*_MODEL_ONLY, *(_NOT_SERVER if args.logits is None else _SERVER_ONLY)):
+        is_cap = name == "tokens" and args.server is not None and args.text is not None
+        if getattr(args, name) != args.default_of(name) and not is_cap:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {source}: omit it")
+
+
+def _capture_server(
+    args: argparse.Namespace, say: Callable[[str], None], progress: Callable[[int, int | None], None]
+) -> str:
+    """Captures from a server and returns the report; ``say`` receives the cost before the first request."""
+    from slimkernels import teacher
+
+    tokenizer = teacher.load_tokenizer(args.tokenizer)
+    documents = prompts = None
+    if args.text is not None:
+        documents = _given_documents(args, tokenizer)
+    else:
+        prompts = _read_prompts(args)
+    report = teacher.capture_server(
+        args.server,
+        args.model,
+        tokenizer,
+        args.out,
+        documents=documents,
+        prompts=prompts,
+        top_logprobs=args.top_k or 20,
+        api=args.api,
+        num_documents=args.documents if args.text is None else None,
+        max_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        vocab_size=args.vocab_size,
+        codec=args.codec or "affine8",
+        max_unmapped_fraction=args.max_unmapped,
+        key_env=args.key_env,
+        concurrency=args.concurrency,
+        max_retries=args.max_retries,
+        requests_per_minute=args.requests_per_minute,
+        announce=lambda cost: say(
+            f"{cost.requests} requests: {cost.prompt_tokens} prompt tokens, at most {cost.max_generated_tokens} "
+            "generated tokens"
+        ),
+        progress=progress,
+    )
+    return (
+        f"added {report.documents} documents, {report.tokens} tokens ({report.generated_tokens} generated); skipped "
+        f"{report.skipped}, dropped {report.dropped}; {100 * report.unmapped_fraction:.2g} % of the entries unmapped"
+        + "".join(f"\ndropped because {reason}" for reason in report.drop_reasons)
+    )
+
+
+def _capture_logits(
+    args: argparse.Namespace, say: Callable[[str], None], progress: Callable[[int, int | None], None]
+) -> str:
+    """Captures from a file of logits and returns the report; ``say`` receives the size of the text first."""
+    from slimkernels import teacher
+
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    documents = list(teacher.read_documents(args.text, tokenizer, text_field=args.text_field, max_length=None))
+    say(f"{len(documents)} documents, {sum(map(len, documents))} tokens")
+    report = teacher.capture_logits(
+        args.logits,
+        tokenizer,
+        documents,
+        args.out,
+        name=args.model,
+        top_k=args.top_k,
+        top_fraction=args.top_fraction,
+        temperatures=args.temperatures,
+        codec=args.codec or "affine8",
+        progress=lambda done, _: progress(done, len(documents)),
+    )
+    return f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}"

@@ -1,0 +1,159 @@
+"""``slimkernels train``: a student on the teacher's logits in a store."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from slimkernels.cli.options import add_command, key_value
+from slimkernels.cli.terminal import be_quiet, print_table, shown
+
+_EXAMPLES = """\
+examples:
+  a new small student:
+    slimkernels train --store runs/store --method slim --out runs/student --epochs 3
+  your own student, with the teacher's remaining probability as one more outcome of the divergence:
+    slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
+A stopped training is continued from its newest checkpoint by the same command.
+"""
+# Options that are fields of SlimConfig: flag, type, help. A flag that is not given keeps the default of the field.
+_FIELDS: dict[str, tuple[str, type, str]] = {
+    "num_train_epochs": ("--epochs", float, "passes over the store (default: 3)"),
+    "max_steps": ("--max-steps", int, "optimizer steps, in place of --epochs"),
+    "learning_rate": ("--learning-rate", float, "peak learning rate (default: 5e-5)"),
+    "per_device_train_batch_size": ("--batch-size", int, "documents per step and device (default: 8)"),
+    "gradient_accumulation_steps": ("--accumulation-steps", int, "batches per optimizer step (default: 1)"),
+    "seed": ("--seed", int, "random seed for the order of the documents (default: 42)"),
+    "rest": (
+        "--rest",
+        str,
+        "treatment of the teacher's probability outside the kept ids: renorm, zero, ghost, zero_logit or renorm_both "
+        "(default: ghost with reverse_kl, jsd and skew_kl, else renorm)",
+    ),
+    "divergence": (
+        "--divergence",
+        str,
+        "forward_kl, soft_ce, reverse_kl, jsd or skew_kl (default: set by --method, mostly forward_kl)",
+    ),
+    "temperature": ("--temperature", float, "temperature of both distributions in the divergence (default: 1)"),
+    "kd_weight": ("--kd-weight", float, "factor of the divergence (default: 1; 0 with sft)"),
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command ``train``."""
+    parser = add_command(commands, "train", run, "train a student on a store", _EXAMPLES)
+    add = parser.add_argument
+    add("--store", required=True, metavar="DIR", help="store of the documents and the teacher's logits")
+    add(
+        "--method",
+        required=True,
+        choices=("slim", "kd", "sft", "sampled", "reverse_kl", "jsd", "gkd", "minillm"),
+        help="loss: cross-entropy on the labels (sft), plus a KL divergence from the teacher (kd), weighted per token "
+        "(slim) or on random draws (sampled), plus another divergence (reverse_kl, jsd); or learning from the "
+        "student's own text (gkd, minillm)",
+    )
+    add("--out", required=True, metavar="DIR", help="folder for the checkpoints and the trained student")
+    add(
+        "--student",
+        metavar="MODEL",
+        help="folder or name of a model, or a .json configuration of a new one (default: a new small Llama)",
+    )
+    add(
+        "--tokenizer",
+        metavar="MODEL",
+        help="the student's tokenizer: folder or name; compared with the store's and saved with the student",
+    )
+    add(
+        "--teacher",
+        metavar="MODEL",
+        help="model that scores the documents during training, in place of the store's rows",
+    )
+    add("--eval-store", metavar="DIR", help="held-out store to measure the trained student on")
+    for field, (flag, kind, text) in _FIELDS.items():
+        add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
+    add(
+        "--option",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other field of SlimConfig, including transformers' TrainingArguments, or of TRL's MiniLLMConfig; may "
+        "be repeated",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains the student, saves it, and prints the metrics."""
+    be_quiet()
+    from slimkernels import teacher
+    from slimkernels.trainer import train
+
+    options = _options(args)
+    _check_stores(args)
+    student = _student(args)
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
+    has_bar = sys.stderr.isatty()
+    try:
+        metrics = train(
+            args.store,
+            student,
+            args.method,
+            args.out,
+            tokenizer=tokenizer,
+            teacher_model=None if args.teacher is None else teacher.load_model(args.teacher),
+            eval_store_path=args.eval_store,
+            **{"report_to": "none", "disable_tqdm": not has_bar} | options,
+        )
+    finally:
+        # The trainer's bar leaves the cursor at its end.
+        if has_bar:
+            print(file=sys.stderr)
+    print_table({name: shown(value) for name, value in metrics.items()})
+    print(f"student saved in {args.out}")
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of the method's configuration that were given, by flag or by --option."""
+    from slimkernels.trainer import trainer_of
+
+    config = trainer_of(args.method)[1]
+    known = {field.name for field in dataclasses.fields(config)} - {"method", "output_dir"}
+    options = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
+    for name in options:
+        # MiniLLMConfig has a field of this name, the temperature of its samples.
+        if name not in known or (args.method == "minillm" and name == "temperature"):
+            raise ValueError(f"{_FIELDS[name][0]} has no meaning with --method {args.method}: omit it")
+    for name, value in args.option:
+        if name not in known:
+            raise ValueError(
+                f"--option must name a field of {config.__name__} that has no flag of its own, got {name!r}"
+            )
+        options[name] = value
+    return options
+
+
+def _check_stores(args: argparse.Namespace) -> None:
+    """Opens the stores, so that a wrong path fails before the student is loaded."""
+    from slimkernels.store import Store
+
+    for path in filter(None, (args.store, args.eval_store)):
+        Store(path)
+
+
+def _student(args: argparse.Namespace) -> Any:
+    """Returns the student as ``train`` takes it: a model, a configuration, or None for a new small one."""
+    if args.student is None:
+        return None
+    if not args.student.endswith(".json"):
+        from slimkernels import teacher
+
+        return teacher.load_model(args.student)
+    from transformers import AutoConfig
+
+    if not Path(args.student).is_file():
+        raise FileNotFoundError(f"student not found: there is no configuration file {args.student}")
+    return AutoConfig.from_pretrained(args.student)

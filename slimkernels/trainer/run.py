@@ -1,0 +1,85 @@
+"""``train``, which trains a student on a store with the trainer of a method and saves it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+
+from slimkernels.models.make_student import make_student
+from slimkernels.store import StoreDataset
+from slimkernels.trainer.objective import SlimConfig
+from slimkernels.trainer.slim_trainer import SlimTrainer
+
+
+def trainer_of(method: str) -> tuple[Any, Any]:
+    """Returns the trainer of a method and the class of its configuration.
+
+    Raises:
+        ImportError: The method is "minillm", and the extra of that name is not installed.
+    """
+    if method != "minillm":
+        return SlimTrainer, SlimConfig
+    # TRL is an extra.
+    from slimkernels.trainer.minillm import MiniLLMConfig, MiniLLMTrainer
+
+    return MiniLLMTrainer, MiniLLMConfig
+
+
+def train(
+    store_path: str | os.PathLike,
+    student: PreTrainedModel | str | None,
+    method: str,
+    output_dir: str | os.PathLike,
+    *,
+    tokenizer=None,
+    teacher_model: PreTrainedModel | None = None,
+    eval_store_path: str | os.PathLike | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **options,
+) -> dict[str, float]:
+    """Trains a student on a store and saves it in ``output_dir``, where it continues a run that was stopped.
+
+    Args:
+        store_path: Store to learn from.
+        student: A model, its folder or that of an adapter of PEFT, or None for ``make_student`` with the store's
+            vocabulary size.
+        method: Method of ``SlimObjective``, or "minillm" for TRL's ``MiniLLMTrainer`` on the prompts of the store's
+            documents.
+        output_dir: Folder of the checkpoints and, at the end, the student; a run of the same settings is continued.
+        tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
+        teacher_model: Model that scores the store's documents in place of its rows; methods "gkd" and "minillm" need
+            one.
+        eval_store_path: Held-out store on which the trained student is measured.
+        callbacks: Callbacks of the trainer.
+        **options: Fields of ``SlimConfig``, or of TRL's ``MiniLLMConfig`` with method "minillm".
+
+    Returns:
+        The trainer's metrics (``train_loss``, ``train_runtime``, ...) and, with ``eval_store_path``, those of
+        ``evaluate_store`` with the prefix ``eval_``.
+
+    Raises:
+        ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
+        ImportError: The method is "minillm", and the extra of that name is not installed.
+    """
+    store = StoreDataset(store_path)
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    # A student with adapters is a model of PEFT, which is none of transformers.
+    if not isinstance(student, nn.Module):
+        student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
+    trainer_class, config_class = trainer_of(method)
+    trainer = trainer_class(
+        model=student,
+        args=config_class(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
+        train_dataset=store,
+        eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
+        processing_class=tokenizer,
+        teacher_model=teacher_model,
+        callbacks=callbacks,
+    )
+    metrics = trainer.train(resume_from_checkpoint=True).metrics
+    trainer.save_model()
+    return metrics if eval_store_path is None else metrics | trainer.evaluate()
