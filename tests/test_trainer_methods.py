@@ -483,3 +483,17 @@ def test_a_teacher_of_adapters_is_one_model(tmp_path, store):
     torch.testing.assert_close(teacher(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     assert teacher.name_or_path == "adapters"
     capture(teacher, make_tokenizer(), [[2, 3, 4]], tmp_path / "captured", top_k=3)
+
+
+def test_a_student_continues_the_prompt_that_the_store_knows(tmp_path) -> None:
+    """Every token but the first of a generated document is a label, so that its labels do not say where it began."""
+    teacher, tokens = make_model(seed=5).eval(), torch.arange(2, 14)
+    settings = {"vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": "", "teacher": {}, "selection": {}}
+    with torch.no_grad():
+        rows = sk.topk_logits(teacher(tokens[None]).logits[0, :-1], top_k=5, target=tokens[1:])
+    with StoreWriter(tmp_path, **settings) as writer:
+        writer.add(tokens, torch.arange(1, 12), rows, prompt_length=7)
+    batch = SlimCollator()([StoreDataset(tmp_path)[0]])
+    written = continue_prompts(teacher, batch, max_new_tokens=3, temperature=1.0, pad_token_id=0)
+    assert written["input_ids"][0, :7].tolist() == tokens[:7].tolist()
+    assert int(written["rows"][0]) == 6

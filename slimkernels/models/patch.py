@@ -99,9 +99,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     base.__dict__.pop("forward", None)
     if own is not None:
         base.forward = own
-    # Where FSDP2 has changed the class since, it stays, and computes what the class below it computes.
-    if type(base).__dict__.get("_own_class"):
-        base.__class__ = type(base)._own_class
+    # A class that FSDP2 has made since stays. Without a patch it computes what the class below it computes.
+    own_class = type(base).__dict__.get("_own_class")
+    if own_class is not None:
+        base.__class__ = own_class
     return model
 
 
@@ -135,17 +136,16 @@ def _new_patched(own: type) -> nn.Module:
 def _forward_without_logits(own: Callable) -> Callable:
     """Returns a method with the signature of ``own``, a class's ``forward``, that computes the loss without logits."""
 
-    # The head's replacement is another object in every call, for which a compiled forward would be compiled again.
-    @torch.compiler.disable
-    @functools.wraps(own)
     def forward(self: PreTrainedModel, *args, **kwargs):
         return _call(self, functools.partial(own, self), args, kwargs)
 
-    setattr(forward, _MARK, True)
-    forward.__signature__ = inspect.signature(own)
+    # The head's replacement is another object in every call, for which a compiled forward would be compiled again.
+    patched: Any = torch.compiler.disable(functools.wraps(own)(forward))
+    setattr(patched, _MARK, True)
+    patched.__signature__ = inspect.signature(own)
     # accelerate's unwrap_model goes down to the last __wrapped__, which would undo the patch.
-    del forward.__wrapped__
-    return forward
+    del patched.__wrapped__
+    return patched
 
 
 def _around_own_forward(patched: Callable) -> Callable:

@@ -20,6 +20,7 @@ from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import check_can_be_saved
+from slimkernels.trainer.on_policy import warn_of_other_ends
 from slimkernels.trainer.stored_rows import opened_store, stores_of
 
 try:
@@ -114,6 +115,7 @@ class MiniLLMTrainer(_MiniLLMTrainer):
         for store in stores_of(train_dataset):
             check_tokenizer(store, processing_class)
         check_can_be_saved(model)
+        warn_of_other_ends(model, teacher_model)
         rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
         if rows[0] != rows[1]:
             raise ValueError(f"student and teacher must have heads of as many rows, got {rows[0]} and {rows[1]}")
@@ -209,7 +211,9 @@ class MiniLLMTrainer(_MiniLLMTrainer):
 
 def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
     documents = (dataset[index] for index in range(len(dataset)))
-    return [doc.input_ids[: int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)]
+    return [
+        doc.input_ids[: doc.prompt_length or int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)
+    ]
 
 
 def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:

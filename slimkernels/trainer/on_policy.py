@@ -24,13 +24,13 @@ def continue_prompts(
 ) -> dict[str, Any]:
     """Replaces the labels of every document of a batch by a continuation that the student draws.
 
-    A prompt is the part of a document before its first label. The student draws tokens after it from
+    The student draws tokens after it from
     softmax(logits / temperature), up to and including the end of text, or ``max_new_tokens`` of them; they are the new
     labels. The draws use torch's global generator.
 
     Args:
         model: The student; it generates in evaluation mode, and its mode is restored.
-        batch: A batch of ``SlimCollator``.
+        batch: A batch of ``SlimCollator``, whose ``prompt_lengths`` say how many tokens of each document are continued.
         max_new_tokens: Largest number of tokens to draw for each document.
         temperature: Sampling temperature, > 0.
         pad_token_id: Id that pads prompts and documents; never attended to.
@@ -44,6 +44,7 @@ def continue_prompts(
     length = input_ids.shape[1]
     document, place = rows // length, rows % length
     first = torch.full((len(input_ids),), length, device=rows.device).scatter_reduce(0, document, place + 1, "amin")
+    first = batch.get("prompt_lengths", first).to(rows.device)
     labelled = torch.zeros(len(input_ids), dtype=torch.bool, device=rows.device).index_fill(0, document, True)
     lengths = first[labelled]
     longest = int(lengths.max()) if len(lengths) else 0

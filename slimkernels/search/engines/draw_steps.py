@@ -211,7 +211,7 @@ class _Sampler:
         parent = self._rows.parents[row]
         text, before = self._rows.model.decode([*parent.tail, *self._rows.tokens[row]]), self._tail_texts[id(parent)]
         # A character whose bytes the step completes is still U+FFFD in the text before it.
-        kept = len(before) if text.startswith(before) else len(os.path.commonprefix([text, before]))
+        kept = len(before) if text.startswith(before) else len(os.path.commonprefix([text, before]))  # noqa: RUF071 -- texts, not paths
         return text[kept:], len(before) - kept
 
     def _end(self, row: int) -> str:
