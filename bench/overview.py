@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import records
+from bench.blocks import latest_demo
 from bench.ops.case import OURS
 from bench.records import CaseRecord
 from bench.reproduce.sample_efficiency_results import DENSE_KD, SFT, SLIM, Experiment
@@ -178,14 +179,15 @@ def _paired(rows: list[dict], metric: str, ratio: Callable[[float, float], float
 
 def _demo_sentence(results: Results) -> str:
     """Returns how SLIM and KD compare in the newest demonstration, and over the seeds of the larger experiment."""
-    reached = {row["method"]: row["curve"][-1]["perplexity"] for row in results.rows["demo"]}
+    rows = results.rows["demo"]
+    reached = {method: row["curve"][-1]["perplexity"] for method, row in latest_demo(rows).items()}
     order = "behind" if reached["slim"] > reached["kd"] else "ahead of"
     experiment = Experiment(results.rows["sample_efficiency"])
     seeds, sizes = len(experiment.seeds), len(experiment.sizes)
     change = experiment.change(SLIM, DENSE_KD, *experiment.sizes)
     over_seeds = ""
     if change is not None and change.low < 0 < change.high:
-        over_seeds = f" Over {seeds} seeds and {sizes} sizes of text they cannot be told apart."
+        over_seeds = f" That is one seed; over {seeds} seeds and {sizes} sizes of text no difference is shown."
     elif change is not None:
         over_seeds = f" Over {seeds} seeds and {sizes} sizes of text SLIM's perplexity differs by {change.mean:+.1f} %."
     return (

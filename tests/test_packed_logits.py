@@ -179,3 +179,22 @@ def test_packed_logits_refuse(error, match, change):
     packed = pack(random_ids(97, [6] * 3), 97, "affine8")
     with pytest.raises(error, match=match):
         dataclasses.replace(packed, **change)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda packed: sk.slim_loss(torch.zeros(1, 20), torch.tensor([1]), packed), "teacher"),
+        (
+            lambda packed: sk.linear_slim_loss(torch.zeros(1, 2), torch.zeros(20, 2), torch.tensor([1]), packed),
+            "teacher",
+        ),
+        (sk.sparse_softmax, "sparse"),
+    ],
+)
+def test_packed_logits_are_told_how_to_be_decoded(function, name):
+    words = torch.tensor([[0x5E, 0x93]], dtype=torch.int32)
+    packed = PackedLogits(words, torch.ones(1, 4), torch.ones(1, 1), vocab_size=20)
+    with pytest.raises(TypeError, match=rf"decode it with slimkernels.decode_logits\({name}\), or .* packed=False"):
+        function(packed)
+    function(sk.decode_logits(packed))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._library import accumulation_dtype
+from slimkernels.packed_logits import check_sparse_logits
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
@@ -167,8 +168,7 @@ def _resolve_weight(weight: str | Tensor, name: str, like: Tensor, like_name: st
 
 
 def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:
-    if not isinstance(teacher, SparseLogits):
-        raise TypeError(f"teacher must be a SparseLogits, got {type(teacher).__name__}: make one with topk_logits")
+    check_sparse_logits(teacher, "teacher")
     if teacher.leading_shape != tuple(like.shape[:-1]):
         raise ValueError(
             f"teacher must hold one row for each row of {like_name}, {tuple(like.shape[:-1])}, "

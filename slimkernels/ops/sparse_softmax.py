@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.packed_logits import check_sparse_logits
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 
@@ -57,6 +58,7 @@ def sparse_softmax(
         SparseProbs(logprobs (..., K), tail_logprob (...)).
 
     Raises:
+        TypeError: ``sparse`` is not a SparseLogits.
         ValueError: An unknown ``rest``, a temperature that is not positive or was not captured, a missing vocab_size,
             or ids that do not ascend inside [0, V).
 
@@ -78,6 +80,7 @@ def sparse_softmax(
         )
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+    check_sparse_logits(sparse, "sparse")
     check_kernels(sparse.logits, "sparse.logits")
     flat = sparse.flatten()
     logits = widen_float8(flat.logits).contiguous()

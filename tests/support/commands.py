@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from support import evaluation, teachers
 from support.exchange_cases import make_cases
+from transformers import AutoTokenizer
 
 from slimkernels.cli.parser import make_parser
 from slimkernels.teacher import capture
@@ -141,6 +142,25 @@ def smaller(args: argparse.Namespace, words: list[str]) -> list[str]:
     return [*words, "--quick"] if args.command == "demo" else words
 
 
+def make_chats(path: Path) -> None:
+    """Writes two conversations."""
+    chats = [
+        [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}]
+        for answer in ("Anna.", "A cat.")
+    ]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+
+
+def add_chat_template(model: Path) -> None:
+    """Gives the tokenizer of a folder a chat template that marks what the assistant says."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}Q: {{ m.content }} {% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+
+
 class Files:
     """Makes the files that a command reads, at the paths that its arguments name."""
 
@@ -164,7 +184,10 @@ class Files:
 
     def _capture(self, args: argparse.Namespace) -> None:
         self._models(args.teacher, args.tokenizer)
-        if args.text is not None:
+        if args.text is not None and args.text_field == "messages":
+            make_chats(self._at(args.text))
+            add_chat_template(self._at(args.teacher))
+        elif args.text is not None:
             self.corpus(args.text)
         if args.prompts not in (None, "shipped"):
             self._write(args.prompts, "\n".join(teachers.PROMPTS) + "\n")
