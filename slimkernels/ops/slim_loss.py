@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    check_transforms,
+    define,
+    keep_for_backward,
+    register_autograd,
+)
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
-from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import GivenLogits, vocab_parallel_loss
 from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
@@ -121,7 +128,8 @@ def slim_loss(
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic. The result of a row does
     not depend on the other rows of the batch. On CUDA raising would need a synchronisation, so the results and the
     gradient of a row with a label or an id outside the vocabulary are NaN, and those of all rows where slices or tokens
-    do not match. With ``group``, ``torch.compile`` runs the loss in eager mode, and there is no second derivative.
+    do not match. With ``group``, ``torch.compile`` runs the loss in eager mode. There is no second derivative, no
+    forward mode and no ``torch.func.grad``: they raise.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
@@ -147,6 +155,7 @@ def slim_loss(
         z_loss_weight, softcap, logit_scale, ignore_index
     )  # fmt: skip
     check_kernels(logits, "logits")
+    check_transforms("slim_loss", logits)
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(logits.dtype))
     rows = logits.reshape(-1, logits.shape[-1])
@@ -163,17 +172,23 @@ def slim_loss(
         source = GivenLogits(rows, over_logits)
         return vocab_parallel_loss(source, target, row_scale, options, vocab, leading_shape)
     scale = scale_in_forward(row_scale, logits.dtype)
+    operand = options.operand
+    if operand is not None:
+        options = options.constants
     if over_logits:
         gradient = rows.detach()
-        loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, *options)
+        loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, operand, *options)
         loss = torch.ops.slimkernels.with_gradient(rows, loss, gradient)
         return pack_result(loss, stats, row_scale, leading_shape)
-    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, *options)
+    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, operand, *options)
     return pack_result(loss, stats, row_scale, leading_shape)
 
 
-def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
+def _slim_loss_fwd(
+    logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, operand: Tensor | None, *options
+):
     """Computes the loss reduced by ``row_scale`` (per row without it), the statistics, and the gradient of the loss."""
+    options = SlimOptions(*options).read(operand)
     dtype = accumulation_dtype(logits.dtype)
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=dtype)
     with_grad = needs_grad and row_scale is not None
@@ -183,7 +198,7 @@ def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, nee
     return loss, stats, logits.new_empty(0) if dlogits is None else dlogits
 
 
-def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
+def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *_options):
     dtype = accumulation_dtype(logits.dtype)
     num_rows = logits.shape[0]
     return (
@@ -194,28 +209,34 @@ def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_gr
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, target, row_scale, _, *options = inputs
-    _, stats, dlogits = output
+    logits, target, row_scale, _, operand, *options = inputs
+    loss, stats, dlogits = output
     ctx.mark_non_differentiable(stats, dlogits)
     ctx.set_materialize_grads(False)
     ctx.reduced = row_scale is not None
     if ctx.reduced:
-        ctx.save_for_backward(dlogits)
+        ctx.save_for_backward(loss, dlogits)
     else:
         options = SlimOptions(*options)
-        ctx.save_for_backward(logits, target, *options.tensors)
+        keep_for_backward(ctx, logits, target, operand, *options.tensors)
         ctx.settings = options.settings
 
 
 def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
-    absent = (None,) * (3 + len(SlimOptions._fields))
+    absent = (None,) * (4 + len(SlimOptions._fields))
     if grad_loss is None:
         return None, *absent
-    if ctx.reduced:
-        return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), *absent
-    logits, target, *tensors = ctx.saved_tensors
-    scale = grad_loss.contiguous()
-    return torch.ops.slimkernels.slim_loss_fwd(logits, target, scale, True, *tensors, *ctx.settings)[2], *absent
+    with torch.no_grad():
+        if ctx.reduced:
+            source, *gradients = ctx.saved_tensors
+            gradients = scale_gradients(gradients, grad_loss)
+        else:
+            source, target, operand, *tensors = ctx.saved_tensors
+            *_, gradient = torch.ops.slimkernels.slim_loss_fwd(
+                source, target, grad_loss.contiguous(), True, operand, *tensors, *ctx.settings
+            )
+            gradients = [gradient]
+    return *differentiable_once("slim_loss", gradients, source, grad_loss), *absent
 
 
 def _check_inplace(logits: Tensor, reduction: str) -> None:
@@ -230,8 +251,11 @@ def _check_inplace(logits: Tensor, reduction: str) -> None:
         raise ValueError(f"inplace_backward=True is not possible with {problem}, or pass inplace_backward=False")
 
 
-def _slim_loss_over_logits(logits: Tensor, target: Tensor, row_scale: Tensor, *options):
+def _slim_loss_over_logits(
+    logits: Tensor, target: Tensor, row_scale: Tensor, operand: Tensor | None, *options
+) -> tuple[Tensor, Tensor]:
     """Computes the reduced loss and the statistics, and writes the gradient of the loss over the logits."""
+    options = SlimOptions(*options).read(operand)
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=accumulation_dtype(logits.dtype))
     _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, logits, stats, target, row_scale, *options))
     # A higher version makes autograd raise if another op saved the logits for its backward pass.
@@ -241,11 +265,14 @@ def _slim_loss_over_logits(logits: Tensor, target: Tensor, row_scale: Tensor, *o
 
 def _setup_given_gradient(ctx, inputs, output) -> None:
     _, _, gradient = inputs
-    ctx.save_for_backward(gradient)
+    ctx.save_for_backward(output, gradient)
 
 
 def _backward_given_gradient(ctx, grad_loss: Tensor):
-    return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), None, None
+    loss, gradient = ctx.saved_tensors
+    with torch.no_grad():
+        gradients = scale_gradients([gradient], grad_loss)
+    return *differentiable_once("slim_loss", gradients, loss, grad_loss), None, None
 
 
 define(
@@ -255,14 +282,15 @@ define(
     triton_module="slimkernels.ops.triton.slim_loss",
 )
 define(
-    f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"
+    f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, Tensor? operand,"
+    f" {OPTIONS_SCHEMA})"
     " -> (Tensor loss, Tensor stats, Tensor dlogits)",
     fake=_fake_fwd,
     implementation=_slim_loss_fwd,
 )
 register_autograd("slim_loss_fwd", _backward, _setup_context)
 define(
-    f"slim_loss_over_logits(Tensor(a!) logits, Tensor target, Tensor row_scale, {OPTIONS_SCHEMA})"
+    f"slim_loss_over_logits(Tensor(a!) logits, Tensor target, Tensor row_scale, Tensor? operand, {OPTIONS_SCHEMA})"
     " -> (Tensor loss, Tensor stats)",
     fake=lambda logits, target, row_scale, *options: _fake_fwd(logits, target, row_scale, False, *options)[:2],
     implementation=_slim_loss_over_logits,
