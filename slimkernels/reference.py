@@ -153,7 +153,7 @@ def slim_loss(
     temperature: float = 1.0,
     rest: str = "renorm",
     divergence: str = "forward_kl",
-    weight: str | Tensor = "teacher_over_student",
+    token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
     beta: float = 0.5,
     alpha: float = 0.1,
@@ -184,7 +184,7 @@ def slim_loss(
     CE and z-loss alone (kd, weight and masses are then 0). Everything returned is float32 (float64 for float64
     logits); kd is D * T^2; teacher_mass is NaN when the teacher's lse at T is neither known nor needed.
     """
-    _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, reduction, num_items)
+    _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items)
     leading_shape, vocab_size = tuple(target.shape), logits.shape[-1]
     if logits.shape[:-1] != leading_shape:
         raise ValueError(f"target must have shape {tuple(logits.shape[:-1])} like logits, got {leading_shape}")
@@ -215,10 +215,10 @@ def slim_loss(
         rows = _constant(teacher.reshape(labels.numel())[active], z.dtype)
         log_q, log_p, log_kept = _outcomes(z / temperature, rows, temperature, rest)
         kd = _divergence(log_q, log_p, divergence, beta, alpha) * temperature**2
-        if isinstance(weight, Tensor):
-            w = weight.detach().reshape(-1)[active].to(z.dtype)
+        if isinstance(token_weight, Tensor):
+            w = token_weight.detach().reshape(-1)[active].to(z.dtype)
         else:
-            w = _token_weight(weight, _log_label_probability(rows, label), log_s_y)
+            w = _adaptive_weight(token_weight, _log_label_probability(rows, label), log_s_y)
             w = w.detach() if detach_weight else w
         teacher_mass, student_mass = _teacher_mass(rows, temperature), log_kept.exp()
         if kd_weight:
@@ -248,10 +248,10 @@ def linear_slim_loss(
 ) -> SlimLoss:
     """``slim_loss`` of ``hidden`` (..., D) @ ``weight`` (V, D).T + ``bias`` (V,), with the same ``options``.
 
-    ``token_weight`` is the ``weight`` of ``slim_loss``. The product is taken in float32 (float64). ``chunk_rows``
+    The product is taken in float32 (float64). ``chunk_rows``
     bounds the memory of the op and means nothing here.
     """
-    return slim_loss(_linear(hidden, weight, bias), target, teacher, weight=token_weight, **options)
+    return slim_loss(_linear(hidden, weight, bias), target, teacher, token_weight=token_weight, **options)
 
 
 def _outcomes(scaled: Tensor, teacher: SparseLogits, temperature: float, rest: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,7 +298,7 @@ def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alph
     return beta * _expectation(log_q, log_q - log_m) + (1 - beta) * _expectation(log_p, log_p - log_m)
 
 
-def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
+def _adaptive_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
     if kind == "none":
         return torch.ones_like(log_s_y)
     sign = 1.0 if kind == "teacher_over_student" else -1.0
@@ -381,7 +381,7 @@ def _resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: in
     return top_k
 
 
-def _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, reduction, num_items) -> None:
+def _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items) -> None:
     def require(legal: bool, name: str, expected: str, got) -> None:
         if not legal:
             raise ValueError(f"{name} must be {expected}, got {got!r}")
@@ -392,7 +392,8 @@ def _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, 
     if divergence in ("reverse_kl", "jsd", "skew_kl"):
         # They weigh with the student, so it too must sum to 1 over the outcomes.
         require(rest in ("ghost", "renorm_both"), "rest", f"'ghost' or 'renorm_both' with {divergence!r}", rest)
-    require(isinstance(weight, Tensor) or weight in WEIGHTS, "weight", f"one of {WEIGHTS} or a tensor", weight)
+    is_known = isinstance(token_weight, Tensor) or token_weight in WEIGHTS
+    require(is_known, "token_weight", f"one of {WEIGHTS} or a tensor", token_weight)
     require(0 < beta < 1, "beta", "in (0, 1)", beta)
     require(0 <= alpha < 1, "alpha", "in [0, 1)", alpha)
     require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)

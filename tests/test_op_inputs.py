@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,12 +20,9 @@ def losses(**options):
     logits, target, teacher = random_problem(ignored=(2,))
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(7, 16, generator=generator), torch.randn(203, 16, generator=generator)
-    linear = dict(options)
-    if "weight" in linear:
-        linear["token_weight"] = linear.pop("weight")
     return (
         lambda: sk.slim_loss(logits.requires_grad_(), target, teacher, **options),
-        lambda: sk.linear_slim_loss(hidden.requires_grad_(), head, target, teacher, **linear),
+        lambda: sk.linear_slim_loss(hidden.requires_grad_(), head, target, teacher, **options),
     )
 
 
@@ -40,8 +38,8 @@ def test_an_option_that_requires_a_gradient_is_refused_by_name(name):
 
 def test_token_weights_that_require_a_gradient_are_refused_by_name():
     weight = torch.rand(7, requires_grad=True)
-    for loss, name in zip(losses(weight=weight), ("weight", "token_weight"), strict=True):
-        with pytest.raises(ValueError, match=f"^{name} requires a gradient"):
+    for loss in losses(token_weight=weight):
+        with pytest.raises(ValueError, match=r"^token_weight requires a gradient"):
             loss()
 
 
@@ -179,3 +177,32 @@ def test_a_head_without_depth_is_refused():
     ):
         with pytest.raises(ValueError, match=r"hidden must have shape \(..., D\) with D of at least 1"):
             call()
+
+
+@pytest.mark.parametrize("token_weight", ["teacher_over_student", "student_over_teacher"])
+def test_an_adaptive_weight_without_target_logit_warns_by_name(token_weight):
+    teacher = sk.topk_logits(X, 5)
+    named = f"no target_logit, so token_weight='{token_weight}'"
+    for loss in (
+        lambda **options: sk.slim_loss(X, Y, teacher, **options),
+        lambda **options: sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, **options),
+    ):
+        with pytest.warns(UserWarning, match=named) as warned:
+            loss(token_weight=token_weight)
+        # The warning points at the caller, where Python shows it once.
+        assert [Path(entry.filename).name for entry in warned] == ["test_op_inputs.py"]
+        loss(token_weight="none")
+        loss(token_weight=torch.ones(3))
+        loss(token_weight=token_weight, kd_weight=0.0)
+
+
+def test_the_token_weight_has_one_name():
+    teacher = sk.topk_logits(X, 5, target=Y)
+    for value in ("none", "student_over_teacher", torch.rand(3)):
+        with pytest.warns(DeprecationWarning, match="weight of slim_loss is now called token_weight"):
+            old = sk.slim_loss(X, Y, teacher, weight=value)
+        assert_same_bits(list(old), list(sk.slim_loss(X, Y, teacher, token_weight=value)))
+        with pytest.raises(TypeError, match="the token weight is token_weight="):
+            sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, weight=value)
+    by_name = sk.linear_slim_loss(HIDDEN, weight=HEAD, target=Y, teacher=teacher, token_weight="none")
+    assert_same_bits(list(by_name), list(sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, token_weight="none")))

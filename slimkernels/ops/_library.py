@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("slimkernels", "DEF")
@@ -97,7 +98,7 @@ def check_transforms(op: str, *tensors: torch.Tensor | None) -> None:
         return
     for tensor in tensors:
         while tensor is not None:
-            if torch._C._functorch.is_gradtrackingtensor(tensor):
+            if is_gradtrackingtensor(tensor):
                 raise NotImplementedError(
                     f"{op} cannot be differentiated by torch.func: use torch.autograd.grad or Tensor.backward"
                 )
@@ -105,8 +106,7 @@ def check_transforms(op: str, *tensors: torch.Tensor | None) -> None:
                 raise NotImplementedError(
                     f"{op} has no forward-mode derivative: use torch.autograd.grad or Tensor.backward"
                 )
-            is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-            tensor = torch._C._functorch.get_unwrapped(tensor) if is_wrapped else None
+            tensor = get_unwrapped(tensor) if is_functorch_wrapped_tensor(tensor) else None
 
 
 def keep_for_backward(ctx, *tensors: torch.Tensor | None) -> None:

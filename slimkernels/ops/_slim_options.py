@@ -6,8 +6,10 @@ Triton launcher and the C++ function to its names and order.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 from slimkernels import _checks
@@ -15,7 +17,8 @@ from slimkernels.ops._library import accumulation_dtype, operand_of
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
-WEIGHTS = ("teacher_over_student", "student_over_teacher", "none")
+ADAPTIVE_WEIGHTS = ("teacher_over_student", "student_over_teacher")
+WEIGHTS = (*ADAPTIVE_WEIGHTS, "none")
 # The divergences in which the student weighs the outcomes too, and the rests under which both sides sum to 1.
 PROPER_DIVERGENCES = ("reverse_kl", "jsd", "skew_kl")
 PROPER_RESTS = ("ghost", "renorm_both")
@@ -119,11 +122,10 @@ def resolve_options(
     like: Tensor,
     like_name: str,
     teacher: SparseLogits | None,
-    weight_name: str,
     temperature: float,
     rest: str,
     divergence: str,
-    weight: str | Tensor,
+    token_weight: str | Tensor,
     detach_weight: bool,
     beta: float,
     alpha: float,
@@ -137,8 +139,7 @@ def resolve_options(
 ) -> SlimOptions:
     """Checks the options of a loss on rows ``like`` (..., V or D), and flattens the teacher's fields to rows.
 
-    From ``temperature`` on, the parameters are those of ``slim_loss``. ``weight_name`` is what the public function
-    calls ``weight``.
+    From ``temperature`` on, the parameters are those of ``slim_loss``.
     """
     temperature = _checks.is_positive(temperature, "temperature")
     _checks.is_one_of(rest, "rest", _checks.RESTS)
@@ -163,7 +164,7 @@ def resolve_options(
     logit_scale = _checks.is_positive(logit_scale, "logit_scale")
     cap = 0.0 if softcap is None else _checks.is_positive(softcap, "softcap")
     ignore_index = _checks.as_integer(ignore_index, "ignore_index")
-    weighting, token_weight = _resolve_weight(weight, weight_name, like, like_name)
+    weighting, given_weight = _resolve_weight(token_weight, like, like_name)
     dtype = accumulation_dtype(like.dtype)
 
     def per_row(values: Tensor | None) -> Tensor | None:
@@ -172,20 +173,23 @@ def resolve_options(
     ids = teacher_logits = teacher_lse = teacher_lse_one = target_logit = None
     if teacher is not None:
         _check_teacher(teacher, like, like_name)
+        if weighting in ADAPTIVE_WEIGHTS and kd_weight != 0:
+            _warn_of_unknown_labels(teacher, weighting, stacklevel=5 if like_name == "hidden" else 4)
         ids = teacher.ids.reshape(-1, teacher.top_k).contiguous()
         teacher_logits = widen_float8(teacher.logits.detach().reshape(-1, teacher.top_k)).contiguous()
         teacher_lse = per_row(_lse_or_none(teacher, rest, temperature))
         teacher_lse_one = per_row(teacher.lse[..., 0])
         target_logit = per_row(teacher.target_logit)
     return SlimOptions(
-        ids, teacher_logits, teacher_lse, teacher_lse_one, target_logit, per_row(token_weight),
+        ids, teacher_logits, teacher_lse, teacher_lse_one, target_logit, per_row(given_weight),
         temperature, rest, divergence, weighting, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
         z_loss_weight, cap, logit_scale, ignore_index
     )  # fmt: skip
 
 
-def _resolve_weight(weight: str | Tensor, name: str, like: Tensor, like_name: str) -> tuple[str, Tensor | None]:
+def _resolve_weight(weight: str | Tensor, like: Tensor, like_name: str) -> tuple[str, Tensor | None]:
     """Returns the name of the weighting, and the token weights where they are given."""
+    name = "token_weight"
     if not isinstance(weight, Tensor):
         _checks.is_one_of(weight, name, WEIGHTS)
         return weight, None
@@ -195,6 +199,18 @@ def _resolve_weight(weight: str | Tensor, name: str, like: Tensor, like_name: st
         raise ValueError(f"{name} must have shape {leading_shape}, got {tuple(weight.shape)}")
     _checks.same_device(weight, name, like, like_name)
     return "tensor", weight
+
+
+def _warn_of_unknown_labels(teacher: SparseLogits, weighting: str, stacklevel: int) -> None:
+    if teacher.target_logit is not None or torch.compiler.is_compiling():
+        return
+    # Python shows a warning once for each place in the caller's code.
+    warnings.warn(
+        f"teacher has no target_logit, so token_weight={weighting!r} takes the teacher's probability of a label that "
+        "is not among its ids as 0: make the teacher with target=, or choose token_weight='none'",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:

@@ -41,13 +41,14 @@ class WeightGradient:
         begin = rows.start // self._round_rows * self._round_rows
         end = min(begin + self._round_rows, self._hidden.shape[0])
         is_whole_round = rows == slice(begin, end)
-        hidden = self._counted(slice(begin, end)) if rows.stop == end else None
+        ends_round = rows.stop == end
+        hidden = self._counted(slice(begin, end)) if ends_round else self._hidden
         for vocab in self._panels():
             panel = dlogits[:, vocab]
             if not is_whole_round:
                 parked = self._parked(vocab, end - begin)
                 parked[rows.start - begin : rows.stop - begin] = panel
-                if hidden is None:
+                if not ends_round:
                     continue
                 # The product may overwrite the room where the panel was parked.
                 panel = parked.clone()

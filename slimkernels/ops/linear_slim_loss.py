@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
@@ -23,7 +27,22 @@ from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
 from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
 from slimkernels.sparse_logits import SparseLogits
 
+Parameters = ParamSpec("Parameters")
 
+
+def _names_the_token_weight(function: Callable[Parameters, SlimLoss]) -> Callable[Parameters, SlimLoss]:
+    """Explains a ``weight`` that is given twice: ``slim_loss`` used to call its token weight so."""
+
+    @functools.wraps(function)
+    def checked(*arguments: Parameters.args, **options: Parameters.kwargs) -> SlimLoss:
+        if len(arguments) > 1 and "weight" in options:
+            raise TypeError("weight is the lm_head's weight, the second argument: the token weight is token_weight=")
+        return function(*arguments, **options)
+
+    return checked
+
+
+@_names_the_token_weight
 def linear_slim_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -56,7 +75,7 @@ def linear_slim_loss(
     Equivalent to::
 
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        return slim_loss(logits, target, teacher, weight=token_weight, ...)
+        return slim_loss(logits, target, teacher, ...)
 
     For each chunk of rows, a matrix product fills one buffer with logits, ``slim_loss`` overwrites them with their
     gradient, and two more products make the gradients of ``hidden`` and ``weight``. Takes O(chunk_rows * V) extra
@@ -70,7 +89,7 @@ def linear_slim_loss(
         teacher: Rows (..., K); gets no gradient. None for cross entropy.
         bias: (V,) of the same dtype, or None.
         temperature: See ``slim_loss``.
-        token_weight: The option ``weight`` of ``slim_loss``, a name that the lm_head's weight has here.
+        token_weight: See ``slim_loss``.
         rest: See ``slim_loss``.
         divergence: See ``slim_loss``.
         detach_weight: See ``slim_loss``.
@@ -127,7 +146,7 @@ def linear_slim_loss(
     leading_shape = hidden.shape[:-1]
     _checks.is_target(target, leading_shape, hidden, "hidden")
     options = resolve_options(
-        hidden, "hidden", teacher, "token_weight",
+        hidden, "hidden", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
         z_loss_weight, softcap, logit_scale, ignore_index
     )  # fmt: skip

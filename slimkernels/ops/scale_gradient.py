@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from slimkernels.ops._library import accumulation_dtype, define, register_autograd
 
@@ -20,7 +22,7 @@ def scale_gradients(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     if torch.compiler.is_compiling() or type(upstream) is not Tensor or _is_batched(upstream):
         dtypes = [accumulation_dtype(gradient.dtype) for gradient in gradients]
         return [(g.to(dtype) * upstream).to(g.dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
-    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    retained = _get_current_graph_task_keep_graph()
     if upstream.device.type == "cuda":
         owned = [gradient.clone() if retained else gradient.detach() for gradient in gradients]
         for gradient in owned:
@@ -33,8 +35,7 @@ def scale_gradients(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tenso
 
 def _is_batched(tensor: Tensor) -> bool:
     """Returns whether vmap, which ``is_grads_batched`` uses, holds several values in the tensor; none can be read."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor)
+    return is_legacy_batchedtensor(tensor) or is_functorch_wrapped_tensor(tensor)
 
 
 def differentiable_once(op: str, gradients: Sequence[Tensor], *sources: Tensor | None) -> list[Tensor]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def slim_loss(
     temperature: float = 1.0,
     rest: str = "renorm",
     divergence: str = "forward_kl",
-    weight: str | Tensor = "teacher_over_student",
+    token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
     beta: float = 0.5,
     alpha: float = 0.1,
@@ -49,6 +51,7 @@ def slim_loss(
     inplace_backward: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     vocab_start: int = 0,
+    weight: str | Tensor | None = None,
 ) -> SlimLoss:
     """``loss = ce_weight * CE + kd_weight * w * T^2 * D(teacher, student) + z_loss_weight * lse^2`` per token.
 
@@ -83,10 +86,10 @@ def slim_loss(
         divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy) and, with rest "ghost" or
             "renorm_both", also "reverse_kl" KL(p || q), "jsd" and "skew_kl". "reverse_kl" skips outcomes to which the
             teacher gives probability 0, where it would be infinite.
-        weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher is
-            the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none" for
-            w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its ``target_logit`` is
-            absent or NaN.
+        token_weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher
+            is the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none"
+            for w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its
+            ``target_logit`` is absent, which warns, or NaN.
         detach_weight: Whether w is a constant to the gradient.
         beta: Share of the teacher in (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with
             m = beta q + (1 - beta) p.
@@ -114,6 +117,7 @@ def slim_loss(
             collectives, of 10 and 2 numbers per row. Logits that are a DTensor with placement Shard(-1) on a mesh of
             one dimension need neither group nor start, because their placement tells both.
         vocab_start: First id of this rank's slice.
+        weight: Deprecated name of ``token_weight``.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
@@ -144,14 +148,17 @@ def slim_loss(
     >>> round(result.ce.item(), 4), round(result.weight.item(), 4)
     (1.3863, 0.9608)
     """
+    if weight is not None:
+        warnings.warn("weight of slim_loss is now called token_weight", DeprecationWarning, stacklevel=2)
+        token_weight = weight
     logits, vocab = vocab_slice_of(logits, "logits", -1, group, vocab_start)
     target = whole(target, "target")
     _checks.has_vocabulary(logits, "logits", "(..., V)")
     leading_shape = logits.shape[:-1]
     _checks.is_target(target, leading_shape, logits, "logits")
     options = resolve_options(
-        logits, "logits", teacher, "weight",
-        temperature, rest, divergence, weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
+        logits, "logits", teacher,
+        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
         z_loss_weight, softcap, logit_scale, ignore_index
     )  # fmt: skip
     check_kernels(logits, "logits")
