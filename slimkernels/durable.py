@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+# Set to 0, it turns locks off.
+LOCKS_VARIABLE = "SLIMKERNELS_LOCKS"
 _POLL_S = 0.05
+# Error codes with which a file system answers flock, or fsync of a directory, that it does not support.
+_UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 class DamagedLineError(ValueError):
@@ -26,8 +32,15 @@ class FileInUseError(BlockingIOError):
     """Another process is writing the file."""
 
 
+class LocksUnsupportedError(OSError):
+    """The file system of the file has no locks, or has run out of them."""
+
+
 def lock_file(file: int | IO[bytes], path: str | os.PathLike[str], wait_s: float = 0.0) -> None:
     """Takes the exclusive lock (flock) of an open file; closing the file, or the end of the process, releases it.
+
+    Some network file systems have no locks. With the environment variable ``SLIMKERNELS_LOCKS=0`` none is taken, and
+    the user sees to it that only one process writes.
 
     Args:
         file: The open file, or its descriptor.
@@ -36,12 +49,22 @@ def lock_file(file: int | IO[bytes], path: str | os.PathLike[str], wait_s: float
 
     Raises:
         FileInUseError: Another process still holds the lock after ``wait_s`` seconds.
+        LocksUnsupportedError: The file system has no locks.
     """
+    if os.environ.get(LOCKS_VARIABLE) == "0":
+        return None
     deadline = time.monotonic() + wait_s
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                raise LocksUnsupportedError(
+                    f"{path} cannot be locked, as its file system does not support it ({error.strerror}): use a local "
+                    f"folder, or set {LOCKS_VARIABLE}=0 if no other process writes there"
+                ) from error
+            if not isinstance(error, BlockingIOError):
+                raise
             if time.monotonic() >= deadline:
                 raise FileInUseError(f"{path} is being written by another process: wait until it has ended") from error
         time.sleep(_POLL_S)
@@ -60,8 +83,22 @@ def write_durably(path: str | os.PathLike[str], chunks: Iterable[Any]) -> None:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Flushes the names in a directory to the disk: files created or renamed there survive a power cut."""
-    _sync(path, os.O_DIRECTORY)
+    """Flushes the names in a directory to the disk: files created or renamed there survive a power cut.
+
+    A file system that cannot flush directories, as some network file systems cannot, is warned about once: its files
+    survive a kill, and how they survive a power cut is up to its server.
+    """
+    try:
+        _sync(path, os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        warnings.warn(
+            f"the file system of {path} cannot flush directories ({error.strerror}): after a power cut, files that "
+            "were just written may be missing. Use a local folder if that matters",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -18,11 +18,13 @@ from support import teachers
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, PhiConfig
 
 from slimkernels import SparseLogits
-from slimkernels.store import Document, Store, verify
+from slimkernels.store import Document, Store, StoreDataset, verify
 from slimkernels.store.errors import SettingsMismatchError
+from slimkernels.store.format import seal_manifest, unseal_manifest
 from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
 from slimkernels.teacher.capture import _batches
 from slimkernels.teacher.selection import cut_top_p
+from slimkernels.trainer import SlimConfig, SlimTrainer
 
 TOP_K = 17
 
@@ -292,7 +294,7 @@ def test_capture_refuses_the_store_of_another_teacher(model, tokenizer, tmp_path
 def test_capture_refuses_a_tokenizer_larger_than_the_model(model, tmp_path) -> None:
     longer = teachers.make_tokenizer()
     longer.add_tokens(["<new>"])
-    with pytest.raises(ValueError, match="the tokenizer has 301 tokens, but the teacher 300"):
+    with pytest.raises(ValueError, match="the tokenizer has 301 tokens, but the teacher has 300"):
         capture(model, longer, make_documents(2), tmp_path)
 
 
@@ -320,3 +322,81 @@ def test_capture_of_the_real_teacher(tmp_path) -> None:
         assert_is_what_the_teacher_says(document, model, atol=2e-3)
         mass = (document.teacher.logits - document.teacher.lse_at(1.0)[:, None]).exp().sum(-1)
         assert 0.9 < float(mass.mean()) <= 1.0 + 1e-5
+
+
+class TestPaddedHeads:
+    """Heads have more rows than the tokenizer has ids: Qwen2.5's has 152,064 for 151,665. The others are no tokens."""
+
+    @pytest.fixture
+    def padded(self):
+        model = teachers.make_teacher(vocab_size=328)
+        with torch.no_grad():
+            # Untrained rows can be likely ones.
+            model.lm_head.weight[300:] *= 2
+        return model
+
+    @pytest.mark.parametrize("select", ["top_k", "sample", "mixed"])
+    def test_are_captured_without_their_padding(self, select, padded, tokenizer, tmp_path) -> None:
+        whole = teachers.make_teacher(vocab_size=328)
+        whole.load_state_dict(padded.state_dict())
+        whole.resize_token_embeddings(300)
+        documents = make_documents(4)
+        options = {"select": select, "codec": "float32", "temperatures": (1.0, 2.0) if select == "top_k" else (1.0,)}
+        for name, model in (("padded", padded), ("whole", whole)):
+            capture(model, tokenizer, documents, tmp_path / name, **options)
+        stores = Store(tmp_path / "padded"), Store(tmp_path / "whole")
+        assert stores[0].vocab_size == 300
+        assert stores[0].manifest["selection"] == stores[1].manifest["selection"]
+        for left, right in zip(*stores, strict=True):
+            assert torch.equal(left.teacher.ids, right.teacher.ids)
+            torch.testing.assert_close(left.teacher.logits, right.teacher.logits)
+            torch.testing.assert_close(left.teacher.lse, right.teacher.lse)
+
+    def test_a_student_with_the_tokens_that_both_have_trains(self, padded, tokenizer, tmp_path) -> None:
+        capture(padded, tokenizer, make_documents(4), tmp_path / "store")
+        options = {"max_steps": 2, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+        trainer = SlimTrainer(
+            model=teachers.make_teacher(seed=3),
+            args=SlimConfig(output_dir=str(tmp_path / "run"), method="kd", **options),
+            train_dataset=StoreDataset(tmp_path / "store"),
+            processing_class=tokenizer,
+        )
+        assert trainer.train().training_loss > 0
+
+    def test_write_no_token_that_the_tokenizer_lacks(self, padded, tokenizer, tmp_path) -> None:
+        with torch.no_grad():
+            padded.lm_head.weight[300:] *= 20
+        generate_documents(
+            padded, tokenizer, teachers.PROMPTS, tmp_path / "a.jsonl", num_documents=20, max_new_tokens=40
+        )
+        documents = list(read_documents(tmp_path / "a.jsonl", tokenizer, text_field="input_ids", max_length=None))
+        assert max(max(ids) for ids in documents) < 300
+        capture(padded, tokenizer, documents, tmp_path / "store")
+
+    def test_of_a_store_that_an_earlier_release_began_are_continued_as_they_were(
+        self, padded, tokenizer, tmp_path
+    ) -> None:
+        first, rest = make_documents(4)[:2], make_documents(4)[2:]
+        wide = teachers.make_tokenizer()
+        wide.add_tokens([f"<{i}>" for i in range(28)])
+        capture(padded, wide, first, tmp_path)
+        manifest = (tmp_path / "manifest.json").read_bytes()
+        content = unseal_manifest(manifest) | {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+        (tmp_path / "manifest.json").write_bytes(seal_manifest(content))
+        assert capture(padded, tokenizer, rest, tmp_path).documents == 2
+        assert Store(tmp_path).vocab_size == 328
+
+
+@pytest.mark.parametrize("num_rows", [300, 328])
+def test_a_padding_token_that_was_added_to_the_tokenizer_changes_nothing(num_rows, tokenizer, tmp_path) -> None:
+    model, documents = teachers.make_teacher(vocab_size=num_rows), make_documents(4)
+    padded = teachers.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 300
+    capture(model, tokenizer, documents[:2], tmp_path / "old")
+    assert capture(model, padded, documents, tmp_path / "old") == (2, sum(map(len, documents[2:])), 2)
+    store = Store(tmp_path / "old")
+    assert (store.vocab_size, store.tokenizer_fingerprint) == (300, tokenizer_fingerprint(tokenizer))
+    if num_rows == 300:
+        capture(model, padded, documents, tmp_path / "new")
+        assert Store(tmp_path / "new").vocab_size == 300

@@ -14,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from support import teachers
 from support.commands import parsers
+from transformers import AutoTokenizer
 
 from slimkernels.cli import main, terminal, train
 from slimkernels.store import Store
@@ -272,7 +274,7 @@ def test_a_damaged_store_exits_1_and_names_the_place(store) -> None:
         ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --text-field body", "no field 'body' in record 1"),
         ("capture --teacher {teacher} --text {corpus} --out {corpus}", "is not a directory"),
         ("capture --teacher {teacher} --text {corpus} --out {tmp}", "choose an empty or new directory"),
-        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --tokens 5", "give --prompts, not --text"),
+        ("capture --teacher {teacher} --text {corpus} --out {tmp}/s --generated x", "give --prompts, not --text"),
         ("capture --teacher {teacher} --prompts --out {tmp}/s", "give --tokens N or --documents N"),
         ("capture --teacher {teacher} --prompts {tmp}/no.txt --tokens 5 --out {tmp}/s", "prompts file not found"),
         ("train --store {tmp} --method slim --out {tmp}/o", "holds no manifest.json"),
@@ -359,3 +361,34 @@ def test_a_reader_that_leaves_is_no_error(store) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     process.wait(timeout=60)
+
+
+def test_capture_stops_at_a_number_of_documents_or_tokens_of_a_text(teacher, corpus, tmp_path) -> None:
+    command = ["capture", "--teacher", teacher, "--text", corpus, "--top-k", "5", "--out"]
+    assert main([*command, str(tmp_path / "a"), "--documents", "2"]) == 0
+    assert len(Store(tmp_path / "a")) == 2
+    assert main([*command, str(tmp_path / "b"), "--tokens", "20"]) == 0
+    assert sum(len(document.input_ids) for document in Store(tmp_path / "b")) == 20
+
+
+def test_capture_of_logits_of_token_ids_needs_no_tokenizer(tmp_path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    np.save(tmp_path / "logits.npy", np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32))
+    command = f"capture --logits {tmp_path}/logits.npy --model a --text {tmp_path}/ids.jsonl --text-field input_ids"
+    assert main([*command.split(), "--out", str(tmp_path / "store")]) == 0
+    store = Store(tmp_path / "store")
+    assert (store.vocab_size, store.tokenizer_fingerprint) == (50, "")
+
+
+def test_capture_of_a_conversation_has_the_assistants_tokens_as_labels(tmp_path) -> None:
+    folder = teachers.save_teacher(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    command = f"capture --teacher {folder} --text {tmp_path}/chat.jsonl --text-field messages --out {tmp_path}/store"
+    assert main(command.split()) == 0
+    (document,) = Store(tmp_path / "store")
+    assert tokenizer.decode(document.input_ids[document.positions]) == "There.<|end|>"

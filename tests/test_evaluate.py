@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import pytest
 import torch
 from support.tiny import VOCAB_SIZE, make_model, make_store
 
+from slimkernels.cli import main
 from slimkernels.evaluate import evaluate_store
-from slimkernels.store import Store
+from slimkernels.store import Store, StoreWriter
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +103,42 @@ def test_errors_say_what_is_wrong(store):
         evaluate_store(make_model(), [])
     with pytest.raises(ValueError, match=f"below the student's vocabulary size {VOCAB_SIZE // 2}"):
         evaluate_store(make_model(vocab_size=VOCAB_SIZE // 2), store)
+
+
+def with_unknown_labels(store, path, unknown: float, share: int) -> Store:
+    """Writes a store again without the teacher's logit of some labels, as imported files lack it."""
+    settings = {"vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": "", "teacher": {}, "selection": {}}
+    with StoreWriter(path, codec="float32", **settings) as writer:
+        for document in store:
+            logits = document.teacher.target_logit.clone()
+            logits[::share] = unknown
+            teacher = dataclasses.replace(document.teacher, target_logit=logits)
+            writer.add(document.input_ids, document.positions, teacher)
+    return Store(path)
+
+
+@pytest.mark.parametrize("unknown", [-math.inf, math.nan])
+def test_labels_that_the_teacher_is_not_known_for_are_left_out_and_counted(store, tmp_path, unknown):
+    model = make_model(seed=3)
+    expected = evaluate_store(model, store)
+    assert "teacher_tokens" not in expected
+    some = with_unknown_labels(store, tmp_path / "some", unknown, share=2)
+    known = [(d.teacher.lse[:, 0] - d.teacher.target_logit)[1::2] for d in store]
+    metrics = evaluate_store(model, some)
+    assert metrics["teacher_tokens"] == sum(map(len, known))
+    assert metrics["teacher_perplexity"] == pytest.approx(math.exp(torch.cat(known).mean()), rel=1e-5)
+    assert metrics["loss"] == expected["loss"]
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    none = evaluate_store(model, with_unknown_labels(store, tmp_path / "none", unknown, share=1))
+    assert none["teacher_tokens"] == 0
+    assert "teacher_perplexity" not in none
+
+
+def test_the_json_of_a_diverged_student_is_json(store, tmp_path, capsys):
+    model = make_model(seed=3)
+    model.get_output_embeddings().weight.data.mul_(1e5)
+    model.save_pretrained(tmp_path)
+    assert main(["eval", "--store", str(store.path), "--model", str(tmp_path), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail).values()
+    assert found["perplexity"] is None
+    assert found["loss"] > 700

@@ -273,3 +273,24 @@ def test_import_axolotl_command(tmp_path, capsys) -> None:
     assert "--samples has no meaning with --format axolotl" in capsys.readouterr().err
     assert main([*command, "--logprobs-field", "raw"]) == 2
     assert "has no column raw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("codec", ["affine8", "float32"])
+@pytest.mark.parametrize("placeholder", [-9999.0, -3.4028234663852886e38, -math.inf])
+def test_import_of_raw_columns_leaves_placeholders_out(placeholder, codec, tokenizer, tmp_path) -> None:
+    """vLLM and axolotl write -9999 where there is no entry; its id is any, even one that the row holds."""
+    case = make_cases(1)[0]
+    ids = [case.largest(p - 1, 4) for p in range(1, len(case.input_ids))]
+    values = [math.log(p) for p in (0.5, 0.25, 0.125, 0.0625)]
+    record = {
+        "input_ids": case.input_ids,
+        "raw": [[*values, placeholder, placeholder] for _ in ids],
+        "target_token_ids": [[*row, row[0], 0] for row in ids],
+    }
+    source = write(tmp_path / "a.jsonl", [record])
+    import_axolotl(source, tmp_path / "store", tokenizer, logprobs_field="raw", codec=codec, check_alignment=False)
+    teacher = Store(tmp_path / "store")[0].teacher
+    assert teacher.ids.tolist() == [sorted(row) for row in ids]
+    for kept, row in zip(teacher.logits.exp(), ids, strict=True):
+        probabilities = dict(zip(sorted(row), kept.tolist(), strict=True))
+        assert [probabilities[token] for token in row] == pytest.approx([0.5, 0.25, 0.125, 0.0625], rel=0.01)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import teachers
+from support.store_cases import SETTINGS, random_case
 
 from slimkernels import SparseLogits
 from slimkernels.cli import main
@@ -233,6 +234,14 @@ def test_an_empty_store_has_an_empty_file(tmp_path) -> None:
         import_parquet(tmp_path / "a.parquet", tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", ["a", "a.csv", "a.parquet.tmp"])
+def test_a_file_that_would_not_be_recognised_is_refused(tmp_path, name) -> None:
+    make_store(tmp_path / "store")
+    with pytest.raises(ValueError, match=r"path must end in \.parquet, by which data sets recognise such a file"):
+        export_parquet(tmp_path / "store", tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_export_and_import_commands(tmp_path, capsys) -> None:
     make_store(tmp_path / "a")
     file = str(tmp_path / "a.parquet")
@@ -252,3 +261,19 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"pip install 'slimkernels\[exchange\]'"):
         export_parquet(tmp_path / "a", tmp_path / "a.parquet")
+
+
+def test_prompt_lengths_go_out_and_come_in(tmp_path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with StoreWriter(tmp_path / "store", **SETTINGS) as writer:
+        for length in (0, 3):
+            writer.add(*random_case(9, 4, generator), prompt_length=length)
+    export_parquet(tmp_path / "store", tmp_path / "a.parquet")
+    import_parquet(tmp_path / "a.parquet", tmp_path / "copy")
+    assert [document.prompt_length for document in Store(tmp_path / "copy")] == [0, 3]
+
+
+def test_export_to_a_name_that_no_reader_takes_for_parquet_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"must end in .parquet, by which data sets recognise .*a.jsonl"):
+        export_parquet(tmp_path / "absent", tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import slimkernels as sk
+from slimkernels.models.make_student import make_student
 
 pytestmark = [
     # peft still calls functions that transformers renamed, and warns that merging an adapter would untie Gemma's head.
@@ -152,6 +153,21 @@ def test_autocast_multiplies_in_bfloat16():
         actual = sk.patch_model(model)(**batch).loss
     torch.testing.assert_close(actual, expected, rtol=5e-3, atol=0)
     assert actual != model(**batch).loss
+
+
+def test_a_bfloat16_head_has_its_gradient_in_a_float16_region():
+    """Compares the gradient of tokens that are no label: it is far below the smallest number of float16."""
+    model = make_student(vocab_size=16_000, hidden_size=8, num_heads=2, num_layers=1, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 10)
+    truth = copy.deepcopy(model).double()
+    ids = torch.randint(100, (1, 256), generator=torch.Generator().manual_seed(0))
+    (truth(input_ids=ids, labels=ids).loss * 65536).backward()
+    with torch.autocast("cpu", torch.float16):
+        loss = sk.patch_model(model)(input_ids=ids, labels=ids).loss
+    (loss * 65536).backward()
+    expected, actual = truth.lm_head.weight.grad[100:], model.lm_head.weight.grad[100:]
+    assert (actual - expected).norm() <= 2e-2 * expected.norm()
 
 
 def test_a_copy_of_a_patched_model_is_its_own():

@@ -545,3 +545,135 @@ def test_store_in_data_loader_workers(tmp_path, generator):
 
 def test_store_example_in_the_docstring():
     assert doctest.testmod(slimkernels.store) == (0, 5)
+
+
+@pytest.mark.parametrize("codec", ["affine8", "affine6"])
+@pytest.mark.parametrize("far", [-9999.0, -100.0, -3e38])
+def test_entries_far_below_a_rows_maximum_do_not_coarsen_the_others(tmp_path, codec, far) -> None:
+    """A placeholder for -inf, or the value at which a server clips, once took the whole range of the 8 bits."""
+    likely = torch.tensor([0.5, 0.25, 0.125, 0.0625]).log()
+    ids = torch.tensor([[1, 2, 5, 7, 8], [1, 2, 5, 7, 8]], dtype=torch.int32)
+    logits = torch.stack([torch.cat([likely[:2], torch.tensor([far]), likely[2:]]), torch.arange(5.0).log_softmax(-1)])
+    for name, tops in (("both", slice(None)), ("far", slice(1))):
+        teacher = SparseLogits(ids[tops], logits[tops], torch.zeros(len(ids[tops]), 1))
+        rows = {"temperatures": (1.0,), "codec": codec}
+        with StoreWriter(tmp_path / name, **SETTINGS | rows) as writer:
+            writer.add([3, 4, 5], torch.arange(1, 1 + len(teacher)), teacher)
+        verify(tmp_path / name)
+        stored = Store(tmp_path / name)[0].teacher
+        assert [i for i in stored.ids[0].tolist() if i >= 0] == [1, 2, 7, 8]
+        assert stored.logits[0, :4].exp().tolist() == pytest.approx(likely.exp().tolist(), rel=0.02)
+        if name == "both":
+            assert stored.ids[1].tolist() == [1, 2, 5, 7, 8]
+
+
+def test_entries_far_below_a_rows_maximum_stay_where_they_harm_nothing(tmp_path) -> None:
+    teacher = SparseLogits(torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[-0.5, -200.0]]), torch.zeros(1, 1))
+    for codec, kept in (("float32", [1, 2]), ("bfloat16", [1, 2]), ("affine8", [1])):
+        with StoreWriter(tmp_path / codec, **SETTINGS | {"temperatures": (1.0,), "codec": codec}) as writer:
+            writer.add([3, 2], [1], teacher)
+        document = Store(tmp_path / codec)[0]
+        assert document.teacher.ids[0].tolist() == kept
+        # The label's logit is that of the entry as it came.
+        assert document.teacher.target_logit.tolist() == [-200.0]
+    # At temperature 8 the same entry has a probability of exp(-25).
+    wide = SparseLogits(teacher.ids, teacher.logits, torch.zeros(1, 2), temperatures=(1.0, 8.0))
+    with StoreWriter(tmp_path / "wide", **SETTINGS | {"temperatures": (1.0, 8.0)}) as writer:
+        writer.add([3, 2], [1], wide)
+    assert Store(tmp_path / "wide")[0].teacher.ids[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_entries_far_below_a_rows_maximum_hide_no_bad_one(tmp_path, bad) -> None:
+    teacher = SparseLogits(
+        torch.tensor([[1, 2, 3]], dtype=torch.int32),
+        torch.tensor([[-0.5, bad, -200.0]]),
+        torch.zeros(1, 1),
+        target_logit=torch.zeros(1),
+    )
+    with (
+        StoreWriter(tmp_path, **SETTINGS | {"temperatures": (1.0,)}) as writer,
+        pytest.raises(ValueError, match="keeps a logit that is NaN or infinite"),
+    ):
+        writer.add([3, 2], [1], teacher)
+
+
+class TestPromptLengths:
+    """They lie next to the shard, where readers of version 0.1.0 do not look."""
+
+    def write(self, path, generator, lengths=(3, 0, 4)) -> list[Case]:
+        cases = [random_case(9 + i, 4, generator) for i in range(len(lengths))]
+        with StoreWriter(path, **SETTINGS) as writer:
+            for case, length in zip(cases, lengths, strict=True):
+                writer.add(*case, prompt_length=length)
+        return cases
+
+    def test_come_back(self, tmp_path, generator) -> None:
+        self.write(tmp_path / "store", generator)
+        verify(tmp_path / "store")
+        store = Store(tmp_path / "store")
+        assert [document.prompt_length for document in store] == [3, 0, 4]
+        assert [store.packed(i).prompt_length for i in range(3)] == [3, 0, 4]
+        assert info(tmp_path / "store")["bytes"] == sum(path.stat().st_size for path in (tmp_path / "store").iterdir())
+        tensors = safetensors.torch.load_file(tmp_path / "store" / "prompts-000000.safetensors")
+        assert tensors["prompt_lengths"].tolist() == [3, 0, 4]
+
+    def test_change_no_byte_of_manifest_and_shard(self, tmp_path, generator) -> None:
+        state = generator.get_state()
+        self.write(tmp_path / "with", generator)
+        generator.set_state(state)
+        self.write(tmp_path / "without", generator, (0, 0, 0))
+        names = {path.name: path.read_bytes() for path in (tmp_path / "without").iterdir()}
+        assert "prompts-000000.safetensors" not in names
+        for name, content in names.items():
+            assert (tmp_path / "with" / name).read_bytes() == content
+
+    def test_of_another_shard_or_damaged_are_refused(self, tmp_path, generator) -> None:
+        self.write(tmp_path / "a", generator)
+        self.write(tmp_path / "b", generator)
+        path = tmp_path / "a" / "prompts-000000.safetensors"
+        good = path.read_bytes()
+        for content in (
+            (tmp_path / "b" / path.name).read_bytes(),
+            good[:-1],
+            good + b"\0",
+            b"",
+            good[:-4] + b"\5\0\0\0",
+            good.replace(b"I32", b"U32"),
+        ):
+            path.write_bytes(content)
+            with pytest.raises(errors.PromptLengthsError, match=r"prompts-000000.safetensors: its bytes are not those"):
+                verify(tmp_path / "a")
+            with pytest.raises(errors.PromptLengthsError):
+                Store(tmp_path / "a")[0]
+        path.unlink()
+        verify(tmp_path / "a")
+        assert [document.prompt_length for document in Store(tmp_path / "a")] == [0, 0, 0]
+
+    def test_that_a_killed_writer_left_belong_to_nobody(self, tmp_path, generator) -> None:
+        self.write(tmp_path, generator)
+        (tmp_path / "prompts-000001.safetensors").write_bytes(b"left")
+        verify(tmp_path)
+        with StoreWriter(tmp_path, **SETTINGS) as writer:
+            writer.add(*random_case(5, 2, generator))
+        verify(tmp_path)
+        assert [document.prompt_length for document in Store(tmp_path)] == [3, 0, 4, 0]
+
+    @pytest.mark.parametrize("length", [-1, 6])
+    def test_lie_within_the_document(self, tmp_path, generator, length) -> None:
+        with (
+            StoreWriter(tmp_path, **SETTINGS) as writer,
+            pytest.raises(
+                ValueError, match=rf"prompt_length must lie in \[0, 5\], the number of input_ids, got {length}"
+            ),
+        ):
+            writer.add(*random_case(5, 2, generator), prompt_length=length)
+
+    def test_of_parts(self, tmp_path, generator) -> None:
+        cases = [random_case(9 + i, 4, generator) for i in range(6)]
+        with slimkernels.store.RankWriter(tmp_path, num_parts=3, **SETTINGS) as writer:
+            for length, case in enumerate(cases):
+                writer.add(*case, prompt_length=length)
+        verify(tmp_path)
+        store = Store(tmp_path)
+        assert [store[store.find(case.input_ids)].prompt_length for case in cases] == list(range(6))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.store_cases import assert_stored, random_case, write_store
+from support.store_cases import SETTINGS, assert_stored, random_case, write_store
 from torch.utils.data import DataLoader
 
 from slimkernels import PackedLogits, decode_logits
@@ -28,6 +28,7 @@ from slimkernels.store import (
     Store,
     StoreDataset,
     StoreIterableDataset,
+    StoreWriter,
     collate_documents,
     dataset,
     errors,
@@ -35,6 +36,11 @@ from slimkernels.store import (
 from slimkernels.store.order import OrderIterator
 
 COUNT = 23
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
 
 
 @pytest.fixture(scope="module")
@@ -380,3 +386,43 @@ def test_collate_documents_points_each_row_at_the_label_before(path):
 
 def test_store_dataset_example_in_the_docstring():
     assert doctest.testmod(dataset).failed == 0
+
+
+@pytest.mark.parametrize("kind", ["store", "dataset", "stream"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_without_a_collate_function_makes_batches(tmp_path, generator, kind, num_workers) -> None:
+    write_store(tmp_path, [[random_case(9 + i, 4, generator) for i in range(5)]])
+    data = {
+        "store": Store(tmp_path),
+        "dataset": StoreDataset(tmp_path),
+        "stream": StoreIterableDataset(tmp_path, shuffle=False, batch_size=2),
+    }[kind]
+    documents = list(Store(tmp_path)) if kind == "store" else [StoreDataset(tmp_path)[i] for i in range(5)]
+    batches = list(DataLoader(data, batch_size=2, num_workers=num_workers))
+    assert len(batches) == 3
+    for batch, first in zip(batches, (0, 2, 4), strict=True):
+        expected = collate_documents(documents[first : first + 2])
+        assert batch.keys() == expected.keys()
+        for name in ("input_ids", "attention_mask", "rows", "target", "prompt_lengths"):
+            assert torch.equal(batch[name], expected[name])
+        assert type(batch["teacher"]) is type(expected["teacher"])
+        assert torch.equal(batch["teacher"].lse, expected["teacher"].lse)
+
+
+def test_a_batch_is_one_that_accelerate_handles(tmp_path, generator) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    write_store(tmp_path, [[random_case(9 + i, 4, generator) for i in range(3)]])
+    batch = collate_documents([StoreDataset(tmp_path)[i] for i in range(3)])
+    assert accelerate.utils.find_batch_size(batch) == 3
+    moved = accelerate.utils.send_to_device(batch, "meta")
+    assert moved["teacher"].device.type == moved["input_ids"].device.type == "meta"
+
+
+def test_prompt_lengths_of_a_batch_are_the_stored_ones_or_those_before_the_first_label(tmp_path, generator) -> None:
+    known, unknown, unlabelled = (random_case(length, rows, generator) for length, rows in ((9, 4), (8, 3), (7, 0)))
+    with StoreWriter(tmp_path, **SETTINGS) as writer:
+        writer.add(*known, prompt_length=6)
+        writer.add(*unknown)
+        writer.add(*unlabelled)
+    batch = collate_documents(list(Store(tmp_path)))
+    assert batch["prompt_lengths"].tolist() == [6, int(unknown.positions[0]), 7]

@@ -13,7 +13,7 @@ from support import teachers
 from slimkernels import topk_logits
 from slimkernels.cli import main
 from slimkernels.store import Store
-from slimkernels.teacher import CaptureReport, capture, capture_logits
+from slimkernels.teacher import CaptureReport, TokenizedDocument, capture, capture_logits
 
 # One document is longer than what is read at a time.
 LENGTHS = [5, 2, 300, 17]
@@ -190,3 +190,23 @@ def test_command_line(tokenizer, documents, logits, tmp_path, capsys) -> None:
         == 2
     )
     assert "--logits needs the documents" in " ".join(capsys.readouterr().err.split())
+
+
+def test_columns_that_pad_the_head_are_not_read(tmp_path) -> None:
+    tokenizer, documents = teachers.make_tokenizer(), [[5, 6, 7, 8], [9, 10, 11]]
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(len(ids), 328, generator=generator) + 5 * (torch.arange(328) >= 300) for ids in documents]
+    capture_logits(logits, tokenizer, documents, tmp_path / "padded", name="a", codec="float32")
+    narrow = [rows[:, :300] for rows in logits]
+    capture_logits(narrow, tokenizer, documents, tmp_path / "narrow", name="a", codec="float32")
+    assert (tmp_path / "padded" / "manifest.json").read_bytes() == (tmp_path / "narrow" / "manifest.json").read_bytes()
+
+
+def test_labels_of_a_document_alone_get_rows(tmp_path) -> None:
+    tokenizer = teachers.make_tokenizer()
+    document = TokenizedDocument([5, 6, 7, 8, 9], positions=[2, 4], prompt_length=2)
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    capture_logits([logits], tokenizer, [document], tmp_path, name="a", top_k=3, codec="float32")
+    (stored,) = Store(tmp_path)
+    assert (stored.positions.tolist(), stored.prompt_length) == ([2, 4], 2)
+    torch.testing.assert_close(stored.teacher.lse[:, 0], logits[[1, 3]].logsumexp(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -18,12 +19,13 @@ import torch
 from support import served, teachers
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
-from slimkernels import slim_loss, sparse_softmax
+from slimkernels import SparseLogits, slim_loss, sparse_softmax
 from slimkernels.cli import main
 from slimkernels.served_rows.tokens import ServerToken, TokenMap
 from slimkernels.serving.client import ServerClient
-from slimkernels.store import Store
+from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import (
     ServerCost,
@@ -80,6 +82,25 @@ def same_documents(left: Path, right: Path) -> bool:
         and torch.equal(a.teacher.logits, b.teacher.logits)
         for a, b in zip(*stores, strict=True)
     )
+
+
+# Answers with a good status that cannot be used.
+UNUSABLE = [
+    (200, {"Content-Type": "text/html"}, "<html>Bad gateway</html>"),
+    (200, {}, ""),
+    (200, {}, '{"error": {"message": "upstream timed out", "code": 502}}'),
+    (200, {}, '{"error": "overloaded"}'),
+    (200, {}, '{"choices": []}'),
+    (200, {}, '{"choices": [{"text": "a", "logprobs": null}]}'),
+    (200, {}, '{"choices": null}'),
+    (200, {}, "[]"),
+    (200, {}, '{"choices": [{"text": "a b", "logprobs": {"content": [{"token": "a", "logprob": -1.0}]}}]}'),
+    (
+        200,
+        {},
+        '{"choices": [{"text": "a b", "logprobs": {"tokens": ["a"], "token_logprobs": [-1], "top_logprobs": []}}]}',
+    ),
+]
 
 
 class TestRecordedServers:
@@ -170,14 +191,20 @@ class TestRecordedServers:
         tail = sparse_softmax(teacher, rest="ghost").tail_logprob.exp()
         assert torch.allclose(tail + teacher.logits.exp().masked_fill(~kept, 0.0).sum(-1), torch.ones(9))
 
-    @pytest.mark.parametrize(("kind", "name"), [("vllm", "chat_as_openai"), ("llama.cpp", "chat_greedy")])
-    def test_a_document_with_unknown_tokens_is_dropped_or_refused(self, kind, name, tokenizer, tmp_path) -> None:
-        with served.ReplayServer(served.RECORDINGS[kind], names_itself=kind != "vllm") as server:
-            report = run(server, tokenizer, tmp_path / "a", name, kind, max_unmapped_fraction=1.0)
+    def test_a_document_with_unknown_tokens_is_dropped_or_refused(self, tokenizer, tmp_path) -> None:
+        with served.ReplayServer(served.RECORDINGS["vllm"], names_itself=False) as server:
+            report = run(server, tokenizer, tmp_path / "a", "chat_as_openai", "vllm", max_unmapped_fraction=1.0)
             assert (report.documents, report.dropped) == (1, 1)
             assert report.unmapped_fraction > 0.2
+            assert "have no known ids in the tokenizer" in report.drop_reasons[0]
             with pytest.raises(UnmappedTokensError, match=r"have no id in the tokenizer, more than max_unmapped_.*'"):
-                run(server, tokenizer, tmp_path / "b", name, kind)
+                run(server, tokenizer, tmp_path / "b", "chat_as_openai", "vllm")
+
+    def test_a_document_that_lacks_tokens_is_dropped_for_that_reason(self, tokenizer, tmp_path, llamacpp) -> None:
+        """llama.cpp lists nothing for a character that the end cut off. No token was unknown."""
+        report = run(llamacpp, tokenizer, tmp_path, "chat_greedy", "llama.cpp")
+        assert (report.documents, report.dropped, report.unmapped_fraction) == (1, 1, 0.0)
+        assert report.drop_reasons == ("the server counts 32 generated tokens, but lists 30",)
 
     def test_llama_cpp_cannot_score(self, tokenizer, tmp_path, llamacpp) -> None:
         with pytest.raises(ServerRequestError, match=r"logprobs for 1 of the 11 tokens.*llama.cpp does not.*prompts"):
@@ -295,12 +322,8 @@ class TestTroubledServers:
             ((400, {}, '{"error": {"message": "logprobs above 5"}}'), "with status 400: logprobs above 5"),
             ((401, {}, '{"error": "bad key"}'), "bad key; keys are read from the environment: OPENAI_API_KEY, or"),
             ((429, {}, '{"error": {"code": "insufficient_quota", "message": "pay"}}'), "status 429: pay"),
-            (
-                (200, {"Content-Type": "text/html"}, "<p>hello"),
-                "must answer with a JSON object, got text/html '<p>hello'",
-            ),
-            ((200, {}, '{"choices": [{"text": "a", "logprobs": null}]}'), "does this server give logprobs"),
-            ((200, {}, '{"choices": []}'), "must hold a choice with logprobs"),
+            ((200, {}, '{"error": {"code": 400, "message": "too long"}}'), "with status 400: too long"),
+            ((200, {}, '{"error": {"code": "insufficient_quota", "message": "pay"}}'), "status 402: pay"),
             ((307, {"Location": "http://elsewhere"}, ""), "status 307"),
         ],
     )
@@ -309,6 +332,119 @@ class TestTroubledServers:
         with pytest.raises(ServerRequestError, match=f"document 0, 5 tokens of prompt: .*{message}"):
             run(vllm, tokenizer, tmp_path, concurrency=1)
         assert len(posts(vllm)) == 1
+
+    def test_an_answer_that_cannot_be_used_is_asked_for_again(self, tokenizer, tmp_path, vllm) -> None:
+        run(vllm, tokenizer, tmp_path / "calm")
+        vllm.seen.clear()
+        vllm.faults = [None, *UNUSABLE[:6]]
+        report = run(vllm, tokenizer, tmp_path / "rough", concurrency=1)
+        assert (report.documents, report.dropped, report.drop_reasons) == (3, 0, ())
+        assert same_documents(tmp_path / "calm", tmp_path / "rough")
+        assert [seen["body"]["seed"] for seen in posts(vllm)] == [0] * 7 + [1, 2]
+
+    @pytest.mark.parametrize("fault", UNUSABLE)
+    def test_one_answer_that_stays_unusable_does_not_end_the_run(self, fault, tokenizer, tmp_path, vllm) -> None:
+        vllm.faults = [None, None, *[fault] * 3]
+        report = run(vllm, tokenizer, tmp_path, concurrency=1, max_retries=2)
+        assert (report.documents, report.dropped) == (2, 1)
+        (reason,) = report.drop_reasons
+        assert "document 1, 4 tokens of prompt: POST" in reason
+        assert "was answered 3 times, but no answer can be used" in reason
+        vllm.seen.clear()
+        assert run(vllm, tokenizer, tmp_path)[:4] == (1, 16, 2, 0)
+        assert [seen["body"]["seed"] for seen in posts(vllm)] == [1]
+
+    def test_a_server_whose_answers_are_never_usable_ends_the_run(self, tokenizer, tmp_path, vllm) -> None:
+        vllm.faults = [None, *[(200, {}, '{"choices": [{"text": "a", "logprobs": null}]}')] * 3]
+        with pytest.raises(ServerRequestError, match=r"a text without logprobs.*does this server give logprobs"):
+            run(vllm, tokenizer, tmp_path / "a", concurrency=1, max_retries=0)
+        vllm.faults = [None, None, *[(200, {"Content-Type": "text/html"}, "<p>hello")] * 8]
+        with pytest.raises(ServerRequestError, match="must answer with a JSON object, got text/html '<p>hello'"):
+            run(vllm, tokenizer, tmp_path / "b", concurrency=1, max_retries=0, num_documents=12)
+        assert len(Store(tmp_path / "b")) == 1
+
+    @pytest.mark.parametrize(
+        "choice",
+        [
+            {"message": {"content": ""}, "logprobs": {"content": None}, "finish_reason": "stop"},
+            {"message": {"content": ""}, "logprobs": {"content": []}, "finish_reason": "content_filter"},
+            {"message": {"content": None, "tool_calls": []}, "logprobs": None, "finish_reason": "tool_calls"},
+            {"text": "", "logprobs": {"tokens": [], "token_logprobs": [], "top_logprobs": []}, "finish_reason": "stop"},
+            {"text": "", "logprobs": None, "finish_reason": "stop"},
+        ],
+    )
+    @pytest.mark.parametrize("usage", [{"completion_tokens": 0}, {"completion_tokens": 1}, None])
+    def test_an_empty_answer_is_counted_and_asked_for_again_by_the_next_call(
+        self, usage, choice, tokenizer, tmp_path, vllm
+    ) -> None:
+        answer = json.dumps({"choices": [choice]} | ({"usage": usage} if usage else {}))
+        vllm.faults = [None, (200, {}, answer)]
+        report = run(vllm, tokenizer, tmp_path, concurrency=1)
+        assert (report.documents, report.skipped, report.dropped) == (2, 0, 1)
+        assert report.drop_reasons == (f"an answer is empty (finish reason {choice['finish_reason']!r})",)
+        assert all(len(document.positions) for document in Store(tmp_path))
+        vllm.seen.clear()
+        assert run(vllm, tokenizer, tmp_path)[:4] == (1, 17, 2, 0)
+        assert [seen["body"]["seed"] for seen in posts(vllm)] == [0]
+
+    def test_an_empty_answer_that_an_earlier_release_stored_is_asked_for_again(self, tokenizer, tmp_path, vllm) -> None:
+        run(vllm, tokenizer, tmp_path, num_documents=1)
+        settings = {name: Store(tmp_path).manifest[name] for name in ("teacher", "selection", "codec", "vocab_size")}
+        with StoreWriter(tmp_path, tokenizer_fingerprint=Store(tmp_path).tokenizer_fingerprint, **settings) as writer:
+            empty = SparseLogits(torch.zeros((0, 5), dtype=torch.int32), torch.zeros(0, 5), torch.zeros(0, 1))
+            writer.add(tokenizer(served.PROMPTS[1])["input_ids"], [], empty)
+        assert run(vllm, tokenizer, tmp_path).documents == 2
+
+    @pytest.mark.parametrize("finish", ["stop", None])
+    def test_an_end_of_text_that_is_counted_but_not_listed(self, finish, tokenizer, tmp_path) -> None:
+        with served.ReplayServer(served.RECORDINGS["llama.cpp"], names_itself=False) as server:
+            run(server, tokenizer, tmp_path / "calm", "generated_as_openai", "llama.cpp")
+            reply = server.reply
+
+            def counted(path, body):
+                status, headers, answer = reply(path, body)
+                if body is not None:
+                    content = json.loads(answer)
+                    content["usage"]["completion_tokens"] += 1
+                    content["choices"][0]["finish_reason"] = finish
+                    answer = json.dumps(content)
+                return status, headers, answer
+
+            server.reply = counted
+            report = run(server, tokenizer, tmp_path / "counted", "generated_as_openai", "llama.cpp")
+        assert (report.documents, report.dropped, report.unmapped_fraction) == (3, 0, 0.0)
+        assert same_documents(tmp_path / "calm", tmp_path / "counted")
+
+    def test_a_chat_whose_template_shows_the_date_is_not_asked_for_again_tomorrow(self, tmp_path, monkeypatch) -> None:
+        tokenizer = teachers.make_tokenizer()
+        tokenizer.chat_template = (
+            "Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}{{ m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}\n> {% endif %}"
+        )
+        entry = {"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "a", "logprob": -0.5}]}
+        choice = {"message": {"content": "a"}, "logprobs": {"content": [entry]}, "finish_reason": "length"}
+        prompts = ["Who?", "Why?"]
+        for day, expected in (((2026, 5, 1), (2, 0)), ((2026, 12, 24), (0, 2))):
+
+            class Day(datetime.datetime):
+                on = day
+
+                @classmethod
+                def now(cls, tz=None):
+                    return cls(*cls.on)
+
+            monkeypatch.setattr(chat_template_utils, "datetime", Day)
+            with served.ReplayServer(served.RECORDINGS["vllm"]) as server:
+                server.reply = lambda path, body: (200, {}, json.dumps({"choices": [choice]}))
+                options = {"prompts": prompts, "api": "chat", "max_tokens": 1, "top_logprobs": 1} | QUICK
+                report = capture_server(server.url, "any", tokenizer, tmp_path, **options)
+            assert (report.documents, report.skipped) == expected
+        assert "01 May 2026" in tokenizer.decode(Store(tmp_path)[0].input_ids)
+
+    def test_the_length_of_the_prompt_is_stored(self, tokenizer, tmp_path, vllm) -> None:
+        run(vllm, tokenizer, tmp_path)
+        lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in served.PROMPTS]
+        assert [document.prompt_length for document in Store(tmp_path)] == lengths
 
     def test_a_wait_of_hours_is_said(self, tokenizer, tmp_path, vllm) -> None:
         vllm.faults = [None, (429, {"Retry-After": "86400"}, "{}")]
@@ -590,7 +726,7 @@ class TestArguments:
             ("--prompts --model a --tokenizer b --tokens 5", "--tokens has no meaning with --server"),
             ("--prompts --model a --tokenizer b --top-fraction 0.1", "--top-fraction has no meaning with --server"),
             ("--prompts --model a --tokenizer b --temperatures 1 2", "--temperatures has no meaning with --server"),
-            ("--text a.txt --model a --tokenizer b --documents 2", "give --prompts, not --text"),
+            ("--text a.txt --model a --tokenizer b --generated x", "--generated has no meaning with --server"),
             ("--prompts --model a --tokenizer /no/where", "there is no folder or .gguf file /no/where"),
         ],
     )

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store
+from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
 from test_trainer import RECIPE, make_trainer, training_logs
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 
 import slimkernels as sk
+from slimkernels.cli import main
 from slimkernels.models.batch import SlimCollator
+from slimkernels.models.heldout import evaluate_store
+from slimkernels.models.load import load_model, load_teacher
+from slimkernels.models.make_student import make_student
 from slimkernels.store import Document, Store, StoreDataset, StoreWriter
+from slimkernels.teacher import capture
 from slimkernels.trainer import SlimConfig, SlimTrainer
 from slimkernels.trainer.objective import METHODS
 from slimkernels.trainer.on_policy import continue_prompts
@@ -23,6 +30,7 @@ pytestmark = [
     # peft still calls functions that transformers renamed, and warns that merging an adapter would untie the head.
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
 
@@ -385,3 +393,107 @@ def test_adapters_of_the_student_are_trained_and_learned_prompts_refused(tmp_pat
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="would not train PEFT's prompts: use SlimLossMixin"):
         make_trainer(tmp_path, store, model=peft.get_peft_model(make_model(), prompts))
+
+
+def test_experts_whose_auxiliary_loss_would_be_dropped_are_refused(tmp_path, store):
+    config = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    with pytest.raises(ValueError, match="would not train the auxiliary loss of the experts of MixtralForCausalLM"):
+        make_trainer(tmp_path, store, model=make_student(MixtralConfig(**sizes, **config)))
+    for changed in ({"output_router_logits": False}, {"router_aux_loss_coef": 0.0}):
+        make_trainer(tmp_path, store, model=make_student(MixtralConfig(**sizes, **config | changed)))
+
+
+def test_gkd_warns_where_student_and_teacher_end_with_other_tokens(tmp_path, store, caplog):
+    student, teacher = make_model(), make_teacher()
+    teacher.generation_config.eos_token_id = [3, 4]
+    args = SlimConfig(output_dir=str(tmp_path), **RECIPE | {"method": "gkd"})
+    for ends, is_other in (([5, 6], True), (4, False), (None, False)):
+        student.generation_config.eos_token_id = ends
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "slimkernels"):
+            SlimTrainer(model=student, args=args, train_dataset=store, teacher_model=teacher)
+        assert ("ends its text with the tokens [5, 6] and the teacher with [3, 4]" in caplog.text) == is_other
+
+
+def test_a_teacher_and_a_store_can_be_given_by_their_folders(tmp_path, store):
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    args = SlimConfig(output_dir=str(tmp_path), **RECIPE | {"max_steps": 1})
+    trainer = SlimTrainer(
+        model=make_model(),
+        args=args,
+        train_dataset=store.path,
+        eval_dataset={"held-out": str(store.path)},
+        teacher_model=str(tmp_path / "teacher"),
+    )
+    trainer.train()
+    expected = online(tmp_path, store, max_steps=1)
+    expected.train()
+    assert training_logs(trainer)[0]["loss"] == training_logs(expected)[0]["loss"]
+    assert trainer.evaluate()["eval_held-out_perplexity"] > 1
+
+
+@pytest.mark.parametrize("base", ["by name", "unnamed", "moved"])
+def test_a_student_of_adapters_is_loaded_to_be_measured_and_trained_further(tmp_path, store, base, capsys):
+    """Saves LoRA adapters with SlimTrainer, and runs `eval` and `train` on their folder."""
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    make_model().save_pretrained(tmp_path / "base")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if base == "unnamed":
+        student.name_or_path = student.config.name_or_path = ""
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    trainer = make_trainer(tmp_path / "run", store, model=peft.get_peft_model(student, config), max_steps=3)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapters"))
+    expected = trainer.evaluate(store)["eval_loss"]
+    command = ["train", "--store", str(store.path), "--student", str(tmp_path / "adapters"), "--method", "kd"]
+    command += ["--out", str(tmp_path / "further"), "--max-steps", "3", "--learning-rate", "0.01"]
+    command += ["--option", "use_cpu=true"]
+    if base != "by name":
+        (tmp_path / "base").rename(tmp_path / "elsewhere")
+        assert main(["eval", "--store", str(store.path), "--model", str(tmp_path / "adapters")]) == 2
+        message = capsys.readouterr().err
+        assert f"the model of the adapter in {tmp_path / 'adapters'} is not found" in message
+        assert "set base_model_name_or_path in its adapter_config.json" in message
+        return
+    capsys.readouterr()
+    assert main(["eval", "--store", str(store.path), "--model", str(tmp_path / "adapters"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[str(tmp_path / "adapters")]
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)
+    assert main(command) == 0
+    further = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "further"
+    )
+    assert evaluate_store(further, store)["loss"] < expected
+    teacher = load_model(tmp_path / "adapters")
+    assert make_student(str(tmp_path / "adapters")).training
+    assert sum(parameter.requires_grad for parameter in teacher.parameters()) == 6
+
+
+def test_a_teacher_of_adapters_is_one_model(tmp_path, store):
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "adapters")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "adapters")
+    teacher, _ = load_teacher(tmp_path / "adapters")
+    ids = store[0].input_ids[None]
+    torch.testing.assert_close(teacher(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert teacher.name_or_path == "adapters"
+    capture(teacher, make_tokenizer(), [[2, 3, 4]], tmp_path / "captured", top_k=3)
+
+
+def test_a_student_continues_the_prompt_that_the_store_knows(tmp_path) -> None:
+    """Every token but the first of a generated document is a label, so that its labels do not say where it began."""
+    teacher, tokens = make_model(seed=5).eval(), torch.arange(2, 14)
+    settings = {"vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": "", "teacher": {}, "selection": {}}
+    with torch.no_grad():
+        rows = sk.topk_logits(teacher(tokens[None]).logits[0, :-1], top_k=5, target=tokens[1:])
+    with StoreWriter(tmp_path, **settings) as writer:
+        writer.add(tokens, torch.arange(1, 12), rows, prompt_length=7)
+    batch = SlimCollator()([StoreDataset(tmp_path)[0]])
+    written = continue_prompts(teacher, batch, max_new_tokens=3, temperature=1.0, pad_token_id=0)
+    assert written["input_ids"][0, :7].tolist() == tokens[:7].tolist()
+    assert int(written["rows"][0]) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import slimkernels as sk
 from slimkernels.store import Store, StoreWriter
+from slimkernels.store.errors import NotAStoreError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
@@ -192,6 +194,32 @@ def test_a_store_teaches_what_the_model_it_was_captured_from_teaches(tmp_path):
         make_plain(tmp_path, Distiller, make_model(), make_rows(seed=1), teacher_store=store).train()
 
 
+def test_the_teachers_rows_are_not_rounded_by_the_students_autocast(tmp_path):
+    """Reads the rows inside the student's forward pass, which accelerate runs under autocast."""
+    trainer = make_plain(
+        tmp_path,
+        Distiller,
+        make_model(),
+        teacher_model=make_model(seed=9),
+        objective=sk.SlimObjective("sampled", teacher_rounds=2000),
+        options={"bf16": True, "max_steps": 1},
+    )
+    rows, seen = trainer.online_teacher.rows, []
+
+    def draw(hidden, target):
+        torch.manual_seed(5)
+        found = rows(hidden, target)
+        seen.append((hidden, target, found))
+        return found
+
+    trainer.online_teacher.rows = draw
+    trainer.train()
+    hidden, target, under_autocast = seen[0]
+    again = draw(hidden, target)
+    assert torch.equal(under_autocast.ids, again.ids)
+    assert torch.equal(under_autocast.logits, again.logits)
+
+
 def test_learned_prompts_are_trained(tmp_path):
     peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -343,6 +371,97 @@ def test_a_teacher_that_does_not_call_its_head_is_refused(tmp_path):
     trainer = make_plain(tmp_path, Distiller, make_model(), teacher_model=teacher, objective=OBJECTIVE)
     with pytest.raises(ValueError, match="without calling its output embeddings"):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:trl")
+def test_a_loss_that_trl_would_compute_from_the_logits_is_refused(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the extra slimkernels[trl]")
+    from datasets import Dataset
+
+    args = trl.SFTConfig(output_dir=str(tmp_path), loss_type="dft", **RECIPE | {"bf16": False})
+    with pytest.raises(
+        ValueError, match="loss_type must be 'nll' with SlimLossMixin, which computes the loss, got 'dft'"
+    ):
+        distilling(trl.SFTTrainer)(
+            model=make_model(),
+            args=args,
+            train_dataset=Dataset.from_list(make_rows()),
+            processing_class=make_tokenizer(),
+        )
+
+
+def test_a_forgotten_teacher_is_warned_of(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "slimkernels"):
+        make_plain(tmp_path, Distiller, make_model(), objective="sft")
+        assert not caplog.text
+        make_plain(tmp_path, Distiller, make_model())
+    assert "trains on the labels alone (method 'sft'), as it has no teacher: pass teacher_model" in caplog.text
+
+
+def test_paths_and_names_are_opened(tmp_path):
+    teacher = make_model(seed=9).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    store = write_store(tmp_path / "store", teacher, make_rows())
+    expected = curve(
+        make_plain(tmp_path, Distiller, make_model(), teacher_store=store, objective=sk.SlimObjective("kd"))
+    )
+    given = {"teacher_store": str(tmp_path / "store"), "objective": "kd"}
+    assert curve(make_plain(tmp_path, Distiller, make_model(), **given)) == expected
+    given = {"teacher_model": tmp_path / "teacher", "objective": sk.SlimObjective("kd", teacher_top_k=TOP_K)}
+    assert curve(make_plain(tmp_path, Distiller, make_model(), **given)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"objective": "kdd"}, ValueError, "method must be one of"),
+        ({"objective": {"method": "kd"}}, TypeError, "objective must be a SlimObjective or the name of a method"),
+        ({"teacher_model": 3}, TypeError, "teacher_model must be a model or its folder, got int"),
+        ({"teacher_model": "./nowhere"}, FileNotFoundError, "there is no folder or .gguf file"),
+        ({"teacher_store": [1]}, TypeError, "teacher_store must be a Store or the path of one, got list"),
+        ({"teacher_store": "nowhere"}, NotAStoreError, "nowhere holds no manifest.json"),
+    ],
+)
+def test_what_is_neither_is_one_sentence(tmp_path, kwargs, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make_plain(tmp_path, Distiller, make_model(), **kwargs)
+
+
+def test_evaluation_reports_the_terms_of_the_loss(tmp_path):
+    """Compares the means of cross entropy and divergence over held-out labels with those of full logits."""
+    model, teacher, rows = make_model(), make_model(seed=9).eval(), make_rows(seed=5)
+    trainer = make_plain(
+        tmp_path,
+        Distiller,
+        model,
+        teacher_model=teacher,
+        objective=sk.SlimObjective("kd", ce_weight=0.5, kd_weight=2.0),
+    )
+    metrics = trainer.evaluate(rows)
+    ce, kd, count = 0.0, 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            batch = collate([row])
+            logprobs, log_q = (
+                one.eval()(batch["input_ids"]).logits[0, :-1].log_softmax(-1) for one in (model, teacher)
+            )
+            target = batch["labels"][0, 1:]
+            is_label = target != -100
+            ce += cross_entropy(logprobs[is_label], target[is_label], reduction="sum")
+            kd += (log_q.exp() * (log_q - logprobs)).sum(-1)[is_label].sum()
+            count += int(is_label.sum())
+    assert metrics["eval_ce"] == pytest.approx(float(ce) / count, rel=1e-4)
+    assert metrics["eval_kd"] == pytest.approx(float(kd) / count, rel=1e-3)
+    assert metrics["eval_teacher_mass"] == pytest.approx(1, rel=1e-4)
+    assert "eval_labels_per_second" not in metrics
+    prefixed = trainer.evaluate(rows, metric_key_prefix="test")
+    assert prefixed["test_ce"] == pytest.approx(metrics["eval_ce"], rel=1e-6)
+    trainer.train()
+    assert training_ce(trainer) != metrics["eval_ce"]
+
+
+def training_ce(trainer) -> float:
+    return next(entry["ce"] for entry in trainer.state.log_history if "ce" in entry)
 
 
 def test_a_batch_without_labels_is_refused(tmp_path):

@@ -85,8 +85,8 @@ def _add_text_arguments(parser: Parser) -> None:
     )
     add_corpus_options(group)
     add = group.add_argument
-    add("--tokens", type=positive_int, metavar="N", help="number of tokens to generate")
-    add("--documents", type=positive_int, metavar="N", help="number of documents to generate")
+    add("--tokens", type=positive_int, metavar="N", help="number of tokens to generate, or to read of --text")
+    add("--documents", type=positive_int, metavar="N", help="number of documents to generate, or to read of --text")
     add(
         "--max-new-tokens",
         type=positive_int,
@@ -283,8 +283,8 @@ def _capture_model(args: argparse.Namespace) -> None:
 
 
 def _check_generation(args: argparse.Namespace) -> None:
-    if args.prompts is None and (args.tokens, args.documents, args.generated) != (None, None, None):
-        raise ValueError("--tokens, --documents and --generated apply to generated text: give --prompts, not --text")
+    if args.prompts is None and args.generated is not None:
+        raise ValueError("--generated applies to generated text: give --prompts, not --text")
     if args.prompts is not None and (args.tokens is None) == (args.documents is None):
         raise ValueError("--prompts needs the amount of text to generate: give --tokens N or --documents N")
 
@@ -326,7 +326,7 @@ def _documents(
     from slimkernels import teacher
 
     if prompts is None:
-        yield from teacher.read_documents(args.text, tokenizer, text_field=args.text_field, max_length=args.max_length)
+        yield from _given_documents(args, tokenizer)
         return
     corpus = teacher.generate_documents(
         model,
@@ -354,6 +354,19 @@ def _print_rank_report(added: str, args: argparse.Namespace, ranks: Ranks) -> No
         sys.stdout.write(f"rank {ranks.rank} of {ranks.num_ranks}: {added}\n")
 
 
+def _given_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[int]]:
+    from slimkernels import teacher
+
+    return teacher.read_documents(
+        args.text,
+        tokenizer,
+        text_field=args.text_field,
+        max_length=args.max_length,
+        num_documents=args.documents,
+        num_tokens=args.tokens,
+    )
+
+
 def _check_served(args: argparse.Namespace) -> None:
     """Checks that the options fit together, before anything is loaded.
 
@@ -362,14 +375,16 @@ def _check_served(args: argparse.Namespace) -> None:
     """
     source = "--server" if args.logits is None else "--logits"
     for name in ("model", "tokenizer"):
-        if getattr(args, name) is None:
+        # Logits of documents of token ids need none.
+        if getattr(args, name) is None and (name == "model" or args.logits is None):
             raise ValueError(f"{source} needs --{name}: NAME of the model and MODEL for its tokenizer")
     if args.logits is not None and args.prompts is not None:
         raise ValueError("--logits needs the documents that were scored: give --text, not --prompts")
-    if args.text is not None and args.documents is not None:
-        raise ValueError("--documents applies to generated text: give --prompts, not --text")
+    if args.logits is not None and args.documents is not None:
+        raise ValueError("--documents has no meaning with --logits, which are those of all documents: omit it")
     for name in (*_MODEL_ONLY, *(_NOT_SERVER if args.logits is None else _SERVER_ONLY)):
-        if getattr(args, name) != args.default_of(name):
+        is_cap = name == "tokens" and args.server is not None and args.text is not None
+        if getattr(args, name) != args.default_of(name) and not is_cap:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning with {source}: omit it")
 
 
@@ -382,7 +397,7 @@ def _capture_server(
     tokenizer = teacher.load_tokenizer(args.tokenizer)
     documents = prompts = None
     if args.text is not None:
-        documents = teacher.read_documents(args.text, tokenizer, text_field=args.text_field, max_length=args.max_length)
+        documents = _given_documents(args, tokenizer)
     else:
         prompts = _read_prompts(args)
     report = teacher.capture_server(
@@ -394,7 +409,7 @@ def _capture_server(
         prompts=prompts,
         top_logprobs=args.top_k or 20,
         api=args.api,
-        num_documents=args.documents,
+        num_documents=args.documents if args.text is None else None,
         max_tokens=args.max_new_tokens,
         temperature=args.temperature,
         seed=args.seed,
@@ -414,6 +429,7 @@ def _capture_server(
     return (
         f"added {report.documents} documents, {report.tokens} tokens ({report.generated_tokens} generated); skipped "
         f"{report.skipped}, dropped {report.dropped}; {100 * report.unmapped_fraction:.2g} % of the entries unmapped"
+        + "".join(f"\ndropped because {reason}" for reason in report.drop_reasons)
     )
 
 
@@ -423,7 +439,7 @@ def _capture_logits(
     """Captures from a file of logits and returns the report; ``say`` receives the size of the text first."""
     from slimkernels import teacher
 
-    tokenizer = teacher.load_tokenizer(args.tokenizer)
+    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
     documents = list(teacher.read_documents(args.text, tokenizer, text_field=args.text_field, max_length=None))
     say(f"{len(documents)} documents, {sum(map(len, documents))} tokens")
     report = teacher.capture_logits(

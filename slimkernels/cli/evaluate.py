@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +176,12 @@ def run(args: argparse.Namespace) -> None:
     if is_side_by_side:
         print(report)
     elif args.json:
-        print(json.dumps(results, indent=2))
+        # JSON has no infinity, which the perplexity of a diverged model is.
+        finite = {
+            name: {key: value if math.isfinite(value) else None for key, value in found.items()}
+            for name, found in results.items()
+        }
+        print(json.dumps(finite, indent=2, allow_nan=False))
     else:
         print_columns({name: {key: shown(value) for key, value in found.items()} for name, found in results.items()})
 
@@ -243,10 +249,10 @@ def _compare(args: argparse.Namespace, bar: Callable[[str], Callable[[int, int |
     from slimkernels.evaluate.report.write import describe_outputs, write_report
 
     if args.outputs is not None:
-        from slimkernels.evaluate.gemini import read_outputs
+        from slimkernels.evaluate.gemini import comparable, read_outputs
 
         files = {path: read_outputs(path) for path in args.outputs}
-        records: Sequence[Any] = [record for outputs in files.values() for record in outputs.records]
+        records: Sequence[Any] = comparable(list(files.values()))
         page = write_report(records, args.out, describe_outputs(files))
     else:
         from slimkernels.evaluate.runner import load_run, rate, rescore, run

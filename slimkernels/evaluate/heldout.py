@@ -112,12 +112,13 @@ class HeldoutCell:
             ValueError: The model's tokenizer or vocabulary is not that of the store.
             FloatingPointError: The model's loss is not finite.
         """
-        from slimkernels.models.fingerprints import tokenizer_fingerprint
+        from slimkernels.models.fingerprints import fingerprint_in_store
         from slimkernels.models.heldout import evaluate_documents
         from slimkernels.store import Store
 
         if self.task.store.tokenizer_fingerprint:
-            Store(self.task.store.path, tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer))
+            own = fingerprint_in_store(loaded.tokenizer, self.task.store.tokenizer_fingerprint)
+            Store(self.task.store.path, tokenizer_fingerprint=own)
         for first in range(0, len(missing), self.task.batch_size):
             batch = missing[first : first + self.task.batch_size]
             documents = [self.task.store[int(sample.id)] for _, sample, _ in batch]
@@ -132,7 +133,9 @@ class HeldoutCell:
                         f"{self.task.store.path}, got {scores}: its weights may be damaged, or its dtype too narrow"
                     )
                 text = str(loaded.tokenizer.decode(document.input_ids.tolist()))
-                teacher_loss = metrics.teacher_loss
+                # A mean over some of the labels would stand beside the models' over all of them.
+                is_known = metrics.teacher_labels == metrics.labels
+                teacher_loss = metrics.teacher_loss if is_known else None
                 yield Record(
                     key=self.key(sample, None),
                     model=self.model.label,

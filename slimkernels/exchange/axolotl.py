@@ -14,8 +14,6 @@ from slimkernels.exchange.writing import Document, ImportReport, Meaning, docume
 
 _PREPARED = ("target_logprobs", "target_token_ids", "target_mask")
 ALIGNMENTS = ("next", "same")
-# Padding is at or below this value: axolotl pads with -inf, and with -1e9 in newer releases.
-_PADDING = -1e8
 
 
 def import_axolotl(
@@ -130,9 +128,7 @@ def _prepared_rows(record: dict[str, Any], length: int, where: str) -> tuple[np.
         _require_length(rows, length, name, where)
     _require_same_widths(values, ids, "target_logprobs", where)
     _require_same_widths(mask, ids, "target_mask", where)
-    logprobs = padded(values, np.float64)
-    # The negation keeps NaN, which is not padding.
-    return padded(ids, np.int64), logprobs, (padded(mask, np.int64) != 0) & ~(logprobs <= _PADDING)
+    return padded(ids, np.int64), padded(values, np.float64), padded(mask, np.int64) != 0
 
 
 def _raw_rows(record: dict[str, Any], field: str, length: int, where: str) -> tuple[int, tuple[np.ndarray, ...]]:
@@ -153,9 +149,7 @@ def _raw_rows(record: dict[str, Any], field: str, length: int, where: str) -> tu
     first = max(length - len(rows), 0)
     widths = np.array([len(row) for row in rows])[:, None]
     logprobs = padded(values, np.float64)
-    # -inf is probability 0, so nothing is lost by leaving it out.
-    valid = (np.arange(logprobs.shape[1]) < widths) & (logprobs != -np.inf)
-    return first, (padded(ids, np.int64), logprobs, valid)
+    return first, (padded(ids, np.int64), logprobs, np.arange(logprobs.shape[1]) < widths)
 
 
 def _token_id(entry: Any, where: str) -> int:

@@ -82,8 +82,8 @@ def import_distillkit(
             if pad_token_id is not None:
                 positions = positions[input_ids[positions] != pad_token_id]
             decoded = compression.values(values[positions - 1])
-            # Rows of fewer than k entries are padded with -inf.
-            valid = decoded != -np.inf
+            # Rows of fewer than k entries are padded with -inf, which ``document`` takes for a placeholder.
+            valid = np.ones(decoded.shape, bool)
             yield document(where, _MEANING, input_ids, positions, compression.ids(ids[positions - 1]), decoded, valid)
 
     return write_store(

@@ -23,8 +23,6 @@ _META_NAME = "_meta.json"
 _SHARD_NAME = re.compile(r"dp(\d+)__(\d+)-(\d+)\.tar")
 _MEMBER_NAME = re.compile(r"(\d+)-(\d+)\.pt\.zst")
 _FORMAT_VERSION = 2
-# Entries outside the nucleus are at or below this value: -1e3, or -1e4 in an earlier release.
-_LEAST_LOGPROB = -999.0
 # Log-probabilities over the whole row, of unscaled logits.
 _MEANING = Meaning(temperature=1.0, whole_row=True)
 
@@ -90,8 +88,9 @@ def import_megatron(
                 )
             positions = np.setdiff1d(np.arange(1, min(len(ids) + 1, len(input_ids))), borders)
             rows = values[positions - 1]
-            # The negation keeps NaN, which is not padding.
-            yield document(where, _MEANING, input_ids, positions, ids[positions - 1], rows, ~(rows <= _LEAST_LOGPROB))
+            # Entries outside the nucleus are -1e3, or -1e4 in an earlier release: placeholders for ``document``.
+            valid = np.ones(rows.shape, bool)
+            yield document(where, _MEANING, input_ids, positions, ids[positions - 1], rows, valid)
 
     return write_store(
         documents(),

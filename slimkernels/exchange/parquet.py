@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +18,10 @@ from slimkernels.exchange.writing import Document, ImportReport, write_documents
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.store.format import StoreSettings
+from slimkernels.store.prompts import prompts_name
 
 _METADATA_KEY = b"slimkernels"
+_PROMPT_LENGTH = "prompt_length"
 _COLUMNS = ("input_ids", "positions", "ids", "logits", "lse", "target_logit")
 _GROUP_BYTES = 64 << 20
 
@@ -37,6 +40,7 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     ``logits``        list<list<float32>>   (R, K)  the teacher's logits at them, decoded
     ``lse``           list<list<float32>>   (R, M)  log-sum-exp of the whole row at each temperature
     ``target_logit``  list<float32>         (R,)    the label's logit; NaN: not known; -inf: probability 0
+    ``prompt_length``  int32                        tokens of the prompt, 0: not known; only if the store knows one
     ================  ============================  ============================================================
 
     So q = exp(logits - lse[:, 0]) are the teacher's probabilities. The file's key-value metadata has, under
@@ -45,28 +49,37 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
 
     Args:
         store: A store, or its directory.
-        path: Path of the file; an existing file is replaced, but only when everything is written.
+        path: Path of the file, which ends in .parquet; an existing file is replaced, but only when everything is
+            written.
 
     Returns:
         The number of documents.
 
     Raises:
         ImportError: pyarrow is not installed.
+        ValueError: ``path`` does not end in .parquet.
         StoreError: The store is damaged.
     """
+    if Path(path).suffix != ".parquet":
+        raise ValueError(
+            f"path must end in .parquet, by which data sets recognise such a file, got {os.fspath(path)!r}"
+        )
     pyarrow = require_pyarrow()
     store = store if isinstance(store, Store) else Store(store)
     lists = {np.dtype(np.int32): pyarrow.list_(pyarrow.int32()), np.dtype(np.float32): pyarrow.list_(pyarrow.float32())}
     ints, floats = lists.values()
     types = (ints, ints, pyarrow.list_(ints), pyarrow.list_(floats), pyarrow.list_(floats), floats)
     metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(store.settings))}
-    schema = pyarrow.schema(list(zip(_COLUMNS, types, strict=True)), metadata=metadata)
+    fields: list[tuple[str, Any]] = list(zip(_COLUMNS, types, strict=True))
+    if any((store.path / prompts_name(entry.file)).exists() for entry in store.shards):
+        fields.append((_PROMPT_LENGTH, pyarrow.int32()))
+    schema = pyarrow.schema(fields, metadata=metadata)
     with (
         replaced_atomically(path) as temporary,
         pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer,
     ):
         for group in _groups(store):
-            columns = [_column(pyarrow, [record[name] for record in group]) for name in _COLUMNS]
+            columns = [_column(pyarrow, [record[name] for record in group]) for name in schema.names]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
     return len(store)
 
@@ -114,7 +127,7 @@ def import_parquet(
         settings["teacher"] = {"name": teacher}
 
     def documents() -> Iterator[Document]:
-        for where, record in read_batches(source, _COLUMNS):
+        for where, record in read_batches(source, _COLUMNS, (_PROMPT_LENGTH,)):
             yield _document(where, record, tuple(settings["temperatures"]))
 
     return write_documents(documents(), store_path, settings)
@@ -135,6 +148,7 @@ def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
             "logits": (teacher.logits.numpy()[kept], widths),
             "lse": (teacher.lse.numpy().reshape(-1), np.full(len(teacher), teacher.lse.shape[1])),
             "target_logit": cast(torch.Tensor, teacher.target_logit).numpy(),
+            _PROMPT_LENGTH: document.prompt_length,
         }
         group.append(record)
         size += 8 * int(widths.sum()) + 4 * len(document.input_ids)
@@ -146,7 +160,9 @@ def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
 
 
 def _column(pyarrow: Any, values: list[Any]) -> Any:
-    """Makes a column of lists from one array per document, or of nested lists from (array, widths of the rows)."""
+    """Makes a column of numbers, of lists from an array per document, or of nested lists from (array, row widths)."""
+    if isinstance(values[0], int):
+        return pyarrow.array(values, pyarrow.int32())
     if not isinstance(values[0], tuple):
         return pyarrow.ListArray.from_arrays(_offsets([len(array) for array in values]), np.concatenate(values))
     rows = pyarrow.ListArray.from_arrays(
@@ -192,17 +208,19 @@ def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...
         temperatures=temperatures,
         target_logit=torch.from_numpy(target_logit.astype(np.float32)),
     )
-    return Document(where, input_ids.astype(np.int64), positions.astype(np.int64), teacher)
+    prompt_length = record[_PROMPT_LENGTH].as_py() if _PROMPT_LENGTH in record else 0
+    return Document(where, input_ids.astype(np.int64), positions.astype(np.int64), teacher, prompt_length or 0)
 
 
 def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
     """Returns the settings for ``StoreWriter``, from the file's metadata and the tokenizer."""
     settings = _stored_settings(source)
     if tokenizer is not None:
-        from slimkernels.models.fingerprints import tokenizer_fingerprint
+        from slimkernels.models.fingerprints import fingerprint_in_store
 
-        own = tokenizer_fingerprint(tokenizer)
-        stored = settings.get("tokenizer_fingerprint") or own
+        stored = settings.get("tokenizer_fingerprint", "")
+        own = fingerprint_in_store(tokenizer, stored)
+        stored = stored or own
         if stored != own:
             raise ValueError(f"the tokenizer must be the file's, fingerprint {stored}, got {own}: load the teacher's")
         settings |= {"tokenizer_fingerprint": own, "vocab_size": settings.get("vocab_size", len(tokenizer))}

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.text_files import read_lines
+
 _SUFFIXES = (".parquet", ".arrow", ".jsonl")
 # A record can have thousands of tokens with a list each, so few are read at a time.
 _RECORDS_AT_ONCE = 16
@@ -53,12 +55,15 @@ def source_files(source: str | os.PathLike[str], suffixes: Sequence[str] = _SUFF
     raise ValueError(f"the folder {path} must hold files that end in one of {wanted}, got none")
 
 
-def read_batches(source: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+def read_batches(
+    source: str | os.PathLike[str], columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """Yields the location of each record, and the record as a dict of pyarrow scalars.
 
     Args:
         source: A .parquet or .arrow file, or a folder of them.
         columns: Columns to read, all of which must exist; None reads all.
+        optional: Further columns to read where they exist.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: The same as in ``read_records``.
@@ -67,7 +72,7 @@ def read_batches(source: str | os.PathLike[str], columns: Sequence[str] | None =
     for path in source_files(source, _SUFFIXES[:2]):
         number = 0
         try:
-            for batch in _batches(pyarrow, path, columns):
+            for batch in _batches(pyarrow, path, columns, optional):
                 require_columns(batch.schema.names, columns or (), str(path))
                 for index in range(batch.num_rows):
                     number += 1
@@ -93,18 +98,17 @@ def read_records(source: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str
             yield where, {name: value.as_py() for name, value in record.items()}
         return
     for path in files:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where}: is not JSON: {error}") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
-                yield where, record
+        for number, line in enumerate(read_lines(path), 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
+            yield where, record
 
 
 def require_columns(names: Sequence[str], needed: Sequence[str], where: str) -> None:
@@ -133,7 +137,7 @@ def ragged_list(scalar: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy().astype(np.int64)
 
 
-def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Any]:
     if path.suffix == ".arrow":
         with pyarrow.memory_map(str(path)) as file:
             # datasets' save_to_disk writes this format.
@@ -141,6 +145,8 @@ def _batches(pyarrow: Any, path: Path, columns: Sequence[str] | None) -> Iterato
         return
     with pyarrow.parquet.ParquetFile(path) as file:
         require_columns(file.schema_arrow.names, columns or (), str(path))
+        if columns is not None:
+            columns = [*columns, *(name for name in optional if name in file.schema_arrow.names)]
         yield from file.iter_batches(_RECORDS_AT_ONCE, columns=columns)
 
 

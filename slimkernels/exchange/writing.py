@@ -14,6 +14,9 @@ from slimkernels import _checks
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
 
+# Placeholders for "no entry" are at or below this value in every format: -999 to -1e9, the lowest float or -inf. No
+# float32 softmax reaches so low.
+_LEAST_LOGPROB = -999.0
 # Rows by which the alignment is judged before anything is written.
 _JUDGED_ROWS = 512
 
@@ -36,12 +39,13 @@ class ImportReport(NamedTuple):
 
 
 class Document(NamedTuple):
-    """One document of a source: its location, (T,) token ids, (R,) positions, and (R, K) logits."""
+    """One document of a source: its location, (T,) token ids, (R,) positions, (R, K) logits, length of its prompt."""
 
     where: str
     input_ids: np.ndarray
     positions: np.ndarray
     teacher: SparseLogits
+    prompt_length: int = 0
 
 
 class Meaning(NamedTuple):
@@ -98,11 +102,15 @@ class Meaning(NamedTuple):
 def document(
     where: str, meaning: Meaning, input_ids: Any, positions: Any, ids: np.ndarray, values: np.ndarray, valid: np.ndarray
 ) -> Document:
-    """Makes a document from the data of a source, without the rows that have no valid entry.
+    """Makes a document from the data of a source, without placeholders and the rows that have no other entry.
+
+    A value of at most -999, such as -9999 or -inf, is a placeholder for an entry that is not there.
 
     Raises:
         ValueError: The same as in ``Meaning.rows``, with the location of the document.
     """
+    # The negation keeps NaN, which is an error and no placeholder.
+    valid = valid & ~(values <= _LEAST_LOGPROB)
     kept = valid.any(-1)
     try:
         teacher = meaning.rows(ids[kept], values[kept], valid[kept])
@@ -184,7 +192,7 @@ def write_documents(
                 if not len(item.positions) or item.input_ids in writer:
                     skipped += 1
                     continue
-                writer.add(item.input_ids, item.positions, item.teacher)
+                writer.add(item.input_ids, item.positions, item.teacher, prompt_length=item.prompt_length)
             except ValueError as error:
                 raise ValueError(f"{item.where}: {error}") from error
             added += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimkernels.models.sharding import full_tensor
 
 if TYPE_CHECKING:
-    # Rooms that do without transformers import this module.
+    # Packages that do not need transformers import this module.
     from transformers import PreTrainedTokenizerBase
 
 _SAMPLES_PER_PARAMETER = 1024
@@ -27,8 +27,32 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    return _tokenizer_fingerprint(tokenizer, tokenizer.get_vocab())
+
+
+def _fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Computes ``tokenizer_fingerprint``, and that of the tokenizer before a padding token was added to it.
+
+    An added padding token is the last of the vocabulary, so the other ids mean what they meant without it.
+    """
+    found = [tokenizer_fingerprint(tokenizer)]
+    vocab, pad = tokenizer.get_vocab(), tokenizer.pad_token
+    others = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk")}
+    if pad in vocab and pad not in others and vocab[pad] == max(vocab.values()):
+        found.append(
+            _tokenizer_fingerprint(tokenizer, {token: number for token, number in vocab.items() if token != pad})
+        )
+    return found
+
+
+def fingerprint_in_store(tokenizer: PreTrainedTokenizerBase, stored: str) -> str:
+    """Returns the fingerprint of a tokenizer: ``stored`` if only a padding token has been added to that one."""
+    return stored if stored in _fingerprints(tokenizer) else tokenizer_fingerprint(tokenizer)
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int]) -> str:
     content = {
-        "vocab": sorted(tokenizer.get_vocab().items()),
+        "vocab": sorted(vocab.items()),
         "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")},
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -47,7 +71,7 @@ def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
     stored = getattr(dataset, "tokenizer_fingerprint", None)
     if not stored or tokenizer is None:
         return
-    own = tokenizer_fingerprint(tokenizer)
+    own = fingerprint_in_store(tokenizer, stored)
     if own != stored:
         raise ValueError(
             f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
@@ -55,17 +79,23 @@ def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
         )
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module, *, only_frozen: bool = False) -> str:
     """Computes SHA-256 over the names, shapes, dtypes and evenly spaced elements of all parameters.
 
     It reads about a thousand elements of each parameter, which takes milliseconds. That tells apart training runs and
     quantisations, but may miss a change to a handful of weights.
+
+    Args:
+        model: The model. The processes that share a sharded one must all call this.
+        only_frozen: True to leave out the parameters that are trained, such as adapters.
 
     Returns:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, parameter, sample in _sampled_parameters(model, _SAMPLES_PER_PARAMETER):
+        if only_frozen and parameter.requires_grad:
+            continue
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(sample)
     return digest.hexdigest()[:16]
@@ -74,7 +104,8 @@ def weights_fingerprint(model: nn.Module) -> str:
 def trace_weights_fingerprint(model: nn.Module) -> str:
     """Returns a hash of the names, shapes and about 1000 elements of every parameter, as 16 hexadecimal digits.
 
-    Traces of searches hold this hash. It differs from ``weights_fingerprint``, which stores hold, in its inputs alone.
+    Traces of searches hold this hash, and existing ones must still resume. It never equals ``weights_fingerprint``,
+    which stores hold: both its inputs and its hash function differ.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter, sample in _sampled_parameters(model, 1000):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimkernels.models.head import LanguageModelHead, output_embeddings
-from slimkernels.models.hidden_states import empty_logits, forward_as, hidden_states
+from slimkernels.models.hidden_states import empty_logits, hidden_states
+from slimkernels.models.replaced import replaced
 from slimkernels.models.sharding import uses_fsdp
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.slim_result import SlimLoss
@@ -57,19 +58,13 @@ class HeadLoss:
 
     @contextlib.contextmanager
     def inside(self, model: PreTrainedModel) -> Iterator[None]:
-        """Makes calls of ``model``, or of a wrapper around it, with ``labels`` compute this loss within the context."""
+        """Makes calls of ``model``, or of a wrapper around it, with ``labels`` compute this loss within the context.
+
+        Other threads can call the model at the same time, with or without a loss of their own.
+        """
         self._model = model
-        had_own = "_loss_function" in model.__dict__
-        own = model.__dict__.get("_loss_function")
-        with forward_as(output_embeddings(model), self._head):
-            model.loss_function = self._loss
-            try:
-                yield
-            finally:
-                if had_own:
-                    model.loss_function = own
-                else:
-                    del model._loss_function
+        with replaced(output_embeddings(model), forward=self._head), replaced(model, loss_function=self._loss):
+            yield
 
     def _head(self, hidden: Tensor) -> Tensor:
         if self._hidden is not None:
@@ -151,7 +146,7 @@ def loss_of_batch(
         results.append(_loss_in_call(inner, hidden, target=batch["target"], **arguments))
         return results[-1].loss
 
-    with forward_as(inner, forward):
+    with replaced(inner, forward=forward):
         loss = model()
     return results[-1]._replace(loss=loss)
 
@@ -170,7 +165,7 @@ def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> S
         results.append(_loss_of_head(model, hidden, **arguments))
         return results[-1].loss
 
-    with forward_as(module, forward):
+    with replaced(module, forward=forward):
         loss = module(hidden)
     return results[-1]._replace(loss=loss)
 

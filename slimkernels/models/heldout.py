@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimkernels.models.batch import SlimCollator, teacher_rows
+from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.head_loss import loss_of_batch
 from slimkernels.models.perplexity import perplexity
@@ -25,7 +26,9 @@ class DocumentMetrics(NamedTuple):
         kl_ghost: Sum of the divergence from the teacher, in nats.
         teacher_mass: Sum of the teacher's probability of the kept ids.
         student_mass: Sum of the student's probability of the kept ids.
-        teacher_loss: Sum of the teacher's cross-entropy, in nats; None where the store lacks its logits of the labels.
+        teacher_loss: Sum of the teacher's cross-entropy, in nats, over the labels whose logit the store has; None where
+            it has none.
+        teacher_labels: Number of these labels.
     """
 
     labels: int
@@ -34,6 +37,7 @@ class DocumentMetrics(NamedTuple):
     teacher_mass: float
     student_mass: float
     teacher_loss: float | None
+    teacher_labels: int
 
 
 def evaluate_store(
@@ -59,7 +63,8 @@ def evaluate_store(
 
     Returns:
         ``perplexity``; ``loss``, its logarithm; ``kl_ghost``; ``teacher_perplexity``, the teacher's on the same labels
-        (only where the store has its logits of them); ``teacher_mass`` and ``student_mass``, the mean probability of
+        (only of those whose logit the store has, of which ``teacher_tokens`` is the number where it is not all);
+        ``teacher_mass`` and ``student_mass``, the mean probability of
         the kept ids; ``tokens``, the number of labels; ``tokens_per_second``.
 
     Raises:
@@ -85,9 +90,11 @@ def evaluate_store(
         "tokens": num_tokens,
         "tokens_per_second": num_tokens / seconds,
     }
-    teacher_losses = [metrics.teacher_loss for metrics in found if metrics.teacher_loss is not None]
-    if len(teacher_losses) == len(found):
-        result["teacher_perplexity"] = perplexity(sum(teacher_losses) / num_tokens)
+    num_known = sum(metrics.teacher_labels for metrics in found)
+    if num_known:
+        result["teacher_perplexity"] = perplexity(sum(metrics.teacher_loss or 0.0 for metrics in found) / num_known)
+    if num_known != num_tokens:
+        result["teacher_tokens"] = num_known
     return result
 
 
@@ -107,12 +114,8 @@ def evaluate_documents(
     collator, device = SlimCollator(vocab_size=head.vocab_size), head.weight.device
     for first in range(0, len(documents), batch_size):
         batch = [documents[index] for index in range(first, min(first + batch_size, len(documents)))]
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluation_mode(model):
             found = _evaluate_batch(model, collator(batch), [len(document.positions) for document in batch], device)
-        finally:
-            model.train(was_training)
         yield from found
 
 
@@ -125,10 +128,18 @@ def _evaluate_batch(
     result = loss_of_batch(model, batch, teacher=teacher, rest="ghost", token_weight="none", reduction="none")
     terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
     if teacher.target_logit is not None:
-        terms.append(teacher.lse_at(1.0) - teacher.target_logit)
-    rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 5)
+        # A logit of NaN or -inf is that of a label which is not known, or was not kept.
+        is_known = teacher.target_logit.isfinite()
+        terms += [torch.where(is_known, teacher.lse_at(1.0) - teacher.target_logit, 0.0), is_known]
+    rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 6)
     sums = [part.sum(0).tolist() for part in rows.split(counts)]
     return [
-        DocumentMetrics(count, loss, kl, teacher_mass, student_mass, known[0] if known else None)
+        DocumentMetrics(count, loss, kl, teacher_mass, student_mass, *_known(known))
         for count, (loss, kl, teacher_mass, student_mass, *known) in zip(counts, sums, strict=True)
     ]
+
+
+def _known(sums: list[float]) -> tuple[float | None, int]:
+    """Returns the teacher's loss, None where no label is known, and the number of labels that are."""
+    loss, count = sums or (0.0, 0.0)
+    return (loss if count else None), int(count)

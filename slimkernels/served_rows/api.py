@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from slimkernels.served_rows.tokens import ServerToken
-from slimkernels.serving.client import ServerClient, ServerRequestError
+from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
 from slimkernels.serving.kinds import Kind
 
 
@@ -19,12 +20,14 @@ class Request(NamedTuple):
         content: Message of the user, for chat.
         seed: Seed of the draws.
         number: Number of the document, for errors.
+        labels: Ascending positions of the tokens that a scored document has rows for; None for all but the first.
     """
 
     prompt_ids: list[int]
     content: str = ""
     seed: int = 0
     number: int = 0
+    labels: Sequence[int] | None = None
 
 
 class Position(NamedTuple):
@@ -44,6 +47,7 @@ class Answer(NamedTuple):
         prompt_ids: Ids of the tokens that the server read; None if it does not give them.
         prompt_tokens: Number of tokens that the server read; None if it does not say.
         generated_tokens: Number of tokens that the server generated; None if it does not say.
+        finish_reason: Reason for which the text ended, in the server's words; None if it does not say.
     """
 
     positions: list[Position]
@@ -52,6 +56,7 @@ class Answer(NamedTuple):
     prompt_ids: list[int] | None
     prompt_tokens: int | None
     generated_tokens: int | None
+    finish_reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,22 +85,22 @@ class ServerApi:
         """Lets the server continue a prompt.
 
         Raises:
-            ServerRequestError, ServerUnavailableError: The same as in ``ServerClient.post``; also for an answer without
-                log-probabilities.
+            ServerRequestError, UnusableAnswerError, ServerUnavailableError: The same as in ``ServerClient.post``, which
+                asks again for an answer that cannot be read or has a text without log-probabilities.
         """
         path, payload, read = {
             "completions": ("/completions", self._completions, _choice),
             "chat": ("/chat/completions", self._chat, _choice),
             "llama.cpp": ("../completion", self._llama_cpp, _llama_cpp_choice),
         }[self.api]
-        return _read(self.client.post(path, payload(request)), read)
+        return self.client.post(path, payload(request), functools.partial(_read, choice_of=read))
 
     def score(self, request: Request) -> Answer:
         """Asks for the log-probabilities of every token of a document after the first.
 
         Raises:
-            ServerRequestError, ServerUnavailableError: The same as in ``ServerClient.post``; also for a server that
-                cannot score text.
+            ServerRequestError, UnusableAnswerError, ServerUnavailableError: The same as in ``ServerClient.post``, which
+                asks again for an answer that cannot be read or lacks tokens; also for a server that cannot score text.
         """
         # Asks for one token, which is thrown away, because not every server accepts max_tokens=0.
         payload = {"model": self.model, "prompt": request.prompt_ids, "max_tokens": 1, "temperature": 0.0}
@@ -104,14 +109,23 @@ class ServerApi:
             payload["prompt_logprobs"] = self.top_logprobs
         else:
             payload |= {"echo": True, "logprobs": self.top_logprobs}
-        answer = _read(self.client.post("/completions", payload), _prompt_choice if self.kind == "vllm" else _choice)
-        if len(answer.positions) < length:
-            raise ServerRequestError(
-                f"{self.client.url} gave logprobs for {len(answer.positions)} of the {length} tokens of a given text: "
-                "it does not support echo with logprobs (llama.cpp does not); let it generate from prompts instead, or "
-                "capture the model itself with capture()"
+
+        def read(content: dict[str, Any]) -> Answer:
+            answer = _read(content, _prompt_choice if self.kind == "vllm" else _choice)
+            given = (
+                f"{self.client.url} gave logprobs for {len(answer.positions)} of the {length} tokens of a given text"
             )
-        return answer._replace(positions=answer.positions[1:length])
+            # A server without echo gives those of the one generated token.
+            if len(answer.positions) <= 1 < length:
+                raise ServerRequestError(
+                    f"{given}: it does not support echo with logprobs (llama.cpp does not); let it generate from "
+                    "prompts instead, or capture the model itself with capture()"
+                )
+            if len(answer.positions) < length:
+                raise UnusableAnswerError(given)
+            return answer._replace(positions=answer.positions[1:length])
+
+        return self.client.post("/completions", payload, read)
 
     def _completions(self, request: Request) -> dict[str, Any]:
         return {"prompt": request.prompt_ids, "logprobs": self.top_logprobs} | self._options(request)
@@ -143,20 +157,35 @@ class ServerApi:
 def _read(
     content: dict[str, Any], choice_of: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
 ) -> Answer:
-    """Reads an answer; ``choice_of`` returns its choice, in the form of a chat or a completion, and its usage."""
+    """Reads an answer, and judges whether it has the form of one.
+
+    An answer without text and log-probabilities is one: the model said nothing, called a tool, or was cut off by a
+    filter.
+
+    Args:
+        content: The JSON object of the server.
+        choice_of: Function that returns its choice, in the form of a chat or a completion, and its usage.
+
+    Raises:
+        UnusableAnswerError: There is no choice, its text has no log-probabilities, or parts of them are missing.
+    """
     try:
         choice, usage = choice_of(content)
         text = choice["message"].get("content") if "message" in choice else choice["text"]
+        positions = _positions(choice.get("logprobs") or {"content": None})
+        if text and not positions:
+            raise ValueError("it has a text without logprobs")
         return Answer(
-            positions=_positions(choice["logprobs"]),
+            positions=positions,
             text=text or "",
             token_ids=choice.get("token_ids"),
             prompt_ids=choice.get("prompt_token_ids", content.get("prompt_token_ids")),
             prompt_tokens=usage.get("prompt_tokens"),
             generated_tokens=usage.get("completion_tokens"),
+            finish_reason=choice.get("finish_reason"),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ServerRequestError(
+        raise UnusableAnswerError(
             f"the server's answer must hold a choice with logprobs, but cannot be read ({type(error).__name__}: "
             f"{error}); it begins {str(content)[:200]!r}: does this server give logprobs?"
         ) from error
@@ -187,6 +216,7 @@ def _llama_cpp_choice(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str
         "text": content["content"],
         "token_ids": content["tokens"],
         "logprobs": {"content": content.get("completion_probabilities", [])},
+        "finish_reason": {"limit": "length", "eos": "stop", "word": "stop"}.get(str(content.get("stop_type"))),
     }
     return choice, {"prompt_tokens": content["tokens_evaluated"], "completion_tokens": content["tokens_predicted"]}
 

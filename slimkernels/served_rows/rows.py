@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,18 @@ class ServedDocument(NamedTuple):
     teacher: SparseLogits
 
 
+class DroppedAnswer(NamedTuple):
+    """An answer that makes no document.
+
+    Attributes:
+        reason: Clause that says why.
+    """
+
+    reason: str
+
+
 class AnswerReader:
-    """Turns answers into documents, and counts the entries without an id.
+    """Turns answers into documents, or says why they make none, and counts the entries without an id.
 
     Args:
         server: The server that answered.
@@ -47,8 +57,8 @@ class AnswerReader:
         self._max_unmapped_fraction = max_unmapped_fraction
         self.tokens = tokens
 
-    def scored(self, request: Request, answer: Answer) -> ServedDocument:
-        """Returns the scored document, with a row for every token but the first.
+    def scored(self, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
+        """Returns the scored document, with a row for every label.
 
         Raises:
             ServerRequestError: The server read other tokens, or its numbers are not log-probabilities.
@@ -61,19 +71,23 @@ class AnswerReader:
                     f"{self._url} scored {position.chosen.text!r} where the document has token {ids[place]} at "
                     f"{place}: it did not read the tokens that it was sent, or put others in front"
                 )
-        return ServedDocument(ids, *self._rows(range(1, len(ids)), answer.positions))
+        labels = range(1, len(ids)) if request.labels is None else request.labels
+        return self._document(ids, labels, [answer.positions[label - 1] for label in labels])
 
-    def generated(self, request: Request, answer: Answer) -> ServedDocument | None:
+    def generated(self, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
         """Returns the prompt and its continuation, with a row for every reported token of the continuation.
 
-        Returns:
-            The document, or None if one of the generated tokens has no known id.
+        An answer makes no document if nothing was generated, one of its tokens has no known id, tokens are missing, or
+        no row has an entry. Servers may count the end of text, which they do not list.
 
         Raises:
             ServerRequestError: The server read other tokens, or its numbers are not log-probabilities.
         """
         self._check_prompt(request, answer)
         reported = [position.chosen for position in answer.positions]
+        if not reported:
+            reason = "" if answer.finish_reason is None else f" (finish reason {answer.finish_reason!r})"
+            return DroppedAnswer(f"an answer is empty{reason}")
         generated, places = list(answer.token_ids or ()), []
         if answer.token_ids is not None:
             places = list(self.tokens.split(generated, reported))
@@ -87,12 +101,15 @@ class AnswerReader:
                     return self._dropped(answer, token)
                 generated += pieces
                 places.append(len(generated) - 1)
-            is_whole = answer.generated_tokens in (None, len(generated))
-            is_known = is_whole and _agree(self.tokens.text_of(generated), answer.text)
+            is_known = _agree(self.tokens.text_of(generated), answer.text)
         ids = request.prompt_ids + generated
         if not is_known or max(ids) >= self.tokens.vocab_size:
             return self._dropped(answer, ServerToken(answer.text[:40], 0.0))
-        return ServedDocument(ids, *self._rows([len(request.prompt_ids) + place for place in places], answer.positions))
+        counted = answer.generated_tokens
+        with_end = len(generated) + (answer.token_ids is None and answer.finish_reason != "length")
+        if answer.token_ids is None and counted is not None and not len(generated) <= counted <= with_end:
+            return DroppedAnswer(f"the server counts {counted} generated tokens, but lists {len(generated)}")
+        return self._document(ids, [len(request.prompt_ids) + place for place in places], answer.positions)
 
     def check_unmapped(self, *, is_last: bool = False) -> None:
         """Checks the share of entries without an id, once there are enough entries or at the end.
@@ -109,13 +126,23 @@ class AnswerReader:
                 "server that names tokens by id or bytes"
             )
 
-    def _dropped(self, answer: Answer, token: ServerToken) -> None:
+    def _dropped(self, answer: Answer, token: ServerToken) -> DroppedAnswer:
         """Counts all entries of an answer as lost because of one token."""
         lost = sum(1 + len(position.top) for position in answer.positions)
         self.tokens.seen += lost
         self.tokens.count_unmapped(token, lost)
+        return DroppedAnswer(f"the tokens of {token.text!r} have no known ids in the tokenizer")
 
-    def _rows(self, places: Iterable[int], positions: list[Position]) -> tuple[list[int], SparseLogits]:
+    def _document(
+        self, ids: list[int], places: Sequence[int], positions: Sequence[Position]
+    ) -> ServedDocument | DroppedAnswer:
+        """Returns the document of token ids and the rows at some of its places."""
+        kept_places, teacher = self._rows(places, positions)
+        if not kept_places:
+            return DroppedAnswer("no entry of an answer has an id in the tokenizer")
+        return ServedDocument(ids, kept_places, teacher)
+
+    def _rows(self, places: Sequence[int], positions: Sequence[Position]) -> tuple[list[int], SparseLogits]:
         """Returns the rows that have at least one entry, and their positions in the document."""
         top_logprobs = self._top_logprobs
         kept_places, rows, target_logits = [], [], []

@@ -23,6 +23,7 @@ _MAX_RETRY_AFTER_S = 900.0
 _RETRIED = frozenset({408, 409, 425, 429})
 # Error codes that some servers send with status 429 although waiting does not help.
 _PERMANENT_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+_PAYMENT_REQUIRED = 402
 _SHOWN_CHARACTERS = 300
 # Requests per worker that may be in flight, or answered and waiting for an earlier one.
 _WINDOW = 4
@@ -35,8 +36,17 @@ class ServerRequestError(ValueError):
     """The server refused a request or sent an unusable answer; repeating the request would not help."""
 
 
+class UnusableAnswerError(ServerRequestError):
+    """An answer with a good status that cannot be used; every repetition of the request got such an answer too."""
+
+
 class ServerUnavailableError(OSError):
     """The server did not answer any of the attempts."""
+
+
+def as_it_is(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of an answer."""
+    return content
 
 
 class _Client:
@@ -70,7 +80,9 @@ class _Client:
         """Returns the URL of a path below the base URL; "../" starts from its parent."""
         return self.url.rpartition("/")[0] + path[2:] if path.startswith("../") else self.url + path
 
-    def _outcome(self, name: str, response: Any, attempts: int, max_retries: int) -> _Wait | dict[str, Any]:
+    def _outcome(
+        self, name: str, response: Any, attempts: int, max_retries: int, read: Callable[[dict[str, Any]], Any]
+    ) -> _Wait | _Content:
         """Returns the content of a response, or the time to wait before the next attempt, or raises.
 
         Args:
@@ -78,20 +90,29 @@ class _Client:
             response: The response, or the exception that the request raised.
             attempts: Number of attempts so far.
             max_retries: Repetitions allowed.
+            read: Function that reads the content; what it raises ``UnusableAnswerError`` for is waited for again.
         """
-        retry_after = None
+        retry_after = unusable = None
         if isinstance(response, Exception):
             problem = f"{type(response).__name__}: {response}" if str(response) else type(response).__name__
         else:
+            status = _status(response)
+            problem = f"status {status}: {self._said(response)}"
+            if not 200 <= status < 300 and not _is_temporary(response, status):
+                kind = _NotFoundError if status in (404, 405) else ServerRequestError
+                raise kind(f"the server refused {name} with {self._clean(problem)}{_advice(status)}")
             if response.is_success:
-                return self._content(response, name)
-            problem = f"status {response.status_code}: {self._said(response)}"
-            if not _is_temporary(response):
-                kind = _NotFoundError if response.status_code in (404, 405) else ServerRequestError
-                raise kind(f"the server refused {name} with {self._clean(problem)}{_advice(response)}")
+                try:
+                    return _Content(read(self._content(response, name)))
+                except UnusableAnswerError as error:
+                    problem, unusable = str(error), error
             retry_after = _retry_after_s(response.headers.get("Retry-After"))
         if attempts > max_retries or (retry_after or 0.0) > _MAX_RETRY_AFTER_S:
             waits = "" if retry_after is None else f"; it asks to wait {retry_after:.0f} s"
+            if unusable is not None:
+                raise UnusableAnswerError(
+                    f"{name} was answered {attempts} times, but no answer can be used: {self._clean(problem)}"
+                ) from unusable
             raise ServerUnavailableError(
                 f"{name} failed {attempts} times, at last with {self._clean(problem)}{waits}: start again when the "
                 "server answers"
@@ -104,9 +125,11 @@ class _Client:
             content = response.json()
         except ValueError:
             content = None
-        if isinstance(content, dict):
+        if isinstance(content, dict) and not content.get("error"):
             return content
-        raise ServerRequestError(
+        if isinstance(content, dict):
+            raise UnusableAnswerError(f"the server reports an error: {self._said(response)}")
+        raise UnusableAnswerError(
             f"{name.partition(' ')[2]} must answer with a JSON object, got "
             f"{response.headers.get('Content-Type', 'no content type')} {self._said(response)!r}: is "
             "this the base URL of an OpenAI-compatible server?"
@@ -128,6 +151,12 @@ class _Client:
         return text
 
 
+class _Content(NamedTuple):
+    """The content of a response, as it was read."""
+
+    value: Any
+
+
 class _Wait(NamedTuple):
     """Seconds to wait before a repetition: the client's own backoff, plus the time that the server asks for."""
 
@@ -139,9 +168,10 @@ class ServerClient(_Client):
     """Client of one server for several threads.
 
     A request is repeated when the server cannot be reached, drops the connection, sends nothing for ``timeout_s``, or
-    answers with status 408, 409, 425, 429 or 5xx. The client waits ``backoff_s``, then twice that, four times that,
-    and so on up to a minute, each reduced by a random amount of up to a half so that clients do not return together.
-    The ``Retry-After`` of a response adds to the wait and delays all other requests too.
+    answers with status 408, 409, 425, 429 or 5xx, or with a good status and something that cannot be used: no JSON
+    object, an error object, or what the reader of ``post`` does not accept. The client waits ``backoff_s``, then twice
+    that, four times that, and so on up to a minute, each reduced by a random amount of up to a half so that clients do
+    not return together. The ``Retry-After`` of a response adds to the wait and delays all other requests too.
 
     Args:
         url: Base URL, such as ``http://localhost:8000/v1``; a URL without a path gets ``/v1``. A user name and
@@ -187,22 +217,25 @@ class ServerClient(_Client):
         """Returns the JSON object at ``url + path``, or None if the server has none there (404, 405)."""
         try:
             # One retry only: this is the first request, and a mistyped URL should fail fast.
-            return self._ask("GET", path, None, min(self._max_retries, 1))
+            return self._ask("GET", path, None, min(self._max_retries, 1), as_it_is)
         except _NotFoundError:
             return None
 
-    def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Sends a JSON object and returns the JSON object in the answer.
+    def post(self, path: str, payload: dict[str, Any], read: Callable[[dict[str, Any]], Result] = as_it_is) -> Result:
+        """Sends a JSON object and returns the JSON object in the answer, or what a function reads in it.
 
         Args:
             path: Path below the base URL; "../completion" replaces the last part of the base URL.
             payload: The object to send.
+            read: Function that reads the answer. It raises ``UnusableAnswerError`` for one that the server should be
+                asked for again.
 
         Raises:
             ServerRequestError: The server refused the request.
+            UnusableAnswerError: The server answered every attempt with something that cannot be used.
             ServerUnavailableError: Every attempt failed.
         """
-        return self._ask("POST", path, payload, self._max_retries)
+        return self._ask("POST", path, payload, self._max_retries, read)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yields each item with its result, in order; ``concurrency`` of them are computed at the same time.
@@ -249,7 +282,14 @@ class ServerClient(_Client):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, method: str, path: str, payload: dict[str, Any] | None, max_retries: int) -> dict[str, Any]:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None,
+        max_retries: int,
+        read: Callable[[dict[str, Any]], Any],
+    ) -> Any:
         url = self._url_of(path)
         for attempts in itertools.count(1):
             self._turns.wait()
@@ -257,9 +297,9 @@ class ServerClient(_Client):
                 response = self._http.request(method, url, json=payload)
             except self._request_errors as error:
                 response = error
-            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries)
-            if isinstance(outcome, dict):
-                return outcome
+            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries, read)
+            if isinstance(outcome, _Content):
+                return outcome.value
             if outcome.retry_after:
                 self._turns.pause(outcome.retry_after)
             if self._stop.wait(sum(outcome)):
@@ -324,11 +364,24 @@ def _key(key_env: str | None) -> str | None:
     return key or None
 
 
-def _is_temporary(response: Any) -> bool:
-    if response.status_code not in _RETRIED and response.status_code < 500:
+def _status(response: Any) -> int:
+    """Returns the status of a response; that of the error in its body where the body has one, as proxies send."""
+    try:
+        code = response.json()["error"]["code"]
+        if response.is_success and str(code).isdecimal() and 400 <= int(code) < 600:
+            return int(code)
+        if response.is_success and code in _PERMANENT_CODES:
+            return _PAYMENT_REQUIRED
+    except (ValueError, KeyError, TypeError):
+        pass
+    return response.status_code
+
+
+def _is_temporary(response: Any, status: int) -> bool:
+    if status not in _RETRIED and status < 500:
         return False
     # 501 Not Implemented is permanent.
-    if response.status_code == 501:
+    if status == 501:
         return False
     try:
         return response.json()["error"]["code"] not in _PERMANENT_CODES
@@ -336,8 +389,8 @@ def _is_temporary(response: Any) -> bool:
         return True
 
 
-def _advice(response: Any) -> str:
-    if response.status_code in (401, 403):
+def _advice(status: int) -> str:
+    if status in (401, 403):
         return f"; keys are read from the environment: {DEFAULT_KEY_ENV}, or the variable named by key_env (--key-env)"
     return ""
 

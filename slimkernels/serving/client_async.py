@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import Any
 
-from slimkernels.serving.client import _Client, _NotFoundError
+from slimkernels.serving.client import Result, _Client, _Content, _NotFoundError, as_it_is
 
 
 class AsyncServerClient(_Client):
@@ -49,19 +50,28 @@ class AsyncServerClient(_Client):
         """Returns the JSON object at ``url + path``, or None if the server has none there (404, 405)."""
         try:
             # One retry only: this is the first request, and a mistyped URL should fail fast.
-            return await self._ask("GET", path, None, min(self._max_retries, 1))
+            return await self._ask("GET", path, None, min(self._max_retries, 1), as_it_is)
         except _NotFoundError:
             return None
 
-    async def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Sends a JSON object and returns the one in the answer; path and errors are those of ``ServerClient.post``."""
-        return await self._ask("POST", path, payload, self._max_retries)
+    async def post(
+        self, path: str, payload: dict[str, Any], read: Callable[[dict[str, Any]], Result] = as_it_is
+    ) -> Result:
+        """Sends a JSON object and reads the one in the answer, as ``ServerClient.post`` does."""
+        return await self._ask("POST", path, payload, self._max_retries, read)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
 
-    async def _ask(self, method: str, path: str, payload: dict[str, Any] | None, max_retries: int) -> dict[str, Any]:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        payload: dict[str, Any] | None,
+        max_retries: int,
+        read: Callable[[dict[str, Any]], Any],
+    ) -> Any:
         url = self._url_of(path)
         for attempts in itertools.count(1):
             async with self._places:
@@ -70,9 +80,9 @@ class AsyncServerClient(_Client):
                     response: Any = await self._http.request(method, url, json=payload)
                 except self._request_errors as error:
                     response = error
-            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries)
-            if isinstance(outcome, dict):
-                return outcome
+            outcome = self._outcome(f"{method} {url}", response, attempts, max_retries, read)
+            if isinstance(outcome, _Content):
+                return outcome.value
             self._next = max(self._next, asyncio.get_running_loop().time() + outcome.retry_after)
             await asyncio.sleep(sum(outcome))
         raise AssertionError("unreachable")

@@ -30,6 +30,7 @@ from slimkernels.store.format import (
     shard_name,
 )
 from slimkernels.store.manifest import load_manifest
+from slimkernels.store.prompts import prompts_name
 from slimkernels.store.quantisation import quantisation_error
 from slimkernels.store.reader import Store, tokens_as_int32
 
@@ -137,10 +138,11 @@ def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
 
 def _check_files(store: Store, names: set[str]) -> None:
     next_shard = shard_name(len(store.shards))
-    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX}
+    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX, prompts_name(next_shard)}
     if MANIFEST_NAME + TEMPORARY_SUFFIX in names:
         leftovers.add(next_shard)
-    _check_names(store.path, names, {MANIFEST_NAME, *(entry.file for entry in store.shards)}, leftovers)
+    shards = [entry.file for entry in store.shards]
+    _check_names(store.path, names, {MANIFEST_NAME, *shards, *map(prompts_name, shards)}, leftovers)
 
 
 def _check_names(directory: Path, names: set[str], expected: set[str], leftovers: set[str]) -> None:
@@ -180,7 +182,9 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     entries = sum(entry.entries for entry in shards)
     tokens = sum(entry.tokens for entry in shards)
     folders = [store.path, *(store.path / part_name(part) for part in range(store.num_parts or 0))]
-    total = sum((folder / MANIFEST_NAME).stat().st_size for folder in folders) + sum(entry.bytes for entry in shards)
+    prompts = [store.path / prompts_name(entry.file) for entry in shards]
+    files = [*(folder / MANIFEST_NAME for folder in folders), *(path for path in prompts if path.exists())]
+    total = sum(path.stat().st_size for path in files) + sum(entry.bytes for entry in shards)
     id_bits = 0.0
     for number, entry in enumerate(shards):
         if entry.top_k is not None:

@@ -30,6 +30,9 @@ except ImportError as error:
 VALUE_BITS = {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}
 # Codecs with a scale and a zero per row.
 AFFINE_CODECS = ("affine8", "affine6")
+# Distance in nats below the maximum of a row beyond which a writer drops an entry. Only the affine codecs spread their
+# values over the whole row: at most 40 nats, a step is at most 0.16 (affine8).
+FAR_NATS = {"affine8": 40.0, "affine6": 30.0}
 HASH_BYTES = 16
 
 # Messages for the values of RowFault in csrc/store/elias_fano.h.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from slimkernels.packed_logits import PackedLogits
 from slimkernels.sparse_logits import SparseLogits
@@ -161,6 +162,8 @@ def collate_documents(
 ) -> dict[str, Any]:
     """Makes one right-padded batch of B documents of at most T tokens with N labels in total.
 
+    A ``DataLoader`` that is given no ``collate_fn`` calls this with the defaults.
+
     Args:
         documents: Documents of a store, either all packed or none.
         pad_token_id: Token that fills ``input_ids`` after each document; never a label and never attended to.
@@ -168,8 +171,9 @@ def collate_documents(
 
     Returns:
         ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the index in B * T of the
-        hidden state that predicts each label; ``target`` (N,) int64; ``teacher`` PackedLogits or SparseLogits of N
-        rows, or None.
+        hidden state that predicts each label; ``target`` (N,) int64; ``prompt_lengths`` (B,) int64, the number of
+        tokens of each document's prompt, or those before its first label where that is not known; ``teacher``
+        PackedLogits or SparseLogits of N rows, or None.
 
     Raises:
         ValueError: There are no documents, or a position is outside [1, T).
@@ -196,5 +200,20 @@ def collate_documents(
         "attention_mask": attention_mask,
         "rows": torch.cat(rows),
         "target": torch.cat(targets),
+        "prompt_lengths": torch.tensor([_prompt_length(document) for document in documents]),
         "teacher": kind.cat([document.teacher for document in documents]) if with_teacher else None,
     }
+
+
+def _collate_default(documents: Sequence[Document | PackedDocument], *, collate_fn_map: Any = None) -> dict[str, Any]:
+    return collate_documents(documents)
+
+
+# A DataLoader without a collate_fn looks here for types that are no tensors.
+default_collate_fn_map.update(dict.fromkeys((Document, PackedDocument), _collate_default))
+
+
+def _prompt_length(document: Document | PackedDocument) -> int:
+    if document.prompt_length:
+        return document.prompt_length
+    return int(document.positions[0]) if len(document.positions) else len(document.input_ids)

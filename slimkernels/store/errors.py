@@ -85,6 +85,10 @@ class ShardChecksumError(StoreError):
     """The bytes of a shard are not those that were written."""
 
 
+class PromptLengthsError(StoreError):
+    """The prompt lengths next to a shard are damaged, or belong to another shard."""
+
+
 class DocumentDamagedError(StoreError):
     """The token ids of a document do not match its hash, or lie outside the vocabulary."""
 
@@ -122,4 +126,4 @@ class MissingDocumentError(StoreError):
 
 
 class StoreLockedError(StoreError):
-    """Another writer holds the store."""
+    """Another writer holds the store, or its file system has no locks."""

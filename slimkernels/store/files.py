@@ -40,7 +40,8 @@ def lock_directory(path: Path, wait_s: float = 0.0) -> int:
     """Locks a store for writing; the returned descriptor holds the lock until it is closed or the process ends.
 
     Raises:
-        StoreLockedError: Another writer still holds the lock after ``wait_s`` seconds, or the file system has no locks.
+        StoreLockedError: Another writer still holds the lock after ``wait_s`` seconds, or the file system has no locks;
+            the message says which.
     """
     descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -49,5 +50,5 @@ def lock_directory(path: Path, wait_s: float = 0.0) -> int:
         os.close(descriptor)
         if isinstance(error, FileInUseError):
             raise StoreLockedError(f"{path} is held by another writer: wait until it is closed") from error
-        raise StoreLockedError(f"{path} cannot be locked ({error.strerror}): choose another file system") from error
+        raise StoreLockedError(str(error)) from error
     return descriptor

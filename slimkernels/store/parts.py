@@ -104,12 +104,12 @@ class RankWriter:
             part = part_of(document_hash(tokens_as_int32(input_ids, self.vocab_size)), self.num_parts)
         return part if part in self._writers else None
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits) -> None:
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits, *, prompt_length: int = 0) -> None:
         """Buffers one document as ``StoreWriter.add`` does; raises ValueError for a document of another rank."""
         part = self.part_of(input_ids)
         if part is None:
             raise ValueError("the document belongs to another rank: add it only where `part_of(input_ids)` is not None")
-        self._writers[part].add(input_ids, positions, teacher)
+        self._writers[part].add(input_ids, positions, teacher, prompt_length=prompt_length)
 
     def flush(self) -> None:
         """Writes the buffered documents of every part of this rank."""

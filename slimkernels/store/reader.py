@@ -34,7 +34,9 @@ from slimkernels.store.errors import (
     ShardSizeError,
 )
 from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
+from slimkernels.store.identity import store_fingerprint
 from slimkernels.store.manifest import load_manifest, load_shards
+from slimkernels.store.prompts import read_prompt_lengths
 
 _DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
 _VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,11 +54,13 @@ class Document:
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
         teacher: SparseLogits (R, K): ids int32, logits, lse and target_logit float32. K is the number of entries of the
             largest row (at least 1); smaller rows are padded with id -1 and logit 0.
+        prompt_length: Number of tokens at the beginning that are a prompt; 0 where the store does not know.
     """
 
     input_ids: Tensor
     positions: Tensor
     teacher: SparseLogits
+    prompt_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +70,7 @@ class PackedDocument:
     input_ids: Tensor
     positions: Tensor
     teacher: PackedLogits
+    prompt_length: int = 0
 
 
 def tokens_as_int32(input_ids: Any, vocab_size: int) -> np.ndarray:
@@ -85,8 +90,8 @@ class Shard:
     """A memory-mapped shard; size, header and index are checked on opening, documents and rows when they are read.
 
     Attributes:
-        arrays: Tensors by name; ``id_words`` and ``values`` are flat, ``values`` as bytes. Those of the index are
-            copies, so that they cannot change after the check; the others are mapped.
+        arrays: Tensors by name, and ``prompt_lengths`` (D,); ``id_words`` and ``values`` are flat, ``values`` as
+            bytes. Those of the index are copies, so that they cannot change after the check; the others are mapped.
     """
 
     def __init__(self, path: Path, settings: StoreSettings, entry: ShardEntry) -> None:
@@ -107,6 +112,8 @@ class Shard:
             array = np.frombuffer(head if spec.stop <= layout.head_bytes else self._map, dtype, count, spec.start)
             self.arrays[spec.name] = array if spec.name in ("id_words", "values") else array.reshape(spec.shape)
         self._check_index()
+        counts = np.diff(self.arrays["document_token_offsets"])
+        self.arrays["prompt_lengths"] = read_prompt_lengths(path, entry, counts)
 
     def _check_index(self) -> None:
         entry, arrays = self.entry, self.arrays
@@ -286,6 +293,23 @@ class Store(Sequence[Document]):
         return self.settings.temperatures
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the store's documents, rows and settings, which does not depend on names and places."""
+        return store_fingerprint(self.settings, self.shards)
+
+    def longest_document(self) -> int:
+        """Returns the number of tokens of the longest document, from 8 bytes of the index for each document."""
+        longest = 0
+        for entry in self.shards:
+            layout = shard_layout(self.settings, entry)
+            spec = next(spec for spec in layout.tensors if spec.name == "document_token_offsets")
+            with open_shard(self.path, entry, layout) as file:
+                file.seek(spec.start)
+                offsets = np.frombuffer(file.read(spec.stop - spec.start), _DTYPES[spec.dtype])
+            longest = max(longest, int(np.diff(offsets).max(initial=0)))
+        return longest
+
+    @property
     def num_rows(self) -> int:
         """The number of teacher rows of all documents."""
         return sum(entry.rows for entry in self.shards)
@@ -317,6 +341,7 @@ class Store(Sequence[Document]):
             input_ids=torch.from_numpy(input_ids.astype(np.int64)),
             positions=torch.from_numpy(shard.arrays["positions"][start:stop].astype(np.int64)),
             teacher=teacher(shard, start, stop, index),
+            prompt_length=int(shard.arrays["prompt_lengths"][local]),
         )
 
     def row(self, index: int, position: int) -> SparseLogits:

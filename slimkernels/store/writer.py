@@ -15,6 +15,7 @@ import torch
 from slimkernels.durable import sync_directory, write_atomically, write_durably
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
+    FAR_NATS,
     EncodedRows,
     document_hash,
     encode_rows,
@@ -36,6 +37,8 @@ from slimkernels.store.format import (
     shard_layout,
     shard_name,
 )
+from slimkernels.store.identity import changed_settings
+from slimkernels.store.prompts import prompts_content, prompts_name
 from slimkernels.store.reader import Store, tokens_as_int32
 
 _SHARD_BYTES = 64 << 20
@@ -47,6 +50,7 @@ class _Pending:
     digest: bytes
     positions: np.ndarray
     rows: EncodedRows
+    prompt_length: int
 
 
 class StoreWriter:
@@ -61,7 +65,8 @@ class StoreWriter:
         path: Directory of the store, made if it does not exist.
         vocab_size: V, in [1, 2^31).
         tokenizer_fingerprint: Text that identifies the tokenizer.
-        teacher: JSON object that describes the teacher (name, revision, dtype, ...).
+        teacher: JSON object that describes the teacher (name, revision, dtype, ...). Where it has "weights", a
+            fingerprint, an existing store is compared by that alone, so the teacher can be renamed.
         selection: JSON object that describes how the kept ids were chosen.
         temperatures: Temperatures of every teacher's lse; the first is 1.0.
         codec: Encoding of the logits: "affine8" (8 bits; an error of at most half a step of (max - min) / 255, the
@@ -114,15 +119,18 @@ class StoreWriter:
             self._release()
             raise
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits) -> None:
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits, *, prompt_length: int = 0) -> None:
         """Buffers one document.
 
         Args:
             input_ids: (T,) integers in [0, V), T >= 1, as a tensor, an array or a list.
             positions: (R,) integers, ascending in [1, T). Row r predicts ``input_ids[positions[r]]``.
             teacher: SparseLogits (R, K) for V ids. Every row keeps at least one entry; kept logits are finite.
+                The affine codecs drop the entries of a row that lie more than ``FAR_NATS[codec]`` times the largest
+                temperature below its maximum, because one such entry would make the steps of all others coarse.
                 A NaN ``target_logit`` means that the teacher's logit of the label is not known. Without a
                 ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept.
+            prompt_length: Number of tokens at the beginning that are a prompt, in [0, T]; 0 if that is not known.
 
         Raises:
             DuplicateDocumentError: A document with these ids is already stored or buffered.
@@ -136,8 +144,12 @@ class StoreWriter:
                 f"a document of these {len(ids)} token ids is in the store already: skip it when `input_ids in writer`"
             )
         at = _positions_as_int32(positions, len(ids))
+        if not 0 <= prompt_length <= len(ids):
+            raise ValueError(
+                f"prompt_length must lie in [0, {len(ids)}], the number of input_ids, got {prompt_length!r}"
+            )
         rows = self._encode(ids, at, teacher)
-        self._pending.append(_Pending(ids, digest, at, rows))
+        self._pending.append(_Pending(ids, digest, at, rows, int(prompt_length)))
         self._stored.add(digest)
         self._pending_rows += len(rows)
         self._pending_bytes += ids.nbytes + at.nbytes + rows.nbytes
@@ -157,6 +169,10 @@ class StoreWriter:
         shard_temporary = self.path / (name + TEMPORARY_SUFFIX)
         manifest_temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
         entry = self._write_shard(shard_temporary, name)
+        lengths = np.array([document.prompt_length for document in self._pending])
+        if lengths.any():
+            # Read only with the shard that it names, so that it needs no temporary name.
+            write_durably(self.path / prompts_name(name), [prompts_content(entry.checksum, lengths)])
         shards = (*self._shards, entry)
         write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
         sync_directory(self.path)
@@ -206,16 +222,17 @@ class StoreWriter:
                 f"{self.path} is a store of {store.num_parts} parts: write it with a RankWriter, or use another "
                 "directory"
             )
-        for field in dataclasses.fields(StoreSettings):
-            stored, asked = getattr(store.settings, field.name), getattr(self.settings, field.name)
-            if stored != asked:
-                raise SettingsMismatchError(
-                    f"{self.path} was made with {field.name}={stored!r}, but {field.name}={asked!r} was requested: "
-                    "use the same settings, or another directory"
-                )
+        for name in changed_settings(store.settings, self.settings):
+            stored, asked = getattr(store.settings, name), getattr(self.settings, name)
+            raise SettingsMismatchError(
+                f"{self.path} was made with {name}={stored!r}, but {name}={asked!r} was requested: "
+                "use the same settings, or another directory"
+            )
+        # The teacher keeps the name that it had when the store was made.
+        self.settings = store.settings
         # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))
-        for leftover in (name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
+        for leftover in (prompts_name(name), name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
             (self.path / leftover).unlink(missing_ok=True)
         return store.shards, {digest for i in range(len(store.shards)) for digest in store.shard(i).hashes()}
 
@@ -235,6 +252,10 @@ class StoreWriter:
             target_logit = np.where(is_label, logits, -np.inf).max(-1, initial=-np.inf).astype(np.float32)
         else:
             target_logit = _as_array(teacher.target_logit, torch.float32)
+        if self.settings.codec in FAR_NATS:
+            kept, logits = _without_far_entries(
+                kept, logits, FAR_NATS[self.settings.codec] * max(self.settings.temperatures)
+            )
         return encode_rows(
             kept,
             logits,
@@ -292,6 +313,26 @@ class StoreWriter:
         return dataclasses.replace(
             entry, bytes=layout.total_bytes, head_checksum=head.hexdigest(), checksum=whole.hexdigest()
         )
+
+
+def _without_far_entries(ids: np.ndarray, logits: np.ndarray, span: float) -> tuple[np.ndarray, np.ndarray]:
+    """Drops the finite logits (R, K) that lie more than ``span`` below the maximum of their row.
+
+    The probability of a dropped entry is at most exp(-span) of the largest one and counts with the entries that are
+    not kept. Rows without such an entry are returned as they are.
+    """
+    is_entry = ids != -1
+    largest = np.where(is_entry, logits, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+    # An infinite logit, which no row may have, is left for the encoder to refuse.
+    is_far = is_entry & np.isfinite(logits) & (logits < largest - np.float32(span)) & np.isfinite(largest)
+    if not is_far.any():
+        return ids, logits
+    order = np.argsort(is_far, axis=-1, kind="stable")
+    gone = np.take_along_axis(is_far, order, -1)
+    return (
+        np.where(gone, np.int32(-1), np.take_along_axis(ids, order, -1)),
+        np.where(gone, np.float32(0), np.take_along_axis(logits, order, -1)),
+    )
 
 
 def _as_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:

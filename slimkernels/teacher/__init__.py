@@ -15,7 +15,13 @@ from slimkernels.models.sanity import TeacherSanityError, check_teacher_sanity
 from slimkernels.served_rows.rows import UnmappedTokensError
 from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
 from slimkernels.teacher.capture import CaptureReport, capture
-from slimkernels.teacher.corpus import check_corpus_file, read_documents, read_prompts, shipped_prompts
+from slimkernels.teacher.corpus import (
+    TokenizedDocument,
+    check_corpus_file,
+    read_documents,
+    read_prompts,
+    shipped_prompts,
+)
 from slimkernels.teacher.generation import GeneratedCorpus, generate_documents
 from slimkernels.teacher.logits import capture_logits
 from slimkernels.teacher.ranks import Ranks
@@ -32,6 +38,7 @@ __all__ = [
     "ServerUnavailableError",
     "TeacherNotFoundError",
     "TeacherSanityError",
+    "TokenizedDocument",
     "UnmappedTokensError",
     "capture",
     "capture_logits",

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from slimkernels.models.evaluation import context_length, evaluation_mode
+from slimkernels.models.fingerprints import weights_fingerprint
 from slimkernels.models.head import LanguageModelHead, check_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
+from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.ranks import TeacherProcesses
 from slimkernels.teacher.selection import default_codec, resolve_selection
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
 # Longest document of a batch over its shortest one; bounds the padding.
 _MAX_LENGTH_RATIO = 1.25
@@ -29,7 +32,7 @@ class CaptureReport(NamedTuple):
     Attributes:
         documents: Documents added to the store.
         tokens: Tokens in them.
-        skipped: Documents that were in the store already, or have no label (fewer than 2 tokens; counted by rank 0).
+        skipped: Documents that were in the store already, or have no label (counted by rank 0).
     """
 
     documents: int
@@ -39,7 +42,7 @@ class CaptureReport(NamedTuple):
 
 def capture(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     documents: Iterable[Sequence[int]],
     store_path: str | os.PathLike[str],
     *,
@@ -61,9 +64,9 @@ def capture(
 ) -> CaptureReport:
     """Adds documents to a store, with the teacher's kept logits of every token but the first.
 
-    Equivalent to, for each document::
+    Equivalent to, for each document, with V the number of ids of the tokenizer::
 
-        logits = model(ids[None]).logits[0, :-1]
+        logits = model(ids[None]).logits[0, :-1, :V]
         writer.add(ids, torch.arange(1, len(ids)), topk_logits(logits, top_k, top_fraction, target=ids[1:]))
 
     but the (N, V) logits of a batch never exist; with draws, those of a few hundred rows do. The memory in addition to
@@ -84,8 +87,10 @@ def capture(
     Args:
         model: A causal language model whose head is one linear layer; a final softcap or scale is taken from its
             configuration, and checked against the model's own logits.
-        tokenizer: Tokenizer of the model; its fingerprint goes into the store.
-        documents: Token id lists, as from ``read_documents``.
+        tokenizer: Tokenizer of the model; its fingerprint goes into the store, and only its ids count. With None the
+            store has no fingerprint, and every row of the head counts.
+        documents: Token id lists, as from ``read_documents``. A ``TokenizedDocument`` has rows for its labels only, and
+            the store keeps the length of its prompt.
         store_path: New directory, or a store made with the same settings.
         top_k: K, the number of entries to keep of every row.
         top_fraction: K as a share of the vocabulary; 0.05 if neither this nor ``top_k`` is given.
@@ -126,6 +131,7 @@ def capture(
     teacher = _Teacher(
         model,
         tokenizer,
+        store_path,
         select=select,
         top_k=top_k,
         top_fraction=top_fraction,
@@ -143,8 +149,8 @@ def capture(
         rank=rank,
         num_ranks=num_ranks,
         num_parts=num_parts,
-        vocab_size=teacher.head.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=teacher.vocabulary.size,
+        tokenizer_fingerprint=teacher.vocabulary.fingerprint,
         teacher=teacher.description,
         selection=teacher.selection.description,
         temperatures=teacher.selection.temperatures,
@@ -161,7 +167,7 @@ def capture(
                     if ids in writer:
                         skipped += 1
                         continue
-                    writer.add(ids, torch.arange(1, len(ids)), sparse)
+                    writer.add(ids, ids.labels, sparse, prompt_length=ids.prompt_length)
                     added += 1
                     tokens += len(ids)
             else:
@@ -179,34 +185,30 @@ def capture(
 class _Teacher:
     """Turns batches of documents into kept logits."""
 
-    def __init__(self, model, tokenizer, *, select, **options) -> None:
+    def __init__(self, model, tokenizer, store_path, *, select, **options) -> None:
         self.model = model
         self.processes = TeacherProcesses.of(model)
-        self.head = LanguageModelHead.of(model).gathered()
-        self.selection = resolve_selection(select, self.head.vocab_size, **options)
-        self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._whole_head = LanguageModelHead.of(model).gathered()
+        self.vocabulary = captured_vocabulary(tokenizer, self._whole_head.vocab_size, store_path)
+        self.head = self._whole_head.first_rows(self.vocabulary.size)
+        self.selection = resolve_selection(select, self.vocabulary.size, **options)
+        self.max_length = context_length(model.config)
         self.short = self.labelled = 0
         # Computed here, because all processes of the teacher must take part.
         self.description = _describe(model)
         self._is_checked = False
-        # Many heads have more rows than the tokenizer has tokens. Fewer rows mean that the two do not belong together.
-        if len(tokenizer) > self.head.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the teacher {self.head.vocab_size}: load the "
-                "tokenizer that belongs to the teacher"
-            )
 
-    def checked(self, documents: Iterable[Sequence[int]]) -> Iterator[list[int]]:
+    def checked(self, documents: Iterable[Sequence[int]]) -> Iterator[TokenizedDocument]:
         """Yields the documents that have a label, after checking their token ids and lengths."""
         for number, document in enumerate(documents, 1):
-            ids = list(document)
-            if len(ids) < 2:
+            ids = TokenizedDocument.of(document)
+            if not ids.labels:
                 self.short += 1
                 continue
-            if min(ids) < 0 or max(ids) >= self.head.vocab_size:
+            if min(ids) < 0 or max(ids) >= self.vocabulary.size:
                 raise ValueError(
-                    f"token ids must lie in [0, {self.head.vocab_size}), the teacher's vocabulary, got {min(ids)} to "
-                    f"{max(ids)} in document {number}"
+                    f"token ids must lie in [0, {self.vocabulary.size}), the ids of the tokenizer, got {min(ids)} to "
+                    f"{max(ids)} in document {number}: give the documents that this tokenizer makes"
                 )
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(
@@ -216,8 +218,8 @@ class _Teacher:
             self.labelled += 1
             yield ids
 
-    def __call__(self, batch: list[list[int]]) -> list[SparseLogits]:
-        """Returns the kept logits (T_i - 1, K) of each document, on the CPU."""
+    def __call__(self, batch: list[TokenizedDocument]) -> list[SparseLogits]:
+        """Returns the kept logits (R_i, K) of the labels of each document, on the CPU."""
         self.processes.share(batch)
         return self._kept(batch)
 
@@ -231,7 +233,7 @@ class _Teacher:
         self.processes.share(None)
 
     @torch.inference_mode()
-    def _kept(self, batch: list[list[int]]) -> list[SparseLogits]:
+    def _kept(self, batch: list[TokenizedDocument]) -> list[SparseLogits]:
         device = self.model.device
         lengths = [len(ids) for ids in batch]
         padded = torch.zeros((len(batch), max(lengths)), dtype=torch.int64)
@@ -242,22 +244,22 @@ class _Teacher:
             self._check_head(padded[:1, : min(lengths[0], _CHECKED_TOKENS)])
         # No mask is needed, because a causal model does not see the padding to the right of a token.
         hidden = self._hidden(padded)
-        has_label = torch.arange(1, max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        kept = self.selection(self.head, hidden[:, :-1][has_label], padded[:, 1:][has_label], batch)
+        labels = [torch.tensor(ids.labels) for ids in batch]
+        document = torch.repeat_interleave(torch.tensor([len(of_one) for of_one in labels])).to(device)
+        position = torch.cat(labels).to(device)
+        kept = self.selection(
+            self.head, hidden[document, position - 1], padded[document, position], list(zip(batch, labels, strict=True))
+        )
         if not torch.isfinite(kept.lse).all():
             raise FloatingPointError(
                 f"the teacher's logits are not finite in {self.model.dtype}: load it in float32 or bfloat16"
             )
-        ends = list(itertools.accumulate(length - 1 for length in lengths))
+        ends = list(itertools.accumulate(map(len, labels)))
         return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
     def _hidden(self, ids: Tensor) -> Tensor:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        finally:
-            self.model.train(was_training)
 
     def _check_head(self, ids: Tensor) -> None:
         logits = self.model(input_ids=ids, use_cache=False).logits
@@ -265,7 +267,7 @@ class _Teacher:
         if torch.isfinite(logits).all():
             check_logits(
                 self.model,
-                self.head,
+                self._whole_head,
                 self._hidden(ids),
                 logits,
                 hidden_name="its decoder's last hidden state",
@@ -286,13 +288,13 @@ def _describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _batches(
-    documents: Iterable[list[int]],
+    documents: Iterable[TokenizedDocument],
     window: int,
     batch_tokens: int,
-    part_of: Callable[[list[int]], int | None] = lambda ids: 0,
-) -> Iterator[list[list[int]]]:
+    part_of: Callable[[TokenizedDocument], int | None] = lambda ids: 0,
+) -> Iterator[list[TokenizedDocument]]:
     """Yields batches of documents of one part and of similar length, without the documents of other ranks."""
-    windows: dict[int, list[list[int]]] = {}
+    windows: dict[int, list[TokenizedDocument]] = {}
     for ids in documents:
         part = part_of(ids)
         if part is None:
@@ -305,9 +307,9 @@ def _batches(
         yield from _batches_of_window(waiting, batch_tokens)
 
 
-def _batches_of_window(documents: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+def _batches_of_window(documents: list[TokenizedDocument], batch_tokens: int) -> Iterator[list[TokenizedDocument]]:
     """Yields batches of at most ``batch_tokens`` with padding; a longer document is a batch of its own."""
-    batch: list[list[int]] = []
+    batch: list[TokenizedDocument] = []
     # Longest first, so that a batch that does not fit in memory fails early.
     for ids in sorted(documents, key=len, reverse=True):
         longest = len(batch[0]) if batch else 0

@@ -1,39 +1,88 @@
-"""Reads corpora of documents through ``datasets``, and the prompts from which a teacher generates its own."""
+"""Reads corpora of documents, and the prompts from which a teacher generates its own."""
 
 from __future__ import annotations
 
 import importlib.resources
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {"sample_by": "paragraph"}),
-}
+from slimkernels.teacher.chat import assistant_tokens, is_conversation
+from slimkernels.text_files import read_json_records, read_lines
+
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_PROMPT_FIELDS = ("prompt", "text")
 _TEXTS_AT_ONCE = 64
+
+
+class TokenizedDocument(list[int]):
+    """The token ids of a document, with what is known about them; it equals the list of its ids.
+
+    Attributes:
+        positions: Ascending positions in [1, T) of the tokens that are labels; None for every token but the first.
+        prompt_length: Number of tokens at the beginning that are a prompt; 0 if that is not known.
+    """
+
+    def __init__(
+        self, input_ids: Iterable[int], *, positions: Sequence[int] | None = None, prompt_length: int = 0
+    ) -> None:
+        super().__init__(input_ids)
+        self.positions = None if positions is None else list(positions)
+        self.prompt_length = prompt_length
+
+    @classmethod
+    def of(cls, input_ids: Sequence[int]) -> TokenizedDocument:
+        """Returns a document as it is, or a list of token ids as one whose labels are every token but the first."""
+        return input_ids if isinstance(input_ids, cls) else cls(input_ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """The positions of the labels."""
+        return list(range(1, len(self))) if self.positions is None else self.positions
+
+    def part(self, start: int, stop: int, begin: Sequence[int] = ()) -> TokenizedDocument:
+        """Returns the tokens [start, stop) after the tokens ``begin``, with their labels."""
+        positions, shift = self.positions, len(begin) - start
+        if positions is not None:
+            positions = [p + shift for p in positions if max(start, 1 - shift) <= p < stop]
+        prompt_length = 0 if start else min(self.prompt_length, stop)
+        return TokenizedDocument([*begin, *self[start:stop]], positions=positions, prompt_length=prompt_length)
 
 
 def shipped_prompts() -> list[str]:
     """Returns the short English openings of the package: stories, explanations, letters, dialogues, lists."""
-    return _lines(importlib.resources.files("slimkernels").joinpath("data/prompts.txt").read_text(encoding="utf-8"))
+    text = importlib.resources.files("slimkernels").joinpath("data/prompts.txt").read_text(encoding="utf-8")
+    return _not_blank(text.split("\n"))
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """Returns the lines of a text file that are not blank.
+def read_prompts(path: str | os.PathLike[str], *, text_field: str | None = None) -> list[str]:
+    """Returns the prompts of a file: the field of each record, or the lines of a text file that are not blank.
+
+    Args:
+        path: Path of a ``.jsonl``, ``.json`` or ``.parquet`` file of records, or of a text file with any other suffix.
+        text_field: Name of the field or column; None for "prompt", or else "text".
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Every line is blank.
+        ValueError: The file has no prompt that is not blank, a record lacks the field or holds something else than
+            text there, or the file is not in UTF-8.
     """
     _require_file(path, "prompts")
-    prompts = _lines(Path(path).read_text(encoding="utf-8"))
+    path = Path(path)
+    if path.suffix.lower() not in _SUFFIXES or path.suffix.lower() == ".txt":
+        prompts = _not_blank(read_lines(path))
+    else:
+        fields = _PROMPT_FIELDS if text_field is None else (text_field,)
+        prompts = []
+        for number, (value, _) in enumerate(_values(path, "prompt file", fields), 1):
+            if not isinstance(value, str):
+                raise ValueError(f"a prompt must be text, got a list in record {number} of {path}")
+            if value.strip():
+                prompts.append(value)
     if not prompts:
         raise ValueError(f"the prompt file {path} must hold at least one line that is not blank")
     return prompts
@@ -46,37 +95,56 @@ def without_end(ids: list[int], end: Any) -> list[int]:
 
 def read_documents(
     path: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     text_field: str = "text",
     max_length: int | None = 1024,
-) -> Iterator[list[int]]:
+    num_documents: int | None = None,
+    num_tokens: int | None = None,
+) -> Iterator[TokenizedDocument]:
     """Streams the documents of a corpus as token ids.
 
-    ``.jsonl`` and ``.json`` hold an object per line, ``.parquet`` a row per document; in ``.txt`` a blank line ends a
-    document. Text is encoded with the defaults of the tokenizer, including a special token at the start of every text
-    if it adds one. A field of integer lists is taken as token ids, unchanged: use ``text_field="input_ids"`` for the
-    output of ``generate_documents``.
+    ``.jsonl`` and ``.json`` hold an object per line or an array of objects, ``.parquet`` a row per document; only the
+    field is read, so that the others may hold anything. In ``.txt`` blank lines end a document. Files are in UTF-8, or
+    in UTF-16 with a byte order mark.
+
+    The field decides what a document is:
+
+    - Text is encoded with the defaults of the tokenizer, including a special token at the start of every text if it
+      adds one.
+    - A list of integers is taken as token ids, unchanged: use ``text_field="input_ids"`` for the output of
+      ``generate_documents``. Where the record has its ``prompt`` too, the document knows how long its prompt is.
+    - A list of messages (objects with ``role`` and ``content``) is encoded with the tokenizer's chat template. Its
+      labels are the tokens of the assistant alone, as with TRL's ``assistant_only_loss``.
+
+    A document of more than ``max_length`` tokens is split. If it begins with the tokenizer's start of text, so does
+    each of its pieces.
 
     Args:
         path: Path of the file.
         tokenizer: The teacher's tokenizer; None for a field of token ids.
-        text_field: Name of the field or column; "text" for ``.txt``.
+        text_field: Name of the field or column; not used for ``.txt``.
         max_length: Largest number of tokens, at least 2; longer documents are split into pieces. None keeps them whole.
+        num_documents: Number of documents, or pieces of them, after which to stop; None for all.
+        num_tokens: Number of tokens after which to stop, which cuts the last document; at least 2, None for all.
 
     Returns:
-        An iterator of token id lists, without blank texts and pieces of fewer than 2 tokens, which have no label.
+        An iterator of documents, which are lists of token ids, without blank texts and pieces that have no label
+        (fewer than 2 tokens, or none of the assistant).
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The suffix is not one of the four, the field is missing, a value is neither text nor token ids,
-            there is text but no tokenizer, or no document has 2 tokens. The first is raised at once, the others by the
-            iterator.
+        ValueError: The suffix is not one of the four, a number is out of range, the field is missing, a value is none
+            of the three, there is text but no tokenizer, the file is in another encoding, or no document has 2 tokens.
+            The first two are raised at once, the others by the iterator.
     """
     check_corpus_file(path)
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, a token and its label, got {max_length}")
-    return _documents(Path(path), tokenizer, text_field, max_length)
+    for name, value, least in (("num_documents", num_documents, 1), ("num_tokens", num_tokens, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    return _capped(_documents(Path(path), tokenizer, text_field, max_length), num_documents, num_tokens)
 
 
 def check_corpus_file(path: str | os.PathLike[str]) -> None:
@@ -86,73 +154,146 @@ def check_corpus_file(path: str | os.PathLike[str]) -> None:
         FileNotFoundError, ValueError: The same as in ``read_documents``.
     """
     _require_file(path, "corpus")
-    if Path(path).suffix.lower() not in _LOADERS:
-        raise ValueError(f"the corpus file must end in one of {', '.join(_LOADERS)}, got {path}")
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"the corpus file must end in one of {', '.join(_SUFFIXES)}, got {path}")
+
+
+class _Value(NamedTuple):
+    """The field of a record, and the prompt that the record names, or ""."""
+
+    content: str | list[Any]
+    prompt: str = ""
+
+
+def _capped(
+    documents: Iterator[TokenizedDocument], num_documents: int | None, num_tokens: int | None
+) -> Iterator[TokenizedDocument]:
+    left = num_tokens
+    for document in itertools.islice(documents, num_documents):
+        if left is not None:
+            document = document.part(0, left) if left < len(document) else document
+            left -= len(document)
+        if document.labels:
+            yield document
+        if left is not None and left < 2:
+            return
 
 
 def _documents(
     path: Path, tokenizer: PreTrainedTokenizerBase | None, text_field: str, max_length: int | None
-) -> Iterator[list[int]]:
+) -> Iterator[TokenizedDocument]:
     found = False
-    values = _values(path, text_field)
+    start = None if tokenizer is None else tokenizer.bos_token_id
+    values = _values(path, "corpus", (text_field,))
     while batch := list(itertools.islice(values, _TEXTS_AT_ONCE)):
-        for ids in _encode(batch, tokenizer):
-            for piece in [ids] if max_length is None else _split(ids, max_length):
-                if len(piece) >= 2:
+        for document in _encode(batch, tokenizer, path):
+            for piece in [document] if max_length is None else _split(document, max_length, start):
+                if piece.labels:
                     found = True
                     yield piece
     if not found:
         raise ValueError(f"the corpus {path} must hold at least one document of 2 tokens, got none")
 
 
-def _split(ids: list[int], max_length: int) -> list[list[int]]:
-    return [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+def _split(document: TokenizedDocument, max_length: int, start: Any) -> Iterator[TokenizedDocument]:
+    """Splits a document; each piece begins with the start of text if the document does."""
+    begin = [] if start is None or document[:1] != [start] else [start]
+    yield document.part(0, max_length)
+    step = max_length - len(begin)
+    for first in range(max_length, len(document), step):
+        yield document.part(first, min(first + step, len(document)), begin)
 
 
-def _values(path: Path, text_field: str) -> Iterator[str | list[int]]:
-    for number, record in enumerate(_records(path), 1):
-        if text_field not in record:
+def _values(path: Path, what: str, fields: Sequence[str]) -> Iterator[_Value]:
+    """Yields the first of the fields that each record has."""
+    for number, record in enumerate(_records(path, what, fields), 1):
+        name = next((name for name in fields if name in record), None)
+        if name is None:
             raise ValueError(
-                f"the corpus {path} has no field {text_field!r} in record {number}, only {sorted(record)}: name one "
-                "of them as text_field"
+                f"the {what} {path} has no field {' or '.join(map(repr, fields))} in record {number}, only "
+                f"{sorted(record)}: name one of them as text_field"
             )
-        value = record[text_field]
-        if not isinstance(value, str) and not (isinstance(value, list) and all(type(item) is int for item in value)):
+        value = record[name]
+        if not isinstance(value, str) and not _is_token_ids(value) and not is_conversation(value):
             raise ValueError(
-                f"the field {text_field!r} must be text or a list of token ids, got {type(value).__name__} in record "
-                f"{number} of {path}"
+                f"the field {name!r} must be text, a list of token ids or a list of messages, got "
+                f"{type(value).__name__} in record {number} of {path}"
             )
-        yield value
+        prompt = record.get("prompt")
+        yield _Value(value, prompt if isinstance(prompt, str) else "")
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    # Heavy, and only needed for files.
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
 
-    loader, options = _LOADERS[path.suffix.lower()]
+
+def _records(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    kind = path.suffix.lower()
+    if kind == ".txt":
+        yield from ({fields[0]: text} for text in _paragraphs(path))
+    elif kind == ".parquet":
+        yield from _rows(path, what, fields)
+    else:
+        try:
+            for number, record in enumerate(read_json_records(path), 1):
+                if not isinstance(record, dict):
+                    raise ValueError(f"record {number} must be an object, got {type(record).__name__}")
+                yield record
+        except ValueError as error:
+            raise ValueError(f"the {what} {path} cannot be read as {kind[1:]}: {error}") from error
+
+
+def _rows(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    # Heavy, and only needed for these files.
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        yield from datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
-    # datasets raises StopIteration for an empty file.
-    except StopIteration:
-        return
-    # The errors of pyarrow are ValueErrors.
-    except (ValueError, DatasetGenerationError) as error:
-        raise ValueError(f"the corpus {path} cannot be read as {path.suffix[1:]}: {error}") from error
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in dict.fromkeys((*fields, "prompt")) if name in names]
+            if not set(fields) & set(columns):
+                # The error names all columns, which are not read.
+                yield dict.fromkeys(names)
+            for batch in file.iter_batches(_TEXTS_AT_ONCE, columns=columns):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"the {what} {path} cannot be read as parquet: {error}") from error
 
 
-def _encode(batch: list[str | list[int]], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[list[int]]:
+def _paragraphs(path: Path) -> Iterator[str]:
+    """Yields the runs of lines of a text file between blank ones."""
+    for is_text, lines in itertools.groupby(read_lines(path), key=lambda line: bool(line.strip())):
+        if is_text:
+            yield "\n".join(lines)
+
+
+def _encode(batch: list[_Value], tokenizer: PreTrainedTokenizerBase | None, path: Path) -> Iterator[TokenizedDocument]:
     encoded: Iterator[list[int]] = iter(())
-    if texts := [value for value in batch if isinstance(value, str)]:
-        if tokenizer is None:
-            raise ValueError("the corpus holds text: give the tokenizer it was captured with")
+    if tokenizer is None and not all(_is_token_ids(value.content) for value in batch):
+        raise ValueError(f"the corpus {path} holds text: give the tokenizer it was captured with")
+    if tokenizer is not None and (texts := [value.content for value in batch if isinstance(value.content, str)]):
         encoded = iter(tokenizer(texts)["input_ids"])
-    for value in batch:
-        if isinstance(value, str):
+    for content, prompt in batch:
+        if isinstance(content, str):
             ids = next(encoded)
-            yield ids if value.strip() else []
+            yield TokenizedDocument(ids if content.strip() else [])
+        elif tokenizer is not None and is_conversation(content):
+            try:
+                ids, positions = assistant_tokens(tokenizer, content)
+            except ValueError as error:
+                raise ValueError(f"the corpus {path}: {error}") from error
+            yield TokenizedDocument(ids, positions=positions)
         else:
-            yield value
+            yield TokenizedDocument(content, prompt_length=_prompt_length(content, prompt, tokenizer))
+
+
+def _prompt_length(ids: list[int], prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Returns the number of tokens of the prompt with which token ids begin, or 0 if they begin with another text."""
+    if tokenizer is None or not prompt:
+        return 0
+    begin = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
+    return len(begin) if ids[: len(begin)] == begin else 0
 
 
 def _require_file(path: str | os.PathLike[str], what: str) -> None:
@@ -160,5 +301,5 @@ def _require_file(path: str | os.PathLike[str], what: str) -> None:
         raise FileNotFoundError(f"{what} file not found: there is no file {path}")
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _not_blank(lines: Iterable[str]) -> list[str]:
+    return [line.strip() for line in lines if line.strip()]

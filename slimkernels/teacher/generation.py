@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimkernels.durable import Journal, write_json
+from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher.vocabulary import num_token_ids
 
 # Finished rows of a batch are dropped once they make up at least this share of it.
 _DROPPED_SHARE = 0.25
@@ -61,9 +63,10 @@ def generate_documents(
 ) -> GeneratedCorpus:
     """Lets the teacher continue short prompts until there is enough text, and writes it to a .jsonl file.
 
-    Document i continues a prompt with tokens drawn from ``softmax(logits / temperature)`` and ends with the end of
-    text (kept) or after ``max_new_tokens``. Every pass over the prompts uses each of them once, in a new order. The
-    draw is a function of ``seed`` and i; the same call on the same machine writes the same file.
+    Document i continues a prompt with tokens drawn from ``softmax(logits / temperature)`` over the ids of the
+    tokenizer, and ends with the end of text (kept) or after ``max_new_tokens``. Every pass over the prompts uses each
+    of them once, in a new order. The draw is a function of ``seed`` and i; the same call on the same machine writes the
+    same file.
 
     A batch is written as a whole and flushed to the disk. After a kill the same call continues, and the file becomes
     the same as without the kill. A larger ``num_tokens`` or ``num_documents`` extends the file; other settings are an
@@ -172,13 +175,14 @@ class _Sampler:
         if empty is not None:
             raise ValueError(f"every prompt must have at least one token, got {self.prompts[empty]!r}")
         self.longest = max(map(len, self.encoded)) + options.max_new_tokens
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = context_length(model.config)
         if limit is not None and self.longest > limit:
             raise ValueError(
                 f"the longest prompt and max_new_tokens={options.max_new_tokens} are {self.longest} tokens, but the "
                 f"teacher reads {limit}: lower max_new_tokens"
             )
-        self.head = LanguageModelHead.of(model)
+        # The rows that pad a head are no tokens: untrained, they have some probability all the same.
+        self.head = LanguageModelHead.of(model).first_rows(num_token_ids(tokenizer))
         if options.top_k is not None and options.top_k > self.head.vocab_size:
             raise ValueError(f"top_k must be at most the vocabulary, {self.head.vocab_size}, got {options.top_k}")
         configured = getattr(model.generation_config, "eos_token_id", None)

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels._checks import resolve_temperatures, resolve_top_k
-from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.models.sparse_targets import CHUNK_ROWS, DEFAULT_TOP_FRACTION
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
 from slimkernels.teacher.capture import CaptureReport
+from slimkernels.teacher.corpus import TokenizedDocument
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
 
 class _Rows(NamedTuple):
@@ -33,7 +34,7 @@ class _Rows(NamedTuple):
 
 def capture_logits(
     logits: str | os.PathLike[str] | np.ndarray | Tensor | Iterable[np.ndarray | Tensor],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     documents: Iterable[Sequence[int]],
     store_path: str | os.PathLike[str],
     *,
@@ -63,7 +64,8 @@ def capture_logits(
             - (B, T, V): the documents of a batch, padded at the end.
             - an array (T or T - 1, V) per document. In a ``.safetensors`` file, the tensors are named by the
               number of the document: "0", "1", ..., or with a common prefix, as in "logits.0".
-        tokenizer: The teacher's tokenizer; its fingerprint goes into the store.
+        tokenizer: The teacher's tokenizer; its fingerprint goes into the store. Columns beyond its ids pad the head
+            and are not read. With None the store has no fingerprint, and every column counts.
         documents: Token id lists, in the order of the logits, each of at least 2 tokens.
         store_path: New directory, or a store made with the same settings.
         name: Name of the teacher, kept in the store.
@@ -88,25 +90,21 @@ def capture_logits(
     if top_k is None and top_fraction is None:
         top_fraction = DEFAULT_TOP_FRACTION
     temperatures = resolve_temperatures(temperatures)
-    ids_of = [list(ids) for ids in documents]
+    ids_of = [TokenizedDocument.of(ids) for ids in documents]
     _check_documents(ids_of)
     rows_of = _open(logits, [len(ids) for ids in ids_of])
     first = next(rows_of, None)
     if first is None:
         raise ValueError("logits must hold the logits of at least one document, got none")
     vocab_size = first.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the logits have {vocab_size} columns: give the "
-            "tokenizer that belongs to the teacher"
-        )
+    stored_vocab_size, fingerprint = captured_vocabulary(tokenizer, vocab_size, store_path, "the logits have")
     kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
-    kept = resolve_top_k(top_k, top_fraction, vocab_size)
+    kept = resolve_top_k(top_k, top_fraction, stored_vocab_size)
     added = tokens = skipped = done_tokens = 0
     with StoreWriter(
         store_path,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocab_size=stored_vocab_size,
+        tokenizer_fingerprint=fingerprint,
         teacher={"name": name},
         selection={"kind": kind, "value": value, "top_k": kept},
         temperatures=temperatures,
@@ -118,11 +116,13 @@ def capture_logits(
             if number >= len(ids_of):
                 raise ValueError(f"logits must have one array per document, got more than the {len(ids_of)} documents")
             ids = ids_of[number]
-            _check_rows(rows, ids, vocab_size, number)
+            _check_rows(rows, ids, vocab_size, stored_vocab_size, number)
             if ids in writer:
                 skipped += 1
             else:
-                writer.add(ids, torch.arange(1, len(ids)), _select(rows, ids, kept, temperatures, number))
+                labels = torch.tensor(ids.labels, dtype=torch.int64)
+                teacher = _select(rows, ids, stored_vocab_size, kept, temperatures, number)[labels - 1]
+                writer.add(ids, labels, teacher, prompt_length=ids.prompt_length)
                 added += 1
                 tokens += len(ids)
             done_tokens += len(ids)
@@ -133,11 +133,13 @@ def capture_logits(
     return CaptureReport(added, tokens, skipped)
 
 
-def _select(rows: _Rows, ids: list[int], top_k: int, temperatures: tuple[float, ...], number: int) -> SparseLogits:
+def _select(
+    rows: _Rows, ids: list[int], vocab_size: int, top_k: int, temperatures: tuple[float, ...], number: int
+) -> SparseLogits:
     parts = []
     for start in range(0, len(ids) - 1, CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(ids) - 1)
-        chunk = _as_tensor(rows.read(start, stop))
+        chunk = _as_tensor(rows.read(start, stop))[:, :vocab_size]
         label = torch.tensor(ids[start + 1 : stop + 1])
         part = topk_logits(chunk, top_k, target=label, temperatures=temperatures)
         if not torch.isfinite(part.lse).all():
@@ -151,7 +153,7 @@ def _as_tensor(chunk: Any) -> Tensor:
     return chunk if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
 
 
-def _check_documents(ids_of: list[list[int]]) -> None:
+def _check_documents(ids_of: list[TokenizedDocument]) -> None:
     if not ids_of:
         raise ValueError("documents must hold at least one document, got none")
     short = next((number for number, ids in enumerate(ids_of) if len(ids) < 2), None)
@@ -159,7 +161,7 @@ def _check_documents(ids_of: list[list[int]]) -> None:
         raise ValueError(f"every document must have at least 2 tokens, got {len(ids_of[short])} in document {short}")
 
 
-def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, number: int) -> None:
+def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, stored_vocab_size: int, number: int) -> None:
     if rows.vocab_size != vocab_size:
         raise ValueError(f"document {number} has logits of {rows.vocab_size} columns, the first {vocab_size}")
     if rows.count not in (len(ids) - 1, len(ids)):
@@ -167,8 +169,10 @@ def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, number: int) -> No
             f"document {number} has {len(ids)} tokens, so {len(ids)} or {len(ids) - 1} rows of logits are expected, "
             f"got {rows.count}: give the documents as the teacher read them"
         )
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {min(ids)} to {max(ids)} in document {number}")
+    if min(ids) < 0 or max(ids) >= stored_vocab_size:
+        raise ValueError(
+            f"token ids must lie in [0, {stored_vocab_size}), got {min(ids)} to {max(ids)} in document {number}"
+        )
 
 
 def _open(logits: Any, lengths: list[int]) -> Iterator[_Rows]:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from slimkernels.teacher.corpus import TokenizedDocument
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -125,7 +127,7 @@ class TeacherProcesses:
         """Whether this process is the one that writes."""
         return self._group is None or dist.get_rank(self._group) == 0
 
-    def share(self, batch: list[list[int]] | None) -> list[list[int]] | None:
+    def share(self, batch: list[TokenizedDocument] | None) -> list[TokenizedDocument] | None:
         """Sends the batch of the first process to the others, and returns it in each of them."""
         if self._group is None:
             return batch

@@ -43,15 +43,19 @@ class Selection(NamedTuple):
     description: dict[str, Any]
 
     def __call__(
-        self, head: LanguageModelHead, hidden: Tensor, target: Tensor, documents: Sequence[Sequence[int]]
+        self,
+        head: LanguageModelHead,
+        hidden: Tensor,
+        target: Tensor,
+        documents: Sequence[tuple[Sequence[int], Tensor]],
     ) -> SparseLogits:
         """Returns the kept entries of the rows of consecutive documents.
 
         Args:
             head: The teacher's head.
-            hidden: (N, D) hidden states of all but the last token of each document.
-            target: (N,) int64, all but the first token of each document.
-            documents: Token ids of the documents.
+            hidden: (N, D) hidden states that predict the labels of each document.
+            target: (N,) int64, the labels.
+            documents: The token ids and the (R,) int64 positions of the labels of each document.
 
         Returns:
             SparseLogits (N, K) on the CPU.
@@ -65,8 +69,8 @@ class Selection(NamedTuple):
             ).to("cpu")
             return kept if self.top_p is None else cut_top_p(kept, self.top_p)
         # The noise of a row depends on its document and its position there, and so not on the batch.
-        seed = torch.cat([torch.full((len(ids) - 1,), document_seed(self.seed, ids)) for ids in documents])
-        position = torch.cat([torch.arange(1, len(ids)) for ids in documents])
+        seed = torch.cat([torch.full((len(labels),), document_seed(self.seed, ids)) for ids, labels in documents])
+        position = torch.cat([labels for _, labels in documents])
         seed, position = seed.to(hidden.device), position.to(hidden.device)
         drawn = draw_targets(head, hidden, target, self.rounds, seed, position, top_k=self.top_k, require_finite=True)
         return drawn.to("cpu")

@@ -9,21 +9,27 @@ import collections
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.api import Answer, Request, ServerApi
-from slimkernels.served_rows.rows import AnswerReader, ServedDocument
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.served_rows.tokens import TokenMap
-from slimkernels.serving.client import ServerClient, ServerRequestError
+from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
 from slimkernels.serving.kinds import server_kind
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
-from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher.chat import around_date
+from slimkernels.teacher.corpus import TokenizedDocument, without_end
+from slimkernels.teacher.vocabulary import captured_vocabulary, num_token_ids
 
+# Answers in a row that cannot be used, after which a capture ends with the error of the last.
+_MAX_UNUSABLE = 8
+_SHOWN_REASONS = 5
+# Characters that a date in a chat template may take.
+_DATE_LENGTHS = range(4, 41)
 APIS = ("auto", "completions", "chat", "llama.cpp")
 
 
@@ -48,9 +54,10 @@ class ServerReport(NamedTuple):
         documents: Documents added to the store.
         tokens: Tokens in them, prompts included.
         skipped: Documents that were in the store already, or have no label (fewer than 2 tokens).
-        dropped: Answers with a token whose id is not known; the next call asks for them again.
+        dropped: Answers that made no document; the next call asks for them again.
         unmapped_fraction: Share of the server's entries whose token has no id in the tokenizer.
         generated_tokens: Generated tokens, as counted by the server.
+        drop_reasons: Why answers were dropped, a clause for each of up to five different reasons.
     """
 
     documents: int
@@ -59,6 +66,7 @@ class ServerReport(NamedTuple):
     dropped: int
     unmapped_fraction: float
     generated_tokens: int
+    drop_reasons: tuple[str, ...] = ()
 
 
 def capture_server(
@@ -97,6 +105,10 @@ def capture_server(
     token has no id in the tokenizer is left out, and its mass counts with that of the other tokens. ``target_logit`` is
     the log-probability of the label, or NaN if the server does not give it.
 
+    An answer that cannot be used (an error, a page of HTML, no choice, a text without log-probabilities) is asked for
+    again like one with status 429 or 502. One that stays so is dropped, as are answers that are empty (a tool call, a
+    filter) or have a token whose id is not known; the report counts them and says why.
+
     Documents are stored in order, at most ``flush_s`` after they were answered. The store is the only state: after an
     error or a kill, the same call asks for what is missing. A document is recognised by its tokens, and a generated one
     by the tokens before its first row, which are its prompt.
@@ -117,8 +129,8 @@ def capture_server(
         documents: Token id lists, as from ``read_documents``. Give these or ``prompts``.
         prompts: Texts or token ids. The tokenizer encodes texts with its defaults, without an end of text at the end.
             With ``api="chat"`` each is the only message of a user, formatted by the tokenizer's chat template.
-        top_logprobs: K, the entries to ask for; servers have limits (5 to 20 are common; vLLM's is
-            ``--max-logprobs``).
+        top_logprobs: K, the entries to ask for. OpenAI's limit is 20, or 5 for completions; vLLM's is its
+            ``--max-logprobs``, 20 by default.
         api: Interface for prompts: "completions", "chat", or "llama.cpp" for its own ``/completion``, the only one that
             gives the ids of all tokens. "auto" is "llama.cpp" for llama.cpp and "completions" for other servers.
         num_documents: Number of documents to generate, going through the prompts repeatedly; None uses each once.
@@ -132,7 +144,8 @@ def capture_server(
         key_env: Environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set. Keys are neither
             stored nor shown.
         concurrency: Largest number of requests in flight.
-        max_retries: Repetitions of a request after status 408, 409, 425, 429 or 5xx, a lost connection or a timeout.
+        max_retries: Repetitions of a request after status 408, 409, 425, 429 or 5xx, a lost connection, a timeout or an
+            answer that cannot be used.
         requests_per_minute: Limit on requests, repetitions included.
         timeout_s: Seconds without a response after which a request counts as failed.
         backoff_s: Seconds before the first repetition, doubled each time. ``Retry-After`` is obeyed.
@@ -149,8 +162,8 @@ def capture_server(
         ValueError: An argument is out of range, there is no document, or the bytes of the tokenizer's tokens are not
             known.
         ServerRequestError: The server refused a request, gives no log-probabilities or ones that are not normalised,
-            or read other tokens than it was sent because it adds special tokens, has another chat template or another
-            tokenizer.
+            gave eight answers in a row that cannot be used, or read other tokens than it was sent because it adds
+            special tokens, has another chat template or another tokenizer.
         ServerUnavailableError: The server did not answer.
         UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
         SettingsMismatchError: The store was made with another model, tokenizer, selection or codec.
@@ -158,7 +171,8 @@ def capture_server(
     if (documents is None) == (prompts is None):
         raise ValueError("give either documents to score or prompts to continue")
     _check_arguments(api, top_logprobs, num_documents, max_tokens, temperature, seed, max_unmapped_fraction, flush_s)
-    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer), store_path)
+    vocab_size = vocabulary.size if vocab_size is None else vocab_size
     tokens = TokenMap(tokenizer, vocab_size)
     client = ServerClient(
         url,
@@ -181,7 +195,7 @@ def capture_server(
         writer = StoreWriter(
             store_path,
             vocab_size=vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            tokenizer_fingerprint=vocabulary.fingerprint,
             teacher=_teacher_description(store_path, {"name": model, "server": client.url, "kind": kind}),
             selection=task.selection,
             codec=codec,
@@ -206,7 +220,10 @@ class _Scoring:
 
     def __init__(self, server: ServerApi, documents: Iterable[Sequence[int]]) -> None:
         self.server = server
-        self.requests = [Request(list(ids), number=number) for number, ids in enumerate(documents)]
+        self.requests = [
+            Request(list(ids), number=number, labels=TokenizedDocument.of(ids).positions)
+            for number, ids in enumerate(documents)
+        ]
         if not self.requests:
             raise ValueError("documents must hold at least one document, got none")
         self.selection = _selection(server)
@@ -214,6 +231,10 @@ class _Scoring:
     def missing(self, writer: StoreWriter) -> list[Request]:
         """Returns the requests whose document has a label and is not in the store."""
         return [ask for ask in self.requests if len(ask.prompt_ids) > 1 and ask.prompt_ids not in writer]
+
+    def prompt_length(self, _: Request) -> int:
+        """Returns 0, as the prompt of a given document is not known."""
+        return 0
 
     def cost(self, missing: Sequence[Request]) -> ServerCost:
         """Returns the cost of the missing documents; the server generates one token of each."""
@@ -223,7 +244,7 @@ class _Scoring:
         """Asks the server for one document."""
         return self.server.score(request)
 
-    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | None:
+    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
         """Turns an answer into a document of the store."""
         return reader.scored(request, answer)
 
@@ -247,7 +268,7 @@ class _Generation:
     ) -> None:
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
-        self.server = server
+        self.server, self._tokenizer = server, tokenizer
         encoded = [_encode(tokenizer, prompt, server.api == "chat") for prompt in prompts]
         self.requests: list[Request] = []
         for number in range(len(prompts) if num_documents is None else num_documents):
@@ -262,7 +283,17 @@ class _Generation:
 
     def missing(self, writer: StoreWriter) -> list[Request]:
         """Returns the requests whose prompt has no document in the store; each document answers one request."""
-        stored = _stored_prompts(writer, {tuple(request.prompt_ids) for request in self.requests})
+        prompts = {tuple(request.prompt_ids): request for request in self.requests}
+        dated: dict[str, dict[str, tuple[int, ...]]] = {}
+        if self.server.api == "chat":
+            for ids, request in prompts.items():
+                if around := around_date(self._tokenizer, _messages(request.content)):
+                    dated.setdefault(around[0], {})[around[1]] = ids
+
+        def of_another_day(ids: list[int]) -> tuple[int, ...] | None:
+            return _of_another_day(str(self._tokenizer.decode(ids)), dated) if dated else None
+
+        stored = _stored_prompts(writer, set(prompts), of_another_day)
         missing = []
         for request in self.requests:
             prompt = tuple(request.prompt_ids)
@@ -281,8 +312,12 @@ class _Generation:
         """Asks the server for one document."""
         return self.server.generate(request)
 
-    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | None:
-        """Turns an answer into a document of the store; None if the id of one of its tokens is not known."""
+    def prompt_length(self, request: Request) -> int:
+        """Returns the length of the prompt of a generated document."""
+        return len(request.prompt_ids)
+
+    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
+        """Turns an answer into a document of the store."""
         return reader.generated(request, answer)
 
 
@@ -296,28 +331,41 @@ def _store_answers(
 ) -> ServerReport:
     """Asks for the missing documents, several at a time, and stores the answers in order."""
 
-    def ask(request: Request) -> Answer:
+    def ask(request: Request) -> Answer | UnusableAnswerError:
         try:
             return task.ask(request)
         except ServerRequestError as error:
             # Names the document, because it may be too long for the server.
-            length = len(request.prompt_ids)
-            raise ServerRequestError(f"document {request.number}, {length} tokens of prompt: {error}") from error
+            named = f"document {request.number}, {len(request.prompt_ids)} tokens of prompt: {error}"
+            if isinstance(error, UnusableAnswerError):
+                return UnusableAnswerError(named)
+            raise ServerRequestError(named) from error
 
-    added = num_tokens = dropped = generated = 0
+    added = num_tokens = dropped = generated = unusable = 0
+    reasons: dict[str, None] = {}
     skipped = len(task.requests) - len(missing)
     flushed = time.monotonic()
     for request, answer in task.server.client.map(ask, missing):
-        document = task.document(reader, request, answer)
-        reader.check_unmapped()
-        generated += answer.generated_tokens or 0
-        if document is None:
+        if isinstance(answer, UnusableAnswerError):
+            unusable += 1
+            # A server whose answers were never good does not get better, and a broken one should not cost hours.
+            if unusable == _MAX_UNUSABLE or unusable == len(missing):
+                raise answer
+            document = DroppedAnswer(str(answer))
+        else:
+            unusable = 0
+            document = task.document(reader, request, answer)
+            reader.check_unmapped()
+            generated += answer.generated_tokens or 0
+        if isinstance(document, DroppedAnswer):
             dropped += 1
+            if len(reasons) < _SHOWN_REASONS:
+                reasons[document.reason] = None
         elif document.input_ids in writer:
             # Two requests got the same text.
             skipped += 1
         else:
-            writer.add(*document)
+            writer.add(*document, prompt_length=task.prompt_length(request))
             added += 1
             num_tokens += len(document.input_ids)
         if time.monotonic() - flushed >= flush_s:
@@ -327,7 +375,7 @@ def _store_answers(
             progress(skipped + added + dropped, len(task.requests))
     reader.check_unmapped(is_last=True)
     unmapped_fraction = reader.tokens.unmapped / max(1, reader.tokens.seen)
-    return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated)
+    return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated, tuple(reasons))
 
 
 def _selection(server: ServerApi) -> dict[str, Any]:
@@ -371,8 +419,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
             raise ValueError("a prompt of api='chat' must be text; send token ids with api='completions'")
         if not tokenizer.chat_template:
             raise ValueError("api='chat' needs a tokenizer with a chat template; use api='completions'")
-        messages = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        encoded: Any = tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, return_dict=False)
         return list(encoded)
     if isinstance(prompt, str):
         ids = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
@@ -383,8 +430,38 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_
     return ids
 
 
-def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> collections.Counter[tuple[int, ...]]:
-    """Counts the documents of each prompt in the store; a document's prompt ends where its rows begin."""
+def _messages(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def _of_another_day(text: str, dated: Mapping[str, Mapping[str, tuple[int, ...]]]) -> tuple[int, ...] | None:
+    """Returns the prompt that equals a text in everything but the date, or None.
+
+    Args:
+        text: A prompt.
+        dated: Token ids of prompts, by the text after the date in those of the text before it.
+    """
+    for before, by_end in dated.items():
+        if text.startswith(before):
+            ends = (text[len(before) + length :] for length in _DATE_LENGTHS)
+            found = next((by_end[end] for end in ends if end in by_end), None)
+            if found is not None:
+                return found
+    return None
+
+
+def _stored_prompts(
+    writer: StoreWriter,
+    prompts: set[tuple[int, ...]],
+    of_another_day: Callable[[list[int]], tuple[int, ...] | None],
+) -> collections.Counter[tuple[int, ...]]:
+    """Counts the documents of each prompt in the store; a document's prompt ends where its rows begin.
+
+    Args:
+        writer: Writer of the store.
+        prompts: Token ids of the prompts.
+        of_another_day: Function that finds the prompt whose tokens differ from given ones in the date alone.
+    """
     lengths = sorted({len(prompt) for prompt in prompts}, reverse=True)
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
     store = Store(writer.path)
@@ -393,9 +470,15 @@ def _stored_prompts(writer: StoreWriter, prompts: set[tuple[int, ...]]) -> colle
         for document in range(entry.documents):
             ids = tuple(shard.tokens(document, document).tolist())
             start, stop = shard.rows_of(document)
-            end = int(shard.arrays["positions"][start]) if start < stop else len(ids)
+            # Earlier releases stored empty answers as documents without a row.
+            if start == stop:
+                continue
+            end = int(shard.arrays["positions"][start])
             # The prompt is shorter than that if the first generated token has no row, none of whose entries had an id.
             found = next((ids[:length] for length in lengths if length <= end and ids[:length] in prompts), None)
+            if found is None:
+                known = int(shard.arrays["prompt_lengths"][document])
+                found = of_another_day(list(ids[: known or end]))
             if found is not None:
                 counts[found] += 1
     return counts

@@ -1,35 +1,110 @@
-"""Checkpoints to continue from: the newest complete one of a run, and whether it belongs to the same run."""
+"""Checkpoints to continue from: the newest whole one of a run, and whether it belongs to the same run."""
 
 from __future__ import annotations
 
-import contextlib
+import enum
 import json
-from collections.abc import Callable
+import logging
+import zipfile
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slimkernels.durable import write_json
+from slimkernels.models.fingerprints import weights_fingerprint
+from slimkernels.models.sharding import is_partitioned
+from slimkernels.trainer.stored_rows import stores_of
 
 SETTINGS_NAME = "slim_run.json"
+
+_OPTIMISER = (
+    *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16"),
+)
+# The learning rates of a schedule do not depend on the number of steps that are still to come.
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
+
+logger = logging.getLogger(__name__)
+
+
+def run_identity(args: TrainingArguments, method: dict[str, Any], train_dataset: Any) -> dict[str, Any]:
+    """Returns what a run is: two runs with equal entries take the same steps from the same student.
+
+    Args:
+        args: Arguments of the trainer.
+        method: Options of the method, and fingerprints of its models; JSON values.
+        train_dataset: Data set of the run; the stores under it count by their content.
+
+    Returns:
+        JSON values by name. A length that the schedule does not depend on is not among them, so that such a run can be
+        made longer.
+    """
+    identity = method | {
+        "documents": len(train_dataset) if isinstance(train_dataset, Sized) else None,
+        "documents_per_step": documents_per_step(args),
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "store": " ".join(store.fingerprint for store in stores_of(train_dataset)) or None,
+    }
+    identity |= {name: _plain(getattr(args, name)) for name in _OPTIMISER}
+    if identity["lr_scheduler_type"] not in _ENDLESS_SCHEDULES or 0 < args.warmup_steps < 1:
+        identity |= {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs}
+    return identity
+
+
+def model_identity(model: nn.Module) -> str | None:
+    """Returns a fingerprint of a model's weights, the same on all processes, or None where they are partitioned.
+
+    Adapters of PEFT, which are initialised at random and loaded from the checkpoint, do not count; the weights below
+    them do, which no checkpoint holds.
+    """
+    if is_partitioned(model):
+        return None
+    found: list[str | None] = [None]
+    is_shared = dist.is_available() and dist.is_initialized()
+    # Only the first process of some layouts has loaded the weights.
+    if not is_shared or dist.get_rank() == 0:
+        found = [weights_fingerprint(model, only_frozen=hasattr(model, "peft_config"))]
+    if is_shared:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """Returns the newest ``checkpoint-STEP`` folder that was written completely, or None.
 
-    ``trainer_state.json`` is the last file of a checkpoint, so a folder in which it parses is complete.
+    ``trainer_state.json`` is the last file of a checkpoint. A power cut can damage a file that was written before it,
+    so the lengths of the other files are checked as well. A folder that is passed over is named in a warning.
     """
     found = []
-    for state in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
-        with contextlib.suppress(ValueError):
-            found.append((json.loads(state.read_text())["global_step"], str(state.parent)))
-    return max(found, default=(0, None))[1]
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        try:
+            step = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            if folder.is_dir():
+                logger.warning("%s was not written completely and is not continued from", folder)
+            continue
+        found.append((step, folder))
+    for _, folder in sorted(found, reverse=True):
+        damaged = next(_damaged_files(folder), None)
+        if damaged is None:
+            return str(folder)
+        logger.warning("%s is damaged in %s and is not continued from", folder, damaged.name)
+    return None
 
 
 def checkpoint_to_resume(
-    resume_from_checkpoint: str | bool | None, output_dir: str, settings: dict[str, Any]
+    resume_from_checkpoint: str | bool | None,
+    output_dir: str,
+    settings: dict[str, Any],
+    model: nn.Module | None = None,
 ) -> str | bool | None:
     """Resolves the argument of ``Trainer.train`` and checks that the checkpoint belongs to the same run.
 
@@ -37,18 +112,28 @@ def checkpoint_to_resume(
         resume_from_checkpoint: A checkpoint's folder, True for the newest complete one in ``output_dir``, or None or
             False to start from the beginning.
         output_dir: Folder of the run's checkpoints.
-        settings: Settings of the run, JSON values.
+        settings: Settings of the run, JSON values. ``student``, a fingerprint, may also be that of the checkpoint.
+        model: The student, whose shapes the checkpoint's weights must have; None for no check.
 
     Returns:
         The folder to resume from, or a false value to start from the beginning.
 
     Raises:
-        ValueError: The checkpoint's settings differ.
+        ValueError: The checkpoint is damaged, or is of another run.
     """
     if resume_from_checkpoint is True:
         resume_from_checkpoint = last_complete_checkpoint(output_dir)
     if resume_from_checkpoint:
-        _check_same_run(resume_from_checkpoint, settings)
+        folder = Path(resume_from_checkpoint)
+        damaged = next(_damaged_files(folder), None)
+        if damaged is not None:
+            raise ValueError(
+                f"resume_from_checkpoint must be a whole checkpoint, got {folder}, whose {damaged.name} is damaged: "
+                "pass an older one, or True for the newest whole one"
+            )
+        if model is not None:
+            _check_shapes(folder, model)
+        _check_same_run(folder, settings, model)
     return resume_from_checkpoint
 
 
@@ -57,24 +142,78 @@ def documents_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def _check_same_run(checkpoint: str, settings: dict[str, Any]) -> None:
+def _plain(value: Any) -> Any:
+    """Returns a field of the arguments as the JSON value that is read back."""
+    return json.loads(json.dumps(value.value if isinstance(value, enum.Enum) else value, default=str))
+
+
+def _damaged_files(checkpoint: Path) -> Iterator[Path]:
+    """Yields the files of a checkpoint that are shorter than they were written."""
+    for path in sorted(checkpoint.glob("*")):
+        if path.suffix == ".safetensors":
+            try:
+                # Opening compares the header's offsets with the length of the file.
+                with safe_open(path, "pt"):
+                    pass
+            except (SafetensorError, OSError):
+                yield path
+        # The directory of a zip archive, the form that torch.save writes, is at its end.
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            yield path
+
+
+def _weights_of(checkpoint: Path, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Any]]:
+    """Yields the name, the parameter and the slice in the checkpoint of the weights that both have."""
+    parameters = dict(model.named_parameters())
+    for path in sorted(checkpoint.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 -- safe_open is no mapping
+                if name in parameters:
+                    yield name, parameters[name], file.get_slice(name)
+
+
+def _check_shapes(checkpoint: Path, model: nn.Module) -> None:
+    if is_partitioned(model):
+        return
+    for name, parameter, stored in _weights_of(checkpoint, model):
+        if tuple(stored.get_shape()) != tuple(parameter.shape):
+            raise ValueError(
+                f"resume_from_checkpoint must be a checkpoint of the same student, {checkpoint} holds {name} of "
+                f"shape {tuple(stored.get_shape())}, got {tuple(parameter.shape)} here: give this run an output_dir "
+                "of its own"
+            )
+
+
+def _holds_weights_of(checkpoint: Path, model: nn.Module | None) -> bool:
+    """Returns whether a student was loaded from the checkpoint itself."""
+    if model is None or is_partitioned(model):
+        return False
+    same = [
+        torch.equal(stored[:].to(parameter.dtype), parameter.detach().cpu())
+        for _, parameter, stored in _weights_of(checkpoint, model)
+    ]
+    return bool(same) and all(same)
+
+
+def _check_same_run(checkpoint: Path, settings: dict[str, Any], model: nn.Module | None) -> None:
     """Compares the settings recorded in a checkpoint, if it has any, with those of the run that continues it.
+
+    What the release that wrote the checkpoint did not record is not compared.
 
     Raises:
         ValueError: Settings differ; the message names each.
     """
-    recorded = Path(checkpoint, SETTINGS_NAME)
+    recorded = checkpoint / SETTINGS_NAME
     if not recorded.exists():
         return
     before = json.loads(recorded.read_text())
-    changed = [
-        f"{name}={before.get(name)!r} there, {value!r} here"
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
-    if changed:
+    differ = [name for name, value in settings.items() if name in before and before[name] != value]
+    if "student" in differ and (before["student"] is None or _holds_weights_of(checkpoint, model)):
+        differ.remove("student")
+    if differ:
+        changed = "; ".join(f"{name}={before[name]!r} there, {settings[name]!r} here" for name in differ)
         raise ValueError(
-            f"resume_from_checkpoint must be a checkpoint of the same run, {checkpoint} differs: {'; '.join(changed)}; "
+            f"resume_from_checkpoint must be a checkpoint of the same run, {checkpoint} differs: {changed}; "
             "give this run an output_dir of its own"
         )
 

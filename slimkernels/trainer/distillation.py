@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.load import load_model
 from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
+from slimkernels.trainer.checkpoint import model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.teachers import OnlineTeacher
@@ -52,21 +57,28 @@ class DistillationMixin:
     online_teacher: OnlineTeacher | None
     loss_log: LossLog
 
-    def _set_objective(self, objective: SlimObjective, teacher_model: nn.Module | None) -> None:
+    def _set_objective(
+        self, objective: SlimObjective, teacher_model: nn.Module | str | os.PathLike[str] | None
+    ) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"the loss needs one process per device, got DataParallel on {self.args.n_gpu} devices: start with "
                 "torchrun, or set CUDA_VISIBLE_DEVICES to one device"
             )
+        check_can_be_saved(self.model)
         self.objective = objective
         # compute_loss divides by num_items_in_batch itself, so Trainer must not divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.online_teacher = None
+        self._teacher_weights = None
         if teacher_model is not None:
+            if isinstance(teacher_model, str | os.PathLike):
+                teacher_model = load_model(teacher_model)
             if getattr(teacher_model, "hf_device_map", None) is None:
                 teacher_model = teacher_model.to(self.args.device)
             vocab_size = LanguageModelHead.of(base_model(self.model)).vocab_size
             self.online_teacher = OnlineTeacher(teacher_model, objective, vocab_size)
+            self._teacher_weights = model_identity(teacher_model)
         self.loss_log = LossLog(self.args.device, objective.needs_teacher)
 
     def compute_loss(
@@ -77,6 +89,9 @@ class DistillationMixin:
         num_items_in_batch: Tensor | None = None,
     ):
         """Computes the micro-batch's share of the loss, a scalar; with ``return_outputs`` also the model's outputs."""
+        if isinstance(num_items_in_batch, Tensor):
+            # The loss of a step without any label is 0, and not 0 / 0.
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
         step = self._step(model, inputs, num_items_in_batch)
         loss = step.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -93,6 +108,15 @@ class DistillationMixin:
             self._report_bad_step()
         super().log(logs, *args, **kwargs)
 
+    def _method(self) -> dict[str, Any]:
+        """Returns the options of the method and the fingerprint of its online teacher, for ``run_identity``."""
+        online = None
+        if self.online_teacher is not None:
+            names = ("method", "teacher_top_k", "teacher_top_fraction", "teacher_rounds", "on_policy_fraction")
+            names += ("max_new_tokens", "sampling_temperature")
+            online = {name: getattr(self.objective, name) for name in names}
+        return self.objective.loss_options | {"online_teacher": online, "teacher_weights": self._teacher_weights}
+
     def _report_bad_step(self) -> None:
         step = self.loss_log.first_bad_step()
         if step is not None:
@@ -105,3 +129,21 @@ class DistillationMixin:
     def _on_bad_step(self, step: int) -> None:
         """Handles the first optimizer step whose loss was not finite; called at every log from then on."""
         raise NotImplementedError
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Saves the settings of a model's generation once, as every checkpoint does.
+
+    Raises:
+        ValueError: transformers refuses to save them, as it would at the end of the training.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"the student's generation_config must be one that can be saved, or no checkpoint could be written: "
+                f"{error}"
+            ) from error

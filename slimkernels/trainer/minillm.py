@@ -14,11 +14,15 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import check_tokenizer
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store, StoreDataset
-from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, documents_per_step
+from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
+from slimkernels.trainer.distillation import check_can_be_saved
+from slimkernels.trainer.on_policy import warn_of_other_ends
+from slimkernels.trainer.stored_rows import opened_store, stores_of
 
 try:
     with warnings.catch_warnings():
@@ -108,7 +112,11 @@ class MiniLLMTrainer(_MiniLLMTrainer):
             raise ValueError(
                 "method 'minillm' needs the student's tokenizer (--tokenizer), which its prompts go through"
             )
-        check_tokenizer(train_dataset, processing_class)
+        train_dataset, eval_dataset = opened_store(train_dataset), opened_store(eval_dataset)
+        for store in stores_of(train_dataset):
+            check_tokenizer(store, processing_class)
+        check_can_be_saved(model)
+        warn_of_other_ends(model, teacher_model)
         rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
         if rows[0] != rows[1]:
             raise ValueError(f"student and teacher must have heads of as many rows, got {rows[0]} and {rows[1]}")
@@ -128,11 +136,18 @@ class MiniLLMTrainer(_MiniLLMTrainer):
                 processing_class=processing_class,
                 **kwargs,
             )
+        self._identity = {
+            "student": model_identity(model),
+            "teacher_weights": model_identity(teacher_model),
+        }
+        self._store = train_dataset
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains as ``SlimTrainer.train`` does."""
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self._settings())
+        checkpoint = checkpoint_to_resume(
+            resume_from_checkpoint, str(self.args.output_dir), self._settings(), self.model
+        )
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
@@ -188,22 +203,24 @@ class MiniLLMTrainer(_MiniLLMTrainer):
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings that must not change between a checkpoint and the run that continues it."""
-        return {name: getattr(self.args, name) for name in _SETTINGS} | {
+        method = {name: getattr(self.args, name) for name in _SETTINGS} | {
             "method": self.args.method,
             "prompts": len(self.train_dataset),
-            "documents_per_step": documents_per_step(self.args),
         }
+        return run_identity(self.args, method | self._identity, self._store)
 
 
 def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
     documents = (dataset[index] for index in range(len(dataset)))
-    return [doc.input_ids[: int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)]
+    return [
+        doc.input_ids[: doc.prompt_length or int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)
+    ]
 
 
 def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:
     if not prompts:
         raise ValueError("train_dataset must hold a document with a label, got none")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model.config)
     longest = max(map(len, prompts))
     if limit is not None and longest + (max_completion_length or 0) > limit:
         raise ValueError(

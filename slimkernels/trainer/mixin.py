@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimkernels.models.head import base_model
+from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.head_loss import IGNORE_INDEX, HeadLoss, TeacherOfLabels, next_labels
 from slimkernels.models.patch import check_loss, without_logits
-from slimkernels.store import Store
+from slimkernels.store import Store, StoreDataset
+from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
+from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective, check_training_arguments
+from slimkernels.trainer.stored_rows import check_stored_rows
 from slimkernels.trainer.teachers import StoredTeacher
 
 # Entries of a batch that only the student is given.
@@ -45,13 +49,14 @@ class SlimLossMixin(DistillationMixin):
     (also LoRA on the head), DDP and ``num_items_in_batch`` keep their meaning.
 
     Every logged loss comes with the means of ``LossLog.means``. A loss that is not finite is logged as a warning that
-    names the step.
+    names the step. ``evaluate`` reports the same means with the prefix ``eval_``, in addition to ``eval_loss``.
 
     Args:
         *args: Arguments of the trainer.
-        objective: Training objective; None for method "slim" where there is a teacher, else "sft".
-        teacher_model: A causal language model with the same vocabulary; set to evaluation mode.
-        teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches.
+        objective: Training objective, or the name of its method; None for "slim" where there is a teacher, else "sft",
+            which is then logged as a warning.
+        teacher_model: A causal language model with the same vocabulary, or its folder or name; set to evaluation mode.
+        teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches, or its path.
         **kwargs: Arguments of the trainer.
 
     Raises:
@@ -59,18 +64,31 @@ class SlimLossMixin(DistillationMixin):
             head; or an option of the trainer needs logits to train.
     """
 
+    _evaluation_log: LossLog | None = None
+
     def __init__(
         self,
         *args,
-        objective: SlimObjective | None = None,
-        teacher_model: nn.Module | None = None,
-        teacher_store: Store | None = None,
+        objective: SlimObjective | str | None = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | None = None,
+        teacher_store: Store | StoreDataset | str | os.PathLike[str] | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(objective, str):
+            objective = SlimObjective(objective)
+        if not isinstance(objective, SlimObjective | None):
+            raise TypeError(f"objective must be a SlimObjective or the name of a method, got {objective!r}")
+        if not isinstance(teacher_model, nn.Module | str | os.PathLike | None):
+            raise TypeError(f"teacher_model must be a model or its folder, got {type(teacher_model).__name__}")
         num_teachers = (teacher_model is not None) + (teacher_store is not None)
+        if objective is None and not num_teachers:
+            logger.warning(
+                "SlimLossMixin trains on the labels alone (method 'sft'), as it has no teacher: pass teacher_model or "
+                "teacher_store, or objective='sft' if that is meant"
+            )
         self._set_objective(objective or SlimObjective("slim" if num_teachers else "sft"), teacher_model)
-        self.stored_teacher = None if teacher_store is None else StoredTeacher(teacher_store)
+        self.stored_teacher = None if teacher_store is None else StoredTeacher(_opened(teacher_store))
         if num_teachers != (1 if self.objective.needs_teacher else 0):
             raise ValueError(
                 f"method {self.objective.method!r} needs "
@@ -82,9 +100,49 @@ class SlimLossMixin(DistillationMixin):
                 "method 'gkd' trains on text that the student writes, as only SlimTrainer does: use it, or method 'jsd'"
             )
         check_training_arguments(self.args)
+        # The objective of TRL's trainers; the other ones weight every token by the student's logits.
+        loss_type = getattr(self.args, "loss_type", None)
+        if loss_type not in (None, "nll", "chunked_nll"):
+            raise ValueError(
+                f"loss_type must be 'nll' with SlimLossMixin, which computes the loss, got {loss_type!r}: train with "
+                "TRL's trainer alone, or choose an objective of slimkernels"
+            )
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func must be None: SlimLossMixin computes the loss")
         check_loss(base_model(self.model))
+        if self.stored_teacher is not None:
+            tokenizer = getattr(self, "processing_class", None)
+            check_stored_rows(
+                self.stored_teacher.store,
+                self.objective,
+                vocab_size=LanguageModelHead.of(base_model(self.model)).vocab_size,
+                tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
+            )
+        self.add_callback(SlimRun(self._settings, lambda: None))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trains as the trainer does, after checking that a checkpoint is one of the same run.
+
+        Raises:
+            ValueError: The checkpoint is of a run with another objective, teacher, data set, optimizer or schedule; the
+                message names what differs.
+        """
+        output_dir = str(self.args.output_dir)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir, self._settings())
+        return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluates as the trainer does, and adds the means of ``LossLog.means`` to the metrics."""
+        self._evaluation_log = LossLog(self.args.device, self.objective.needs_teacher)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._evaluation_log.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+        means.pop("labels_per_second")
+        added = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | added)
+
+    def _settings(self) -> dict[str, Any]:
+        store = None if self.stored_teacher is None else self.stored_teacher.store.fingerprint
+        return run_identity(self.args, self._method() | {"teacher_store": store}, self.train_dataset)
 
     def _on_bad_step(self, step: int) -> None:
         logger.warning("the loss is not finite since optimizer step %d: lower the learning rate", step)
@@ -114,6 +172,8 @@ class SlimLossMixin(DistillationMixin):
                 outputs = model(**inputs)
         else:
             outputs = without_logits(outputs)
+        if not model.training and self._evaluation_log is not None:
+            self._evaluation_log.add(head.result, head.target, head.rows, self.state.global_step)
         return Step(loss, head.result, head.target, head.rows, outputs)
 
     def _teacher_of_labels(self, inputs: dict[str, Any]) -> TeacherOfLabels:
@@ -128,3 +188,13 @@ class SlimLossMixin(DistillationMixin):
         hidden = online.hidden({name: value for name, value in inputs.items() if name not in _FOR_THE_STUDENT})
         hidden = hidden.flatten(0, -2).index_select(0, places.to(hidden.device))
         return lambda target: online.rows(hidden, target.to(hidden.device)).to(target.device)
+
+
+def _opened(store: Store | StoreDataset | str | os.PathLike[str]) -> Store:
+    if isinstance(store, str | os.PathLike):
+        return Store(store)
+    if isinstance(store, StoreDataset):
+        return store.store
+    if not isinstance(store, Store):
+        raise TypeError(f"teacher_store must be a Store or the path of one, got {type(store).__name__}")
+    return store

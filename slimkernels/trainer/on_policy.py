@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from slimkernels.models.evaluation import evaluation_mode
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -21,13 +26,12 @@ def continue_prompts(
 ) -> dict[str, Any]:
     """Replaces the labels of every document of a batch by a continuation that the student draws.
 
-    A prompt is the part of a document before its first label. The student draws tokens after it from
-    softmax(logits / temperature), up to and including the end of text, or ``max_new_tokens`` of them; they are the new
-    labels. The draws use torch's global generator.
+    The student draws tokens from softmax(logits / temperature) after the prompt, up to and including the end of text,
+    or ``max_new_tokens`` of them. They are the new labels. The draws use torch's global generator.
 
     Args:
         model: The student; it generates in evaluation mode, and its mode is restored.
-        batch: A batch of ``SlimCollator``.
+        batch: A batch of ``SlimCollator``, whose ``prompt_lengths`` say how many tokens of each document are continued.
         max_new_tokens: Largest number of tokens to draw for each document.
         temperature: Sampling temperature, > 0.
         pad_token_id: Id that pads prompts and documents; never attended to.
@@ -41,6 +45,7 @@ def continue_prompts(
     length = input_ids.shape[1]
     document, place = rows // length, rows % length
     first = torch.full((len(input_ids),), length, device=rows.device).scatter_reduce(0, document, place + 1, "amin")
+    first = batch.get("prompt_lengths", first).to(rows.device)
     labelled = torch.zeros(len(input_ids), dtype=torch.bool, device=rows.device).index_fill(0, document, True)
     lengths = first[labelled]
     longest = int(lengths.max()) if len(lengths) else 0
@@ -54,10 +59,25 @@ def continue_prompts(
     return _collate(prompts, mask, lengths, written, _lengths_to_end(written, model), pad_token_id)
 
 
+def warn_of_other_ends(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Warns where a student ends its text with other tokens than its teacher, who then never scores an end as one."""
+    own, others = (_end_tokens(model) for model in (student, teacher))
+    if own and others and own.isdisjoint(others):
+        logger.warning(
+            "the student ends its text with the tokens %s and the teacher with %s, so the teacher finds the student's "
+            "ends improbable: set the eos_token_id of the student's generation_config",
+            sorted(own),
+            sorted(others),
+        )
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
+
+
 def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, temperature: float, pad: int) -> Tensor:
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         whole = model.generate(
             prompts,
             attention_mask=mask.long(),
@@ -68,8 +88,6 @@ def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, tempera
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
         )
-    finally:
-        model.train(was_training)
     return whole[:, prompts.shape[1] :]
 
 

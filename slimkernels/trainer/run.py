@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from slimkernels.models.make_student import make_student
@@ -43,7 +44,8 @@ def train(
 
     Args:
         store_path: Store to learn from.
-        student: A model, the folder of one, or None for ``make_student`` with the store's vocabulary size.
+        student: A model, its folder or that of an adapter of PEFT, or None for ``make_student`` with the store's
+            vocabulary size.
         method: Method of ``SlimObjective``, or "minillm" for TRL's ``MiniLLMTrainer`` on the prompts of the store's
             documents.
         output_dir: Folder of the checkpoints and, at the end, the student; a run of the same settings is continued.
@@ -65,7 +67,8 @@ def train(
     store = StoreDataset(store_path)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if not isinstance(student, PreTrainedModel):
+    # A student with adapters is a model of PEFT, which is none of transformers.
+    if not isinstance(student, nn.Module):
         student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
     trainer_class, config_class = trainer_of(method)
     trainer = trainer_class(

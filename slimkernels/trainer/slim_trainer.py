@@ -16,16 +16,17 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from slimkernels.models.batch import SlimCollator, teacher_rows
-from slimkernels.models.fingerprints import check_tokenizer
+from slimkernels.models.evaluation import context_length, evaluation_mode
 from slimkernels.models.head import LanguageModelHead, check_head
 from slimkernels.models.head_loss import IGNORE_INDEX, loss_of_batch
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.sharding import is_partitioned
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, documents_per_step
+from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.objective import SlimConfig
-from slimkernels.trainer.on_policy import continue_prompts
+from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
+from slimkernels.trainer.stored_rows import check_stored_rows, opened_store
 
 
 class SlimTrainer(DistillationMixin, Trainer):
@@ -46,7 +47,7 @@ class SlimTrainer(DistillationMixin, Trainer):
         model: A causal language model whose head is one linear layer, with the softcap or scale of its configuration.
         args: A ``SlimConfig``.
         data_collator: Collator of store documents; None for a ``SlimCollator`` for this model and method.
-        train_dataset: A ``StoreDataset`` or ``Store``, or any map-style data set of their documents.
+        train_dataset: A ``StoreDataset`` or ``Store``, the path of one, or any data set of their documents.
         eval_dataset: Held-out data set of the same kind.
         processing_class: The student's tokenizer, which is checked against the store's and saved with checkpoints.
         teacher_model: Model that scores every batch in place of the store's rows, which are then not read.
@@ -75,23 +76,39 @@ class SlimTrainer(DistillationMixin, Trainer):
     ) -> None:
         if not isinstance(args, SlimConfig):
             raise TypeError(f"args must be a SlimConfig, got {type(args).__name__}: SlimConfig(output_dir=..., ...)")
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} must be None: SlimTrainer computes the loss and its own metrics, without logits; use "
+                    "SlimLossMixin with a transformers.Trainer for metrics of logits"
+                )
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: opened_store(dataset) for name, dataset in eval_dataset.items()}
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=opened_store(train_dataset),
+            eval_dataset=opened_store(eval_dataset),
             processing_class=processing_class,
             **kwargs,
         )
         self._check_layout()
         if not is_partitioned(self.model):
             check_head(self.model)
+            _check_no_auxiliary_loss(self.model)
         self._set_objective(args, teacher_model)
         self._check_teacher()
         evaluations = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for dataset in (self.train_dataset, *evaluations):
-            self._check_store(dataset)
+            is_trained_on = dataset is self.train_dataset and self.online_teacher is None
+            check_stored_rows(
+                dataset,
+                args if is_trained_on else None,
+                vocab_size=LanguageModelHead.of(self.model).vocab_size,
+                tokenizer=processing_class,
+                max_length=self._max_length(),
+            )
         if data_collator is None:
             self.data_collator = SlimCollator(
                 pad_token_id=self._pad_token_id(),
@@ -99,6 +116,7 @@ class SlimTrainer(DistillationMixin, Trainer):
                 max_length=self._max_length(),
                 with_teacher=args.needs_teacher and teacher_model is None,
             )
+        self._student = model_identity(self.model)
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -107,10 +125,13 @@ class SlimTrainer(DistillationMixin, Trainer):
         A killed run can leave an incomplete checkpoint, which ``True`` skips.
 
         Raises:
-            ValueError: The checkpoint is of a run with another loss, data set, batch size or seed.
+            ValueError: The checkpoint is of a run with another loss, store, student, teacher, optimizer, schedule,
+                batch size or seed; the message names what differs.
             FloatingPointError: The loss became NaN or infinite; raised before the next log or checkpoint.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self._settings())
+        checkpoint = checkpoint_to_resume(
+            resume_from_checkpoint, str(self.args.output_dir), self._settings(), self.model
+        )
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -149,7 +170,7 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def _max_length(self) -> int | None:
         """Returns the number of tokens that the student can read, or None if its configuration does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_length(self.model.config)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -201,19 +222,7 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings that must not change between a checkpoint and the run that continues it."""
-        args = self.args
-        online = None
-        if self.online_teacher is not None:
-            names = ("method", "teacher_top_k", "teacher_top_fraction", "teacher_rounds", "on_policy_fraction")
-            names += ("max_new_tokens", "sampling_temperature")
-            online = {name: getattr(args, name) for name in names}
-        return args.loss_options | {
-            "online_teacher": online,
-            "documents": len(self.train_dataset),
-            "documents_per_step": documents_per_step(args),
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-        }
+        return run_identity(self.args, self._method() | {"student": self._student}, self.train_dataset)
 
     def _check_layout(self) -> None:
         asks_for_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -247,33 +256,23 @@ class SlimTrainer(DistillationMixin, Trainer):
                 "method 'gkd' needs a teacher_model to score what the student writes: pass one, or set "
                 "on_policy_fraction=0 to learn from the store alone"
             )
+        if online is not None and args.method == "gkd" and args.on_policy_fraction > 0:
+            warn_of_other_ends(self.model, online.model)
         if online is None and (args.teacher_top_k, args.teacher_top_fraction, args.teacher_rounds) != (None,) * 3:
             raise ValueError(
                 "teacher_top_k, teacher_top_fraction and teacher_rounds select logits of a teacher_model, got none: "
                 "the logits of a store were selected when it was captured"
             )
 
-    def _check_store(self, dataset) -> None:
-        rows = LanguageModelHead.of(self.model).vocab_size
-        vocab_size = getattr(dataset, "vocab_size", rows)
-        if vocab_size != rows:
-            raise ValueError(
-                f"the student's head must have as many rows as the teacher's vocabulary in the store, {vocab_size}, "
-                f"got {rows}; make the student with vocab_size={vocab_size} or call "
-                f"model.resize_token_embeddings({vocab_size})"
-            )
-        manifest = getattr(getattr(dataset, "store", dataset), "manifest", {})
-        kind = manifest.get("selection", {}).get("kind")
-        if self.online_teacher is not None:
-            kind = None
-        elif self.args.method == "sampled" and manifest and kind not in ("sample", "mixed"):
-            raise ValueError(
-                f"method 'sampled' needs a store of draws, captured with select='sample' or 'mixed', got one of "
-                f"{kind!r}: use method 'kd', or pass a teacher_model"
-            )
-        if kind in ("sample", "mixed") and self.args.needs_teacher and self.args.temperature != 1:
-            raise ValueError(
-                f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
-                f"1, got {self.args.temperature}; capture the largest logits to train at another temperature"
-            )
-        check_tokenizer(dataset, self.processing_class)
+
+@torch.no_grad()
+def _check_no_auxiliary_loss(model: PreTrainedModel) -> None:
+    """Refuses a model that adds a loss of its experts to that of its head, as the decoder alone does not compute it."""
+    ids = torch.tensor([[0, 1]], device=LanguageModelHead.of(model).weight.device)
+    with evaluation_mode(model):
+        auxiliary = getattr(model(input_ids=ids, use_cache=False), "aux_loss", None)
+    if auxiliary is not None and getattr(model.config, "router_aux_loss_coef", 1.0):
+        raise ValueError(
+            f"SlimTrainer calls only the decoder, and so would not train the auxiliary loss of the experts of "
+            f"{type(model).__name__}: use SlimLossMixin, or set output_router_logits=False in its configuration"
+        )

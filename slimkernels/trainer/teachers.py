@@ -16,9 +16,7 @@ from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.trainer.objective import SlimObjective
-
-# Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
-_LARGEST_PADDING = 1024
+from slimkernels.trainer.stored_rows import LARGEST_PADDING
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class OnlineTeacher:
                 "the training arguments that enable ZeRO-3"
             )
         rows = LanguageModelHead.of(base_model(model)).vocab_size
-        if abs(rows - vocab_size) > _LARGEST_PADDING:
+        if abs(rows - vocab_size) > LARGEST_PADDING:
             raise ValueError(
                 f"teacher and student must have the same vocabulary, got heads of {rows} and {vocab_size} rows: choose "
                 "a teacher with the student's tokenizer"
@@ -73,7 +71,14 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
-        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,)."""
+        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,).
+
+        The products are in the teacher's dtype, also within the student's autocast region.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._rows(hidden, target)
+
+    def _rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
         head = self._head()
         objective = self.objective
         if objective.method == "sampled":
@@ -112,8 +117,8 @@ class StoredTeacher:
         """Finds the teacher's rows of the labels of a batch.
 
         Args:
-            inputs: Tensors ``input_ids`` (B, T) and either ``position_ids``, which start at 0 in every document of a
-                packed batch, or ``attention_mask``.
+            inputs: Tensors ``input_ids`` (B, T) and, where rows hold more than one document or padding,
+                ``position_ids`` (B, T), which start at 0 in every document, and ``attention_mask`` (B, T).
             places: Flat indices (N,) into B * T of the hidden states that predict the labels, ascending.
 
         Returns:
@@ -124,6 +129,8 @@ class StoredTeacher:
         """
         input_ids = inputs["input_ids"].cpu()
         wanted = places.cpu()
+        if not len(wanted):
+            return self._no_rows().to(places.device)
         length = input_ids.shape[1]
         parts = []
         for row, start, stop in _documents(input_ids, inputs):
@@ -138,6 +145,16 @@ class StoredTeacher:
                 f"every label must lie in a document of the batch, got {len(wanted)} labels, {count} of which do"
             )
         return found.to(places.device)
+
+    def _no_rows(self) -> SparseLogits:
+        temperatures = self.store.temperatures
+        return SparseLogits(
+            ids=torch.zeros(0, 1, dtype=torch.int32),
+            logits=torch.zeros(0, 1),
+            lse=torch.zeros(0, len(temperatures)),
+            temperatures=temperatures,
+            target_logit=torch.zeros(0),
+        )
 
     def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
         index = self.store.find(input_ids)
@@ -159,16 +176,26 @@ class StoredTeacher:
 
 
 def _documents(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """Returns the row, the start and the end of every document of a batch."""
+    """Returns the row, the start and the end of every document of a batch.
+
+    Tokens that ``attention_mask`` (B, T) excludes belong to no document, whatever their ``position_ids``: they end the
+    document before them. Position 0, or another number of the document in the mask, starts the next one.
+    """
     found = []
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     for row, ids in enumerate(input_ids):
+        is_token = torch.ones(len(ids), dtype=torch.bool)
+        is_start = torch.zeros(len(ids), dtype=torch.bool)
         if positions is not None:
-            starts = positions[row].cpu().eq(0).nonzero().flatten().tolist()
-            found += [(row, a, b) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
-        elif mask is None:
-            found.append((row, 0, len(ids)))
-        else:
-            attended = mask[row].cpu().nonzero().flatten()
-            found += [(row, int(attended[0]), int(attended[-1]) + 1)] if len(attended) else []
+            is_start |= positions[row].cpu().eq(0)
+        if mask is not None and mask.ndim == 2:
+            document = mask[row].cpu()
+            is_token &= document.ne(0)
+            is_start[1:] |= document[1:].ne(document[:-1])
+        is_start[0] = True
+        starts = (is_token & is_start).nonzero().flatten().tolist()
+        ends = (~is_token | is_start).nonzero().flatten().tolist()
+        for start in starts:
+            end = next((end for end in ends if end > start), len(ids))
+            found.append((row, start, end))
     return found

@@ -1,0 +1,147 @@
+"""Checks of a store's rows before they are trained on, whichever data set or trainer they come through."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from slimkernels.models.fingerprints import check_tokenizer
+from slimkernels.store import Store, StoreDataset, StoreIterableDataset
+from slimkernels.trainer.objective import SlimObjective
+
+# Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
+LARGEST_PADDING = 1024
+_DRAWS = ("sample", "mixed")
+
+logger = logging.getLogger(__name__)
+
+
+def opened_store(dataset: Any) -> Any:
+    """Returns a data set as it is, and a ``StoreDataset`` for the path of a store."""
+    return StoreDataset(dataset) if isinstance(dataset, str | os.PathLike) else dataset
+
+
+def sources_of(dataset: Any) -> list[Store | StoreDataset]:
+    """Returns the stores under a data set, such as a ``Subset`` or a ``ConcatDataset``; none for other data sets."""
+    if isinstance(dataset, Store | StoreDataset):
+        return [dataset]
+    if isinstance(dataset, StoreIterableDataset):
+        return [dataset.documents]
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    return [source for one in inner if one is not None for source in sources_of(one)]
+
+
+def stores_of(dataset: Any) -> list[Store]:
+    """Returns the stores under a data set, as ``sources_of`` finds them."""
+    return [source.store if isinstance(source, StoreDataset) else source for source in sources_of(dataset)]
+
+
+def check_stored_rows(
+    dataset: Any,
+    objective: SlimObjective | None,
+    *,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+) -> None:
+    """Checks that a student can learn from the stores under a data set, in the way that an objective asks for.
+
+    Args:
+        dataset: A ``Store`` or ``StoreDataset``, or a torch data set of them. Other data sets pass.
+        objective: The objective that reads the teacher's rows; None where they are only measured against, or not read.
+        vocab_size: Number of rows V of the student's head.
+        tokenizer: The student's tokenizer, or None where it is not known.
+        max_length: Number of tokens that the student can read; None for no check.
+
+    Raises:
+        ValueError: The stores have another vocabulary or tokenizer, hold longer documents, cannot be in one batch, or
+            lack what the objective reads; or the data set is a stream of them.
+    """
+    sources = sources_of(dataset)
+    if sources and isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "the documents of a trainer must have an order that it can shuffle, split and resume, got a stream, "
+            f"{type(dataset).__name__}, which does that itself: pass a StoreDataset"
+        )
+    for store in stores_of(dataset):
+        _check_vocabulary(store, vocab_size)
+        check_tokenizer(store, tokenizer)
+        if max_length is not None and (longest := store.longest_document()) > max_length:
+            raise ValueError(
+                f"documents must have at most max_length={max_length} tokens for this student, got one of {longest} "
+                f"in {store.path}; capture shorter documents or give the student more positions"
+            )
+        if objective is not None and objective.needs_teacher:
+            _check_selection(store, objective)
+    _check_one_batch(sources)
+
+
+def _check_vocabulary(store: Store, rows: int) -> None:
+    if not store.vocab_size <= rows <= store.vocab_size + LARGEST_PADDING:
+        raise ValueError(
+            f"the student's head must have as many rows as the teacher's vocabulary in the store, {store.vocab_size}, "
+            f"got {rows}; make the student with vocab_size={store.vocab_size} or call "
+            f"model.resize_token_embeddings({store.vocab_size})"
+        )
+    if rows != store.vocab_size:
+        logger.warning(
+            "the student's head has %d rows and the store's vocabulary %d: the last %d rows are taken to be padding",
+            rows,
+            store.vocab_size,
+            rows - store.vocab_size,
+        )
+
+
+def _check_selection(store: Store, objective: SlimObjective) -> None:
+    kind = store.settings.selection.get("kind")
+    options = objective.loss_options
+    if objective.method == "sampled" and kind not in _DRAWS:
+        raise ValueError(
+            f"method 'sampled' needs a store of draws, captured with select='sample' or 'mixed', got one of "
+            f"{kind!r}: use method 'kd', or pass a teacher_model"
+        )
+    if kind in _DRAWS and objective.temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
+            f"1, got {objective.temperature}; capture the largest logits to train at another temperature"
+        )
+    if kind == "top_logprobs" and objective.rest is None and options["rest"] == "renorm":
+        raise ValueError(
+            "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
+            "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
+        )
+    if options["rest"] in ("zero", "ghost") and not any(
+        math.isclose(temperature, objective.temperature, rel_tol=1e-6) for temperature in store.temperatures
+    ):
+        raise ValueError(
+            f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
+            f"{store.path}, which rest={options['rest']!r} reads; capture the teacher with "
+            f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
+        )
+
+
+def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
+    """Checks that documents of all sources can be in one batch."""
+    kinds = set()
+    for source in sources:
+        store = source.store if isinstance(source, StoreDataset) else source
+        is_packed = isinstance(source, StoreDataset) and source.packed
+        # The 8-bit and the 6-bit codec are unpacked to the same codes.
+        codec = store.settings.codec.rstrip("68") if is_packed else "none"
+        kinds.add((store.temperatures, is_packed, codec, store.vocab_size if is_packed else 0))
+    for name, values in zip(
+        ("temperatures", "packed", "codec", "vocab_size"), map(set, zip(*kinds, strict=True)), strict=False
+    ):
+        if len(values) > 1:
+            advice = (
+                "capture them alike" if name == "temperatures" else "open them with StoreDataset(path, packed=False)"
+            )
+            raise ValueError(
+                f"stores that are trained on together must share {name}, as a batch holds documents of all, got "
+                f"{sorted(values)}: {advice}"
+            )
