@@ -136,7 +136,7 @@ def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored") -> No
     Args:
         fault: 0 for no fault, else 4 * row + the number of the fault (``Fault`` in csrc/cpu/dispatch.h).
         first_row: Index of the kernel's row 0 in the caller's rows.
-        no_label: What else than a label the op accepts as a target.
+        no_label: Phrase for the targets that the op accepts although they are no label.
     """
     if fault == 0:
         return

@@ -69,7 +69,7 @@ class SparseLogits:
     def column_of(self, temperature: float) -> int | None:
         """Returns the column of ``lse`` that holds a temperature, None if the teacher was not captured at it."""
         for column, captured in enumerate(self.temperatures):
-            # As math.isclose, which a compiler does not trace.
+            # This is math.isclose, which a compiler does not trace.
             if abs(captured - temperature) <= 1e-6 * max(captured, temperature):
                 return column
         return None

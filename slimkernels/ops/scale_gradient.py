@@ -1,4 +1,4 @@
-"""How a loss returns a gradient that its forward pass made: scaled, owned by the caller, and differentiated once."""
+"""Returns gradients that a loss made in its forward pass: scaled, owned by the caller, and differentiated once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def scale_gradients(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     """``[gradient * upstream for gradient in gradients]``, rounded once, in memory that the caller may overwrite.
 
     ``gradients`` are saved tensors. If the graph is freed after this backward pass, nobody else needs their memory, so
-    it is handed out: as it is where ``upstream`` is 1, as it mostly is, and on CUDA scaled in place by a kernel that
+    it is handed out: unchanged where ``upstream`` is 1, the usual case, and on CUDA scaled in place by a kernel that
     reads ``upstream``, which would cost the host a synchronisation. If the graph is retained, the result is a copy.
     """
     if torch.compiler.is_compiling() or type(upstream) is not Tensor or _is_batched(upstream):
@@ -43,8 +43,8 @@ def differentiable_once(op: str, gradients: Sequence[Tensor], *sources: Tensor |
 
     Args:
         op: Name of the public function, for the message.
-        gradients: What the backward pass of ``op`` returns, computed without a graph.
-        sources: What the gradients depend on, so that a derivative by an operand of the op passes through here. An
+        gradients: Results of the backward pass of ``op``, computed without a graph.
+        sources: Tensors that the gradients depend on, so that a derivative by an operand of the op passes through here. An
             output of the op that was saved for the backward pass stands for all of its operands.
 
     Raises:
