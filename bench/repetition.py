@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, tokenizer = load_teacher(args.model)
     engine = TransformersEngine(model, tokenizer)
     questions = [json.loads(line)["question"] for line in (args.data / "gsm8k/test.jsonl").read_text().splitlines()]
-    config = PathFinderConfig(max_depth=12, max_step_tokens=48, batch_questions=args.own or 1)
+    config = PathFinderConfig(max_depth=12, max_step_tokens=48, answer_kind=None, batch_questions=args.own or 1)
     chains = [
         *repetition_chains.gsm8k_chains(args.data / "gsm8k/train.jsonl", tokenizer, args.gsm8k),
         *repetition_chains.strategyqa_chains(args.data / "strategyqa/train.json", tokenizer, args.strategyqa),

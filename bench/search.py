@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_step_tokens=args.step_tokens,
         top_p=1.0,
         step_end=lambda _: False,
+        answer_kind=None,
     )
     sizes = ("branching", "beam", "depth", "step_tokens", "prompt_tokens")
     log = Log(
@@ -154,7 +155,7 @@ def throughputs(
 
     def ours() -> float:
         start = time.perf_counter()
-        results = PathFinder(engine, config, checks=()).solve(questions)
+        results = PathFinder(engine, config, checks=(), chat=False).solve(questions)
         seconds = time.perf_counter() - start
         _require(sum(result.num_tokens for result in results), total)
         return total / seconds
@@ -185,7 +186,7 @@ def memory(
 
     def ours() -> int:
         engine = TransformersEngine(model, tokenizer, eos_token_ids=())
-        PathFinder(engine, config, checks=()).solve(prompts)
+        PathFinder(engine, config, checks=(), chat=False).solve(prompts)
         return engine.peak.shared_bytes
 
     def copies() -> int:

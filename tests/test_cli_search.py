@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 from support import teachers
 
+from slimkernels.cli import decode as decode_module
 from slimkernels.cli import main
-from slimkernels.cli.decode import DEFAULT_ANSWER_PATTERN, SEARCH_FIELDS
+from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
 
@@ -64,7 +66,7 @@ def test_decode_documents_the_defaults_of_the_configuration():
         "max_tokens": "no limit",
         "time_limit_s": "no limit",
         "step_delimiter": r"\n",
-        "answer_pattern": DEFAULT_ANSWER_PATTERN,
+        "answer_pattern": "--answer-kind",
     }
     for name, default in fields.items():
         if name != "end_markers":
@@ -84,7 +86,19 @@ def test_decode_documents_the_defaults_of_the_configuration():
     ],
 )
 def test_decode_finds_answers(text, answer):
-    assert PathFinderConfig(answer_pattern=DEFAULT_ANSWER_PATTERN).answer(text) == answer
+    assert PathFinderConfig().answer(text) == answer
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\u000b", " "])
+def test_decode_reads_lines_of_json_with_separators_in_strings(tmp_path, mark, separator):
+    path = tmp_path / "questions.jsonl"
+    asked = [f"Anna{separator}has 3?", "And Tom?"]
+    lines = [json.dumps({"question": question}, ensure_ascii=False) for question in asked]
+    path.write_text(mark + "\r\n".join(lines) + "\n", encoding="utf-8", newline="")
+    args = argparse.Namespace(question=None, questions=str(path), limit=None, question_field="question")
+    args.reference_field = None
+    assert [item.text for item in decode_module._read_questions(args)] == asked
 
 
 def test_decode_writes_every_prediction(decode, model, questions, tmp_path):

@@ -21,12 +21,14 @@ NUMBERS = [  # text, strict, flexible
     ("The answer is 3. No: the answer is 4.", "4", "4"),
     ("The answer is 3.\n\nQ: Tom has 7 cats. How many?\nA: The answer is 7.", "3", "3"),
     ("\nA: 2 + 2 = 4\nQ: What is 5?", None, "4"),
-    ("Q: What is 5?\nA: The answer is 5.", None, None),
+    # A question before any answer repeats that of the prompt.
+    ("Q: What is 5?\nA: The answer is 5.", "5", "5"),
     ("\n Question: 5?", None, None),
     ("16-3-4", None, "4"),
     ("It rose from 10-12.", None, "12"),
     ("It fell to \u22125 degrees", None, "-5"),
-    ("- 3 apples", None, "-3"),
+    ("- 3 apples", None, "3"),  # a bullet
+    ("-3 apples", None, "-3"),
     ("about 50% of 1,000,000", None, "1000000"),
     ("He has 12,34 of them", None, "34"),
     (".5 l", None, "0.5"),
@@ -105,7 +107,7 @@ def test_same_answer(answer, reference, kind, same):
 def test_a_reference_that_is_no_answer_is_an_error():
     with pytest.raises(ValueError, match="reference must be an answer of kind 'number', got 'seven'"):
         same_answer("7", "seven", "number")
-    with pytest.raises(ValueError, match="kind must be one of 'number', 'yes_no', 'letter', got 'colour'"):
+    with pytest.raises(ValueError, match="kind must be one of 'number', 'yes_no', 'letter', 'any', got 'colour'"):
         extract("red", "colour")
 
 

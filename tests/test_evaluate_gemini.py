@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from slimkernels.evaluate.gemini import after_answer_colon, after_the_answer_is, last_number, read_outputs
+from slimkernels.evaluate.gemini import (
+    after_answer_colon,
+    after_the_answer_is,
+    comparable,
+    last_number,
+    read_outputs,
+)
+from slimkernels.evaluate.report import describe_outputs, write_report
 
 TEXTS = [  # text, after "The answer is", after "Answer:", last number
     ("2 + 3 = 5. The answer is 5.", "5", "5", "5"),
@@ -87,3 +94,24 @@ def test_bad_rows(line, message, tmp_path):
         read_outputs(path)
     with pytest.raises(FileNotFoundError, match="outputs not found"):
         read_outputs(tmp_path / "none.jsonl")
+
+
+def test_headline_compares_the_common_rule_where_strict_follows_two(tmp_path):
+    rows = [("The answer is 10.", "10"), ("So $1.", "1"), ("It is 5 or 6.", "6")]
+    # "strict" is by "The answer is" in the first file, and the last number without "Answer:" in the second.
+    paths = [
+        write(tmp_path / "svamp" / "one", rows, [(1, 1), (0, 1), (0, 1)]),
+        write(tmp_path / "svamp" / "two", rows, [(1, 1), (1, 1), (1, 1)]),
+    ]
+    files = {str(path): read_outputs(path) for path in paths}
+    assert len({outputs.strict_rule for outputs in files.values()}) == 2
+    records = comparable(list(files.values()))
+    assert [list(record.scores) for record in records] == 3 * [["last_number", 'strict by "The answer is"']] + 3 * [
+        ["last_number", 'strict by "Answer:"']
+    ]
+    page = write_report(records, tmp_path / "out", describe_outputs(files)).read_text()
+    assert "No difference shown between" in page
+    assert "last number, samples: 3" in page
+    assert "follow another rule, so the last number is compared" in page
+    alike = [read_outputs(paths[0])]
+    assert comparable(alike) == alike[0].records

@@ -10,7 +10,7 @@ from support.evaluation import make_data, make_folder, make_record
 from support.served import _Server
 
 from slimkernels.cli import main
-from slimkernels.evaluate.judge import Answer, Judge, Rating, answer_of
+from slimkernels.evaluate.judge import Answer, Judge, Rating, answer_of, read_rating
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
 from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
@@ -122,3 +122,26 @@ def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, m
     ):
         assert main(["eval", "--out", str(out), *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "rating"),
+    [
+        ("Good. [[8]]", 8),
+        ("Good. [[8/10]]", 8),
+        ("Good. [[ 8 / 10 ]]", 8),
+        ("Good. [[Rating: 8]]", 8),
+        ("[[rating 8.5]]", 8.5),
+        ("It says `[[10]]`. Rating: **[[8]]**", 8),
+        ('The rating is "[[8]]".', 8),
+        ('Rating: [[8]]. The response says "[[10]]" of itself.', 8),
+        ('The response says "[[10]]" of itself, so [[8]]', 8),
+        ("First [[5]], but then [[8]]", 8),
+        ("[[99]] is no rating. [[8]]", 8),
+        ("[[8/5]]", None),
+        ("[[0]]", None),
+        ("eight", None),
+    ],
+)
+def test_rating_is_read_from_what_the_judge_says(said, rating):
+    assert read_rating(said) == rating

@@ -57,6 +57,23 @@ def test_pathfinder_model_with_one_greedy_branch_answers_as_lm_evals_own(model):
     assert searcher(model, **GREEDY).generate_until(requests_of(*settings), disable_tqdm=True) == expected
 
 
+def test_pathfinder_model_stops_at_special_tokens_as_lm_evals_own(model):
+    tokenizer = make_tokenizer()
+    own = HFLM(model, tokenizer=tokenizer)
+    free = own.generate_until(requests_of({"max_gen_toks": 24, "until": []}), disable_tqdm=True)
+    # A token of the greedy answers becomes a special one, which is no end of text.
+    drawn = tokenizer(free[0])["input_ids"][3:]
+    until = [next(text for text in map(tokenizer.decode, drawn) if text.isascii() and text.isalnum())]
+    tokenizer.add_special_tokens({"additional_special_tokens": until})
+    assert set(tokenizer.all_special_ids) & set(drawn)
+    own = HFLM(model, tokenizer=tokenizer)
+    requests = requests_of({"max_gen_toks": 24, "until": until}, {"max_gen_toks": 24, "until": []})
+    expected = own.generate_until(requests, disable_tqdm=True)
+    searched = PathFinderLM(model, tokenizer=tokenizer, **GREEDY).generate_until(requests, disable_tqdm=True)
+    assert searched == expected
+    assert len(searched[0]) < len(searched[3])
+
+
 def test_pathfinder_model_repeats_a_prompt_with_another_seed_and_a_tree_does_not_depend_on_the_others(model):
     [setting] = settings = [{"max_gen_toks": 20, "until": []}]
     answers = searcher(model, **TREE, seed=4).generate_until(requests_of(setting, setting), disable_tqdm=True)
@@ -86,7 +103,7 @@ def test_pathfinder_model_likelihoods_are_lm_evals(model):
     ("options", "message"),
     [
         ({"selector": "best"}, "selector must be one of 'consensus'"),
-        ({"selector": "majority_vote"}, "give an answer_pattern"),
+        ({"selector": "majority_vote"}, "give an answer_kind or answer_pattern"),
         ({"beam": 0}, "beam must be an integer of at least 1"),
     ],
 )

@@ -55,7 +55,7 @@ def test_pathfinder_repetition_by_an_encoder_embeds_every_step_once():
     check = RepetitionCheck(0.95, embed)
     _, [result] = find(script, branching_factor=1, checks=[check], max_attempts=1)
     assert result.reasons == {"repetition": 1}
-    assert result.node is None
+    assert (result.finished, result.text) == (False, "a\nnew\n")
     assert sorted(embedded) == ["a", "again", "new"]
 
 

@@ -8,7 +8,22 @@ import numpy as np
 import pytest
 import torch
 from support.teachers import END, make_teacher, make_tokenizer, smollm2
-from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, MambaConfig, MistralConfig, Qwen3Config
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    DeepseekV32Config,
+    DogeConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MiniMaxM3VLTextConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 import slimkernels as sk
 from slimkernels.search import (
@@ -16,13 +31,16 @@ from slimkernels.search import (
     CheckedStep,
     PathFinder,
     PathFinderConfig,
+    Question,
     RepetitionCheck,
     StepRequest,
     TransformersEngine,
     greedy,
     log_probability,
+    read_trace,
 )
 from slimkernels.search.engines import draw_steps
+from slimkernels.search.engines.branch_lengths import named_lengths
 
 QUESTIONS = ["When the rain stopped", "Anna", "A black cat was sleeping on the old wall, and", "It"]
 CONFIG = PathFinderConfig(branching_factor=3, beam=3, max_depth=3, max_step_tokens=9, temperature=0.9)
@@ -221,19 +239,87 @@ def test_engine_ends_a_branch_where_the_context_ends(model, engine):
     assert result.tree.num_tokens.max() == 8
 
 
-def test_engine_text_joins_what_tokens_split(engine):
-    # The two tokens of one character fall into different steps; another character begins a step.
-    branch = engine.start(["x"])[0]
-    state = engine._branch_model.branches[branch]
-    text = "né à"
-    ids = engine.tokenizer(text)["input_ids"]
-    assert len(ids) == 6
-    pieces = []
-    for token in ids:
-        before = engine._branch_model.decode(state.tail)
-        pieces.append(engine._branch_model.decode([*state.tail, token])[len(before.rstrip("\ufffd")) :])
-        state.tail = [*state.tail, token][-8:]
-    assert [piece for piece in pieces if "\ufffd" not in piece] == ["n", "é", " ", "à"]
+def scripted_engine(monkeypatch, tokenizer, token_ids):
+    """Makes an engine that draws the given tokens, one after the other, whatever its model's logits are."""
+    engine = TransformersEngine(make_teacher(vocab_size=len(tokenizer)), tokenizer)
+    drawn = iter(token_ids)
+    monkeypatch.setattr(draw_steps, "sample_logits", lambda logits, **_: only(logits, next(drawn)))
+    return engine
+
+
+def byte_fallback_tokenizer():
+    """Makes a tokenizer to which every character outside ASCII is a run of bytes, as to sentencepiece's models."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257, "<|end|>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<|end|>"))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", clean_up_tokenization_spaces=False)
+
+
+TEXTS = [
+    "na\u00efve\U0001f600\U0001f469\u200d\U0001f4bb!",
+    "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22",
+    "\u6f22\u5b57\u3068\u304b\u306a",
+]
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, byte_fallback_tokenizer, lambda: smollm2()[1]])
+@pytest.mark.parametrize("max_step_tokens", [1, 2, 3, 7])
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_of_a_branch_is_that_of_its_tokens(monkeypatch, make, max_step_tokens, text):
+    tokenizer = make()
+    token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Bytes that begin no character, and a character that is not completed.
+    token_ids = [
+        *token_ids,
+        *tokenizer("a")["input_ids"],
+        *token_ids[-2:],
+        *tokenizer("a\U0001f600", add_special_tokens=False)["input_ids"][:-1],
+    ]
+    engine = scripted_engine(monkeypatch, tokenizer, token_ids)
+    token_ids += tokenizer("a")["input_ids"] * (-len(token_ids) % max_step_tokens)
+    depth = len(token_ids) // max_step_tokens
+    config = PathFinderConfig(max_depth=depth, max_step_tokens=max_step_tokens, step_end=never, answer_kind=None)
+    [result] = greedy(engine, config).solve([Question(tokenizer("ab")["input_ids"], "")])
+    tree = result.tree
+    assert len(tree) == depth + 1
+    for node in range(1, len(tree)):
+        assert tree.text(node) == tokenizer.decode(tree.token_ids(node), skip_special_tokens=True)
+    assert result.text == tree.text(depth)
+    assert result.text.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("end", "text"), [("<|sep|>", "ab"), ("b<|sep|>", "ab"), ("<|sep|>c", "abc"), ("<|no|>", "abca")]
+)
+def test_special_token_in_a_stop_text_ends_a_branch(monkeypatch, end, text):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|sep|>"]})
+    prompt = tokenizer("a<|sep|>")["input_ids"]
+    engine = scripted_engine(monkeypatch, tokenizer, tokenizer("ab<|sep|>ca")["input_ids"])
+    config = PathFinderConfig(max_depth=5, max_step_tokens=1, step_end=never, answer_kind=None)
+    [result] = greedy(engine.ending_at([end, "plain"]), config).solve([Question(prompt, "")])
+    assert (result.text, result.finished) == (text, end != "<|no|>")
+    assert engine.special_ends == ()
+
+
+def test_engine_asks_plain_questions_in_the_models_chat_template(model):
+    tokenizer = make_tokenizer()
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.chat_prompt("Anna") is None
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}!"
+    assert engine.chat_prompt("Anna") == tokenizer("<|start|>Anna!")["input_ids"]
+    assert engine.chat_prompt("<|start|>Anna!") is None
+
+
+def test_text_of_a_branch_is_kept_by_its_trace(monkeypatch, tmp_path):
+    tokenizer = make_tokenizer()
+    engine = scripted_engine(monkeypatch, tokenizer, tokenizer("\U0001f600 ab")["input_ids"])
+    config = PathFinderConfig(max_depth=3, max_step_tokens=2, step_end=never, answer_kind=None)
+    path = tmp_path / "trace.jsonl"
+    [result] = greedy(engine, config).solve(["ab"], trace=path)
+    assert result.text.startswith("\U0001f600 ")
+    [traced] = read_trace(path).questions
+    assert traced.progress.tree.text(result.node) == result.text
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -268,6 +354,120 @@ def test_engine_stays_within_a_sliding_window():
         PathFinder(engine).solve(["x" * 24])
 
 
+LONG_ROPE = {
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 128 / 24,
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [1.0, 4.0, 9.0, 16.0],
+        "original_max_position_embeddings": 24,
+    },
+}
+SPARSE = {
+    **{"layer_types": ["minimax_m3_sparse", "full_attention"], "index_head_dim": 8, "index_n_heads": 2},
+    **{"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_hidden_layers": 4, "pad_token_id": 1}
+
+
+def tokens(length):
+    return [(token * 7919 + 13) % 300 for token in range(length)]
+
+
+def generated(model, prompt, count):
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=1)
+    return output[0, len(prompt) :].tolist()
+
+
+def test_engine_reads_branches_on_both_sides_of_a_switch_of_frequencies_as_alone():
+    # Prompts below and above the length of 24, and branches that cross it, in one batch.
+    model = make_teacher(config_class=Phi3Config, **LONG_ROPE)
+    engine = TransformersEngine(model, make_tokenizer())
+    assert engine.context_length == 128
+    assert engine.is_batch_invariant(num_rows=20)
+    config = PathFinderConfig(max_depth=5, max_step_tokens=4, step_end=never, answer_kind=None)
+    prompts = [tokens(length) for length in (12, 40, 23, 24, 60)]
+    together = greedy(engine, config).solve([Question(prompt, "") for prompt in prompts])
+    for prompt, result in zip(prompts, together, strict=True):
+        [alone] = greedy(engine, config).solve([Question(prompt, "")])
+        assert nodes_of(alone.tree) == nodes_of(result.tree)
+        assert result.tree.token_ids(result.node) == generated(model, prompt, 20)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "length"),
+    [
+        (Llama4TextConfig, {**LLAMA4, "attention_chunk_size": 24}, 24),
+        (Llama4TextConfig, {**LLAMA4, "attention_chunk_size": 128, "floor_scale": 24}, 128),
+        (DogeConfig, {"head_dim": 8, "keep_window_size": 24}, 24),
+        (MiniMaxM3VLTextConfig, {**SPARSE, "index_block_size": 24}, 24),
+        (LlamaConfig, {"rope_parameters": YARN}, 128),
+    ],
+)
+def test_engine_equals_generate_up_to_the_length_past_which_it_would_not(config_class, options, length):
+    model = make_teacher(config_class=config_class, **options)
+    engine = TransformersEngine(model, make_tokenizer())
+    assert engine.context_length == length
+    prompt = tokens(12)
+    config = PathFinderConfig(max_depth=5, max_step_tokens=8, step_end=never, answer_kind=None)
+    [result] = greedy(engine, config).solve([Question(prompt, "")])
+    own = result.tree.token_ids(result.node)
+    assert len(own) == min(40, length - len(prompt))
+    assert own == generated(model, prompt, len(own))
+
+
+def test_engine_does_not_go_beyond_lengths_that_are_too_long_to_try():
+    options = {**LLAMA4, "attention_chunk_size": 300, "max_position_embeddings": 1000}
+    assert (
+        TransformersEngine(make_teacher(config_class=Llama4TextConfig, **options), make_tokenizer()).context_length
+        == 300
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (
+            {"sliding_window": 9, "max_window_layers": 3, "chunk_size_feed_forward": 4, "vision": {"window_size": 5}},
+            [9, 5],
+        ),
+        ({"rope_parameters": {"full": {"original_max_position_embeddings": 7}}, "id2label": {0: "a"}}, [7]),
+        ({"index_block_size": 8, "index_topk_blocks": 3, "index_topk": 5, "use_sliding_window": True}, [5, 8, 24]),
+        ({"attention_window": [16, 32], "log_scaling_n_floor": 12, "hidden_size": 4}, [12, 16]),
+    ],
+)
+def test_engine_finds_the_lengths_that_a_configuration_names(config, names):
+    class Config:
+        def to_dict(self):
+            return config
+
+    assert sorted(named_lengths(Config()).values()) == sorted(names)
+
+
+LATENT = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1},
+    **{"first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4},
+    **{"index_topk": 16, "index_head_dim": 8, "index_n_heads": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (MiniMaxM3VLTextConfig, {**SPARSE, "index_block_size": 8, "index_topk_blocks": 2}),
+        (DeepseekV32Config, LATENT),
+    ],
+)
+def test_engine_refuses_models_whose_forward_needs_more_than_plain_attention(config_class, options):
+    model = make_teacher(config_class=config_class, **options)
+    with pytest.raises(ValueError, match=r"plain softmax attention, but the forward of .* use ServerEngine"):
+        TransformersEngine(model, make_tokenizer())
+
+
 @pytest.mark.parametrize(
     ("config_class", "message"),
     [(Gemma2Config, "plain softmax attention"), (MambaConfig, "attention of all its 2 layers")],
@@ -283,8 +483,6 @@ def test_engine_refuses_models_that_it_would_not_reproduce(config_class, message
     [([], "must have a prompt"), ([5, 300], r"token ids must be in \[0, V = 300\)"), ([5] * 128, "must be shorter")],
 )
 def test_engine_refuses_prompts(engine, prompt, message):
-    from slimkernels.search import Question
-
     with pytest.raises(ValueError, match=message):
         PathFinder(engine).solve([Question(prompt)])
 

@@ -97,6 +97,97 @@ def test_pathfinder_says_that_the_contradiction_check_is_off():
     assert any("contradiction check was off" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("preset", [greedy, lambda engine: self_consistency(engine, 2), lambda e: best_of_n(e, 2)])
+def test_pathfinder_does_not_mention_checks_that_were_not_asked_for(preset):
+    [result] = preset(ScriptedEngine({"": [("a$", -1.0), ("b$", -1.0)]})).solve(["Q"])
+    assert result.notes == ()
+
+
+def test_pathfinder_returns_the_best_partial_branch_where_all_were_cut():
+    script = {"": [("a\n", -1.0), ("b\n", -2.0)], "a\n": [("x\n", -1.0)] * 2, "b\n": [("x\n", -1.0)] * 2}
+    _, [result] = find(script, checks=[NoX()])
+    assert (result.text, result.finished) == ("a\n", False)
+    assert result.notes[-1] == "no branch was left: 4 no x; this is the best partial one"
+    assert [candidate.text for candidate in result.candidates] == ["a\n", "b\n"]
+    _, [result] = find({"": [("x\n", -3.0), ("x x\n", -1.0)]}, checks=[NoX()])
+    assert (result.text, result.finished) == ("x x\n", False)
+
+
+def test_pathfinder_says_that_a_limit_ended_the_search():
+    _, [result] = find(TWO_LEVELS, max_depth=1)
+    assert "no branch came to its own end: 2 depth; this is the best of those that a limit ended" in result.notes
+
+
+def test_pathfinder_says_how_many_children_the_token_budget_had_room_for():
+    script = {"": [("a\n", -1.0), ("b\n", -2.0)], "a\n": [("c$", -1.0)], "b\n": [("d$", -1.0)]}
+    _, [result] = find(script, branching_factor=8, max_tokens=46)
+    assert (
+        "the budget of 46 tokens had room for 2 of 8 children at depth 1, 2 of 16 children at depth 2" in result.notes
+    )
+    _, [result] = find({"": [("a$", -1.0), ("b$", -2.0)]}, max_tokens=60)
+    assert not any("budget" in note for note in result.notes)
+
+
+class NoX:
+    name = "no x"
+
+    def __call__(self, branches):
+        return ["x" in branch.step.text for branch in branches]
+
+
+class Miscounting(NoX):
+    def __call__(self, branches):
+        return [False]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"selector": "consensus"}, TypeError, r"selector must be a function .*consensus\(\), got 'consensus'"),
+        ({"checks": ["repetition"]}, TypeError, "checks must be functions of branches with a name"),
+        ({"checks": [lambda branches: []]}, TypeError, "checks must be functions of branches with a name"),
+        ({"checks": [Miscounting()]}, ValueError, "'no x' must return one value for each of 2 branches, got 1"),
+        ({"selector": lambda candidates: [1.0]}, ValueError, "scores must be one number for each of 2 candidates"),
+    ],
+)
+def test_pathfinder_checks_the_protocols_of_checks_and_selectors(options, error, message):
+    with pytest.raises(error, match=message):
+        find({"": [("a$", -1.0), ("b$", -2.0)]}, **options)
+
+
+class Chatting(ScriptedEngine):
+    """An engine with a chat template, whose prompts are in angle brackets."""
+
+    def chat_prompt(self, question):
+        return None if "<" in question else f"<{question}>"
+
+
+def test_pathfinder_asks_plain_questions_in_the_chat_template():
+    engine = Chatting({"": [("a$", -1.0)]})
+    config = PathFinderConfig(branching_factor=1)
+    for chat, question, encoded in [
+        (True, "Q", "<Q>"),
+        (True, "<Q>", "<Q>"),
+        (True, Question("Q", "Q"), "Q"),
+        (False, "Q", "Q"),
+    ]:
+        engine.encoded.clear()
+        [result] = PathFinder(engine, config, chat=chat).solve([question])
+        assert engine.encoded == [encoded]
+        assert result.candidates[0].context == ("Q" if "Q" in (question, question[0]) else "<Q>")
+
+
+def test_pathfinder_step_of_hidden_tokens_alone_goes_on():
+    class Hidden(ScriptedEngine):
+        def extend(self, requests, step_end, *, embed):
+            steps = super().extend(requests, step_end, embed=embed)
+            return [dataclasses.replace(step, text="", end="length") if "#" in step.text else step for step in steps]
+
+    engine = Hidden({"": [("#\n", -1.0)], "#\n": [("a$", -1.0)]})
+    [result] = greedy(engine).solve(["Q"])
+    assert (result.text, result.finished) == ("a", True)
+
+
 def test_pathfinder_end_of_text_alone_finishes_a_chain_but_is_no_chain():
     _, [result] = find({"": [("a\n", -1.0), ("$", -1.0)], "a\n": [("$", -1.0), ("  $", -1.0)]}, beam=1)
     assert nodes_of(result.tree) == {

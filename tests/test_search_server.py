@@ -16,6 +16,7 @@ from support import served, teachers
 from slimkernels.cli import main
 from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEngine
+from slimkernels.search.engines import server_steps
 from slimkernels.search.engines.server import trigram_counts
 from slimkernels.search.engines.server_steps import Answer
 from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
@@ -263,3 +264,38 @@ def test_server_answers_are_cut_at_tokens_or_characters():
     assert Answer("a\nbc", [], [], "length").cut(whole) == Answer("a\n", [], [], "step")
     ids_alone = Answer("é\nb", [7, 8, 9], [-1.0], "length")
     assert ids_alone.cut(whole) == ids_alone._replace(end="step")
+
+
+def vllm_answer(text, pieces, logprobs, reason="\n", token_ids=None):
+    """Makes an answer of vLLM, of tokens 1, 2, ... with these texts."""
+    choice = {
+        "text": text,
+        "token_ids": list(range(1, len(pieces) + 1)) if token_ids is None else token_ids,
+        "logprobs": {"tokens": pieces, "token_logprobs": logprobs},
+        "finish_reason": "stop" if reason else "length",
+        "stop_reason": reason,
+    }
+    return {"choices": [choice]}
+
+
+def test_server_tokens_past_the_text_are_cut():
+    # A server that speculates may name tokens that it drew behind the stop string.
+    past = vllm_answer("a.\n", ["a", ".\n", "So", " b"], [-1.0, -2.0, -4.0, -8.0])
+    assert server_steps._vllm(past) == Answer("a.\n", [1, 2], [-1.0, -2.0], "stop", ["a", ".\n"])
+    inside = vllm_answer("a.\n", ["a", ".\n\n", "b"], [-1.0, -2.0, -4.0])
+    assert server_steps._vllm(inside) == Answer("a.\n\n", [1, 2], [-1.0, -2.0], "stop", ["a", ".\n\n"])
+    longer = vllm_answer("a.", ["a", ".", "b"], [-1.0, -2.0, -4.0], reason=None)
+    assert server_steps._vllm(longer) == Answer("a.", [1, 2], [-1.0, -2.0], "length", ["a", "."])
+    unnamed = vllm_answer("a.\n", ["a", ".\n"], [-1.0, -2.0], token_ids=[1, 2, 3, 4])
+    assert server_steps._vllm(unnamed) == Answer("a.\n", [1, 2], [-1.0, -2.0], "stop", ["a", ".\n"])
+    entries = [{"token": piece, "logprob": -1.0} for piece in ("a", ".\n", "So")]
+    content = {"content": "a.", "tokens": [1, 2, 3], "completion_probabilities": entries}
+    content |= {"stop_type": "word", "stopping_word": "\n", "last_token": "So"}
+    assert server_steps._llama_cpp(content) == Answer("a.\n", [1, 2], [-1.0, -1.0], "stop", ["a", ".\n"])
+
+
+@pytest.mark.parametrize("reason", ["\n", None])
+def test_server_answer_with_more_log_probabilities_than_tokens_is_refused(reason):
+    content = vllm_answer("\ufffd\n", ["\ufffd", "\ufffd", "\n"], [-1.0, -2.0, -4.0], reason, token_ids=[1, 2])
+    with pytest.raises(ValueError, match="3 log-probabilities of 2 tokens"):
+        server_steps._vllm(content)

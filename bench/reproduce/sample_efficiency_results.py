@@ -234,12 +234,11 @@ def defaults(experiment: Experiment) -> str:
         ]
         better = [name for name, change in changes if _relation(change) == "<"]
         worse = [name for name, change in changes if _relation(change) == ">"]
-        undecided = len(changes) - len(better) - len(worse)
-        said.append(
-            f'Compared with the default `{argument}="{default}"`, the perplexity is lower with '
-            f"{', '.join(better) or 'no other value'} and higher with {', '.join(worse) or 'no other value'}"
-            + (f"; {undecided} of {len(changes)} comparisons are undecided." if undecided else ".")
-        )
+        effects = (("lowers", better), ("raises", worse))
+        found = [f"{', '.join(names)} {verb} it" for verb, names in effects if names]
+        if len(better) + len(worse) < len(changes):
+            found.append("no other value changes it measurably")
+        said.append(f'Perplexity with other values of `{argument}` than "{default}": {"; ".join(found)}.')
     return " ".join(said)
 
 

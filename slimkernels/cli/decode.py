@@ -29,7 +29,6 @@ _DEFAULT_CHAINS = 8
 _DEFAULT_TEMPLATE = (
     '{question}\n\nThink step by step, one step on each line. The last line is "Answer:" and the answer alone.'
 )
-DEFAULT_ANSWER_PATTERN = r"(?im)(?:\banswer(?: is:?|:)|####)[* ]*(\S.*?)[.* ]*$"
 _EXAMPLES = """\
 examples:
   slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
@@ -105,11 +104,16 @@ SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"action": "append", "metavar": "TEXT"},
         "text that finishes a branch; may be repeated",
     ),
+    "answer_kind": (
+        "--answer-kind",
+        {"choices": ("any", "number", "yes_no", "letter")},
+        'kind of the answer that finishes a branch, as "The answer is 18" or "Answer: 18" do (default: any)',
+    ),
     "answer_pattern": (
         "--answer-pattern",
         {"metavar": "REGEX"},
-        "regular expression that finishes the branch it matches in; its first group is the answer "
-        f"(default: {DEFAULT_ANSWER_PATTERN})",
+        "regular expression in its place, found in the step that finishes a branch; its first group is the answer "
+        "(default: --answer-kind)",
     ),
     "temperature": (
         "--temperature",
@@ -285,7 +289,10 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
             raise ValueError("the question must have text in it, got an empty one")
         return [_Asked(text, {})]
     name = "the standard input" if args.questions == "-" else args.questions
-    lines = sys.stdin if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8").splitlines()
+    # Lines of JSON end at newlines alone: a string may hold other separators, such as U+2028. A file may begin with a
+    # byte order mark.
+    text = sys.stdin.read() if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8")
+    lines = text.removeprefix("\ufeff").split("\n")
     asked: list[_Asked] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -316,8 +323,7 @@ def _read_question(args: argparse.Namespace, line: str, where: str) -> _Asked:
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
 
-    options: dict[str, Any] = {"answer_pattern": DEFAULT_ANSWER_PATTERN}
-    options |= {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
+    options: dict[str, Any] = {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
     # Made before the model is loaded, so that a bad value fails at once.
     config = search.PathFinderConfig(**options)
     chains = _DEFAULT_CHAINS if args.chains is None else args.chains
@@ -524,7 +530,7 @@ def _record(
 def _unfinished_reason(result: Result) -> str | None:
     if result.finished:
         return None
-    return result.notes[-1] if result.node is None else result.tree.reasons[result.node]
+    return (result.node is not None and result.tree.reasons[result.node]) or result.notes[-1]
 
 
 def _summary(index: int, total: int, result: Result) -> str:

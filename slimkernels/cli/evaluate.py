@@ -249,10 +249,10 @@ def _compare(args: argparse.Namespace, bar: Callable[[str], Callable[[int, int |
     from slimkernels.evaluate.report.write import describe_outputs, write_report
 
     if args.outputs is not None:
-        from slimkernels.evaluate.gemini import read_outputs
+        from slimkernels.evaluate.gemini import comparable, read_outputs
 
         files = {path: read_outputs(path) for path in args.outputs}
-        records: Sequence[Any] = [record for outputs in files.values() for record in outputs.records]
+        records: Sequence[Any] = comparable(list(files.values()))
         page = write_report(records, args.out, describe_outputs(files))
     else:
         from slimkernels.evaluate.runner import load_run, rate, rescore, run

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
-from slimkernels.evaluate.scoring import vote
 from slimkernels.evaluate.tasks import Task
 from slimkernels.search import (
-    Candidate,
     Engine,
     PathFinder,
     PathFinderConfig,
     consensus,
     greedy,
-    majority_vote_by,
+    majority_vote,
     self_consistency,
 )
-from slimkernels.search.selection import Scorer
 
 DECODERS = ("greedy", "self-consistency", "pathfinder")
-# The step that announces an answer, or that begins a new question, finishes its branch.
-_ANNOUNCEMENT = r"(?i)\banswer is\b.*\w|####.*\d"
-_OWN_QUESTION = ("Q:", "Question:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +77,8 @@ class DecoderSettings:
             max_depth=self.max_steps,
             max_step_tokens=self.max_step_tokens,
             max_tokens=self.max_tokens,
-            # A free text may have any lines and announces no answer.
-            answer_pattern=None if task.kind is None else _ANNOUNCEMENT,
-            end_markers=() if task.kind is None else _OWN_QUESTION,
+            # A free text, of no kind, may have any lines and announces no answer.
+            answer_kind=task.kind,
             temperature=self.temperature,
             top_p=self.top_p,
         )
@@ -100,7 +92,7 @@ def is_random(decoder: str) -> bool:
 def make_search(
     decoder: str, engine: Engine, settings: DecoderSettings, task: Task, *, seed: int = 0, batch_questions: int = 8
 ) -> PathFinder:
-    """Makes the search that answers a task's samples, given as ``Question(prompt, sample.question)``.
+    """Makes the search for a task's samples, given as ``Question(prompt, sample.question, sample.choices)``.
 
     Raises:
         ValueError: ``decoder`` is unknown, or a setting is outside its range.
@@ -111,17 +103,6 @@ def make_search(
         return greedy(engine, config)
     if decoder == "pathfinder":
         return PathFinder(engine, config)
-    return self_consistency(engine, settings.num_chains, config, selector=_majority(task))
-
-
-def _majority(task: Task) -> Scorer:
-    """Makes a majority vote over the flexible answers; free texts, which are never equal, are scored by consensus."""
-    if task.kind is None:
-        return consensus()
-    choices = {sample.question: sample.choices for sample in task.samples}
-
-    def score(candidates: Sequence[Candidate]) -> Sequence[float]:
-        offered = choices[candidates[0].context]
-        return majority_vote_by(lambda text: vote(task.name, text, offered))(candidates)
-
-    return score
+    # The votes are the flexible answers. Free texts, which are never equal, are scored by consensus.
+    selector = consensus() if task.kind is None else majority_vote
+    return self_consistency(engine, settings.num_chains, config, selector=selector)

@@ -4,14 +4,16 @@ A row has ``qid, prompt, question, generated_text, answer``. Published rows also
 is_correct_last`` and the numbers ``predict, predict_last``. The published files were scored by one of two rules, so
 ``is_correct`` has one of two meanings: it judges the first number after the last "The answer is" (no answer without
 that phrase), or the first number after the last "Answer:" (the last number without that phrase). For a file with
-``is_correct``, the rule that agrees with more of its rows is used; for other files, the first rule. Both rules, and the
-last number, ignore text from a question on that the model asks itself.
+``is_correct``, the rule that agrees with more of its rows is used; for other files, the first rule. A report on files
+of different rules compares the last number (``comparable``). Both rules, and the last number, ignore text from a
+question on that the model asks itself.
 
 References: Akter et al. 2023, "An in-depth look at Gemini's language abilities", arXiv 2312.11444.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -81,6 +83,30 @@ def read_outputs(path: str | os.PathLike[str]) -> Outputs:
     return Outputs(records, rule, agreement)
 
 
+def comparable(files: Sequence[Outputs]) -> list[Record]:
+    """Returns the records of files for one report, in which no score has two meanings.
+
+    Where the strict scores of a task's files follow different rules, the last number, whose rule is the same in all
+    files, becomes the task's main score, and each strict score is named by its rule.
+    """
+    rules: dict[str, set[str]] = {}
+    for file in files:
+        rules.setdefault(file.records[0].task, set()).add(file.strict_rule)
+    records = []
+    for file in files:
+        if len(rules[file.records[0].task]) == 1:
+            records += file.records
+            continue
+        name = STRICT_NAMES[file.strict_rule]
+        for record in file.records:
+            answers, scores = (
+                {"last_number": values["last_number"], name: values["strict"]}
+                for values in (record.answers, record.scores)
+            )
+            records.append(dataclasses.replace(record, answers=answers, scores=scores))
+    return records
+
+
 def after_the_answer_is(text: str) -> str | None:
     """Returns the first number after the last "The answer is"; None without that phrase or a number after it."""
     _, marker, after = text.partition("Q:")[0].rpartition("The answer is")
@@ -107,6 +133,9 @@ STRICT_RULES: dict[str, _Finder] = {
     'the first number after the last "Answer:", or else the last number': after_answer_colon,
 }
 
+# Names of the strict score by its rule, where a report has both.
+STRICT_NAMES = dict(zip(STRICT_RULES, ('strict by "The answer is"', 'strict by "Answer:"'), strict=True))
+
 
 def _first(text: str) -> str | None:
     found = _NUMBER.search(text)
@@ -127,7 +156,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"outputs not found: {path} is not a file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

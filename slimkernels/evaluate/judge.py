@@ -18,7 +18,9 @@ from slimkernels.serving.client import ServerClient, ServerRequestError
 # If the server refuses this many outputs before it has rated any, the fault is not in the outputs.
 _MAX_REFUSED = 5
 _MAX_TOKENS = 256
-_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_QUOTES = ('"', "'", "`", "\u201c", "\u2018", "\u00ab")
+# "[[8]]", "[[8/10]]" or "[[Rating: 8]]".
+_RATING = re.compile(r"\[\[\s*(?:rating\s*[:=]?\s*)?(\d+(?:\.\d+)?)\s*(?:/\s*10(?:\.0+)?)?\s*\]\]", re.IGNORECASE)
 _PROMPT = """\
 Rate the response of an assistant to an instruction from 1 (useless) to 10 (as good as it can be) for helpfulness, \
 relevance, accuracy and level of detail. A reference response is given. Say in one sentence why, and end with the \
@@ -101,10 +103,10 @@ class Judge:
             said = reply["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):
             return Rating(None, "", "the server's reply has no choices[0].message.content")
-        ratings = [float(rating) for rating in _RATING.findall(said)]
-        if ratings and 1 <= ratings[-1] <= 10:
-            return Rating(ratings[-1], said, None)
-        return Rating(None, said, "the reply has no rating from 1 to 10 in the form [[5]]")
+        value = read_rating(said)
+        return Rating(
+            value, said, None if value is not None else "the reply has no rating from 1 to 10 in the form [[5]]"
+        )
 
     def rate_all(self, answers: Iterable[Answer]) -> Iterator[Rating]:
         """Rates answers and yields the ratings in order.
@@ -142,6 +144,14 @@ class Judge:
         """Returns the record with a rating, which ``score`` turns into a score."""
         entry = {"key": _key(self.model, record), "url": self.url, **rating._asdict()}
         return dataclasses.replace(record, judged={**record.judged, self.model: entry})
+
+
+def read_rating(said: str) -> float | None:
+    """Returns the last rating from 1 to 10 in a judge's reply; one in quotation marks counts only without any other."""
+    found = [(float(match[1]), said[: match.start()][-1:] in _QUOTES) for match in _RATING.finditer(said)]
+    ratings = [(value, quoted) for value, quoted in found if 1 <= value <= 10]
+    own = [value for value, quoted in ratings if not quoted] or [value for value, _ in ratings]
+    return own[-1] if own else None
 
 
 def ratings_of(record: Record) -> dict[str, Rating]:

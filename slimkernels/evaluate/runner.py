@@ -275,7 +275,7 @@ def _answer(
             )
             prompts = [loaded.render(cell.task.prompt(sample, cell.plan.shots)) for _, sample in batch]
             questions = [
-                Question(loaded.encode(prompt), sample.question)
+                Question(loaded.encode(prompt), sample.question, sample.choices)
                 for prompt, (_, sample) in zip(prompts, batch, strict=True)
             ]
             start = time.perf_counter()

@@ -125,7 +125,7 @@ def check_num_samples(num_samples: int | None) -> None:
 def _rows(content: bytes, file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the rows of a .json list or a .jsonl file, each with its place for messages."""
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
         if file.endswith(".json"):
             rows: Iterable[tuple[str, Any]] = [(f"row {n}", row) for n, row in enumerate(json.loads(text), 1)]
         else:

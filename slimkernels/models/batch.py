@@ -1,4 +1,4 @@
-"""Batches of store documents: how a student reads them, and the check that it can."""
+"""Collates store documents into batches and checks their lengths and ids against the student."""
 
 from __future__ import annotations
 

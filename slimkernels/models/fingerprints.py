@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimkernels.models.sharding import full_tensor
 
 if TYPE_CHECKING:
-    # Rooms that do without transformers import this module.
+    # Packages that do not need transformers import this module.
     from transformers import PreTrainedTokenizerBase
 
 _SAMPLES_PER_PARAMETER = 1024
@@ -104,7 +104,8 @@ def weights_fingerprint(model: nn.Module, *, only_frozen: bool = False) -> str:
 def trace_weights_fingerprint(model: nn.Module) -> str:
     """Returns a hash of the names, shapes and about 1000 elements of every parameter, as 16 hexadecimal digits.
 
-    Traces of searches hold this hash. It differs from ``weights_fingerprint``, which stores hold, in its inputs alone.
+    Traces of searches hold this hash, and existing ones must still resume. It never equals ``weights_fingerprint``,
+    which stores hold: both its inputs and its hash function differ.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter, sample in _sampled_parameters(model, 1000):

@@ -69,7 +69,7 @@ class _Replaceable:
 
 def new_instance(cls: type) -> Any:
     """Makes an instance of a class without initialising it, for pickles."""
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 @functools.cache

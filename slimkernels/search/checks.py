@@ -43,18 +43,25 @@ class CheckedBranch(NamedTuple):
 
 
 class Check(Protocol):
-    """A test that new steps must pass.
+    """A test that new steps must pass: a function with a name, called once with all branches of a generation.
+
+    Example::
+
+        class Short:
+            name = "long"
+
+            def __call__(self, branches):
+                return [len(branch.step.text) > 200 for branch in branches]
 
     A check may also have ``settings``, a dict of JSON values: a search resumes from a trace only if its checks had the
     same names and settings.
 
     Attributes:
         name: Reason recorded for a node that the check cuts.
-        needs_embeddings: Whether the engine should compute every step's ``embedding``.
+        needs_embeddings: Whether the engine should compute every step's ``embedding``; without it, none is computed.
     """
 
     name: str
-    needs_embeddings: bool
 
     def __call__(self, branches: Sequence[CheckedBranch]) -> Sequence[bool]:
         """Returns whether each branch's new step fails. Called once with all branches of a generation."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from slimkernels.search.answers import ANSWER_KINDS, AnswerKind, extract, finishes
 from slimkernels.search.engine import StepEnd
 
 
@@ -28,8 +29,11 @@ class PathFinderConfig:
         time_limit_s: Time limit for each batch of questions in seconds, tested before every generation. None: no limit.
         step_delimiter: Text that ends a step, once the step has anything but white space.
         end_markers: Texts that end a step and finish its branch.
-        answer_pattern: Regular expression that finishes a branch with the step in which it matches. The last match, or
-            its first group if there is one, becomes the result's ``answer``.
+        answer_kind: Kind of the answers, "any", "number", "yes_no" or "letter": a branch finishes with the line that
+            announces such an answer ("The answer is 18", "Answer: 18", "#### 18", "\\boxed{18}"), by the rule by
+            which ``slimkernels.evaluate.extract`` reads the result's ``answer``. None finishes no branch.
+        answer_pattern: Regular expression in place of ``answer_kind``: it finishes a branch with the step in which it
+            matches. The last match, or its first group if there is one, becomes the result's ``answer``.
         temperature: T_0; at depth d tokens are drawn at T_0 * annealing^d. 0 takes the likeliest token.
         annealing: gamma, above 0; 1 keeps the temperature constant.
         top_k: Number of likeliest tokens to draw from; 0 for all.
@@ -54,6 +58,7 @@ class PathFinderConfig:
     time_limit_s: float | None = None
     step_delimiter: str = "\n"
     end_markers: Sequence[str] = ()
+    answer_kind: AnswerKind | None = "any"
     answer_pattern: str | None = None
     temperature: float = 0.8
     annealing: float = 0.9
@@ -97,6 +102,9 @@ class PathFinderConfig:
             raise ValueError(f"annealing must be finite and above 0, got {self.annealing}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k must be an integer of at least 0, got {self.top_k!r}")
+        if self.answer_kind is not None and self.answer_kind not in ANSWER_KINDS:
+            kinds = ", ".join(map(repr, ANSWER_KINDS))
+            raise ValueError(f"answer_kind must be one of {kinds}, or None, got {self.answer_kind!r}")
         if self.answer_pattern is not None:
             try:
                 re.compile(self.answer_pattern)
@@ -126,16 +134,33 @@ class PathFinderConfig:
             return self.step_end(text)
         return self.step_delimiter in text.lstrip()
 
-    def is_final(self, text: str) -> bool:
-        """Returns whether a step with this text finishes its branch."""
+    def is_final(self, text: str, before: str = "", choices: Sequence[str] = (), *, complete: bool = True) -> bool:
+        """Returns whether a step finishes its branch.
+
+        Args:
+            text: Text of the step.
+            before: Text of the branch before it, since an answer may be announced on one line and stand on the next.
+            choices: Texts of the choices, if the answer is a letter.
+            complete: Whether the step came to its end. The last line of one that a limit cut off announces nothing yet,
+                as "The answer is 1" may become "The answer is 18".
+        """
         if any(marker in text for marker in self.end_markers):
             return True
-        return self.answer_pattern is not None and re.search(self.answer_pattern, text) is not None
+        if self.answer_pattern is not None:
+            return re.search(self.answer_pattern, text) is not None
+        if self.answer_kind is None:
+            return False
+        branch = before + text
+        return finishes(branch if complete else branch[: branch.rfind("\n") + 1], self.answer_kind, choices)
 
-    def answer(self, text: str) -> str | None:
-        """Returns the last match of ``answer_pattern`` in a branch; None also if its first group did not take part."""
+    def answer(self, text: str, choices: Sequence[str] = ()) -> str | None:
+        """Returns the answer of a branch; None without one.
+
+        It is the last match of ``answer_pattern`` (None if its first group did not take part), or else the answer of
+        ``answer_kind`` that ``extract`` finds, for which a letter may stand for one of the ``choices``.
+        """
         if self.answer_pattern is None:
-            return None
+            return None if self.answer_kind is None else extract(text, self.answer_kind, choices).flexible
         found = None
         for found in re.finditer(self.answer_pattern, text):  # noqa: B007 -- the last match is used
             pass

@@ -48,12 +48,14 @@ class Step:
     Attributes:
         branch: The engine's number of the branch that ends with this step, to be continued or freed.
         token_ids: Token ids of the step, between one and ``max_tokens``.
-        text: Text of the step, without the end of text.
+        text: Text that the step adds to that of the branch, without the end of text.
         sum_logprob: Sum of the log-probabilities of ``token_ids`` under the model's softmax, in nats.
         end: Reason why the step ended: "step" (complete), "end_of_text", "length" (``max_tokens``), or "context" (the
             model cannot read more tokens).
         sum_entropy: Sum of the entropies of the model's distributions at each token, in nats.
         embedding: (d,) float32, embedding of the step for the repetition check if ``embed`` requested it, else None.
+        replaces: Number of characters at the end of the branch's text that ``text`` replaces: the marks U+FFFD for the
+            first bytes of a character that the step completes.
     """
 
     branch: int
@@ -63,12 +65,14 @@ class Step:
     end: Literal["step", "end_of_text", "length", "context"]
     sum_entropy: float = 0.0
     embedding: np.ndarray | None = None
+    replaces: int = 0
 
 
 class Engine(Protocol):
     """A language model that keeps branches.
 
-    An engine may also have ``notes``, a sequence of strings to add to the notes of every result.
+    An engine may also have ``notes``, a sequence of strings to add to the notes of every result, and a method
+    ``chat_prompt`` that returns the token ids of a question in the model's chat template, or None without a template.
     """
 
     def identity(self) -> dict[str, Any]:

@@ -38,7 +38,13 @@ class PathFinder:
         config: Settings of the search; by default ``PathFinderConfig()``.
         checks: Checks of new steps, in the order in which they run; by default a ``RepetitionCheck``. Add a
             ``ContradictionCheck``, which needs an NLI model. ``()`` runs none.
-        selector: Scorer of a question's candidates; by default ``consensus()``.
+        selector: Scorer of a question's candidates, a function from candidates to one number for each (``Scorer``); by
+            default ``consensus()``.
+        chat: Whether questions that are plain texts are asked in the chat template of the engine's model, if it has
+            one. A ``Question`` is always read as it is.
+
+    Raises:
+        TypeError: A check or the selector does not follow its protocol; the message says what it lacks.
 
     References: Golovneva et al. 2023, "PathFinder: Guided search over multi-step reasoning paths", arXiv 2312.05180.
     """
@@ -50,11 +56,24 @@ class PathFinder:
         *,
         checks: Sequence[Check] | None = None,
         selector: Scorer | None = None,
+        chat: bool = True,
     ) -> None:
         self.engine = engine
         self.config = config or PathFinderConfig()
         self.checks = (RepetitionCheck(),) if checks is None else tuple(checks)
-        self.selector = selector or consensus()
+        self.selector = consensus() if selector is None else selector
+        self.chat = chat
+        for check in self.checks:
+            if not callable(check) or not isinstance(getattr(check, "name", None), str):
+                raise TypeError(
+                    f"checks must be functions of branches with a name, a string, as in slimkernels.search.Check, got "
+                    f"{check!r}"
+                )
+        if not callable(self.selector):
+            raise TypeError(
+                "selector must be a function from candidates to scores, such as slimkernels.search.consensus(), got "
+                f"{self.selector!r}"
+            )
 
     def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
         """Returns upper bounds of the tokens and bytes that ``solve`` takes, without generating any tokens.
@@ -85,7 +104,8 @@ class PathFinder:
         """Searches every question.
 
         Args:
-            questions: Prompts (texts, or their token ids), or prompts with their contexts.
+            questions: Texts, token ids of prompts, or prompts with their contexts. A text is asked in the chat template
+                of the model, if it has one and unless ``chat`` is False, and is else continued.
             trace: File to record the search in as it proceeds. If the file exists, the search resumes from it, with the
                 same trees and results as without the interruption.
             on_depth: Function called with a question's index and its tree whenever a depth of it is complete.
@@ -138,8 +158,8 @@ class PathFinder:
 
     def _check_question(self, index: int, question: Prompt | Question) -> Question:
         if not isinstance(question, Question):
-            question = Question(question)
-        prompt, context = question
+            question = self._ask(question)
+        prompt, context, choices = question
         if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError(f"questions[{index}] must have a prompt with text in it, got an empty one")
         try:
@@ -148,7 +168,15 @@ class PathFinder:
             raise ValueError(f"questions[{index}]: {error}") from error
         if context is None:
             context = prompt if isinstance(prompt, str) else ""
-        return Question(prompt, context)
+        return Question(prompt, context, tuple(choices))
+
+    def _ask(self, question: Prompt) -> Question:
+        """Returns a question in the chat template of the engine's model, if that has one; else it is continued."""
+        chat_prompt = getattr(self.engine, "chat_prompt", None)
+        if not self.chat or chat_prompt is None or not isinstance(question, str) or not question.strip():
+            return Question(question)
+        prompt = chat_prompt(question)
+        return Question(question) if prompt is None else Question(prompt, question)
 
     def _search_batch(
         self, searches: Sequence[QuestionSearch], trace: Trace | None, on_depth: OnDepth | None
@@ -219,7 +247,7 @@ class PathFinder:
 
     @property
     def _embeds(self) -> bool:
-        return any(check.needs_embeddings for check in self.checks)
+        return any(getattr(check, "needs_embeddings", False) for check in self.checks)
 
     def _expand(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
         """Gives every open leaf its children: generates all in one batch, then those that fail in further batches."""
@@ -264,31 +292,50 @@ class PathFinder:
         for child in children:
             # A lone end of text finishes a branch that has steps; below the root it would be an empty answer.
             ends = depth > 0 and child.step.end == "end_of_text"
-            child.failure = "" if child.has_text or ends else "empty"
+            # Tokens that show as no text at all, such as special ones or the first bytes of a character, may be
+            # followed by some.
+            hidden = not child.step.text and child.step.end != "end_of_text"
+            child.failure = "" if child.has_text or ends or hidden else "empty"
         for check in self.checks:
             passing = [child for child in children if not child.failure and child.has_text]
             if not passing:
                 return
             branches = [child.search.checked_branch(child) for child in passing]
-            for child, fails in zip(passing, check(branches), strict=True):
+            failed = list(check(branches))
+            if len(failed) != len(branches):
+                raise ValueError(
+                    f"check {check.name!r} must return one value for each of {len(branches)} branches, got "
+                    f"{len(failed)}"
+                )
+            for child, fails in zip(passing, failed, strict=True):
                 child.failure = check.name if fails else ""
 
     def _select(self, search: QuestionSearch) -> Result:
-        """Selects one of the finished branches, or one of those that a limit ended if none is finished."""
+        """Selects one of the finished branches, or else of those that a limit ended, or else of those that were cut."""
         tree = search.tree
         nodes = tree.with_status(Status.FINISHED)
         finished = bool(nodes)
         if not finished:
             nodes = [node for node in tree.with_status(Status.ENDED) if node != ROOT]
+        if not nodes:
+            partial = tree.partial_branches()
+            nodes = sorted(tree.best(partial, self.config.buffer_size, self.config.length_penalty))
         candidates = [search.candidate(node) for node in nodes]
         scores = [float(score) for score in self.selector(candidates)] if candidates else []
         best = candidates[select(candidates, scores)] if candidates else None
         checks = tuple(check.name for check in self.checks)
-        notes = () if "contradiction" in checks else ("the contradiction check was off: no NLI model was given",)
-        notes += tuple(getattr(self.engine, "notes", ()))
-        if best is None:
+        # A search without any checks did not ask for this one.
+        off = checks and "contradiction" not in checks
+        notes = ("the contradiction check was off: no NLI model was given",) if off else ()
+        notes += (*getattr(self.engine, "notes", ()), *search.notes())
+        if not finished:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tree.count_reasons().items()))
-            notes += (f"no branch was left: {reasons}",)
+            if best is None:
+                notes += (f"no branch was left: {reasons}",)
+            elif tree.status[best.node] == Status.ENDED:
+                notes += (f"no branch came to its own end: {reasons}; this is the best of those that a limit ended",)
+            else:
+                notes += (f"no branch was left: {reasons}; this is the best partial one",)
         return Result(
             text=best.text if best else "",
             answer=best.answer if best else None,

@@ -12,7 +12,12 @@ from slimkernels.search.selection import Scorer, log_probability, majority_vote
 
 
 def self_consistency(
-    engine: Engine, num_chains: int, config: PathFinderConfig | None = None, *, selector: Scorer = majority_vote
+    engine: Engine,
+    num_chains: int,
+    config: PathFinderConfig | None = None,
+    *,
+    selector: Scorer = majority_vote,
+    chat: bool = True,
 ) -> PathFinder:
     """Returns a search that draws ``num_chains`` independent chains of thought and selects the most frequent answer.
 
@@ -22,15 +27,21 @@ def self_consistency(
         engine: Language model.
         num_chains: Number of chains.
         config: Settings of the steps and limits; those that define this decoder are replaced.
-        selector: Scorer of the chains; ``majority_vote`` needs an ``answer_pattern``.
+        selector: Scorer of the chains; ``majority_vote`` counts answers of equal value.
+        chat: Whether plain texts are asked in the model's chat template, as for ``PathFinder``.
 
     References: Wang et al. 2023, "Self-consistency improves chain of thought reasoning", arXiv 2203.11171.
     """
-    return _chains(engine, num_chains, config, selector, annealing=1.0)
+    return _chains(engine, num_chains, config, selector, chat, annealing=1.0)
 
 
 def best_of_n(
-    engine: Engine, num_chains: int, config: PathFinderConfig | None = None, *, selector: Scorer = log_probability
+    engine: Engine,
+    num_chains: int,
+    config: PathFinderConfig | None = None,
+    *,
+    selector: Scorer = log_probability,
+    chat: bool = True,
 ) -> PathFinder:
     """Returns a search that draws ``num_chains`` independent chains of thought and selects the one with the best score.
 
@@ -39,22 +50,24 @@ def best_of_n(
         num_chains: Number of chains.
         config: Settings of the steps and limits; those that define this decoder are replaced.
         selector: Scorer of the chains, such as a ``Verifier``; by default their log-probability.
+        chat: Whether plain texts are asked in the model's chat template, as for ``PathFinder``.
     """
-    return _chains(engine, num_chains, config, selector, annealing=1.0)
+    return _chains(engine, num_chains, config, selector, chat, annealing=1.0)
 
 
-def greedy(engine: Engine, config: PathFinderConfig | None = None) -> PathFinder:
+def greedy(engine: Engine, config: PathFinderConfig | None = None, *, chat: bool = True) -> PathFinder:
     """Returns a search that follows one chain of thought, taking the likeliest token each time.
 
     Args:
         engine: Language model.
         config: Settings of the steps and limits; those that define this decoder are replaced.
+        chat: Whether plain texts are asked in the model's chat template, as for ``PathFinder``.
     """
-    return _chains(engine, 1, config, log_probability, temperature=0.0, top_k=0, top_p=1.0)
+    return _chains(engine, 1, config, log_probability, chat, temperature=0.0, top_k=0, top_p=1.0)
 
 
 def _chains(
-    engine: Engine, num_chains: int, config: PathFinderConfig | None, selector: Scorer, **changes: Any
+    engine: Engine, num_chains: int, config: PathFinderConfig | None, selector: Scorer, chat: bool, **changes: Any
 ) -> PathFinder:
     if num_chains < 1:
         raise ValueError(f"num_chains must be at least 1, got {num_chains}")
@@ -66,4 +79,4 @@ def _chains(
         max_attempts=1,
         **changes,
     )
-    return PathFinder(engine, chains, checks=(), selector=selector)
+    return PathFinder(engine, chains, checks=(), selector=selector, chat=chat)

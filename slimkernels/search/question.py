@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from slimkernels.search.checks import CheckedBranch, CheckedStep
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step
@@ -20,22 +22,26 @@ class Question(NamedTuple):
     Attributes:
         prompt: Everything that the model reads: a text, or its token ids.
         context: The question alone, for the contradiction check and for scorers. None takes the prompt if it is a text.
+        choices: Texts that the letters A, B, ... stand for, if the answer is a letter.
     """
 
     prompt: Prompt
     context: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
     """The outcome of one question.
 
     Attributes:
-        text: Text of the selected branch, without the prompt; empty if no branch is left.
-        answer: Match of ``answer_pattern`` in the text, or None.
+        text: Text of the selected branch, without the prompt. If no branch is left, that of the best partial one; empty
+            if the model wrote nothing.
+        answer: Answer that the text announces, by the configuration's ``answer_kind`` or ``answer_pattern``, or None.
         finished: Whether the selected branch came to its own end. False if a limit ended all branches that are left, or
             if none is left.
-        node: Selected node of ``tree``; None if no branch is left.
-        candidates: Hypotheses given to the selector: the finished ones, or all others if none is finished.
+        node: Selected node of ``tree``; None if the model wrote nothing.
+        candidates: Hypotheses given to the selector: the finished ones; if none is finished, those that a limit ended;
+            if all were cut, what is left of them.
         scores: The selector's score of each candidate.
         num_tokens: Tokens generated for this question, those of cut and pruned nodes included.
         tree: Tree of all nodes, with the reason why each ended.
@@ -191,6 +197,24 @@ class QuestionSearch:
             self._close_leaf(leaf, Status.ENDED, "budget")
         return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(affordable)]
 
+    def notes(self) -> tuple[str, ...]:
+        """Returns what the token budget changed, for the notes of the result."""
+        tree, depths = self.tree, []
+        if self.config.max_tokens is None:
+            return ()
+        for depth in range(int(tree.depth.max()) + 1):
+            at_depth = [node for node in range(len(tree)) if tree.depth[node] == depth]
+            children = int(np.count_nonzero(np.isin(tree.parent, at_depth)))
+            expanded = sum(tree.status[node] == Status.EXPANDED for node in at_depth)
+            leaves = expanded + sum(tree.reasons[node] == "budget" for node in at_depth)
+            wanted = leaves * self.config.branching_at(depth)
+            # If no leaf was expanded, the time limit may be what ended them.
+            if children < wanted and (expanded or self.config.time_limit_s is None):
+                depths.append(f"{children} of {wanted} children at depth {depth + 1}")
+        if not depths:
+            return ()
+        return (f"the budget of {self.config.max_tokens} tokens had room for {', '.join(depths)}",)
+
     def checked_branch(self, child: Child) -> CheckedBranch:
         """Returns a child and the steps before it as checks see them."""
         earlier = [self._checked[node] for node in self.tree.branch(child.parent)]
@@ -202,16 +226,28 @@ class QuestionSearch:
         if child.parent in self.branch_of:
             self._close_leaf(child.parent, Status.EXPANDED)
         node = tree.add(
-            child.parent, child.ordinal, step.token_ids, step.text, step.sum_logprob, attempts=child.attempts
+            child.parent,
+            child.ordinal,
+            step.token_ids,
+            step.text,
+            step.sum_logprob,
+            attempts=child.attempts,
+            replaces=step.replaces,
         )
         self.branch_of[node] = step.branch
         self._checked[node] = child.checked
         if child.failure:
             self._close_leaf(node, Status.CUT, child.failure)
-        elif step.end == "end_of_text" or self.config.is_final(step.text):
+        elif step.end == "end_of_text" or self._is_final(child):
             self._close_leaf(node, Status.FINISHED, "finished")
         elif step.end == "context":
             self._close_leaf(node, Status.ENDED, "context")
+
+    def _is_final(self, child: Child) -> bool:
+        before = self.tree.text(child.parent)
+        before = before[: max(0, len(before) - child.step.replaces)]
+        complete = child.step.end == "step"
+        return self.config.is_final(child.step.text, before, self.question.choices, complete=complete)
 
     def prune(self) -> None:
         """Prunes all but the best ``beam`` open leaves, then all but the best ``buffer_size`` hypotheses."""
@@ -231,7 +267,7 @@ class QuestionSearch:
         return Candidate(
             node=node,
             text=text,
-            answer=self.config.answer(text),
+            answer=self.config.answer(text, self.question.choices),
             sum_logprob=float(self.tree.sum_logprob[node]),
             num_tokens=int(self.tree.num_tokens[node]),
             context=self.question.context or "",

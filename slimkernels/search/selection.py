@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slimkernels.search.answers import canonical
+
 _WORD = re.compile(r"\w+")
 SIMILARITIES = ("jaccard", "count", "f1")
 _WORD_BITS = 21  # so that the ids of three words fit into an int64
@@ -22,7 +24,7 @@ class Candidate(NamedTuple):
     Attributes:
         node: Node of the tree.
         text: Text of the whole branch, without the prompt.
-        answer: Match of ``answer_pattern`` in the text, or None.
+        answer: Answer that the text announces, or None.
         sum_logprob: Sum of the log-probabilities of the branch's tokens, in nats.
         num_tokens: Number of tokens of the branch.
         context: Context of the question.
@@ -36,7 +38,9 @@ class Candidate(NamedTuple):
     context: str = ""
 
 
-# Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected.
+# Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected:
+#     def shortest(candidates: Sequence[Candidate]) -> Sequence[float]:
+#         return [-candidate.num_tokens for candidate in candidates]
 Scorer = Callable[[Sequence[Candidate]], Sequence[float]]
 
 
@@ -60,9 +64,13 @@ def log_probability(candidates: Sequence[Candidate]) -> list[float]:
 
 
 def majority_vote(candidates: Sequence[Candidate]) -> list[float]:
-    """Scores each candidate by the number of candidates with the same answer; 0 for candidates without an answer."""
-    votes = Counter(candidate.answer for candidate in candidates if candidate.answer is not None)
-    return [float(votes[candidate.answer]) if candidate.answer is not None else 0.0 for candidate in candidates]
+    """Scores each candidate by the number of candidates with the same answer; 0 for candidates without an answer.
+
+    Answers are the same if their values are: ``$18``, ``18 dollars`` and ``18.00`` vote for one answer.
+    """
+    values = [None if candidate.answer is None else canonical(candidate.answer, "any") for candidate in candidates]
+    votes = Counter(value for value in values if value is not None)
+    return [float(votes[value]) if value is not None else 0.0 for value in values]
 
 
 def majority_vote_by(extract: Callable[[str], str | None]) -> Scorer:

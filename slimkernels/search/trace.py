@@ -19,6 +19,7 @@ from slimkernels.search.tree import Status
 
 _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
+_NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
 
 
 class TraceMismatchError(ValueError):
@@ -79,7 +80,11 @@ def header_of(
         "engine": engine.identity(),
         "config": fields,
         "checks": [{"name": check.name, **getattr(check, "settings", {})} for check in checks],
-        "questions": [{"prompt": plain_prompt(prompt), "context": context} for prompt, context in questions],
+        "questions": [
+            {"prompt": plain_prompt(question.prompt), "context": question.context}
+            | ({"choices": list(question.choices)} if question.choices else {})
+            for question in questions
+        ],
     }
 
 
@@ -187,6 +192,9 @@ def _check_header(found: Mapping[str, Any], header: Mapping[str, Any], path: str
     for part in ("engine", "config"):
         was, now = found.get(part, {}), header[part]
         for name in sorted({*was, *now}):
+            # A trace of an earlier release does not name a setting that is new since.
+            if name in _NEW_SETTINGS and name not in was:
+                continue
             if was.get(name) != now.get(name):
                 raise _mismatch(path, f"{part} {name}", was.get(name), now.get(name))
     if found.get("checks") != header["checks"]:
@@ -216,7 +224,9 @@ def _restore(lines: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
     number = 1
     try:
         traced = [
-            TracedQuestion(Question(asked["prompt"], asked["context"]), Progress(), None)
+            TracedQuestion(
+                Question(asked["prompt"], asked["context"], tuple(asked.get("choices", ()))), Progress(), None
+            )
             for asked in lines[0]["questions"]
         ]
         for number, line in enumerate(lines[1:], 2):  # noqa: B007 -- the error message names the line

@@ -54,6 +54,7 @@ class Tree:
         sum_logprob: (M,) float64, sum of these tokens' log-probabilities under the model, in nats.
         status: (M,) int8, a ``Status``.
         steps: M strings, text of each step; "" for the root.
+        replaces: M integers, how many characters at the end of the parent's text each step replaces; mostly 0.
         reasons: M strings, why the node ended; "" for a node that is open or expanded.
     """
 
@@ -62,6 +63,7 @@ class Tree:
         self._tokens = np.zeros(1024, np.int64)
         self._num_tokens = 0
         self.steps: list[str] = [""]
+        self.replaces: list[int] = [0]
         self.reasons: list[str] = [""]
         self._nodes[ROOT]["parent"] = NO_PARENT
 
@@ -74,7 +76,15 @@ class Tree:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add(
-        self, parent: int, ordinal: int, token_ids: Sequence[int], text: str, sum_logprob: float, *, attempts: int = 1
+        self,
+        parent: int,
+        ordinal: int,
+        token_ids: Sequence[int],
+        text: str,
+        sum_logprob: float,
+        *,
+        attempts: int = 1,
+        replaces: int = 0,
     ) -> int:
         """Adds an open node.
 
@@ -85,6 +95,7 @@ class Tree:
             text: Text of the step.
             sum_logprob: Sum of the log-probabilities of the step's tokens, in nats.
             attempts: Number of times that the step was generated.
+            replaces: Number of characters at the end of the parent's text that ``text`` replaces.
 
         Returns:
             The index of the new node.
@@ -110,6 +121,7 @@ class Tree:
         )
         self._num_tokens = end
         self.steps.append(text)
+        self.replaces.append(replaces)
         self.reasons.append("")
         return node
 
@@ -120,7 +132,7 @@ class Tree:
 
     def record(self, node: int) -> dict[str, Any]:
         """Returns a node as JSON values; ``sum_logprob`` is that of the branch, as in the array."""
-        return {
+        record = {
             "node": node,
             "parent": int(self.parent[node]),
             "ordinal": int(self.ordinal[node]),
@@ -131,6 +143,7 @@ class Tree:
             "status": Status(self.status[node]).name.lower(),
             "reason": self.reasons[node],
         }
+        return record | ({"replaces": self.replaces[node]} if self.replaces[node] else {})
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Adds the node that ``record`` described.
@@ -147,6 +160,7 @@ class Tree:
             record["text"],
             0.0,
             attempts=record["attempts"],
+            replaces=record.get("replaces", 0),
         )
         # Set rather than summed up again, so that it is bit-equal.
         self._nodes[node]["sum_logprob"] = record["sum_logprob"]
@@ -159,6 +173,15 @@ class Tree:
     def hypotheses(self) -> list[int]:
         """Returns the nodes that may be selected: open leaves, finished branches, and those that a limit ended."""
         return self.with_status(Status.OPEN, Status.FINISHED, Status.ENDED)
+
+    def partial_branches(self) -> list[int]:
+        """Returns the ends of the branches that remain of a tree without hypotheses, in ascending order.
+
+        These are the nodes all of whose children were cut; if the first steps were cut already, the cut ones with text.
+        """
+        passed = set(self.with_status(Status.EXPANDED, Status.PRUNED)) - {ROOT}
+        ends = passed - {int(self.parent[node]) for node in passed}
+        return sorted(ends) or [node for node in self.with_status(Status.CUT) if self.steps[node].strip()]
 
     def count_reasons(self) -> dict[str, int]:
         """Returns how many nodes ended for each reason."""
@@ -177,8 +200,11 @@ class Tree:
         return tuple(int(self._nodes[step]["ordinal"]) for step in self.branch(node))
 
     def text(self, node: int) -> str:
-        """Returns the text generated from the root to ``node``."""
-        return "".join(self.steps[step] for step in self.branch(node))
+        """Returns the text generated from the root to ``node``, which is that of its ``token_ids``."""
+        text = ""
+        for step in self.branch(node):
+            text = text[: max(0, len(text) - self.replaces[step])] + self.steps[step]
+        return text
 
     def step_token_ids(self, node: int) -> list[int]:
         """Returns the token ids of the node's own step."""

@@ -1,4 +1,4 @@
-"""What makes two teachers, and two stores, the same: their content, wherever they are and whatever they are called."""
+"""Tells whether two teachers, or two stores, are the same by their content, and not by their names and places."""
 
 from __future__ import annotations
 

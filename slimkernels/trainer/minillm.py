@@ -14,12 +14,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import check_tokenizer
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import check_can_be_saved
+from slimkernels.trainer.on_policy import warn_of_other_ends
 from slimkernels.trainer.stored_rows import opened_store, stores_of
 
 try:
@@ -114,6 +116,7 @@ class MiniLLMTrainer(_MiniLLMTrainer):
         for store in stores_of(train_dataset):
             check_tokenizer(store, processing_class)
         check_can_be_saved(model)
+        warn_of_other_ends(model, teacher_model)
         rows = [LanguageModelHead.of(base_model(one)).vocab_size for one in (model, teacher_model)]
         if rows[0] != rows[1]:
             raise ValueError(f"student and teacher must have heads of as many rows, got {rows[0]} and {rows[1]}")
@@ -217,7 +220,7 @@ def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
 def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:
     if not prompts:
         raise ValueError("train_dataset must hold a document with a label, got none")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model.config)
     longest = max(map(len, prompts))
     if limit is not None and longest + (max_completion_length or 0) > limit:
         raise ValueError(

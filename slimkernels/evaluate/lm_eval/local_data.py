@@ -263,7 +263,7 @@ def _read_mmlu(path: Path) -> Iterator[Row]:
 
 def _read_truthfulqa(path: Path) -> Iterator[Row]:
     if path.suffix == ".json":
-        for row in json.loads(path.read_text(encoding="utf-8")):
+        for row in json.loads(path.read_text(encoding="utf-8-sig")):
             yield {"question": row["question"]} | {
                 key: _labelled(row[key].items()) for key in ("mc1_targets", "mc2_targets")
             }

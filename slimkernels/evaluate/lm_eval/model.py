@@ -54,10 +54,12 @@ class PathFinderLM(HFLM):
 
     Args:
         pretrained: A folder, a name on the hub, or a model.
-        selector: "consensus" | "log_probability" | "majority_vote" (which needs an ``answer_pattern``).
+        selector: "consensus" | "log_probability" | "majority_vote" (which needs an ``answer_kind`` or
+            ``answer_pattern``).
         repetition_check: Whether a step that repeats an earlier one is generated again, and cut if it still does.
-        **options: Fields of ``PathFinderConfig`` by name, such as branching_factor, beam and seed; all other options go
-            to lm-eval's ``hf``, such as dtype and device.
+        **options: Fields of ``PathFinderConfig`` by name, such as branching_factor, beam and seed; ``answer_kind`` is
+            None by default, since tasks say themselves where an answer ends. All other options go to lm-eval's ``hf``,
+            such as dtype and device.
 
     Raises:
         ValueError: ``selector`` is unknown, a setting of the search is outside its range, or, at the first generative
@@ -70,9 +72,12 @@ class PathFinderLM(HFLM):
         if selector not in SELECTORS:
             raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
         fields = {field.name for field in dataclasses.fields(PathFinderConfig)} - {"step_end"}
-        self.config_of_search = PathFinderConfig(**{name: options.pop(name) for name in fields & set(options)})
-        if selector == "majority_vote" and self.config_of_search.answer_pattern is None:
-            raise ValueError("selector 'majority_vote' counts equal answers: give an answer_pattern that finds them")
+        settings: dict[str, Any] = {"answer_kind": None} | {name: options.pop(name) for name in fields & set(options)}
+        self.config_of_search = PathFinderConfig(**settings)
+        if selector == "majority_vote" and not (settings["answer_kind"] or self.config_of_search.answer_pattern):
+            raise ValueError(
+                "selector 'majority_vote' counts equal answers: give an answer_kind or answer_pattern that finds them"
+            )
         self.selector = SELECTORS[selector]
         self.checks = (RepetitionCheck(),) if repetition_check else ()
         super().__init__(pretrained, **options)
@@ -115,7 +120,8 @@ class PathFinderLM(HFLM):
             )
         # Prompts that are too long are truncated at the beginning, as by lm-eval's own models.
         prompts = [self.tok_encode(context, left_truncate_len=room) for context in contexts]
-        engine = LimitedEngine(self.engine, until, options["max_gen_toks"])
+        # A special token is not in the text, so the model's engine must stop at it.
+        engine = LimitedEngine(self.engine.ending_at(until), until, options["max_gen_toks"])
         # An engine needs `identity` and `replay` only to resume from a trace, and this search writes none.
         finder = PathFinder(engine, config, checks=self.checks, selector=self.selector)  # pyright: ignore[reportArgumentType]
         questions = [Question(prompt, context) for prompt, context in zip(prompts, contexts, strict=True)]
@@ -170,6 +176,7 @@ class LimitedEngine:
 
     def _ended(self, parent: int, step: Step) -> Step:
         tail = self._tails[parent]
+        tail = tail[: max(0, len(tail) - step.replaces)]
         text = tail + step.text
         self._tails[step.branch] = text[max(0, len(text) - self._tail_length) :]
         self._num_tokens[step.branch] = self._num_tokens[parent] + len(step.token_ids)

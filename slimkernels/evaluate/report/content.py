@@ -337,7 +337,8 @@ _UNKNOWN = "unknown"
 
 
 def _found(row: Overall, name: str) -> Cell:
-    return Cell(_percent(row.extracted[name]), "warning" if row.extracted[name] == 0 else "")
+    share = row.extracted.get(name)
+    return Cell(_UNKNOWN if share is None else _percent(share), "warning" if share == 0 else "")
 
 
 def _seeds(row: Overall) -> str:

@@ -47,7 +47,12 @@ def write_report(
 def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
     """Describes outputs from elsewhere for the report: how they are scored, and how often published scores agree."""
     entries = []
+    rules: dict[str, set[str]] = {}
+    for outputs in files.values():
+        rules.setdefault(outputs.records[0].task, set()).add(outputs.strict_rule)
     for path, outputs in files.items():
+        differs = len(rules[outputs.records[0].task]) > 1
+        other = " Other files of its task follow another rule, so the last number is compared." if differs else ""
         published = []
         for metric, (agreeing, scored) in outputs.agreement.items():
             own = sum(record.scores[metric] for record in outputs.records) / len(outputs.records)
@@ -58,7 +63,7 @@ def describe_outputs(files: Mapping[str, Outputs]) -> dict[str, Any]:
         entries.append(
             {
                 "explained": f"{path}: {len(outputs.records)} outputs of {outputs.records[0].model}, scored again. "
-                f'The score "strict" judges {outputs.strict_rule}.',
+                f'The score "strict" judges {outputs.strict_rule}.{other}',
                 "published": published,
             }
         )

@@ -1,38 +1,117 @@
-"""The pieces of a row of slim_loss that do not depend on how it is read: logits, divergences, the token's weight."""
+"""The terms of a row of slim_loss, independent of how the row is read: logits, divergences, the token weight."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from slimkernels.ops.triton._math import double, expm1, log_add_exp
+from slimkernels.ops.triton._math import expm1, log_add_exp
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def unit_logits(row_ptr, index, mask, inner, SOFTCAP: tl.constexpr, ACC: tl.constexpr, HINT: tl.constexpr):
-    """Effective logits over ``unit`` (the softcap, or the logit scale), -inf outside ``mask``.
+class Mode(NamedTuple):
+    """Compile-time constants of the slim_loss kernel.
 
-    The factor is left to the exponent that takes a difference of two of them: a product beside a subtraction may be
-    contracted to a fused multiply-add in one place and not in another, and the same logit must give the same
+    Attributes:
+        has_teacher: Whether there is a teacher.
+        rest: Name of what the teacher says outside its ids.
+        divergence: Name of the divergence.
+        weighting: Name of the token weight.
+        detach_weight: Whether the token weight is a constant to the gradient.
+        two_temperatures: Whether T is not 1.
+        smooths: Whether the label smoothing is not 0.
+        softcap: Whether the logits have a softcap.
+        acc: Accumulation dtype, float32 or float64.
+        block_v: Entries of a row of logits per block.
+        block_k: Entries of a teacher's row per block.
+    """
+
+    has_teacher: bool
+    rest: str
+    divergence: str
+    weighting: str
+    detach_weight: bool
+    two_temperatures: bool
+    smooths: bool
+    softcap: bool
+    acc: tl.dtype
+    block_v: int
+    block_k: int
+
+
+class Options(NamedTuple):
+    """Options of slim_loss that are numbers, in float64."""
+
+    temperature: tl.tensor
+    beta: tl.tensor
+    alpha: tl.tensor
+    ce_weight: tl.tensor
+    kd_weight: tl.tensor
+    label_smoothing: tl.tensor
+    z_loss_weight: tl.tensor
+    logit_scale: tl.tensor
+
+
+class StudentRow(NamedTuple):
+    """A row of the student's logits, and the factors between the forms that a logit takes.
+
+    Attributes:
+        ptr: Pointer to the row.
+        vocab_size: V.
+        inner: Factor of a logit inside the tanh of the softcap; accumulation dtype.
+        unit: z = y * unit, see ``unit_logits``; float64.
+        scale: z / T = y * scale; float64.
+        exponent: exp(z / T) = exp2(y * exponent); accumulation dtype.
+        exponent_one: The same at temperature 1.
+    """
+
+    ptr: tl.tensor
+    vocab_size: tl.tensor
+    inner: tl.tensor
+    unit: tl.tensor
+    scale: tl.tensor
+    exponent: tl.tensor
+    exponent_one: tl.tensor
+
+
+@triton.jit
+def student_row(ptr, vocab_size, temperature, softcap, logit_scale, MODE: tl.constexpr):
+    """Makes a ``StudentRow`` from the float64 options."""
+    unit = logit_scale
+    inner = tl.full((), 1.0, MODE.acc)
+    if MODE.softcap:
+        unit = softcap
+        inner = (logit_scale / softcap).to(MODE.acc)
+    scale = unit / temperature
+    return StudentRow(ptr, vocab_size, inner, unit, scale, (scale * LOG2_E).to(MODE.acc), (unit * LOG2_E).to(MODE.acc))
+
+
+@triton.jit
+def unit_logits(row, index, mask, MODE: tl.constexpr, HINT: tl.constexpr):
+    """Loads y = z / unit (the softcap, or the logit scale) of a row, -inf outside ``mask``.
+
+    The unit is multiplied into the exponent, which takes a difference of two y. The compiler may contract a product
+    next to a subtraction to a fused multiply-add in one place and not in another, and the same logit must give the same
     exponential wherever it is read.
     """
-    y = tl.load(row_ptr + index, mask=mask, other=float("-inf"), eviction_policy=HINT).to(ACC)
-    if SOFTCAP:
-        y = tl.where(mask, tanh(y * inner), float("-inf"))
+    y = tl.load(row.ptr + index, mask=mask, other=float("-inf"), eviction_policy=HINT).to(MODE.acc)
+    if MODE.softcap:
+        y = tl.where(mask, tanh(y * row.inner), float("-inf"))
     return y
 
 
 @triton.jit
 def tanh(x):
-    """Within a few units in the last place of float32, or float64."""
+    """Computes tanh within a few units in the last place of float32 or float64."""
     magnitude = tl.abs(x)
     if x.dtype.primitive_bitwidth == 64:
         t = expm1(-2 * magnitude)
         result = -t / (t + 2)
     else:
-        square = x * x  # Cephes tanhf for small arguments, as csrc/cpu/vec.h
+        square = x * x  # Cephes tanhf for small arguments, as in csrc/cpu/vec.h
         p = square * -5.70498872745e-3 + 2.06390887954e-2
         p = p * square - 5.37397155531e-2
         p = p * square + 1.33314422036e-1
@@ -44,7 +123,7 @@ def tanh(x):
 
 @triton.jit
 def powers(y, level, exponent):
-    """The exponential of (y - level) * exponent / log2(e), the same bits wherever it is called with the same values."""
+    """Computes exp((y - level) * exponent / log2(e)), the same bits for the same values at every place of use."""
     return tl.exp2((y - level) * exponent)
 
 
@@ -59,8 +138,9 @@ def add_exactly(high, low, x):
 
 
 @triton.jit
-def diverge(log_q, log_p, beta, alpha, DIVERGENCE: tl.constexpr):
-    """One outcome's share of D, and p * dD/dp; for blocks and for the ghost bucket's doubles alike."""
+def diverge(log_q, log_p, options, MODE: tl.constexpr):
+    """Computes an outcome's share of D and slope p * dD/dp, for blocks and for the ghost bucket's doubles."""
+    DIVERGENCE: tl.constexpr = MODE.divergence
     q = tl.exp(log_q)
     p = tl.exp(log_p)
     if DIVERGENCE == "forward_kl":
@@ -70,39 +150,39 @@ def diverge(log_q, log_p, beta, alpha, DIVERGENCE: tl.constexpr):
         share = tl.where(q == 0, 0.0, -q * log_p)
         slope = -q
     elif DIVERGENCE == "reverse_kl":
-        # An outcome the teacher excludes would make D infinite, and a rounded-away tail with it: it is left out.
+        # An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
         excluded = log_q == float("-inf")
         share = tl.where((p == 0) | excluded, 0.0, p * (log_p - log_q))
         slope = tl.where(excluded, 0.0, share + p)
     elif DIVERGENCE == "jsd":
-        weight = double(beta)
-        log_m = log_add_exp(log_q + tl.log(weight).to(q.dtype), log_p + tl.log(1 - weight).to(q.dtype))
-        slope = tl.where(p == 0, 0.0, p * (log_p - log_m) * (1 - weight).to(q.dtype))
-        share = tl.where(q == 0, 0.0, q * (log_q - log_m) * weight.to(q.dtype)) + slope
+        beta = options.beta
+        log_m = log_add_exp(log_q + tl.log(beta).to(q.dtype), log_p + tl.log(1 - beta).to(q.dtype))
+        slope = tl.where(p == 0, 0.0, p * (log_p - log_m) * (1 - beta).to(q.dtype))
+        share = tl.where(q == 0, 0.0, q * (log_q - log_m) * beta.to(q.dtype)) + slope
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
-        weight = double(alpha)
-        log_m = log_add_exp(log_q + tl.log(weight).to(q.dtype), log_p + tl.log(1 - weight).to(q.dtype))
+        alpha = options.alpha
+        log_m = log_add_exp(log_q + tl.log(alpha).to(q.dtype), log_p + tl.log(1 - alpha).to(q.dtype))
         share = tl.where(q == 0, 0.0, q * (log_q - log_m))
-        slope = tl.where((q == 0) | (p == 0), 0.0, tl.exp(log_p + log_q - log_m) * (weight - 1).to(q.dtype))
+        slope = tl.where((q == 0) | (p == 0), 0.0, tl.exp(log_p + log_q - log_m) * (alpha - 1).to(q.dtype))
     return share, slope
 
 
 @triton.jit
-def weigh(log_student, log_teacher, given, WEIGHTING: tl.constexpr, DETACH: tl.constexpr):
-    """The token's weight w, and dw / d log s_y (0 where detached), in float64."""
+def weigh(log_s_y, log_t_y, given, MODE: tl.constexpr):
+    """Computes the token weight w, and dw / d log s_y (0 where detached), in float64."""
     value = tl.full((), 1.0, tl.float64)
     slope = tl.full((), 0.0, tl.float64)
-    if WEIGHTING == "tensor":
+    if MODE.weighting == "tensor":
         value = given
-    elif WEIGHTING != "none":
-        tl.static_assert(WEIGHTING == "teacher_over_student" or WEIGHTING == "student_over_teacher")
-        sign: tl.constexpr = 1 if WEIGHTING == "teacher_over_student" else -1
-        # A label the teacher gives nothing decides alone, also where the student gives it nothing either.
-        impossible = log_teacher == float("-inf")
-        log_ratio = sign * tl.where(impossible, log_teacher, log_teacher - log_student)
+    elif MODE.weighting != "none":
+        tl.static_assert(MODE.weighting == "teacher_over_student" or MODE.weighting == "student_over_teacher")
+        sign: tl.constexpr = 1 if MODE.weighting == "teacher_over_student" else -1
+        # If the teacher's probability of the label is 0, the ratio ignores the student's, even at 0/0.
+        impossible = log_t_y == float("-inf")
+        log_ratio = sign * tl.where(impossible, log_t_y, log_t_y - log_s_y)
         ratio = tl.exp(tl.where(log_ratio > 30, 30.0, log_ratio))
         value = -expm1(-ratio)
-        if not DETACH:
+        if not MODE.detach_weight:
             slope = tl.where(log_ratio <= 30, -sign * ratio * tl.exp(-ratio), 0.0)
     return value, slope

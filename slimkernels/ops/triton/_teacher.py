@@ -1,4 +1,4 @@
-"""What the Triton kernels know of a teacher's row: its ids, its normaliser, and what it leaves to everything else."""
+"""Functions of the Triton kernels over a teacher's row: its ids, its normaliser, and its mass outside its ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimkernels.ops.triton._math import log1m_exp, log_add_exp
 
 @triton.jit
 def kept_entries(ids_ptr, top_k, vocab_size, BLOCK_K: tl.constexpr):
-    """How many ids of a row come before its padding; -1 where they do not ascend strictly inside [0, vocab_size)."""
+    """Counts the ids of a row before its padding; -1 where they do not ascend strictly inside [0, vocab_size)."""
     offs_k = tl.arange(0, BLOCK_K)
     kept = 0
     bad = 0
@@ -28,7 +28,7 @@ def kept_entries(ids_ptr, top_k, vocab_size, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def log_sum_exp_of_entries(logits_ptr, kept, inv_temperature, ACC: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of the first ``kept`` logits times ``inv_temperature``, float64; -inf where there is none."""
+    """Computes the log-sum-exp of the first ``kept`` logits times ``inv_temperature``, float64; -inf of none."""
     offs_k = tl.arange(0, BLOCK_K)
     level = tl.full((), float("-inf"), ACC)
     total = tl.full((), 0.0, tl.float64)
@@ -43,20 +43,20 @@ def log_sum_exp_of_entries(logits_ptr, kept, inv_temperature, ACC: tl.constexpr,
 
 
 @triton.jit
-def teacher_log_norm(log_kept, lse, kept, vocab_size, REST: tl.constexpr):
-    """What every kept logit / T is normalised by."""
+def teacher_q_norm(lse_on, lse, kept, vocab_size, REST: tl.constexpr):
+    """Computes the normaliser of the teacher's row: log q = logit / T - q_norm on its ids."""
     if REST == "renorm" or REST == "renorm_both":
-        # Nothing kept has mass, and so it stays.
-        log_norm = tl.where(log_kept == float("-inf"), 0.0, log_kept)
+        # If every kept logit is -inf, use 0 so that -inf - (-inf) never occurs.
+        q_norm = tl.where(lse_on == float("-inf"), 0.0, lse_on)
     elif REST == "zero_logit":
         unkept = (vocab_size - kept).to(tl.float64)
-        log_norm = tl.where(unkept > 0, log_add_exp(log_kept, tl.log(tl.maximum(unkept, 1.0))), log_kept)
+        q_norm = tl.where(unkept > 0, log_add_exp(lse_on, tl.log(tl.maximum(unkept, 1.0))), lse_on)
     else:
-        log_norm = lse
-    return log_norm
+        q_norm = lse
+    return q_norm
 
 
 @triton.jit
-def log_ghost(log_mass, kept, vocab_size):
-    """The log of what the teacher leaves outside its kept ids; -inf where it keeps every id, whatever rounding says."""
+def log_q_tail_of(log_mass, kept, vocab_size):
+    """Computes log(1 - a) from log a; exactly -inf where the teacher keeps every id, whatever a rounds to."""
     return tl.where(kept == vocab_size, float("-inf"), log1m_exp(log_mass))

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 class Settings(NamedTuple):
-    """Settings settings of a kernel.
+    """Launch settings of a kernel.
 
     Attributes:
         block: Number of elements of a row that a program processes at a time.

@@ -1,4 +1,4 @@
-"""The Triton kernel behind ``scale_gradients``: nothing but one load where the factor is 1."""
+"""The Triton kernel behind ``scale_gradients``, which does nothing but one load where the factor is 1."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from slimkernels.ops.triton import launch
 
-# Enough to fill any GPU, few enough to be gone at once where there is nothing to do.
-_MOST_PROGRAMS = 1024
+# Programs enough to fill any GPU, and few enough to end at once where there is nothing to do.
+_MAX_PROGRAMS = 1024
 
 
 @triton.jit
 def scale_in_place_kernel(gradient_ptr, factor_ptr, numel, num_programs, BLOCK: tl.constexpr):
-    """Programs take blocks of the flat gradient in turn."""
+    """Scales blocks of the flat gradient, which the programs take in turn."""
     factor = tl.load(factor_ptr)
     if factor != 1:
         for block in range(tl.program_id(0), tl.cdiv(numel, BLOCK), num_programs):
@@ -25,9 +25,9 @@ def scale_in_place_kernel(gradient_ptr, factor_ptr, numel, num_programs, BLOCK: 
 
 
 def scale_in_place(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiplies a contiguous gradient by a scalar that stays on the device."""
+    """Multiplies a contiguous gradient by a scalar tensor, which stays on the device."""
     settings = launch.settings_of("scale_in_place", gradient.view(1, -1))
-    num_programs = min(_MOST_PROGRAMS, triton.cdiv(gradient.numel(), settings.block))
+    num_programs = min(_MAX_PROGRAMS, triton.cdiv(gradient.numel(), settings.block))
     launch.run(
         scale_in_place_kernel,
         num_programs,

@@ -1,17 +1,15 @@
 """The Triton kernel of ``slim_loss``: one program per row, read twice (the second time from L2) and written once.
 
+The four stages of every backend are functions here: ``sum_student``, ``sum_teacher``, ``measure`` and
+``write_gradient``. ``ops/README.md`` lists their names and equations; y is z / unit, see ``unit_logits``.
+
 Off the kept ids S the gradient is one scalar of the row times exp((z - level) / T), plus a constant, whatever the
-divergence. So the row is written densely, and the K entries and the label are put in afterwards.
-
-The mass outside S is never 1 minus the rest in float32: the row and S are summed from the very same float32
-exponentials, each sum exact to about 48 bits, and subtracted. Where too little is left, every logit that is too large
-to be outside S is left out of both sums and the exponentials start from the largest of the others, until something is.
-
-Names as in csrc/cpu/slim_row.h: z student logits, s = softmax(z), p = softmax(z / T), q the teacher, w the token's
-weight, D the divergence; y is z / unit (see ``unit_logits``).
+divergence. So the row is written densely, and the K entries of S and the label are written afterwards.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,21 +19,114 @@ from torch import Tensor
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._slim_passes import (
+    DenseGradient,
+    KeptGradient,
+    KeptNorms,
+    TeacherRow,
+    dense_gradient_at,
     diverge_kept,
     fill_row,
-    gradient_of,
     highest_below,
     highest_kept,
+    highest_of_teacher,
     scatter_kept_gradient,
     store_stats,
     sum_kept,
+    sum_kept_of_teacher,
     sum_off,
     sum_row,
     write_kept_gradient,
     write_row,
 )
-from slimkernels.ops.triton._slim_terms import LOG2_E, diverge, unit_logits, weigh
-from slimkernels.ops.triton._teacher import kept_entries, log_ghost, teacher_log_norm
+from slimkernels.ops.triton._slim_terms import Mode, Options, diverge, student_row, unit_logits, weigh
+from slimkernels.ops.triton._teacher import kept_entries, log_q_tail_of, teacher_q_norm
+
+
+class RowNumbers(NamedTuple):
+    """Pointers to one number per row, and the row; those that are not given are None."""
+
+    n: tl.tensor
+    row_scale_ptr: tl.tensor
+    teacher_lse_ptr: tl.tensor
+    teacher_lse_one_ptr: tl.tensor
+    target_logit_ptr: tl.tensor
+    token_weight_ptr: tl.tensor
+
+
+class StudentSums(NamedTuple):
+    """Results of stage 1, float64 except for the levels and ``label_y``, which have the accumulation dtype.
+
+    Attributes:
+        level: Level of the exponentials off S.
+        on_level: Level of the exponentials on S.
+        lse: Log-sum-exp of z / T.
+        lse_one: Log-sum-exp of z.
+        lse_on: Log-sum-exp of z / T on S.
+        off_e: Sum of exp((z - level) / T) off S, for "ghost" only.
+        sum_z: Sum of z, where it is needed.
+        off_scaled_z: Sum of z / T off S, where it is needed.
+        label_y: The label's y.
+        log_s_y: Log-probability of the label at temperature 1.
+        label_entry: The label's index in S, -1 where the label is off S.
+    """
+
+    level: tl.tensor
+    on_level: tl.tensor
+    lse: tl.tensor
+    lse_one: tl.tensor
+    lse_on: tl.tensor
+    off_e: tl.tensor
+    sum_z: tl.tensor
+    off_scaled_z: tl.tensor
+    label_y: tl.tensor
+    log_s_y: tl.tensor
+    label_entry: tl.tensor
+
+
+class TeacherSums(NamedTuple):
+    """Results of stage 2, float64 except for the level, which has the accumulation dtype.
+
+    Attributes:
+        level: Largest logit at S, 0 where all are -inf.
+        lse_on: Log-sum-exp of logit / T at S.
+        lse: The given log-sum-exp of the whole row at T, NaN where it is unknown.
+        q_norm: log q = logit / T - q_norm at S.
+        log_t_y: Log-probability of the label at temperature 1.
+    """
+
+    level: tl.tensor
+    lse_on: tl.tensor
+    lse: tl.tensor
+    q_norm: tl.tensor
+    log_t_y: tl.tensor
+
+
+class Measures(NamedTuple):
+    """Results of stage 3, float64.
+
+    Attributes:
+        loss: Loss of the row.
+        ce: Cross entropy.
+        kd: D * T^2.
+        w: Token weight.
+        w_slope: dw / d log s_y.
+        teacher_mass: a, the teacher's mass on S.
+        student_mass: P, the student's mass on S.
+        mean_slope: Sum of p * dD/dp over all outcomes.
+        off_factor: dD/d(z / T) off S is off_factor * exp((z - level) / T) + off_constant.
+        off_constant: See ``off_factor``.
+    """
+
+    loss: tl.tensor
+    ce: tl.tensor
+    kd: tl.tensor
+    w: tl.tensor
+    w_slope: tl.tensor
+    teacher_mass: tl.tensor
+    student_mass: tl.tensor
+    mean_slope: tl.tensor
+    off_factor: tl.tensor
+    off_constant: tl.tensor
 
 
 @triton.jit
@@ -67,310 +158,273 @@ def slim_loss_kernel(
     z_loss_weight: tl.float64,
     softcap: tl.float64,
     logit_scale: tl.float64,
-    REST: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    DETACH: tl.constexpr,
-    TWO_TEMPERATURES: tl.constexpr,  # T is not 1
-    SMOOTHS: tl.constexpr,  # label_smoothing is not 0
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """One program per row: its ignored or faulty rows are filled, the others are read, measured and written."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
+    """Computes one row per program: fills an ignored or faulty row, runs the four stages on any other."""
+    BLOCK_V: tl.constexpr = MODE.block_v
+    BLOCK_K: tl.constexpr = MODE.block_k
+    n = tl.program_id(0).to(tl.int64)
+    logits_ptr += n * logits_stride
     if dlogits_ptr is not None:
-        dlogits_ptr += row * dlogits_stride
+        dlogits_ptr += n * dlogits_stride
     kept = 0
-    if ids_ptr is not None:
-        ids_ptr += row * top_k
-        teacher_ptr += row * top_k
+    if MODE.has_teacher:
+        ids_ptr += n * top_k
+        teacher_ptr += n * top_k
         if dlogits_ptr is not None:
-            kept_gradient_ptr += row * top_k
+            kept_gradient_ptr += n * top_k
         kept = kept_entries(ids_ptr, top_k, vocab_size, BLOCK_K)
-    target = tl.load(target_ptr + row)
+    target = tl.load(target_ptr + n)
     ignored = target == ignore_index
-    # No host reads what a row did wrong: its numbers are NaN.
+    # Raising would need a synchronisation, so bad rows become NaN.
     faulty = (target < 0) | (target >= vocab_size) | (kept < 0)
     if ignored | faulty:
         fill = tl.where(ignored, 0.0, float("nan"))
-        store_stats(stats_ptr + row, num_rows, fill, fill, fill, fill, fill, fill, fill)
+        store_stats(stats_ptr + n, num_rows, fill, fill, fill, fill, fill, fill, fill)
         if dlogits_ptr is not None:
             fill_row(dlogits_ptr, vocab_size, fill, BLOCK_V)
     else:
-        slim_row(
-            logits_ptr,
-            dlogits_ptr,
-            stats_ptr + row,
-            target,
-            row_scale_ptr,
-            ids_ptr,
-            teacher_ptr,
-            teacher_lse_ptr,
-            teacher_lse_one_ptr,
-            target_logit_ptr,
-            token_weight_ptr,
-            kept_gradient_ptr,
-            row,
-            num_rows,
-            vocab_size,
-            kept,
+        options = Options(
             double(temperature),
-            beta,
-            alpha,
+            double(beta),
+            double(alpha),
             double(ce_weight),
             double(kd_weight),
             double(label_smoothing),
             double(z_loss_weight),
-            double(softcap),
             double(logit_scale),
-            REST,
-            DIVERGENCE,
-            WEIGHTING,
-            DETACH,
-            TWO_TEMPERATURES,
-            SMOOTHS,
-            SOFTCAP,
-            ACC,
-            BLOCK_V,
-            BLOCK_K,
         )
+        row = student_row(logits_ptr, vocab_size, options.temperature, double(softcap), options.logit_scale, MODE)
+        teacher = TeacherRow(ids_ptr, teacher_ptr, kept, (1 / options.temperature).to(MODE.acc))
+        numbers = RowNumbers(n, row_scale_ptr, teacher_lse_ptr, teacher_lse_one_ptr, target_logit_ptr, token_weight_ptr)
+        student_sums = sum_student(row, teacher, target, MODE)
+        teacher_sums = sum_teacher(teacher, student_sums.label_entry, vocab_size, numbers, options, MODE)
+        m = measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE)
+        store_stats(
+            stats_ptr + n, num_rows, m.loss, m.ce, m.kd, m.w, m.teacher_mass, m.student_mass, student_sums.lse_one
+        )
+        if dlogits_ptr is not None:
+            write_gradient(
+                dlogits_ptr,
+                kept_gradient_ptr,
+                row,
+                teacher,
+                target,
+                student_sums,
+                teacher_sums,
+                m,
+                numbers,
+                options,
+                MODE,
+            )
 
 
 @triton.jit
-def slim_row(
-    row_ptr,
-    dlogits_ptr,
-    stats_ptr,
-    target,
-    row_scale_ptr,
-    ids_ptr,
-    teacher_ptr,
-    teacher_lse_ptr,
-    teacher_lse_one_ptr,
-    target_logit_ptr,
-    token_weight_ptr,
-    kept_gradient_ptr,
-    row,
-    num_rows,
-    vocab_size,
-    kept,
-    temperature,
-    beta,
-    alpha,
-    ce_weight,
-    kd_weight,
-    label_smoothing,
-    z_loss_weight,
-    softcap,
-    logit_scale,
-    REST: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    WEIGHTING: tl.constexpr,
-    DETACH: tl.constexpr,
-    TWO_TEMPERATURES: tl.constexpr,
-    SMOOTHS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """A row that is neither ignored nor faulty; the pointers are at it, but for those to one number a row."""
-    HAS_TEACHER: tl.constexpr = ids_ptr is not None
-    GHOST: tl.constexpr = HAS_TEACHER and REST == "ghost"
-    SUMS_LOGITS: tl.constexpr = SMOOTHS or (HAS_TEACHER and REST == "zero_logit")
+def sum_student(row, teacher, target, MODE: tl.constexpr):
+    """Computes the ``StudentSums`` of a row."""
+    GHOST: tl.constexpr = MODE.has_teacher and MODE.rest == "ghost"
+    SUMS_LOGITS: tl.constexpr = MODE.smooths or (MODE.has_teacher and MODE.rest == "zero_logit")
     minus_inf = tl.full((), float("-inf"), tl.float64)
     zero = tl.full((), 0.0, tl.float64)
-    unit = logit_scale
-    inner = tl.full((), 1.0, ACC)
-    if SOFTCAP:
-        unit = softcap
-        inner = (logit_scale / softcap).to(ACC)
-    exponent = (unit / temperature * LOG2_E).to(ACC)
-    exponent_one = (unit * LOG2_E).to(ACC)
-    target_y = unit_logits(row_ptr, target, target >= 0, inner, SOFTCAP, ACC, "")
 
     # The exponentials of a row are relative to its largest kept logit, which is near its maximum, or to the maximum of
     # its first block where nothing is kept.
-    level = tl.full((), float("-inf"), ACC)
+    level = tl.full((), float("-inf"), MODE.acc)
     on_level = level
-    teacher_level = level
-    if HAS_TEACHER:
-        level, teacher_level = highest_kept(row_ptr, ids_ptr, teacher_ptr, kept, inner, SOFTCAP, ACC, BLOCK_K)
+    if MODE.has_teacher:
+        level = highest_kept(row, teacher, MODE)
         on_level = tl.where(level == float("-inf"), 0.0, level)
-        teacher_level = tl.where(teacher_level == float("-inf"), 0.0, teacher_level)
     if level == float("-inf"):
-        first = tl.arange(0, BLOCK_V)
-        level = tl.max(unit_logits(row_ptr, first, first < vocab_size, inner, SOFTCAP, ACC, "evict_last"))
-    total, total_one, sum_y, gone = sum_row(
-        row_ptr,
-        vocab_size,
-        level,
-        exponent,
-        exponent_one,
-        inner,
-        GHOST,
-        TWO_TEMPERATURES,
-        SUMS_LOGITS,
-        SOFTCAP,
-        ACC,
-        BLOCK_V,
-    )
+        first = tl.arange(0, MODE.block_v)
+        level = tl.max(unit_logits(row, first, first < row.vocab_size, MODE, "evict_last"))
+    sums = sum_row(row, level, GHOST, SUMS_LOGITS, MODE)
     # Far above the level exponentials overflow, and before that carry the rounding of their arguments.
-    sound = (total < 1e9) & (total_one < 1e9) & (level > float("-inf"))
+    sound = (sums.e < 1e9) & (sums.e_one < 1e9) & (level > float("-inf"))
     if ~sound:
-        level = highest_below(row_ptr, vocab_size, float("inf"), float("inf"), inner, SOFTCAP, ACC, BLOCK_V)
+        level = highest_below(row, float("inf"), float("inf"), MODE)
         level = tl.where(level == float("-inf"), 0.0, level)
-        total, total_one, sum_y, gone = sum_row(
-            row_ptr,
-            vocab_size,
-            level,
-            exponent,
-            exponent_one,
-            inner,
-            GHOST,
-            TWO_TEMPERATURES,
-            SUMS_LOGITS,
-            SOFTCAP,
-            ACC,
-            BLOCK_V,
-        )
-    scale = unit / temperature
-    lse = level * scale + tl.log(total)
-    lse_one = level * unit + tl.log(total_one)
-    log_student = target_y * unit - lse_one
+        sums = sum_row(row, level, GHOST, SUMS_LOGITS, MODE)
+    lse = level * row.scale + tl.log(sums.e)
+    lse_one = level * row.unit + tl.log(sums.e_one)
+    sum_z = tl.where(sums.num_minus_inf > 0, minus_inf, sums.y * row.unit)
 
-    ce = -log_student
-    if SMOOTHS:
-        sum_z = tl.where(gone > 0, minus_inf, sum_y * unit)
-        ce = (1 - label_smoothing) * ce + label_smoothing * (lse_one - sum_z / vocab_size)
-    loss = tl.where(ce_weight == 0, 0.0, ce_weight * ce)
-    loss += tl.where(z_loss_weight == 0, 0.0, z_loss_weight * lse_one * lse_one)
+    lse_on = minus_inf
+    off_e = zero
+    off_scaled_z = zero
+    label_entry = -1
+    if MODE.has_teacher:
+        on = sum_kept(row, teacher, target, on_level, SUMS_LOGITS, MODE)
+        lse_on = on_level * row.scale + tl.log(on.e)
+        label_entry = on.label_entry
+        off_scaled_z = tl.where(sums.num_minus_inf > on.num_minus_inf, minus_inf, (sums.y - on.y) * row.scale)
+        if GHOST:
+            off_e, level = sum_off(row, teacher, sums.e, level, MODE)
+    label_y = unit_logits(row, target, target >= 0, MODE, "")
+    log_s_y = label_y * row.unit - lse_one
+    return StudentSums(level, on_level, lse, lse_one, lse_on, off_e, sum_z, off_scaled_z, label_y, log_s_y, label_entry)
+
+
+@triton.jit
+def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.constexpr):
+    """Computes the ``TeacherSums`` of a row; without a teacher they are not used."""
+    # Triton 3.5 takes a constant as an argument only where it is bound to a name.
+    REST: tl.constexpr = MODE.rest
+    minus_inf = tl.full((), float("-inf"), tl.float64)
+    level = tl.full((), 0.0, MODE.acc)
+    lse_on = minus_inf
+    lse = tl.full((), float("nan"), tl.float64)
+    q_norm = lse
+    log_t_y = minus_inf
+    if MODE.has_teacher:
+        log_t_y = tl.load(teacher.logits_ptr + label_entry, mask=label_entry >= 0, other=float("-inf")).to(tl.float64)
+        level = highest_of_teacher(teacher, MODE)
+        level = tl.where(level == float("-inf"), 0.0, level)
+        lse_on = level / options.temperature + tl.log(sum_kept_of_teacher(teacher, level, MODE))
+        if numbers.teacher_lse_ptr is not None:
+            lse = tl.load(numbers.teacher_lse_ptr + numbers.n).to(tl.float64)
+        q_norm = teacher_q_norm(lse_on, lse, teacher.kept, vocab_size, REST)
+        if numbers.target_logit_ptr is not None:
+            known = tl.load(numbers.target_logit_ptr + numbers.n).to(tl.float64)
+            log_t_y = tl.where(known == known, known, log_t_y)
+        if numbers.teacher_lse_one_ptr is not None:
+            log_t_y -= tl.load(numbers.teacher_lse_one_ptr + numbers.n).to(tl.float64)
+    return TeacherSums(level, lse_on, lse, q_norm, log_t_y)
+
+
+@triton.jit
+def kept_norms(student_sums, teacher_sums, row, options, MODE: tl.constexpr):
+    """Makes the ``KeptNorms`` from the student's and the teacher's sums."""
+    minus_inf = tl.full((), float("-inf"), tl.float64)
+    p_norm = student_sums.lse
+    if MODE.rest == "renorm_both":
+        p_norm = student_sums.lse_on
+    p_offset = tl.where(student_sums.lse_on == minus_inf, 0.0, student_sums.on_level * row.scale - p_norm)
+    q_offset = teacher_sums.level / options.temperature - teacher_sums.q_norm
+    return KeptNorms(student_sums.on_level, p_offset.to(MODE.acc), teacher_sums.level, q_offset.to(MODE.acc))
+
+
+@triton.jit
+def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl.constexpr):
+    """Computes the ``Measures`` of a row from the student's and the teacher's sums."""
+    minus_inf = tl.full((), float("-inf"), tl.float64)
+    zero = tl.full((), 0.0, tl.float64)
+    lse_one = student_sums.lse_one
+    ce = -student_sums.log_s_y
+    if MODE.smooths:
+        smoothing = options.label_smoothing
+        ce = (1 - smoothing) * ce + smoothing * (lse_one - student_sums.sum_z / row.vocab_size)
+    loss = tl.where(options.ce_weight == 0, 0.0, options.ce_weight * ce)
+    loss += tl.where(options.z_loss_weight == 0, 0.0, options.z_loss_weight * lse_one * lse_one)
 
     kd = zero
     w = zero
     w_slope = zero
     teacher_mass = zero
     student_mass = zero
-    # D's gradient by z / T is `slope - p * mean_slope` on S and `off_factor * exp((z - level) / T) + off_constant` off.
     mean_slope = zero
     off_factor = zero
     off_constant = zero
-    p_norm = zero
-    q_norm = zero
-    labels = 0  # that are kept: 0 or 1
-    if HAS_TEACHER:
-        on_total, teacher_total, on_y, on_gone, labels, label_logit = sum_kept(
-            row_ptr, ids_ptr, teacher_ptr, kept, target, on_level, teacher_level, exponent, (1 / temperature).to(ACC),
-            inner, SUMS_LOGITS, SOFTCAP, ACC, BLOCK_K
-        )  # fmt: skip
-        log_on = on_level * scale + tl.log(on_total)
-        log_kept = teacher_level / temperature + tl.log(teacher_total)
-        teacher_lse = tl.full((), float("nan"), tl.float64)
-        if teacher_lse_ptr is not None:
-            teacher_lse = tl.load(teacher_lse_ptr + row).to(tl.float64)
-        log_norm = teacher_log_norm(log_kept, teacher_lse, kept, vocab_size, REST)
-        student_norm = lse
-        if REST == "renorm_both":
-            student_norm = log_on
-
-        log_teacher = tl.where(labels > 0, label_logit, minus_inf)
-        if target_logit_ptr is not None:
-            known = tl.load(target_logit_ptr + row).to(tl.float64)
-            log_teacher = tl.where(known == known, known, log_teacher)
-        if teacher_lse_one_ptr is not None:
-            log_teacher -= tl.load(teacher_lse_one_ptr + row).to(tl.float64)
+    if MODE.has_teacher:
         given = zero
-        if token_weight_ptr is not None:
-            given = tl.load(token_weight_ptr + row).to(tl.float64)
-        w, w_slope = weigh(log_student, log_teacher, given, WEIGHTING, DETACH)
+        if numbers.token_weight_ptr is not None:
+            given = tl.load(numbers.token_weight_ptr + numbers.n).to(tl.float64)
+        w, w_slope = weigh(student_sums.log_s_y, teacher_sums.log_t_y, given, MODE)
+        teacher_mass = tl.exp(teacher_sums.lse_on - teacher_sums.lse)
+        student_mass = tl.exp(student_sums.lse_on - student_sums.lse)
 
-        p_norm = tl.where(log_on == minus_inf, 0.0, on_level * scale - student_norm)
-        q_norm = teacher_level / temperature - log_norm
-        value, mean_slope = diverge_kept(
-            row_ptr, ids_ptr, teacher_ptr, kept, on_level, teacher_level, scale.to(ACC), (1 / temperature).to(ACC),
-            p_norm.to(ACC), q_norm.to(ACC), beta, alpha, inner, DIVERGENCE, SOFTCAP, ACC, BLOCK_K
-        )  # fmt: skip
-        teacher_mass = tl.exp(log_kept - teacher_lse)
-        student_mass = tl.exp(log_on - lse)
-        # exp((z - level) / T) to p.
-        to_p = tl.exp(tl.where(lse == minus_inf, 0.0, level * scale - lse))
-        if REST == "ghost":
-            off_total, level = sum_off(
-                row_ptr, vocab_size, ids_ptr, kept, total, level, exponent, inner, SOFTCAP, ACC, BLOCK_V, BLOCK_K
-            )
-            log_tail = level * scale + tl.log(off_total) - lse
-            log_rest = log_ghost(log_kept - teacher_lse, kept, vocab_size)
-            share, slope = diverge(log_rest, log_tail, beta, alpha, DIVERGENCE)
+        norms = kept_norms(student_sums, teacher_sums, row, options, MODE)
+        value, mean_slope = diverge_kept(row, teacher, norms, options, MODE)
+        # The factor that turns exp((z - level) / T) into p.
+        to_p = tl.exp(tl.where(student_sums.lse == minus_inf, 0.0, student_sums.level * row.scale - student_sums.lse))
+        if MODE.rest == "ghost":
+            off_e = student_sums.off_e
+            log_p_tail = student_sums.level * row.scale + tl.log(off_e) - student_sums.lse
+            log_q_tail = log_q_tail_of(teacher_sums.lse_on - teacher_sums.lse, teacher.kept, row.vocab_size)
+            share, slope = diverge(log_q_tail, log_p_tail, options, MODE)
             value += share
             # The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
-            if DIVERGENCE == "forward_kl" or DIVERGENCE == "soft_ce":
+            if MODE.divergence == "forward_kl" or MODE.divergence == "soft_ce":
                 mean_slope = zero - 1
             else:
                 mean_slope += slope
-            coefficient = slope - tl.exp(log_tail) * mean_slope
-            off_factor = tl.where(off_total == 0, 0.0, coefficient / tl.where(off_total == 0, 1.0, off_total))
-        elif REST == "zero_logit":
-            unkept = (vocab_size - kept).to(tl.float64)
-            each = tl.exp(-log_norm)
-            expected_z = tl.where(gone > on_gone, minus_inf, (sum_y - on_y) * scale) - unkept * lse
-            if DIVERGENCE == "forward_kl":
-                expected_z += unkept * log_norm
+            coefficient = slope - tl.exp(log_p_tail) * mean_slope
+            off_factor = tl.where(off_e == 0, 0.0, coefficient / tl.where(off_e == 0, 1.0, off_e))
+        elif MODE.rest == "zero_logit":
+            unkept = (row.vocab_size - teacher.kept).to(tl.float64)
+            each = tl.exp(-teacher_sums.q_norm)
+            expected_z = student_sums.off_scaled_z - unkept * student_sums.lse
+            if MODE.divergence == "forward_kl":
+                expected_z += unkept * teacher_sums.q_norm
             value -= tl.where(unkept > 0, each * expected_z, 0.0)
             mean_slope = zero - 1
             off_factor = to_p
             off_constant = -each
-        elif REST != "renorm_both":
+        elif MODE.rest != "renorm_both":
             off_factor = -mean_slope * to_p
-        kd = value * temperature * temperature
-        loss += tl.where(kd_weight == 0, 0.0, kd_weight * w * kd)
-    store_stats(stats_ptr, num_rows, loss, ce, kd, w, teacher_mass, student_mass, lse_one)
+        kd = value * options.temperature * options.temperature
+        loss += tl.where(options.kd_weight == 0, 0.0, options.kd_weight * w * kd)
+    return Measures(loss, ce, kd, w, w_slope, teacher_mass, student_mass, mean_slope, off_factor, off_constant)
 
-    if dlogits_ptr is not None:
-        row_scale = zero + 1
-        if row_scale_ptr is not None:
-            row_scale = tl.load(row_scale_ptr + row).to(tl.float64)
-        through_weight = tl.where(w_slope == 0, 0.0, kd_weight * kd * w_slope)
-        # The gradient by z is `softmax_scale` * s + `everywhere` + `kd_scale` * dD/d(z / T), and more at the label.
-        # What is left of the way to the logits is 1 - y^2 with a softcap.
-        row_scale *= logit_scale
-        softmax_scale = row_scale * (ce_weight + 2 * z_loss_weight * lse_one - through_weight)
-        kd_scale = row_scale * kd_weight * w * temperature
-        everywhere = -row_scale * ce_weight * label_smoothing / vocab_size
-        at_label = (row_scale * (through_weight - ce_weight * (1 - label_smoothing))).to(ACC)
 
-        one_scale = softmax_scale * tl.exp(tl.where(lse_one == minus_inf, 0.0, level * unit - lse_one))
-        off_scale = kd_scale * off_factor
-        if not TWO_TEMPERATURES:
-            # Both softmaxes are the same exponentials.
-            off_scale += one_scale
-        constant = (everywhere + kd_scale * off_constant).to(ACC)
-        if HAS_TEACHER:
-            on_one_scale = softmax_scale * tl.exp(tl.where(lse_one == minus_inf, 0.0, on_level * unit - lse_one))
-            write_kept_gradient(
-                row_ptr, ids_ptr, teacher_ptr, kept_gradient_ptr, kept, target, on_level, teacher_level, scale.to(ACC),
-                (1 / temperature).to(ACC), p_norm.to(ACC), q_norm.to(ACC), exponent_one, on_one_scale.to(ACC),
-                everywhere.to(ACC), kd_scale.to(ACC), mean_slope.to(ACC), at_label, beta, alpha, inner, DIVERGENCE,
-                SOFTCAP, ACC, BLOCK_K
-            )  # fmt: skip
-        # The kept logits must have been read before they are overwritten.
-        tl.debug_barrier()
-        write_row(
-            row_ptr, dlogits_ptr, vocab_size, level, exponent, off_scale.to(ACC), exponent_one, one_scale.to(ACC),
-            constant, inner, TWO_TEMPERATURES, SOFTCAP, ACC, BLOCK_V
-        )  # fmt: skip
-        # Every entry must be there before another thread puts a better one in its place.
-        tl.debug_barrier()
-        if HAS_TEACHER:
-            scatter_kept_gradient(dlogits_ptr, ids_ptr, kept_gradient_ptr, kept, BLOCK_K)
-        if labels == 0:
-            dy = gradient_of(
-                target_y, level, exponent, off_scale.to(ACC), exponent_one, one_scale.to(ACC), constant + at_label,
-                TWO_TEMPERATURES, SOFTCAP
-            )  # fmt: skip
-            tl.store(dlogits_ptr + target, dy)
+@triton.jit
+def write_gradient(
+    dlogits_ptr,
+    kept_gradient_ptr,
+    row,
+    teacher,
+    target,
+    student_sums,
+    teacher_sums,
+    m,
+    numbers,
+    options,
+    MODE: tl.constexpr,
+):
+    """Writes the gradient of a row: by z it is softmax_scale * s + uniform + kd_scale * dD/d(z / T), plus at_label."""
+    minus_inf = tl.full((), float("-inf"), tl.float64)
+    lse_one = student_sums.lse_one
+    row_scale = options.logit_scale
+    if numbers.row_scale_ptr is not None:
+        row_scale *= tl.load(numbers.row_scale_ptr + numbers.n).to(tl.float64)
+    through_weight = tl.where(m.w_slope == 0, 0.0, options.kd_weight * m.kd * m.w_slope)
+    softmax_scale = row_scale * (options.ce_weight + 2 * options.z_loss_weight * lse_one - through_weight)
+    kd_scale = row_scale * options.kd_weight * m.w * options.temperature
+    uniform = -row_scale * options.ce_weight * options.label_smoothing / row.vocab_size
+    at_label = (row_scale * (through_weight - options.ce_weight * (1 - options.label_smoothing))).to(MODE.acc)
+
+    is_empty = lse_one == minus_inf
+    one_scale = softmax_scale * tl.exp(tl.where(is_empty, 0.0, student_sums.level * row.unit - lse_one))
+    off_scale = kd_scale * m.off_factor
+    if not MODE.two_temperatures:
+        # At T = 1 both softmaxes are the same exponentials.
+        off_scale += one_scale
+    constant = (uniform + kd_scale * m.off_constant).to(MODE.acc)
+    dense = DenseGradient(
+        student_sums.level, off_scale.to(MODE.acc), student_sums.level, one_scale.to(MODE.acc), constant
+    )
+    if MODE.has_teacher:
+        on_one_scale = softmax_scale * tl.exp(tl.where(is_empty, 0.0, student_sums.on_level * row.unit - lse_one))
+        kept_gradient = KeptGradient(
+            on_one_scale.to(MODE.acc),
+            uniform.to(MODE.acc),
+            kd_scale.to(MODE.acc),
+            m.mean_slope.to(MODE.acc),
+            at_label,
+        )
+        norms = kept_norms(student_sums, teacher_sums, row, options, MODE)
+        write_kept_gradient(kept_gradient_ptr, row, teacher, target, norms, kept_gradient, options, MODE)
+    # The kept logits must have been read before they are overwritten.
+    tl.debug_barrier()
+    write_row(dlogits_ptr, row, dense, MODE)
+    # Every entry must be written before another thread overwrites it with the gradient on S or at the label.
+    tl.debug_barrier()
+    if MODE.has_teacher:
+        scatter_kept_gradient(dlogits_ptr, teacher, kept_gradient_ptr, MODE)
+    if student_sums.label_entry < 0:
+        dense_at_label = DenseGradient(
+            dense.level, dense.off_scale, dense.level_one, dense.one_scale, constant + at_label
+        )
+        tl.store(dlogits_ptr + target, dense_gradient_at(student_sums.label_y, row, dense_at_label, MODE))
 
 
 def slim_loss_rows(
@@ -400,7 +454,7 @@ def slim_loss_rows(
     logit_scale: float,
     ignore_index: int,
 ) -> int:
-    """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
+    """Launches the kernel, and returns 0: learning of a bad row would need a synchronisation."""
     num_rows, vocab_size = logits.shape
     settings = launch.settings_of("slim_loss", logits)
     top_k = 0
@@ -441,15 +495,18 @@ def slim_loss_rows(
         z_loss_weight,
         softcap,
         logit_scale,
-        REST=rest,
-        DIVERGENCE=divergence,
-        WEIGHTING=weighting,
-        DETACH=detach_weight,
-        TWO_TEMPERATURES=temperature != 1,
-        SMOOTHS=label_smoothing > 0,
-        SOFTCAP=softcap > 0,
-        ACC=launch.accumulation_dtype(logits.dtype),
-        BLOCK_V=launch.block_of(settings, vocab_size),
-        BLOCK_K=launch.block_of(settings._replace(block=settings.block), top_k),
+        MODE=Mode(
+            has_teacher=ids is not None,
+            rest=rest,
+            divergence=divergence,
+            weighting=weighting,
+            detach_weight=detach_weight,
+            two_temperatures=temperature != 1,
+            smooths=label_smoothing > 0,
+            softcap=softcap > 0,
+            acc=launch.accumulation_dtype(logits.dtype),
+            block_v=launch.block_of(settings, vocab_size),
+            block_k=launch.block_of(settings, top_k),
+        ),
     )
     return 0

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton._math import double
-from slimkernels.ops.triton._slim_passes import fill_row
-from slimkernels.ops.triton._slim_terms import LOG2_E, powers, unit_logits
+from slimkernels.ops.triton._slim_passes import DenseGradient, fill_row, write_row
+from slimkernels.ops.triton._slim_terms import student_row
+
+
+class DenseMode(NamedTuple):
+    """Compile-time constants of the kernel: the fields of ``Mode`` that a walk over a student's row reads."""
+
+    two_temperatures: bool
+    softcap: bool
+    acc: tl.dtype
+    block_v: int
 
 
 @triton.jit
@@ -24,16 +35,14 @@ def softmax_gradient_kernel(
     temperature: tl.float64,
     softcap: tl.float64,
     logit_scale: tl.float64,
-    TWO_TEMPERATURES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    MODE: tl.constexpr,
 ):
-    """One program per row; y is z / unit as in slim_loss, and so are the levels."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * logits_stride
-    gradient_ptr += row * gradient_stride
-    numbers_ptr += row
+    """Computes the gradient of one row per program."""
+    BLOCK_V: tl.constexpr = MODE.block_v
+    n = tl.program_id(0).to(tl.int64)
+    logits_ptr += n * logits_stride
+    gradient_ptr += n * gradient_stride
+    numbers_ptr += n
     step = tl.full((), num_rows, tl.int64)
     factor = tl.load(numbers_ptr).to(tl.float64)
     level = tl.load(numbers_ptr + step).to(tl.float64)
@@ -41,38 +50,30 @@ def softmax_gradient_kernel(
     level_one = tl.load(numbers_ptr + 3 * step).to(tl.float64)
     constant = tl.load(numbers_ptr + 4 * step).to(tl.float64)
     if (factor == 0) & (factor_one == 0) & (constant == 0):
-        # Whatever the row holds does not count.
+        # The gradient is exactly 0 whatever the row holds, also NaN.
         fill_row(gradient_ptr, vocab_size, tl.full((), 0.0, tl.float64), BLOCK_V)
     else:
-        unit = double(logit_scale)
-        inner = tl.full((), 1.0, ACC)
-        if SOFTCAP:
-            unit = double(softcap)
-            inner = (double(logit_scale) / unit).to(ACC)
         scale = double(logit_scale)
-        exponent = (unit / double(temperature) * LOG2_E).to(ACC)
-        exponent_one = (unit * LOG2_E).to(ACC)
-        # What the rounding of a level changes goes into its factor.
-        level_y = (level / unit).to(ACC)
-        level_one_y = (level_one / unit).to(ACC)
-        factor_y = (factor * scale * tl.exp((level_y.to(tl.float64) * unit - level) / double(temperature))).to(ACC)
-        factor_one_y = (factor_one * scale * tl.exp(level_one_y.to(tl.float64) * unit - level_one)).to(ACC)
-        constant_y = (constant * scale).to(ACC)
-        for begin in tl.range(0, vocab_size, BLOCK_V, num_stages=4):
-            v = begin + tl.arange(0, BLOCK_V)
-            y = unit_logits(logits_ptr, v, v < vocab_size, inner, SOFTCAP, ACC, "evict_first")
-            dy = powers(y, level_y, exponent) * factor_y + constant_y
-            if TWO_TEMPERATURES:
-                dy += powers(y, level_one_y, exponent_one) * factor_one_y
-            if SOFTCAP:
-                dy *= 1 - y * y
-            tl.store(gradient_ptr + v, dy, mask=v < vocab_size, eviction_policy="evict_first")
+        row = student_row(logits_ptr, vocab_size, double(temperature), double(softcap), scale, MODE)
+        # Levels of y, and factors that make up for their rounding.
+        level_y = (level / row.unit).to(MODE.acc)
+        level_one_y = (level_one / row.unit).to(MODE.acc)
+        level_error = level_y.to(tl.float64) * row.unit - level
+        level_one_error = level_one_y.to(tl.float64) * row.unit - level_one
+        dense = DenseGradient(
+            level_y,
+            (factor * scale * tl.exp(level_error / double(temperature))).to(MODE.acc),
+            level_one_y,
+            (factor_one * scale * tl.exp(level_one_error)).to(MODE.acc),
+            (constant * scale).to(MODE.acc),
+        )
+        write_row(gradient_ptr, row, dense, MODE)
 
 
 def softmax_gradient_rows(
     logits: Tensor, gradient: Tensor, numbers: Tensor, temperature: float, softcap: float, logit_scale: float
 ) -> None:
-    """Launches the kernel, with the settings of slim_loss, whose last pass it is."""
+    """Launches the kernel with the settings of slim_loss, whose last pass does the same."""
     num_rows, vocab_size = logits.shape
     settings = launch.settings_of("slim_loss", logits)
     launch.run(
@@ -90,8 +91,10 @@ def softmax_gradient_rows(
         temperature,
         softcap,
         logit_scale,
-        TWO_TEMPERATURES=temperature != 1,
-        SOFTCAP=softcap > 0,
-        ACC=launch.accumulation_dtype(logits.dtype),
-        BLOCK_V=launch.block_of(settings, vocab_size),
+        MODE=DenseMode(
+            two_temperatures=temperature != 1,
+            softcap=softcap > 0,
+            acc=launch.accumulation_dtype(logits.dtype),
+            block_v=launch.block_of(settings, vocab_size),
+        ),
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton._math import double
-from slimkernels.ops.triton._teacher import kept_entries, log_ghost, log_sum_exp_of_entries, teacher_log_norm
+from slimkernels.ops.triton._teacher import kept_entries, log_q_tail_of, log_sum_exp_of_entries, teacher_q_norm
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def sparse_softmax_kernel(
     ACC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per row: count and check its ids, sum its entries, write its log-probabilities."""
+    """Computes one row per program: counts and checks its ids, sums its entries, writes its log-probabilities."""
     row = tl.program_id(0).to(tl.int64)
     inv_temperature = (1 / double(temperature)).to(ACC)
     ids_ptr += row * top_k
@@ -37,21 +37,21 @@ def sparse_softmax_kernel(
     lse = tl.full((), float("nan"), tl.float64)
     if lse_ptr is not None:
         lse = tl.load(lse_ptr + row).to(tl.float64)
-    log_kept = log_sum_exp_of_entries(logits_ptr, kept, inv_temperature, ACC, BLOCK_K)
-    log_norm = teacher_log_norm(log_kept, lse, kept, vocab_size, REST)
+    lse_on = log_sum_exp_of_entries(logits_ptr, kept, inv_temperature, ACC, BLOCK_K)
+    q_norm = teacher_q_norm(lse_on, lse, kept, vocab_size, REST)
     tail = tl.full((), float("-inf"), tl.float64)
     if REST == "ghost":
-        tail = log_ghost(log_kept - lse, kept, vocab_size)
+        tail = log_q_tail_of(lse_on - lse, kept, vocab_size)
     if REST == "zero_logit":
         unkept = (vocab_size - kept).to(tl.float64)
-        tail = tl.where(unkept > 0, tl.log(tl.maximum(unkept, 1.0)) - log_norm, tail)
+        tail = tl.where(unkept > 0, tl.log(tl.maximum(unkept, 1.0)) - q_norm, tail)
 
-    # No host reads what a row did wrong: its numbers are NaN.
+    # Raising would need a synchronisation, so bad rows become NaN.
     broken = kept < 0
     for begin in range(0, top_k, BLOCK_K):
         k = begin + offs_k
         x = tl.load(logits_ptr + k, mask=k < kept, other=float("-inf")).to(ACC) * inv_temperature
-        logprobs = tl.where(k < kept, (x.to(tl.float64) - log_norm).to(ACC), float("-inf"))
+        logprobs = tl.where(k < kept, (x.to(tl.float64) - q_norm).to(ACC), float("-inf"))
         tl.store(logprobs_ptr + k, tl.where(broken, float("nan"), logprobs), mask=k < top_k)
     tl.store(tail_logprob_ptr + row, tl.where(broken, float("nan"), tail))
 
@@ -66,7 +66,7 @@ def sparse_softmax_rows(
     logprobs: Tensor,
     tail_logprob: Tensor,
 ) -> int:
-    """Launches the kernel; always 0, because the host does not wait to learn what is wrong with a row."""
+    """Launches the kernel, and returns 0: learning of a bad row would need a synchronisation."""
     num_rows, top_k = logits.shape
     settings = launch.settings_of("sparse_softmax", logits)
     launch.run(

@@ -1,10 +1,10 @@
 """``slim_loss`` and ``linear_slim_loss`` where every rank holds a slice of the vocabulary.
 
 A row's gradient is a scalar of the row times softmax, plus a constant, plus corrections at the kept ids and the label,
-whatever the divergence. So ranks need to tell each other a few numbers of each row only: one all-gather of 10, of what
-a slice sums to, and one all-reduce of 2, of the divergence's terms over the kept ids, which need the former.
+whatever the divergence. So the ranks exchange only a few numbers of each row: one all-gather of 10, the sums over each
+slice, and then one all-reduce of 2, the divergence's terms over the kept ids, which depend on the gathered sums.
 
-As in Megatron-LM (arXiv 1909.08053), where two all-reduces serve the cross entropy.
+Megatron-LM (arXiv 1909.08053) computes the cross entropy with two all-reduces in the same way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import scale_gradients
 from slimkernels.ops.slim_result import SlimLoss, pack_result, scale_in_forward
+from slimkernels.ops.vocab_parallel.gradient import RowGradients
 from slimkernels.ops.vocab_parallel.rows import VocabRows
 from slimkernels.ops.vocab_parallel.slice import VocabSlice
 
 
-# As torch.compiler.disable, which imports the compiler at once.
+# The same as torch.compiler.disable, which would import the compiler with this module.
 @_disable_dynamo
 def vocab_parallel_loss(
     source: LogitsSource,
@@ -36,7 +37,7 @@ def vocab_parallel_loss(
     vocab: VocabSlice,
     leading_shape: torch.Size,
 ) -> SlimLoss:
-    """The loss of the rows of ``source``, whose logits are this rank's slice; equal on all ranks."""
+    """Computes the loss of the rows of ``source``, whose logits are this rank's slice; equal on all ranks."""
     rows = VocabRows(source.dtype, target, options, vocab)
     scale = scale_in_forward(row_scale, source.dtype)
     loss, stats = _VocabParallelLoss.apply(source, rows, scale, torch.is_grad_enabled(), *source.inputs)
@@ -44,31 +45,31 @@ def vocab_parallel_loss(
 
 
 class LogitsSource(Protocol):
-    """Where the logits (N, V_local) come from, a chunk of rows at a time, and the gradients go."""
+    """The source of the logits (N, V_local), made a chunk of rows at a time, and of the gradients of its inputs."""
 
     dtype: torch.dtype
 
     @property
     def inputs(self) -> Sequence[Tensor | None]:
-        """What the logits are made of."""
+        """The tensors that the logits are computed from."""
         ...
 
     @property
     def partial(self) -> Sequence[bool]:
-        """Of which inputs the gradient is a sum over the ranks."""
+        """Whether the gradient of each input is a sum over the ranks."""
         ...
 
     def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Yields rows and their logits, which the next chunk may overwrite. ``again``: a second walk will follow."""
+        """Yields rows and their logits, which the next chunk may overwrite. With ``again`` a second walk follows."""
         ...
 
-    def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
-        """Of the ``inputs`` that need one. A gradient that other ranks hold parts of is this rank's part."""
+    def gradients(self, gradient: RowGradients, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Computes the gradients of the ``inputs`` that need one; of a ``partial`` input this rank's summand."""
         ...
 
 
 class GivenLogits:
-    """Logits that exist already. ``over_logits``: their gradient takes their place."""
+    """Logits that exist already; with ``over_logits`` the gradient is written over them."""
 
     partial = (False,)
 
@@ -85,20 +86,20 @@ class GivenLogits:
             rows = slice(begin, min(begin + self._chunk_rows, logits.shape[0]))
             yield rows, logits[rows]
 
-    def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
-        """Of the slice's logits."""
+    def gradients(self, gradient: RowGradients, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Computes the gradient of the slice's logits."""
         logits = self.inputs[0].detach()
         dlogits = logits if self._over_logits else logits.new_empty(logits.shape)
         for chunk, chunk_logits in self.chunks(again=False):
-            rows.write_gradient(chunk, chunk_logits, dlogits[chunk], row_scale[chunk])
+            gradient.write(chunk, chunk_logits, dlogits[chunk], row_scale[chunk])
         if self._over_logits:
-            # So that autograd notices where somebody else needs the logits.
+            # A higher version makes autograd raise if another op saved the logits for its backward pass.
             torch.autograd.graph.increment_version(logits)
         return [dlogits]
 
 
 class HeadLogits:
-    """The logits of a slice of the lm_head: made once to be read, and once more where there is more than one chunk."""
+    """The logits of a slice of the lm_head, made for each walk, or once for both where there is only one chunk."""
 
     partial = (True, False, False)
 
@@ -109,7 +110,7 @@ class HeadLogits:
         self._only_chunk: Tensor | None = None
 
     def chunks(self, *, again: bool) -> Iterator[tuple[slice, Tensor]]:
-        """Yields what one buffer holds; the only chunk there is stays in it for the second walk."""
+        """Yields the contents of one buffer, which keeps an only chunk for the second walk."""
         hidden, weight, bias = self._detached()
         if self._only_chunk is not None:
             yield slice(0, hidden.shape[0]), self._only_chunk
@@ -120,8 +121,8 @@ class HeadLogits:
                 self._only_chunk = logits
             yield rows, logits
 
-    def gradients(self, rows: VocabRows, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
-        """Of hidden (this slice's part), weight and bias; the gradient by a chunk's logits takes their place."""
+    def gradients(self, gradient: RowGradients, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
+        """Computes the gradients of hidden (this slice's summand), weight and bias; overwrites each chunk's logits."""
         hidden, weight, _ = self._detached()
         dhidden, dweight, dbias = (
             torch.empty_like(t) if t is not None and needed else None
@@ -130,7 +131,7 @@ class HeadLogits:
         weight_gradient = None if dweight is None else WeightGradient(dweight, hidden, self._chunk_rows)
         dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=row_scale.dtype)
         for chunk, logits in self.chunks(again=False):
-            rows.write_gradient(chunk, logits, logits, row_scale[chunk])
+            gradient.write(chunk, logits, logits, row_scale[chunk])
             if dhidden is not None:
                 torch.mm(logits, weight, out=dhidden[chunk])
             if weight_gradient is not None:
@@ -149,7 +150,7 @@ class HeadLogits:
 
 
 class _VocabParallelLoss(torch.autograd.Function):
-    """Reads every row, settles its numbers with the other ranks, and makes the gradient, now or in ``backward``."""
+    """The loss of all rows; its gradient is made in ``forward`` if the loss is reduced there, else in ``backward``."""
 
     @staticmethod
     def forward(ctx, source, rows: VocabRows, scale: Tensor | None, grad_enabled: bool, *inputs: Tensor | None):
@@ -157,15 +158,15 @@ class _VocabParallelLoss(torch.autograd.Function):
         makes_gradient = scale is not None and any(needs)
         for chunk, logits in source.chunks(again=makes_gradient):
             rows.read(chunk, logits)
-        loss, stats = rows.settle()
+        loss, stats, gradient = rows.settle()
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.reduced, ctx.group, ctx.partial = needs, scale is not None, rows.vocab.group, source.partial
+        ctx.needs, ctx.reduced, ctx.group, ctx.partial = needs, scale is not None, gradient.vocab.group, source.partial
         if scale is not None:
-            gradients = source.gradients(rows, scale, needs) if makes_gradient else [None] * len(inputs)
+            gradients = source.gradients(gradient, scale, needs) if makes_gradient else [None] * len(inputs)
             ctx.save_for_backward(*gradients)
             return (loss * scale).sum(), stats
-        ctx.source, ctx.rows = source, rows
+        ctx.source, ctx.gradient = source, gradient
         ctx.save_for_backward(*inputs)
         return loss, stats
 
@@ -175,15 +176,16 @@ class _VocabParallelLoss(torch.autograd.Function):
         absent = (None,) * 4
         if grad_loss is None:
             return *absent, *(None for _ in ctx.needs)
-        saved = ctx.saved_tensors  # which raises where an input was modified since
+        # Raises if an input was modified after the forward pass.
+        saved = ctx.saved_tensors
         if ctx.reduced:
             scaled = iter(scale_gradients(ctx, [g for g in saved if g is not None], grad_loss))
             gradients = [next(scaled) if needed else None for needed in ctx.needs]
         else:
-            gradients = ctx.source.gradients(ctx.rows, grad_loss.contiguous(), ctx.needs)
+            gradients = ctx.source.gradients(ctx.gradient, grad_loss.contiguous(), ctx.needs)
         for i, (gradient, partial) in enumerate(zip(gradients, ctx.partial, strict=True)):
             if partial and gradient is not None:
-                # On a CPU a second backward pass may want this rank's part again.
+                # On a CPU a second backward pass may need this rank's summand again.
                 gradients[i] = gradient.clone() if gradient.device.type == "cpu" else gradient
                 dist.all_reduce(gradients[i], group=ctx.group)
         return *absent, *gradients

@@ -1,4 +1,4 @@
-"""A rank's slice of the vocabulary: which ids it holds, what it tells the other ranks, where a DTensor says it is."""
+"""A rank's slice of the vocabulary: its ids, its exchange of numbers with the other ranks, and slices of DTensors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class VocabSlice:
-    """Ids [start, start + size) of the vocabulary, whose other slices the ranks of ``group`` hold."""
+    """The ids [start, start + size) of the vocabulary; the other ranks of ``group`` hold the other slices."""
 
     group: dist.ProcessGroup
     start: int
     size: int
 
     def columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where ids are in the slice, int64, some column for those of other slices; and which are in it."""
+        """Returns the columns (int64) of ids in the slice, arbitrary for other ids, and which ids are in it."""
         local = ids.long() - self.start
         return local.clamp(0, self.size - 1), (local >= 0) & (local < self.size)
 
     def own_ids(self, ids: Tensor) -> Tensor:
-        """The slice's part of rows (N, K) of ids, as columns of it, again ascending and padded with -1."""
+        """Returns the slice's part of rows (N, K) of ids as columns of the slice, ascending and padded with -1."""
         _, owned = self.columns(ids)
         before = ((ids >= 0) & (ids < self.start)).sum(1, keepdim=True)
         k = torch.arange(ids.shape[1], device=ids.device)
@@ -40,7 +40,7 @@ class VocabSlice:
         return moved.masked_fill(k >= owned.sum(1, keepdim=True), -1)
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """(C, N) numbers of every rank, (ranks, C, N)."""
+        """Gathers numbers (C, N) from every rank into (ranks, C, N)."""
         gathered = numbers.new_empty(dist.get_world_size(self.group), *numbers.shape)
         if numbers.numel():
             dist.all_gather(list(gathered.unbind()), numbers, group=self.group)
@@ -57,13 +57,16 @@ class VocabSlice:
         target: Tensor,
         active: Tensor,
         highest_id: Tensor | None,
-        unsorted: Tensor,
+        unsorted: Tensor | None,
     ) -> Tensor:
-        """Which rows (N,) can be computed. On a CPU, where looking costs nothing, the others raise, on every rank.
+        """Returns which rows (N,) can be computed; on a CPU, which needs no synchronisation, the others raise instead.
+
+        ``highest_id`` (N,) and ``unsorted`` (N,) describe the teacher's ids; both are None without a teacher. All ranks
+        raise for the same row.
 
         Raises:
-            ValueError: Slices that are not the whole vocabulary, other tokens on another rank, a label or an id outside
-                the vocabulary.
+            ValueError: Slices that do not make up the vocabulary, different tokens on different ranks, or a label or an
+                id outside the vocabulary.
         """
         start, order = gathered["start"].sort(0)
         size = gathered["size"].gather(0, order)
@@ -71,9 +74,9 @@ class VocabSlice:
         agree = (gathered["target"] == gathered["target"][:1]).all(0)
         vocab_size = gathered["size"].sum(0)
         bad_target = active & ((target < 0) | (target >= vocab_size))
-        bad_ids = active & unsorted
-        if highest_id is not None:
-            bad_ids = bad_ids | (active & (highest_id >= vocab_size))
+        bad_ids = torch.zeros_like(active)
+        if highest_id is not None and unsorted is not None:
+            bad_ids = active & (unsorted | (highest_id >= vocab_size))
         if target.device.type == "cpu" and target.numel():
             if not tiles.all():
                 starts, sizes = (gathered[name][:, 0].long().tolist() for name in ("start", "size"))
@@ -98,24 +101,24 @@ class VocabSlice:
 def vocab_slice_of(
     tensor: Tensor, name: str, dim: int, group: dist.ProcessGroup | None, vocab_start: int
 ) -> tuple[Tensor, VocabSlice | None]:
-    """This rank's part of ``tensor``, and which ids its dimension ``dim`` stands for; None where it is all of them.
+    """Returns this rank's part of ``tensor``, and the slice that its dimension ``dim`` holds; None for all ids.
 
-    A DTensor says so itself, by its placement; its gradient comes back in the same placement.
+    The placement of a DTensor tells its slice; the gradient of a DTensor has the same placement.
 
     Raises:
-        TypeError: ``group`` is not a process group, or ``vocab_start`` not an integer.
-        ValueError: ``vocab_start`` without ``group`` or negative, a rank outside ``group``, a group beside a DTensor, a
-            DTensor placed in another way.
+        TypeError: ``group`` is not a process group, or ``vocab_start`` is not an integer.
+        ValueError: ``vocab_start`` without ``group`` or negative, a rank outside ``group``, a group together with a
+            DTensor, or a DTensor with an unsupported placement.
     """
     if _is_dtensor(tensor):
         if group is not None or vocab_start:
-            raise ValueError(f"{name} is a DTensor, whose placement tells its slice: leave group and vocab_start out")
+            raise ValueError(f"{name} is a DTensor, whose placement tells its slice: do not pass group and vocab_start")
         return _shard_of(tensor, name, dim)
     if group is None:
         if vocab_start:
             raise ValueError(
-                f"vocab_start={vocab_start} says that {name} is a slice of the vocabulary: give the group of the ranks "
-                "that hold the others, too"
+                f"vocab_start={vocab_start} means that {name} is a slice of the vocabulary: pass group as well, the "
+                "ranks that hold the other slices"
             )
         return tensor, None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -131,7 +134,7 @@ def vocab_slice_of(
 
 
 def whole(tensor: Tensor, name: str) -> Tensor:
-    """``tensor``, which every rank must have whole: a replicated DTensor as a plain tensor."""
+    """Returns ``tensor``, which every rank must have whole; a replicated DTensor becomes a plain tensor."""
     if not _is_dtensor(tensor):
         return tensor
     if not all(placement.is_replicate() for placement in tensor.placements):
@@ -143,7 +146,7 @@ def whole(tensor: Tensor, name: str) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
-    # Where nobody imported it, no tensor is one, and importing it takes a second.
+    # No tensor is a DTensor unless the module is loaded already, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -153,6 +156,7 @@ def _shard_of(tensor: DTensor, name: str, dim: int) -> tuple[Tensor, VocabSlice 
     placements, mesh, vocab_size = tensor.placements, tensor.device_mesh, tensor.shape[dim]
     if all(placement.is_replicate() for placement in placements):
         return tensor.to_local(), None
+    # Imported late because it takes a second, and only callers with a DTensor, who have imported it, come here.
     from torch.distributed.tensor import Shard
 
     if mesh.ndim != 1 or type(placements[0]) is not Shard or placements[0].dim % tensor.ndim != dim:
@@ -161,7 +165,7 @@ def _shard_of(tensor: DTensor, name: str, dim: int) -> tuple[Tensor, VocabSlice 
             f"dimension, or replicated, got placements {placements} on a mesh of shape {tuple(mesh.shape)}: call "
             f"{name}.redistribute(...) or {name}.full_tensor()"
         )
-    # As torch.chunk: ranks have the same number of ids until there are no more.
+    # DTensor cuts like torch.chunk: all ranks hold the same number of ids, except for the last.
     most = math.ceil(vocab_size / mesh.size())
     start = most * mesh.get_local_rank()
     if most * (mesh.size() - 1) >= vocab_size:

@@ -1,6 +1,6 @@
-"""``softmax_gradient_rows``: the dense part of every loss's gradient, from numbers of the row that others agreed on.
+"""``softmax_gradient_rows``: the gradient of a loss off S, from numbers of each row that the ranks have exchanged.
 
-The vocabulary-parallel losses call it. Elsewhere the same pass is part of the kernel that computes the loss.
+Only the vocabulary-parallel losses call it. Elsewhere the same pass is part of the kernel that computes the loss.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from slimkernels.ops._library import define
 
 # gradient = (factor * exp((z - level) / T) + factor_one * exp(z - level_one) + constant) * dz / dlogits, where z is
-# softcap * tanh(logit_scale * logits / softcap); the second term is left out at T = 1. `gradient` may be `logits`.
-# `numbers` (5, N) are factor, level, factor_one, level_one, constant of every row, in the accumulation dtype. A row
-# whose factors and constant are 0 has gradient 0, whatever its logits are.
+# softcap * tanh(logit_scale * logits / softcap); there is no second term at T = 1. `gradient` may be `logits` itself.
+# `numbers` (5, N) are factor, level, factor_one, level_one and constant of every row, in the accumulation dtype. A row
+# whose factors and constant are 0 has gradient 0, even where its logits are NaN.
 define(
     "softmax_gradient_rows(Tensor logits, Tensor(a!) gradient, Tensor numbers, float temperature, float softcap,"
     " float logit_scale) -> ()",

@@ -1,9 +1,9 @@
-"""The pieces of a row of the vocabulary-parallel losses, in torch on (N,) and (N, K) tensors."""
+"""The terms of a row of the vocabulary-parallel losses, in torch on (N,) and (N, K) tensors."""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,28 +12,100 @@ from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops.slim_result import NUM_STATS
 
 
+class StudentSums(NamedTuple):
+    """Sums over the student's whole rows (N,), float64: stage 1.
+
+    Attributes:
+        lse_one: Log-sum-exp of z.
+        lse: Log-sum-exp of z / T.
+        lse_on: Log-sum-exp of z / T on S.
+        lse_off: Log-sum-exp of z / T off S, for "ghost" only.
+        log_s_y: Log-probability of the label at temperature 1.
+        sum_z: Sum of z, where it is needed.
+        sum_z_off: Sum of z off S, where it is needed.
+    """
+
+    lse_one: Tensor
+    lse: Tensor
+    lse_on: Tensor
+    lse_off: Tensor
+    log_s_y: Tensor
+    sum_z: Tensor
+    sum_z_off: Tensor
+
+
+class TeacherSums(NamedTuple):
+    """Sums over the teacher's rows (N,), float64: stage 2.
+
+    Attributes:
+        lse_on: Log-sum-exp of logit / T on S.
+        lse: The given log-sum-exp of the whole row at T, NaN where it is unknown.
+        q_norm: log q = logit / T - q_norm on S.
+        log_q_tail: log(1 - a), the teacher's mass off S.
+        log_t_y: Log-probability of the label at temperature 1.
+        num_unkept: Number of ids off S.
+    """
+
+    lse_on: Tensor
+    lse: Tensor
+    q_norm: Tensor
+    log_q_tail: Tensor
+    log_t_y: Tensor
+    num_unkept: Tensor
+
+
+class Measures(NamedTuple):
+    """Loss of the rows (N,) and its terms, float64: stage 3.
+
+    Attributes:
+        loss: Loss of the row.
+        ce: Cross entropy.
+        kd: D * T^2.
+        w: Token weight.
+        w_slope: dw / d log s_y.
+        teacher_mass: a, the teacher's mass on S.
+        student_mass: P, the student's mass on S.
+        mean_slope: Sum of p * dD/dp over all outcomes.
+        off_factor: dD/d(z / T) off S is off_factor * exp(z / T - off_level) + off_constant.
+        off_constant: See ``off_factor``.
+        off_level: See ``off_factor``.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    w: Tensor
+    w_slope: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor
+    mean_slope: Tensor
+    off_factor: Tensor
+    off_constant: Tensor
+    off_level: Tensor
+
+
 def effective(logits: Tensor, options: SlimOptions, dtype: torch.dtype) -> Tensor:
-    """The z = softcap * tanh(logit_scale * logits / softcap) of logits, in the accumulation dtype."""
+    """Computes z = softcap * tanh(logit_scale * logits / softcap) in the accumulation dtype."""
     z = logits.to(dtype) * options.logit_scale
     return z if options.softcap == 0 else torch.tanh(z / options.softcap) * options.softcap
 
 
 def transform_slope(z: Tensor, options: SlimOptions) -> Tensor | float:
-    """The derivative of z by the logits, from z."""
+    """Computes the derivative of z by the logits, from z."""
     if options.softcap == 0:
         return options.logit_scale
     return (1 - (z / options.softcap).square()) * options.logit_scale
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    """Of every row (N, K), float64: exponentials in the dtype of ``x``, summed in float64."""
+    """Computes the log-sum-exp of every row (N, K): exponentials in the dtype of ``x``, summed in float64."""
     peak = x.amax(-1, keepdim=True)
     shift = peak.masked_fill(peak == -math.inf, 0.0)
     return (x - shift).exp().sum(-1, dtype=torch.float64).log() + shift.squeeze(-1)
 
 
 def log1m_exp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) without cancellation; -inf where x >= 0."""
+    """Computes log(1 - exp(x)) without cancellation; -inf where x >= 0."""
     large = torch.log(-torch.expm1(x))
     return torch.where(x > -math.log(2.0), large, torch.log1p(-x.exp())).masked_fill(x >= 0, -math.inf)
 
@@ -41,11 +113,11 @@ def log1m_exp(x: Tensor) -> Tensor:
 def slice_log_sums(
     logits: Tensor, active: Tensor, own_ids: Tensor | None, options: SlimOptions, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of z / T over a slice (N, V_local) of every row, and over what is outside ``own_ids``, float64.
+    """Computes the log-sum-exps of z / T over a slice (N, V_local), of every row and of its ids off ``own_ids``.
 
-    Both come from ``slim_loss``'s own kernel, which reads the slice once: z / T is the effective logit of another
-    scale and softcap, and to a teacher that gives nothing to the kept ids the cross entropy under "ghost" is minus the
-    log of the student's mass outside them.
+    Both are float64 and come from one call of the kernel of ``slim_loss``, which reads the slice once. z / T is the
+    effective logit of another scale and softcap. Under "ghost", a teacher with probability 0 at the kept ids has a
+    cross entropy of minus the log of the student's mass off them.
     """
     ids = teacher_logits = no_lse = None
     num_rows = logits.shape[0]
@@ -54,7 +126,7 @@ def slice_log_sums(
         ids = own_ids
         teacher_logits = torch.full_like(ids, -math.inf, dtype=torch.bfloat16)
         no_lse = logits.new_zeros(num_rows, dtype=dtype)
-    nobody = SlimOptions(
+    empty_teacher = SlimOptions(
         *(ids, teacher_logits, no_lse, None, None, None),
         temperature=1.0,
         rest="ghost",
@@ -73,17 +145,17 @@ def slice_log_sums(
     )
     stats = logits.new_empty(NUM_STATS, num_rows, dtype=dtype)
     any_label = active.long() - 1
-    torch.ops.slimkernels.slim_loss_rows(logits, None, stats, any_label, None, *nobody)
+    torch.ops.slimkernels.slim_loss_rows(logits, None, stats, any_label, None, *empty_teacher)
     lse, ghost_ce = stats[6].double(), stats[2].double()
     if own_ids is None:
         return lse, lse
-    # The kernel knows that a whole row that is kept leaves nothing, and so says 0.
+    # Where every id is kept the kernel has no ghost outcome and reports 0, but the log-sum-exp of no ids is -inf.
     all_kept = (own_ids >= 0).sum(1) == logits.shape[1]
     return lse, (lse - ghost_ce).masked_fill(all_kept, -math.inf)
 
 
 def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor, Tensor]:
-    """Every outcome's share of D, and p * dD/dp."""
+    """Computes every outcome's share of D and slope p * dD/dp."""
     q, p = log_q.exp(), log_p.exp()
     divergence = options.divergence
     if divergence == "forward_kl":
@@ -91,7 +163,7 @@ def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor,
     if divergence == "soft_ce":
         return (-q * log_p).masked_fill(q == 0, 0.0), -q
     if divergence == "reverse_kl":
-        # An outcome the teacher excludes would make D infinite, and a rounded-away tail with it: it is left out.
+        # An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
         excluded = log_q == -math.inf
         share = (p * (log_p - log_q)).masked_fill((p == 0) | excluded, 0.0)
         return share, (share + p).masked_fill(excluded, 0.0)
@@ -105,16 +177,16 @@ def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor,
     return from_q, ((log_p + log_q - log_m).exp() * (part - 1)).masked_fill((q == 0) | (p == 0), 0.0)
 
 
-def weigh(log_student: Tensor, log_teacher: Tensor, given: Tensor | None, options: SlimOptions):
-    """The token's weight w (N,), and dw / d log s_y, 0 where detached."""
-    flat = torch.zeros_like(log_student)
+def weigh(log_s_y: Tensor, log_t_y: Tensor, given: Tensor | None, options: SlimOptions) -> tuple[Tensor, Tensor]:
+    """Computes the token weight w (N,), and dw / d log s_y, which is 0 where detached."""
+    flat = torch.zeros_like(log_s_y)
     if options.weighting == "tensor":
-        return cast(Tensor, given).to(log_student.dtype), flat
+        return cast(Tensor, given).to(log_s_y.dtype), flat
     if options.weighting == "none":
-        return torch.ones_like(log_student), flat
+        return torch.ones_like(log_s_y), flat
     sign = 1.0 if options.weighting == "teacher_over_student" else -1.0
-    # A label the teacher gives nothing decides alone, also where the student gives it nothing either.
-    log_ratio = sign * torch.where(log_teacher == -math.inf, log_teacher, log_teacher - log_student)
+    # If the teacher's probability of the label is 0, the ratio ignores the student's, even at 0/0.
+    log_ratio = sign * torch.where(log_t_y == -math.inf, log_t_y, log_t_y - log_s_y)
     ratio = log_ratio.clamp(max=30.0).exp()
     slope = flat if options.detach_weight else (-sign * ratio * (-ratio).exp()).masked_fill(log_ratio > 30, 0.0)
     return -torch.expm1(-ratio), slope

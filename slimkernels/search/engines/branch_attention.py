@@ -107,8 +107,10 @@ class DecodePass:
         new = slots.new(rows)
         first, last = int(new[0, 0]), int(new[-1, -1])
         self._newest = slice(int(new[-1, 0]), last + 1)
-        # Slots are handed out consecutively, so they form one range unless a row of the batch has ended.
-        self._new = slice(first, last + 1) if last - first + 1 == new.size else to_device(new.reshape(-1), device)
+        # Slots are handed out consecutively, so they form one range unless a row of the batch has ended, or was read in
+        # another forward.
+        new = new.reshape(-1)
+        self._new = slice(first, last + 1) if (np.diff(new) == 1).all() else to_device(new, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Computes the attention of every row to its prompt, its branch's tokens and its new tokens."""

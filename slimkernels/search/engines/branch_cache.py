@@ -43,7 +43,7 @@ class Branch:
         prompt: The prompt, shared with other branches.
         slots: (n,) int64, pool slots of the generated tokens that the model has read, in order.
         length: Number of tokens, prompt included.
-        tail: Last few token ids of the branch.
+        tail: Last few token ids of the branch, with which the next step is decoded.
         unread: Last token id if the model has not read it, else None.
         logits: (V,) after the last token, once the model has read it.
         hidden: (D,) float32, the embedding layer's hidden state at the last token, once the model has read it.

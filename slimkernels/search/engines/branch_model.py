@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimkernels.search.engines import branch_attention
 from slimkernels.search.engines.branch_attention import ROWS, DecodePass, PromptPass
 from slimkernels.search.engines.branch_cache import Branch, Prompt, RowSlots, TokenPool
+from slimkernels.search.engines.branch_lengths import ROPE_LENGTH, context_length, named_lengths, rope_lengths
 
-TAIL = 8  # tokens before a step to decode with it, for tokenizers whose text depends on the tokens before
+_MAX_PROBED = 256  # a length of at most so many tokens is tried; at a longer one the context ends
+# Errors of a forward that needs what our attention does not give, such as a mask.
+_FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)
+_REFUSED = "serve the model and use ServerEngine"
+_MIN_TAIL = 8  # tokens before a step to decode with it, for tokenizers whose text depends on the tokens before
 
 
 @dataclasses.dataclass
@@ -49,6 +55,7 @@ class BranchModel:
         device: Device of the input embeddings.
         vocab_size: Number of input embeddings.
         context_length: Largest number of tokens that the model can read.
+        rope_lengths: Lengths at which the model's rotary embeddings switch to other frequencies, in order.
         peak: Most memory in use at the end of any generation.
 
     Raises:
@@ -60,12 +67,18 @@ class BranchModel:
         embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
         self.model, self.tokenizer, self.embedding_layer = model, tokenizer, embedding_layer
         self.device, self.vocab_size = embeddings.weight.device, embeddings.num_embeddings
-        self.context_length = _context_length(model)
+        config = model.config.get_text_config(decoder=True)
+        self.context_length = context_length(config)
+        # Rows on different sides of these lengths are read in different forwards.
+        self.rope_lengths = rope_lengths(config)
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        self._byte_tokens = {token for name, token in tokenizer.get_vocab().items() if name in names}
         self.pool = TokenPool()
         self.branches: dict[int, Branch] = {}
         self.peak = Memory()
         self._last_number = 0
         self._bytes_per_token = self._check_forward()
+        self._check_lengths(named_lengths(config))
 
     def attending(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which the model's attention is that of branches; ``read`` needs it."""
@@ -84,7 +97,7 @@ class BranchModel:
                 prompt,
                 slots=np.zeros(0, np.int64),
                 length=len(token_ids),
-                tail=token_ids[-TAIL:],
+                tail=self.tail(token_ids),
                 unread=None,
                 logits=output.logits[0, -1].clone(),
                 hidden=hidden[-1].clone(),
@@ -124,6 +137,25 @@ class BranchModel:
         Returns:
             The logits (R, V) after the tokens, and the embedding layer's hidden states (R, D) float32 at them.
         """
+        lengths = np.array([len(branch.prompt.token_ids) for branch in branches]) + slots.lengths[rows] + 1
+        sides = np.searchsorted(self.rope_lengths, lengths)
+        parts = [np.flatnonzero(sides == side) for side in np.unique(sides)]
+        if len(parts) == 1:
+            return self._read_together(branches, slots, rows, tokens)
+        read = [
+            self._read_together(
+                [branches[i] for i in part.tolist()], slots, rows[part], [tokens[i] for i in part.tolist()]
+            )
+            for part in parts
+        ]
+        order = torch.from_numpy(np.argsort(np.concatenate(parts))).to(self.device)
+        logits, hidden = (torch.cat(both).index_select(0, order) for both in zip(*read, strict=True))
+        return logits, hidden
+
+    def _read_together(
+        self, branches: Sequence[Branch], slots: RowSlots, rows: np.ndarray, tokens: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Reads one more token in each row, in one forward; see ``read``."""
         slots.append(rows, self.pool.allocate(len(rows)))
         prompts = [branch.prompt for branch in branches]
         padding = -len(rows) % ROWS
@@ -137,10 +169,26 @@ class BranchModel:
         )
         return output.logits[: len(rows), -1], output.hidden_states[self.embedding_layer][: len(rows), -1].float()
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Returns the text of tokens, without special tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Returns the text of tokens, special tokens only if ``special``."""
+        text = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
         return cast(str, text)
+
+    def tail(self, token_ids: Sequence[int]) -> list[int]:
+        """Returns the last tokens, at least eight, that the text of a following step depends on.
+
+        They begin neither inside a character nor inside a run of byte tokens, of which a single wrong byte makes all
+        others invalid.
+        """
+        length = _MIN_TAIL
+        while length < len(token_ids) and (
+            {token_ids[-length], token_ids[-length - 1]} <= self._byte_tokens
+            or self.decode(token_ids[-length:]).startswith("\ufffd")
+        ):
+            length += 1
+        return list(token_ids[-length:])
 
     def add(self, branch: Branch) -> int:
         """Adds a branch. Returns its number."""
@@ -175,9 +223,9 @@ class BranchModel:
         self.peak.shared_bytes = max(self.peak.shared_bytes, now.shared_bytes)
         self.peak.unshared_bytes = max(self.peak.unshared_bytes, unshared)
 
-    def probe_tokens(self) -> list[int]:
-        """Returns a short prompt of arbitrary tokens for checks of the model."""
-        return [(token * 7919 + 13) % self.vocab_size for token in range(min(11, self.context_length - 6))]
+    def probe_tokens(self, length: int = 11) -> list[int]:
+        """Returns a prompt of arbitrary tokens for checks of the model, which leaves room for six more."""
+        return [(token * 7919 + 13) % self.vocab_size for token in range(min(length, self.context_length - 6))]
 
     def _compact(self) -> None:
         """Reclaims the slots of branches that were freed."""
@@ -211,7 +259,7 @@ class BranchModel:
         if current.layers_seen != layers:
             raise ValueError(
                 f"model must send the attention of all its {layers} layers through transformers' attention interface, "
-                f"{current.layers_seen} did: serve the model and use ServerEngine"
+                f"{current.layers_seen} did: {_REFUSED}"
             )
         return output
 
@@ -229,24 +277,67 @@ class BranchModel:
                 f"the model gives logits that are NaN after {len(token_ids)} tokens: load it in another dtype, or "
                 "check its weights"
             )
-        with self.attending():
-            number = self.read_prompt(token_ids[:-2])
-            branch = self.branches[number]
-            for token in token_ids[-2:]:
-                branch.unread = token
-                branch.length += 1
-                self._read_last_tokens([number])
-        ours = cast(Tensor, branch.logits).float()
-        self.free(number)
-        scale = float(own.abs().max())
-        tolerance = (1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1) * max(scale, 1.0)
-        if not torch.allclose(ours, own, atol=tolerance, rtol=0.0):
+        try:
+            ours, bytes_per_token = self._read_probe(token_ids, 2)
+        except torch.OutOfMemoryError:
+            raise
+        except _FORWARD_ERRORS as error:
+            raise ValueError(
+                "model must attend to the whole past by plain softmax attention, but the forward of "
+                f"{type(self.model).__name__} needs more than that ({type(error).__name__}: {error}): {_REFUSED}"
+            ) from error
+        if not self._agree(ours, own):
             raise ValueError(
                 "model must attend to the whole past by plain softmax attention, but the logits of "
-                f"{type(self.model).__name__} differ by {float((ours - own).abs().max()):.3g}: serve the model and use "
-                "ServerEngine"
+                f"{type(self.model).__name__} differ by {float((ours - own).abs().max()):.3g}: {_REFUSED}"
             )
-        return branch.prompt.num_bytes // len(branch.prompt.token_ids)
+        return bytes_per_token
+
+    @torch.inference_mode()
+    def _check_lengths(self, lengths: Mapping[str, int]) -> None:
+        """Ends the context at the first length past which the model is not reproduced, or which is too long to try."""
+        for name, length in lengths.items():
+            if length >= self.context_length or (name == ROPE_LENGTH and length > _MAX_PROBED):
+                continue
+            if length > _MAX_PROBED or not self._is_reproduced(length):
+                self.context_length = length
+
+    def _is_reproduced(self, length: int) -> bool:
+        """Returns whether our logits are the model's, for a prompt past a length and for a branch that crosses it."""
+        token_ids = [(token * 7919 + 13) % self.vocab_size for token in range(min(length + 4, self.context_length))]
+        inputs = torch.tensor([token_ids], device=self.device)
+        try:
+            prompt = self.model(inputs, use_cache=False).logits[0, -1].float()
+            cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+            branch = self.model(inputs[:, : length - 1], use_cache=True)
+            for token in inputs[:, length - 1 :].T:
+                branch = self.model(token[None], use_cache=True, **{cache_name: branch[cache_name]})
+            return self._agree(self._read_probe(token_ids, 1)[0], prompt) and self._agree(
+                self._read_probe(token_ids, len(token_ids) - length + 1)[0], branch.logits[0, -1].float()
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (*_FORWARD_ERRORS, ValueError):
+            return False
+
+    def _read_probe(self, token_ids: list[int], num_read: int) -> tuple[Tensor, int]:
+        """Reads tokens, the last ``num_read`` one at a time. Returns the last logits (V,) and the bytes of a token."""
+        with self.attending():
+            number = self.read_prompt(token_ids[:-num_read])
+            branch = self.branches[number]
+            try:
+                for token in token_ids[-num_read:]:
+                    branch.unread = token
+                    branch.length += 1
+                    self._read_last_tokens([number])
+            finally:
+                self.free(number)
+        return cast(Tensor, branch.logits).float(), branch.prompt.num_bytes // len(branch.prompt.token_ids)
+
+    def _agree(self, ours: Tensor, own: Tensor) -> bool:
+        scale = float(own.abs().max())
+        tolerance = (1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1) * max(scale, 1.0)
+        return torch.allclose(ours, own, atol=tolerance, rtol=0.0)
 
 
 def _unshared_bytes(branches: Iterable[Branch], lengths: np.ndarray | None = None) -> int:
@@ -257,9 +348,3 @@ def _unshared_bytes(branches: Iterable[Branch], lengths: np.ndarray | None = Non
         generated_tokens = len(branch.slots) if lengths is None else int(lengths[row])
         total += branch.prompt.num_bytes // prompt_tokens * (prompt_tokens + generated_tokens)
     return total
-
-
-def _context_length(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config(decoder=True)
-    lengths = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "sliding_window")]
-    return min((length for length in lengths if length), default=1 << 20)

@@ -7,6 +7,7 @@ step ends.
 from __future__ import annotations
 
 import dataclasses
+import os.path
 from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from slimkernels.ops.sample_logits import sample_logits
 from slimkernels.search.engine import Step, StepEnd, StepRequest
 from slimkernels.search.engines.branch_cache import Branch, RowSlots
-from slimkernels.search.engines.branch_model import TAIL, BranchModel
+from slimkernels.search.engines.branch_model import BranchModel
 
 # Gives every live row (n,) its next token, from the logits (n, V), and notes which of the steps end with it.
 NextTokens = Callable[[np.ndarray, Tensor], None]
@@ -30,9 +31,10 @@ def draw_steps(
     step_end: StepEnd,
     *,
     eos_token_ids: Collection[int],
+    special_ends: Collection[str] = (),
     embed: bool,
 ) -> list[Step]:
-    """Draws one step for each request. Arguments are those of ``TransformersEngine.extend``.
+    """Draws one step for each request. Arguments are those of ``TransformersEngine`` and its ``extend``.
 
     Raises:
         FloatingPointError: The model returned NaN, or no logit above -inf.
@@ -40,7 +42,7 @@ def draw_steps(
     max_tokens = max((request.max_tokens for request in requests), default=0)
     with model.attending():
         rows = _Rows(model, [request.branch for request in requests], max_tokens, embed)
-        rows.grow(_Sampler(rows, requests, step_end, eos_token_ids).draw)
+        rows.grow(_Sampler(rows, requests, step_end, eos_token_ids, special_ends).draw)
     return rows.steps()
 
 
@@ -77,6 +79,7 @@ class _Rows:
         parents: Branch that each row continues.
         tokens: Token ids of each step so far.
         texts: Text of each step so far.
+        replaces: Number of characters of the branch's text that each step's text replaces, as in ``Step.replaces``.
         ends: Reason why each step ended, as in ``Step.end``; empty while a row is live.
         sums: (2, R) float64, sums of log-probabilities and of entropies over each step's tokens.
     """
@@ -86,6 +89,7 @@ class _Rows:
         self.parents = model.fork(numbers)
         self.tokens: list[list[int]] = [[] for _ in numbers]
         self.texts = [""] * len(numbers)
+        self.replaces = [0] * len(numbers)
         self.ends = [""] * len(numbers)
         self.sums = np.zeros((2, len(numbers)))
         self._slots = RowSlots(self.parents, max_tokens)
@@ -126,7 +130,7 @@ class _Rows:
 
     def _step(self, row: int) -> Step:
         parent, tokens = self.parents[row], self.tokens[row]
-        tail = [*parent.tail, *tokens][-TAIL:]
+        tail = self.model.tail([*parent.tail, *tokens])
         branch = Branch(parent.prompt, self._slots.of(row), parent.length + len(tokens), tail, tokens[-1])
         logprob, entropy = self.sums[:, row].tolist()
         return Step(
@@ -137,6 +141,7 @@ class _Rows:
             end=self.ends[row],  # type: ignore[arg-type]
             sum_entropy=entropy,
             embedding=self._embedding(row),
+            replaces=self.replaces[row],
         )
 
     def _embedding(self, row: int) -> np.ndarray | None:
@@ -155,12 +160,19 @@ class _Sampler:
         requests: Request of each row.
         step_end: Function that tells from the text of a step whether the step is complete.
         eos_token_ids: Tokens that end a text.
+        special_ends: Texts with special tokens in them that end a text.
     """
 
     def __init__(
-        self, rows: _Rows, requests: Sequence[StepRequest], step_end: StepEnd, eos_token_ids: Collection[int]
+        self,
+        rows: _Rows,
+        requests: Sequence[StepRequest],
+        step_end: StepEnd,
+        eos_token_ids: Collection[int],
+        special_ends: Collection[str],
     ) -> None:
         self._rows, self._requests, self._step_end, self._eos_token_ids = rows, requests, step_end, eos_token_ids
+        self._special_ends = special_ends
         self._tail_texts = {id(parent): rows.model.decode(parent.tail) for parent in rows.parents}
         device = rows.model.device
         self._seeds = torch.tensor([request.seed for request in requests], device=device)
@@ -191,23 +203,35 @@ class _Sampler:
         rows.sums[:, live] += torch.stack([sampled.logprob, sampled.entropy]).double().cpu().numpy()
         for row, token in zip(live, tokens, strict=True):
             rows.tokens[row].append(token)
-            rows.texts[row] = self._text(row)
+            rows.texts[row], rows.replaces[row] = self._text(row)
             rows.ends[row] = self._end(row)
 
-    def _text(self, row: int) -> str:
-        """Returns the text of a step: what its tokens add to the text of the tokens before it."""
+    def _text(self, row: int) -> tuple[str, int]:
+        """Returns what a step's tokens add to the text before, and how many characters of that they replace."""
         parent = self._rows.parents[row]
-        text = self._rows.model.decode([*parent.tail, *self._rows.tokens[row]])
+        text, before = self._rows.model.decode([*parent.tail, *self._rows.tokens[row]]), self._tail_texts[id(parent)]
         # A character whose bytes the step completes is still U+FFFD in the text before it.
-        return text[len(self._tail_texts[id(parent)].rstrip("\ufffd")) :]
+        kept = len(before) if text.startswith(before) else len(os.path.commonprefix([text, before]))  # noqa: RUF071 -- texts, not paths
+        return text[kept:], len(before) - kept
 
     def _end(self, row: int) -> str:
         """Returns why the step ends with its last token, as in ``Step.end``; empty if it does not end."""
         tokens = self._rows.tokens[row]
-        if tokens[-1] in self._eos_token_ids:
+        if tokens[-1] in self._eos_token_ids or self._ends_specially(row):
             return "end_of_text"
         if self._step_end(self._rows.texts[row]):
             return "step"
         if self._rows.parents[row].length + len(tokens) >= self._rows.model.context_length:
             return "context"
         return "length" if len(tokens) >= self._requests[row].max_tokens else ""
+
+    def _ends_specially(self, row: int) -> bool:
+        """Returns whether a text with special tokens that ends a branch is complete with the step's last token."""
+        if not self._special_ends:
+            return False
+        parent, model = self._rows.parents[row], self._rows.model
+        # A text that begins in the prompt does not count.
+        num_before = min(parent.length - len(parent.prompt.token_ids), len(parent.tail))
+        tokens = [*parent.tail[len(parent.tail) - num_before :], *self._rows.tokens[row]]
+        text, before = (model.decode(token_ids, special=True) for token_ids in (tokens, tokens[:-1]))
+        return any(text.count(end) > before.count(end) for end in self._special_ends)

@@ -169,13 +169,16 @@ def _vllm(content: dict[str, Any]) -> Answer:
     stopped = choice["finish_reason"] == "stop"
     at_text = isinstance(choice.get("stop_reason"), str)
     text = choice["text"]
+    values = _numbers(logprobs.get("token_logprobs"))
+    if at_text or not stopped:
+        pieces, token_ids, values = _up_to(text, pieces, token_ids, values)
     if at_text and pieces:
         text = _with_rest_of_token(text, pieces[-1])
     if stopped and not at_text and "".join(pieces) != text:
         # The last token is the end of text, which the text does not show.
         pieces[-1:] = [""]
     end = ("stop" if at_text else "end_of_text") if stopped else "length"
-    return Answer(text, token_ids, _numbers(logprobs.get("token_logprobs")), end, _if_whole(pieces, text, token_ids))
+    return Answer(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
 def _llama_cpp(content: dict[str, Any]) -> Answer:
@@ -184,14 +187,15 @@ def _llama_cpp(content: dict[str, Any]) -> Answer:
     pieces = [entry["token"] for entry in entries]
     end = {"word": "stop", "eos": "end_of_text"}.get(content["stop_type"], "length")
     text = content["content"]
+    logprobs = _numbers(entry["logprob"] for entry in entries)
     if end == "stop":
+        pieces, token_ids, logprobs = _up_to(text + content["stopping_word"], pieces, token_ids, logprobs)
         text = _with_rest_of_token(text + content["stopping_word"], content["last_token"])
         if len(pieces) == len(token_ids) - 1:
             pieces.append(content["last_token"])
     elif end == "end_of_text" and len(pieces) == len(token_ids):
         pieces[-1:] = [""]
-    logprobs = _numbers(entry["logprob"] for entry in entries)
-    return Answer(text, token_ids, logprobs, end, _if_whole(pieces, text, token_ids))
+    return Answer(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
 def _openai(content: dict[str, Any]) -> Answer:
@@ -210,7 +214,8 @@ def _openai(content: dict[str, Any]) -> Answer:
     if pieces and "".join(pieces[:-1]) == text:
         pieces[-1] = ""
     token_ids = [UNKNOWN_TOKEN] * count
-    return Answer(text, token_ids, _numbers(logprobs.get("token_logprobs")), end, _if_whole(pieces, text, token_ids))
+    values = _counted(_numbers(logprobs.get("token_logprobs")), token_ids)
+    return Answer(text, token_ids, values, end, _if_whole(pieces, text, token_ids))
 
 
 def _with_rest_of_token(text: str, last: str) -> str:
@@ -222,6 +227,30 @@ def _with_rest_of_token(text: str, last: str) -> str:
 def _if_whole(pieces: list[str], text: str, token_ids: list[int]) -> list[str] | None:
     """Returns the pieces if they are the texts of the tokens, else None, as for a character split over tokens."""
     return pieces if len(pieces) == len(token_ids) and "".join(pieces) == text else None
+
+
+def _up_to(
+    text: str, pieces: list[str], token_ids: list[int], logprobs: list[float]
+) -> tuple[list[str], list[int], list[float]]:
+    """Cuts tokens after the one in which a text ends: a server that draws several at a time may name more of them."""
+    if not text or len(pieces) > len(token_ids) or not "".join(pieces).startswith(text):
+        return pieces, token_ids, logprobs
+    length, count = 0, 0
+    while length < len(text):
+        length += len(pieces[count])
+        count += 1
+    return pieces[:count], token_ids[:count], logprobs[:count]
+
+
+def _counted(logprobs: list[float], token_ids: list[int]) -> list[float]:
+    """Returns the log-probabilities.
+
+    Raises:
+        ValueError: There are more of them than tokens, so that nothing tells whose they are.
+    """
+    if len(logprobs) > len(token_ids):
+        raise ValueError(f"it has {len(logprobs)} log-probabilities of {len(token_ids)} tokens")
+    return logprobs
 
 
 def _numbers(values: Any) -> list[float]:

@@ -6,6 +6,7 @@ attention to the shared keys and values that ``branch_cache`` stores.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -37,7 +38,9 @@ class TransformersEngine:
 
     Args:
         model: A causal language model in evaluation mode, whose attention goes through transformers' attention
-            interface. Every layer must see the whole past; a sliding window limits the context to its length.
+            interface. Every layer must see the whole past: the context ends at the first length that the configuration
+            names (a sliding window, a chunk of the attention, an indexer's top-k) past which this engine does not
+            reproduce the model; lengths above 256 are not tried.
         tokenizer: Tokenizer of the model.
         eos_token_ids: Tokens that end a text; by default those of the model's generation configuration and of the
             tokenizer.
@@ -47,6 +50,7 @@ class TransformersEngine:
             (``bench.repetition``).
 
     Attributes:
+        special_ends: Texts with special tokens in them that end a text; see ``ending_at``.
         peak: Most ``Memory`` in use at the end of any generation.
 
     Raises:
@@ -67,9 +71,20 @@ class TransformersEngine:
             raise ValueError(f"embedding_layer must be at least 0, got {embedding_layer}")
         self.model, self.tokenizer, self.embedding_layer = model, tokenizer, min(embedding_layer, layers)
         self.eos_token_ids = frozenset(_eos_token_ids(model, tokenizer) if eos_token_ids is None else eos_token_ids)
+        self.special_ends: tuple[str, ...] = ()
         self._branch_model = BranchModel(model, tokenizer, self.embedding_layer)
         self.device, self.context_length = self._branch_model.device, self._branch_model.context_length
         self.peak = self._branch_model.peak
+
+    def ending_at(self, texts: Iterable[str]) -> TransformersEngine:
+        """Returns this engine with further ends of text, those of ``texts`` that have special tokens in them.
+
+        Special tokens are not in the text of a step, so that its caller cannot find them there. The returned engine
+        shares the model and the branches with this one.
+        """
+        other = copy.copy(self)
+        other.special_ends = tuple(text for text in texts if self._has_special_tokens(text))
+        return other
 
     def identity(self) -> dict[str, Any]:
         """Returns the model's type, dtype and weights (a hash of samples), the end tokens and the embedding layer."""
@@ -81,6 +96,17 @@ class TransformersEngine:
             "eos_token_ids": sorted(self.eos_token_ids),
             "embedding_layer": self.embedding_layer,
         }
+
+    def chat_prompt(self, question: str) -> list[int] | None:
+        """Returns the token ids that ask a question in the model's chat template.
+
+        Returns None if there is no template, or if the text has special tokens, as one that is in a template already.
+        """
+        if not getattr(self.tokenizer, "chat_template", None) or self._has_special_tokens(question):
+            return None
+        messages = [{"role": "user", "content": question}]
+        token_ids: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return token_ids
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt without tokens, with unknown tokens, or that fills the context."""
@@ -128,7 +154,14 @@ class TransformersEngine:
         for request in requests:
             if self._branch_model.branches[request.branch].length >= self.context_length:
                 raise ValueError(f"branch {request.branch} must be shorter than the context: it cannot be continued")
-        return draw_steps(self._branch_model, requests, step_end, eos_token_ids=self.eos_token_ids, embed=embed)
+        return draw_steps(
+            self._branch_model,
+            requests,
+            step_end,
+            eos_token_ids=self.eos_token_ids,
+            special_ends=self.special_ends,
+            embed=embed,
+        )
 
     def replay(self, steps: Sequence[Step], *, embed: bool) -> list[Step]:
         """Reads steps that were drawn before, through the same forwards as when they were drawn."""
@@ -143,20 +176,31 @@ class TransformersEngine:
         return self._branch_model.memory()
 
     def is_batch_invariant(self, num_rows: int = 64) -> bool:
-        """Returns whether a row's logits are bit-equal alone and in batches of up to ``num_rows``, on this machine."""
-        [root] = self.start([self._branch_model.probe_tokens()])
-        request = StepRequest(root, (0,), 0, 0, 1.0, 0, 1.0, 3)
+        """Returns whether a row's logits are bit-equal alone and in batches of up to ``num_rows``, on this machine.
+
+        The other rows of the batches continue the same short prompt and longer ones, also longer than the lengths at
+        which the model's rotary embeddings switch to other frequencies.
+        """
+        model = self._branch_model
+        roots = self.start([model.probe_tokens(11 + more) for more in (0, 13, *model.rope_lengths)])
+        request = StepRequest(roots[0], (0,), 0, 0, 1.0, 0, 1.0, 3)
         try:
             alone = self._probe([request])[0]
             sizes = sorted({2, 3, 5, ROWS - 1, ROWS, ROWS + 1, num_rows // 2, num_rows})
             return all(
                 self._probe([*others[:row], request, *others[row:]])[row] == alone
                 for size in sizes
-                for others in [[dataclasses.replace(request, seed=seed) for seed in range(1, size)]]
+                for others in [
+                    [
+                        dataclasses.replace(request, seed=seed, branch=roots[seed % len(roots)])
+                        for seed in range(1, size)
+                    ]
+                ]
                 for row in (0, size - 1)
             )
         finally:
-            self.free(root)
+            for root in roots:
+                self.free(root)
 
     def _probe(self, requests: list[StepRequest]) -> list[tuple[list[int], float, float]]:
         """Generates steps and frees them. Returns their tokens, log-probabilities and entropies."""
@@ -164,6 +208,10 @@ class TransformersEngine:
         for step in steps:
             self.free(step.branch)
         return [(list(step.token_ids), step.sum_logprob, step.sum_entropy) for step in steps]
+
+    def _has_special_tokens(self, text: str) -> bool:
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return any(token in text for token in {*added, *self.tokenizer.all_special_tokens})
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else [int(token) for token in prompt]
