@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.sharding import full_tensor
 
 
@@ -177,14 +178,11 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model does something else to its logits, or its decoder's output is not the head's input.
     """
-    head, was_training = LanguageModelHead.of(model), model.training
+    head = LanguageModelHead.of(model)
     ids = torch.tensor([[0, head.vocab_size - 1]], device=head.weight.device)
-    model.eval()
-    try:
+    with evaluation_mode(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        model.train(was_training)
     check_logits(
         model,
         head,

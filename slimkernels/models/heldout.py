@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimkernels.models.batch import SlimCollator, teacher_rows
+from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.head_loss import loss_of_batch
 from slimkernels.models.perplexity import perplexity
@@ -113,12 +114,8 @@ def evaluate_documents(
     collator, device = SlimCollator(vocab_size=head.vocab_size), head.weight.device
     for first in range(0, len(documents), batch_size):
         batch = [documents[index] for index in range(first, min(first + batch_size, len(documents)))]
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluation_mode(model):
             found = _evaluate_batch(model, collator(batch), [len(document.positions) for document in batch], device)
-        finally:
-            model.train(was_training)
         yield from found
 
 

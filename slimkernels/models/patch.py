@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.head import (
     LanguageModelHead,
     base_model,
@@ -189,7 +190,7 @@ def check_loss(model: PreTrainedModel) -> None:
     """
     if is_partitioned(model):
         return
-    name, was_training = type(model).__name__, model.training
+    name = type(model).__name__
     head = LanguageModelHead.of(model)
     ids = torch.tensor([[1, head.vocab_size - 1, 0, 1]], device=head.weight.device)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -201,15 +202,14 @@ def check_loss(model: PreTrainedModel) -> None:
         given.append(hidden)
         return compute_logits(hidden)
 
-    model.eval()
     try:
-        with replaced(module, forward=keep_input):
+        with evaluation_mode(model), replaced(module, forward=keep_input):
             expected = model(**inputs)
         if expected.loss is None or not given:
             raise ValueError(f"{name} computes no loss from its output embeddings and labels")
         check_logits(model, head, given[-1], expected.logits, hidden_name="the head's input")
         try:
-            with HeadLoss().inside(model):
+            with evaluation_mode(model), HeadLoss().inside(model):
                 loss = float(model(**inputs).loss)
         except (RuntimeError, IndexError) as broken:
             raise ValueError(f"{name} does not compute its loss with its loss_function ({broken})") from broken
@@ -218,5 +218,3 @@ def check_loss(model: PreTrainedModel) -> None:
             raise ValueError(f"the loss of {name} is {float(expected.loss):.6g}, but that of its head is {loss:.6g}")
     except ValueError as reason:
         raise ValueError(f"{reason}; compute its logits and call slimkernels.slim_loss on them") from reason
-    finally:
-        model.train(was_training)

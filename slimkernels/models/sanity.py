@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.perplexity import perplexity
 
 # Plain enough for a small model: SmolLM2-135M has perplexity 16 on the text and 857 on its shuffled tokens.
@@ -67,10 +68,6 @@ def check_teacher_sanity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 @torch.inference_mode()
 def _perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
     ids = ids.to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    finally:
-        model.train(was_training)
     return perplexity(float(nn.functional.cross_entropy(logits.float(), ids[1:])))

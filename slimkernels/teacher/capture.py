@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels.models.evaluation import context_length, evaluation_mode
 from slimkernels.models.fingerprints import weights_fingerprint
 from slimkernels.models.head import LanguageModelHead, check_logits
 from slimkernels.sparse_logits import SparseLogits
@@ -191,7 +192,7 @@ class _Teacher:
         self.vocabulary = captured_vocabulary(tokenizer, self._whole_head.vocab_size, store_path)
         self.head = self._whole_head.first_rows(self.vocabulary.size)
         self.selection = resolve_selection(select, self.vocabulary.size, **options)
-        self.max_length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.max_length = context_length(model.config)
         self.short = self.labelled = 0
         # Computed here, because all processes of the teacher must take part.
         self.description = _describe(model)
@@ -257,12 +258,8 @@ class _Teacher:
         return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
     def _hidden(self, ids: Tensor) -> Tensor:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        finally:
-            self.model.train(was_training)
 
     def _check_head(self, ids: Tensor) -> None:
         logits = self.model(input_ids=ids, use_cache=False).logits

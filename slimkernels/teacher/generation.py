@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimkernels.durable import Journal, write_json
+from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.teacher.corpus import without_end
@@ -174,7 +175,7 @@ class _Sampler:
         if empty is not None:
             raise ValueError(f"every prompt must have at least one token, got {self.prompts[empty]!r}")
         self.longest = max(map(len, self.encoded)) + options.max_new_tokens
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = context_length(model.config)
         if limit is not None and self.longest > limit:
             raise ValueError(
                 f"the longest prompt and max_new_tokens={options.max_new_tokens} are {self.longest} tokens, but the "

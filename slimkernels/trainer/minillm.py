@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import check_tokenizer
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.heldout import evaluate_store
@@ -219,7 +220,7 @@ def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
 def _check_lengths(prompts: list[list[int]], max_completion_length: int | None, model: PreTrainedModel) -> None:
     if not prompts:
         raise ValueError("train_dataset must hold a document with a label, got none")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model.config)
     longest = max(map(len, prompts))
     if limit is not None and longest + (max_completion_length or 0) > limit:
         raise ValueError(

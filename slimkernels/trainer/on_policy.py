@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimkernels.models.evaluation import evaluation_mode
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,9 +26,8 @@ def continue_prompts(
 ) -> dict[str, Any]:
     """Replaces the labels of every document of a batch by a continuation that the student draws.
 
-    The student draws tokens after it from
-    softmax(logits / temperature), up to and including the end of text, or ``max_new_tokens`` of them; they are the new
-    labels. The draws use torch's global generator.
+    The student draws tokens from softmax(logits / temperature) after the prompt, up to and including the end of text,
+    or ``max_new_tokens`` of them. They are the new labels. The draws use torch's global generator.
 
     Args:
         model: The student; it generates in evaluation mode, and its mode is restored.
@@ -76,9 +77,7 @@ def _end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, temperature: float, pad: int) -> Tensor:
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         whole = model.generate(
             prompts,
             attention_mask=mask.long(),
@@ -89,8 +88,6 @@ def _generate(model, prompts: Tensor, mask: Tensor, max_new_tokens: int, tempera
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
         )
-    finally:
-        model.train(was_training)
     return whole[:, prompts.shape[1] :]
 
 

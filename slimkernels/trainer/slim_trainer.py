@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from slimkernels.models.batch import SlimCollator, teacher_rows
+from slimkernels.models.evaluation import context_length, evaluation_mode
 from slimkernels.models.head import LanguageModelHead, check_head
 from slimkernels.models.head_loss import IGNORE_INDEX, loss_of_batch
 from slimkernels.models.heldout import evaluate_store
@@ -169,7 +170,7 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def _max_length(self) -> int | None:
         """Returns the number of tokens that the student can read, or None if its configuration does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_length(self.model.config)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -268,12 +269,8 @@ class SlimTrainer(DistillationMixin, Trainer):
 def _check_no_auxiliary_loss(model: PreTrainedModel) -> None:
     """Refuses a model that adds a loss of its experts to that of its head, as the decoder alone does not compute it."""
     ids = torch.tensor([[0, 1]], device=LanguageModelHead.of(model).weight.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         auxiliary = getattr(model(input_ids=ids, use_cache=False), "aux_loss", None)
-    finally:
-        model.train(was_training)
     if auxiliary is not None and getattr(model.config, "router_aux_loss_coef", 1.0):
         raise ValueError(
             f"SlimTrainer calls only the decoder, and so would not train the auxiliary loss of the experts of "
