@@ -19,8 +19,9 @@ import pytest
 from rich.console import Console
 from support import teachers
 from support.commands import parsers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
+import slimkernels
 from slimkernels.cli import main, terminal, train
 from slimkernels.store import Store
 from slimkernels.store.errors import NotAStoreError
@@ -94,13 +95,14 @@ def test_a_mistyped_option_loads_no_torch() -> None:
         import sys
         from slimkernels.cli import main
         assert main(["capture", "--teacher", "x", "--prompts", "--out", "y"]) == 2
-        assert main(["eval", "--out", "y"]) == 2
+        assert main(["eval", "--store", "y"]) == 2
+        assert main(["compare", "--out", "y"]) == 2
         assert main(["decode", "--model", "x"]) == 2
         assert not {"torch", "transformers"} & set(sys.modules)
     """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    assert process.stderr.count("slimkernels: ") == 3
+    assert process.stderr.count("slimkernels: ") == 4
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -110,7 +112,7 @@ def test_help_of_every_command(program, capsys) -> None:
     assert stop.value.code == 0
     output = capsys.readouterr().out
     assert output.startswith(f"usage: {program}")
-    if program.split()[1:] and program.split()[1] in ("capture", "train", "eval"):
+    if program.split()[1:] and program.split()[1] in ("capture", "train", "eval", "compare"):
         assert f"{program} --" in output.partition("examples:")[2]
 
 
@@ -119,6 +121,51 @@ def test_every_argument_is_described(parser) -> None:
     for action in parser._actions:
         if not isinstance(action, argparse._SubParsersAction):
             assert action.help, action.dest
+
+
+def test_train_lists_what_option_takes(capsys) -> None:
+    """The help cannot load the configuration, so its list is held to it here."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name: field.default for field in dataclasses.fields(SlimConfig) if field.name not in inherited}
+    assert {name: own[name] for name in own if name not in {*train._FIELDS, "method"}} == train.OPTIONS
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name}={json.dumps(value)}\n" in shown for name, value in train.OPTIONS.items())
+    examples = re.findall(r"(\w+)=\S", shown.rpartition("TrainingArguments, such as")[2])
+    assert len(examples) > 4
+    assert set(examples) <= inherited
+
+
+def test_help_says_every_default_of_train() -> None:
+    (parser,) = (parser for parser in parsers() if parser.prog == "slimkernels train")
+    silent = [
+        action.option_strings[0]
+        for action in parser._actions
+        if not action.required and action.dest not in ("help", "option") and "(default: " not in action.help
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("command", ["demo", "capture", "train", "eval", "compare", "decode"])
+def test_help_says_how_long_a_command_takes(command) -> None:
+    (parser,) = (parser for parser in parsers() if parser.prog == f"slimkernels {command}")
+    assert re.search(r"\b(seconds?|minutes?)\b", parser.epilog)
+    assert "two CPU cores" in " ".join(parser.epilog.split())
+
+
+def test_version_is_printed_without_torch() -> None:
+    code = """if True:
+        import sys
+        from slimkernels.cli import main
+        try:
+            main(["--version"])
+        finally:
+            assert "torch" not in sys.modules
+    """
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.stdout == f"slimkernels {slimkernels.__version__}\n"
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_train_documents_the_defaults_of_the_configuration() -> None:
@@ -316,6 +363,36 @@ def test_bad_usage_exits_2(arguments, message, capsys) -> None:
 def test_a_traceback_can_be_asked_for(tmp_path) -> None:
     with pytest.raises(NotAStoreError):
         main(["--traceback", "store", "info", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["tree {no}", "decode --model x --questions {no}", "decode --model x --template-file {no} hi"],
+)
+def test_a_missing_file_is_named_in_a_sentence(command, tmp_path, capsys) -> None:
+    missing = tmp_path / "nope.jsonl"
+    assert main(command.format(no=missing).split()) == 2
+    assert capsys.readouterr().err == f"slimkernels: there is no file {missing}\n"
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(corpus, tmp_path, monkeypatch, capsys) -> None:
+    """transformers repeats a request without a network for half a minute."""
+    import httpx2
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(self, request):
+        asked.append(request.url.path)
+        raise httpx2.ConnectError("no network")
+
+    monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", refuse)
+    huggingface_hub.close_session()
+    arguments = ["capture", "--teacher", "nobody/no-such-model", "--text", str(corpus), "--out", str(tmp_path / "s")]
+    assert main(arguments) == 2
+    assert [path for path in asked if "no-such-model" in path] == ["/api/models/nobody/no-such-model"]
+    assert capsys.readouterr().err.startswith("slimkernels: model not found: 'nobody/no-such-model' is no local folder")
+    huggingface_hub.close_session()
 
 
 def test_an_unknown_teacher_is_one_sentence_without_a_traceback(corpus, tmp_path) -> None:

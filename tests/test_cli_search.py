@@ -66,7 +66,7 @@ def test_decode_documents_the_defaults_of_the_configuration():
         "max_tokens": "no limit",
         "time_limit_s": "no limit",
         "step_delimiter": r"\n",
-        "answer_pattern": "--answer-kind",
+        "answer_pattern": "the rule of --answer-kind",
     }
     for name, default in fields.items():
         if name != "end_markers":
@@ -96,7 +96,7 @@ def test_decode_reads_lines_of_json_with_separators_in_strings(tmp_path, mark, s
     asked = [f"Anna{separator}has 3?", "And Tom?"]
     lines = [json.dumps({"question": question}, ensure_ascii=False) for question in asked]
     path.write_text(mark + "\r\n".join(lines) + "\n", encoding="utf-8", newline="")
-    args = argparse.Namespace(question=None, questions=str(path), limit=None, question_field="question")
+    args = argparse.Namespace(question=None, questions=str(path), samples=None, question_field="question")
     args.reference_field = None
     assert [item.text for item in decode_module._read_questions(args)] == asked
 
@@ -168,7 +168,7 @@ def test_decode_goes_on_inside_of_a_tree(decode, questions, tmp_path, monkeypatc
 def test_decode_by_other_decoders_within_the_same_budget(decode, model, tmp_path, decoder, options, chains):
     out = tmp_path / "out.jsonl"
     command = ["decode", "--model", model, "--template", "{question}", "--max-step-tokens", "5", "--max-depth", "3"]
-    command += ["--decoder", decoder, "--out", str(out), "--token-budget", "40", "Anna", *map(str, options)]
+    command += ["--decoder", decoder, "--out", str(out), "--max-tokens", "40", "Anna", *map(str, options)]
     assert main(command) == 0
     [record] = records_of(out)
     assert record["decoder"] == decoder
@@ -202,7 +202,7 @@ def test_decode_asks_by_the_template_and_the_chat_template(model, tmp_path, ques
     tokenizer.save_pretrained(chat)
     template = tmp_path / "template.txt"
     template.write_text("{id}) {question}? {choices} {unknown}:")
-    command = ["decode", "--questions", questions, "--template-file", str(template), "--limit", "1", *OPTIONS]
+    command = ["decode", "--questions", questions, "--template-file", str(template), "--samples", "1", *OPTIONS]
 
     def prompt(name: str, *options: str):
         trace = tmp_path / f"{name}.jsonl"
@@ -213,7 +213,7 @@ def test_decode_asks_by_the_template_and_the_chat_template(model, tmp_path, ques
 
     asked = "a) When the rain stopped? yes, no {unknown}:"
     assert prompt("plain", "--model", model) == asked
-    assert prompt("off", "--model", str(chat), "--no-chat") == asked
+    assert prompt("off", "--model", str(chat), "--prompt-style", "plain") == asked
     assert tokenizer.decode(prompt("chat", "--model", str(chat))) == f"<|start|>[user] {asked}[assistant]"
 
 
@@ -245,7 +245,8 @@ def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
         (["Anna", "--questions", "x.jsonl"], "and not both"),
         (["  "], "must have text"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
-        (["--limit", "0", "Anna"], "--limit must be"),
+        (["--prompt-style", "chat", "Anna"], "needs a tokenizer with a chat template"),
+        (["--key-env", "KEY", "Anna"], "applies to a server's model only"),
         (["--decoder", "greedy", "Anna"], "--branching-factor has no meaning with --decoder greedy"),
         (["--chains", "3", "Anna"], "--chains has no meaning with --decoder pathfinder"),
         (["--verifier", "x", "Anna"], "--verifier has no meaning without --selector verifier"),
@@ -287,7 +288,7 @@ def test_decode_refuses_bad_question_files(decode, tmp_path, content, message):
 
 def test_decode_refuses_results_of_another_run(decode, questions, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert decode("--questions", questions, "--limit", 1, "--out", out)[0] == 0
+    assert decode("--questions", questions, "--samples", 1, "--out", out)[0] == 0
     before = out.read_bytes()
     for options, message in (
         (["--questions", questions, "--seed", 3], "other settings"),

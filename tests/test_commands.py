@@ -106,8 +106,8 @@ def test_commands_are_read_from_code(block, expected):
 
 def test_words_are_those_of_a_shell(tmp_path):
     (tmp_path / "a.jsonl").touch()
-    command = "slimkernels eval --models x/{sft,kd} teacher=http://h/v1#NAME --outputs *.jsonl 'a b' # a comment"
-    words = ["eval", "--models", "x/sft", "x/kd", "teacher=http://h/v1#NAME", "--outputs", "a.jsonl", "a b"]
+    command = "slimkernels compare --models x/{sft,kd} teacher=http://h/v1#NAME --outputs *.jsonl 'a b' # a comment"
+    words = ["compare", "--models", "x/sft", "x/kd", "teacher=http://h/v1#NAME", "--outputs", "a.jsonl", "a b"]
     assert commands.words_of(command, tmp_path) == words
 
 

@@ -52,9 +52,9 @@ def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_p
 
     folders = [str(save_teacher(tmp_path / name, seed=seed)) for seed, name in enumerate(["a", "b"])]
     out = tmp_path / "out"
-    words = ["eval", "--models", *folders, "--tasks", "arc_easy", "gsm8k", "truthfulqa_mc2", "--data", str(data)]
+    words = ["compare", "--models", *folders, "--tasks", "arc_easy", "gsm8k", "truthfulqa_mc2", "--data", str(data)]
     words += ["--out", str(out), "--samples", "2", "--decoders", "greedy", "self-consistency", "--chains", "2"]
-    words += ["--max-steps", "1", "--max-step-tokens", "2", "--shots", "0"]
+    words += ["--max-depth", "1", "--max-step-tokens", "2", "--shots", "0"]
     assert main(words) == 0
     records = load_run(out)[1]
     chosen = [record for record in records if record.task != "gsm8k"]
@@ -89,7 +89,7 @@ def test_choices_are_records_with_lm_evals_scores_and_are_asked_once(data, tmp_p
     monkeypatch.setattr(evaluated_models, "_loader", lambda *_: pytest.fail)
     assert main(words) == 0
     assert load_run(out)[1] == records
-    assert main(["eval", "--rescore", "--out", str(out)]) == 0
+    assert main(["compare", "--rescore", "--out", str(out)]) == 0
     assert load_run(out)[1] == records
 
 
@@ -113,7 +113,15 @@ def test_a_killed_command_line_asks_no_batch_of_choices_twice(tmp_path, forwards
     (tmp_path / "arc").mkdir()
     rows = [{"query": f"Question: {n} {'x ' * (n % 7)}?", "choices": ["a", "a dog"], "gold": 1} for n in range(150)]
     (tmp_path / "arc/arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["eval", "--models", str(save_teacher(tmp_path / "model")), "--tasks", "arc_easy", "--data", str(tmp_path)]
+    words = [
+        "compare",
+        "--models",
+        str(save_teacher(tmp_path / "model")),
+        "--tasks",
+        "arc_easy",
+        "--data",
+        str(tmp_path),
+    ]
     words += ["--batch-size", "1", "--out"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     whole = list(forwards)
@@ -148,7 +156,7 @@ def test_a_killed_command_line_asks_no_batch_of_choices_twice(tmp_path, forwards
 
 @needs_lm_eval
 def test_records_missing_after_a_kill_are_made_without_the_model(data, tmp_path, forwards, monkeypatch):
-    words = ["eval", "--models", str(save_teacher(tmp_path / "model")), "--tasks", "arc_easy", "--data", str(data)]
+    words = ["compare", "--models", str(save_teacher(tmp_path / "model")), "--tasks", "arc_easy", "--data", str(data)]
     words += ["--out", str(tmp_path / "out")]
     # Simulates a kill between the first and the second record.
     append, written = RecordFile.append, []
@@ -183,7 +191,7 @@ def test_records_missing_after_a_kill_are_made_without_the_model(data, tmp_path,
     ],
 )
 def test_choices_bad_input_exits_2_with_one_sentence(arguments, message, data, tmp_path, capsys):
-    words = ["eval", "--models", "not-looked-for", "--data", str(data), "--out", str(tmp_path), *arguments.split()]
+    words = ["compare", "--models", "not-looked-for", "--data", str(data), "--out", str(tmp_path), *arguments.split()]
     assert main(words) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -191,7 +199,7 @@ def test_choices_bad_input_exits_2_with_one_sentence(arguments, message, data, t
 def test_choices_without_lm_eval_name_the_extra(data, tmp_path, monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
-    words = ["eval", "--models", "x", "--tasks", "arc_easy", "--data", str(data), "--out", str(tmp_path)]
+    words = ["compare", "--models", "x", "--tasks", "arc_easy", "--data", str(data), "--out", str(tmp_path)]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "or multiple-choice tasks of lm-eval, got arc_easy" in error

@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(store, folders, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    words = ["eval", "--models", *folders, "--tasks", "heldout", "--store", str(store.path), "--batch-size", "2"]
+    words = ["compare", "--models", *folders, "--tasks", "heldout", "--store", str(store.path), "--batch-size", "2"]
     assert main([*words, "--out", str(out)]) == 0
     return out
 
@@ -90,7 +90,7 @@ def test_the_page_knows_that_lower_is_better(store, report):
 
 
 def test_a_document_is_measured_once(store, folders, report, tmp_path, monkeypatch):
-    words = ["eval", "--models", *folders[:1], "--tasks", "heldout", "--store", str(store.path), "--out"]
+    words = ["compare", "--models", *folders[:1], "--tasks", "heldout", "--store", str(store.path), "--out"]
     assert main([*words, str(tmp_path), "--samples", "4"]) == 0
     before = read_records(next(tmp_path.glob("records/*.jsonl")))
     assert main([*words, str(tmp_path), "--samples", "6"]) == 0
@@ -99,7 +99,7 @@ def test_a_document_is_measured_once(store, folders, report, tmp_path, monkeypat
     assert (after[:4], len(after)) == (before, 6)
     monkeypatch.setattr(evaluated_models, "_loader", lambda *_: pytest.fail)
     assert main([*words, str(tmp_path)[:], "--samples", "6"]) == 0
-    assert main(["eval", "--rescore", "--out", str(tmp_path)]) == 0
+    assert main(["compare", "--rescore", "--out", str(tmp_path)]) == 0
     assert read_records(tmp_path / "records.jsonl") == after
 
 
@@ -108,8 +108,8 @@ def test_questions_and_documents_share_a_report(tmp_path):
     model = make_folder(tmp_path / "chars")
     tokenizer = evaluated_models.find_models([str(model)])[0].load().tokenizer
     path = make_store(tmp_path / "store", num_documents=2)
-    words = ["eval", "--models", f"small={model}", "--data", str(data), "--samples", "1", "--shots", "0"]
-    words += ["--max-steps", "1", "--max-step-tokens", "3", "--store", path, "--out", str(tmp_path / "out")]
+    words = ["compare", "--models", f"small={model}", "--data", str(data), "--samples", "1", "--shots", "0"]
+    words += ["--max-depth", "1", "--max-step-tokens", "3", "--store", path, "--out", str(tmp_path / "out")]
     # The store has another tokenizer.
     assert main([*words, "--tasks", "gsm8k", "heldout"]) == 2
     assert len(tokenizer) != len(make_tokenizer())
@@ -158,8 +158,11 @@ def test_models_are_labelled_by_the_parts_of_their_paths_that_differ(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--models {model} --tasks heldout --out {tmp}", "--tasks heldout needs --store DIR"),
-        ("--models {model} --tasks gsm8k --data {tmp} --store {store} --out {tmp}", "no meaning with --store unless"),
+        (
+            "--models {model} --tasks heldout --out {tmp}",
+            "--tasks heldout and --store DIR, a held-out store, go together",
+        ),
+        ("--models {model} --tasks gsm8k --data {tmp} --store {store} --out {tmp}", "go together"),
         ("--models {model} --tasks heldout gsm8k --store {store} --out {tmp}", "--models needs --data"),
         ("--models {model} --tasks heldout --store {tmp}/no --out {tmp}", "{tmp}/no"),
         ("--models {chars} --tasks heldout --store {store} --out {tmp}", "was captured with tokenizer_fingerprint"),
@@ -169,7 +172,7 @@ def test_bad_input_exits_2_with_one_sentence(arguments, message, store, folders,
     names = {"tmp": tmp_path, "store": store.path, "model": folders[0], "chars": tmp_path / "chars"}
     if "{chars}" in arguments:
         make_folder(names["chars"])
-    assert main(["eval", *arguments.format(**names).split()]) == 2
+    assert main(["compare", *arguments.format(**names).split()]) == 2
     assert message.format(**names) in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -178,7 +181,7 @@ def test_a_model_whose_loss_is_no_number_is_an_error(store, folders, tmp_path, c
     model.get_output_embeddings().weight.data.fill_(math.inf)
     model.save_pretrained(tmp_path / "bad")
     make_tokenizer().save_pretrained(tmp_path / "bad")
-    words = ["eval", "--models", str(tmp_path / "bad"), "--tasks", "heldout", "--store", str(store.path)]
+    words = ["compare", "--models", str(tmp_path / "bad"), "--tasks", "heldout", "--store", str(store.path)]
     assert main([*words, "--out", str(tmp_path / "out")]) == 1
     assert "bad must have a finite loss on document" in capsys.readouterr().err
 

@@ -84,9 +84,9 @@ def test_a_rating_belongs_to_one_output():
 def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JUDGE_KEY", "secret-7")
     out = tmp_path / "out"
-    words = ["eval", "--models", str(make_folder(tmp_path / "m")), "--tasks", "gsm8k"]
+    words = ["compare", "--models", str(make_folder(tmp_path / "m")), "--tasks", "gsm8k"]
     words += ["--data", str(make_data(tmp_path / "data"))]
-    words += ["--samples", "3", "--shots", "0", "--max-steps", "1", "--max-step-tokens", "3", "--out", str(out)]
+    words += ["--samples", "3", "--shots", "0", "--max-depth", "1", "--max-step-tokens", "3", "--out", str(out)]
     assert main(words) == 0
     (file,) = out.glob("records/*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -98,7 +98,7 @@ def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, m
     assert len(server.asked) == 3
     assert {seen["headers"].get("Authorization") for seen in server.seen} == {"Bearer secret-7"}
     # Refused outputs are asked again; outputs with a reply, rated or not, are not.
-    assert main(["eval", "--rescore", "--out", str(out), *judge]) == 0
+    assert main(["compare", "--rescore", "--out", str(out), *judge]) == 0
     assert len(server.asked) == 4
     records = read_records(out / "records.jsonl")
     assert [record.scores.get("judge j") for record in records] == [None, None, 5.5]
@@ -120,7 +120,7 @@ def test_command_line_asks_once_and_marks_what_was_not_rated(server, tmp_path, m
         (["--rescore", *judge[:4], "--judge-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY must hold the server's key"),
         (["--rescore", "--judge", "localhost", *judge[2:]], "url must be the base URL"),
     ):
-        assert main(["eval", "--out", str(out), *arguments]) == 2
+        assert main(["compare", "--out", str(out), *arguments]) == 2
         assert message in capsys.readouterr().err
 
 

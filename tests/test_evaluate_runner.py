@@ -150,9 +150,9 @@ def test_bad_plans(changes, message, folders, data):
 
 def test_command_line(folders, data, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["eval", "--models", *folders, "--tasks", "gsm8k", "strategyqa", "--data", str(data), "--out", str(out)]
+    words = ["compare", "--models", *folders, "--tasks", "gsm8k", "strategyqa", "--data", str(data), "--out", str(out)]
     words += ["--decoders", "greedy", "pathfinder", "--samples", "2", "--shots", "0"]
-    words += ["--max-steps", "2", "--max-step-tokens", "4", "--branching", "2", "--beam", "1"]
+    words += ["--max-depth", "2", "--max-step-tokens", "4", "--branching-factor", "2", "--beam", "1"]
     assert main(words) == 0
     assert f"16 outputs; report in {out / 'report.html'}" in capsys.readouterr().out
     page = (out / "report.html").read_text()
@@ -164,7 +164,7 @@ def test_command_line(folders, data, tmp_path, capsys):
     assert {row["scores"]["strict"] for row in rows} == {0}
     rows[0]["output"] = f"The answer is {rows[0]['reference']}."
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["eval", "--rescore", "--out", str(out)]) == 0
+    assert main(["compare", "--rescore", "--out", str(out)]) == 0
     assert [record.scores["strict"] for record in read_records(file)] == [1, 0]
     assert "50.0 [9.5, 90.5]" in (out / "report.html").read_text()
 
@@ -172,17 +172,14 @@ def test_command_line(folders, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "eval needs --store DIR with --model, or --out DIR with --models, --rescore or --outputs"),
+        ("", "compare needs --out DIR with --models, --rescore or --outputs"),
         ("--out {tmp}", "--out needs one of --models, --rescore and --outputs"),
         ("--out {tmp} --models x --rescore", "--out needs one of"),
         ("--out {tmp} --models x --tasks gsm8k", "--models needs --data"),
-        ("--store {tmp} --model x --tasks gsm8k", "--tasks has no meaning with --store"),
-        ("--store {tmp}", "--store needs --model"),
-        ("--out {tmp} --models x --json", "--json needs --store DIR"),
+        ("--out {tmp} --rescore --store {tmp}", "--store has no meaning unless --models and --tasks heldout are given"),
         ("--out {tmp} --models x --tasks gsm8k --data {tmp}", "data for gsm8k not found: looked for {tmp}/gsm8k/test"),
         ("--out {tmp} --models {tmp}/no --tasks gsm8k --data {data}", "there is no folder or .gguf file {tmp}/no"),
         ("--out {tmp} --models http:// --tasks gsm8k --data {data}", "url must be the base URL of a server"),
-        ("--out {tmp} --models {model} --tasks gsm8k --data {data} --chains 0", "num_chains must be at least 1"),
         (
             "--out {tmp} --models {model} --tasks gsm8k --data {data} --prompt-style chat",
             "tokenizer of {model} has none",
@@ -193,14 +190,24 @@ def test_command_line(folders, data, tmp_path, capsys):
 )
 def test_bad_input_exits_2_with_one_sentence(arguments, message, folders, data, tmp_path, capsys):
     names = {"tmp": tmp_path, "data": data, "model": folders[0]}
-    assert main(["eval", *arguments.format(**names).split()]) == 2
+    assert main(["compare", *arguments.format(**names).split()]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("slimkernels: ")
     assert message.format(**names) in error
 
 
 def test_a_killed_command_line_redoes_nothing_finished(folders, data, tmp_path):
-    words = ["eval", "--models", folders[0], "--tasks", "gsm8k", "--data", str(data), "--decoders", "self-consistency"]
+    words = [
+        "compare",
+        "--models",
+        folders[0],
+        "--tasks",
+        "gsm8k",
+        "--data",
+        str(data),
+        "--decoders",
+        "self-consistency",
+    ]
     words += ["--chains", "4", "--shots", "0", "--max-step-tokens", "60", "--batch-questions", "1"]
     words += ["--out", str(tmp_path)]
     before: list = []
@@ -215,7 +222,7 @@ def test_a_killed_command_line_redoes_nothing_finished(folders, data, tmp_path):
     assert 2 <= len(before) < 7
     assert not (tmp_path / "report.html").exists()
     # The unfinished run has a report, which says that it is unfinished.
-    assert main(["eval", "--rescore", "--out", str(tmp_path)]) == 0
+    assert main(["compare", "--rescore", "--out", str(tmp_path)]) == 0
     said = f"The run is unfinished. Outputs so far: a, self-consistency, gsm8k: {len(before)} of 7."
     assert said in (tmp_path / "report.html").read_text()
     assert main(words) == 0

@@ -218,8 +218,20 @@ def test_tasks_that_need_probabilities_of_given_texts_are_refused(server, data, 
 
 
 def command(out, data, *models):
-    words = ["eval", "--models", *models, "--tasks", "gsm8k", "--data", str(data), "--out", str(out), "--samples", "3"]
-    return [*words, "--shots", "0", "--max-steps", "2", "--max-step-tokens", "6", "--batch-questions", "1"]
+    words = [
+        "compare",
+        "--models",
+        *models,
+        "--tasks",
+        "gsm8k",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--samples",
+        "3",
+    ]
+    return [*words, "--shots", "0", "--max-depth", "2", "--max-step-tokens", "6", "--batch-questions", "1"]
 
 
 def test_command_line_reports_the_facts_of_a_server(server, folder, data, tmp_path, monkeypatch, capsys):

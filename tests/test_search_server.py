@@ -146,14 +146,20 @@ def test_decode_asks_a_server(server, tmp_path, capsys):
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": prompt}) + "\n" for prompt in served.SEARCHED))
     flags = [word for name, value in served.SEARCH.items() for word in (SEARCH_FIELDS[name][0], str(value))]
-    command = ["decode", "--model", served.MODEL, "--server", server.url, "--template", "{question}"]
+    command = ["decode", "--model", f"{server.url}#{served.MODEL}", "--template", "{question}"]
     command += ["--questions", str(questions), "--answer-pattern", "(?!)", *flags]
     assert main([*command, "--out", str(tmp_path / "out.jsonl")]) == 0
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    # The old form continues the same file: nothing is left to answer.
+    old = ["decode", "--model", served.MODEL, "--server", server.url, *command[3:]]
+    old += ["--out", str(tmp_path / "out.jsonl")]
+    with pytest.warns(DeprecationWarning, match="--server URL --model NAME is now --model URL#NAME"):
+        assert main(old) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(records)
     assert [record["text"] for record in records] == [result.text for result in expected]
     for refused in (["--device", "cuda"], ["--selector", "verifier"]):
         assert main([*command, *refused]) == 2
-        assert "--server" in capsys.readouterr().err
+        assert "a server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["disconnect", "cut", (500, {}, "{}"), (429, {"Retry-After": "0"}, "{}")])

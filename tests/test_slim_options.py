@@ -1,4 +1,4 @@
-"""The option list of ``slim_loss``: every place that must spell it agrees with ``SlimOptions`` in names and order."""
+"""The options and stages of ``slim_loss``: every place that spells them has the same names in the same order."""
 
 from __future__ import annotations
 
@@ -151,3 +151,23 @@ def test_the_native_statistics_are_the_fields_of_the_result():
     assert f"constexpr int kStats = {NUM_STATS};" in source
     named = re.search(r"// \(kStats, N\) acc: (.*)", source)[1]
     assert named.split(", ") == list(sk.SlimLoss._fields)
+
+
+STAGES = {
+    "CPU C++": ["csrc/cpu/slim_row.h"],
+    "Triton": ["slimkernels/ops/triton/slim_loss.py"],
+    "vocabulary-parallel": ["slimkernels/ops/vocab_parallel/rows.py", "slimkernels/ops/vocab_parallel/gradient.py"],
+    "reference": ["slimkernels/reference.py"],
+}
+
+
+def test_every_backend_has_the_functions_of_the_stages():
+    root = CSRC.parent
+    lines = (root / "slimkernels/ops/README.md").read_text().splitlines()
+    rows = [line.strip("|").split("|")[1:] for line in lines if re.match(r"\| \d\. ", line)]
+    assert len(rows) == 4
+    for backend, cells in zip(STAGES, zip(*rows, strict=True), strict=True):
+        source = "\n".join((root / path).read_text() for path in STAGES[backend])
+        named = [name for cell in cells for name in re.findall(r"`(?:[A-Z]\w+\.)?(\w+)`", cell)]
+        assert len(named) >= 4
+        assert [name for name in named if not re.search(rf"^\s*(def|void|\w+) {name}\(", source, re.MULTILINE)] == []

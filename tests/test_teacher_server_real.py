@@ -105,9 +105,9 @@ def test_side_by_side(server, style, smollm2, tmp_path) -> None:
     """The server's model beside the same one here, which finds its greedy answers likeliest; nothing is asked twice."""
     _, url = server
     model, tokenizer = smollm2
-    command = f"""eval --models here=smollm2-135m-instruct there={url}#{served.MODEL} --tasks gsm8k strategyqa
-        --data {make_data(tmp_path / "data")} --out {tmp_path / "out"} --samples 2 --max-steps 2 --max-step-tokens 16
-        --decoders greedy self-consistency pathfinder --chains 2 --branching 2 --beam 2""".split()
+    command = f"""compare --models here=smollm2-135m-instruct there={url}#{served.MODEL} --tasks gsm8k strategyqa
+        --data {make_data(tmp_path / "data")} --out {tmp_path / "out"} --samples 2 --max-depth 2 --max-step-tokens 16
+        --decoders greedy self-consistency pathfinder --chains 2 --branching-factor 2 --beam 2""".split()
     command += ["--tokenizer", "smollm2-135m-instruct"] if style == "chat" else ["--prompt-style", "plain"]
     assert main(command) == 0
     records = load_run(tmp_path / "out")[1]

@@ -61,6 +61,10 @@ def _exit_code(error: Exception) -> int | None:
 def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is not installed: pip install 'slimkernels[demo]'"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        # The system's own message is "[Errno 2] No such file or directory: 'x'".
+        missing = isinstance(error, FileNotFoundError)
+        return f"there is no file {error.filename}" if missing else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
 
 

@@ -13,8 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from slimkernels.cli.options import Parser, add_command, add_model_options
-from slimkernels.cli.terminal import be_quiet
+from slimkernels.cli.options import Parser, add_command, add_model_options, add_old_name, positive_int
+from slimkernels.cli.search_options import (
+    DEFAULT_REFERENCE_FIELD,
+    DEFAULT_TEMPLATE,
+    PROMPT_STYLES,
+    SEARCH_FIELDS,
+    add_chains_option,
+    add_search_options,
+)
+from slimkernels.cli.terminal import be_quiet, warn_deprecated
 
 if TYPE_CHECKING:
     import torch
@@ -25,23 +33,21 @@ if TYPE_CHECKING:
 
 _DECODERS = ("pathfinder", "self-consistency", "best-of-n", "greedy")
 _SELECTORS = ("consensus", "majority-vote", "log-probability", "verifier")
-_DEFAULT_CHAINS = 8
-_DEFAULT_TEMPLATE = (
-    '{question}\n\nThink step by step, one step on each line. The last line is "Answer:" and the answer alone.'
-)
 _EXAMPLES = """\
 examples:
   slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
   echo "Why is the sky blue?" | slimkernels decode --model ./my-model -
   every question of a file, by two decoders that may generate the same number of tokens:
-    slimkernels decode --model ./my-model --questions test.jsonl --token-budget 4096 --out tree.jsonl
-    slimkernels decode --model ./my-model --questions test.jsonl --token-budget 4096 --out chains.jsonl \\
+    slimkernels decode --model ./my-model --questions test.jsonl --max-tokens 4096 --out tree.jsonl
+    slimkernels decode --model ./my-model --questions test.jsonl --max-tokens 4096 --out chains.jsonl \\
         --decoder self-consistency --chains 16
   the highest cost of that, without generating anything:
     slimkernels decode --model ./my-model --questions test.jsonl --plan
   a search that can be stopped and continued, and a page that shows its trees:
     slimkernels decode --model ./my-model --questions test.jsonl --trace trace.jsonl
     slimkernels tree trace.jsonl -o tree.html
+With a model of 135 million parameters on two CPU cores, --decoder greedy takes a few seconds for a question, and the
+search at its defaults some ten times as long; --max-tokens and --time-limit bound it.
 The same command continues a stopped run: --out skips the questions that it already answers, and --trace continues
 inside an unfinished tree. The prompt is --template, with {question} or any other {field} of the question's record
 filled in. It is sent as a user's message where the tokenizer has a chat template, else as text to continue. The default
@@ -61,108 +67,14 @@ _SET_BY = {
 _CHECK_OPTIONS = ("repetition_threshold", "no_repetition_check", "nli", "contradiction_threshold")
 
 
-def _numbers(text: str) -> int | tuple[int, ...]:
-    try:
-        numbers = tuple(map(int, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, or several as in 8,4,1, got {text!r}") from None
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-# Options that are fields of PathFinderConfig: flag, keywords of add_argument, help.
-SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "branching_factor": (
-        "--branching-factor",
-        {"type": _numbers, "metavar": "N[,N...]"},
-        "children per open leaf; several numbers apply to depth 0, 1, ..., the last to all deeper ones (default: 8)",
-    ),
-    "beam": ("--beam", {"type": int, "metavar": "N"}, "open leaves kept at every depth (default: 8)"),
-    "buffer_size": ("--buffer-size", {"type": int, "metavar": "N"}, "hypotheses kept at every depth (default: 128)"),
-    "max_depth": ("--max-depth", {"type": int, "metavar": "N"}, "maximum number of steps in a branch (default: 12)"),
-    "max_step_tokens": (
-        "--max-step-tokens",
-        {"type": int, "metavar": "N"},
-        "maximum number of tokens in a step (default: 64)",
-    ),
-    "max_tokens": (
-        "--token-budget",
-        {"type": int, "metavar": "N"},
-        "maximum number of tokens generated per question, over all branches and attempts (default: no limit)",
-    ),
-    "time_limit_s": (
-        "--time-limit",
-        {"type": float, "metavar": "SECONDS"},
-        "time limit for each batch of questions (default: no limit)",
-    ),
-    "step_delimiter": (
-        "--step-delimiter",
-        {"type": lambda text: text.replace("\\n", "\n").replace("\\t", "\t"), "metavar": "TEXT"},
-        r"text that ends a step; \n and \t stand for a line break and a tab (default: \n)",
-    ),
-    "end_markers": (
-        "--end-marker",
-        {"action": "append", "metavar": "TEXT"},
-        "text that finishes a branch; may be repeated",
-    ),
-    "answer_kind": (
-        "--answer-kind",
-        {"choices": ("any", "number", "yes_no", "letter")},
-        'kind of the answer that finishes a branch, as "The answer is 18" or "Answer: 18" do (default: any)',
-    ),
-    "answer_pattern": (
-        "--answer-pattern",
-        {"metavar": "REGEX"},
-        "regular expression in its place, found in the step that finishes a branch; its first group is the answer "
-        "(default: --answer-kind)",
-    ),
-    "temperature": (
-        "--temperature",
-        {"type": float, "metavar": "T"},
-        "sampling temperature at depth 0; 0 takes the most probable token (default: 0.8)",
-    ),
-    "annealing": (
-        "--annealing",
-        {"type": float, "metavar": "F"},
-        "factor of the temperature from one depth to the next (default: 0.9)",
-    ),
-    "top_k": (
-        "--top-k",
-        {"type": int, "metavar": "K"},
-        "sample from the K most probable tokens; 0 is no limit (default: 0)",
-    ),
-    "top_p": (
-        "--top-p",
-        {"type": float, "metavar": "P"},
-        "sample from the fewest tokens whose probabilities add up to P (default: 0.95)",
-    ),
-    "length_penalty": (
-        "--length-penalty",
-        {"type": float, "metavar": "F"},
-        "exponent in the score, sum of log-probabilities / (number of tokens)^F (default: 1.0)",
-    ),
-    "max_attempts": (
-        "--max-attempts",
-        {"type": int, "metavar": "N"},
-        "maximum number of generations of a step that fails its checks (default: 2)",
-    ),
-    "seed": ("--seed", {"type": int, "metavar": "N"}, "random seed for sampling (default: 0)"),
-    "batch_questions": (
-        "--batch-questions",
-        {"type": int, "metavar": "N"},
-        "questions searched at the same time; affects speed and memory, not results (default: 8)",
-    ),
-}
-
-
 def add_parser(commands: Any) -> None:
     """Adds the command ``decode``."""
     parser = add_command(commands, "decode", run, "answer questions with a model and a tree search", _EXAMPLES)
     _add_model_arguments(parser)
     _add_question_arguments(parser)
     _add_judge_arguments(parser)
-    search = parser.add_argument_group("search")
-    for field, (flag, options, text) in SEARCH_FIELDS.items():
-        search.add_argument(flag, dest=field, help=text, **options)
+    add_search_options(parser.add_argument_group("search"))
+    _add_old_names(parser)
 
 
 def _add_model_arguments(parser: Parser) -> None:
@@ -172,14 +84,14 @@ def _add_model_arguments(parser: Parser) -> None:
         "--model",
         required=True,
         metavar="MODEL",
-        help="folder, .gguf file, smollm2-135m-instruct, or name on the hub; with --server, its name on the server",
+        help="folder, .gguf file, smollm2-135m-instruct, name on the hub, or server as http://HOST:PORT/v1#MODEL",
     )
-    add("--server", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
-    add("--tokenizer", metavar="MODEL", help="tokenizer whose chat template is used with --server (default: none)")
+    add("--tokenizer", metavar="MODEL", help="tokenizer whose chat template is used with a server (default: none)")
+    add("--key-env", metavar="NAME", help="environment variable with the server's key (default: OPENAI_API_KEY)")
     add_model_options(parser, "the model")
     add("--device", metavar="DEVICE", help="device of the model, such as cuda (default: the CPU)")
     add("--decoder", choices=_DECODERS, default=_DECODERS[0], help="search algorithm (default: %(default)s)")
-    add("--chains", type=int, metavar="N", help="answers drawn by self-consistency and best-of-n (default: 8)")
+    add_chains_option(parser, "self-consistency and best-of-n")
     add("--plan", action="store_true", help="print the highest possible number of tokens and bytes, and stop")
     add(
         "--out",
@@ -196,14 +108,24 @@ def _add_question_arguments(parser: Parser) -> None:
     add = group.add_argument
     add("--questions", metavar="FILE", help=".jsonl file with one record per question; - reads standard input")
     add("--question-field", default="question", metavar="NAME", help="field with the question (default: %(default)s)")
-    add("--reference-field", metavar="NAME", help="field with the correct answer, copied to --out as reference")
-    add("--limit", type=int, metavar="N", help="number of questions to read, from the first (default: all)")
+    add(
+        "--reference-field",
+        metavar="NAME",
+        help="field with the correct answer, copied to --out as reference (default: answer, in records that have it)",
+    )
+    add("--samples", type=positive_int, metavar="N", help="number of questions to read, from the first (default: all)")
     template = group.add_mutually_exclusive_group()
     template.add_argument(
-        "--template", default=_DEFAULT_TEMPLATE, metavar="TEXT", help="prompt with {question} (see below)"
+        "--template", default=DEFAULT_TEMPLATE, metavar="TEXT", help="prompt with {question} (see below)"
     )
     template.add_argument("--template-file", metavar="FILE", help="file with the template")
-    add("--no-chat", action="store_true", help="do not use the tokenizer's chat template")
+    add(
+        "--prompt-style",
+        choices=PROMPT_STYLES,
+        default="auto",
+        help="form of the prompts: chat template or plain text; auto: the tokenizer's template, where there is one "
+        "(default: %(default)s)",
+    )
 
 
 def _add_judge_arguments(parser: Parser) -> None:
@@ -231,6 +153,13 @@ def _add_judge_arguments(parser: Parser) -> None:
     add("--verifier", metavar="MODEL", help="model that judges with --selector verifier (default: the model itself)")
 
 
+def _add_old_names(parser: Parser) -> None:
+    add_old_name(parser, "--token-budget", "--max-tokens")
+    add_old_name(parser, "--limit", "--samples")
+    add_old_name(parser, "--no-chat", "--prompt-style", const="plain")
+    parser.add_argument("--server", metavar="URL", help=argparse.SUPPRESS)
+
+
 class _Asked(NamedTuple):
     """A question of the input.
 
@@ -245,12 +174,15 @@ class _Asked(NamedTuple):
 
 def run(args: argparse.Namespace) -> None:
     """Answers the questions: answers to standard output, progress to standard error."""
+    if args.server is not None:
+        warn_deprecated("--server URL --model NAME is now --model URL#NAME")
+        args.model = f"{args.server}#{args.model}"
     _check_options(args)
     be_quiet()
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
     asked = _read_questions(args)
     finder, tokenizer = _path_finder(args)
-    questions = [_question(item, template, tokenizer, not args.no_chat) for item in asked]
+    questions = [_question(item, template, tokenizer, args.prompt_style) for item in asked]
     if args.plan:
         _print_plan(finder, questions)
     else:
@@ -260,8 +192,6 @@ def run(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     if (args.question is None) == (args.questions is None):
         raise ValueError("decode needs a QUESTION (or - for the standard input), or --questions FILE, and not both")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {args.limit}")
     for name in _SET_BY[args.decoder]:
         if getattr(args, name) is not None:
             raise ValueError(f"{SEARCH_FIELDS[name][0]} has no meaning with --decoder {args.decoder}: omit it")
@@ -297,7 +227,7 @@ def _read_questions(args: argparse.Namespace) -> list[_Asked]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if len(asked) == args.limit:
+        if len(asked) == args.samples:
             break
         asked.append(_read_question(args, line, f"line {number} of {name}"))
     if not asked:
@@ -322,15 +252,13 @@ def _read_question(args: argparse.Namespace, line: str, where: str) -> _Asked:
 
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
     from slimkernels import search
+    from slimkernels.evaluate.served import is_server
 
     options: dict[str, Any] = {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
     # Made before the model is loaded, so that a bad value fails at once.
     config = search.PathFinderConfig(**options)
-    chains = _DEFAULT_CHAINS if args.chains is None else args.chains
-    if chains < 1:
-        raise ValueError(f"--chains must be at least 1, got {chains}")
     checks = _checks(args)
-    engine, model, tokenizer = _served(args) if args.server is not None else _embedded(args)
+    engine, model, tokenizer = _served(args) if is_server(args.model) else _embedded(args)
     selector = _selector(args, model, tokenizer)
     selection = {} if selector is None else {"selector": selector}
     if args.decoder == "pathfinder":
@@ -338,6 +266,7 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     if args.decoder == "greedy":
         return search.greedy(engine, config), tokenizer
     preset = search.self_consistency if args.decoder == "self-consistency" else search.best_of_n
+    chains = search.DEFAULT_CHAINS if args.chains is None else args.chains
     return preset(engine, chains, config, **selection), tokenizer
 
 
@@ -360,7 +289,9 @@ def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTra
     from slimkernels import search, teacher
 
     if args.tokenizer is not None:
-        raise ValueError("--tokenizer applies to --server only: a model that runs here has its own")
+        raise ValueError("--tokenizer applies to a server's model only: a model that runs here has its own")
+    if args.key_env is not None:
+        raise ValueError("--key-env applies to a server's model only: --model http://HOST:PORT/v1#NAME")
     model, tokenizer = teacher.load_teacher(
         args.model,
         gguf_file=args.gguf_file,
@@ -378,15 +309,16 @@ def _device(args: argparse.Namespace) -> torch.device | None:
 
 
 def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizerBase | None]:
-    from slimkernels import search, teacher
+    from slimkernels import teacher
+    from slimkernels.evaluate.served import find_server
 
     for option in ("gguf_file", "revision", "device"):
         if getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --server, which has loaded its model")
+            raise ValueError(f"--{option.replace('_', '-')} has no meaning with a server, which has loaded its model")
     if args.selector == "verifier" and args.verifier is None:
-        raise ValueError("--selector verifier needs --verifier MODEL with --server: the verifier runs here")
+        raise ValueError("--selector verifier needs --verifier MODEL with a server: the verifier runs here")
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
-    return search.ServerEngine(args.server, args.model), None, tokenizer
+    return find_server(args.model, key_env=args.key_env).engine, None, tokenizer
 
 
 def _selector(
@@ -411,7 +343,8 @@ def _selector(
     return search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
 
 
-def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, chat: bool) -> Question:
+def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
+    from slimkernels.evaluate.models import to_continue
     from slimkernels.search import Question
 
     values = {**item.record, "question": item.text}
@@ -423,8 +356,11 @@ def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | 
     text = re.sub(r"\{(\w+)\}", value, template)
     if text == template:
         raise ValueError(f"--template must contain {{question}}, where the question goes, got {template!r}")
-    if not chat or tokenizer is None or not tokenizer.chat_template:
-        return Question(text if text.endswith((" ", "\n", ":")) else f"{text}\n", item.text)
+    has_template = tokenizer is not None and bool(tokenizer.chat_template)
+    if style == "chat" and not has_template:
+        raise ValueError("--prompt-style chat needs a tokenizer with a chat template, and there is none: use plain")
+    if style == "plain" or tokenizer is None or not has_template:
+        return Question(to_continue(text), item.text)
     messages = [{"role": "user", "content": text}]
     # Token ids: the template's special tokens would be encoded a second time with the text.
     token_ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -445,7 +381,7 @@ def _settings(args: argparse.Namespace, finder: PathFinder, template: str) -> st
     from slimkernels.search.trace import header_of
 
     header = header_of(finder.engine, finder.config, finder.checks, [])
-    content = [header, args.decoder, args.selector, args.verifier, args.nli, template, args.no_chat]
+    content = [header, args.decoder, args.selector, args.verifier, args.nli, template, args.prompt_style == "plain"]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
@@ -470,11 +406,11 @@ def _solve(
         if answered:
             sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
         watch = stack.enter_context(_watch(asked, todo))
-        started, tokens = time.monotonic(), 0
+        started, tokens, known_notes = time.monotonic(), 0, set[str]()
         for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=watch):
             index = todo[place]
             tokens += result.num_tokens
-            print(_summary(index, len(asked), result))
+            print(_summary(index, len(asked), result, known_notes))
             if results is not None and index not in answered:
                 results.append(_record(args, index, asked[index], finder, result, settings))
         seconds = time.monotonic() - started
@@ -501,7 +437,7 @@ def _record(
     return {
         "index": index,
         "question": asked.text,
-        "reference": asked.record.get(args.reference_field) if args.reference_field else None,
+        "reference": asked.record.get(args.reference_field or DEFAULT_REFERENCE_FIELD),
         "text": result.text,
         "answer": result.answer,
         "finished": result.finished,
@@ -533,12 +469,15 @@ def _unfinished_reason(result: Result) -> str | None:
     return (result.node is not None and result.tree.reasons[result.node]) or result.notes[-1]
 
 
-def _summary(index: int, total: int, result: Result) -> str:
+def _summary(index: int, total: int, result: Result, known_notes: set[str]) -> str:
+    """Returns what is printed of a result: its outcome, its answer and text, and the notes that are not yet known."""
     outcome = "finished" if result.finished else f"unfinished ({_unfinished_reason(result)})"
     answer = "" if result.answer is None else f"answer: {result.answer}\n"
+    notes = "".join(f"note: {note}\n" for note in result.notes if note not in known_notes)
+    known_notes.update(result.notes)
     return (
         f"question {index + 1} of {total}: {outcome}, {len(result.candidates)} candidates, {result.num_tokens} tokens, "
-        f"{result.seconds:.1f} s\n{answer}{result.text.strip()}\n"
+        f"{result.seconds:.1f} s\n{notes}{answer}{result.text.strip()}\n"
     )
 
 

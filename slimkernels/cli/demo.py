@@ -11,7 +11,7 @@ _EXAMPLES = """\
 examples:
   slimkernels demo --out demo-output
   slimkernels demo --quick --out demo-quick
-The default run takes a few minutes on two CPU cores, --quick a fraction of that. A stopped run is continued by the same
+The default run takes five to ten minutes on two CPU cores, --quick about one. A stopped run is continued by the same
 command, which reuses the finished phases.
 """
 
@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the demonstration."""
     if not args.quick:
-        print("the demonstration takes a few minutes on two CPU cores")
+        print("the demonstration takes five to ten minutes on two CPU cores")
     print("loading torch and transformers", flush=True)
     from slimkernels.demo import run_demo
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from slimkernels.cli.terminal import warn_deprecated
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -56,6 +58,44 @@ def add_model_options(group: argparse._ActionsContainer, model: str) -> None:
     add("--gguf-file", metavar="NAME", help=f".gguf file inside the folder or repository of {model}")
     add("--revision", metavar="REV", help=f"branch, tag or commit of {model} on the hub")
     add("--dtype", choices=DTYPES, default="float32", help=f"dtype of the weights of {model} (default: %(default)s)")
+
+
+class _OldName(argparse.Action):
+    """An option that does what another one does, and warns that its name is old."""
+
+    def __init__(self, *args: Any, present: argparse.Action, advice: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.present, self.advice = present, advice
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        warn_deprecated(f"{option_string} is now {self.advice}")
+        self.present(parser, namespace, self.const if self.nargs == 0 else values, self.present.option_strings[0])
+
+
+def add_old_name(parser: Parser, old: str, present: str, const: Any = None) -> None:
+    """Lets an option be given by the name that it had in the last release, which the help does not show.
+
+    Args:
+        parser: Parser that has the option already.
+        old: Name that the option had.
+        present: Name of the option now.
+        const: Value of the option for which the old one stood, if that took none.
+    """
+    action = parser._option_string_actions[present]
+    # argparse has no public way to add an option that is like another one.
+    like = {"nargs": 0, "const": const} if const is not None else {"nargs": action.nargs, "type": action.type}
+    advice = present if const is None else f"{present} {const}"
+    parser.add_argument(
+        old,
+        dest=action.dest,
+        action=_OldName,
+        present=action,
+        advice=advice,
+        default=action.default,
+        choices=None if const is not None else action.choices,
+        help=argparse.SUPPRESS,
+        **like,
+    )
 
 
 def positive_int(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimkernels.cli import capture, decode, demo, evaluate, store, train, tree
+from slimkernels.cli import capture, compare, decode, demo, evaluate, store, train, tree
 from slimkernels.cli.options import Parser
 
 _EXAMPLES = """\
@@ -19,13 +19,16 @@ examples:
 
 def make_parser() -> Parser:
     """Returns the parser of every command; parsed arguments hold ``run``, the function that executes the command."""
+    from slimkernels import __version__
+
     parser = Parser(
         prog="slimkernels",
         description="Distil a teacher's largest logits into a student, and search with a language model.",
         epilog=_EXAMPLES,
     )
+    parser.add_argument("--version", action="version", version=f"slimkernels {__version__}", help="print the version")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (demo, capture, train, evaluate, decode, tree, store):
+    for module in (demo, capture, train, evaluate, compare, decode, tree, store):
         module.add_parser(commands)
     return parser

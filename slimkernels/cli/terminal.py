@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +25,23 @@ def be_quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+
+
+def warn_deprecated(what: str) -> None:
+    """Issues a DeprecationWarning, which is shown as one line whatever filters are set.
+
+    Args:
+        what: Clause that names the old form and the new one.
+    """
+    message = f"{what}; the old form will be removed in the next release"
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = lambda text, *_: f"slimkernels: {text}\n"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DeprecationWarning)
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 @contextlib.contextmanager
@@ -78,6 +98,19 @@ def print_columns(columns: Mapping[str, Mapping[str, str]], console: Console | N
         for row in rows:
             table.add_row(row, *(columns[heading].get(row, "") for heading in shown_headings))
         console.print(table)
+
+
+def print_json(content: Any) -> None:
+    """Prints JSON; a number that JSON cannot hold, infinite or NaN, is null."""
+    print(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def shown(value: object) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from slimkernels.evaluate.tasks import Task
 from slimkernels.search import (
+    DEFAULT_CHAINS,
     Engine,
     PathFinder,
     PathFinderConfig,
@@ -34,14 +36,14 @@ class DecoderSettings:
         beam: Number of leaves kept after each step, for PathFinder.
     """
 
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_steps: int = 12
-    max_step_tokens: int = 64
-    max_tokens: int | None = None
-    num_chains: int = 5
-    branching_factor: int = 3
-    beam: int = 3
+    temperature: float = PathFinderConfig.temperature
+    top_p: float = PathFinderConfig.top_p
+    max_steps: int = PathFinderConfig.max_depth
+    max_step_tokens: int = PathFinderConfig.max_step_tokens
+    max_tokens: int | None = PathFinderConfig.max_tokens
+    num_chains: int = DEFAULT_CHAINS
+    branching_factor: int | Sequence[int] = PathFinderConfig.branching_factor
+    beam: int = PathFinderConfig.beam
 
     def of(self, decoder: str, task: Task) -> dict[str, Any]:
         """Returns all settings that decide a decoder's outputs on a task, except for the seed.

@@ -50,7 +50,7 @@ class LoadedModel:
 
     def render(self, prompt: str) -> str:
         """Returns the text that the model reads: the prompt, in the chat template if the model has one."""
-        return _chat(self.tokenizer, prompt) if self.chats else prompt
+        return _chat(self.tokenizer, prompt) if self.chats else to_continue(prompt)
 
     def encode(self, text: str) -> list[int]:
         """Tokenizes the result of ``render``, without special tokens for a chat, whose template writes them."""
@@ -71,11 +71,16 @@ class ServedModel:
 
     def render(self, prompt: str) -> str:
         """Returns the text that the model reads: the prompt, in the chat template if there is a tokenizer."""
-        return prompt if self.tokenizer is None else _chat(self.tokenizer, prompt)
+        return to_continue(prompt) if self.tokenizer is None else _chat(self.tokenizer, prompt)
 
     def encode(self, text: str) -> str | list[int]:
         """Tokenizes a chat, and returns plain text as it is, so that the server adds the special tokens."""
         return text if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def to_continue(prompt: str) -> str:
+    """Returns a prompt that a model continues on a line of its own, unless it ends as in "A:"."""
+    return prompt if prompt.endswith((" ", "\n", ":")) else f"{prompt}\n"
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Any:

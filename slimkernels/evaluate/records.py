@@ -43,6 +43,7 @@ class Record:
         published: Scores that came with an output from elsewhere, and a teacher's loss on a document.
         labels: Number of predicted labels of a document, over which its scores are means; None for a question.
         judged: Ratings by the name of the judge, as ``Judge.judged`` writes them.
+        kind: Kind of the answers to questions of the user's own, or "text" for free texts; empty for other tasks.
     """
 
     key: str
@@ -67,6 +68,7 @@ class Record:
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: int | None = None
     judged: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    kind: str = ""
 
     def to_line(self) -> bytes:
         """Returns the record as one line of JSON."""

@@ -28,9 +28,9 @@ from slimkernels.evaluate.records import (
     record_path,
     write_records,
 )
-from slimkernels.evaluate.scoring import check_scorer, score
-from slimkernels.evaluate.tasks import TASKS, Sample, Task
-from slimkernels.search import Question, Result, Tree
+from slimkernels.evaluate.scoring import check_scorer, kind_of, score
+from slimkernels.evaluate.tasks import Sample, Task
+from slimkernels.search import PathFinderConfig, Question, Result, Tree
 from slimkernels.search.tree import ROOT
 from slimkernels.serving.client import ServerUnavailableError
 
@@ -63,7 +63,7 @@ class Plan:
     settings: DecoderSettings = dataclasses.field(default_factory=DecoderSettings)
     seeds: Sequence[int] = (0,)
     shots: int = 3
-    batch_questions: int = 8
+    batch_questions: int = PathFinderConfig.batch_questions
     heldout: HeldoutTask | None = None
     choices: Sequence[ChoiceTask] = ()
 
@@ -235,7 +235,7 @@ def rate(
     described, records = load_run(output_dir)
     asked = {"model": judge.model, "url": judge.url, "prompt": prompt_hash()}
     write_json(output_dir / RUN_FILE, described | {"judge": asked})
-    wanted = {record.key for record in records if record.task in TASKS}
+    wanted = {record.key for record in records if kind_of(record) is not None}
     for cell in described["cells"]:
         if not (output_dir / cell["file"]).is_file():
             continue
@@ -303,6 +303,7 @@ def _record(
         answers={},
         scores={},
         choices=sample.choices,
+        kind=cell.task.own_kind,
         tokens=result.num_tokens,
         output_tokens=0 if result.node is None else int(result.tree.num_tokens[result.node]),
         seconds=seconds,

@@ -5,31 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
-from slimkernels.evaluate.answers import extract, same_answer
+from slimkernels.evaluate.answers import AnswerKind, canonical, extract, same_answer
 from slimkernels.evaluate.judge import ratings_of
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.score_units import JUDGE
-from slimkernels.evaluate.tasks import ROUGE, TASKS, Task
+from slimkernels.evaluate.tasks import ROUGE, TASKS, TEXT, Task
 
 
 def score(record: Record) -> Record:
     """Returns the record with answers and scores computed from its output, and with its judges' ratings as scores.
 
-    Records of tasks that are not in ``TASKS`` are returned unchanged.
+    Records without a kind (``kind_of``) are returned unchanged.
 
     Raises:
         ImportError: Rouge-L needs the package rouge-score, which is not installed.
     """
-    if record.task not in TASKS:
-        return record
-    kind = TASKS[record.task][0]
+    kind = kind_of(record)
     if kind is None:
+        return record
+    if kind == TEXT:
         scores: Mapping[str, float] = {ROUGE: rouge_l(record.output, record.reference)}
         answers: Mapping[str, str | None] = {ROUGE: record.output.strip() or None}
         return dataclasses.replace(record, answers=answers, scores={**scores, **_judged(record)})
     # The first metric is the main one. It is the flexible answer, by which decoders vote as well.
+    kind = cast(AnswerKind, kind)
     found = extract(record.output, kind, record.choices)
     answers = {"flexible": found.flexible, "strict": found.strict}
     scores = {name: float(same_answer(answer, record.reference, kind)) for name, answer in answers.items()}
@@ -47,10 +48,23 @@ def check_scorer(task: Task) -> None:
         _rouge_scorer()
 
 
-def vote(task: str, text: str, choices: tuple[str, ...]) -> str | None:
-    """Returns the flexible answer that a candidate's text votes for; None without one, and for tasks of free text."""
-    kind = TASKS[task][0] if task in TASKS else None
-    return None if kind is None else extract(text, kind, choices).flexible
+def kind_of(record: Record) -> str | None:
+    """Returns the kind of the answers to a record's task, ``TEXT`` for free texts, or None where nothing is extracted.
+
+    The latter are records of held-out documents, of multiple choice, and of outputs that were published with scores.
+    """
+    if record.task in TASKS:
+        return TASKS[record.task][0] or TEXT
+    return record.kind or None
+
+
+def vote(record: Record, text: str) -> str | None:
+    """Returns the flexible answer that a candidate's text votes for; None without one, and for free texts."""
+    kind = kind_of(record)
+    if kind in (None, TEXT):
+        return None
+    answer = extract(text, cast(AnswerKind, kind), record.choices).flexible
+    return None if answer is None else canonical(answer, cast(AnswerKind, kind))
 
 
 def rouge_l(output: str, reference: str) -> float:

@@ -7,14 +7,14 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
-from slimkernels.evaluate.answers import before_next_question, same_answer
+from slimkernels.evaluate.answers import AnswerKind, before_next_question, same_answer
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.score_units import JUDGE
-from slimkernels.evaluate.scoring import count_dropped, vote
+from slimkernels.evaluate.scoring import count_dropped, kind_of, vote
 from slimkernels.evaluate.statistics import (
     Difference,
     Interval,
@@ -23,7 +23,7 @@ from slimkernels.evaluate.statistics import (
     paired_difference,
     wilson_interval,
 )
-from slimkernels.evaluate.tasks import TASKS
+from slimkernels.evaluate.tasks import TEXT
 
 _NUM_RESAMPLES = 10_000
 
@@ -197,7 +197,8 @@ def budgets(records: Records, task: str) -> list[Budget]:
 
     There are no budgets if fewer than two arms recorded their cost, or if no arm has several candidates.
     """
-    if task not in TASKS or TASKS[task][0] is None:
+    own = [record for arm in records.arms for record in records.of(arm, task)]
+    if not own or kind_of(own[0]) in (None, TEXT):
         return []
     searching, spending = [], 0
     for arm in records.arms:
@@ -218,15 +219,13 @@ def score_within(record: Record, budget: Budget) -> float | None:
     A stopped decoder chooses among the candidates completed within the budget: self-consistency by their votes, others
     by the scores that the candidates had in the end. Time is assumed to be proportional to tokens.
     """
-    if record.tokens is None or record.seconds is None or record.task not in TASKS:
-        return None
-    kind = TASKS[record.task][0]
-    if kind is None:
+    kind = kind_of(record)
+    if record.tokens is None or record.seconds is None or kind in (None, TEXT):
         return None
     limit = budget.limit if budget.unit == "tokens" else budget.limit * record.tokens / max(record.seconds, 1e-9)
     # Half a token absorbs rounding: a mean of integers may fall just below the integer that it equals.
     there = [candidate for candidate in record.candidates if candidate["spent"] <= limit + 0.5]
-    answers = [vote(record.task, candidate["text"], record.choices) for candidate in there]
+    answers = [vote(record, candidate["text"]) for candidate in there]
     if record.decoder == "self-consistency":
         votes = Counter(answer for answer in answers if answer is not None)
         values = [float(votes[answer]) if answer is not None else 0.0 for answer in answers]
@@ -235,7 +234,7 @@ def score_within(record: Record, budget: Budget) -> float | None:
     if not there:
         return 0.0
     best = max(range(len(there)), key=lambda index: (values[index], there[index]["sum_logprob"], -index))
-    return float(same_answer(answers[best], record.reference, kind))
+    return float(same_answer(answers[best], record.reference, cast(AnswerKind, kind)))
 
 
 def compare(records: Records, *, seed: int = 0) -> list[Comparison]:

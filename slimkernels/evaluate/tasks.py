@@ -15,6 +15,8 @@ from slimkernels.evaluate.prompts import SHOTS
 from slimkernels.evaluate.records import content_hash
 
 ROUGE = "rouge_l"
+# Kind of free texts in records; tasks have None.
+TEXT = "text"
 # The order is the same for every run, so that a larger number of samples extends a smaller one.
 ORDER_SEED = 0
 
@@ -47,6 +49,7 @@ class Task:
         source_hash: Hash of the file's content.
         samples: Samples in an order that is the same for every run.
         available: Number of samples in the file.
+        template: Prompt with ``{question}`` for questions of the user's own; None for the named tasks.
     """
 
     name: str
@@ -55,13 +58,23 @@ class Task:
     source_hash: str
     samples: tuple[Sample, ...]
     available: int
+    template: str | None = None
+
+    @property
+    def own_kind(self) -> str:
+        """Kind of the answers to questions of the user's own, as records keep it; empty for the named tasks."""
+        return "" if self.template is None else self.kind or TEXT
 
     def prompt(self, sample: Sample, shots: int) -> str:
         """Returns the question after ``shots`` worked examples, without any model's chat template.
 
+        Questions of the user's own have no examples.
+
         Raises:
             ValueError: The task has fewer examples than ``shots``.
         """
+        if self.template is not None:
+            return self.template.replace("{question}", sample.question)
         if self.kind is None:
             return f"{sample.question}\n"
         examples = SHOTS[self.name]
@@ -95,25 +108,42 @@ def load_task(name: str, data_dir: str | os.PathLike[str], num_samples: int | No
     if found is None:
         looked_for = " or ".join(str(Path(data_dir) / file) for file in readers)
         raise FileNotFoundError(f"data for {name} not found: looked for {looked_for}")
-    content = (Path(data_dir) / found).read_bytes()
+    return read_task(name, kind, Path(data_dir) / found, found, readers[found], num_samples)
+
+
+def read_task(
+    name: str,
+    kind: AnswerKind | None,
+    path: Path,
+    source: str,
+    read: Callable[[Mapping[str, Any]], Sample],
+    num_samples: int | None,
+    template: str | None = None,
+) -> Task:
+    """Reads the samples of a .json or .jsonl file; ``source`` is the file's name in the report.
+
+    Raises:
+        ValueError: A row is not a sample, or there is none; the message names the row.
+    """
+    content = path.read_bytes()
     samples: list[Sample] = []
     ids: set[str] = set()
-    for place, row in _rows(content, found):
+    for place, row in _rows(content, source):
         try:
-            sample = readers[found](row)
+            sample = read(row)
             sample = dataclasses.replace(sample, id=sample.id or str(len(samples)))
             if sample.id in ids:
                 raise ValueError(f"an earlier row has the same id {sample.id!r}")
             if kind is not None and canonical(sample.reference, kind) is None:
                 raise ValueError(f"{sample.reference!r} is not an answer of kind {kind!r}")
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{Path(data_dir) / found}, {place}: not a sample of {name} ({error})") from error
+            raise ValueError(f"{path}, {place}: not a sample of {name} ({error})") from error
         samples.append(sample)
         ids.add(sample.id)
     if not samples:
-        raise ValueError(f"{Path(data_dir) / found} must hold samples of {name}, got none")
+        raise ValueError(f"{path} must hold samples of {name}, got none")
     random.Random(ORDER_SEED).shuffle(samples)  # noqa: S311 -- an order, not a secret
-    return Task(name, kind, found, content_hash([content]), tuple(samples[:num_samples]), len(samples))
+    return Task(name, kind, source, content_hash([content]), tuple(samples[:num_samples]), len(samples), template)
 
 
 def check_num_samples(num_samples: int | None) -> None:

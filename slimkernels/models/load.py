@@ -246,6 +246,8 @@ def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
     if source.revision is not None:
         options["revision"] = source.revision
     what = "tokenizer" if auto_class is AutoTokenizer else "model"
+    if not isinstance(source.location, Path):
+        options["local_files_only"] = not _hub_answers(source.location)
     try:
         return auto_class.from_pretrained(source.location, **options)
     # transformers and safetensors raise these for files that are missing, damaged or of an unknown kind.
@@ -278,12 +280,29 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, file, revision=revision))
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=not _hub_answers(name)))
     # The hub's errors are OSErrors; a name that cannot be a repository's is a ValueError.
     except (OSError, ValueError) as error:
         raise TeacherNotFoundError(
             f"model not found: the hub did not return {file} of {name!r} ({_first_line(error)})"
         ) from error
+
+
+def _hub_answers(name: str) -> bool:
+    """Returns whether the hub can be reached; what it says of the model is left to the request for its files.
+
+    It is asked once: transformers repeats a request that finds no network for half a minute, for each of two files.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, ValueError):
+        return True
+    except Exception:  # the errors of its HTTP client are of no public class of the hub's
+        return False
+    return True
 
 
 def _looks_local(name: str) -> bool:

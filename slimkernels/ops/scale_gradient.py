@@ -44,8 +44,8 @@ def differentiable_once(op: str, gradients: Sequence[Tensor], *sources: Tensor |
     Args:
         op: Name of the public function, for the message.
         gradients: Results of the backward pass of ``op``, computed without a graph.
-        sources: Tensors that the gradients depend on, so that a derivative by an operand of the op passes through here. An
-            output of the op that was saved for the backward pass stands for all of its operands.
+        sources: Tensors that the gradients depend on, so that a derivative by an operand of the op passes through here.
+            An output of the op that was saved for the backward pass stands for all of its operands.
 
     Raises:
         RuntimeError: In the backward pass of the result.

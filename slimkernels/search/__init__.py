@@ -13,7 +13,7 @@ from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.plan import Plan
-from slimkernels.search.presets import best_of_n, greedy, self_consistency
+from slimkernels.search.presets import DEFAULT_CHAINS, best_of_n, greedy, self_consistency
 from slimkernels.search.question import Question, Result
 from slimkernels.search.selection import (
     Candidate,
@@ -44,6 +44,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DEFAULT_CHAINS",
     "Candidate",
     "Check",
     "CheckedBranch",

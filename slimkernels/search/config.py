@@ -49,8 +49,8 @@ class PathFinderConfig:
         ValueError: A value is outside its range.
     """
 
-    branching_factor: int | Sequence[int] = 8
-    beam: int = 8
+    branching_factor: int | Sequence[int] = 3
+    beam: int = 3
     buffer_size: int = 128
     max_depth: int = 12
     max_step_tokens: int = 64

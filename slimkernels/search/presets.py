@@ -10,10 +10,12 @@ from slimkernels.search.engine import Engine
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.selection import Scorer, log_probability, majority_vote
 
+DEFAULT_CHAINS = 5
+
 
 def self_consistency(
     engine: Engine,
-    num_chains: int,
+    num_chains: int = DEFAULT_CHAINS,
     config: PathFinderConfig | None = None,
     *,
     selector: Scorer = majority_vote,
@@ -37,7 +39,7 @@ def self_consistency(
 
 def best_of_n(
     engine: Engine,
-    num_chains: int,
+    num_chains: int = DEFAULT_CHAINS,
     config: PathFinderConfig | None = None,
     *,
     selector: Scorer = log_probability,

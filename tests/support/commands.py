@@ -128,9 +128,9 @@ def smaller(args: argparse.Namespace, words: list[str]) -> list[str]:
         return [*words, *amount, "--max-new-tokens", "8"]
     if args.command == "train":
         return [*words, "--max-steps", "1", "--batch-size", "2", "--option", "use_cpu=true"]
-    if args.command == "eval" and args.models is not None:
-        short = ["--samples", "2", "--shots", "0", "--max-steps", "2", "--max-step-tokens", "4"]
-        return [*words, *short, "--chains", "2", "--branching", "2", "--beam", "2"]
+    if args.command == "compare" and args.models is not None:
+        short = ["--samples", "2", "--shots", "0", "--max-depth", "2", "--max-step-tokens", "4"]
+        return [*words, *short, "--chains", "2", "--branching-factor", "2", "--beam", "2"]
     if args.command == "decode":
         short = ["--max-depth", "2", "--max-step-tokens", "4"]
         if args.template_file is None:
@@ -153,6 +153,7 @@ class Files:
             "capture": self._capture,
             "train": self._train,
             "eval": self._eval,
+            "compare": self._compare,
             "decode": self._decode,
             "tree": self._tree,
             "store info": self._stored,
@@ -178,11 +179,19 @@ class Files:
             self.store(path)
 
     def _eval(self, args: argparse.Namespace) -> None:
-        self._models(*(args.model or ()), *(name.rpartition("=")[2] for name in args.models or ()))
+        self._models(*args.model)
+        self.store(args.store)
+
+    def _compare(self, args: argparse.Namespace) -> None:
+        self._models(*(name.rpartition("=")[2] for name in args.models or ()))
         if args.store is not None:
             self.store(args.store)
         if args.data is not None:
             evaluation.make_data(self._at(args.data))
+        for task in args.tasks or ():
+            if "=" in task:
+                rows = [{args.question_field: f"{n} + 1?", args.reference_field: n + 1} for n in range(3)]
+                self._write(task.partition("=")[2], "".join(json.dumps(row) + "\n" for row in rows))
         for path in args.outputs or ():
             row = {
                 "qid": 0,
@@ -196,7 +205,7 @@ class Files:
         if args.rescore:
             self._models("asked")
             evaluation.make_data(self._at("questions"))
-            words = "eval --models asked --tasks gsm8k --data questions --samples 2 --shots 0 --max-steps 1"
+            words = "compare --models asked --tasks gsm8k --data questions --samples 2 --shots 0 --max-depth 1"
             self._run([*words.split(), "--max-step-tokens", "2", "--out", args.out])
 
     def _decode(self, args: argparse.Namespace) -> None:

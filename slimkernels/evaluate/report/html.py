@@ -167,7 +167,7 @@ def _output(record: Record, metric: str) -> str:
     facts = [answers] if answers else []
     if record.tokens is not None:
         facts.append(f"{record.tokens} tokens")
-    votes = Counter(vote(record.task, candidate["text"], record.choices) for candidate in record.candidates)
+    votes = Counter(vote(record, candidate["text"]) for candidate in record.candidates)
     if len(record.candidates) > 1 and set(votes) != {None}:
         facts.append(
             "votes: " + ", ".join(f"{answer or 'none'} \u00d7{count}" for answer, count in votes.most_common())
