@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -45,16 +47,54 @@ def is_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_n
     same_device(target, "target", like, like_name)
 
 
-def is_positive(value: float, name: str) -> None:
-    """Checks that a number is positive and finite."""
-    if not (math.isfinite(value) and value > 0):
+def as_float(value: object, name: str) -> float:
+    """Checks that an option is a real number, of Python or numpy, and returns it as a float.
+
+    A tensor of one element is read, which waits for its device.
+    """
+    if isinstance(value, Tensor):
+        has_no_gradient(value, name)
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)} and {value.dtype}")
+        return float(value.item())
+    # The type of a number in a graph that is being compiled is float, too.
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    return float(value)
+
+
+def as_integer(value: object, name: str) -> int:
+    """Checks that an option is an integer, of Python or numpy, and returns it as an int."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
+    return int(value)
+
+
+def has_no_gradient(value: Tensor, name: str) -> None:
+    """Checks that a tensor does not require a gradient, which the ops would not compute for it."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but the op computes none for it: pass {name}.detach()")
+
+
+# These compare instead of calling math.isfinite, because a compiler traces comparisons. A NaN fails all of them.
+def is_positive(value: object, name: str) -> float:
+    """Checks that a number is positive and finite, and returns it as a float."""
+    number = as_float(value, name)
+    if not 0 < number <= sys.float_info.max:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    return number
 
 
-def is_at_least_zero(value: float, name: str) -> None:
-    """Checks that a number is finite and at least 0."""
-    if not (math.isfinite(value) and value >= 0):
+def is_at_least_zero(value: object, name: str) -> float:
+    """Checks that a number is finite and at least 0, and returns it as a float."""
+    number = as_float(value, name)
+    if not 0 <= number <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return number
 
 
 def is_one_of(value: str, name: str, choices: Sequence[str]) -> None:
@@ -67,35 +107,42 @@ def resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: int
     """Returns K, which must be given by exactly one of ``top_k`` and ``top_fraction``."""
     if (top_k is None) == (top_fraction is None):
         raise ValueError(f"give exactly one of top_k and top_fraction, got top_k={top_k}, top_fraction={top_fraction}")
-    if top_k is None:
-        assert top_fraction is not None  # noqa: S101 -- follows from the check above; for the type checker
-        if not 0 < top_fraction <= 1:
+    if top_fraction is not None:
+        fraction = as_float(top_fraction, "top_fraction")
+        if not 0 < fraction <= 1:
             raise ValueError(f"top_fraction must be in (0, 1], got {top_fraction}")
-        return math.ceil(top_fraction * vocab_size)
-    if not isinstance(top_k, int) or not 1 <= top_k <= vocab_size:
+        return math.ceil(fraction * vocab_size)
+    number = as_integer(top_k, "top_k")
+    if not 1 <= number <= vocab_size:
         raise ValueError(f"top_k must be an integer in [1, V = {vocab_size}], got {top_k}")
-    return top_k
+    return number
 
 
 def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """Checks the temperatures and returns them as floats, with 1.0 first."""
-    for temperature in temperatures:
-        is_positive(temperature, "temperatures")
-    return (1.0, *(float(t) for t in temperatures if t != 1.0))
+    if isinstance(temperatures, (numbers.Real, str)) or not hasattr(temperatures, "__iter__"):
+        raise TypeError(f"temperatures must be a sequence of numbers, got {temperatures!r}: write ({temperatures},)")
+    resolved = [is_positive(temperature, "temperatures") for temperature in temperatures]
+    return (1.0, *(t for t in resolved if t != 1.0))
 
 
-def raise_fault(fault: int, first_row: int = 0) -> None:
+# Ops without ignore_index read no label from a negative target, whichever label the caller's loss ignores.
+NEGATIVE_TARGET = "negative for no label (target.masked_fill(target == ignore_index, -100) makes it so)"
+
+
+def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored") -> None:
     """Raises the exception for the fault that a row kernel returned.
 
     Args:
         fault: 0 for no fault, else 4 * row + the number of the fault (``Fault`` in csrc/cpu/dispatch.h).
         first_row: Index of the kernel's row 0 in the caller's rows.
+        no_label: Phrase for the targets that the op accepts although they are no label.
     """
     if fault == 0:
         return
     row = fault // 4 + first_row
     if fault % 4 == 1:
-        raise ValueError(f"target[{row}] must be a label in [0, V) or ignored, got an index outside the vocabulary")
+        raise ValueError(f"target[{row}] must be a label in [0, V) or {no_label}, got an index outside the vocabulary")
     if fault % 4 == 2:
         raise ValueError(
             f"teacher.ids[{row}] must ascend strictly inside [0, V), padding (-1) last, but an id is duplicated, "
@@ -107,10 +154,12 @@ def raise_fault(fault: int, first_row: int = 0) -> None:
 def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks hidden (..., D) against the lm_head's weight (V, D) and bias (V,)."""
     is_floating(hidden, "hidden")
-    if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        depth = hidden.shape[-1] if hidden.ndim else "D"
+    if hidden.ndim < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden must have shape (..., D) with D of at least 1, got {tuple(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
         raise ValueError(
-            f"weight must have shape (V, {depth}) to match hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+            f"weight must have shape (V, {hidden.shape[-1]}) to match hidden {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}: cast one of them")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.sparse_logits import SparseLogits, check_normaliser
+from slimkernels.sparse_logits import SparseLogits, as_temperatures, check_normaliser
 
 # uint8 values are quantised logits; the others are logits.
 VALUE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
@@ -53,7 +53,7 @@ class PackedLogits:
     target_logit: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
         if self.values.dtype not in VALUE_DTYPES:
             raise TypeError(f"values must be uint8, bfloat16 or float32, got {self.values.dtype}")
         if self.values.ndim != 2 or not 1 <= self.values.shape[1] <= self.vocab_size < 2**31:
@@ -95,9 +95,9 @@ class PackedLogits:
         """Moves every field to a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> PackedLogits:
+    def pin_memory(self, device: torch.device | str | None = None) -> PackedLogits:
         """Copies every field to pinned memory, from which a copy to a GPU can be asynchronous."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory(device))
 
     def __getitem__(self, index) -> PackedLogits:
         """Selects rows by a slice, a mask, or a tensor or list of indices."""
@@ -174,3 +174,7 @@ def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[in
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape} to match values, got {tuple(tensor.shape)}")
+
+
+# Files of torch.save hold a record by the name of its class, which torch.load reads only if it is told to.
+torch.serialization.add_safe_globals([PackedLogits])

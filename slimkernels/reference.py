@@ -1,11 +1,12 @@
-"""What every op means, in plain torch.
+"""The definition of every op in plain torch.
 
-The definitions: any float dtype (half types are computed in float32, float64 stays float64), any device,
-differentiable by autograd, O(N * V) memory. In float64 they are the truth the kernels are tested against, so
-no mass is computed as one minus another that may be close to one, and an outcome of probability zero
-contributes an exact zero to values and gradients. Tests and benchmarks import this module; the ops never do.
+The functions take any float dtype (half types are computed in float32, float64 stays float64) and any device, are
+differentiable by autograd, and use O(N * V) memory. In float64 they are the truth that the kernels are tested against.
+So no mass is computed as one minus another that may be close to one, and an outcome of probability zero contributes an
+exact zero to values and gradients. Tests and benchmarks import this module; the ops never do.
 
 ``...`` stands for any leading dimensions, N for their product, V for the vocabulary, K for the kept entries.
+``ops/README.md`` lists the names of ``slim_loss`` and its four stages, of which autograd computes the last.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ WEIGHTS = ("teacher_over_student", "student_over_teacher", "none")
 
 
 class SparseProbs(NamedTuple):
-    """The teacher's distribution: ``logprobs`` (..., K) at its ids, ``tail_logprob`` (...) of all other ids."""
+    """A teacher's distribution: ``logprobs`` (..., K) at its ids, ``tail_logprob`` (...) of all other ids together."""
 
     logprobs: Tensor
     tail_logprob: Tensor
 
 
 class SlimLoss(NamedTuple):
-    """``loss`` is a scalar or (...); the others are per token (...), detached, 0 at ignored tokens."""
+    """A loss, scalar or (...), and its statistics per token (...), which are detached and 0 at ignored tokens."""
 
     loss: Tensor
     ce: Tensor
@@ -51,16 +52,16 @@ def topk_logits(
     target: Tensor | None = None,
     temperatures: tuple[float, ...] = (1.0,),
 ) -> SparseLogits:
-    """The K largest of every row, ordered by id, and the log-sum-exp of the whole row at every temperature.
+    """Keeps the K largest of every row, ordered by id, and the log-sum-exp of the whole row at every temperature.
 
-    NaN is larger than +inf, -0.0 equals +0.0, and of equal values the lowest index is kept.
+    NaN is larger than +inf, -0.0 equals +0.0, and among equal values the lowest index is kept.
 
     Args:
         logits: (..., V), any float dtype.
         top_k: K, 1 <= K <= V.
-        top_fraction: K = ceil(top_fraction * V), instead of ``top_k``.
-        target: (...) int64. The label whose logit becomes ``target_logit``; NaN where negative.
-        temperatures: One column of ``lse`` each; 1.0 is the first, given or not.
+        top_fraction: Alternative to ``top_k``, with K = ceil(top_fraction * V).
+        target: (...) int64 labels, whose logits become ``target_logit``; NaN where a label is negative.
+        temperatures: Temperatures of the columns of ``lse``; 1.0 is always the first, given or not.
 
     Returns:
         ids and logits (..., K), logits in the dtype of the input; lse (..., M) and target_logit (...) in
@@ -69,7 +70,7 @@ def topk_logits(
     vocab_size = logits.shape[-1]
     top_k = _resolve_top_k(top_k, top_fraction, vocab_size)
     temperatures = (1.0, *(t for t in temperatures if t != 1.0))
-    # A stable descending sort puts NaN first and leaves equal values in the order of their index.
+    # A stable descending sort puts NaN first and keeps equal values in the order of their index.
     by_value = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
     ids = by_value[..., :top_k].sort(dim=-1).values
     wide = logits.to(_accumulate_dtype(logits))
@@ -103,8 +104,8 @@ def linear_topk_logits(
 ) -> SparseLogits:
     """``topk_logits`` of the effective logits of ``hidden`` (..., D) @ ``weight`` (V, D).T + ``bias`` (V,).
 
-    The product is taken in float32 (float64); only the kept logits are rounded to the dtype of ``hidden``.
-    ``chunk_rows`` bounds the memory of the op and means nothing here. No gradient flows through.
+    The product is computed in float32 (float64); only the kept logits are rounded to the dtype of ``hidden``.
+    ``chunk_rows``, which bounds the memory of the op, has no effect here. There is no gradient.
     """
     logits = _effective_logits(_linear(hidden, weight, bias), softcap, logit_scale)
     sparse = topk_logits(logits, top_k, top_fraction, target=target, temperatures=temperatures)
@@ -114,35 +115,36 @@ def linear_topk_logits(
 def sparse_softmax(
     sparse: SparseLogits, *, temperature: float = 1.0, rest: str = "renorm", vocab_size: int | None = None
 ) -> SparseProbs:
-    """The teacher's distribution at ``temperature`` under a reading ``rest`` of what lies outside its ids.
+    """Computes the teacher's distribution at ``temperature``, where ``rest`` gives the mass outside its ids a meaning.
 
     With l = logits / T, q = exp(l - lse_T) and a = sum q:
 
-    - ``"renorm"``, ``"renorm_both"``: q / a, nothing outside; ``lse`` is not needed.
-    - ``"zero"``: q, nothing outside, so the row sums to a.
-    - ``"ghost"``: q, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1 or every id is kept).
-    - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), the unkept logits being 0.
+    - ``"renorm"``, ``"renorm_both"``: q / a on the ids, 0 outside; ``lse`` is not needed.
+    - ``"zero"``: q on the ids, 0 outside, so the row sums to a.
+    - ``"ghost"``: q on the ids, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1 or every id is kept).
+    - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), because the unkept logits are taken as 0.
 
-    Padding, and a row with no mass on its ids, has log-probability -inf, which passes no gradient on.
+    Padding, and every id of a row with no mass on its ids, has log-probability -inf and gradient 0.
     """
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {RESTS}, got {rest!r}")
     dtype = _accumulate_dtype(sparse.logits)
     kept = sparse.ids >= 0
-    scaled = (sparse.logits.to(dtype) / temperature).masked_fill(~kept, -math.inf)
-    log_sum = _logsumexp(scaled)
-    log_z, tail = _finite(log_sum), torch.full_like(log_sum, -math.inf)
+    teacher_z = (sparse.logits.to(dtype) / temperature).masked_fill(~kept, -math.inf)
+    lse_on = _logsumexp(teacher_z)
+    q_norm, tail = _finite(lse_on), torch.full_like(lse_on, -math.inf)
     if rest == "zero_logit":
         if vocab_size is None:
             raise ValueError("vocab_size is needed with rest='zero_logit': pass the width V of the teacher's rows")
         log_unkept = (vocab_size - kept.sum(-1)).to(dtype).log()
-        log_z = _logsumexp(torch.stack([log_sum, log_unkept], dim=-1))
-        tail = (log_unkept - log_z).masked_fill(log_unkept == -math.inf, -math.inf)
+        q_norm = _logsumexp(torch.stack([lse_on, log_unkept], dim=-1))
+        tail = (log_unkept - q_norm).masked_fill(log_unkept == -math.inf, -math.inf)
     if rest in ("zero", "ghost"):
-        log_z = sparse.lse_at(temperature).to(dtype)
+        q_norm = sparse.lse_at(temperature).to(dtype)
     if rest == "ghost":
-        tail = _log1mexp(log_sum - log_z).masked_fill(kept.sum(-1) == (vocab_size or -1), -math.inf)
-    return SparseProbs((scaled - log_z.unsqueeze(-1)).masked_fill(scaled == -math.inf, -math.inf), tail)
+        tail = _log1mexp(lse_on - q_norm).masked_fill(kept.sum(-1) == (vocab_size or -1), -math.inf)
+    logprobs = (teacher_z - q_norm.unsqueeze(-1)).masked_fill(teacher_z == -math.inf, -math.inf)
+    return SparseProbs(logprobs, tail)
 
 
 def slim_loss(
@@ -153,7 +155,7 @@ def slim_loss(
     temperature: float = 1.0,
     rest: str = "renorm",
     divergence: str = "forward_kl",
-    weight: str | Tensor = "teacher_over_student",
+    token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
     beta: float = 0.5,
     alpha: float = 0.1,
@@ -167,29 +169,29 @@ def slim_loss(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
 ) -> SlimLoss:
-    """ce_weight * CE + kd_weight * w * D * T^2 + z_loss_weight * lse^2 of every token, reduced.
+    """Computes ce_weight * CE + kd_weight * w * D * T^2 + z_loss_weight * lse^2 of every token, reduced.
 
     With z = softcap * tanh(logit_scale * logits / softcap), s = softmax(z), p = softmax(z / T), y the label and
     t_y the teacher's probability of it at T = 1:
 
     - CE = -(1 - eps) * log s_y - eps / V * sum log s, eps = ``label_smoothing``.
     - w = 1 - exp(-t_y / s_y) (``"teacher_over_student"``), 1 - exp(-s_y / t_y) (``"student_over_teacher"``),
-      1 (``"none"``) or the given (...) tensor. The log of the ratio is cut at 30. A label outside the teacher's
-      ids has t_y = 0 where the teacher's ``target_logit`` is not known, which makes w 0 respectively 1.
+      1 (``"none"``) or the given (...) tensor. The log of the ratio is limited to 30. A label outside the teacher's
+      ids whose ``target_logit`` is not known has t_y = 0, so that w is 0 (first form) or 1 (second form).
     - D = divergence(Q, P), where Q is ``sparse_softmax(teacher)`` and P the student on the same outcomes: the kept
       ids, plus one bucket of mass 1 - sum_S p (``"ghost"``), or every id (``"zero_logit"``). P is renormalised
       on the kept ids with ``"renorm_both"`` only.
 
-    ``logits`` (..., V); ``target`` (...) int64, a label or ``ignore_index``; ``teacher`` rows (..., K), or None for
-    CE and z-loss alone (kd, weight and masses are then 0). Everything returned is float32 (float64 for float64
-    logits); kd is D * T^2; teacher_mass is NaN when the teacher's lse at T is neither known nor needed.
+    ``logits`` are (..., V); ``target`` (...) int64 holds labels or ``ignore_index``; ``teacher`` has rows (..., K), or
+    is None for CE and z-loss alone (kd, weight and masses are then 0). All fields of the result are float32 (float64
+    for float64 logits); kd is D * T^2; teacher_mass is NaN where the teacher's lse at T is neither known nor needed.
     """
-    _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, reduction, num_items)
+    _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items)
     leading_shape, vocab_size = tuple(target.shape), logits.shape[-1]
     if logits.shape[:-1] != leading_shape:
         raise ValueError(f"target must have shape {tuple(logits.shape[:-1])} like logits, got {leading_shape}")
     labels = target.reshape(-1)
-    # Ignored rows are left out of the computation, not masked in its result: whatever they hold cannot leak.
+    # Ignored rows are dropped before the computation instead of masked after it, so that their contents cannot leak.
     active = labels != ignore_index
     label = labels[active].unsqueeze(-1)
     if ((label < 0) | (label >= vocab_size)).any():
@@ -203,7 +205,7 @@ def slim_loss(
     ce = -log_s_y
     if label_smoothing:
         ce = (1 - label_smoothing) * ce - label_smoothing / vocab_size * log_s.sum(-1)
-    # A term of weight 0 is left out, so that an infinite one does not become NaN.
+    # A term of weight 0 is dropped, so that an infinite one does not become NaN.
     loss = ce_weight * ce if ce_weight else torch.zeros_like(ce)
     if z_loss_weight:
         loss = loss + z_loss_weight * lse.square()
@@ -213,14 +215,15 @@ def slim_loss(
         if teacher.leading_shape != leading_shape:
             raise ValueError(f"teacher must have rows {leading_shape} like target, got {teacher.leading_shape}")
         rows = _constant(teacher.reshape(labels.numel())[active], z.dtype)
-        log_q, log_p, log_kept = _outcomes(z / temperature, rows, temperature, rest)
-        kd = _divergence(log_q, log_p, divergence, beta, alpha) * temperature**2
-        if isinstance(weight, Tensor):
-            w = weight.detach().reshape(-1)[active].to(z.dtype)
+        student_sums = _sum_student(z / temperature, rows.ids, rest)
+        teacher_sums = _sum_teacher(rows, label, temperature, rest, vocab_size)
+        kd = _divergence(teacher_sums.log_q, student_sums.log_p, divergence, beta, alpha) * temperature**2
+        if isinstance(token_weight, Tensor):
+            w = token_weight.detach().reshape(-1)[active].to(z.dtype)
         else:
-            w = _token_weight(weight, _log_label_probability(rows, label), log_s_y)
+            w = _token_weight(token_weight, teacher_sums.log_t_y, log_s_y)
             w = w.detach() if detach_weight else w
-        teacher_mass, student_mass = _teacher_mass(rows, temperature), log_kept.exp()
+        teacher_mass, student_mass = teacher_sums.mass, student_sums.log_mass.exp()
         if kd_weight:
             loss = loss + kd_weight * w * kd
 
@@ -233,6 +236,102 @@ def slim_loss(
     if reduction == "mean":
         loss = loss / (active.sum().clamp(min=1) if num_items is None else num_items)
     return SlimLoss(loss, *(per_token(x.detach()) for x in (ce, kd, w, teacher_mass, student_mass, lse)))
+
+
+class _StudentSums(NamedTuple):
+    """Stage 1: ``log_p`` (N, outcomes), and log P, the ``log_mass`` (N,) of the student on the kept ids."""
+
+    log_p: Tensor
+    log_mass: Tensor
+
+
+class _TeacherSums(NamedTuple):
+    """Stage 2: ``log_q`` (N, outcomes), the label's ``log_t_y`` (N,), and a, the ``mass`` (N,) on the kept ids."""
+
+    log_q: Tensor
+    log_t_y: Tensor
+    mass: Tensor
+
+
+def _sum_student(scaled: Tensor, ids: Tensor, rest: str) -> _StudentSums:
+    """Computes stage 1 from z / T (N, V) and the teacher's ids (N, K)."""
+    num_rows, vocab_size = scaled.shape
+    kept, slots = _slots(ids, vocab_size)
+    log_p = scaled - _logsumexp(scaled).unsqueeze(-1)
+    log_p_on = log_p.gather(1, slots.clamp(max=vocab_size - 1)).masked_fill(~kept, -math.inf)
+    log_mass = _logsumexp(log_p_on)
+    if rest == "zero_logit":
+        return _StudentSums(log_p, log_mass)
+    if rest == "ghost":
+        is_on = kept.new_zeros(num_rows, vocab_size + 1).scatter(1, slots, True)[:, :vocab_size]
+        log_p_tail = _logsumexp(log_p.masked_fill(is_on, -math.inf))
+        return _StudentSums(torch.cat([log_p_on, log_p_tail.unsqueeze(-1)], dim=-1), log_mass)
+    if rest == "renorm_both":
+        log_p_on = log_p_on - _finite(log_mass).unsqueeze(-1)
+    return _StudentSums(log_p_on, log_mass)
+
+
+def _sum_teacher(teacher: SparseLogits, label: Tensor, temperature: float, rest: str, vocab_size: int) -> _TeacherSums:
+    """Computes stage 2 from the teacher's rows and the labels (N, 1)."""
+    kept, slots = _slots(teacher.ids, vocab_size)
+    q = sparse_softmax(teacher, temperature=temperature, rest=rest, vocab_size=vocab_size)
+    log_q = q.logprobs
+    if rest == "zero_logit":
+        num_unkept = (vocab_size - kept.sum(-1)).clamp(min=1)
+        log_q_unkept = (q.tail_logprob - num_unkept.to(q.tail_logprob.dtype).log()).unsqueeze(-1)
+        log_q = log_q_unkept.expand(-1, vocab_size + 1).scatter(1, slots, q.logprobs)[:, :vocab_size]
+    if rest == "ghost":
+        log_q = torch.cat([q.logprobs, q.tail_logprob.unsqueeze(-1)], dim=-1)
+    return _TeacherSums(log_q, _log_label_probability(teacher, label), _teacher_mass(teacher, temperature))
+
+
+def _slots(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Returns which ids are kept, and their columns; padding points at a column V, which callers cut off again."""
+    kept = ids >= 0
+    return kept, ids.long().masked_fill(~kept, vocab_size)
+
+
+def _log_label_probability(teacher: SparseLogits, label: Tensor) -> Tensor:
+    """Computes log t_y (N,); -inf where the label (N, 1) is outside ids and its target_logit is not known."""
+    label_logit = teacher.logits.masked_fill(teacher.ids != label, -math.inf).amax(-1)
+    if teacher.target_logit is not None:
+        label_logit = torch.where(teacher.target_logit.isnan(), label_logit, teacher.target_logit)
+    return label_logit - teacher.lse_at(1.0)
+
+
+def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
+    if not any(math.isclose(temperature, captured, rel_tol=1e-6) for captured in teacher.temperatures):
+        return torch.full_like(teacher.lse[:, 0], math.nan)
+    lse = teacher.lse_at(temperature)
+    return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
+    """Computes divergence(Q, P) of every row (N, outcomes), part of stage 3."""
+    if divergence == "forward_kl":
+        return _expectation(log_q, log_q - log_p)
+    if divergence == "soft_ce":
+        return _expectation(log_q, -log_p)
+    if divergence == "reverse_kl":
+        # An outcome with q = 0 contributes 0: its true term is infinite, and a tail may have mass 0 only because of
+        # the rounding of the teacher's lse.
+        return _expectation(log_p.masked_fill(log_q.exp() == 0, -math.inf), log_p - log_q)
+    share = beta if divergence == "jsd" else alpha
+    log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
+    log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
+    if divergence == "skew_kl":
+        return _expectation(log_q, log_q - log_m)
+    return beta * _expectation(log_q, log_q - log_m) + (1 - beta) * _expectation(log_p, log_p - log_m)
+
+
+def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
+    """Computes w (N,), part of stage 3."""
+    if kind == "none":
+        return torch.ones_like(log_s_y)
+    sign = 1.0 if kind == "teacher_over_student" else -1.0
+    # If the teacher's probability of the label is 0, the ratio ignores the student's, even at 0/0.
+    log_ratio = torch.where(log_t_y == -math.inf, -sign * math.inf, sign * (log_t_y - log_s_y))
+    return -torch.expm1(-torch.exp(log_ratio.clamp(max=30.0)))
 
 
 def linear_slim_loss(
@@ -248,78 +347,9 @@ def linear_slim_loss(
 ) -> SlimLoss:
     """``slim_loss`` of ``hidden`` (..., D) @ ``weight`` (V, D).T + ``bias`` (V,), with the same ``options``.
 
-    ``token_weight`` is the ``weight`` of ``slim_loss``. The product is taken in float32 (float64). ``chunk_rows``
-    bounds the memory of the op and means nothing here.
+    The product is computed in float32 (float64). ``chunk_rows``, which bounds the memory of the op, has no effect here.
     """
-    return slim_loss(_linear(hidden, weight, bias), target, teacher, weight=token_weight, **options)
-
-
-def _outcomes(scaled: Tensor, teacher: SparseLogits, temperature: float, rest: str) -> tuple[Tensor, Tensor, Tensor]:
-    """From z / T (N, V): log Q and log P (N, outcomes), and the log of the student's mass on the kept ids (N,)."""
-    num_rows, vocab_size = scaled.shape
-    kept = teacher.ids >= 0
-    # Padding points at a column V that does not exist in the vocabulary and is cut off again.
-    slots = teacher.ids.long().masked_fill(~kept, vocab_size)
-    on_support = kept.new_zeros(num_rows, vocab_size + 1).scatter(1, slots, True)[:, :vocab_size]
-
-    q = sparse_softmax(teacher, temperature=temperature, rest=rest, vocab_size=vocab_size)
-    log_p = scaled - _logsumexp(scaled).unsqueeze(-1)
-    log_p_kept = log_p.gather(1, slots.clamp(max=vocab_size - 1)).masked_fill(~kept, -math.inf)
-    log_kept = _logsumexp(log_p_kept)
-    if rest == "zero_logit":
-        num_unkept = (vocab_size - kept.sum(-1)).clamp(min=1)
-        log_q_unkept = (q.tail_logprob - num_unkept.to(q.tail_logprob.dtype).log()).unsqueeze(-1)
-        log_q = log_q_unkept.expand(-1, vocab_size + 1).scatter(1, slots, q.logprobs)[:, :vocab_size]
-        return log_q, log_p, log_kept
-    if rest == "ghost":
-        log_p_tail = _logsumexp(log_p.masked_fill(on_support, -math.inf))
-        log_q = torch.cat([q.logprobs, q.tail_logprob.unsqueeze(-1)], dim=-1)
-        return log_q, torch.cat([log_p_kept, log_p_tail.unsqueeze(-1)], dim=-1), log_kept
-    if rest == "renorm_both":
-        log_p_kept = log_p_kept - _finite(log_kept).unsqueeze(-1)
-    return q.logprobs, log_p_kept, log_kept
-
-
-def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
-    """divergence(Q, P) of every row (N, outcomes) -> (N,)."""
-    if divergence == "forward_kl":
-        return _expectation(log_q, log_q - log_p)
-    if divergence == "soft_ce":
-        return _expectation(log_q, -log_p)
-    if divergence == "reverse_kl":
-        # An outcome the teacher rules out contributes nothing: its true term is infinite, and a tail of mass
-        # below the rounding of the teacher's lse is ruled out only by that rounding.
-        return _expectation(log_p.masked_fill(log_q.exp() == 0, -math.inf), log_p - log_q)
-    share = beta if divergence == "jsd" else alpha
-    log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
-    log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
-    if divergence == "skew_kl":
-        return _expectation(log_q, log_q - log_m)
-    return beta * _expectation(log_q, log_q - log_m) + (1 - beta) * _expectation(log_p, log_p - log_m)
-
-
-def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
-    if kind == "none":
-        return torch.ones_like(log_s_y)
-    sign = 1.0 if kind == "teacher_over_student" else -1.0
-    # A teacher probability of 0 decides the ratio even where the student's is 0 as well.
-    log_ratio = torch.where(log_t_y == -math.inf, -sign * math.inf, sign * (log_t_y - log_s_y))
-    return -torch.expm1(-torch.exp(log_ratio.clamp(max=30.0)))
-
-
-def _log_label_probability(teacher: SparseLogits, label: Tensor) -> Tensor:
-    """The log of t_y (N,); -inf where the label (N, 1) is outside ids and its target_logit is not known."""
-    label_logit = teacher.logits.masked_fill(teacher.ids != label, -math.inf).amax(-1)
-    if teacher.target_logit is not None:
-        label_logit = torch.where(teacher.target_logit.isnan(), label_logit, teacher.target_logit)
-    return label_logit - teacher.lse_at(1.0)
-
-
-def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
-    if not any(math.isclose(temperature, captured, rel_tol=1e-6) for captured in teacher.temperatures):
-        return torch.full_like(teacher.lse[:, 0], math.nan)
-    lse = teacher.lse_at(temperature)
-    return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
+    return slim_loss(_linear(hidden, weight, bias), target, teacher, token_weight=token_weight, **options)
 
 
 def _constant(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
@@ -340,13 +370,13 @@ def _effective_logits(logits: Tensor, softcap: float | None, logit_scale: float)
 
 
 def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
-    """The sum of exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
+    """Computes the sum of exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
     weight = log_weight.exp()
     return (weight * value.masked_fill(weight == 0, 0.0)).sum(-1)
 
 
 def _logsumexp(x: Tensor) -> Tensor:
-    """Over the last dimension; -inf, with gradient 0, where everything is -inf."""
+    """Computes the log-sum-exp over the last dimension; -inf, with gradient 0, where everything is -inf."""
     peak = _finite(x.detach().amax(-1, keepdim=True))
     total = (x - peak).exp().sum(-1)
     empty = total == 0
@@ -354,7 +384,7 @@ def _logsumexp(x: Tensor) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) without cancellation; -inf, with gradient 0, where x >= 0."""
+    """Computes log(1 - exp(x)) without cancellation; -inf, with gradient 0, where x >= 0."""
     full = x >= 0
     near = x > -math.log(2.0)
     small = torch.log1p(-x.masked_fill(near, -1.0).exp())
@@ -363,7 +393,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Zero in place of what is not finite: a shift that cannot turn inf - inf into NaN."""
+    """Replaces values that are not finite by 0, which makes a shift that cannot turn inf - inf into NaN."""
     return x.masked_fill(~x.isfinite(), 0.0)
 
 
@@ -381,7 +411,7 @@ def _resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: in
     return top_k
 
 
-def _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, reduction, num_items) -> None:
+def _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items) -> None:
     def require(legal: bool, name: str, expected: str, got) -> None:
         if not legal:
             raise ValueError(f"{name} must be {expected}, got {got!r}")
@@ -390,9 +420,10 @@ def _check_options(temperature, rest, divergence, weight, beta, alpha, softcap, 
     require(rest in RESTS, "rest", f"one of {RESTS}", rest)
     require(divergence in DIVERGENCES, "divergence", f"one of {DIVERGENCES}", divergence)
     if divergence in ("reverse_kl", "jsd", "skew_kl"):
-        # They weigh with the student, so it too must sum to 1 over the outcomes.
+        # These divergences weigh with the student, so it must sum to 1 over the outcomes as well.
         require(rest in ("ghost", "renorm_both"), "rest", f"'ghost' or 'renorm_both' with {divergence!r}", rest)
-    require(isinstance(weight, Tensor) or weight in WEIGHTS, "weight", f"one of {WEIGHTS} or a tensor", weight)
+    is_known = isinstance(token_weight, Tensor) or token_weight in WEIGHTS
+    require(is_known, "token_weight", f"one of {WEIGHTS} or a tensor", token_weight)
     require(0 < beta < 1, "beta", "in (0, 1)", beta)
     require(0 <= alpha < 1, "alpha", "in [0, 1)", alpha)
     require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SparseLogits:
     """The K kept logits of every row, with the log-sum-exp of the WHOLE row.
 
@@ -36,7 +38,7 @@ class SparseLogits:
     target_logit: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
         if self.ids.dtype != torch.int32:
             raise TypeError(f"ids must have dtype torch.int32, got {self.ids.dtype}: call ids.to(torch.int32)")
         if not self.logits.is_floating_point():
@@ -64,15 +66,23 @@ class SparseLogits:
         """The device of every field."""
         return self.ids.device
 
+    def column_of(self, temperature: float) -> int | None:
+        """Returns the column of ``lse`` that holds a temperature, None if the teacher was not captured at it."""
+        for column, captured in enumerate(self.temperatures):
+            # This is math.isclose, which a compiler does not trace.
+            if abs(captured - temperature) <= 1e-6 * max(captured, temperature):
+                return column
+        return None
+
     def lse_at(self, temperature: float) -> Tensor:
         """Returns the whole row's log-sum-exp at one temperature, shape (...).
 
         Raises:
             ValueError: The teacher was not captured at this temperature.
         """
-        for column, captured in enumerate(self.temperatures):
-            if math.isclose(captured, temperature, rel_tol=1e-6):
-                return self.lse[..., column]
+        column = self.column_of(temperature)
+        if column is not None:
+            return self.lse[..., column]
         raise ValueError(
             f"temperature={temperature} is not among the teacher's temperatures={self.temperatures}; capture the "
             f"teacher with temperatures=(1.0, {temperature}), or use a rest that does not need its lse "
@@ -88,12 +98,47 @@ class SparseLogits:
         return self._map(lambda t: t.reshape(*leading_shape, t.shape[-1]), lambda t: t.reshape(leading_shape))
 
     def to(self, *args, **kwargs) -> SparseLogits:
-        """Moves every field to a device, like ``Tensor.to``."""
+        """Moves every field to a device, like ``Tensor.to``.
+
+        Raises:
+            TypeError: A dtype is given.
+        """
+        if any(isinstance(argument, (torch.dtype, Tensor)) for argument in (*args, *kwargs.values())):
+            raise TypeError(
+                "SparseLogits.to moves to a device and converts no dtype, because ids and lse must keep theirs: use "
+                "dataclasses.replace(sparse, logits=sparse.logits.to(dtype))"
+            )
         return self._map(lambda t: t.to(*args, **kwargs), lambda t: t.to(*args, **kwargs))
 
+    def pin_memory(self, device: torch.device | str | None = None) -> SparseLogits:
+        """Copies every field to pinned memory, as a ``DataLoader`` with ``pin_memory=True`` asks for."""
+        return self._map(lambda t: t.pin_memory(device), lambda t: t.pin_memory(device))
+
     def __getitem__(self, index) -> SparseLogits:
-        """Selects rows along the leading dimensions; an integer drops its dimension."""
+        """Selects rows along the leading dimensions; an integer drops its dimension.
+
+        Raises:
+            IndexError: The index reaches the dimension of the kept entries.
+        """
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(part is Ellipsis for part in parts) or sum(map(_num_dimensions, parts)) > len(self.leading_shape):
+            raise IndexError(
+                f"an index selects rows along the leading dimensions {self.leading_shape}, never some of the K kept "
+                f"entries, got {index!r}: keep fewer with topk_logits(top_k=...)"
+            )
         return self._map(lambda t: t[index], lambda t: t[index])
+
+    def __eq__(self, other: object) -> bool:
+        """Returns whether both are the same object.
+
+        Raises:
+            TypeError: The other is another SparseLogits.
+        """
+        if self is not other and isinstance(other, SparseLogits):
+            raise TypeError("SparseLogits have no ==: compare their fields, for example with torch.equal")
+        return self is other
+
+    __hash__ = object.__hash__
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -105,26 +150,22 @@ class SparseLogits:
         Raises:
             ValueError: There are no parts, their temperatures differ, or only some have a target_logit.
         """
-        if not parts:
-            raise ValueError("parts must hold at least one SparseLogits, got none")
-        first = parts[0]
-        if any(part.temperatures != first.temperatures for part in parts):
-            raise ValueError(f"parts must share temperatures, got {sorted({p.temperatures for p in parts})}")
-        targets = [part.target_logit for part in parts if part.target_logit is not None]
-        if targets and len(targets) != len(parts):
-            raise ValueError("either all parts or no part must have a target_logit")
-        top_k = max(part.top_k for part in parts)
+        return _join(parts, torch.cat)
 
-        def pad(tensor: Tensor, value: float) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, top_k - tensor.shape[-1]), value=value)
+    @staticmethod
+    def stack(parts: Sequence[SparseLogits]) -> SparseLogits:
+        """Stacks B records (..., K_i) of one leading shape to (B, ..., max K_i), padding with ``-1``.
 
-        return SparseLogits(
-            ids=torch.cat([pad(part.ids, -1) for part in parts]),
-            logits=torch.cat([pad(part.logits, 0.0) for part in parts]),
-            lse=torch.cat([part.lse for part in parts]),
-            temperatures=first.temperatures,
-            target_logit=torch.cat(targets) if targets else None,
-        )
+        ``torch.utils.data.default_collate`` makes batches of samples in this way.
+
+        Raises:
+            ValueError: There are no parts, their temperatures or leading shapes differ, or only some have a
+                target_logit.
+        """
+        shapes = {part.leading_shape for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"parts must share their leading shape, got {sorted(shapes)}: pad them, or use cat")
+        return _join(parts, torch.stack)
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Checks every row for what the kernels rely on.
@@ -156,6 +197,55 @@ class SparseLogits:
         )
 
 
+def _join(parts: Sequence[SparseLogits], join: Callable[[list[Tensor]], Tensor]) -> SparseLogits:
+    """Joins records along their first dimension, after padding each to as many entries as the widest keeps."""
+    if not parts:
+        raise ValueError("parts must hold at least one SparseLogits, got none")
+    first = parts[0]
+    if any(part.temperatures != first.temperatures for part in parts):
+        raise ValueError(f"parts must share temperatures, got {sorted({p.temperatures for p in parts})}")
+    targets = [part.target_logit for part in parts if part.target_logit is not None]
+    if targets and len(targets) != len(parts):
+        raise ValueError("either all parts or no part must have a target_logit")
+    top_k = max(part.top_k for part in parts)
+
+    def pad(tensor: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, top_k - tensor.shape[-1]), value=value)
+
+    return SparseLogits(
+        ids=join([pad(part.ids, -1) for part in parts]),
+        logits=join([pad(part.logits, 0.0) for part in parts]),
+        lse=join([part.lse for part in parts]),
+        temperatures=first.temperatures,
+        target_logit=join(targets) if targets else None,
+    )
+
+
+def _num_dimensions(index) -> int:
+    """Returns how many dimensions one part of an index consumes."""
+    if index is None:
+        return 0
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        return index.ndim
+    return 1
+
+
+def _collate(batch: Sequence[SparseLogits], *, collate_fn_map=None) -> SparseLogits:
+    return SparseLogits.stack(batch)
+
+
+default_collate_fn_map[SparseLogits] = _collate
+# Files of torch.save hold a record by the name of its class, which torch.load reads only if it is told to.
+torch.serialization.add_safe_globals([SparseLogits])
+
+
+def as_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    """Returns temperatures as a tuple of floats."""
+    if isinstance(temperatures, (int, float)):
+        raise TypeError(f"temperatures must be a sequence of numbers, got {temperatures}: write ({temperatures},)")
+    return tuple(float(t) for t in temperatures)
+
+
 def widen_float8(logits: Tensor) -> Tensor:
     """Converts float8 logits to bfloat16, exactly; returns other dtypes, which the kernels can read, unchanged."""
     return logits.to(torch.bfloat16) if logits.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else logits
@@ -170,7 +260,7 @@ def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape
         )
     if not temperatures or temperatures[0] != 1.0:
         raise ValueError(f"temperatures must start with 1.0, got {temperatures}")
-    if not all(t > 0 and math.isfinite(t) for t in temperatures):
+    if not all(0 < t <= sys.float_info.max for t in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
 
 

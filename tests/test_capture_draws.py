@@ -92,7 +92,7 @@ def test_gradient_of_captured_draws_approaches_the_dense_one(select, model, toke
         logits = dense_logits(model, document)
         student = (0.5 * logits).requires_grad_()
         target = document.input_ids[1:]
-        options = {"rest": "renorm", "weight": "none", "ce_weight": 0.0, "reduction": "sum"}
+        options = {"rest": "renorm", "token_weight": "none", "ce_weight": 0.0, "reduction": "sum"}
         sk.slim_loss(student, target, document.teacher, **options).loss.backward()
         total = total + student.grad
         if seed in (0, 63):

@@ -53,7 +53,6 @@ def with_operands(function, *, product=False):
         if product:
             del options["chunk_rows"]
             return function(F.linear(hidden, weight, bias), target, teacher, **options)
-        options["token_weight"] = options.pop("weight", "teacher_over_student")
         return function(hidden, weight, target, teacher, bias=bias, **options)
 
     return call
@@ -74,11 +73,10 @@ def assert_matches(operands, target, teacher, **options):
 
 def test_linear_slim_loss_has_the_options_of_slim_loss():
     ours, theirs = (inspect.signature(f).parameters for f in (sk.linear_slim_loss, sk.slim_loss))
-    own = {"hidden", "weight", "bias", "token_weight", "chunk_rows"}
+    own = {"hidden", "weight", "bias", "chunk_rows"}
     # The logits of a chunk are always written over.
     assert set(ours) - own == set(theirs) - {"logits", "weight", "inplace_backward"}
     assert all(ours[name].default == theirs[name].default for name in set(ours) - own)
-    assert ours["token_weight"].default == theirs["weight"].default
 
 
 @pytest.mark.parametrize(("rest", "divergence", "options", "expected"), HAND_WORKED)
@@ -101,9 +99,9 @@ def test_linear_slim_loss_matches_the_reference(dtype, rest, divergence):
 
 OPTIONS = {
     "no teacher": {"teacher": None},
-    "student over teacher": {"weight": "student_over_teacher"},
-    "no weight": {"weight": "none"},
-    "tensor weight": {"weight": torch.linspace(0.0, 2.0, 7)},
+    "student over teacher": {"token_weight": "student_over_teacher"},
+    "no weight": {"token_weight": "none"},
+    "tensor weight": {"token_weight": torch.linspace(0.0, 2.0, 7)},
     "through the weight": {"detach_weight": False},
     "weights": {"ce_weight": 0.3, "kd_weight": 2.5},
     "ce alone": {"kd_weight": 0.0},

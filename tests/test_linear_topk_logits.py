@@ -40,7 +40,9 @@ def random_head(num_rows=5, depth=24, vocab_size=203, dtype=torch.float32, seed=
 
 
 def effective_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
-    logits = logit_scale * F.linear(hidden, weight, bias)
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None or logit_scale != 1:
+        logits = logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -96,7 +98,9 @@ def test_linear_topk_logits_matches_the_definition(options, dtype):
     options = {**options, "bias": bias if options.get("bias") else None, "target": torch.tensor([0, 202, -100, 7, 8])}
     for top_k in (1, 11, 203):
         actual = sk.linear_topk_logits(hidden, weight, top_k, **options)
-        assert (actual.ids.dtype, actual.logits.dtype) == (torch.int32, dtype)
+        is_plain = not {"softcap", "logit_scale"} & options.keys()
+        kept_dtype = dtype if is_plain or dtype == torch.float64 else torch.float32
+        assert (actual.ids.dtype, actual.logits.dtype) == (torch.int32, kept_dtype)
         assert_topk_of_product(actual, hidden, weight, top_k, **options)
 
 
@@ -201,3 +205,15 @@ def test_linear_topk_logits_refuses(error, message, options):
     hidden, weight, _ = random_head()
     with pytest.raises(error, match=message):
         sk.linear_topk_logits(**{"hidden": hidden, "weight": weight, "top_k": 5, **options})
+
+
+def test_linear_topk_logits_rounds_nothing_after_the_product():
+    hidden, weight, _ = random_head(16, 64, 4000, torch.bfloat16)
+    weight = weight * 8  # most logits are near the cap
+    actual = sk.linear_topk_logits(hidden, weight, 20, softcap=30.0, logit_scale=0.7)
+    product = (hidden @ weight.T).double()
+    truth = reference.topk_logits(30.0 * torch.tanh(0.7 * product / 30.0), 20)
+    torch.testing.assert_close(actual.lse, truth.lse.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(actual.ids, truth.ids)
+    torch.testing.assert_close(actual.logits, truth.logits.float(), rtol=1e-6, atol=1e-6)
+    actual.validate(4000)

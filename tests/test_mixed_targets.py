@@ -22,7 +22,7 @@ def mean_gradient(sparse: sk.SparseLogits, rest: str) -> torch.Tensor:
     """Of KL over rows that differ in nothing but the draw, by the student's logits."""
     student = STUDENT.expand(sparse.ids.shape[0], -1).clone().requires_grad_()
     target = torch.zeros(len(student), dtype=torch.int64)
-    sk.slim_loss(student, target, sparse, rest=rest, weight="none", ce_weight=0.0).loss.backward()
+    sk.slim_loss(student, target, sparse, rest=rest, token_weight="none", ce_weight=0.0).loss.backward()
     return student.grad.sum(0)
 
 

@@ -198,3 +198,10 @@ def test_packed_logits_are_told_how_to_be_decoded(function, name):
     with pytest.raises(TypeError, match=rf"decode it with slimkernels.decode_logits\({name}\), or .* packed=False"):
         function(packed)
     function(sk.decode_logits(packed))
+
+
+def test_packed_logits_are_loaded_by_torch_load_without_running_code(tmp_path):
+    words = torch.tensor([[0x5E, 0x93]], dtype=torch.int32)
+    packed = sk.PackedLogits(words, torch.tensor([[1.0, 4.0, 2.0, 3.0]]), lse=torch.full((1, 1), 5.0), vocab_size=20)
+    torch.save(packed, tmp_path / "rows.pt")
+    assert sk.decode_logits(torch.load(tmp_path / "rows.pt", weights_only=True)).ids.tolist() == [[2, 3, 9, 17]]

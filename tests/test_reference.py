@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 def kd_only(**options):
     """The options under which the summed loss is D * T^2."""
-    return {"ce_weight": 0.0, "weight": "none", "reduction": "sum", **options}
+    return {"ce_weight": 0.0, "token_weight": "none", "reduction": "sum", **options}
 
 
 # ---- topk_logits
@@ -204,7 +204,7 @@ def test_slim_loss_divergence_hand_worked(rest, divergence, options, expected):
 def test_slim_loss_terms_hand_worked(weight, expected):
     logits, target, teacher = hand_worked_problem()
     out = reference.slim_loss(
-        logits, target, teacher, weight=weight, rest="zero", ce_weight=3.0, kd_weight=5.0, z_loss_weight=7.0
+        logits, target, teacher, token_weight=weight, rest="zero", ce_weight=3.0, kd_weight=5.0, z_loss_weight=7.0
     )
     kd = 3 / 4 * math.log(2)
     # CE = -ln(1/4); lse = 1 by construction.
@@ -314,7 +314,7 @@ def test_slim_loss_gradcheck(rest, divergence, weight):
             teacher,
             rest=rest,
             divergence=divergence,
-            weight=weight,
+            token_weight=weight,
             detach_weight=False,
             temperature=1.3,
             softcap=9.0,
@@ -335,7 +335,7 @@ def test_slim_loss_detached_weight_scales_the_kd_gradient():
     _, (plain,) = loss_and_grads(reference.slim_loss, (logits,), 1.0, target, teacher, **kd_only())
     torch.testing.assert_close(weighted, out.weight.unsqueeze(-1) * plain, **CLOSE)
     _, (given,) = loss_and_grads(
-        reference.slim_loss, (logits,), 1.0, target, teacher, **kd_only(weight=out.weight.clone())
+        reference.slim_loss, (logits,), 1.0, target, teacher, **kd_only(token_weight=out.weight.clone())
     )
     torch.testing.assert_close(weighted, given, **CLOSE)
 
@@ -344,7 +344,7 @@ def test_slim_loss_weight_of_a_label_outside_ids():
     logits, target, teacher = hand_worked_problem()
     bare = SparseLogits(teacher.ids, teacher.logits, teacher.lse)
     assert reference.slim_loss(logits, target, bare).weight.item() == 0.0
-    assert reference.slim_loss(logits, target, bare, weight="student_over_teacher").weight.item() == 1.0
+    assert reference.slim_loss(logits, target, bare, token_weight="student_over_teacher").weight.item() == 1.0
     # Label 1 is kept: t_y / s_y = (1/4) / (1/2), whether looked up or given.
     label = torch.tensor([1])
     expected = torch.tensor([1 - math.exp(-0.5)], dtype=F64)
@@ -516,7 +516,7 @@ def test_slim_loss_half_types_are_computed_in_float32():
     [
         ("rest", {"rest": "other"}),
         ("divergence", {"divergence": "other"}),
-        ("weight", {"weight": "other"}),
+        ("token_weight", {"token_weight": "other"}),
         ("reduction", {"reduction": "other"}),
         ("temperature", {"temperature": 0.0}),
         ("softcap", {"softcap": -1.0}),
@@ -554,7 +554,7 @@ def test_linear_slim_loss_is_slim_loss_of_the_product():
         1.0,
     )
     expected, expected_grads = loss_and_grads(
-        lambda h, w, b: reference.slim_loss(F.linear(h, w, b), target, teacher, weight="none", **options),
+        lambda h, w, b: reference.slim_loss(F.linear(h, w, b), target, teacher, token_weight="none", **options),
         (hidden, weight, bias),
         1.0,
     )

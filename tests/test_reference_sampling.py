@@ -284,7 +284,7 @@ def test_sample_targets_give_the_dense_gradient_on_average(temperature):
     sparse = sampling.sample_targets(
         teacher.expand(num_rows, vocab_size), rounds, 1, position=torch.arange(num_rows), temperature=temperature
     )
-    options = {"weight": "none", "ce_weight": 0.0}
+    options = {"token_weight": "none", "ce_weight": 0.0}
     target = torch.zeros(num_rows, dtype=torch.int64)
     for rest in ("renorm", "zero"):
         # "mean" over rows that differ in nothing but the draw.

@@ -99,7 +99,7 @@ def test_sample_targets_give_the_dense_gradient_on_average(temperature):
             torch.zeros(num_rows, dtype=torch.int64),
             sparse,
             rest=rest,
-            weight="none",
+            token_weight="none",
             ce_weight=0.0,
         )
         return ((grad.sum(0) - (p - q)).abs() / standard_error).max()

@@ -50,7 +50,7 @@ def test_slim_loss_passes_its_tests_interpreted():
 def test_slim_loss_compiles_for(architecture, dtype, variant):
     from slimkernels.ops.triton.slim_loss import slim_loss_rows
 
-    settings = {"weight": "teacher_over_student", "softcap": None, **DEFAULTS, **VARIANTS[variant]}
+    settings = {"token_weight": "teacher_over_student", "softcap": None, **DEFAULTS, **VARIANTS[variant]}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.empty(2, 128256, dtype=dtype)
     teacher = sk.SparseLogits(
@@ -60,7 +60,7 @@ def test_slim_loss_compiles_for(architecture, dtype, variant):
         target_logit=torch.zeros(2, dtype=wide),
     )
     teacher = settings.pop("teacher", teacher)
-    options = resolve_options(logits, "logits", teacher, weight_name="weight", **settings)
+    options = resolve_options(logits, "logits", teacher, **settings)
     stats, target, scale = torch.empty(7, 2, dtype=wide), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=wide)
     assert_compiles(
         lambda: slim_loss_rows(logits, torch.empty_like(logits), stats, target, scale, *options),

@@ -1,4 +1,4 @@
-"""The option list of ``slim_loss``: every place that must spell it agrees with ``SlimOptions`` in names and order."""
+"""The options and stages of ``slim_loss``: every place that spells them has the same names in the same order."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def schema_of(operator: str) -> list[tuple[str, str]]:
     return [(argument.name, str(argument.type)) for argument in schema.arguments]
 
 
-def public_names(weight: str) -> list[str]:
-    return [weight if name == "weighting" else name for name in SETTINGS]
+PUBLIC_NAMES = ["token_weight" if name == "weighting" else name for name in SETTINGS]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -39,14 +38,11 @@ def test_a_schema_ends_with_the_options(operator):
     assert {kind for _, kind in options[NUM_TENSORS:]} == {"float", "str", "bool", "int"}
 
 
-@pytest.mark.parametrize(
-    ("function", "weight"),
-    [(sk.slim_loss, "weight"), (sk.linear_slim_loss, "token_weight"), (resolve_options, "weight")],
-)
-def test_a_signature_has_the_settings_in_order(function, weight):
+@pytest.mark.parametrize("function", [sk.slim_loss, sk.linear_slim_loss, resolve_options])
+def test_a_signature_has_the_settings_in_order(function):
     names = list(inspect.signature(function).parameters)
     first = names.index("temperature")
-    assert [name for name in names[first:] if name in public_names(weight)] == public_names(weight)
+    assert [name for name in names[first:] if name in PUBLIC_NAMES] == PUBLIC_NAMES
 
 
 SETTING_VALUES = {
@@ -70,7 +66,7 @@ PUBLIC_VALUES = {name: value for name, value in SETTING_VALUES.items() if name !
 
 def test_tensors_and_settings_are_the_two_parts_of_the_options():
     logits, _, teacher = random_problem(temperature=1.25)
-    options = resolve_options(logits, "logits", teacher, "weight", weight=torch.rand(7), **PUBLIC_VALUES)
+    options = resolve_options(logits, "logits", teacher, token_weight=torch.rand(7), **PUBLIC_VALUES)
     assert all(isinstance(value, torch.Tensor) for value in options.tensors)
     assert (*options.tensors, *options.settings) == tuple(options)
     assert [t.shape[0] for t in options.rows(slice(1, 4)).tensors] == [3] * NUM_TENSORS
@@ -86,7 +82,7 @@ def test_every_setting_reaches_the_operator_under_its_name(linear):
             hidden, head = torch.zeros(len(target), 2), torch.zeros(logits.shape[1], 2)
             sk.linear_slim_loss(hidden, head, target, teacher, token_weight=weight, **PUBLIC_VALUES)
         else:
-            sk.slim_loss(logits, target, teacher, weight=weight, **PUBLIC_VALUES)
+            sk.slim_loss(logits, target, teacher, token_weight=weight, **PUBLIC_VALUES)
     ((operator, arguments, _),) = mode.calls
     names = [argument.name for argument in operator._schema.arguments]
     given = dict(zip(names, arguments, strict=True))
@@ -146,7 +142,7 @@ def test_the_reference_knows_the_same_names():
     assert (reference.RESTS, reference.DIVERGENCES) == (_checks.RESTS, _slim_options.DIVERGENCES)
     assert (reference.WEIGHTS, reference.SlimLoss._fields) == (_slim_options.WEIGHTS, sk.SlimLoss._fields)
     ours, theirs = (inspect.signature(function).parameters for function in (sk.slim_loss, reference.slim_loss))
-    assert theirs.keys() >= {*public_names("weight"), "reduction", "num_items"}
+    assert theirs.keys() >= {*PUBLIC_NAMES, "reduction", "num_items"}
     assert {name: ours[name].default for name in theirs} == {name: theirs[name].default for name in theirs}
 
 
@@ -155,3 +151,23 @@ def test_the_native_statistics_are_the_fields_of_the_result():
     assert f"constexpr int kStats = {NUM_STATS};" in source
     named = re.search(r"// \(kStats, N\) acc: (.*)", source)[1]
     assert named.split(", ") == list(sk.SlimLoss._fields)
+
+
+STAGES = {
+    "CPU C++": ["csrc/cpu/slim_row.h"],
+    "Triton": ["slimkernels/ops/triton/slim_loss.py"],
+    "vocabulary-parallel": ["slimkernels/ops/vocab_parallel/rows.py", "slimkernels/ops/vocab_parallel/gradient.py"],
+    "reference": ["slimkernels/reference.py"],
+}
+
+
+def test_every_backend_has_the_functions_of_the_stages():
+    root = CSRC.parent
+    lines = (root / "slimkernels/ops/README.md").read_text().splitlines()
+    rows = [line.strip("|").split("|")[1:] for line in lines if re.match(r"\| \d\. ", line)]
+    assert len(rows) == 4
+    for backend, cells in zip(STAGES, zip(*rows, strict=True), strict=True):
+        source = "\n".join((root / path).read_text() for path in STAGES[backend])
+        named = [name for cell in cells for name in re.findall(r"`(?:[A-Z]\w+\.)?(\w+)`", cell)]
+        assert len(named) >= 4
+        assert [name for name in named if not re.search(rf"^\s*(def|void|\w+) {name}\(", source, re.MULTILINE)] == []

@@ -154,3 +154,78 @@ def test_sparse_logits_validate_never_reads_padding():
     assert sparse.logits.isnan().any()
     sparse.logits[sparse.ids < 0] = math.inf
     sparse.validate(203)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (..., slice(2)),
+        (slice(None), slice(None), slice(2)),
+        (0, 0, 0),
+        ...,
+        torch.zeros(2, 5, 3, dtype=torch.bool),
+    ],
+)
+def test_sparse_logits_never_selects_among_the_kept_entries(index):
+    with pytest.raises(IndexError, match="never some of the K kept entries"):
+        record((2, 5), 3)[index]
+
+
+@pytest.mark.parametrize(
+    "index", [1, (1, 2), (slice(None), slice(2)), None, torch.ones(2, 5, dtype=torch.bool), [0, 0]]
+)
+def test_sparse_logits_selects_along_all_leading_dimensions(index):
+    sparse = record((2, 5), 3)
+    part = sparse[index]
+    for field, whole in zip(sparse_fields(part), sparse_fields(sparse), strict=True):
+        assert_same_bits(field, whole[index])
+
+
+def test_sparse_logits_converts_no_dtype():
+    sparse = record()
+    for arguments in ((torch.bfloat16,), ("cpu", torch.float64), (torch.zeros(1),)):
+        with pytest.raises(TypeError, match=r"dataclasses\.replace\(sparse, logits"):
+            sparse.to(*arguments)
+    with pytest.raises(TypeError, match="converts no dtype"):
+        sparse.to(dtype=torch.bfloat16)
+
+
+def test_sparse_logits_have_no_equality_of_values():
+    sparse = record()
+    assert sparse == sparse
+    assert sparse != 3
+    assert sparse in {sparse}
+    with pytest.raises(TypeError, match="compare their fields"):
+        _ = sparse == sparse[:]
+
+
+def test_sparse_logits_are_loaded_by_torch_load_without_running_code(tmp_path):
+    sparse = record()
+    torch.save({"teacher": sparse}, tmp_path / "batch.pt")
+    loaded = torch.load(tmp_path / "batch.pt", weights_only=True)["teacher"]
+    assert loaded.temperatures == sparse.temperatures
+    for field, saved in zip(sparse_fields(loaded), sparse_fields(sparse), strict=True):
+        assert_same_bits(field, saved)
+
+
+def test_sparse_logits_are_collated_by_a_data_loader():
+    samples = [{"ids": torch.arange(5), "teacher": record((5,), top_k)} for top_k in (3, 2, 4)]
+    (batch,) = torch.utils.data.DataLoader(samples, batch_size=3)
+    teacher = batch["teacher"]
+    assert (teacher.leading_shape, teacher.top_k, teacher.temperatures) == ((3, 5), 4, (1.0, 2.0))
+    for row, sample in enumerate(samples):
+        kept = sample["teacher"].top_k
+        assert_same_bits(teacher.ids[row, :, :kept], sample["teacher"].ids)
+        assert (teacher.ids[row, :, kept:] == -1).all()
+        assert_same_bits(teacher.lse[row], sample["teacher"].lse)
+        assert_same_bits(teacher.target_logit[row], sample["teacher"].target_logit)
+    with pytest.raises(ValueError, match="share their leading shape"):
+        SparseLogits.stack([record((5,)), record((4,))])
+
+
+def test_sparse_logits_are_pinned_field_by_field(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: (pinned.append(tensor), tensor)[1])
+    sparse = record()
+    assert_same_bits(sparse_fields(sparse.pin_memory()), sparse_fields(sparse))
+    assert len(pinned) == 4

@@ -229,7 +229,7 @@ class TestRecordedServers:
         document = Store(tmp_path)[0]
         teacher, labels = document.teacher, document.input_ids[document.positions]
         logits = torch.randn(len(labels), len(tokenizer), requires_grad=True)
-        loss = slim_loss(logits, labels, teacher, rest="ghost", weight="none", ce_weight=0.0).loss
+        loss = slim_loss(logits, labels, teacher, rest="ghost", token_weight="none", ce_weight=0.0).loss
         loss.backward()
         exact = logits.detach().double().requires_grad_()
         kept = exact.softmax(-1).gather(-1, teacher.ids.long())

@@ -46,7 +46,7 @@ struct TeacherSums {
   double log_mass() const { return on.log() - lse; }  // log a
 };
 
-// D without T^2, and what its gradient by z / T is made of.
+// D without T^2, and the numbers of its gradient by z / T.
 struct DivergenceSums {
   double value = 0;
   double mean_slope = 0;  // sum of p * dD/dp over all outcomes

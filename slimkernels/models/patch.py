@@ -203,18 +203,21 @@ def check_loss(model: PreTrainedModel) -> None:
         return compute_logits(hidden)
 
     try:
-        with evaluation_mode(model), replaced(module, forward=keep_input):
-            expected = model(**inputs)
-        if expected.loss is None or not given:
-            raise ValueError(f"{name} computes no loss from its output embeddings and labels")
-        check_logits(model, head, given[-1], expected.logits, hidden_name="the head's input")
-        try:
-            with evaluation_mode(model), HeadLoss().inside(model):
-                loss = float(model(**inputs).loss)
-        except (RuntimeError, IndexError) as broken:
-            raise ValueError(f"{name} does not compute its loss with its loss_function ({broken})") from broken
-        tolerance = relative_tolerance(head.weight.dtype) * max(1.0, abs(float(expected.loss)))
-        if not abs(loss - float(expected.loss)) <= tolerance:
-            raise ValueError(f"the loss of {name} is {float(expected.loss):.6g}, but that of its head is {loss:.6g}")
+        with evaluation_mode(model):
+            with replaced(module, forward=keep_input):
+                expected = model(**inputs)
+            if expected.loss is None or not given:
+                raise ValueError(f"{name} computes no loss from its output embeddings and labels")
+            check_logits(model, head, given[-1], expected.logits, hidden_name="the head's input")
+            try:
+                with HeadLoss().inside(model):
+                    loss = float(model(**inputs).loss)
+            except (RuntimeError, IndexError) as broken:
+                raise ValueError(f"{name} does not compute its loss with its loss_function ({broken})") from broken
+            tolerance = relative_tolerance(head.weight.dtype) * max(1.0, abs(float(expected.loss)))
+            if not abs(loss - float(expected.loss)) <= tolerance:
+                raise ValueError(
+                    f"the loss of {name} is {float(expected.loss):.6g}, but that of its head is {loss:.6g}"
+                )
     except ValueError as reason:
         raise ValueError(f"{reason}; compute its logits and call slimkernels.slim_loss on them") from reason

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from slimkernels import _checks
+
 # (bytes of logits, least rows) of a chunk on a CPU, by the size of an entry. The bytes keep a chunk in the last-level
 # cache; the rows keep the matrix products at their full rate (bfloat16, V = 32000, D = 2048 on a Zen 5: 256 rows
 # 1.01 TFLOP/s, 128 rows 0.92).
@@ -21,9 +23,10 @@ def checked_chunk_rows(chunk_rows: int | None) -> int:
     """Checks ``chunk_rows`` and returns what the operators take, 0 standing for None."""
     if chunk_rows is None:
         return 0
-    if not isinstance(chunk_rows, int) or chunk_rows < 1:
+    number = _checks.as_integer(chunk_rows, "chunk_rows")
+    if number < 1:
         raise ValueError(f"chunk_rows must be a positive integer, got {chunk_rows}")
-    return chunk_rows
+    return number
 
 
 def resolve_chunk_rows(chunk_rows: int, hidden: Tensor, vocab_size: int) -> int:

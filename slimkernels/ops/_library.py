@@ -6,10 +6,12 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("slimkernels", "DEF")
 
@@ -56,7 +58,7 @@ def define(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"slimkernels::{name}", fake, lib=_library)
     if implementation is not None:
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     if triton_module is not None:
         triton_launchers[name] = triton_module
         _library.impl(name, functools.partial(_launch, triton_module, name), "CUDA")
@@ -68,7 +70,65 @@ def _launch(module: str, name: str, *arguments):
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Registers the autograd formula of ``slimkernels::<name>`` for the life of the process."""
+    backward = _without_autocast(backward)
     torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Returns ``function`` with autocast disabled: the dtypes of an op are those of its operands, not of the region.
+
+    Otherwise autocast to float16 would round the matrix products of bfloat16 operands, whose range it does not have.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*arguments):
+        with torch._C._DisableAutocast():
+            return function(*arguments)
+
+    return wrapped
+
+
+def check_transforms(op: str, *tensors: torch.Tensor | None) -> None:
+    """Checks that no operand is differentiated by a transform in which the op would count as a constant.
+
+    Raises:
+        NotImplementedError: An operand has a forward-mode tangent, or belongs to ``torch.func.grad``, ``jvp`` or alike.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        while tensor is not None:
+            if is_gradtrackingtensor(tensor):
+                raise NotImplementedError(
+                    f"{op} cannot be differentiated by torch.func: use torch.autograd.grad or Tensor.backward"
+                )
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    f"{op} has no forward-mode derivative: use torch.autograd.grad or Tensor.backward"
+                )
+            tensor = get_unwrapped(tensor) if is_functorch_wrapped_tensor(tensor) else None
+
+
+def keep_for_backward(ctx, *tensors: torch.Tensor | None) -> None:
+    """Saves tensors for the backward pass, and copies of those made under ``torch.inference_mode``.
+
+    Autograd refuses to save inference tensors, although none of them needs a gradient here.
+    """
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
+
+
+def operand_of(numbers: Sequence[float], defaults: Sequence[float]) -> torch.Tensor | None:
+    """Returns float options as a CPU float64 tensor (F,) for an operator in a compiled graph, else None.
+
+    A compiled graph is specialised on the value of a float argument, so that every new value would compile another
+    one. A tensor's values are read when the operator runs. None where the constants serve: without a compiler, and
+    where every option has its default.
+    """
+    if not torch.compiler.is_compiling() or all(n == d for n, d in zip(numbers, defaults, strict=True)):
+        return None
+    # Only arithmetic of a tensor and a number makes the number an input of the graph.
+    one = torch.ones((), dtype=torch.float64)
+    return torch.stack([one * number for number in numbers])
 
 
 def check_kernels(tensor: torch.Tensor, argument: str) -> None:

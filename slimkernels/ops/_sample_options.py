@@ -19,11 +19,10 @@ def resolve_integer(value: int | Tensor, name: str, logits: Tensor) -> tuple[int
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}: call {name}.long()")
         return 0, _per_row(value, name, logits)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer or an int64 tensor, got {type(value).__name__} {value!r}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into a signed 64-bit integer, got {value}: take it modulo 2**63")
-    return value, None
+    number = _checks.as_integer(value, name)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit into a signed 64-bit integer, got {number}: take it modulo 2**63")
+    return number, None
 
 
 def resolve_top_k(value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
@@ -43,12 +42,16 @@ def resolve_float(value: float | Tensor, name: str, limits: str, logits: Tensor)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}: call {name}.float()")
+        _checks.has_no_gradient(value, name)
         return 0.0, _per_row(value, name, logits).double()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a floating-point tensor, got {type(value).__name__} {value!r}")
-    if not 0 <= value <= LIMITS[limits]:
+    number = _checks.as_float(value, name)
+    if not 0 <= number <= LIMITS[limits]:
         raise ValueError(f"{name} must be {limits}, got {value}")
-    return float(value), None
+    if torch.compiler.is_compiling() and number not in (0.0, 1.0):
+        # A compiled graph is specialised on a number, but not on the values of a tensor (see operand_of).
+        one = torch.ones((), dtype=torch.float64, device=logits.device)
+        return 0.0, _per_row(one * number, name, logits)
+    return number, None
 
 
 LIMITS = {"finite and at least 0": torch.finfo(torch.float64).max, "in [0, 1]": 1.0}

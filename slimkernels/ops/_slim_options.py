@@ -6,17 +6,20 @@ Triton launcher and the C++ function to its names and order.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype
+from slimkernels.ops._library import accumulation_dtype, operand_of
 from slimkernels.packed_logits import check_sparse_logits
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
-WEIGHTS = ("teacher_over_student", "student_over_teacher", "none")
+ADAPTIVE_WEIGHTS = ("teacher_over_student", "student_over_teacher")
+WEIGHTS = (*ADAPTIVE_WEIGHTS, "none")
 # The divergences in which the student weighs the outcomes too, and the rests under which both sides sum to 1.
 PROPER_DIVERGENCES = ("reverse_kl", "jsd", "skew_kl")
 PROPER_RESTS = ("ghost", "renorm_both")
@@ -79,12 +82,39 @@ class SlimOptions(NamedTuple):
         """The fields that hold one value for all rows."""
         return self[6:]
 
+    @property
+    def operand(self) -> Tensor | None:
+        """The float options as one tensor for a compiled graph, None where they are constants (``operand_of``)."""
+        return operand_of([getattr(self, name) for name in _FLOAT_DEFAULTS], list(_FLOAT_DEFAULTS.values()))
+
+    def read(self, operand: Tensor | None) -> SlimOptions:
+        """Returns the options with the values of ``operand`` in place of the float options, where it is given."""
+        if operand is None:
+            return self
+        return self._replace(**dict(zip(_FLOAT_DEFAULTS, operand.tolist(), strict=True)))
+
+    @property
+    def constants(self) -> SlimOptions:
+        """The options for an operator that takes ``operand``: with the defaults in place of the float options."""
+        return self._replace(**_FLOAT_DEFAULTS)
+
     def rows(self, rows: slice) -> SlimOptions:
         """Returns the options of some of the rows."""
         given = zip(self._fields, self.tensors, strict=False)
         return self._replace(**{name: t[rows] for name, t in given if t is not None})
 
 
+_FLOAT_DEFAULTS = {
+    "temperature": 1.0,
+    "beta": 0.5,
+    "alpha": 0.1,
+    "ce_weight": 1.0,
+    "kd_weight": 1.0,
+    "label_smoothing": 0.0,
+    "z_loss_weight": 0.0,
+    "softcap": 0.0,
+    "logit_scale": 1.0,
+}
 _SCHEMA_TYPES = {Tensor | None: "Tensor?", float: "float", str: "str", bool: "bool", int: "int"}
 OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(SlimOptions).items())
 
@@ -93,11 +123,10 @@ def resolve_options(
     like: Tensor,
     like_name: str,
     teacher: SparseLogits | None,
-    weight_name: str,
     temperature: float,
     rest: str,
     divergence: str,
-    weight: str | Tensor,
+    token_weight: str | Tensor,
     detach_weight: bool,
     beta: float,
     alpha: float,
@@ -111,10 +140,9 @@ def resolve_options(
 ) -> SlimOptions:
     """Checks the options of a loss on rows ``like`` (..., V or D), and flattens the teacher's fields to rows.
 
-    From ``temperature`` on, the parameters are those of ``slim_loss``. ``weight_name`` is what the public function
-    calls ``weight``.
+    From ``temperature`` on, the parameters are those of ``slim_loss``.
     """
-    _checks.is_positive(temperature, "temperature")
+    temperature = _checks.is_positive(temperature, "temperature")
     _checks.is_one_of(rest, "rest", _checks.RESTS)
     _checks.is_one_of(divergence, "divergence", DIVERGENCES)
     if divergence in PROPER_DIVERGENCES and rest not in PROPER_RESTS:
@@ -122,19 +150,22 @@ def resolve_options(
             f"divergence={divergence!r} needs a proper distribution on both sides: rest must be 'ghost' or "
             f"'renorm_both', got {rest!r}"
         )
+    beta = _checks.as_float(beta, "beta")
     if not 0 < beta < 1:
         raise ValueError(f"beta must be in (0, 1), got {beta}")
+    alpha = _checks.as_float(alpha, "alpha")
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1), got {alpha}")
+    label_smoothing = _checks.as_float(label_smoothing, "label_smoothing")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    _checks.is_at_least_zero(ce_weight, "ce_weight")
-    _checks.is_at_least_zero(kd_weight, "kd_weight")
-    _checks.is_at_least_zero(z_loss_weight, "z_loss_weight")
-    _checks.is_positive(logit_scale, "logit_scale")
-    if softcap is not None:
-        _checks.is_positive(softcap, "softcap")
-    weighting, token_weight = _resolve_weight(weight, weight_name, like, like_name)
+    ce_weight = _checks.is_at_least_zero(ce_weight, "ce_weight")
+    kd_weight = _checks.is_at_least_zero(kd_weight, "kd_weight")
+    z_loss_weight = _checks.is_at_least_zero(z_loss_weight, "z_loss_weight")
+    logit_scale = _checks.is_positive(logit_scale, "logit_scale")
+    cap = 0.0 if softcap is None else _checks.is_positive(softcap, "softcap")
+    ignore_index = _checks.as_integer(ignore_index, "ignore_index")
+    weighting, given_weight = _resolve_weight(token_weight, like, like_name)
     dtype = accumulation_dtype(like.dtype)
 
     def per_row(values: Tensor | None) -> Tensor | None:
@@ -143,28 +174,44 @@ def resolve_options(
     ids = teacher_logits = teacher_lse = teacher_lse_one = target_logit = None
     if teacher is not None:
         _check_teacher(teacher, like, like_name)
+        if weighting in ADAPTIVE_WEIGHTS and kd_weight != 0:
+            _warn_of_unknown_labels(teacher, weighting, stacklevel=5 if like_name == "hidden" else 4)
         ids = teacher.ids.reshape(-1, teacher.top_k).contiguous()
         teacher_logits = widen_float8(teacher.logits.detach().reshape(-1, teacher.top_k)).contiguous()
         teacher_lse = per_row(_lse_or_none(teacher, rest, temperature))
         teacher_lse_one = per_row(teacher.lse[..., 0])
         target_logit = per_row(teacher.target_logit)
     return SlimOptions(
-        ids, teacher_logits, teacher_lse, teacher_lse_one, target_logit, per_row(token_weight),
+        ids, teacher_logits, teacher_lse, teacher_lse_one, target_logit, per_row(given_weight),
         temperature, rest, divergence, weighting, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, softcap or 0.0, logit_scale, ignore_index
+        z_loss_weight, cap, logit_scale, ignore_index
     )  # fmt: skip
 
 
-def _resolve_weight(weight: str | Tensor, name: str, like: Tensor, like_name: str) -> tuple[str, Tensor | None]:
+def _resolve_weight(weight: str | Tensor, like: Tensor, like_name: str) -> tuple[str, Tensor | None]:
     """Returns the name of the weighting, and the token weights where they are given."""
+    name = "token_weight"
     if not isinstance(weight, Tensor):
         _checks.is_one_of(weight, name, WEIGHTS)
         return weight, None
+    _checks.has_no_gradient(weight, name)
     leading_shape = tuple(like.shape[:-1])
     if tuple(weight.shape) != leading_shape:
         raise ValueError(f"{name} must have shape {leading_shape}, got {tuple(weight.shape)}")
     _checks.same_device(weight, name, like, like_name)
     return "tensor", weight
+
+
+def _warn_of_unknown_labels(teacher: SparseLogits, weighting: str, stacklevel: int) -> None:
+    if teacher.target_logit is not None or torch.compiler.is_compiling():
+        return
+    # Python shows a warning once for each place in the caller's code.
+    warnings.warn(
+        f"teacher has no target_logit, so token_weight={weighting!r} takes the teacher's probability of a label that "
+        "is not among its ids as 0: make the teacher with target=, or choose token_weight='none'",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:
@@ -178,10 +225,7 @@ def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:
 
 
 def _lse_or_none(teacher: SparseLogits, rest: str, temperature: float) -> Tensor | None:
-    try:
-        return teacher.lse_at(temperature)
-    except ValueError:
-        if rest in _checks.RESTS_WITH_LSE:
-            raise
-        # The other rests need it for the reported teacher_mass alone, which becomes NaN.
+    # The other rests need it for the reported teacher_mass alone, which becomes NaN.
+    if rest not in _checks.RESTS_WITH_LSE and teacher.column_of(temperature) is None:
         return None
+    return teacher.lse_at(temperature)

@@ -17,11 +17,16 @@ class WeightGradient:
     ``dweight``, one panel of the vocabulary after the other. The products fill ``dweight`` from its start and reach
     the room of a panel only after that panel was copied out. More than D rows take several rounds, whose products are
     summed in float32.
+
+    Rows that the loss ignores have dlogits of 0. Their hidden states count as 0 too, because 0 * NaN is NaN.
     """
 
-    def __init__(self, dweight: Tensor, hidden: Tensor, chunk_rows: int) -> None:
+    def __init__(self, dweight: Tensor, hidden: Tensor, ignored: Tensor, chunk_rows: int) -> None:
         num_rows, hidden_size = hidden.shape
         self._dweight, self._hidden = dweight, hidden
+        # Looking whether there are any would need a synchronisation on CUDA.
+        has_ignored = hidden.device.type != "cpu" or bool(ignored.any())
+        self._ignored = ignored.unsqueeze(1) if has_ignored else None
         self._parks = dweight.dtype in (torch.bfloat16, torch.float16)
         self._round_rows = max(hidden_size // chunk_rows, 1) * chunk_rows
         takes_several_rounds = self._parks and num_rows > self._round_rows
@@ -29,23 +34,25 @@ class WeightGradient:
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
         """Adds the dlogits (rows, V) of the next chunk, which may be overwritten afterwards."""
-        hidden, is_first = self._hidden, rows.start == 0
+        is_first = rows.start == 0
         if not self._parks:
-            torch.addmm(self._dweight, dlogits.t(), hidden[rows], beta=0 if is_first else 1, out=self._dweight)
+            torch.addmm(self._dweight, dlogits.t(), self._counted(rows), beta=0 if is_first else 1, out=self._dweight)
             return
         begin = rows.start // self._round_rows * self._round_rows
-        end = min(begin + self._round_rows, hidden.shape[0])
+        end = min(begin + self._round_rows, self._hidden.shape[0])
         is_whole_round = rows == slice(begin, end)
+        ends_round = rows.stop == end
+        hidden = self._counted(slice(begin, end)) if ends_round else self._hidden
         for vocab in self._panels():
             panel = dlogits[:, vocab]
             if not is_whole_round:
                 parked = self._parked(vocab, end - begin)
                 parked[rows.start - begin : rows.stop - begin] = panel
-                if rows.stop < end:
+                if not ends_round:
                     continue
                 # The product may overwrite the room where the panel was parked.
                 panel = parked.clone()
-            self._multiply(vocab, panel.t(), hidden[begin:end], is_first=begin == 0)
+            self._multiply(vocab, panel.t(), hidden, is_first=begin == 0)
 
     def finish(self) -> None:
         """Rounds the sum into ``dweight`` where it is kept elsewhere."""
@@ -53,6 +60,10 @@ class WeightGradient:
             self._dweight.zero_()
         elif self._total is not self._dweight:
             self._dweight.copy_(self._total)
+
+    def _counted(self, rows: slice) -> Tensor:
+        """Returns the hidden states of some rows, 0 where a row is ignored."""
+        return self._hidden[rows] if self._ignored is None else self._hidden[rows].masked_fill(self._ignored[rows], 0)
 
     def _panels(self) -> list[slice]:
         vocab_size = self._dweight.shape[0]

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    check_transforms,
+    define,
+    keep_for_backward,
+    register_autograd,
+)
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
 from slimkernels.ops._weight_gradient import WeightGradient
-from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
 from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
 from slimkernels.sparse_logits import SparseLogits
 
+Parameters = ParamSpec("Parameters")
 
+
+def _names_the_token_weight(function: Callable[Parameters, SlimLoss]) -> Callable[Parameters, SlimLoss]:
+    """Explains a ``weight`` that is given twice: ``slim_loss`` used to call its token weight so."""
+
+    @functools.wraps(function)
+    def checked(*arguments: Parameters.args, **options: Parameters.kwargs) -> SlimLoss:
+        if len(arguments) > 1 and "weight" in options:
+            raise TypeError("weight is the lm_head's weight, the second argument: the token weight is token_weight=")
+        return function(*arguments, **options)
+
+    return checked
+
+
+@_names_the_token_weight
 def linear_slim_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -49,7 +75,7 @@ def linear_slim_loss(
     Equivalent to::
 
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        return slim_loss(logits, target, teacher, weight=token_weight, ...)
+        return slim_loss(logits, target, teacher, ...)
 
     For each chunk of rows, a matrix product fills one buffer with logits, ``slim_loss`` overwrites them with their
     gradient, and two more products make the gradients of ``hidden`` and ``weight``. Takes O(chunk_rows * V) extra
@@ -63,7 +89,7 @@ def linear_slim_loss(
         teacher: Rows (..., K); gets no gradient. None for cross entropy.
         bias: (V,) of the same dtype, or None.
         temperature: See ``slim_loss``.
-        token_weight: The option ``weight`` of ``slim_loss``, a name that the lm_head's weight has here.
+        token_weight: See ``slim_loss``.
         rest: See ``slim_loss``.
         divergence: See ``slim_loss``.
         detach_weight: See ``slim_loss``.
@@ -100,6 +126,7 @@ def linear_slim_loss(
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic. On
     CUDA the default ``chunk_rows``, and with it the rounding of the weight's gradient, depends on the free memory.
+    A second derivative, forward mode and ``torch.func.grad`` raise.
 
     Precision: matrix products are torch's, in hidden's dtype. A half-precision weight gradient is one product over up
     to D rows, summed in float32 and rounded once; each further D rows add one such product in float32.
@@ -119,17 +146,21 @@ def linear_slim_loss(
     leading_shape = hidden.shape[:-1]
     _checks.is_target(target, leading_shape, hidden, "hidden")
     options = resolve_options(
-        hidden, "hidden", teacher, "token_weight",
+        hidden, "hidden", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
         z_loss_weight, softcap, logit_scale, ignore_index
     )  # fmt: skip
     check_kernels(hidden, "hidden")
+    check_transforms("linear_slim_loss", hidden, weight, bias)
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(hidden.dtype))
     rows = hidden.reshape(-1, hidden.shape[-1])
     if vocab is not None:
         source = HeadLogits(rows, weight, bias, checked_chunk_rows(chunk_rows))
         return vocab_parallel_loss(source, target, row_scale, options, vocab, leading_shape)
+    operand = options.operand
+    if operand is not None:
+        options = options.constants
     grad_enabled = torch.is_grad_enabled()
     needs = [grad_enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, stats, *_ = torch.ops.slimkernels.linear_slim_loss_fwd(
@@ -140,6 +171,7 @@ def linear_slim_loss(
         scale_in_forward(row_scale, hidden.dtype),
         *needs,
         checked_chunk_rows(chunk_rows),
+        operand,
         *options,
     )
     return pack_result(loss, stats, row_scale, leading_shape)
@@ -155,17 +187,17 @@ def _linear_slim_loss_fwd(
     needs_weight: bool,
     needs_bias: bool,
     chunk_rows: int,
+    operand: Tensor | None,
     *options,
 ):
     """Computes the loss, the statistics and the needed gradients; the others are empty, all without ``row_scale``."""
-    outputs = _fake_fwd(
-        hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options
-    )
+    outputs = _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias)
     loss, stats, dhidden, dweight, dbias = outputs
-    options = SlimOptions(*options)
+    options = SlimOptions(*options).read(operand)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
-    weight_gradient = WeightGradient(dweight, hidden, chunk_rows) if dweight.numel() else None
+    ignored = target == options.ignore_index
+    weight_gradient = WeightGradient(dweight, hidden, ignored, chunk_rows) if dweight.numel() else None
     dbias_sum = torch.zeros_like(dbias, dtype=stats.dtype)
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
         chunk_stats = stats.new_empty(NUM_STATS, logits.shape[0])
@@ -189,7 +221,7 @@ def _linear_slim_loss_fwd(
     return outputs
 
 
-def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows, *options):
+def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, *_options):
     dtype = accumulation_dtype(hidden.dtype)
     num_rows = hidden.shape[0]
     reduced = row_scale is not None
@@ -203,38 +235,45 @@ def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weigh
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, row_scale, *needs, chunk_rows = inputs[:9]
-    _, stats, *gradients = output
+    hidden, weight, bias, target, row_scale, *needs, chunk_rows, operand = inputs[:10]
+    loss, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
     ctx.set_materialize_grads(False)
     ctx.reduced = row_scale is not None
     ctx.needs = needs
     if ctx.reduced:
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(loss, *gradients)
         return
-    options = SlimOptions(*inputs[9:])
-    ctx.save_for_backward(hidden, weight, bias, target, *options.tensors)
+    options = SlimOptions(*inputs[10:])
+    keep_for_backward(ctx, hidden, weight, bias, target, operand, *options.tensors)
     ctx.chunk_rows = chunk_rows
     ctx.settings = options.settings
 
 
 def _backward(ctx, grad_loss: Tensor | None, *_unused):
-    absent = (None,) * (6 + len(SlimOptions._fields))
+    absent = (None,) * (7 + len(SlimOptions._fields))
     if grad_loss is None:
         return None, None, None, *absent
-    if ctx.reduced:
-        gradients = scale_gradients(ctx, ctx.saved_tensors, grad_loss)
-    else:
-        hidden, weight, bias, target, *tensors = ctx.saved_tensors
-        gradients = torch.ops.slimkernels.linear_slim_loss_fwd(
-            hidden, weight, bias, target, grad_loss.contiguous(), *ctx.needs, ctx.chunk_rows, *tensors, *ctx.settings
-        )[2:]
+    with torch.no_grad():
+        if ctx.reduced:
+            loss, *gradients = ctx.saved_tensors
+            sources = [loss]
+            gradients = scale_gradients(gradients, grad_loss)
+        else:
+            hidden, weight, bias, target, operand, *tensors = ctx.saved_tensors
+            sources = [hidden, weight, bias]
+            scale = grad_loss.contiguous()
+            _, _, *gradients = torch.ops.slimkernels.linear_slim_loss_fwd(
+                hidden, weight, bias, target, scale, *ctx.needs, ctx.chunk_rows, operand, *tensors, *ctx.settings
+            )
+    gradients = differentiable_once("linear_slim_loss", gradients, *sources, grad_loss)
     return *(g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)), *absent
 
 
 define(
     "linear_slim_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_scale,"
-    f" bool needs_hidden, bool needs_weight, bool needs_bias, int chunk_rows, {OPTIONS_SCHEMA})"
+    f" bool needs_hidden, bool needs_weight, bool needs_bias, int chunk_rows, Tensor? operand,"
+    f" {OPTIONS_SCHEMA})"
     " -> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake_fwd,
     implementation=_linear_slim_loss_fwd,

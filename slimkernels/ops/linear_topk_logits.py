@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
-from slimkernels.ops._library import check_kernels, define
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, operand_of
 from slimkernels.ops.topk_logits import empty_outputs, sparse_logits_of
 from slimkernels.sparse_logits import SparseLogits
 
@@ -31,7 +31,9 @@ def linear_topk_logits(
 
     Equivalent to::
 
-        logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        if softcap is not None or logit_scale != 1:
+            logits = logit_scale * logits.float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return topk_logits(logits, top_k, top_fraction, target=target, temperatures=temperatures)
@@ -54,7 +56,8 @@ def linear_topk_logits(
             take at most a quarter of the free memory.
 
     Returns:
-        SparseLogits (..., K), detached.
+        SparseLogits (..., K), detached. Its logits have the dtype of ``hidden``; with a softcap or scale, they are
+        float32 for half-precision ``hidden``.
 
     Raises:
         ValueError: Shapes do not match, or as in ``topk_logits``.
@@ -62,7 +65,8 @@ def linear_topk_logits(
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
-    Precision: the matrix product is torch's, in hidden's dtype; the rest is that of ``topk_logits``.
+    Precision: the matrix product is torch's, in hidden's dtype; scale and softcap are float32 (float64 for float64),
+    which takes a second buffer for the logits of a chunk in half precision. The rest is that of ``topk_logits``.
 
     >>> sparse = linear_topk_logits(torch.eye(2), torch.tensor([[1.0, 4.0], [2.0, 3.0], [3.0, 0.0]]), top_k=1)
     >>> sparse.ids.tolist(), sparse.logits.tolist()
@@ -72,25 +76,33 @@ def linear_topk_logits(
     vocab_size = weight.shape[0]
     top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
     temperatures = _checks.resolve_temperatures(temperatures)
-    _checks.is_positive(logit_scale, "logit_scale")
+    logit_scale = _checks.is_positive(logit_scale, "logit_scale")
     if softcap is not None:
-        _checks.is_positive(softcap, "softcap")
+        softcap = _checks.is_positive(softcap, "softcap")
     leading_shape = hidden.shape[:-1]
     if target is not None:
         _checks.is_target(target, leading_shape, hidden, "hidden")
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    cap = 0.0 if softcap is None else softcap
+    is_plain = softcap is None and logit_scale == 1
+    floats = [*temperatures, cap, logit_scale]
+    defaults = [*(1.0 for _ in temperatures), 0.0, 1.0]
+    operand = operand_of(floats, defaults)
+    *given, cap, logit_scale = floats if operand is None else defaults
     outputs = torch.ops.slimkernels.linear_topk_logits(
         rows,
         weight.detach(),
         None if bias is None else bias.detach(),
         top_k,
         target,
-        list(temperatures),
-        softcap or 0.0,
+        given,
+        cap,
         logit_scale,
+        is_plain,
         checked_chunk_rows(chunk_rows),
+        operand,
     )
     return sparse_logits_of(outputs, leading_shape, temperatures, has_target=target is not None)
 
@@ -104,34 +116,44 @@ def _linear_topk_logits(
     temperatures: Sequence[float],
     softcap: float,
     logit_scale: float,
+    is_plain: bool,
     chunk_rows: int,
+    operand: Tensor | None,
 ):
-    outputs = empty_outputs(hidden, top_k, target, temperatures)
+    if operand is not None:
+        *temperatures, softcap, logit_scale = operand.tolist()
+    outputs = _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, is_plain)
+    values, ids, lse, target_logit = outputs
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
-    for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
-        if logit_scale != 1:
+    for rows, product in row_chunks(hidden, weight, bias, chunk_rows):
+        logits = product.to(values.dtype)
+        if not is_plain:
             logits.mul_(logit_scale)
-        if softcap:
-            logits.div_(softcap).tanh_().mul_(softcap)
+            if softcap:
+                logits.div_(softcap).tanh_().mul_(softcap)
         fault = torch.ops.slimkernels.topk_logits_rows(
             logits,
             top_k,
             None if target is None else target[rows],
             temperatures,
-            *(output[rows] for output in outputs[:3]),
-            None if target is None else outputs[3][rows],
+            values[rows],
+            ids[rows],
+            lse[rows],
+            None if target is None else target_logit[rows],
         )
-        _checks.raise_fault(fault, first_row=rows.start)
+        _checks.raise_fault(fault, first_row=rows.start, no_label=_checks.NEGATIVE_TARGET)
     return outputs
 
 
-def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, chunk_rows):
-    return empty_outputs(hidden, top_k, target, temperatures)
+def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, is_plain, *_options):
+    values, *others = empty_outputs(hidden, top_k, target, temperatures)
+    # Rounding a scaled or capped logit to half precision once more would put it at odds with the lse.
+    return values if is_plain else values.new_empty(values.shape, dtype=accumulation_dtype(hidden.dtype)), *others
 
 
 define(
-    "linear_topk_logits(Tensor hidden, Tensor weight, Tensor? bias, int top_k, Tensor? target, float[] temperatures,"
-    " float softcap, float logit_scale, int chunk_rows)"
+    "linear_topk_logits(Tensor hidden, Tensor weight, Tensor? bias, SymInt top_k, Tensor? target, float[] temperatures,"
+    " float softcap, float logit_scale, bool is_plain, int chunk_rows, Tensor? operand)"
     " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
     fake=_fake,
     implementation=_linear_topk_logits,

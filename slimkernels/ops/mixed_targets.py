@@ -73,7 +73,7 @@ def mixed_targets(
     ([0, 1, 2], 1.0)
     """
     _checks.has_vocabulary(logits, "logits", "(..., V)")
-    _checks.is_positive(temperature, "temperature")
+    temperature = _checks.is_positive(temperature, "temperature")
     rows = logits.detach()
     temperatures = (1.0, temperature)
     head = topk_logits(rows, top_k, target=target, temperatures=temperatures)

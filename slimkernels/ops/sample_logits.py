@@ -145,8 +145,7 @@ def sample_distinct(
     >>> sample_distinct(torch.zeros(1, 3), 4, seed=0, position=0).token.sort().values.tolist()
     [[-1, 0, 1, 2]]
     """
-    if isinstance(m, bool) or not isinstance(m, int):
-        raise TypeError(f"m must be an integer, got {type(m).__name__} {m!r}")
+    m = _checks.as_integer(m, "m")
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
     *drawn, entropy = _sample(logits, m, seed, position, temperature, top_k, top_p, min_p)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops import _sample_options
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows, operand_of
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -65,11 +65,10 @@ def sample_targets(
     ([0, 1, -1], 1.0)
     """
     _checks.has_vocabulary(logits, "logits", "(..., V)")
-    if isinstance(rounds, bool) or not isinstance(rounds, int):
-        raise TypeError(f"rounds must be an integer, got {type(rounds).__name__} {rounds!r}")
+    rounds = _checks.as_integer(rounds, "rounds")
     if not 1 <= rounds < 2**31:
         raise ValueError(f"rounds must be at least 1 and below 2**31, got {rounds}")
-    _checks.is_positive(temperature, "temperature")
+    temperature = _checks.is_positive(temperature, "temperature")
     leading_shape = logits.shape[:-1]
     seed, seeds = _sample_options.resolve_integer(seed, "seed", logits)
     position, positions = _sample_options.resolve_integer(position, "position", logits)
@@ -78,8 +77,10 @@ def sample_targets(
         target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
     rows = flat_rows(logits.detach())
+    operand = operand_of([temperature], [1.0])
+    given = temperature if operand is None else 1.0
     ids, log_shares, target_logit = torch.ops.slimkernels.sample_targets(
-        rows, rounds, seed, seeds, position, positions, temperature, target
+        rows, rounds, seed, seeds, position, positions, given, target, operand
     )
     return SparseLogits(
         ids=ids.reshape(*leading_shape, ids.shape[-1]),
@@ -89,15 +90,18 @@ def sample_targets(
     )
 
 
-def _sample_targets(logits: Tensor, rounds: int, seed, seeds, position, positions, temperature, target):
+def _sample_targets(logits: Tensor, rounds: int, seed, seeds, position, positions, temperature, target, operand):
+    if operand is not None:
+        (temperature,) = operand.tolist()
     options = (logits, rounds, seed, seeds, position, positions, temperature, target)
     ids, log_shares, target_logit = outputs = _fake(*options)
     wanted = None if target is None else target_logit
-    _checks.raise_fault(torch.ops.slimkernels.sample_targets_rows(*options, ids, log_shares, wanted))
+    fault = torch.ops.slimkernels.sample_targets_rows(*options, ids, log_shares, wanted)
+    _checks.raise_fault(fault, no_label=_checks.NEGATIVE_TARGET)
     return outputs
 
 
-def _fake(logits: Tensor, rounds: int, _seed, _seeds, _position, _positions, _temperature, target: Tensor | None):
+def _fake(logits: Tensor, rounds: int, _seed, _seeds, _position, _positions, _temperature, target, *_operand):
     num_rows, vocab_size = logits.shape
     dtype = accumulation_dtype(logits.dtype)
     top_k = min(rounds, vocab_size)
@@ -109,7 +113,7 @@ def _fake(logits: Tensor, rounds: int, _seed, _seeds, _position, _positions, _te
 
 
 _OPTIONS = (
-    "Tensor logits, int rounds, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, float temperature,"
+    "Tensor logits, SymInt rounds, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, float temperature,"
     " Tensor? target"
 )
 define(
@@ -118,7 +122,7 @@ define(
     triton_module="slimkernels.ops.triton.sample_targets",
 )
 define(
-    f"sample_targets({_OPTIONS}) -> (Tensor ids, Tensor log_shares, Tensor target_logit)",
+    f"sample_targets({_OPTIONS}, Tensor? operand) -> (Tensor ids, Tensor log_shares, Tensor target_logit)",
     fake=_fake,
     implementation=_sample_targets,
 )

@@ -1,4 +1,4 @@
-"""``scale_gradients``: multiplies gradients made in the forward pass by the loss's own gradient, which is mostly 1."""
+"""Returns gradients that a loss made in its forward pass: scaled, owned by the caller, and differentiated once."""
 
 from __future__ import annotations
 
@@ -6,33 +6,65 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
-from slimkernels.ops._library import define
+from slimkernels.ops._library import accumulation_dtype, define, register_autograd
 
 
-def scale_gradients(ctx, gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """``[gradient * upstream for gradient in gradients]``, without the pass over them where ``upstream`` is 1.
+def scale_gradients(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """``[gradient * upstream for gradient in gradients]``, rounded once, in memory that the caller may overwrite.
 
-    On a CPU the host reads ``upstream``. On CUDA, where that would need a synchronisation, a kernel reads it and scales
-    in place. The gradients can then be returned only once, so a second backward pass over the same graph raises.
+    ``gradients`` are saved tensors. If the graph is freed after this backward pass, nobody else needs their memory, so
+    it is handed out: unchanged where ``upstream`` is 1, the usual case, and on CUDA scaled in place by a kernel that
+    reads ``upstream``, which would cost the host a synchronisation. If the graph is retained, the result is a copy.
+    """
+    if torch.compiler.is_compiling() or type(upstream) is not Tensor or _is_batched(upstream):
+        dtypes = [accumulation_dtype(gradient.dtype) for gradient in gradients]
+        return [(g.to(dtype) * upstream).to(g.dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    retained = _get_current_graph_task_keep_graph()
+    if upstream.device.type == "cuda":
+        owned = [gradient.clone() if retained else gradient.detach() for gradient in gradients]
+        for gradient in owned:
+            torch.ops.slimkernels.scale_in_place(gradient, upstream)
+        return owned
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return [gradient.clone() if retained else gradient.detach() for gradient in gradients]
+    return [gradient * upstream for gradient in gradients]
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Returns whether vmap, which ``is_grads_batched`` uses, holds several values in the tensor; none can be read."""
+    return is_legacy_batchedtensor(tensor) or is_functorch_wrapped_tensor(tensor)
+
+
+def differentiable_once(op: str, gradients: Sequence[Tensor], *sources: Tensor | None) -> list[Tensor]:
+    """Returns gradients whose own derivative raises instead of counting as 0.
+
+    Args:
+        op: Name of the public function, for the message.
+        gradients: Results of the backward pass of ``op``, computed without a graph.
+        sources: Tensors that the gradients depend on, so that a derivative by an operand of the op passes through here.
+            An output of the op that was saved for the backward pass stands for all of its operands.
 
     Raises:
-        RuntimeError: A second backward pass over the same graph on CUDA.
+        RuntimeError: In the backward pass of the result.
     """
-    in_place = type(upstream) is Tensor and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    if in_place and upstream.device.type == "cpu" and upstream.item() == 1:
+    sources = tuple(source for source in sources if source is not None and source.requires_grad)
+    if not torch.is_grad_enabled() or not sources:
         return list(gradients)
-    if not in_place or upstream.device.type != "cuda":
-        return [gradient * upstream.to(gradient.dtype) for gradient in gradients]
-    if getattr(ctx, "handed_out", False):
-        raise RuntimeError(
-            "this loss was already differentiated: its gradient was made in the forward pass and scaled in place by "
-            "the first backward pass; for another one call the loss with reduction='none' and reduce its result"
-        )
-    ctx.handed_out = True
-    for gradient in gradients:
-        torch.ops.slimkernels.scale_in_place(gradient, upstream)
-    return list(gradients)
+    return [torch.ops.slimkernels.first_derivative(gradient, sources, op) for gradient in gradients]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.op = inputs[2]
+
+
+def _backward(ctx, _grad):
+    raise RuntimeError(
+        f"{ctx.op} has no second derivative, so a gradient penalty, a Hessian-vector product or a meta-gradient cannot "
+        "pass through it: write the loss in plain torch there"
+    )
 
 
 define(
@@ -40,3 +72,9 @@ define(
     fake=lambda *_args: None,
     triton_module="slimkernels.ops.triton.scale_gradient",
 )
+define(
+    "first_derivative(Tensor gradient, Tensor[] sources, str op) -> Tensor",
+    fake=lambda gradient, _sources, _op: torch.empty_like(gradient),
+    implementation=lambda gradient, _sources, _op: gradient.clone(),
+)
+register_autograd("first_derivative", _backward, _setup_context)

@@ -5,13 +5,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    check_transforms,
+    define,
+    keep_for_backward,
+    register_autograd,
+)
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
-from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import GivenLogits, vocab_parallel_loss
 from slimkernels.ops.vocab_parallel.slice import vocab_slice_of, whole
@@ -26,7 +35,7 @@ def slim_loss(
     temperature: float = 1.0,
     rest: str = "renorm",
     divergence: str = "forward_kl",
-    weight: str | Tensor = "teacher_over_student",
+    token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
     beta: float = 0.5,
     alpha: float = 0.1,
@@ -42,6 +51,7 @@ def slim_loss(
     inplace_backward: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     vocab_start: int = 0,
+    weight: str | Tensor | None = None,
 ) -> SlimLoss:
     """``loss = ce_weight * CE + kd_weight * w * T^2 * D(teacher, student) + z_loss_weight * lse^2`` per token.
 
@@ -76,10 +86,10 @@ def slim_loss(
         divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy) and, with rest "ghost" or
             "renorm_both", also "reverse_kl" KL(p || q), "jsd" and "skew_kl". "reverse_kl" skips outcomes to which the
             teacher gives probability 0, where it would be infinite.
-        weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher is
-            the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none" for
-            w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its ``target_logit`` is
-            absent or NaN.
+        token_weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher
+            is the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none"
+            for w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its
+            ``target_logit`` is absent, which warns, or NaN.
         detach_weight: Whether w is a constant to the gradient.
         beta: Share of the teacher in (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with
             m = beta q + (1 - beta) p.
@@ -107,6 +117,7 @@ def slim_loss(
             collectives, of 10 and 2 numbers per row. Logits that are a DTensor with placement Shard(-1) on a mesh of
             one dimension need neither group nor start, because their placement tells both.
         vocab_start: First id of this rank's slice.
+        weight: Deprecated name of ``token_weight``.
 
     Returns:
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
@@ -121,7 +132,8 @@ def slim_loss(
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic. The result of a row does
     not depend on the other rows of the batch. On CUDA raising would need a synchronisation, so the results and the
     gradient of a row with a label or an id outside the vocabulary are NaN, and those of all rows where slices or tokens
-    do not match. With ``group``, ``torch.compile`` runs the loss in eager mode, and there is no second derivative.
+    do not match. With ``group``, ``torch.compile`` runs the loss in eager mode. There is no second derivative, no
+    forward mode and no ``torch.func.grad``: they raise.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
     tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
@@ -136,17 +148,21 @@ def slim_loss(
     >>> round(result.ce.item(), 4), round(result.weight.item(), 4)
     (1.3863, 0.9608)
     """
+    if weight is not None:
+        warnings.warn("weight of slim_loss is now called token_weight", DeprecationWarning, stacklevel=2)
+        token_weight = weight
     logits, vocab = vocab_slice_of(logits, "logits", -1, group, vocab_start)
     target = whole(target, "target")
     _checks.has_vocabulary(logits, "logits", "(..., V)")
     leading_shape = logits.shape[:-1]
     _checks.is_target(target, leading_shape, logits, "logits")
     options = resolve_options(
-        logits, "logits", teacher, "weight",
-        temperature, rest, divergence, weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
+        logits, "logits", teacher,
+        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
         z_loss_weight, softcap, logit_scale, ignore_index
     )  # fmt: skip
     check_kernels(logits, "logits")
+    check_transforms("slim_loss", logits)
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(logits.dtype))
     rows = logits.reshape(-1, logits.shape[-1])
@@ -163,17 +179,23 @@ def slim_loss(
         source = GivenLogits(rows, over_logits)
         return vocab_parallel_loss(source, target, row_scale, options, vocab, leading_shape)
     scale = scale_in_forward(row_scale, logits.dtype)
+    operand = options.operand
+    if operand is not None:
+        options = options.constants
     if over_logits:
         gradient = rows.detach()
-        loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, *options)
+        loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, operand, *options)
         loss = torch.ops.slimkernels.with_gradient(rows, loss, gradient)
         return pack_result(loss, stats, row_scale, leading_shape)
-    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, *options)
+    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, operand, *options)
     return pack_result(loss, stats, row_scale, leading_shape)
 
 
-def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
+def _slim_loss_fwd(
+    logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, operand: Tensor | None, *options
+):
     """Computes the loss reduced by ``row_scale`` (per row without it), the statistics, and the gradient of the loss."""
+    options = SlimOptions(*options).read(operand)
     dtype = accumulation_dtype(logits.dtype)
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=dtype)
     with_grad = needs_grad and row_scale is not None
@@ -183,7 +205,7 @@ def _slim_loss_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, nee
     return loss, stats, logits.new_empty(0) if dlogits is None else dlogits
 
 
-def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *options):
+def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *_options):
     dtype = accumulation_dtype(logits.dtype)
     num_rows = logits.shape[0]
     return (
@@ -194,28 +216,34 @@ def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_gr
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, target, row_scale, _, *options = inputs
-    _, stats, dlogits = output
+    logits, target, row_scale, _, operand, *options = inputs
+    loss, stats, dlogits = output
     ctx.mark_non_differentiable(stats, dlogits)
     ctx.set_materialize_grads(False)
     ctx.reduced = row_scale is not None
     if ctx.reduced:
-        ctx.save_for_backward(dlogits)
+        ctx.save_for_backward(loss, dlogits)
     else:
         options = SlimOptions(*options)
-        ctx.save_for_backward(logits, target, *options.tensors)
+        keep_for_backward(ctx, logits, target, operand, *options.tensors)
         ctx.settings = options.settings
 
 
 def _backward(ctx, grad_loss: Tensor | None, _grad_stats, _grad_dlogits):
-    absent = (None,) * (3 + len(SlimOptions._fields))
+    absent = (None,) * (4 + len(SlimOptions._fields))
     if grad_loss is None:
         return None, *absent
-    if ctx.reduced:
-        return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), *absent
-    logits, target, *tensors = ctx.saved_tensors
-    scale = grad_loss.contiguous()
-    return torch.ops.slimkernels.slim_loss_fwd(logits, target, scale, True, *tensors, *ctx.settings)[2], *absent
+    with torch.no_grad():
+        if ctx.reduced:
+            source, *gradients = ctx.saved_tensors
+            gradients = scale_gradients(gradients, grad_loss)
+        else:
+            source, target, operand, *tensors = ctx.saved_tensors
+            *_, gradient = torch.ops.slimkernels.slim_loss_fwd(
+                source, target, grad_loss.contiguous(), True, operand, *tensors, *ctx.settings
+            )
+            gradients = [gradient]
+    return *differentiable_once("slim_loss", gradients, source, grad_loss), *absent
 
 
 def _check_inplace(logits: Tensor, reduction: str) -> None:
@@ -230,8 +258,11 @@ def _check_inplace(logits: Tensor, reduction: str) -> None:
         raise ValueError(f"inplace_backward=True is not possible with {problem}, or pass inplace_backward=False")
 
 
-def _slim_loss_over_logits(logits: Tensor, target: Tensor, row_scale: Tensor, *options):
+def _slim_loss_over_logits(
+    logits: Tensor, target: Tensor, row_scale: Tensor, operand: Tensor | None, *options
+) -> tuple[Tensor, Tensor]:
     """Computes the reduced loss and the statistics, and writes the gradient of the loss over the logits."""
+    options = SlimOptions(*options).read(operand)
     stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=accumulation_dtype(logits.dtype))
     _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, logits, stats, target, row_scale, *options))
     # A higher version makes autograd raise if another op saved the logits for its backward pass.
@@ -241,11 +272,14 @@ def _slim_loss_over_logits(logits: Tensor, target: Tensor, row_scale: Tensor, *o
 
 def _setup_given_gradient(ctx, inputs, output) -> None:
     _, _, gradient = inputs
-    ctx.save_for_backward(gradient)
+    ctx.save_for_backward(output, gradient)
 
 
 def _backward_given_gradient(ctx, grad_loss: Tensor):
-    return *scale_gradients(ctx, ctx.saved_tensors, grad_loss), None, None
+    loss, gradient = ctx.saved_tensors
+    with torch.no_grad():
+        gradients = scale_gradients([gradient], grad_loss)
+    return *differentiable_once("slim_loss", gradients, loss, grad_loss), None, None
 
 
 define(
@@ -255,14 +289,15 @@ define(
     triton_module="slimkernels.ops.triton.slim_loss",
 )
 define(
-    f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, {OPTIONS_SCHEMA})"
+    f"slim_loss_fwd(Tensor logits, Tensor target, Tensor? row_scale, bool needs_grad, Tensor? operand,"
+    f" {OPTIONS_SCHEMA})"
     " -> (Tensor loss, Tensor stats, Tensor dlogits)",
     fake=_fake_fwd,
     implementation=_slim_loss_fwd,
 )
 register_autograd("slim_loss_fwd", _backward, _setup_context)
 define(
-    f"slim_loss_over_logits(Tensor(a!) logits, Tensor target, Tensor row_scale, {OPTIONS_SCHEMA})"
+    f"slim_loss_over_logits(Tensor(a!) logits, Tensor target, Tensor row_scale, Tensor? operand, {OPTIONS_SCHEMA})"
     " -> (Tensor loss, Tensor stats)",
     fake=lambda logits, target, row_scale, *options: _fake_fwd(logits, target, row_scale, False, *options)[:2],
     implementation=_slim_loss_over_logits,

@@ -49,7 +49,27 @@ def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items
     counted = (target != ignore_index).to(dtype)
     if reduction == "sum":
         return counted
-    return counted / (counted.sum().clamp(min=1) if num_items is None else num_items)
+    if num_items is None:
+        return counted / counted.sum().clamp(min=1)
+    if isinstance(num_items, Tensor):
+        num_items = _checked_tensor(num_items)
+        # Without items there is nothing to divide by, and the loss is 0.
+        return counted / num_items.masked_fill(num_items == 0, 1) * (num_items != 0)
+    number = _checks.is_at_least_zero(num_items, "num_items")
+    return counted / number if number else torch.zeros_like(counted)
+
+
+def _checked_tensor(num_items: Tensor) -> Tensor:
+    """Checks a tensor of one element and returns it as a scalar; its value is read on a CPU only."""
+    _checks.has_no_gradient(num_items, "num_items")
+    if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
+        raise ValueError(
+            f"num_items must be one number for the whole batch, got a tensor of shape {tuple(num_items.shape)} and "
+            f"{num_items.dtype}: sum the counts of all devices"
+        )
+    if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
+        _checks.is_at_least_zero(num_items, "num_items")
+    return num_items.detach().reshape(())
 
 
 def scale_in_forward(row_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -70,4 +90,7 @@ def pack_result(loss: Tensor, stats: Tensor, row_scale: Tensor | None, leading_s
         loss = loss.reshape(leading_shape)
     elif loss.ndim:
         loss = (loss * row_scale).sum()
+    else:
+        # The operator's backward pass refers to its own loss, and the caller may change this one in place.
+        loss = loss.clone()
     return SlimLoss(loss, *(row.reshape(leading_shape) for row in stats[1:].unbind()))

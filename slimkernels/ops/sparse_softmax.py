@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, register_autograd
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    check_transforms,
+    define,
+    operand_of,
+    register_autograd,
+)
 from slimkernels.packed_logits import check_sparse_logits
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
@@ -73,49 +80,67 @@ def sparse_softmax(
     ([[0.25, 0.25]], 0.5)
     """
     _checks.is_one_of(rest, "rest", _checks.RESTS)
-    _checks.is_positive(temperature, "temperature")
+    temperature = _checks.is_positive(temperature, "temperature")
     if rest == "zero_logit" and vocab_size is None:
         raise ValueError(
             "vocab_size must be given with rest='zero_logit', which counts the unkept logits: pass the teacher's V"
         )
-    if vocab_size is not None and vocab_size < 1:
-        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+    if vocab_size is not None:
+        vocab_size = _checks.as_integer(vocab_size, "vocab_size")
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     check_sparse_logits(sparse, "sparse")
     check_kernels(sparse.logits, "sparse.logits")
+    check_transforms("sparse_softmax", sparse.logits, sparse.lse)
     flat = sparse.flatten()
     logits = widen_float8(flat.logits).contiguous()
     lse = None
     if rest in _checks.RESTS_WITH_LSE:
         lse = flat.lse_at(temperature).to(accumulation_dtype(logits.dtype)).contiguous()
+    operand = operand_of([temperature], [1.0])
+    given = temperature if operand is None else 1.0
     logprobs, tail_logprob = torch.ops.slimkernels.sparse_softmax(
-        flat.ids.contiguous(), logits, lse, temperature, rest, vocab_size or 2**31 - 1
+        flat.ids.contiguous(), logits, lse, given, rest, vocab_size or 2**31 - 1, operand
     )
     return SparseProbs(logprobs.reshape(sparse.ids.shape), tail_logprob.reshape(sparse.leading_shape))
 
 
-def _sparse_softmax(ids: Tensor, logits: Tensor, lse: Tensor | None, temperature: float, rest: str, vocab_size: int):
-    outputs = _fake(ids, logits, lse, temperature, rest, vocab_size)
+def _sparse_softmax(
+    ids: Tensor,
+    logits: Tensor,
+    lse: Tensor | None,
+    temperature: float,
+    rest: str,
+    vocab_size: int,
+    operand: Tensor | None,
+):
+    if operand is not None:
+        (temperature,) = operand.tolist()
+    outputs = _fake(ids, logits)
     _checks.raise_fault(
         torch.ops.slimkernels.sparse_softmax_rows(ids, logits, lse, temperature, rest, vocab_size, *outputs)
     )
     return outputs
 
 
-def _fake(ids: Tensor, logits: Tensor, lse: Tensor | None, temperature: float, rest: str, vocab_size: int):
+def _fake(ids: Tensor, logits: Tensor, *_options):
     dtype = accumulation_dtype(logits.dtype)
     return torch.empty_like(logits, dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, logits, lse, ctx.temperature, ctx.rest, _ = inputs
-    ctx.save_for_backward(*output)
+    _, logits, lse, ctx.temperature, ctx.rest, _, operand = inputs
+    ctx.save_for_backward(*output, operand)
     ctx.logits_dtype = logits.dtype
     ctx.has_lse = lse is not None
 
 
 def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
-    logprobs, tail_logprob = ctx.saved_tensors
-    probs = logprobs.exp()
+    logprobs, tail_logprob, operand = ctx.saved_tensors
+    temperature = ctx.temperature if operand is None else operand[0]
+    # A NaN of a row that nobody asked for the gradient of must not reach it as NaN * 0.
+    used = ((grad_logprobs != 0).any(-1) | (grad_tail != 0))[:, None]
+    probs = torch.where(used, logprobs.exp(), 0.0)
     grad_logprobs = grad_logprobs.masked_fill(logprobs == -torch.inf, 0.0)
     total = grad_logprobs.sum(-1, keepdim=True)
     grad_lse = None
@@ -125,6 +150,7 @@ def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
         if ctx.rest == "ghost":
             # The tail is log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
             has_tail = tail_logprob > -torch.inf
+            has_tail = has_tail & used[:, 0]
             odds = torch.where(has_tail, grad_tail * (-tail_logprob.masked_fill(~has_tail, 0.0)).exp(), 0.0)
             grad = grad - probs * odds[:, None]
             grad_lse = grad_lse + odds * probs.sum(-1)
@@ -134,7 +160,8 @@ def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
         if ctx.rest == "zero_logit":
             total = total + grad_tail.masked_fill(tail_logprob == -torch.inf, 0.0)[:, None]
         grad = grad_logprobs - probs * total
-    return None, (grad / ctx.temperature).to(ctx.logits_dtype), grad_lse if ctx.has_lse else None, None, None, None
+    grad_logits = (grad / temperature).to(ctx.logits_dtype)
+    return None, grad_logits, grad_lse if ctx.has_lse else None, None, None, None, None
 
 
 define(
@@ -144,7 +171,8 @@ define(
     triton_module="slimkernels.ops.triton.sparse_softmax",
 )
 define(
-    "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size)"
+    "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size,"
+    " Tensor? operand)"
     " -> (Tensor logprobs, Tensor tail_logprob)",
     fake=_fake,
     implementation=_sparse_softmax,

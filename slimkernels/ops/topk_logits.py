@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows, register_autograd
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    check_transforms,
+    define,
+    flat_rows,
+    keep_for_backward,
+    operand_of,
+    register_autograd,
+)
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -68,8 +77,11 @@ def topk_logits(
         _checks.is_target(target, leading_shape, logits, "logits")
         target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
+    check_transforms("topk_logits", logits)
     rows = flat_rows(logits)
-    outputs = torch.ops.slimkernels.topk_logits(rows, top_k, target, list(temperatures))
+    operand = operand_of(temperatures, (1.0,) * len(temperatures))
+    given = list(temperatures) if operand is None else [1.0] * len(temperatures)
+    outputs = torch.ops.slimkernels.topk_logits(rows, top_k, target, given, operand)
     return sparse_logits_of(outputs, leading_shape, temperatures, has_target=target is not None)
 
 
@@ -87,7 +99,7 @@ def sparse_logits_of(
     )
 
 
-def empty_outputs(like: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
+def empty_outputs(like: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float], *_operand):
     """Allocates the operator's outputs for the rows of ``like`` (N, ...); target_logit is empty without a target."""
     num_rows = like.shape[0]
     accumulated = accumulation_dtype(like.dtype)
@@ -99,37 +111,43 @@ def empty_outputs(like: Tensor, top_k: int, target: Tensor | None, temperatures:
     )
 
 
-def _topk_logits(logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float]):
+def _topk_logits(
+    logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float], operand: Tensor | None
+):
+    temperatures = temperatures if operand is None else operand.tolist()
     values, ids, lse, target_logit = outputs = empty_outputs(logits, top_k, target, temperatures)
     wanted = None if target is None else target_logit
     fault = torch.ops.slimkernels.topk_logits_rows(logits, top_k, target, temperatures, values, ids, lse, wanted)
-    _checks.raise_fault(fault)
+    _checks.raise_fault(fault, no_label=_checks.NEGATIVE_TARGET)
     return outputs
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, _, target, temperatures = inputs
+    logits, _, target, temperatures, operand = inputs
     _, ids, lse, _ = output
     ctx.mark_non_differentiable(ids)
-    ctx.save_for_backward(logits, ids, lse, *([] if target is None else [target]))
+    ctx.set_materialize_grads(False)
+    keep_for_backward(ctx, logits, ids, lse, target, operand)
     ctx.temperatures = temperatures
-    ctx.has_target = target is not None
 
 
-def _backward(ctx, grad_values: Tensor, _grad_ids, grad_lse: Tensor, grad_target_logit: Tensor):
-    logits, ids, lse, *target = ctx.saved_tensors
+def _backward(ctx, grad_values: Tensor | None, _grad_ids, grad_lse: Tensor | None, grad_target_logit: Tensor | None):
+    logits, ids, lse, target, operand = ctx.saved_tensors
+    temperatures = ctx.temperatures if operand is None else operand.unbind()
     accumulated = logits.to(lse.dtype)
     grad = torch.zeros_like(accumulated)
-    for column, temperature in enumerate(ctx.temperatures):
-        softmax = (accumulated / temperature - lse[:, column, None]).exp()
-        grad += softmax * (grad_lse[:, column, None] / temperature)
-    grad = grad.scatter_add(1, ids.long(), grad_values.to(lse.dtype))
-    if ctx.has_target:
-        labelled = target[0] >= 0
-        grad = grad.scatter_add(
-            1, target[0].clamp(min=0)[:, None], (grad_target_logit.to(lse.dtype) * labelled)[:, None]
-        )
-    return grad.to(logits.dtype), None, None, None
+    if grad_lse is not None:
+        for column, temperature in enumerate(temperatures):
+            upstream = grad_lse[:, column, None]
+            softmax = (accumulated / temperature - lse[:, column, None]).exp()
+            # The softmax of a row with an infinite lse is NaN, also where nobody asked for the gradient of that lse.
+            grad = grad + torch.where(upstream == 0, 0.0, softmax * (upstream / temperature))
+    if grad_values is not None:
+        grad = grad.scatter_add(1, ids.long(), grad_values.to(lse.dtype))
+    if target is not None and grad_target_logit is not None:
+        labelled = target >= 0
+        grad = grad.scatter_add(1, target.clamp(min=0)[:, None], (grad_target_logit.to(lse.dtype) * labelled)[:, None])
+    return grad.to(logits.dtype), None, None, None, None
 
 
 define(
@@ -139,7 +157,7 @@ define(
     triton_module="slimkernels.ops.triton.topk_logits",
 )
 define(
-    "topk_logits(Tensor logits, int top_k, Tensor? target, float[] temperatures)"
+    "topk_logits(Tensor logits, SymInt top_k, Tensor? target, float[] temperatures, Tensor? operand)"
     " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
     fake=empty_outputs,
     implementation=_topk_logits,

@@ -271,7 +271,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
 def _encode(batch: list[_Value], tokenizer: PreTrainedTokenizerBase | None, path: Path) -> Iterator[TokenizedDocument]:
     encoded: Iterator[list[int]] = iter(())
     if tokenizer is None and not all(_is_token_ids(value.content) for value in batch):
-        raise ValueError(f"the corpus {path} holds text: give the tokenizer it was captured with")
+        raise ValueError("the corpus holds text: give the tokenizer it was captured with")
     if tokenizer is not None and (texts := [value.content for value in batch if isinstance(value.content, str)]):
         encoded = iter(tokenizer(texts)["input_ids"])
     for content, prompt in batch:

@@ -48,7 +48,11 @@ def make_cases() -> dict[str, Case]:
     cases = {}
     for i, (rest, divergence) in enumerate(RESTS_AND_DIVERGENCES):
         for j, weight in enumerate(WEIGHTS):
-            options = {"rest": rest, "divergence": divergence, "weight": TOKEN_WEIGHT if weight == "tensor" else weight}
+            options = {
+                "rest": rest,
+                "divergence": divergence,
+                "token_weight": TOKEN_WEIGHT if weight == "tensor" else weight,
+            }
             options |= {"temperature": (1.0, TEMPERATURE)[(i + j) % 2], "detach_weight": j % 2 == 0}
             cases[f"{rest}-{divergence}-{weight}"] = Case(options)
         options = {"rest": rest, "divergence": divergence, "temperature": (TEMPERATURE, 1.0)[i % 2]}
@@ -121,7 +125,6 @@ def loss_of(case: Case, module, operands, target, teacher, *, product: bool = Fa
     hidden, weight, bias = operands
     if product:
         return module.slim_loss(F.linear(hidden, weight, bias), target, teacher, **options)
-    options["token_weight"] = options.pop("weight", "teacher_over_student")
     return module.linear_slim_loss(hidden, weight, target, teacher, bias=bias, **options, **more)
 
 

@@ -144,10 +144,8 @@ def smaller(args: argparse.Namespace, words: list[str]) -> list[str]:
 
 def make_chats(path: Path) -> None:
     """Writes two conversations."""
-    chats = [
-        [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}]
-        for answer in ("Anna.", "A cat.")
-    ]
+    asked = {"role": "user", "content": "Who?"}
+    chats = [[asked, {"role": "assistant", "content": answer}] for answer in ("Anna.", "A cat.")]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
 
 

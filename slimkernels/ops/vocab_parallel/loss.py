@@ -9,6 +9,7 @@ Megatron-LM (arXiv 1909.08053) computes the cross entropy with two all-reduces i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._library import check_transforms
 from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops._weight_gradient import WeightGradient
-from slimkernels.ops.scale_gradient import scale_gradients
+from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import SlimLoss, pack_result, scale_in_forward
 from slimkernels.ops.vocab_parallel.gradient import RowGradients
 from slimkernels.ops.vocab_parallel.rows import VocabRows
@@ -38,6 +40,7 @@ def vocab_parallel_loss(
     leading_shape: torch.Size,
 ) -> SlimLoss:
     """Computes the loss of the rows of ``source``, whose logits are this rank's slice; equal on all ranks."""
+    check_transforms("the vocabulary-parallel loss", *source.inputs)
     rows = VocabRows(source.dtype, target, options, vocab)
     scale = scale_in_forward(row_scale, source.dtype)
     loss, stats = _VocabParallelLoss.apply(source, rows, scale, torch.is_grad_enabled(), *source.inputs)
@@ -128,7 +131,9 @@ class HeadLogits:
             torch.empty_like(t) if t is not None and needed else None
             for t, needed in zip(self.inputs, needs, strict=True)
         )
-        weight_gradient = None if dweight is None else WeightGradient(dweight, hidden, self._chunk_rows)
+        weight_gradient = (
+            None if dweight is None else WeightGradient(dweight, hidden, ~gradient.active, self._chunk_rows)
+        )
         dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=row_scale.dtype)
         for chunk, logits in self.chunks(again=False):
             gradient.write(chunk, logits, logits, row_scale[chunk])
@@ -164,28 +169,31 @@ class _VocabParallelLoss(torch.autograd.Function):
         ctx.needs, ctx.reduced, ctx.group, ctx.partial = needs, scale is not None, gradient.vocab.group, source.partial
         if scale is not None:
             gradients = source.gradients(gradient, scale, needs) if makes_gradient else [None] * len(inputs)
-            ctx.save_for_backward(*gradients)
-            return (loss * scale).sum(), stats
+            loss = (loss * scale).sum()
+            ctx.save_for_backward(loss, *gradients)
+            return loss, stats
         ctx.source, ctx.gradient = source, gradient
         ctx.save_for_backward(*inputs)
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor | None, _grad_stats):
         absent = (None,) * 4
         if grad_loss is None:
             return *absent, *(None for _ in ctx.needs)
         # Raises if an input was modified after the forward pass.
         saved = ctx.saved_tensors
-        if ctx.reduced:
-            scaled = iter(scale_gradients(ctx, [g for g in saved if g is not None], grad_loss))
-            gradients = [next(scaled) if needed else None for needed in ctx.needs]
-        else:
-            gradients = ctx.source.gradients(ctx.gradient, grad_loss.contiguous(), ctx.needs)
-        for i, (gradient, partial) in enumerate(zip(gradients, ctx.partial, strict=True)):
-            if partial and gradient is not None:
-                # On a CPU a second backward pass may need this rank's summand again.
-                gradients[i] = gradient.clone() if gradient.device.type == "cpu" else gradient
-                dist.all_reduce(gradients[i], group=ctx.group)
-        return *absent, *gradients
+        with torch.no_grad():
+            if ctx.reduced:
+                loss, *saved = saved
+                sources = [loss]
+                scaled = scale_gradients([g for g in saved if g is not None], grad_loss)
+            else:
+                sources = list(saved)
+                computed = ctx.source.gradients(ctx.gradient, grad_loss.contiguous(), ctx.needs)
+                scaled = [gradient for gradient in computed if gradient is not None]
+            for gradient, partial in zip(scaled, itertools.compress(ctx.partial, ctx.needs), strict=True):
+                if partial:
+                    dist.all_reduce(gradient, group=ctx.group)
+        once = iter(differentiable_once("the vocabulary-parallel loss", scaled, *sources, grad_loss))
+        return *absent, *(next(once) if needed else None for needed in ctx.needs)

@@ -149,7 +149,7 @@ def slice_log_sums(
     lse, ghost_ce = stats[6].double(), stats[2].double()
     if own_ids is None:
         return lse, lse
-    # Where every id is kept the kernel has no ghost outcome and reports 0, but the log-sum-exp of no ids is -inf.
+    # If every id is kept, the kernel has no ghost outcome and reports 0, but the log-sum-exp of no ids is -inf.
     all_kept = (own_ids >= 0).sum(1) == logits.shape[1]
     return lse, (lse - ghost_ce).masked_fill(all_kept, -math.inf)
 

@@ -1,0 +1,208 @@
+"""What the ops accept as an option, and what they refuse by its name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.helpers import assert_same_bits, random_problem
+
+import slimkernels as sk
+
+NUMBERS = ("temperature", "logit_scale", "softcap", "ce_weight", "kd_weight", "z_loss_weight", "label_smoothing")
+
+
+def losses(**options):
+    """The two losses of one problem, as functions of nothing; both learn."""
+    logits, target, teacher = random_problem(ignored=(2,))
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(7, 16, generator=generator), torch.randn(203, 16, generator=generator)
+    return (
+        lambda: sk.slim_loss(logits.requires_grad_(), target, teacher, **options),
+        lambda: sk.linear_slim_loss(hidden.requires_grad_(), head, target, teacher, **options),
+    )
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "beta", "alpha"])
+def test_an_option_that_requires_a_gradient_is_refused_by_name(name):
+    parameter = torch.nn.Parameter(torch.tensor(0.5))
+    for loss in losses(**{name: parameter}):
+        with pytest.raises(ValueError, match=f"^{name} requires a gradient"):
+            loss()
+        with torch.no_grad():
+            assert loss().loss.isfinite()
+
+
+def test_token_weights_that_require_a_gradient_are_refused_by_name():
+    weight = torch.rand(7, requires_grad=True)
+    for loss in losses(token_weight=weight):
+        with pytest.raises(ValueError, match=r"^token_weight requires a gradient"):
+            loss()
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_sampling_options_that_require_a_gradient_are_refused_by_name(name):
+    option = torch.full((3,), 0.5, requires_grad=True)
+    with pytest.raises(ValueError, match=f"^{name} requires a gradient"):
+        sk.sample_logits(torch.randn(3, 9), seed=0, position=0, **{name: option})
+
+
+@pytest.mark.parametrize(
+    "num_items",
+    [
+        torch.tensor([2, 6]),
+        torch.tensor(-1),
+        torch.tensor(math.nan),
+        torch.tensor(True),
+        torch.tensor(3.0, requires_grad=True),
+        -1,
+        math.nan,
+        math.inf,
+        True,
+        "3",
+    ],
+)
+def test_num_items_that_is_no_count_is_refused(num_items):
+    for loss in losses(num_items=num_items):
+        with pytest.raises((TypeError, ValueError), match="num_items"):
+            loss()
+
+
+@pytest.mark.parametrize(
+    "num_items",
+    [
+        torch.tensor([4]),
+        torch.tensor([[4.0]], dtype=torch.float64),
+        torch.tensor(4.0, dtype=torch.bfloat16),
+        torch.tensor(4, dtype=torch.int32),
+        4.0,
+        np.int64(4),
+        np.float32(4.0),
+    ],
+)
+def test_num_items_is_any_number_or_tensor_of_one(num_items):
+    for loss, plain in zip(losses(num_items=num_items), losses(num_items=4), strict=True):
+        torch.testing.assert_close(loss().loss, plain().loss, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("num_items", [0, 0.0, torch.tensor(0), torch.tensor([0.0])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_without_items_loss_and_gradient_are_zero(num_items, dtype):
+    logits, target, teacher = random_problem(dtype=dtype)
+    leaf = logits.clone().requires_grad_()
+    loss = sk.slim_loss(leaf, target, teacher, num_items=num_items).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not leaf.grad.any()
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, y = torch.randn(3, 50), torch.tensor([1, 2, 3])
+    hidden, head = torch.randn(3, 8), torch.randn(50, 8)
+    teacher = sk.topk_logits(x, np.int64(5), target=y, temperatures=(np.float32(2.0),))
+    assert_same_bits(teacher.lse, sk.topk_logits(x, 5, temperatures=(2.0,)).lse)
+    assert sk.topk_logits(x, top_fraction=np.float32(0.125)).top_k == 7
+    assert sk.linear_topk_logits(hidden, head, np.int32(5), chunk_rows=np.int64(2)).top_k == 5
+    for name in NUMBERS:
+        one, other = (sk.slim_loss(x, y, teacher, **{name: kind(0.5)}) for kind in (np.float32, float))
+        assert_same_bits(one.loss, other.loss)
+    assert_same_bits(
+        sk.linear_slim_loss(hidden, head, y, teacher, chunk_rows=np.int64(2), ignore_index=np.int64(2)).ce,
+        sk.linear_slim_loss(hidden, head, y, teacher, chunk_rows=2, ignore_index=2).ce,
+    )
+    drawn = sk.sample_logits(x, seed=np.int64(1), position=np.uint8(2), top_k=np.int16(7), temperature=np.float32(0.5))
+    plain = sk.sample_logits(x, seed=1, position=2, top_k=7, temperature=0.5)
+    assert_same_bits(list(drawn), list(plain))
+    assert sk.sample_distinct(x, np.int64(2), seed=0, position=0).token.shape == (3, 2)
+    assert sk.sample_targets(x, np.int64(4), 0, position=0).top_k == 4
+    assert sk.sparse_softmax(teacher, rest="zero_logit", vocab_size=np.int64(50)).tail_logprob.shape == (3,)
+
+
+X, Y, HIDDEN, HEAD = torch.randn(3, 50), torch.tensor([1, 2, 3]), torch.randn(3, 8), torch.randn(50, 8)
+BOOLEANS = {
+    "top_k": lambda value: sk.topk_logits(X, value),
+    "top_fraction": lambda value: sk.topk_logits(X, top_fraction=value),
+    "temperatures": lambda value: sk.topk_logits(X, 5, temperatures=(value,)),
+    "chunk_rows": lambda value: sk.linear_topk_logits(HIDDEN, HEAD, 5, chunk_rows=value),
+    "logit_scale": lambda value: sk.linear_topk_logits(HIDDEN, HEAD, 5, logit_scale=value),
+    "ignore_index": lambda value: sk.slim_loss(X, Y, ignore_index=value),
+    "kd_weight": lambda value: sk.slim_loss(X, Y, kd_weight=value),
+    "seed": lambda value: sk.sample_logits(X, seed=value, position=0),
+    "min_p": lambda value: sk.sample_logits(X, seed=0, position=0, min_p=value),
+    "m": lambda value: sk.sample_distinct(X, value, seed=0, position=0),
+    "rounds": lambda value: sk.sample_targets(X, value, 0, position=0),
+}
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+@pytest.mark.parametrize("value", [True, np.True_, "1", None])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    if value is None and name in ("top_k", "top_fraction", "chunk_rows"):
+        pytest.skip("None stands for the default")
+    with pytest.raises(TypeError, match=name):
+        BOOLEANS[name](value)
+
+
+def test_temperatures_that_are_one_number_are_refused():
+    for make in (
+        lambda: sk.topk_logits(X, 5, temperatures=2.0),
+        lambda: sk.linear_topk_logits(HIDDEN, HEAD, 5, temperatures=2.0),
+        lambda: sk.SparseLogits(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1), torch.zeros(1, 1), 2.0),
+    ):
+        with pytest.raises(TypeError, match=r"temperatures must be a sequence of numbers, got 2.0: write \(2.0,\)"):
+            make()
+
+
+@pytest.mark.cpu_kernels
+def test_a_label_at_or_above_the_vocabulary_says_how_to_mark_no_label():
+    target = torch.tensor([1, 50, 2])
+    for make in (
+        lambda: sk.topk_logits(X, 5, target=target),
+        lambda: sk.linear_topk_logits(HIDDEN, HEAD, 5, target=target),
+        lambda: sk.sample_targets(X, 5, 0, position=0, target=target),
+    ):
+        with pytest.raises(
+            ValueError, match=r"target\[1\].*negative for no label.*masked_fill\(target == ignore_index"
+        ):
+            make()
+
+
+def test_a_head_without_depth_is_refused():
+    for call in (
+        lambda: sk.linear_topk_logits(torch.zeros(3, 0), torch.zeros(50, 0), 5),
+        lambda: sk.linear_slim_loss(torch.zeros(3, 0), torch.zeros(50, 0), Y),
+    ):
+        with pytest.raises(ValueError, match=r"hidden must have shape \(..., D\) with D of at least 1"):
+            call()
+
+
+@pytest.mark.parametrize("token_weight", ["teacher_over_student", "student_over_teacher"])
+def test_an_adaptive_weight_without_target_logit_warns_by_name(token_weight):
+    teacher = sk.topk_logits(X, 5)
+    named = f"no target_logit, so token_weight='{token_weight}'"
+    for loss in (
+        lambda **options: sk.slim_loss(X, Y, teacher, **options),
+        lambda **options: sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, **options),
+    ):
+        with pytest.warns(UserWarning, match=named) as warned:
+            loss(token_weight=token_weight)
+        # The warning points at the caller, where Python shows it once.
+        assert [Path(entry.filename).name for entry in warned] == ["test_op_inputs.py"]
+        loss(token_weight="none")
+        loss(token_weight=torch.ones(3))
+        loss(token_weight=token_weight, kd_weight=0.0)
+
+
+def test_the_token_weight_has_one_name():
+    teacher = sk.topk_logits(X, 5, target=Y)
+    for value in ("none", "student_over_teacher", torch.rand(3)):
+        with pytest.warns(DeprecationWarning, match="weight of slim_loss is now called token_weight"):
+            old = sk.slim_loss(X, Y, teacher, weight=value)
+        assert_same_bits(list(old), list(sk.slim_loss(X, Y, teacher, token_weight=value)))
+        with pytest.raises(TypeError, match="the token weight is token_weight="):
+            sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, weight=value)
+    by_name = sk.linear_slim_loss(HIDDEN, weight=HEAD, target=Y, teacher=teacher, token_weight="none")
+    assert_same_bits(list(by_name), list(sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, token_weight="none")))
