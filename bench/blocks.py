@@ -29,8 +29,8 @@ def demo_table(rows: list[dict]) -> str:
         "",
         f"One run of `make demo`. SmolLM2-135M-Instruct (held-out perplexity {row['teacher_perplexity']:.1f}) writes "
         f"{row['train_rows']:,} tokens; the same small randomly initialised student learns from them three ways, and "
-        f"is measured on {row['heldout_rows']:,} tokens from other prompts. {demo_spread(rows)} "
-        f"The teacher's logits take {row['store_bytes_per_token'] / 1000:.1f} kB per token, "
+        f"is measured on {row['heldout_rows']:,} tokens from other prompts. {demo_spread(rows)} The teacher's logits "
+        f"take {row['store_bytes_per_token'] / 1000:.1f} kB per token, "
         f"{row['store_bits_per_entry']:.2f} bits per kept entry. {row['device']}, {row['threads']} threads, "
         f"commit {row['commit']}, {row['date'][:10]}.",
     ]
