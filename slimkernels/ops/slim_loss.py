@@ -16,6 +16,7 @@ from slimkernels.ops._library import (
     check_kernels,
     check_transforms,
     define,
+    flat_rows,
     keep_for_backward,
     register_autograd,
 )
@@ -165,9 +166,7 @@ def slim_loss(
     check_transforms("slim_loss", logits)
     target = target.reshape(-1).contiguous()
     row_scale = reduction_scale(target, ignore_index, reduction, num_items, accumulation_dtype(logits.dtype))
-    rows = logits.reshape(-1, logits.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = flat_rows(logits)
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     over_logits = needs_grad and inplace_backward
     if over_logits:

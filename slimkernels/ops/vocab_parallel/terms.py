@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from slimkernels.ops._library import accumulation_dtype
 from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops.slim_result import NUM_STATS
 
@@ -121,7 +122,7 @@ def slice_log_sums(
     """
     ids = teacher_logits = no_lse = None
     num_rows = logits.shape[0]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(logits.dtype)
     if own_ids is not None:
         ids = own_ids
         teacher_logits = torch.full_like(ids, -math.inf, dtype=torch.bfloat16)
