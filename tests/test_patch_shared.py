@@ -172,8 +172,11 @@ def test_replicas_of_data_parallel_run_themselves():
 
 
 @pytest.mark.parametrize("order", ["patch, prepare", "prepare, patch"])
-def test_a_model_that_accelerate_prepared_stays_patched_when_it_is_unwrapped(order):
+def test_a_model_that_accelerate_prepared_stays_patched_when_it_is_unwrapped(order, request):
     accelerate = pytest.importorskip("accelerate")
+    # The state is the process's: a trainer of another test may have set another precision.
+    accelerate.state.AcceleratorState._reset_state()
+    request.addfinalizer(accelerate.state.AcceleratorState._reset_state)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model, batch = make_family("llama"), make_batch()
     expected = model(**batch).loss
@@ -192,7 +195,6 @@ def test_a_model_that_accelerate_prepared_stays_patched_when_it_is_unwrapped(ord
     torch.testing.assert_close(output.loss, expected)
     sk.unpatch_model(unwrapped)
     assert unwrapped(**batch).logits is not None
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_patched_model_has_the_names_of_its_class(tmp_path):

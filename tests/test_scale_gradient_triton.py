@@ -32,7 +32,7 @@ def test_scale_in_place(dtype, numel, factor, request, monkeypatch):
     if request.config.getoption("--kernels") == "triton":
         from slimkernels.ops.triton import scale_gradient as scale_gradient_triton
 
-        monkeypatch.setattr(scale_gradient_triton, "_MOST_PROGRAMS", 3)  # each takes several blocks
+        monkeypatch.setattr(scale_gradient_triton, "_MAX_PROGRAMS", 3)  # each takes several blocks
     upstream = torch.tensor(factor, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     gradient = torch.randn(numel).to(dtype)
     expected = (gradient.to(upstream.dtype) * upstream).to(dtype)
