@@ -491,10 +491,12 @@ class TestTroubledServers:
         assert max(most) == 1
 
     def test_requests_per_minute(self, tokenizer, tmp_path, vllm) -> None:
+        begin = time.monotonic()
         run(vllm, tokenizer, tmp_path, requests_per_minute=300, concurrency=3)
-        times = [seen["at"] for seen in vllm.seen]
+        times = sorted(seen["at"] for seen in vllm.seen)
         assert len(times) == 4
-        assert all(later - earlier >= 0.19 for earlier, later in itertools.pairwise(times))
+        # A slow machine makes requests arrive later, never earlier.
+        assert all(at - begin >= 0.2 * number for number, at in enumerate(times))
 
     def test_a_killed_capture_asks_only_for_the_rest(self, tokenizer, tmp_path, vllm) -> None:
         """SIGKILL while the second answer is awaited: the first is in the store, and never asked for again."""
