@@ -286,22 +286,22 @@ class TestTroubledServers:
 
     def test_retry_after_holds_back_everyone(self, tokenizer, tmp_path, vllm) -> None:
         vllm.faults = [None, self.BUSY]
-        start = time.monotonic()
         run(vllm, tokenizer, tmp_path, concurrency=1, num_documents=2)
         first, *later = [seen["at"] for seen in posts(vllm)]
         assert len(later) == 2
         assert min(later) - first >= 0.3
-        assert time.monotonic() - start < 60
 
     def test_retry_after_may_be_a_date_and_backoff_grows(self, tokenizer, tmp_path, vllm) -> None:
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3))
+        now, begin = time.time(), time.monotonic()
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now + 3))
         vllm.faults = [None, (429, {"Retry-After": date}, "{}"), *[self.BROKEN] * 3]
         run(vllm, tokenizer, tmp_path, num_documents=1, backoff_s=0.2)
         times = [seen["at"] for seen in posts(vllm)]
-        waits = [later - earlier for earlier, later in itertools.pairwise(times)]
-        assert waits[0] >= 1.0
-        for attempt, wait in enumerate(waits[1:], 1):
-            assert 0.5 * 0.2 * 2**attempt <= wait < 0.2 * 2**attempt + 20.0
+        # The date has whole seconds. A slow machine asks later, never earlier.
+        assert times[1] - begin >= int(now + 3) - now - 0.05
+        waits = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
+        for attempt, wait in enumerate(waits, 1):
+            assert wait >= 0.5 * 0.2 * 2**attempt
 
     def test_giving_up_keeps_what_was_answered(self, tokenizer, tmp_path, vllm) -> None:
         vllm.faults = [None, None, *[self.BROKEN] * 3]
