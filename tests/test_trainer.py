@@ -488,7 +488,8 @@ def test_two_processes_equal_one(tmp_path):
     alone.train()
 
     script = tmp_path / "ddp.py"
-    script.write_text(DDP_RUN.format(tests=str(Path(__file__).parent), output=str(tmp_path), store=store_path))
+    source = DDP_RUN.format(tests=str(Path(__file__).parent), output=str(tmp_path), store=store_path)
+    script.write_text(f"{source}\ntorch.distributed.destroy_process_group()\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

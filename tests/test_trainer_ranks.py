@@ -58,10 +58,19 @@ def run_two_ranks(tmp_path, make: str, options: dict) -> list[tuple[dict, list[d
     return run_script(tmp_path, source)
 
 
+# Threads of gloo that are still there when the interpreter ends can abort the process.
+END = """
+import torch.distributed
+
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
 def run_script(tmp_path, source: str) -> list:
     """Runs a script on two ranks and returns what each rank saved."""
     script = tmp_path / "run.py"
-    script.write_text(source)
+    script.write_text(source + END)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
