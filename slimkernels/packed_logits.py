@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels.sparse_logits import SparseLogits, as_temperatures, check_normaliser
+from slimkernels.sparse_logits import SparseLogits, as_temperatures, check_normaliser, check_rest, join_rests
 
 # uint8 values are quantised logits; the others are logits.
 VALUE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
@@ -37,6 +37,7 @@ class PackedLogits:
         counts: (N,) int32, 1 to K. The number of entries of every row; None if all rows keep K.
         temperatures: The temperature of each column of ``lse``. The first is 1.0.
         target_logit: (N,) float32 or None, as in SparseLogits.
+        rest_lse: (N, M) float32 or None, as in SparseLogits.
 
     Raises:
         TypeError: A field has another dtype.
@@ -51,6 +52,7 @@ class PackedLogits:
     counts: Tensor | None = None
     temperatures: tuple[float, ...] = (1.0,)
     target_logit: Tensor | None = None
+    rest_lse: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
@@ -72,6 +74,7 @@ class PackedLogits:
         _check(self.target_logit, "target_logit", torch.float32, (num_rows,))
         _check(self.lse, "lse", torch.float32, (num_rows, len(self.temperatures)))
         check_normaliser(self.lse, self.temperatures, (num_rows,))
+        check_rest(self.rest_lse, self.lse)
         for name, tensor in self._tensors().items():
             if tensor.device != self.values.device:
                 raise ValueError(f"{name} must be on {self.values.device} like values, got {tensor.device}")
@@ -145,6 +148,7 @@ class PackedLogits:
             counts=None if uniform else torch.cat([counts_of(part) for part in parts]),
             vocab_size=parts[0].vocab_size,
             temperatures=parts[0].temperatures,
+            rest_lse=join_rests(parts, torch.cat),
             **{field: join(field) for field in ("id_words", "values", "affine", "lse", "target_logit")},
         )
 

@@ -353,7 +353,7 @@ def linear_slim_loss(
 
 
 def _constant(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
-    floating = {name: getattr(teacher, name) for name in ("logits", "lse", "target_logit")}
+    floating = {name: getattr(teacher, name) for name in ("logits", "lse", "target_logit", "rest_lse")}
     floating = {name: None if field is None else field.detach().to(dtype) for name, field in floating.items()}
     return dataclasses.replace(teacher, **floating)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ class SparseLogits:
         temperatures: The temperature of each column of ``lse``. The first is 1.0.
         target_logit: (...) float32 or None. The raw logit of the label token, whether or not the label is among
             ``ids``; NaN if it is unknown or the row has no label.
+        rest_lse: (..., M) in the dtype of ``lse``, or None. Log-sum-exp of the entries that are NOT in ``ids``, divided
+            by each temperature: -inf where nothing is left out, NaN for a row of which it is not known. Subtracting
+            the kept entries from ``lse`` would lose a small rest to rounding. None where no row's is known.
     """
 
     ids: Tensor
@@ -36,6 +40,7 @@ class SparseLogits:
     lse: Tensor
     temperatures: tuple[float, ...] = (1.0,)
     target_logit: Tensor | None = None
+    rest_lse: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
@@ -48,6 +53,7 @@ class SparseLogits:
                 f"ids and logits must have the same shape (..., K), got {_shape(self.ids)} and {_shape(self.logits)}"
             )
         check_normaliser(self.lse, self.temperatures, self.leading_shape)
+        check_rest(self.rest_lse, self.lse)
         if self.target_logit is not None and self.target_logit.shape != self.leading_shape:
             raise ValueError(f"target_logit must have shape {self.leading_shape}, got {_shape(self.target_logit)}")
 
@@ -88,6 +94,11 @@ class SparseLogits:
             f"teacher with temperatures=(1.0, {temperature}), or use a rest that does not need its lse "
             "('renorm', 'renorm_both', 'zero_logit')"
         )
+
+    def rest_lse_at(self, temperature: float) -> Tensor | None:
+        """Returns the log-sum-exp of the entries outside ``ids`` at one temperature, shape (...), None if not known."""
+        column = self.column_of(temperature)
+        return None if self.rest_lse is None or column is None else self.rest_lse[..., column]
 
     def flatten(self) -> SparseLogits:
         """Returns the same rows with one leading dimension N."""
@@ -194,6 +205,7 @@ class SparseLogits:
             lse=per_row(self.lse),
             temperatures=self.temperatures,
             target_logit=None if self.target_logit is None else per_token(self.target_logit),
+            rest_lse=None if self.rest_lse is None else per_row(self.rest_lse),
         )
 
 
@@ -218,7 +230,15 @@ def _join(parts: Sequence[SparseLogits], join: Callable[[list[Tensor]], Tensor])
         lse=join([part.lse for part in parts]),
         temperatures=first.temperatures,
         target_logit=join(targets) if targets else None,
+        rest_lse=join_rests(parts, join),
     )
+
+
+def join_rests(parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Tensor | None:
+    """Joins the ``rest_lse`` of parts; parts that lack it join as NaN, and None is returned if all do."""
+    if all(part.rest_lse is None for part in parts):
+        return None
+    return join([torch.full_like(p.lse, math.nan) if p.rest_lse is None else p.rest_lse for p in parts])
 
 
 def _num_dimensions(index) -> int:
@@ -262,6 +282,16 @@ def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape
         raise ValueError(f"temperatures must start with 1.0, got {temperatures}")
     if not all(0 < t <= sys.float_info.max for t in temperatures):
         raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
+
+
+def check_rest(rest_lse: Tensor | None, lse: Tensor) -> None:
+    """Checks that ``rest_lse`` looks like ``lse``."""
+    if rest_lse is None:
+        return
+    if rest_lse.dtype != lse.dtype:
+        raise TypeError(f"rest_lse must have dtype {lse.dtype} like lse, got {rest_lse.dtype}")
+    if rest_lse.shape != lse.shape:
+        raise ValueError(f"rest_lse must have shape {_shape(lse)} like lse, got {_shape(rest_lse)}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

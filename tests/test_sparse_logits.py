@@ -229,3 +229,32 @@ def test_sparse_logits_are_pinned_field_by_field(monkeypatch):
     sparse = record()
     assert_same_bits(sparse_fields(sparse.pin_memory()), sparse_fields(sparse))
     assert len(pinned) == 4
+
+
+def _with_rest(num_rows: int, top_k: int, rest: float | None) -> SparseLogits:
+    rows = topk_logits(torch.randn(num_rows, 9), top_k)
+    rest_lse = None if rest is None else torch.full_like(rows.lse, rest)
+    return dataclasses.replace(rows, rest_lse=rest_lse)
+
+
+def test_parts_without_rest_lse_join_as_unknown():
+    joined = SparseLogits.cat([_with_rest(2, 3, 1.5), _with_rest(1, 2, None)])
+    assert joined.rest_lse[:2].eq(1.5).all()
+    assert joined.rest_lse[2:].isnan().all()
+    assert SparseLogits.cat([_with_rest(1, 2, None), _with_rest(1, 2, None)]).rest_lse is None
+    assert SparseLogits.stack([_with_rest(2, 3, 0.5), _with_rest(2, 2, 1.0)]).rest_lse.tolist() == [
+        [[0.5], [0.5]],
+        [[1.0], [1.0]],
+    ]
+
+
+def test_rest_lse_follows_the_rows():
+    rows = _with_rest(4, 3, 2.0)
+    assert rows[1:3].rest_lse.shape == (2, 1)
+    assert rows.reshape(2, 2).rest_lse.shape == (2, 2, 1)
+    assert rows.rest_lse_at(1.0).tolist() == [2.0] * 4
+    assert rows.rest_lse_at(3.0) is None
+    with pytest.raises(ValueError, match=r"rest_lse must have shape \(4, 1\) like lse"):
+        dataclasses.replace(rows, rest_lse=torch.zeros(4))
+    with pytest.raises(TypeError, match=r"rest_lse must have dtype torch\.float32 like lse"):
+        dataclasses.replace(rows, rest_lse=rows.rest_lse.double())

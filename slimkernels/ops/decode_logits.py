@@ -53,7 +53,7 @@ def decode_logits(packed: PackedLogits) -> SparseLogits:
     ids, logits = torch.ops.slimkernels.decode_logits(
         *(None if operand is None else operand.contiguous() for operand in operands), packed.vocab_size
     )
-    return SparseLogits(ids, logits, packed.lse, packed.temperatures, packed.target_logit)
+    return SparseLogits(ids, logits, packed.lse, packed.temperatures, packed.target_logit, packed.rest_lse)
 
 
 def _decode_logits(id_words: Tensor, values: Tensor, affine: Tensor | None, counts: Tensor | None, vocab_size: int):
