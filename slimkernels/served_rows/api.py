@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from slimkernels.served_rows.tokens import ServerToken
-from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
+from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError, reading
 from slimkernels.serving.kinds import Kind
 
 
@@ -169,7 +169,8 @@ def _read(
     Raises:
         UnusableAnswerError: There is no choice, its text has no log-probabilities, or parts of them are missing.
     """
-    try:
+    expected = "the server's answer must hold a choice with logprobs"
+    with reading(content, expected, UnusableAnswerError, advice="does this server give logprobs?"):
         choice, usage = choice_of(content)
         text = choice["message"].get("content") if "message" in choice else choice["text"]
         positions = _positions(choice.get("logprobs") or {"content": None})
@@ -184,11 +185,6 @@ def _read(
             generated_tokens=usage.get("completion_tokens"),
             finish_reason=choice.get("finish_reason"),
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UnusableAnswerError(
-            f"the server's answer must hold a choice with logprobs, but cannot be read ({type(error).__name__}: "
-            f"{error}); it begins {str(content)[:200]!r}: does this server give logprobs?"
-        ) from error
 
 
 def _choice(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import email.utils
 import itertools
 import math
@@ -42,6 +43,29 @@ class UnusableAnswerError(ServerRequestError):
 
 class ServerUnavailableError(OSError):
     """The server did not answer any of the attempts."""
+
+
+@contextlib.contextmanager
+def reading(
+    content: dict[str, Any], expected: str, failure: type[ServerRequestError], *, advice: str = ""
+) -> Iterator[None]:
+    """Turns the errors of code that reads an answer of another form into one that shows how the answer begins.
+
+    Args:
+        content: The answer.
+        expected: Beginning of the error: what the answer must be.
+        failure: Class of the error.
+        advice: End of the error.
+
+    Raises:
+        ServerRequestError: A part of the answer is missing or of another type, or the code raised ValueError.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        begins = f"it begins {str(content)[:200]!r}" + (f": {advice}" if advice else "")
+        raise failure(f"{expected}, but cannot be read ({problem}); {begins}") from error
 
 
 def as_it_is(content: dict[str, Any]) -> dict[str, Any]:
