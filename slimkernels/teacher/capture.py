@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimkernels.models.evaluation import context_length, evaluation_mode
 from slimkernels.models.fingerprints import weights_fingerprint
-from slimkernels.models.head import LanguageModelHead, check_logits
+from slimkernels.models.head import DECODED, LanguageModelHead, check_logits, decoded
 from slimkernels.models.sparse_targets import check_finite
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
@@ -231,18 +231,14 @@ class _Teacher:
             return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
     def _check_head(self, ids: Tensor) -> None:
-        logits = self.model(input_ids=ids, use_cache=False).logits
+        hidden, logits = decoded(self.model, ids)
         # Logits that are not finite raise an error of their own when rows are selected.
         if torch.isfinite(logits).all():
-            check_logits(
-                self.model,
-                self._whole_head,
-                self._hidden(ids),
-                logits,
-                hidden_name="its decoder's last hidden state",
-                advice=": pass the model's own logits to slimkernels.topk_logits and its result to "
-                "slimkernels.store.StoreWriter",
+            advice = (
+                ": pass the model's own logits to slimkernels.topk_logits and its result to "
+                "slimkernels.store.StoreWriter"
             )
+            check_logits(self.model, self._whole_head, hidden, logits, hidden_name=DECODED, advice=advice)
         self._is_checked = True
 
 
