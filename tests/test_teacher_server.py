@@ -691,7 +691,7 @@ class TestArguments:
             ({"prompts": [""]}, "every prompt must have at least one token"),
             ({"prompts": [[1, 2]], "api": "chat"}, "a prompt of api='chat' must be text"),
             ({"prompts": None, "documents": []}, "documents must hold at least one document"),
-            ({"api": "assistants"}, "api must be one of auto, completions, chat, llama.cpp, got 'assistants'"),
+            ({"api": "assistants"}, "api must be one of auto, completions, chat, llama.cpp, sglang, got 'assistants'"),
             ({"top_logprobs": 0}, "top_logprobs must be an int of at least 1, got 0"),
             ({"temperature": math.nan}, r"temperature must be in \[0, inf\]"),
             ({"seed": -1}, "seed must be in"),

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.served_rows.api import Answer, Request, ServerApi
+from slimkernels.served_rows.answers import Answer, Request
+from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
+from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
-from slimkernels.serving.kinds import server_kind
+from slimkernels.serving.kinds import identify
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.teacher.chat import around_date
@@ -30,7 +32,9 @@ _MAX_UNUSABLE = 8
 _SHOWN_REASONS = 5
 # Characters that a date in a chat template may take.
 _DATE_LENGTHS = range(4, 41)
-APIS = ("auto", "completions", "chat", "llama.cpp")
+APIS = ("auto", "completions", "chat", "llama.cpp", "sglang")
+# The interfaces that give the ids of all tokens.
+_OWN_APIS = {"llamacpp": "llama.cpp", "sglang": "sglang"}
 
 
 class ServerCost(NamedTuple):
@@ -184,10 +188,17 @@ def capture_server(
         backoff_s=backoff_s,
     )
     with client:
-        kind = server_kind(client.get("/models"))
-        if api == "auto":
-            api = "llama.cpp" if kind == "llamacpp" else "completions"
-        server = ServerApi(client, model, kind, api, top_logprobs, max_tokens, temperature)
+        kind, listing = identify(client)
+        server = ServerApi(
+            client=client,
+            api=_OWN_APIS.get(kind, "completions") if api == "auto" else api,
+            model=model,
+            kind=kind,
+            top_logprobs=top_logprobs,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            adapter=adapter_of(listing, model, client.url) if kind == "sglang" else None,
+        )
         if documents is not None:
             task: _Scoring | _Generation = _Scoring(server, documents)
         else:

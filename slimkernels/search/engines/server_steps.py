@@ -158,7 +158,9 @@ async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
     entries = listed_models(listing)
     own = next((entry for entry in entries if entry["id"] == model), entries[0] if len(entries) == 1 else {})
     length = own.get("max_model_len") or (own.get("meta") or {}).get("n_ctx")
-    return ServerDialect(client, model, server_kind(listing), length)
+    kind = server_kind(listing)
+    # Steps are drawn from SGLang through OpenAI's interface.
+    return ServerDialect(client, model, "openai" if kind == "sglang" else kind, length)
 
 
 def _vllm(content: dict[str, Any]) -> Answer:
