@@ -18,7 +18,7 @@ from slimkernels.durable import write_json
 from slimkernels.evaluate.choices import ChoiceCell, ChoiceTask
 from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
-from slimkernels.evaluate.judge import Judge, answer_of, prompt_hash
+from slimkernels.evaluate.judge import Judge, prompt_hash, rated_response
 from slimkernels.evaluate.models import EvaluatedModel, LoadedModel, ServedModel
 from slimkernels.evaluate.records import (
     Record,
@@ -248,7 +248,7 @@ def rate(
                 progress(f"{judge.model} rates {own[0].model}, {own[0].decoder}, {own[0].task}") if progress else None
             )
             for done, (record, rating) in enumerate(
-                zip(missing, judge.rate_all(answer_of(record) for record in missing), strict=True),
+                zip(missing, judge.rate_all(rated_response(record) for record in missing), strict=True),
                 len(own) - len(missing) + 1,
             ):
                 file.append(judge.judged(record, rating))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken
-from slimkernels.serving.client import ServerRequestError, UnusableAnswerError
+from slimkernels.serving.client import UnusableAnswerError, reading
 from slimkernels.serving.kinds import Kind
 
 
@@ -120,15 +120,9 @@ def read_answer(content: dict[str, Any], read: Callable[[dict[str, Any]], Answer
     Raises:
         UnusableAnswerError: ``read`` failed.
     """
-    try:
+    expected = "the server's answer must hold a choice with logprobs"
+    with reading(content, expected, UnusableAnswerError, advice="does this server give logprobs?"):
         return _checked(read(content))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, ServerRequestError):
-            raise
-        raise UnusableAnswerError(
-            f"the server's answer must hold a choice with logprobs, but cannot be read ({type(error).__name__}: "
-            f"{error}); it begins {str(content)[:200]!r}: does this server give logprobs?"
-        ) from error
 
 
 def _checked(answer: Answer) -> Answer:

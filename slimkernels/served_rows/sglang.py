@@ -2,8 +2,8 @@
 
 The forms are those of release 0.5.23 (``GenerateReqInput`` of ``managers/io_struct.py``, ``add_logprob_to_meta_info``
 of ``managers/tokenizer_manager.py``). All log-probabilities are in ``meta_info``. Those of the text are triples
-(log-probability, id, text or null). Those of the most probable tokens are such triples too, a list per position, or with
-``return_flat_raw_top_logprobs`` two flat arrays with their shape, as JSON numbers or with
+(log-probability, id, text or null). Those of the most probable tokens are such triples too, a list per position, or
+with ``return_flat_raw_top_logprobs`` two flat arrays with their shape, as JSON numbers or with
 ``return_flat_raw_top_logprobs_b64`` as little-endian base64. Releases without flat arrays ignore these options, and
 newer ones fall back to triples where positions have different numbers of entries, so all three forms are read. SGLang
 writes infinities and NaN as null.

@@ -1,8 +1,8 @@
 """Asks vLLM to score text, and reads its answers.
 
 The forms are those of release 0.32: ``prompt_logprobs``, one object per token, keyed by id, with the token of the text
-first, as ``/completions`` (``CompletionResponseChoice``) and ``/inference/v1/generate`` (``GenerateResponse``) give them.
-The latter alone takes ``detokenize``, without which vLLM spells every candidate of every position.
+first, as ``/completions`` (``CompletionResponseChoice``) and ``/inference/v1/generate`` (``GenerateResponse``) give
+them. Only the latter takes ``detokenize=False``; otherwise vLLM spells every candidate of every position.
 """
 
 from __future__ import annotations

@@ -30,6 +30,12 @@ def listed_models(listing: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
 
+def model_facts(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a server's list says of a model; llama.cpp nests a part of it under "meta"."""
+    meta = entry.get("meta")
+    return {**entry, **(meta if isinstance(meta, dict) else {})}
+
+
 def server_kind(listing: Mapping[str, Any] | None, info: Mapping[str, Any] | None = None) -> Kind:
     """Returns the kind of a server, which vLLM, llama.cpp and SGLang give as the owner of their models.
 
