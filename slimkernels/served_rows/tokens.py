@@ -44,9 +44,7 @@ class ServerToken(NamedTuple):
         legacy completions of OpenAI write "bytes:\xe2\x80" for bytes that are not UTF-8.
         """
         if not isinstance(data, list | None) or type(token) not in _ID_TYPES or type(logprob) not in _LOGPROB_TYPES:
-            raise TypeError(
-                f"a token needs a number and may have bytes and an id, got {logprob!r}, {data!r}, {token!r}"
-            )
+            raise TypeError(f"a token has a number, bytes and an id or null, got {logprob!r}, {data!r}, {token!r}")
         raw = None if data is None else bytes(data)
         if text.startswith(_ID_PREFIX) and text[len(_ID_PREFIX) :].isdecimal():
             token, raw = int(text[len(_ID_PREFIX) :]), None

@@ -15,7 +15,7 @@ import numpy as np
 
 from slimkernels.served_rows import arrays
 from slimkernels.served_rows.answers import Answer, Call, Options, Position, Request, read_answer
-from slimkernels.served_rows.openai import answer_of, scored
+from slimkernels.served_rows.openai import scored
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken
 
 _NOT_KNOWN = Position(ServerToken("", float("nan")), NumberedTokens(np.zeros(0, np.int64), np.zeros(0)))
@@ -65,11 +65,15 @@ def scores_without_text(options: Options, request: Request, url: str) -> Call:
 
 
 def _answer(choice: dict[str, Any], prompt_logprobs: list[Any], usage: dict[str, Any]) -> Answer:
-    positions = list(map(_position, prompt_logprobs))
-    answer = answer_of(
-        {"text": "", "finish_reason": choice.get("finish_reason")}, usage, choice.get("prompt_token_ids")
+    return Answer(
+        positions=list(map(_position, prompt_logprobs)),
+        text=choice.get("text") or "",
+        token_ids=None,
+        prompt_ids=choice.get("prompt_token_ids"),
+        prompt_tokens=usage.get("prompt_tokens"),
+        generated_tokens=usage.get("completion_tokens"),
+        finish_reason=choice.get("finish_reason"),
     )
-    return answer._replace(positions=positions, text=choice.get("text") or "", token_ids=choice.get("token_ids"))
 
 
 def _position(entries: dict[str, Any] | None) -> Position:
