@@ -55,6 +55,8 @@ def named_ids(names: Collection[str], prefix: str = _ID_PREFIX) -> np.ndarray | 
         names: The names.
         prefix: The text in front of every id: "token_id:", or "" for names that are decimal numbers.
     """
+    if not names:
+        return np.zeros(0, np.int64)
     digits = "\n".join(names)
     if prefix:
         # With one prefix per name, at its begin, nothing but the rest of each name is left.
