@@ -10,8 +10,8 @@ from slimkernels.serving.client import ServerClient, ServerRequestError, ServerU
 # "openai" is any server of which nothing more is known than that it speaks OpenAI's interface.
 Kind = Literal["vllm", "llamacpp", "sglang", "openai"]
 
-# What SGLang says of itself: release 0.5.23 has all four, the older names are deprecated, and earlier releases have
-# those alone.
+# SGLang answers these. Release 0.5.23 has all four; those with "get" are deprecated there, and earlier releases have no
+# others.
 INFO_PATHS = ("../model_info", "../get_model_info", "../server_info", "../get_server_info")
 _SGLANG_KEYS = frozenset({"is_generation", "internal_states"})
 _KINDS: tuple[Kind, ...] = ("vllm", "llamacpp", "sglang")
