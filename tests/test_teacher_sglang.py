@@ -19,6 +19,7 @@ from slimkernels.served_rows.api import ServerApi
 from slimkernels.serving.client import ServerClient, UnusableAnswerError
 from slimkernels.serving.kinds import INFO_PATHS, identify, server_kind
 from slimkernels.store import Store
+from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import ServerRequestError, TokenizedDocument, capture_server
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
@@ -328,6 +329,23 @@ class TestCapture:
         assert {seen["headers"]["Authorization"] for seen in sglang.seen} == {"Bearer sk-of-the-tests"}
         again = capture_server(sglang.url, served.MODEL, tokenizer, tmp_path, documents=documents, **OPTIONS)
         assert (again.documents, again.skipped, len(posts(sglang))) == (0, 2, 6)
+
+    @pytest.mark.parametrize("given", ["documents", "prompts"])
+    def test_a_store_that_was_begun_when_it_was_not_known(self, given, tokenizer, documents, tmp_path) -> None:
+        """Before SGLang was told apart, its stores had the kind "openai" and the interface "completions"."""
+        arguments = {given: {"documents": documents, "prompts": served.PROMPTS}[given]}
+        with served.ReplayServer(served.RECORDINGS["vllm"], names_itself=False) as server:
+            options = OPTIONS | {"max_unmapped_fraction": 1.0}
+            capture_server(server.url, served.MODEL, tokenizer, tmp_path, **arguments, **options)
+        before = Store(tmp_path).settings
+        assert before.teacher["kind"] == "openai"
+        with SglangServer() as server:
+            report = capture_server(server.url, served.MODEL, tokenizer, tmp_path, **arguments, **options)
+            assert not posts(server)
+        assert (report.documents, report.skipped) == (0, len(arguments[given]))
+        assert Store(tmp_path).settings == before
+        with served.ReplayServer(served.RECORDINGS["llama.cpp"]) as other, pytest.raises(SettingsMismatchError):
+            capture_server(other.url, "another", tokenizer, tmp_path, **arguments, **options)
 
     def test_command_line(self, sglang, tmp_path, capsys, monkeypatch) -> None:
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)

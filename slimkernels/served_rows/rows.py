@@ -148,7 +148,8 @@ class AnswerReader:
         """Returns the rows that have at least one entry, and their positions in the document."""
         top_logprobs = self._top_logprobs
         ids = np.full((len(positions), top_logprobs), -1, dtype=np.int32)
-        logprobs = np.zeros((len(positions), top_logprobs))
+        # In float64, as printed.
+        logprobs = np.full((len(positions), top_logprobs), -math.inf)
         kept_places, target_logits = [], []
         for place, position in zip(places, positions, strict=True):
             row_ids, row_logprobs = self._row(position)
@@ -159,11 +160,14 @@ class AnswerReader:
                 known = position.chosen.logprob > _LEAST_LOGPROB
                 target_logits.append(position.chosen.logprob if known else math.nan)
         rows = len(kept_places)
-        logits = torch.from_numpy(logprobs[:rows]).float()
-        targets = torch.tensor(target_logits, dtype=torch.float32)
-        return kept_places, SparseLogits(
-            torch.from_numpy(ids[:rows]), logits, torch.zeros((rows, 1)), target_logit=targets
+        kept_ids, kept = torch.from_numpy(ids[:rows]), torch.from_numpy(logprobs[:rows])
+        teacher = SparseLogits(
+            ids=kept_ids,
+            logits=kept.masked_fill(kept_ids < 0, 0.0).float(),
+            lse=torch.zeros((rows, 1)),
+            target_logit=torch.tensor(target_logits, dtype=torch.float32),
         )
+        return kept_places, teacher
 
     def _row(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ``top_logprobs`` most probable entries that have an id, as ids and log-probabilities, by id."""

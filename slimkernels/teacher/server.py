@@ -19,9 +19,10 @@ from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer
 from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
-from slimkernels.serving.kinds import identify
+from slimkernels.serving.kinds import Kind, identify
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
+from slimkernels.store.format import StoreSettings
 from slimkernels.teacher.server_documents import Generation, Scoring, ServerCost
 from slimkernels.teacher.vocabulary import captured_vocabulary, num_token_ids
 
@@ -163,6 +164,7 @@ def capture_server(
     vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer), store_path)
     vocab_size = vocabulary.size if vocab_size is None else vocab_size
     tokens = TokenMap(tokenizer, vocab_size)
+    stored = _settings(store_path)
     client = ServerClient(
         url,
         key_env=key_env,
@@ -176,7 +178,7 @@ def capture_server(
         kind, listing = identify(client)
         server = ServerApi(
             client=client,
-            api=_OWN_APIS.get(kind, "completions") if api == "auto" else api,
+            api=_own_api(kind, stored) if api == "auto" else api,
             model=model,
             kind=kind,
             top_logprobs=top_logprobs,
@@ -192,7 +194,7 @@ def capture_server(
             store_path,
             vocab_size=vocab_size,
             tokenizer_fingerprint=vocabulary.fingerprint,
-            teacher=_teacher_description(store_path, {"name": model, "server": client.url, "kind": kind}),
+            teacher=_teacher_description(stored, {"name": model, "server": client.url, "kind": kind}),
             selection=task.selection,
             codec=codec,
             shard_rows=shard_rows,
@@ -262,13 +264,31 @@ def _store_answers(
     return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated, tuple(reasons))
 
 
-def _teacher_description(store_path: str | os.PathLike[str], teacher: dict[str, Any]) -> dict[str, Any]:
-    """Returns the teacher's description; an existing store keeps the address that its server had at first."""
+def _settings(store_path: str | os.PathLike[str]) -> StoreSettings | None:
+    """Returns the settings of an existing store, or None."""
     try:
-        stored = Store(store_path).settings.teacher
+        return Store(store_path).settings
     except NotAStoreError:
+        return None
+
+
+def _teacher_description(stored: StoreSettings | None, teacher: dict[str, Any]) -> dict[str, Any]:
+    """Returns the teacher's description; an existing store keeps the address that its server had at first.
+
+    It also keeps the kind "openai", which every server has of which no more was known when the store was made.
+    """
+    if stored is None:
         return teacher
-    return stored if stored | {"server": teacher["server"]} == teacher else teacher
+    known = {"server": teacher["server"]}
+    if stored.teacher.get("kind") == "openai":
+        known["kind"] = teacher["kind"]
+    return stored.teacher if stored.teacher | known == teacher else teacher
+
+
+def _own_api(kind: Kind, stored: StoreSettings | None) -> str:
+    """Returns the interface for prompts of a kind of server; an existing store keeps that of its first prompts."""
+    known = None if stored is None or stored.teacher.get("kind") != "openai" else stored.selection.get("api")
+    return str(known or _OWN_APIS.get(kind, "completions"))
 
 
 def _check_arguments(
