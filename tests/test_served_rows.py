@@ -151,6 +151,13 @@ class TestArrays:
         with pytest.raises(ValueError, match="token id"):
             arrays.integers(values)
 
+    def test_encoded_arrays(self) -> None:
+        text = base64.b64encode(b"\x00\x00\xa0\x7f" + np.array([-0.1, -np.inf, -2.5], "<f4").tobytes()).decode()
+        found = arrays.decoded(text, "float32", (2, 2))
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, [[np.nan, np.float32(-0.1)], [-np.inf, -2.5]])
+        assert arrays.decoded("BQAAAP////8=", "int32", (1, 2)).tolist() == [[5, -1]]
+
     @pytest.mark.parametrize(
         ("names", "ids"),
         [
