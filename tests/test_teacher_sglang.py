@@ -84,11 +84,28 @@ class TestScores:
         assert paths == ["/v1/models", *["/inference/v1/generate"] * 2]
         assert_same_documents(tmp_path, of_vllm)
 
-    def test_vllm_without_that_endpoint_is_asked_for_it_once(self, tokenizer, documents, tmp_path) -> None:
+    @pytest.mark.parametrize(
+        "refusal", [(404, {}, "{}"), (403, {}, "no"), (501, {}, ""), (503, {}, ""), (200, {}, "<html>Welcome</html>")]
+    )
+    def test_vllm_without_that_endpoint_is_asked_for_it_once(
+        self, refusal, tokenizer, documents, of_vllm, tmp_path
+    ) -> None:
+        """A proxy may say in any way that it has nothing at a path."""
         with served.ReplayServer(served.RECORDINGS["vllm"]) as server:
-            capture_server(server.url, served.MODEL, tokenizer, tmp_path, documents=documents, **OPTIONS)
+            reply, server.lacks = server.reply, lambda path: False
+            server.reply = lambda path, body: refusal if path.startswith("/inference") else reply(path, body)
+            options = OPTIONS | {"max_retries": 0}
+            capture_server(server.url, served.MODEL, tokenizer, tmp_path, documents=documents, **options)
             paths = [seen["path"] for seen in server.seen]
         assert paths == ["/v1/models", "/inference/v1/generate", "/v1/completions", "/v1/completions"]
+        assert_same_documents(tmp_path, of_vllm)
+
+    def test_vllm_with_that_endpoint_is_asked_nowhere_else(self, tokenizer, documents, tmp_path) -> None:
+        with served.ReplayServer(served.RECORDINGS["vllm-tokens"]) as server:
+            server.faults = [None, None, (400, {}, '{"error": {"message": "too long"}}')]
+            with pytest.raises(ServerRequestError, match=r"document 1, 12 tokens of prompt: .*generate .*too long"):
+                capture_server(server.url, served.MODEL, tokenizer, tmp_path, documents=documents, **OPTIONS)
+            assert [seen["path"] for seen in server.seen] == ["/v1/models", *["/inference/v1/generate"] * 2]
 
     def test_the_server_is_asked_for_numbers_from_the_first_label_on(
         self, tokenizer, documents, of_vllm, sglang, tmp_path

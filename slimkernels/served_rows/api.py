@@ -6,11 +6,10 @@ The modules ``openai``, ``llamacpp``, ``vllm`` and ``sglang`` hold the requests 
 from __future__ import annotations
 
 import dataclasses
-import threading
 
 from slimkernels.served_rows import llamacpp, openai, sglang, vllm
 from slimkernels.served_rows.answers import Answer, Call, Options, Request
-from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
+from slimkernels.serving.client import ServerClient, ServerRequestError, ServerUnavailableError
 
 _GENERATION = {
     "completions": openai.completion,
@@ -28,11 +27,12 @@ class ServerApi(Options):
     Attributes:
         client: Client of the server.
         api: Interface that generates documents: "completions", "chat", "llama.cpp" or "sglang".
+        _answers: Whether the server answers at a path that it may lack, by path; empty until it is known.
     """
 
     client: ServerClient
     api: str
-    _spells_candidates: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
+    _answers: dict[str, bool] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def generate(self, request: Request) -> Answer:
         """Lets the server continue a prompt.
@@ -51,14 +51,19 @@ class ServerApi(Options):
                 asks again for an answer that cannot be read or lacks tokens; also for a server that cannot score text.
         """
         call: Call = _SCORING[self.kind](self, request, self.client.url)
-        if self.kind != "vllm" or self._spells_candidates.is_set():
+        if self.kind != "vllm":
+            return self.client.post(*call)
+        tried = vllm.scores_without_text(self, request, self.client.url)
+        known = self._answers.get(tried.path)
+        if known is False:
             return self.client.post(*call)
         try:
-            return self.client.post(*vllm.scores_without_text(self, request, self.client.url))
-        except UnusableAnswerError:
-            raise
-        except ServerRequestError:
-            # The server has no such path unless it was started with --enable-scale-out, or refuses the document too.
+            answer = self.client.post(*tried)
+        except (ServerRequestError, ServerUnavailableError):
+            if known:
+                raise
+            # The server has no such path, which a proxy may say in any way, or does not take the document either.
             answer = self.client.post(*call)
-        self._spells_candidates.set()
+            known = False
+        self._answers[tried.path] = known is None or known
         return answer
