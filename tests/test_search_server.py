@@ -305,3 +305,14 @@ def test_server_answer_with_more_log_probabilities_than_tokens_is_refused(reason
     content = vllm_answer("\ufffd\n", ["\ufffd", "\ufffd", "\n"], [-1.0, -2.0, -4.0], reason, token_ids=[1, 2])
     with pytest.raises(ValueError, match="3 log-probabilities of 2 tokens"):
         server_steps._vllm(content)
+
+
+def test_server_steps_come_from_sglang_as_texts():
+    """SGLang is told apart for its scores; a search asks it through OpenAI's interface."""
+
+    class Client:
+        async def get(self, path):
+            return {"data": [{"id": "model", "owned_by": "sglang", "max_model_len": 77}]}
+
+    dialect = asyncio.run(server_steps.dialect_of(Client(), "model"))
+    assert (dialect.kind, dialect.takes_token_ids, dialect.context_length) == ("openai", False, 77)

@@ -156,7 +156,9 @@ async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
     own = next((entry for entry in entries if entry["id"] == model), entries[0] if len(entries) == 1 else {})
     facts = model_facts(own)
     length = facts.get("max_model_len") or facts.get("n_ctx")
-    return ServerDialect(client, model, server_kind(listing), length)
+    kind = server_kind(listing)
+    # Steps are drawn from SGLang through OpenAI's interface.
+    return ServerDialect(client, model, "openai" if kind == "sglang" else kind, length)
 
 
 def _vllm(content: dict[str, Any]) -> StepPart:
