@@ -30,7 +30,7 @@ from slimkernels.evaluate.records import (
 )
 from slimkernels.evaluate.scoring import check_scorer, kind_of, score
 from slimkernels.evaluate.tasks import Sample, Task
-from slimkernels.search import PathFinderConfig, Question, Result, Tree
+from slimkernels.search import PathFinderConfig, Question, QuestionError, Result, Tree
 from slimkernels.search.tree import ROOT
 from slimkernels.serving.client import ServerUnavailableError
 
@@ -279,7 +279,14 @@ def _answer(
                 for prompt, (_, sample) in zip(prompts, batch, strict=True)
             ]
             start = time.perf_counter()
-            results = search.solve(questions)
+            try:
+                results = search.solve(questions)
+            except QuestionError as error:
+                sample = batch[error.index][1]
+                raise ValueError(
+                    f"{cell.model.label} cannot read sample {sample.id} of task {cell.task.name} with "
+                    f"shots={cell.plan.shots}: {error.reason}"
+                ) from error
             seconds = (time.perf_counter() - start) / len(batch)
             for (order, sample), prompt, result in zip(batch, prompts, results, strict=True):
                 yield score(_record(cell, sample, order, seed, prompt, result, seconds))

@@ -218,6 +218,20 @@ def _check_same_run(checkpoint: Path, settings: dict[str, Any], model: nn.Module
         )
 
 
+class StopsAtLength:
+    """A base class, placed before a ``transformers.Trainer``, that takes no step more in a run which is finished.
+
+    The ``Trainer`` compares the number of steps with ``max_steps`` only after a step, so that a finished run which is
+    resumed within an epoch would take one more.
+    """
+
+    def _run_epoch(self, **options: Any) -> None:
+        if 0 < self.args.max_steps <= self.state.global_step:  # pyright: ignore[reportAttributeAccessIssue]
+            self.control.should_training_stop = True  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        super()._run_epoch(**options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class SlimRun(TrainerCallback):
     """A callback that records the run's settings in every checkpoint, and checks the loss before it is used.
 
