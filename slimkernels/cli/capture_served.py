@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     add("--tokenizer", metavar="MODEL", help="folder or name of the model's tokenizer")
     add(
         "--api",
-        choices=("auto", "completions", "chat", "llama.cpp"),
+        choices=("auto", "completions", "chat", "llama.cpp", "sglang"),
         default="auto",
         help="endpoint of the server (default: %(default)s)",
     )

@@ -1,4 +1,4 @@
-"""What the command line says of an error: a sentence that names options and packages, and the exit code."""
+"""The message of an error of the command line, a sentence that names options and packages, and its exit code."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def with_flags(message: str, flags: Mapping[str, str], choices: Collection[str] 
             message = re.sub(rf"(?<![\w/.'\"-]){name}(?![\w/'\"=(-]|\.\w)", flag, message)
         # A value: select='top_k' is --select top-k.
         message = re.sub(rf"(?<![\w/.'\"-]){name}='(\w+)'", lambda match, flag=flag: chosen(match, flag), message)
-        message = re.sub(rf"(?<![\w/.'\"-]){name}=(?=[\w(])", f"{flag} ", message)
+        # A value of --option NAME=VALUE stays behind its equals sign.
+        message = re.sub(rf"(?<![\w/.'\"-]){name}=(?=[\w(])", f"{flag}=" if " " in flag else f"{flag} ", message)
         message = message.replace(f"{flag} ({flag})", flag)
     return re.sub(r"(--[\w-]+) must be None\b", r"\1 must be omitted", message)
 

@@ -19,8 +19,9 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
     Without --tokenizer it is that of the student's own model, else that of the teacher which the store was captured
     from, if it is on this machine and is the store's by its fingerprint.
     """
-    from slimkernels.models.fingerprints import fingerprint_in_store
+    from slimkernels.models.fingerprints import tokenizer_fingerprint
     from slimkernels.store import Store
+    from slimkernels.store.identity import is_same_tokenizer
     from slimkernels.teacher import load_tokenizer
 
     if args.tokenizer is not None:
@@ -32,7 +33,7 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
         if not name or not _is_here(name):
             continue
         tokenizer = load_tokenizer(name)
-        if fingerprint_in_store(tokenizer, stored) == stored if stored else name == own:
+        if is_same_tokenizer(stored, tokenizer_fingerprint(tokenizer)) if stored else name == own:
             return tokenizer, ""
         if name == own:
             return None, (
@@ -44,7 +45,7 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
 
 def _is_here(name: str) -> bool:
     """Returns whether a tokenizer of this name can be loaded without asking a hub."""
-    from slimkernels.teacher import EMBEDDED_TEACHERS, TeacherNotFoundError, model_origin
+    from slimkernels.models.load import EMBEDDED_TEACHERS, TeacherNotFoundError, model_origin
 
     folder = Path(name).expanduser()
     if folder.is_dir():
