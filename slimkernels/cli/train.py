@@ -194,7 +194,9 @@ def _printer(has_bar: bool) -> TrainerCallback:
     from transformers import PrinterCallback
     from transformers.trainer_callback import ProgressCallback
 
-    class Printer(ProgressCallback if has_bar else PrinterCallback):
+    usual: Any = ProgressCallback if has_bar else PrinterCallback
+
+    class Printer(usual):
         """The usual callback, which is silent once the training ends."""
 
         has_ended = False

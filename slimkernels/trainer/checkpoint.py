@@ -221,7 +221,11 @@ def _check_same_run(checkpoint: Path, settings: dict[str, Any], model: nn.Module
         )
 
 
-class StopsAtLength:
+# The class that comes after a mixin's is known only where it is mixed in.
+_AnyTrainer: Any = object
+
+
+class StopsAtLength(_AnyTrainer):
     """A base class, placed before a ``transformers.Trainer``, that takes no step more in a run which is finished.
 
     The ``Trainer`` compares the number of steps with ``max_steps`` only after a step, so that a finished run which is
@@ -229,10 +233,10 @@ class StopsAtLength:
     """
 
     def _run_epoch(self, **options: Any) -> None:
-        if 0 < self.args.max_steps <= self.state.global_step:  # pyright: ignore[reportAttributeAccessIssue]
-            self.control.should_training_stop = True  # pyright: ignore[reportAttributeAccessIssue]
+        if 0 < self.args.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
             return
-        super()._run_epoch(**options)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._run_epoch(**options)
 
 
 class SlimRun(TrainerCallback):
