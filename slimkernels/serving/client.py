@@ -117,7 +117,8 @@ class _Client:
             response: The response, or the exception that the request raised.
             attempts: Number of attempts so far.
             max_retries: Repetitions allowed.
-            read: Function that reads the content; what it raises ``UnusableAnswerError`` for is waited for again.
+            read: Function that reads the content; an answer for which it raises ``UnusableAnswerError``, or which lacks
+                what it looks for, is waited for again.
         """
         retry_after = unusable = None
         if isinstance(response, Exception):
@@ -133,6 +134,10 @@ class _Client:
                     return _Content(read(self._content(response, name)))
                 except UnusableAnswerError as error:
                     problem, unusable = str(error), error
+                except ServerRequestError:
+                    raise
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                    problem, unusable = self._unreadable(response, error), error
             retry_after = _retry_after_s(response.headers.get("Retry-After"))
         if attempts > max_retries or (retry_after or 0.0) > _MAX_RETRY_AFTER_S:
             waits = "" if retry_after is None else f"; it asks to wait {retry_after:.0f} s"
@@ -158,6 +163,11 @@ class _Client:
             f"{response.headers.get('Content-Type', 'no content type')} {self._said(response)!r}: is "
             "this the base URL of an OpenAI-compatible server?"
         )
+
+    def _unreadable(self, response: Any, error: Exception) -> str:
+        """Describes an answer in which the reader did not find what it looks for."""
+        begin = " ".join(response.text.split())[:_SHOWN_CHARACTERS]
+        return f"its answer cannot be read ({type(error).__name__}: {error}); it begins {begin!r}"
 
     def _said(self, response: Any) -> str:
         """Returns the message in the body of an error, shortened and without the secrets."""
@@ -251,8 +261,9 @@ class ServerClient(_Client):
         Args:
             path: Path below the base URL; "../completion" replaces the last part of the base URL.
             payload: The object to send.
-            read: Function that reads the answer. It raises ``UnusableAnswerError`` for one that the server should be
-                asked for again.
+            read: Function that reads the answer. The server is asked again for an answer for which it raises
+                ``UnusableAnswerError``, or KeyError, IndexError, TypeError, ValueError or AttributeError because the
+                answer does not have the expected form.
 
         Raises:
             ServerRequestError: The server refused the request.

@@ -161,7 +161,8 @@ def capture_server(
     if (documents is None) == (prompts is None):
         raise ValueError("give either documents to score or prompts to continue")
     _check_arguments(api, top_logprobs, num_documents, max_tokens, temperature, seed, max_unmapped_fraction, flush_s)
-    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer), store_path)
+    # The rows of the server's model are not known; one more than the tokenizer's may be padding that it lacks.
+    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer) + 1, store_path)
     vocab_size = vocabulary.size if vocab_size is None else vocab_size
     tokens = TokenMap(tokenizer, vocab_size)
     stored = _settings(store_path)
