@@ -11,7 +11,7 @@ import torch
 from slimkernels.served_rows.api import Answer, Position, Request, ServerApi
 from slimkernels.served_rows.tokens import ServerToken, TokenMap
 from slimkernels.serving.client import ServerRequestError
-from slimkernels.sparse_logits import SparseLogits
+from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 
 # Servers write -9999 or the lowest float for an unknown log-probability; no float32 softmax reaches so low.
 _LEAST_LOGPROB = -1000.0
@@ -143,7 +143,11 @@ class AnswerReader:
         return ServedDocument(ids, kept_places, teacher)
 
     def _rows(self, places: Sequence[int], positions: Sequence[Position]) -> tuple[list[int], SparseLogits]:
-        """Returns the rows that have at least one entry, and their positions in the document."""
+        """Returns the rows that have at least one entry, and their positions in the document.
+
+        Everything that a row does not keep counts to its ``rest_lse``: tokens that the server did not print, entries
+        without an id, and entries beyond the ``top_logprobs`` most probable ones.
+        """
         top_logprobs = self._top_logprobs
         kept_places, rows, target_logits = [], [], []
         for place, position in zip(places, positions, strict=True):
@@ -154,12 +158,19 @@ class AnswerReader:
                 known = position.chosen.logprob > _LEAST_LOGPROB
                 target_logits.append(position.chosen.logprob if known else math.nan)
         ids = torch.full((len(rows), top_logprobs), -1, dtype=torch.int32)
-        logprobs = torch.zeros((len(rows), top_logprobs))
+        # In float64, as printed.
+        logprobs = torch.full((len(rows), top_logprobs), -math.inf, dtype=torch.float64)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor([token for token, _ in row], dtype=torch.int32)
-            logprobs[number, : len(row)] = torch.tensor([logprob for _, logprob in row])
-        lse = torch.zeros((len(rows), 1))
-        return kept_places, SparseLogits(ids, logprobs, lse, target_logit=torch.tensor(target_logits))
+            logprobs[number, : len(row)] = torch.tensor([logprob for _, logprob in row], dtype=torch.float64)
+        teacher = SparseLogits(
+            ids=ids,
+            logits=logprobs.masked_fill(ids < 0, 0.0).float(),
+            lse=torch.zeros((len(rows), 1)),
+            target_logit=torch.tensor(target_logits),
+            rest_lse=rest_of_logprobs(logprobs)[:, None].float(),
+        )
+        return kept_places, teacher
 
     def _row(self, position: Position) -> list[tuple[int, float]]:
         """Returns the ``top_logprobs`` most probable entries that have an id, as (id, logprob) sorted by id."""
