@@ -126,7 +126,7 @@ constexpr int64_t kStreamedBytes = 4 << 20;
 constexpr int64_t kSplitVocabulary = 16384;
 
 int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target, std::vector<double> temperatures,
-                             Tensor values, Tensor ids, Tensor lse, OptionalTensor target_logit) {
+                             Tensor values, Tensor ids, Tensor lse, Tensor rest_lse, OptionalTensor target_logit) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
   if (num_rows == 0) return kOk;
@@ -146,12 +146,13 @@ int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target
   args.values = out_of(values, logits.scalar_type(), num_rows * top_k, "values");
   args.ids = static_cast<int32_t*>(out_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
   args.lse = out_of(lse, acc, num_rows * num_temperatures, "lse");
+  args.rest_lse = out_of(rest_lse, acc, num_rows * num_temperatures, "rest_lse");
   args.target_logit = out_of(target_logit, acc, num_rows, "target_logit");
   return run(checked_kernels().topk_logits, args, num_rows);
 }
 
-int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, double temperature, std::string rest,
-                                int64_t vocab_size, Tensor logprobs, Tensor tail_logprob) {
+int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, OptionalTensor rest_lse, double temperature,
+                                std::string rest, int64_t vocab_size, Tensor logprobs, Tensor tail_logprob) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0), top_k = logits.size(1);
   if (num_rows == 0) return kOk;
@@ -161,6 +162,7 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, d
   args.ids = static_cast<const int32_t*>(data_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
   args.logits = data_of(logits, logits.scalar_type(), num_rows * top_k, "logits");
   args.lse = data_of(lse, acc, num_rows, "lse");
+  args.rest_lse = data_of(rest_lse, acc, num_rows, "rest_lse");
   args.top_k = top_k;
   args.vocab_size = vocab_size;
   args.temperature = temperature;
@@ -174,8 +176,8 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, d
 // Writes the statistics (kStats, N) and, where dlogits is given, the gradient, which may overwrite the logits.
 int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
                            OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
-                           OptionalTensor teacher_lse_one, OptionalTensor target_logit, OptionalTensor token_weight,
-                           double temperature, std::string rest, std::string divergence, std::string weighting,
+                           OptionalTensor teacher_lse_one, OptionalTensor teacher_rest_lse, OptionalTensor target_logit,
+                           OptionalTensor token_weight, double temperature, std::string rest, std::string divergence, std::string weighting,
                            bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
                            double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
                            int64_t ignore_index) {
@@ -212,6 +214,7 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
         data_of(teacher_logits, teacher_logits->scalar_type(), num_rows * args.top_k, "teacher_logits");
     args.teacher_lse = data_of(teacher_lse, acc, num_rows, "teacher_lse");
     args.teacher_lse_one = data_of(teacher_lse_one, acc, num_rows, "teacher_lse_one");
+    args.teacher_rest_lse = data_of(teacher_rest_lse, acc, num_rows, "teacher_rest_lse");
     args.target_logit = data_of(target_logit, acc, num_rows, "target_logit");
     args.token_weight = data_of(token_weight, acc, num_rows, "token_weight");
     STD_TORCH_CHECK(args.teacher_lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest,

@@ -52,7 +52,9 @@ def topk_logits(
     target: Tensor | None = None,
     temperatures: tuple[float, ...] = (1.0,),
 ) -> SparseLogits:
-    """Keeps the K largest of every row, ordered by id, and the log-sum-exp of the whole row at every temperature.
+    """Keeps the K largest of every row, ordered by id, and the row's log-sum-exps at every temperature.
+
+    ``lse`` is that of the whole row, ``rest_lse`` that of its entries that are not kept.
 
     NaN is larger than +inf, -0.0 equals +0.0, and among equal values the lowest index is kept.
 
@@ -61,10 +63,10 @@ def topk_logits(
         top_k: K, 1 <= K <= V.
         top_fraction: Alternative to ``top_k``, with K = ceil(top_fraction * V).
         target: (...) int64 labels, whose logits become ``target_logit``; NaN where a label is negative.
-        temperatures: Temperatures of the columns of ``lse``; 1.0 is always the first, given or not.
+        temperatures: Temperatures of the columns of ``lse`` and ``rest_lse``; 1.0 is always the first, given or not.
 
     Returns:
-        ids and logits (..., K), logits in the dtype of the input; lse (..., M) and target_logit (...) in
+        ids and logits (..., K), logits in the dtype of the input; lse and rest_lse (..., M) and target_logit (...) in
         float32 (float64 for float64).
     """
     vocab_size = logits.shape[-1]
@@ -74,6 +76,7 @@ def topk_logits(
     by_value = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
     ids = by_value[..., :top_k].sort(dim=-1).values
     wide = logits.to(_accumulate_dtype(logits))
+    off = wide.scatter(-1, ids, -math.inf)
     target_logit = None
     if target is not None:
         if (target >= vocab_size).any():
@@ -85,6 +88,7 @@ def topk_logits(
         lse=torch.stack([_logsumexp(wide / temperature) for temperature in temperatures], dim=-1),
         temperatures=temperatures,
         target_logit=target_logit,
+        rest_lse=torch.stack([_logsumexp(off / temperature) for temperature in temperatures], dim=-1),
     )
 
 

@@ -150,7 +150,8 @@ production, other = (str(op.default._schema) for op in (ops.topk_logits_rows, op
 assert other == production.replace("topk_logits_rows", "topk_logits_rows_cuda"), other
 tensor = torch.zeros(1, 4)
 try:
-    ops.topk_logits_rows_cuda(tensor, 2, None, [1.0], tensor[:, :2], tensor[:, :2].int(), tensor[:, :1], None)
+    kept, lse = tensor[:, :2], tensor[:, :1]
+    ops.topk_logits_rows_cuda(tensor, 2, None, [1.0], kept, kept.int(), lse, lse, None)
 except NotImplementedError as error:
     assert "'CPU'" in str(error)
 else:

@@ -49,10 +49,9 @@ def test_topk_logits_compiles_for(architecture, dtype, vocab_size, top_k):
     values, ids = torch.empty(4, top_k, dtype=dtype), torch.empty(4, top_k, dtype=torch.int32)
     target, target_logit = torch.zeros(4, dtype=torch.int64), torch.empty(4, dtype=wide)
     temperatures = [1.0, 2.0, 3.0]
-    lse = torch.empty(4, 3, dtype=wide)
-    assert_compiles(
-        lambda: topk_logits_rows(logits, top_k, target, temperatures, values, ids, lse, target_logit), architecture
-    )
+    lse, rest_lse = torch.empty(2, 4, 3, dtype=wide)
+    out = values, ids, lse, rest_lse, target_logit
+    assert_compiles(lambda: topk_logits_rows(logits, top_k, target, temperatures, *out), architecture)
 
 
 def sampled_rows(vocab_size: int, sample: int) -> dict[str, torch.Tensor]:

@@ -40,7 +40,8 @@ def _topk_logits_rows_cuda(logits: Tensor, top_k: int) -> Tensor:
     values = logits.new_empty(len(logits), top_k)
     ids = torch.empty_like(values, dtype=torch.int32)
     lse = logits.new_empty(len(logits), 1, dtype=torch.float32)
-    torch.ops.slimkernels.topk_logits_rows_cuda(logits, top_k, None, [1.0], values, ids, lse, None)
+    rest_lse = torch.empty_like(lse)
+    torch.ops.slimkernels.topk_logits_rows_cuda(logits, top_k, None, [1.0], values, ids, lse, rest_lse, None)
     return ids
 
 

@@ -35,6 +35,7 @@ struct TopkLogitsArgs {
   int32_t* ids;        // (N, K)
   void* values;        // (N, K) of dtype
   void* lse;           // (N, M) acc
+  void* rest_lse;      // (N, M) acc, of the logits that are not kept
   void* target_logit;  // (N,) acc, written if target is not null
 };
 
@@ -42,7 +43,8 @@ struct SparseSoftmaxArgs {
   const int32_t* ids;  // (N, K)
   const void* logits;  // (N, K) of dtype
   int dtype;
-  const void* lse;  // (N,) acc, at the temperature; null where rest does not need it
+  const void* lse;       // (N,) acc, at the temperature; null where rest does not need it
+  const void* rest_lse;  // (N,) acc, at the temperature, NaN where unknown; or null
   int64_t top_k;
   int64_t vocab_size;
   double temperature;
@@ -66,11 +68,12 @@ struct SlimLossArgs {
   const void* teacher_logits;  // (N, K) of teacher_dtype
   int teacher_dtype;
   int64_t top_k;
-  const void* teacher_lse;      // (N,) acc at `temperature`, or null
-  const void* teacher_lse_one;  // (N,) acc at temperature 1
-  const void* target_logit;     // (N,) acc or null
-  const void* token_weight;     // (N,) acc or null
-  const void* row_scale;        // (N,) acc or null: the gradient of row n is multiplied by row_scale[n]
+  const void* teacher_lse;       // (N,) acc at `temperature`, or null
+  const void* teacher_lse_one;   // (N,) acc at temperature 1
+  const void* teacher_rest_lse;  // (N,) acc at `temperature`, NaN where unknown; or null
+  const void* target_logit;      // (N,) acc or null
+  const void* token_weight;      // (N,) acc or null
+  const void* row_scale;         // (N,) acc or null: the gradient of row n is multiplied by row_scale[n]
   double temperature;
   int rest;
   int divergence;

@@ -132,6 +132,8 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
   RowGuess<A> guess = guess_row<X, A>(row, args, scratch);
   int64_t found = collect(row, args, guess, scratch);
   A* lse = static_cast<A*>(args.lse) + n * args.num_temperatures;
+  A* rest_lse = static_cast<A*>(args.rest_lse) + n * args.num_temperatures;
+  for (int64_t m = 0; m < args.num_temperatures; ++m) rest_lse[m] = A(__builtin_nan(""));
   for (int64_t m = 0; m < args.num_temperatures; ++m) {
     lse[m] = A(log_sum_exp_of_row(row, args.vocab_size, 1 / args.temperatures[m], guess.level, scratch.sums[m]));
   }

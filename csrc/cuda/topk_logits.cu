@@ -76,7 +76,7 @@ void launch(const Machine& machine, TopkLogitsArgs& args, int64_t num_rows, cuda
 }
 
 int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor target, std::vector<double> temperatures,
-                              Tensor values, Tensor ids, Tensor lse, OptionalTensor target_logit) {
+                              Tensor values, Tensor ids, Tensor lse, Tensor, OptionalTensor target_logit) {
   STD_TORCH_CHECK(logits.is_cuda() && logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                   "logits must be a two-dimensional CUDA tensor whose last dimension is dense");
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
@@ -132,7 +132,7 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
 STABLE_TORCH_LIBRARY_FRAGMENT(slimkernels, m) {
   m.def(
       "topk_logits_rows_cuda(Tensor logits, int top_k, Tensor? target, float[] temperatures, Tensor(a!) values,"
-      " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!)? target_logit) -> int");
+      " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!) rest_lse, Tensor(e!)? target_logit) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels, CUDA, m) {

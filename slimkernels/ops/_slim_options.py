@@ -33,6 +33,8 @@ class SlimOptions(NamedTuple):
         teacher_logits: (N, K) logits of the teacher at ``ids``, any float dtype.
         teacher_lse: (N,) log-sum-exp of the teacher's whole row at the temperature; None where it is unknown.
         teacher_lse_one: (N,) the same at temperature 1.
+        teacher_rest_lse: (N,) log-sum-exp of the teacher's entries outside ``ids`` at the temperature, NaN where
+            unknown; None where unknown for every row.
         target_logit: (N,) logit of the teacher at the label, NaN where unknown; None where unknown for every row.
         token_weight: (N,) given token weights, for ``weighting`` "tensor".
         temperature: T of the divergence.
@@ -55,6 +57,7 @@ class SlimOptions(NamedTuple):
     teacher_logits: Tensor | None
     teacher_lse: Tensor | None
     teacher_lse_one: Tensor | None
+    teacher_rest_lse: Tensor | None
     target_logit: Tensor | None
     token_weight: Tensor | None
     temperature: float
@@ -75,12 +78,12 @@ class SlimOptions(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields that hold a value per row; they come first."""
-        return self[:6]
+        return self[:7]
 
     @property
     def settings(self) -> tuple[float | str, ...]:
         """The fields that hold one value for all rows."""
-        return self[6:]
+        return self[7:]
 
     @property
     def operand(self) -> Tensor | None:
@@ -171,7 +174,7 @@ def resolve_options(
     def per_row(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach().to(dtype).reshape(-1).contiguous()
 
-    ids = teacher_logits = teacher_lse = teacher_lse_one = target_logit = None
+    ids = teacher_logits = teacher_lse = teacher_lse_one = teacher_rest_lse = target_logit = None
     if teacher is not None:
         _check_teacher(teacher, like, like_name)
         if weighting in ADAPTIVE_WEIGHTS and kd_weight != 0:
@@ -180,9 +183,10 @@ def resolve_options(
         teacher_logits = widen_float8(teacher.logits.detach().reshape(-1, teacher.top_k)).contiguous()
         teacher_lse = per_row(_lse_or_none(teacher, rest, temperature))
         teacher_lse_one = per_row(teacher.lse[..., 0])
+        teacher_rest_lse = per_row(teacher.rest_lse_at(temperature))
         target_logit = per_row(teacher.target_logit)
     return SlimOptions(
-        ids, teacher_logits, teacher_lse, teacher_lse_one, target_logit, per_row(given_weight),
+        ids, teacher_logits, teacher_lse, teacher_lse_one, teacher_rest_lse, target_logit, per_row(given_weight),
         temperature, rest, divergence, weighting, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
         z_loss_weight, cap, logit_scale, ignore_index
     )  # fmt: skip

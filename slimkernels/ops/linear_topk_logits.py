@@ -123,7 +123,7 @@ def _linear_topk_logits(
     if operand is not None:
         *temperatures, softcap, logit_scale = operand.tolist()
     outputs = _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, is_plain)
-    values, ids, lse, target_logit = outputs
+    values, ids, lse, rest_lse, target_logit = outputs
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     for rows, product in row_chunks(hidden, weight, bias, chunk_rows):
         logits = product.to(values.dtype)
@@ -139,6 +139,7 @@ def _linear_topk_logits(
             values[rows],
             ids[rows],
             lse[rows],
+            rest_lse[rows],
             None if target is None else target_logit[rows],
         )
         _checks.raise_fault(fault, first_row=rows.start, no_label=_checks.NEGATIVE_TARGET)
@@ -154,7 +155,7 @@ def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scal
 define(
     "linear_topk_logits(Tensor hidden, Tensor weight, Tensor? bias, SymInt top_k, Tensor? target, float[] temperatures,"
     " float softcap, float logit_scale, bool is_plain, int chunk_rows, Tensor? operand)"
-    " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
+    " -> (Tensor values, Tensor ids, Tensor lse, Tensor rest_lse, Tensor target_logit)",
     fake=_fake,
     implementation=_linear_topk_logits,
 )

@@ -94,13 +94,16 @@ def sparse_softmax(
     check_transforms("sparse_softmax", sparse.logits, sparse.lse)
     flat = sparse.flatten()
     logits = widen_float8(flat.logits).contiguous()
-    lse = None
+    dtype = accumulation_dtype(logits.dtype)
+    lse = rest_lse = None
     if rest in _checks.RESTS_WITH_LSE:
-        lse = flat.lse_at(temperature).to(accumulation_dtype(logits.dtype)).contiguous()
+        lse = flat.lse_at(temperature).to(dtype).contiguous()
+    if rest == "ghost" and flat.rest_lse is not None:
+        rest_lse = flat.rest_lse[:, flat.column_of(temperature)].to(dtype).contiguous()
     operand = operand_of([temperature], [1.0])
     given = temperature if operand is None else 1.0
     logprobs, tail_logprob = torch.ops.slimkernels.sparse_softmax(
-        flat.ids.contiguous(), logits, lse, given, rest, vocab_size or 2**31 - 1, operand
+        flat.ids.contiguous(), logits, lse, rest_lse, given, rest, vocab_size or 2**31 - 1, operand
     )
     return SparseProbs(logprobs.reshape(sparse.ids.shape), tail_logprob.reshape(sparse.leading_shape))
 
@@ -109,6 +112,7 @@ def _sparse_softmax(
     ids: Tensor,
     logits: Tensor,
     lse: Tensor | None,
+    rest_lse: Tensor | None,
     temperature: float,
     rest: str,
     vocab_size: int,
@@ -118,7 +122,7 @@ def _sparse_softmax(
         (temperature,) = operand.tolist()
     outputs = _fake(ids, logits)
     _checks.raise_fault(
-        torch.ops.slimkernels.sparse_softmax_rows(ids, logits, lse, temperature, rest, vocab_size, *outputs)
+        torch.ops.slimkernels.sparse_softmax_rows(ids, logits, lse, rest_lse, temperature, rest, vocab_size, *outputs)
     )
     return outputs
 
@@ -129,7 +133,7 @@ def _fake(ids: Tensor, logits: Tensor, *_options):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, logits, lse, ctx.temperature, ctx.rest, _, operand = inputs
+    _, logits, lse, _, ctx.temperature, ctx.rest, _, operand = inputs
     ctx.save_for_backward(*output, operand)
     ctx.logits_dtype = logits.dtype
     ctx.has_lse = lse is not None
@@ -161,19 +165,18 @@ def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
             total = total + grad_tail.masked_fill(tail_logprob == -torch.inf, 0.0)[:, None]
         grad = grad_logprobs - probs * total
     grad_logits = (grad / temperature).to(ctx.logits_dtype)
-    return None, grad_logits, grad_lse if ctx.has_lse else None, None, None, None, None
+    return None, grad_logits, grad_lse if ctx.has_lse else None, None, None, None, None, None
 
 
 define(
-    "sparse_softmax_rows(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size,"
-    " Tensor(a!) logprobs, Tensor(b!) tail_logprob) -> int",
+    "sparse_softmax_rows(Tensor ids, Tensor logits, Tensor? lse, Tensor? rest_lse, float temperature, str rest,"
+    " int vocab_size, Tensor(a!) logprobs, Tensor(b!) tail_logprob) -> int",
     fake=lambda *_args: 0,
     triton_module="slimkernels.ops.triton.sparse_softmax",
 )
 define(
-    "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, float temperature, str rest, int vocab_size,"
-    " Tensor? operand)"
-    " -> (Tensor logprobs, Tensor tail_logprob)",
+    "sparse_softmax(Tensor ids, Tensor logits, Tensor? lse, Tensor? rest_lse, float temperature, str rest,"
+    " int vocab_size, Tensor? operand) -> (Tensor logprobs, Tensor tail_logprob)",
     fake=_fake,
     implementation=_sparse_softmax,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,14 +89,15 @@ def topk_logits(
 def sparse_logits_of(
     outputs: Sequence[Tensor], leading_shape: Sequence[int], temperatures: tuple[float, ...], *, has_target: bool
 ) -> SparseLogits:
-    """Returns the operator's outputs (values, ids, lse, target_logit) as SparseLogits of the given leading shape."""
-    values, ids, lse, target_logit = outputs
+    """Returns the operator's outputs (values, ids, lse, rest_lse, target_logit) as SparseLogits of a leading shape."""
+    values, ids, lse, rest_lse, target_logit = outputs
     return SparseLogits(
         ids=ids.reshape(*leading_shape, ids.shape[-1]),
         logits=values.reshape(*leading_shape, values.shape[-1]),
         lse=lse.reshape(*leading_shape, len(temperatures)),
         temperatures=temperatures,
         target_logit=target_logit.reshape(leading_shape) if has_target else None,
+        rest_lse=rest_lse.reshape(*leading_shape, len(temperatures)),
     )
 
 
@@ -107,6 +109,7 @@ def empty_outputs(like: Tensor, top_k: int, target: Tensor | None, temperatures:
         like.new_empty(num_rows, top_k),
         like.new_empty(num_rows, top_k, dtype=torch.int32),
         like.new_empty(num_rows, len(temperatures), dtype=accumulated),
+        like.new_empty(num_rows, len(temperatures), dtype=accumulated),
         like.new_empty(0 if target is None else num_rows, dtype=accumulated),
     )
 
@@ -115,33 +118,41 @@ def _topk_logits(
     logits: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float], operand: Tensor | None
 ):
     temperatures = temperatures if operand is None else operand.tolist()
-    values, ids, lse, target_logit = outputs = empty_outputs(logits, top_k, target, temperatures)
+    values, ids, lse, rest_lse, target_logit = outputs = empty_outputs(logits, top_k, target, temperatures)
     wanted = None if target is None else target_logit
-    fault = torch.ops.slimkernels.topk_logits_rows(logits, top_k, target, temperatures, values, ids, lse, wanted)
+    fault = torch.ops.slimkernels.topk_logits_rows(
+        logits, top_k, target, temperatures, values, ids, lse, rest_lse, wanted
+    )
     _checks.raise_fault(fault, no_label=_checks.NEGATIVE_TARGET)
     return outputs
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, _, target, temperatures, operand = inputs
-    _, ids, lse, _ = output
+    _, ids, lse, rest_lse, _ = output
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)
-    keep_for_backward(ctx, logits, ids, lse, target, operand)
+    keep_for_backward(ctx, logits, ids, lse, rest_lse, target, operand)
     ctx.temperatures = temperatures
 
 
-def _backward(ctx, grad_values: Tensor | None, _grad_ids, grad_lse: Tensor | None, grad_target_logit: Tensor | None):
-    logits, ids, lse, target, operand = ctx.saved_tensors
+def _backward(
+    ctx,
+    grad_values: Tensor | None,
+    _grad_ids,
+    grad_lse: Tensor | None,
+    grad_rest_lse: Tensor | None,
+    grad_target_logit: Tensor | None,
+):
+    logits, ids, lse, rest_lse, target, operand = ctx.saved_tensors
     temperatures = ctx.temperatures if operand is None else operand.unbind()
     accumulated = logits.to(lse.dtype)
     grad = torch.zeros_like(accumulated)
+    if grad_rest_lse is not None:
+        kept = ids.long()
+        grad = _gradient_of_lse(accumulated, rest_lse, temperatures, grad_rest_lse).scatter(1, kept, 0.0)
     if grad_lse is not None:
-        for column, temperature in enumerate(temperatures):
-            upstream = grad_lse[:, column, None]
-            softmax = (accumulated / temperature - lse[:, column, None]).exp()
-            # The softmax of a row with an infinite lse is NaN, also where nobody asked for the gradient of that lse.
-            grad = grad + torch.where(upstream == 0, 0.0, softmax * (upstream / temperature))
+        grad = grad + _gradient_of_lse(accumulated, lse, temperatures, grad_lse)
     if grad_values is not None:
         grad = grad.scatter_add(1, ids.long(), grad_values.to(lse.dtype))
     if target is not None and grad_target_logit is not None:
@@ -150,15 +161,28 @@ def _backward(ctx, grad_values: Tensor | None, _grad_ids, grad_lse: Tensor | Non
     return grad.to(logits.dtype), None, None, None, None
 
 
+def _gradient_of_lse(logits: Tensor, lse: Tensor, temperatures: Sequence, upstream: Tensor) -> Tensor:
+    """Returns the gradient (N, V) of log-sum-exps (N, M) of the logits: softmaxes times their upstream gradients."""
+    # Where nothing is summed, the log-sum-exp is -inf and its gradient is 0.
+    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    grad = torch.zeros_like(logits)
+    for column, temperature in enumerate(temperatures):
+        given = upstream[:, column, None]
+        softmax = (logits / temperature - lse[:, column, None]).exp()
+        # The softmax of a row with an infinite lse is NaN, also where nobody asked for the gradient of that lse.
+        grad = grad + torch.where(given == 0, 0.0, softmax * (given / temperature))
+    return grad
+
+
 define(
     "topk_logits_rows(Tensor logits, int top_k, Tensor? target, float[] temperatures, Tensor(a!) values,"
-    " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!)? target_logit) -> int",
+    " Tensor(b!) ids, Tensor(c!) lse, Tensor(d!) rest_lse, Tensor(e!)? target_logit) -> int",
     fake=lambda *_args: 0,
     triton_module="slimkernels.ops.triton.topk_logits",
 )
 define(
     "topk_logits(Tensor logits, SymInt top_k, Tensor? target, float[] temperatures, Tensor? operand)"
-    " -> (Tensor values, Tensor ids, Tensor lse, Tensor target_logit)",
+    " -> (Tensor values, Tensor ids, Tensor lse, Tensor rest_lse, Tensor target_logit)",
     fake=empty_outputs,
     implementation=_topk_logits,
 )

@@ -437,6 +437,7 @@ def slim_loss_rows(
     teacher_logits: Tensor | None,
     teacher_lse: Tensor | None,
     teacher_lse_one: Tensor | None,
+    teacher_rest_lse: Tensor | None,
     target_logit: Tensor | None,
     token_weight: Tensor | None,
     temperature: float,

@@ -60,6 +60,7 @@ def sparse_softmax_rows(
     ids: Tensor,
     logits: Tensor,
     lse: Tensor | None,
+    rest_lse: Tensor | None,
     temperature: float,
     rest: str,
     vocab_size: int,

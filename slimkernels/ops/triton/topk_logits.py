@@ -353,9 +353,11 @@ def topk_logits_rows(
     values: Tensor,
     ids: Tensor,
     lse: Tensor,
+    rest_lse: Tensor,
     target_logit: Tensor | None,
 ) -> int:
     """Launches the kernels. Returns 0 (no fault) always, because reading faults back would need a sync."""
+    rest_lse.fill_(math.nan)
     num_rows, vocab_size = logits.shape
     settings = launch.settings_of("topk_logits", logits)
     constants = {

@@ -128,7 +128,7 @@ def slice_log_sums(
         teacher_logits = torch.full_like(ids, -math.inf, dtype=torch.bfloat16)
         no_lse = logits.new_zeros(num_rows, dtype=dtype)
     empty_teacher = SlimOptions(
-        *(ids, teacher_logits, no_lse, None, None, None),
+        *(ids, teacher_logits, no_lse, None, None, None, None),
         temperature=1.0,
         rest="ghost",
         divergence="soft_ce",
