@@ -454,6 +454,7 @@ def test_store_info(tmp_path, generator):
         "documents": 2,
         "tokens": 19,
         "rows": 13,
+        "rest_lse_rows": 13,
         "entries": sum(counts),
         "shards": 2,
         "bytes": size,
@@ -497,7 +498,14 @@ def test_store_size_bar_of_100k_rows():
     for i in range(7):
         counts = {"documents": 29, "tokens": 29 * 512, "rows": 29 * 511, "entries": 29 * 511 * 2458}
         entry = ShardEntry(
-            shard_name(i), 0, id_words=29 * 511 * words, top_k=2458, head_checksum="0" * 32, checksum="0" * 32, **counts
+            shard_name(i),
+            0,
+            id_words=29 * 511 * words,
+            top_k=2458,
+            rest_lse=True,
+            head_checksum="0" * 32,
+            checksum="0" * 32,
+            **counts,
         )
         shards.append(dataclasses.replace(entry, bytes=shard_layout(settings_, entry).total_bytes))
     manifest = len(seal_manifest(manifest_content(settings_, tuple(shards))))
