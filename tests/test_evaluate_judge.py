@@ -10,7 +10,7 @@ from support.evaluation import make_data, make_folder, make_record
 from support.served import _Server
 
 from slimkernels.cli import main
-from slimkernels.evaluate.judge import Answer, Judge, Rating, answer_of, read_rating
+from slimkernels.evaluate.judge import Judge, RatedResponse, Rating, rated_response, read_rating
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
 from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
@@ -46,7 +46,7 @@ def server():
 
 def test_ratings_in_order_and_what_the_judge_is_shown(server):
     with Judge(server.url, "j", concurrency=2) as judge:
-        answers = [Answer("Say it.", "it", text) for text in ("x", "mute", "{a}", "big", "xxxx")]
+        answers = [RatedResponse("Say it.", "it", text) for text in ("x", "mute", "{a}", "big", "xxxx")]
         ratings = list(judge.rate_all(answers))
     assert [rating.value for rating in ratings] == [1.5, None, 3.5, None, 4.5]
     assert "has no rating from 1 to 10" in ratings[1].error
@@ -54,13 +54,15 @@ def test_ratings_in_order_and_what_the_judge_is_shown(server):
     assert any("[Instruction]\nSay it.\n\n[Reference]\nit\n\n[Response]\n{a}\n" in asked for asked in server.asked)
     bodies = [seen["body"] for seen in server.seen if seen["body"]]
     assert {(body["model"], body["temperature"]) for body in bodies} == {("j", 0)}
-    assert answer_of(make_record(0, "B", "B", task="commonsenseqa", choices=("bank", "mall"))).reference == "(B) mall"
+    assert (
+        rated_response(make_record(0, "B", "B", task="commonsenseqa", choices=("bank", "mall"))).reference == "(B) mall"
+    )
 
 
 def test_a_judge_that_refuses_everything_is_an_error(server):
     server.refuses = True
     with Judge(server.url, "j", concurrency=1) as judge, pytest.raises(ServerRequestError, match="first 5 outputs"):
-        list(judge.rate_all([Answer("a", "b", str(number)) for number in range(50)]))
+        list(judge.rate_all([RatedResponse("a", "b", str(number)) for number in range(50)]))
     assert len(server.asked) < 50
 
 

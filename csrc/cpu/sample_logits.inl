@@ -114,7 +114,7 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
   constexpr int kWidth = Lanes<A>::kWidth;
   using Vec = typename Lanes<A>::Vec;
   constexpr A kLowest = -largest_finite<A>();
-  constexpr A kNoMass = sizeof(A) == 4 ? -104 : -750;
+  constexpr A kNoMass = sizeof(A) == 4 ? -104 : -750;  // its exponential is 0
   const double inverse = 1 / options.temperature;
   const A inv_temperature = kTempered ? A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse) : A(1);
   // A block is summed again at a higher level if it exceeds the level by more than this, so that exp cannot overflow.

@@ -114,7 +114,7 @@ def _add_served_arguments(parser: Parser) -> None:
     add("--tokenizer", metavar="MODEL", help="folder or name of the model's tokenizer")
     add(
         "--api",
-        choices=("auto", "completions", "chat", "llama.cpp"),
+        choices=("auto", "completions", "chat", "llama.cpp", "sglang"),
         default="auto",
         help="endpoint of the server (default: %(default)s)",
     )

@@ -10,16 +10,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from slimkernels.evaluate.cell import Cell
 from slimkernels.evaluate.records import Record, content_key, record_path
 from slimkernels.evaluate.tasks import ORDER_SEED, Sample, check_num_samples
 
 if TYPE_CHECKING:
-    from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
+    from slimkernels.evaluate.models import LoadedModel
     from slimkernels.store import Store
 
 HELDOUT = "heldout"
-# The decoder's name in records of tasks on which nothing is decoded.
-NO_DECODER = ""
 LOSS, KL = "loss", "kl"
 
 
@@ -84,17 +83,10 @@ def load_heldout(path: str | os.PathLike[str], num_samples: int | None = None, *
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldoutCell:
+class HeldoutCell(Cell):
     """One model on the held-out documents."""
 
-    model: EvaluatedModel
     task: HeldoutTask
-    decoder: str = NO_DECODER
-
-    @property
-    def seeds(self) -> list[int | None]:
-        """The seeds of a task without randomness: only None."""
-        return [None]
 
     @property
     def file(self) -> str:
@@ -136,19 +128,13 @@ class HeldoutCell:
                 # A mean over some of the labels would stand beside the models' over all of them.
                 is_known = metrics.teacher_labels == metrics.labels
                 teacher_loss = metrics.teacher_loss if is_known else None
-                yield Record(
-                    key=self.key(sample, None),
-                    model=self.model.label,
-                    decoder=self.decoder,
-                    task=self.task.name,
-                    sample=sample.id,
-                    order=order,
-                    seed=None,
+                yield self.record(
+                    sample,
+                    order,
                     prompt=text,
                     question=text,
                     reference="",
                     output="",
-                    answers={},
                     scores=scores,
                     seconds=seconds,
                     labels=metrics.labels,

@@ -37,8 +37,8 @@ rating in this form: [[5]]
 """
 
 
-class Answer(NamedTuple):
-    """A response to rate, with its instruction and a reference response."""
+class RatedResponse(NamedTuple):
+    """A response that a judge rates, with its instruction and a reference response."""
 
     instruction: str
     reference: str
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
 
 class Rating(NamedTuple):
-    """A judge's rating of an answer.
+    """A judge's rating of a response.
 
     Attributes:
         value: Rating from 1 to 10; None without a rating.
@@ -87,13 +87,13 @@ class Judge:
         """
         self._client.get("/models")
 
-    def rate(self, answer: Answer) -> Rating:
-        """Rates one answer; if the server refuses the request, the rating holds the error.
+    def rate(self, response: RatedResponse) -> Rating:
+        """Rates one response; if the server refuses the request, the rating holds the error.
 
         Raises:
             ServerUnavailableError: The server does not answer after all retries.
         """
-        messages = [{"role": "user", "content": _PROMPT.format(**answer._asdict())}]
+        messages = [{"role": "user", "content": _PROMPT.format(**response._asdict())}]
         payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
         try:
             reply = self._client.post("/chat/completions", payload)
@@ -108,15 +108,15 @@ class Judge:
             value, said, None if value is not None else "the reply has no rating from 1 to 10 in the form [[5]]"
         )
 
-    def rate_all(self, answers: Iterable[Answer]) -> Iterator[Rating]:
-        """Rates answers and yields the ratings in order.
+    def rate_all(self, responses: Iterable[RatedResponse]) -> Iterator[Rating]:
+        """Rates responses and yields the ratings in order.
 
         Raises:
             ServerUnavailableError: The server does not answer after all retries.
-            ServerRequestError: The server refuses the first five answers, so the fault is not in the answers.
+            ServerRequestError: The server refuses the first five responses, so the fault is not in the responses.
         """
         refused, has_said = 0, False
-        for _, rating in self._client.map(self.rate, answers):
+        for _, rating in self._client.map(self.rate, responses):
             has_said = has_said or bool(rating.said)
             refused += rating.error is not None
             if refused == _MAX_REFUSED and not has_said:
@@ -163,16 +163,16 @@ def ratings_of(record: Record) -> dict[str, Rating]:
     }
 
 
-def answer_of(record: Record) -> Answer:
+def rated_response(record: Record) -> RatedResponse:
     """Returns what a judge is shown of a record; a letter as reference is shown with the text of its choice."""
     reference = record.reference
     if record.choices and len(reference) == 1:
         reference = f"({reference}) {record.choices[ord(reference) - ord('A')]}"
-    return Answer(record.question, reference, record.output)
+    return RatedResponse(record.question, reference, record.output)
 
 
 def _key(judge: str, record: Record) -> str:
-    return content_key(_PROMPT, judge, *answer_of(record))
+    return content_key(_PROMPT, judge, *rated_response(record))
 
 
 def prompt_hash() -> str:

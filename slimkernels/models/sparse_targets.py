@@ -50,10 +50,8 @@ def draw_targets(
     for start in range(0, max(len(hidden), 1), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         logits = head.logits(hidden[rows])
-        if require_finite and not torch.isfinite(logits.amax(-1)).all():
-            raise FloatingPointError(
-                f"the teacher's logits are not finite in {logits.dtype}: load it in float32 or bfloat16"
-            )
+        if require_finite:
+            check_finite(logits.amax(-1), logits.dtype)
         row_seed = seed[rows] if isinstance(seed, Tensor) else seed
         if top_k:
             part = mixed_targets(logits, top_k, rounds, row_seed, position=position[rows], target=target[rows])
@@ -61,3 +59,17 @@ def draw_targets(
             part = sample_targets(logits, rounds, row_seed, position=position[rows], target=target[rows])
         parts.append(part)
     return SparseLogits.cat(parts)
+
+
+def check_finite(row_values: Tensor, dtype: torch.dtype) -> None:
+    """Checks a teacher's logits by a value of each row that is not finite where a logit is not; waits for the device.
+
+    Args:
+        row_values: (N, ...) maxima or log-sum-exps of the rows.
+        dtype: Dtype that the logits were computed in.
+
+    Raises:
+        FloatingPointError: A row is not finite.
+    """
+    if not torch.isfinite(row_values).all():
+        raise FloatingPointError(f"the teacher's logits are not finite in {dtype}: load it in float32 or bfloat16")

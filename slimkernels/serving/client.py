@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import email.utils
 import itertools
 import math
@@ -42,6 +43,32 @@ class UnusableAnswerError(ServerRequestError):
 
 class ServerUnavailableError(OSError):
     """The server did not answer any of the attempts."""
+
+
+@contextlib.contextmanager
+def reading(
+    content: dict[str, Any], expected: str, failure: type[ServerRequestError], *, advice: str = ""
+) -> Iterator[None]:
+    """Turns the errors of code that reads an answer of another form into one that shows how the answer begins.
+
+    Args:
+        content: The answer.
+        expected: Beginning of the error: what the answer must be.
+        failure: Class of the error.
+        advice: End of the error.
+
+    Raises:
+        ServerRequestError: A part of the answer is missing, of another type or out of range, or the code raised
+            ValueError. An error of this class that the code raised itself is left as it is.
+    """
+    try:
+        yield
+    except ServerRequestError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        begins = f"it begins {str(content)[:200]!r}" + (f": {advice}" if advice else "")
+        raise failure(f"{expected}, but cannot be read ({problem}); {begins}") from error
 
 
 def as_it_is(content: dict[str, Any]) -> dict[str, Any]:
@@ -121,10 +148,7 @@ class _Client:
         return _Wait(backoff, retry_after or 0.0)
 
     def _content(self, response: Any, name: str) -> dict[str, Any]:
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
+        content = _json(response)
         if isinstance(content, dict) and not content.get("error"):
             return content
         if isinstance(content, dict):
@@ -138,7 +162,7 @@ class _Client:
     def _said(self, response: Any) -> str:
         """Returns the message in the body of an error, shortened and without the secrets."""
         try:
-            error = response.json()["error"]
+            error = _json(response)["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError):
             text = response.text
@@ -364,10 +388,18 @@ def _key(key_env: str | None) -> str | None:
     return key or None
 
 
+def _json(response: Any) -> Any:
+    """Returns the JSON in the body of a response, or None if there is none, or one that is nested too deeply."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
 def _status(response: Any) -> int:
     """Returns the status of a response; that of the error in its body where the body has one, as proxies send."""
     try:
-        code = response.json()["error"]["code"]
+        code = _json(response)["error"]["code"]
         if response.is_success and str(code).isdecimal() and 400 <= int(code) < 600:
             return int(code)
         if response.is_success and code in _PERMANENT_CODES:
@@ -384,7 +416,7 @@ def _is_temporary(response: Any, status: int) -> bool:
     if status == 501:
         return False
     try:
-        return response.json()["error"]["code"] not in _PERMANENT_CODES
+        return _json(response)["error"]["code"] not in _PERMANENT_CODES
     except (ValueError, KeyError, TypeError):
         return True
 

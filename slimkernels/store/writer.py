@@ -353,14 +353,14 @@ def _without_far_entries(
     order = np.argsort(is_far, axis=-1, kind="stable")
     gone = np.take_along_axis(is_far, order, -1)
     if rest_lse is not None:
-        rest_lse = rest_lse.copy()
         rows = is_far.any(-1)
         far = np.where(is_far[rows], logits[rows].astype(np.float64), -np.inf)
+        dropped = np.stack([np.logaddexp.reduce(far / temperature, -1) for temperature in temperatures], -1)
         # A rest of NaN, which is not known, stays NaN.
         with np.errstate(invalid="ignore"):
-            for column, temperature in enumerate(temperatures):
-                dropped = np.logaddexp.reduce(far / temperature, -1)
-                rest_lse[rows, column] = np.logaddexp(rest_lse[rows, column], dropped)
+            together = np.logaddexp(rest_lse[rows], dropped)
+        rest_lse = rest_lse.copy()
+        rest_lse[rows] = together
     return (
         np.where(gone, np.int32(-1), np.take_along_axis(ids, order, -1)),
         np.where(gone, np.float32(0), np.take_along_axis(logits, order, -1)),

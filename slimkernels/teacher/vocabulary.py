@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,14 @@ class CapturedVocabulary(NamedTuple):
 
     size: int
     fingerprint: str
+
+    def check(self, ids: Sequence[int], number: int) -> None:
+        """Checks that the token ids of a document are in the vocabulary; ``number`` names it in the error."""
+        if min(ids) < 0 or max(ids) >= self.size:
+            raise ValueError(
+                f"token ids must lie in [0, {self.size}), the teacher's vocabulary, got {min(ids)} to {max(ids)} in "
+                f"document {number}: give the documents as the teacher's tokenizer makes them"
+            )
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:

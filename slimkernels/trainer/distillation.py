@@ -76,10 +76,13 @@ class DistillationMixin:
                 teacher_model = load_model(teacher_model)
             if getattr(teacher_model, "hf_device_map", None) is None:
                 teacher_model = teacher_model.to(self.args.device)
-            vocab_size = LanguageModelHead.of(base_model(self.model)).vocab_size
-            self.online_teacher = OnlineTeacher(teacher_model, objective, vocab_size)
+            self.online_teacher = OnlineTeacher(teacher_model, objective, self._vocab_size)
             self._teacher_weights = model_identity(teacher_model)
         self.loss_log = LossLog(self.args.device, objective.needs_teacher)
+
+    @property
+    def _vocab_size(self) -> int:
+        return LanguageModelHead.of(base_model(self.model)).vocab_size
 
     def compute_loss(
         self,

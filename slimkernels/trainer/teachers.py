@@ -62,12 +62,13 @@ class OnlineTeacher:
         self.num_rows = min(rows, vocab_size)
 
     @torch.no_grad()
-    def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """Computes the input (B, T, D) of the teacher's head for a batch."""
+    def hidden(self, inputs: dict[str, Any], places: Tensor) -> Tensor:
+        """Computes the input (N, D) of the teacher's head at the ``places`` (N,) of a batch, counted over its B x T."""
         catch = HeadInput()
         with catch.inside(base_model(self.model)):
             self.model(**inputs | {"use_cache": False})
-        return catch.hidden
+        hidden = catch.hidden.flatten(0, -2)
+        return hidden.index_select(0, places.to(hidden.device))
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:

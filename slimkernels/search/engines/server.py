@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slimkernels.search.engine import Prompt, Step, StepEnd, StepRequest
-from slimkernels.search.engines.server_steps import UNKNOWN_TOKEN, Answer, ServerDialect, dialect_of
+from slimkernels.search.engines.server_steps import UNKNOWN_TOKEN, ServerDialect, StepPart, dialect_of
 from slimkernels.serving.client import ServerRequestError
 from slimkernels.serving.client_async import AsyncServerClient
 
@@ -190,10 +190,10 @@ class ServerEngine:
         """Closes the connections, which also happens when the engine is garbage collected."""
         self._end()
 
-    async def _answer(self, request: StepRequest, step_end: StepEnd) -> Answer:
+    async def _answer(self, request: StepRequest, step_end: StepEnd) -> StepPart:
         """Asks until the step ends; a stop text, such as a newline before any other text, need not end it."""
         branch = self._branches[request.branch]
-        answer = Answer("", [], [], "")
+        answer = StepPart("", [], [], "")
         room = min(request.max_tokens, self.context_length - branch.length)
         while True:
             left = dataclasses.replace(request, max_tokens=room - len(answer.token_ids))
@@ -207,7 +207,7 @@ class ServerEngine:
             end = "context" if branch.length + len(answer.token_ids) >= self.context_length else "length"
         return answer._replace(end=end)
 
-    def _step(self, request: StepRequest, answer: Answer, embed: bool) -> Step:
+    def _step(self, request: StepRequest, answer: StepPart, embed: bool) -> Step:
         above = self._branches[request.branch]
         prompt = above.followed_by(answer.text, answer.token_ids)
         tokens = answer.token_ids or [UNKNOWN_TOKEN]
@@ -220,7 +220,7 @@ class ServerEngine:
             embedding=trigram_counts(answer.text) if embed else None,
         )
 
-    def _sum_logprob(self, request: StepRequest, answer: Answer) -> float:
+    def _sum_logprob(self, request: StepRequest, answer: StepPart) -> float:
         if answer.logprobs or not answer.text:
             return float(sum(answer.logprobs))
         if self._require_logprobs:

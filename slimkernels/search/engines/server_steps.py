@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from slimkernels.search.engine import StepEnd, StepRequest
-from slimkernels.serving.client import ServerRequestError
+from slimkernels.serving.client import ServerRequestError, reading
 from slimkernels.serving.client_async import AsyncServerClient
-from slimkernels.serving.kinds import Kind, listed_models, server_kind
+from slimkernels.serving.kinds import Kind, listed_models, model_facts, server_kind
 
 # The id of a token that the server counts but does not name.
 UNKNOWN_TOKEN = -1
@@ -18,7 +18,7 @@ _EMBEDDINGS = (
 _LAST_LOGPROB = "llama.cpp gives no log-probability of the token that ends a step: pruning used those of the others"
 
 
-class Answer(NamedTuple):
+class StepPart(NamedTuple):
     """A part of a step that a server generated.
 
     Attributes:
@@ -35,16 +35,16 @@ class Answer(NamedTuple):
     end: str
     pieces: list[str] | None = None
 
-    def followed_by(self, more: Answer) -> Answer:
+    def followed_by(self, more: StepPart) -> StepPart:
         """Returns the concatenation of this answer and the next one."""
         pieces = (
             None if more.pieces is None or (self.pieces is None and self.text) else (self.pieces or []) + more.pieces
         )
-        return Answer(
+        return StepPart(
             self.text + more.text, self.token_ids + more.token_ids, self.logprobs + more.logprobs, more.end, pieces
         )
 
-    def cut(self, step_end: StepEnd) -> Answer:
+    def cut(self, step_end: StepEnd) -> StepPart:
         """Cuts the answer after the first token that completes the step; without one it stays whole.
 
         If at most the number of the tokens is known, the cut is after the first character that completes the step,
@@ -54,13 +54,15 @@ class Answer(NamedTuple):
             for length in range(1, len(self.text) + 1):
                 if step_end(self.text[:length]):
                     count = max(1, len(self.token_ids) * length // len(self.text))
-                    return Answer(self.text[:length], self.token_ids[:count], self.logprobs[:count], "step")
+                    return StepPart(self.text[:length], self.token_ids[:count], self.logprobs[:count], "step")
             return self
         text = ""
         for count, piece in enumerate(self.pieces or [], 1):
             text += piece
             if step_end(text):
-                return Answer(text, self.token_ids[:count], self.logprobs[:count], "step", (self.pieces or [])[:count])
+                return StepPart(
+                    text, self.token_ids[:count], self.logprobs[:count], "step", (self.pieces or [])[:count]
+                )
         if self.end != "end_of_text" and step_end(self.text):
             return self._replace(end="step")
         return self
@@ -106,7 +108,7 @@ class ServerDialect:
             raise ServerRequestError(f"the server's /tokenize must answer with tokens, got {str(content)[:200]!r}")
         return tokens
 
-    async def complete(self, prompt: str | list[int], request: StepRequest, num_before: int) -> Answer:
+    async def complete(self, prompt: str | list[int], request: StepRequest, num_before: int) -> StepPart:
         """Asks for the continuation of a branch.
 
         Args:
@@ -142,14 +144,9 @@ class ServerDialect:
             self.last_tokens[token] = str(content.get("content", ""))
         return self.last_tokens[token]
 
-    def _read(self, content: dict[str, Any], read: Any) -> Answer:
-        try:
+    def _read(self, content: dict[str, Any], read: Any) -> StepPart:
+        with reading(content, f"the answer of {self.client.url} must be a completion", ServerRequestError):
             return read(content)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise ServerRequestError(
-                f"the answer of {self.client.url} must be a completion, but cannot be read ({type(error).__name__}: "
-                f"{error}); it begins {str(content)[:200]!r}"
-            ) from error
 
 
 async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
@@ -157,11 +154,14 @@ async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
     listing = await client.get("/models")
     entries = listed_models(listing)
     own = next((entry for entry in entries if entry["id"] == model), entries[0] if len(entries) == 1 else {})
-    length = own.get("max_model_len") or (own.get("meta") or {}).get("n_ctx")
-    return ServerDialect(client, model, server_kind(listing), length)
+    facts = model_facts(own)
+    length = facts.get("max_model_len") or facts.get("n_ctx")
+    kind = server_kind(listing)
+    # Steps are drawn from SGLang through OpenAI's interface.
+    return ServerDialect(client, model, "openai" if kind == "sglang" else kind, length)
 
 
-def _vllm(content: dict[str, Any]) -> Answer:
+def _vllm(content: dict[str, Any]) -> StepPart:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
     token_ids = choice["token_ids"]
@@ -178,10 +178,10 @@ def _vllm(content: dict[str, Any]) -> Answer:
         # The last token is the end of text, which the text does not show.
         pieces[-1:] = [""]
     end = ("stop" if at_text else "end_of_text") if stopped else "length"
-    return Answer(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
+    return StepPart(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
-def _llama_cpp(content: dict[str, Any]) -> Answer:
+def _llama_cpp(content: dict[str, Any]) -> StepPart:
     """Reads an answer of llama.cpp, which lacks the text that stopped it and the log-probability of that token."""
     token_ids, entries = content["tokens"], content.get("completion_probabilities") or ()
     pieces = [entry["token"] for entry in entries]
@@ -195,10 +195,10 @@ def _llama_cpp(content: dict[str, Any]) -> Answer:
             pieces.append(content["last_token"])
     elif end == "end_of_text" and len(pieces) == len(token_ids):
         pieces[-1:] = [""]
-    return Answer(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
+    return StepPart(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
-def _openai(content: dict[str, Any]) -> Answer:
+def _openai(content: dict[str, Any]) -> StepPart:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
     # llama.cpp gives log-probabilities in the form of chats here.
@@ -215,7 +215,7 @@ def _openai(content: dict[str, Any]) -> Answer:
         pieces[-1] = ""
     token_ids = [UNKNOWN_TOKEN] * count
     values = _counted(_numbers(logprobs.get("token_logprobs")), token_ids)
-    return Answer(text, token_ids, values, end, _if_whole(pieces, text, token_ids))
+    return StepPart(text, token_ids, values, end, _if_whole(pieces, text, token_ids))
 
 
 def _with_rest_of_token(text: str, last: str) -> str:
