@@ -125,7 +125,9 @@ def sparse_softmax(
 
     - ``"renorm"``, ``"renorm_both"``: q / a on the ids, 0 outside; ``lse`` is not needed.
     - ``"zero"``: q on the ids, 0 outside, so the row sums to a.
-    - ``"ghost"``: q on the ids, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1 or every id is kept).
+    - ``"ghost"``: q on the ids, and one bucket of mass 1 - a. With ``rest_lse`` r, log Z = log(sum exp(l) + exp(r))
+      takes the place of lse_T, so that both sum to 1 whatever rounded the logits, and the bucket has exp(r) / Z. In a
+      row without it, 1 - a = -expm1(log a), 0 when a >= 1 or every id is kept, and not known below about 1e-5.
     - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), because the unkept logits are taken as 0.
 
     Padding, and every id of a row with no mass on its ids, has log-probability -inf and gradient 0.
@@ -147,6 +149,15 @@ def sparse_softmax(
         q_norm = sparse.lse_at(temperature).to(dtype)
     if rest == "ghost":
         tail = _log1mexp(lse_on - q_norm).masked_fill(kept.sum(-1) == (vocab_size or -1), -math.inf)
+        rest_lse = sparse.rest_lse_at(temperature)
+        if rest_lse is not None:
+            is_known = ~rest_lse.isnan()
+            rest_lse = rest_lse.to(dtype).masked_fill(~is_known, 0.0)
+            norm = _logsumexp(torch.stack([lse_on, rest_lse], dim=-1))
+            norm = torch.where(norm == -math.inf, 0.0, norm)
+            q_norm = torch.where(is_known, norm, q_norm)
+            rest_tail = (rest_lse - norm).masked_fill(rest_lse == -math.inf, -math.inf)
+            tail = torch.where(is_known, rest_tail, tail)
     logprobs = (teacher_z - q_norm.unsqueeze(-1)).masked_fill(teacher_z == -math.inf, -math.inf)
     return SparseProbs(logprobs, tail)
 
@@ -221,7 +232,9 @@ def slim_loss(
         rows = _constant(teacher.reshape(labels.numel())[active], z.dtype)
         student_sums = _sum_student(z / temperature, rows.ids, rest)
         teacher_sums = _sum_teacher(rows, label, temperature, rest, vocab_size)
-        kd = _divergence(teacher_sums.log_q, student_sums.log_p, divergence, beta, alpha) * temperature**2
+        is_proper = rest in ("ghost", "renorm_both")
+        divergence_of = _divergence(teacher_sums.log_q, student_sums.log_p, divergence, beta, alpha, is_proper)
+        kd = divergence_of * temperature**2
         if isinstance(token_weight, Tensor):
             w = token_weight.detach().reshape(-1)[active].to(z.dtype)
         else:
@@ -310,22 +323,27 @@ def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
     return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
-    """Computes divergence(Q, P) of every row (N, outcomes), part of stage 3."""
-    if divergence == "forward_kl":
-        return _expectation(log_q, log_q - log_p)
+def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float, is_proper: bool) -> Tensor:
+    """Computes divergence(Q, P) of every row (N, outcomes), part of stage 3; ``is_proper`` if both sum to 1."""
     if divergence == "soft_ce":
         return _expectation(log_q, -log_p)
+    if divergence == "forward_kl":
+        return _kl(log_q, log_p) if is_proper else _expectation(log_q, log_q - log_p)
     if divergence == "reverse_kl":
-        # An outcome with q = 0 contributes 0: its true term is infinite, and a tail may have mass 0 only because of
-        # the rounding of the teacher's lse.
-        return _expectation(log_p.masked_fill(log_q.exp() == 0, -math.inf), log_p - log_q)
+        # An outcome with q = 0 contributes 0, because its true term is infinite.
+        return _kl(log_p.masked_fill(log_q == -math.inf, -math.inf), log_q)
     share = beta if divergence == "jsd" else alpha
     log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
     log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
     if divergence == "skew_kl":
-        return _expectation(log_q, log_q - log_m)
-    return beta * _expectation(log_q, log_q - log_m) + (1 - beta) * _expectation(log_p, log_p - log_m)
+        return _kl(log_q, log_m)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Computes KL(A || B) of distributions that sum to 1, as the sum of a log(a / b) - a + b, all of them positive."""
+    a, b = log_a.exp(), log_b.exp()
+    return (a * (log_a - log_b).masked_fill(a == 0, 0.0) - a + b).sum(-1)
 
 
 def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:

@@ -95,11 +95,9 @@ def sparse_softmax(
     flat = sparse.flatten()
     logits = widen_float8(flat.logits).contiguous()
     dtype = accumulation_dtype(logits.dtype)
-    lse = rest_lse = None
-    if rest in _checks.RESTS_WITH_LSE:
-        lse = flat.lse_at(temperature).to(dtype).contiguous()
-    if rest == "ghost" and flat.rest_lse is not None:
-        rest_lse = flat.rest_lse[:, flat.column_of(temperature)].to(dtype).contiguous()
+    lse = flat.lse_at(temperature).to(dtype).contiguous() if rest in _checks.RESTS_WITH_LSE else None
+    rest_lse = flat.rest_lse_at(temperature) if rest == "ghost" else None
+    rest_lse = None if rest_lse is None else rest_lse.to(dtype).contiguous()
     operand = operand_of([temperature], [1.0])
     given = temperature if operand is None else 1.0
     logprobs, tail_logprob = torch.ops.slimkernels.sparse_softmax(
@@ -133,39 +131,40 @@ def _fake(ids: Tensor, logits: Tensor, *_options):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, logits, lse, _, ctx.temperature, ctx.rest, _, operand = inputs
-    ctx.save_for_backward(*output, operand)
+    _, logits, lse, rest_lse, ctx.temperature, ctx.rest, _, operand = inputs
+    ctx.save_for_backward(*output, rest_lse, operand)
     ctx.logits_dtype = logits.dtype
     ctx.has_lse = lse is not None
 
 
 def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
-    logprobs, tail_logprob, operand = ctx.saved_tensors
+    logprobs, tail_logprob, rest_lse, operand = ctx.saved_tensors
     temperature = ctx.temperature if operand is None else operand[0]
     # A NaN of a row that nobody asked for the gradient of must not reach it as NaN * 0.
-    used = ((grad_logprobs != 0).any(-1) | (grad_tail != 0))[:, None]
-    probs = torch.where(used, logprobs.exp(), 0.0)
+    used = (grad_logprobs != 0).any(-1) | (grad_tail != 0)
+    has_tail = used & (tail_logprob > -torch.inf)
+    probs = torch.where(used[:, None], logprobs.exp(), 0.0)
     grad_logprobs = grad_logprobs.masked_fill(logprobs == -torch.inf, 0.0)
-    total = grad_logprobs.sum(-1, keepdim=True)
-    grad_lse = None
+    grad_tail = grad_tail.masked_fill(~has_tail, 0.0)
+    # With x = logits / T, the logprobs and the tail are x and rest_lse less log Z, which has the derivative probs by x.
+    sum_upstream = grad_logprobs.sum(-1) + grad_tail
+    grad = grad_logprobs - probs * sum_upstream[:, None]
+    grad_lse = grad_rest_lse = None
     if ctx.rest in _checks.RESTS_WITH_LSE:
-        grad = grad_logprobs
-        grad_lse = -total[:, 0]
-        if ctx.rest == "ghost":
-            # The tail is log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
-            has_tail = tail_logprob > -torch.inf
-            has_tail = has_tail & used[:, 0]
-            odds = torch.where(has_tail, grad_tail * (-tail_logprob.masked_fill(~has_tail, 0.0)).exp(), 0.0)
-            grad = grad - probs * odds[:, None]
-            grad_lse = grad_lse + odds * probs.sum(-1)
-    else:
-        # With x = logits / T, log Z has the derivative probs by x on S, and every logprob, also the tail of
-        # "zero_logit", depends on log Z.
-        if ctx.rest == "zero_logit":
-            total = total + grad_tail.masked_fill(tail_logprob == -torch.inf, 0.0)[:, None]
-        grad = grad_logprobs - probs * total
+        # Without rest_lse, log Z is lse and the tail log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
+        odds = torch.where(has_tail, grad_tail * (-tail_logprob).exp(), 0.0)
+        grad_by_lse = grad_logprobs - probs * odds[:, None]
+        grad_lse = odds * probs.sum(-1) - grad_logprobs.sum(-1)
+        if rest_lse is None:
+            grad = grad_by_lse
+        else:
+            is_known = ~rest_lse.isnan()
+            grad = torch.where(is_known[:, None], grad, grad_by_lse)
+            grad_lse = grad_lse.masked_fill(is_known, 0.0)
+            tail = torch.where(has_tail, tail_logprob.exp(), 0.0)
+            grad_rest_lse = (grad_tail - tail * sum_upstream).masked_fill(~is_known, 0.0)
     grad_logits = (grad / temperature).to(ctx.logits_dtype)
-    return None, grad_logits, grad_lse if ctx.has_lse else None, None, None, None, None, None
+    return None, grad_logits, grad_lse if ctx.has_lse else None, grad_rest_lse, None, None, None, None
 
 
 define(

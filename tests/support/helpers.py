@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -108,15 +109,17 @@ def random_problem(
     teacher = reference.topk_logits(teacher_logits, top_k, target=target, temperatures=temperatures)
     if ragged:
         keep = torch.arange(top_k) < torch.randint(1, top_k + 1, (num_rows, 1), generator=generator)
+        cut = teacher.logits.to(teacher.lse.dtype).masked_fill(keep, -math.inf)
+        cut_lse = torch.stack([torch.logsumexp(cut / t, -1) for t in temperatures], -1)
         # The NaN at padding must never be read.
-        teacher = SparseLogits(
+        teacher = dataclasses.replace(
+            teacher,
             ids=teacher.ids.masked_fill(~keep, -1),
             logits=teacher.logits.masked_fill(~keep, math.nan),
-            lse=teacher.lse,
-            temperatures=temperatures,
-            target_logit=teacher.target_logit,
+            rest_lse=torch.logaddexp(teacher.rest_lse, cut_lse),
         )
     if not with_target_logit:
+        # A record of the first releases.
         teacher = SparseLogits(teacher.ids, teacher.logits, teacher.lse, temperatures)
     for row in ignored:
         if row < num_rows:
@@ -126,12 +129,9 @@ def random_problem(
 
 def to_dtype(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
     """Converts the floating-point fields of a record to another dtype."""
-    return SparseLogits(
-        ids=teacher.ids,
-        logits=teacher.logits.to(dtype),
-        lse=teacher.lse.to(dtype),
-        temperatures=teacher.temperatures,
-        target_logit=None if teacher.target_logit is None else teacher.target_logit.to(dtype),
+    fields = {name: getattr(teacher, name) for name in ("logits", "lse", "target_logit", "rest_lse")}
+    return dataclasses.replace(
+        teacher, **{name: field.to(dtype) for name, field in fields.items() if field is not None}
     )
 
 
