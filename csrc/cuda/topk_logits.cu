@@ -76,7 +76,7 @@ void launch(const Machine& machine, TopkLogitsArgs& args, int64_t num_rows, cuda
 }
 
 int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor target, std::vector<double> temperatures,
-                              Tensor values, Tensor ids, Tensor lse, Tensor, OptionalTensor target_logit) {
+                              Tensor values, Tensor ids, Tensor lse, Tensor rest_lse, OptionalTensor target_logit) {
   STD_TORCH_CHECK(logits.is_cuda() && logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
                   "logits must be a two-dimensional CUDA tensor whose last dimension is dense");
   const int64_t num_rows = logits.size(0), vocab_size = logits.size(1);
@@ -98,6 +98,8 @@ int64_t topk_logits_rows_cuda(Tensor logits, int64_t top_k, OptionalTensor targe
   args.values = data_of(values, logits.scalar_type(), num_rows * top_k, device, "values");
   args.ids = static_cast<int32_t*>(data_of(ids, ScalarType::Int, num_rows * top_k, device, "ids"));
   args.lse = static_cast<float*>(data_of(lse, ScalarType::Float, num_rows * num_temperatures, device, "lse"));
+  args.rest_lse =
+      static_cast<float*>(data_of(rest_lse, ScalarType::Float, num_rows * num_temperatures, device, "rest_lse"));
   args.target_logit = static_cast<float*>(data_of(target_logit, ScalarType::Float, num_rows, device, "target_logit"));
   set_temperatures(args, temperatures.data(), int(num_temperatures));
 

@@ -1,4 +1,5 @@
-// Finds the K largest logits of a row, ordered by id, and the row's log-sum-exp, in one read of device memory.
+// Finds the K largest logits of a row, ordered by id, and the log-sum-exps of the row and of what is not kept, in one
+// read of device memory.
 //
 // A row is processed by a cluster of blocks. Each block keeps its slice of the row in shared memory, or reads it again
 // through L2 if it does not fit.
@@ -8,6 +9,7 @@
 // 3. A radix selection (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units") counts digits
 // of
 //    order-preserving keys and finds the exact K-th largest among the listed elements.
+// 4. A second pass over the slice sums the exponentials of what is not kept, relative to the largest of it.
 //
 // If the sample misleads, step 3 counts the whole slice, which is slower but still exact.
 //
@@ -108,7 +110,7 @@ struct RowSlice {
   // Clears the counters and, if the slice is staged, copies it. Returns the key of the row's largest element.
   __device__ uint32_t load() {
     for (int i = thread; i < kBins; i += kThreads) state.histogram[i] = 0;
-    for (int i = thread; i < kMaxTemperatures; i += kThreads) state.sums[i] = 0;
+    for (int i = thread; i < kMaxTemperatures; i += kThreads) state.sums[i] = state.rest_sums[i] = 0;
     if (thread == 0) state.found = 0;
 
     const uint32_t minus_infinities = sizeof(Bits) == 4 ? kMinusInfinity : kMinusInfinity * 0x10001u;
@@ -143,7 +145,12 @@ struct RowSlice {
 
     uint32_t key = order_key<X>(Bits(best));
     const uint32_t other = order_key<X>(Bits(best >> (sizeof(Bits) == 4 ? 0 : 16)));
-    key = __reduce_max_sync(kAllLanes, key > other ? key : other);
+    return largest_in_row(key > other ? key : other);
+  }
+
+  // Returns the largest key of all threads of the row.
+  __device__ uint32_t largest_in_row(uint32_t key) {
+    key = __reduce_max_sync(kAllLanes, key);
     if (lane == 0) state.largest_key[warp] = key;
     sync_cluster();
     for (uint32_t i = lane; i < num_blocks * kWarps; i += 32) {
@@ -292,14 +299,67 @@ struct RowSlice {
     return __reduce_add_sync(kAllLanes, lane < int(num_blocks) ? state_of(lane).found : 0u);
   }
 
-  // Writes the log-sum-exps of the row. If the level is NaN or infinite, it is the result itself.
-  __device__ void write_lse(float level) {
+  // Writes log-sum-exps from the sums of all blocks and, in addition, `ones` exponentials of 1. If the level is NaN or
+  // infinite, it is the result itself.
+  __device__ void write_lse(float level, unsigned long long (State::*sums)[kMaxTemperatures], uint32_t ones,
+                            float* out) {
     if (rank != 0 || thread >= args.num_temperatures) return;
-    unsigned long long sum = 0;
-    for (uint32_t block = 0; block < num_blocks; ++block) sum += state_of(block).sums[thread];
+    unsigned long long sum = static_cast<unsigned long long>(ones) << 32;
+    for (uint32_t block = 0; block < num_blocks; ++block) sum += (state_of(block).*sums)[thread];
     const double shift = double(level) * args.temperatures[thread].inverse;
     const bool finite = level - level == 0;
-    args.lse[n * args.num_temperatures + thread] = finite ? float(shift + log(double(sum) / kFixedPoint)) : level;
+    out[n * args.num_temperatures + thread] = finite ? float(shift + log(double(sum) / kFixedPoint)) : level;
+  }
+
+  // Returns the largest key of the row that is smaller than `key`; that of -inf if there is none.
+  __device__ uint32_t largest_key_below(uint32_t key) {
+    uint32_t best = order_key<X>(kMinusInfinity);
+    for (int32_t i = thread * kGroup; i < length; i += kThreads * kGroup) {
+      Bits group[kGroup];
+      read_group(i, group);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const uint32_t other = order_key<X>(group[j]);
+        if (other < key && other > best) best = other;
+      }
+    }
+    return largest_in_row(best);
+  }
+
+  // Adds exp((x - level) / T) over the elements of the slice below the key to the rest's sum of temperature m.
+  __device__ void sum_below(int m, float level, uint32_t key) {
+    const float scale = args.temperatures[m].exponent_scale;
+    unsigned long long total = 0;
+    for (int32_t tile = warp; tile * kTile < length; tile += kWarps) {
+      float sum = 0;
+#pragma unroll 2
+      for (int step = 0; step < kTile / (32 * kGroup); ++step) {
+        const int32_t i = tile * kTile + (step * 32 + lane) * kGroup;
+        if (i >= length) continue;
+        Bits group[kGroup];
+        read_group(i, group);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          if (order_key<X>(group[j]) < key) sum += exp2_approx((X::widen(group[j]) - level) * scale);
+        }
+      }
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+      total += __float2ull_rn(sum * kFixedPoint);
+    }
+    if (lane == 0) atomicAdd(&state.rest_sums[m], total);
+  }
+
+  // Writes the log-sum-exps of what is not kept, relative to the largest of it. Follows write_largest.
+  __device__ void write_rest_lse(uint32_t kth, uint32_t ties_kept) {
+    uint32_t ties = 0;
+    for (uint32_t i = lane; i < num_blocks * kWarps; i += 32) ties += state_of(i / kWarps).tied[i % kWarps];
+    const uint32_t dropped = __reduce_add_sync(kAllLanes, ties) - ties_kept;
+    const float level = value_of_key<X>(dropped > 0 ? kth : largest_key_below(kth));
+    for (int m = 0; m < args.num_temperatures; ++m) sum_below(m, level, kth);
+    sync_cluster();
+    write_lse(level, &State::rest_sums, dropped, args.rest_lse);
+    sync_cluster();  // other blocks read this block's counts and sums, so it must not end earlier
   }
 
   __device__ void write_target_logit() {
@@ -385,7 +445,6 @@ struct RowSlice {
       above_before += __popc(above);
       tied_before += __popc(tied);
     }
-    sync_cluster();  // other blocks read this block's counts, so it must not end earlier
   }
 
   __device__ void run() {
@@ -402,7 +461,7 @@ struct RowSlice {
     }
     for (int m = 1; m < args.num_temperatures; ++m) sum_exponentials<false>(m, level, 0);
     sync_cluster();
-    write_lse(level);
+    write_lse(level, &State::sums, 0, args.lse);
 
     if (args.list_capacity > 0) {
       if (found_in_row() < uint32_t(args.top_k)) {
@@ -415,6 +474,7 @@ struct RowSlice {
     }
     const uint32_t ties_kept = find_kth(low, high);
     write_largest(low, ties_kept);
+    write_rest_lse(low, ties_kept);
   }
 };
 

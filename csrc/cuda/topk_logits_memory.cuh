@@ -28,6 +28,7 @@ struct TopkLogitsArgs {
   int32_t* ids;           // (N, K)
   void* values;           // (N, K)
   float* lse;             // (N, M)
+  float* rest_lse;        // (N, M), of the elements that are not kept
   float* target_logit;    // (N,), written if target is not null
   int32_t num_temperatures;
   Temperature temperatures[kMaxTemperatures];
@@ -38,8 +39,9 @@ template <int kThreads>
 struct BlockState {
   static constexpr int kWarps = kThreads / 32;
   uint32_t histogram[kBins];
-  unsigned long long sums[kMaxTemperatures];  // sums of the slice's exponentials, in fixed point
-  uint32_t found;                             // number of candidates in the slice
+  unsigned long long sums[kMaxTemperatures];       // sums of the slice's exponentials, in fixed point
+  unsigned long long rest_sums[kMaxTemperatures];  // the same of the elements that are not kept
+  uint32_t found;                                  // number of candidates in the slice
   uint32_t largest_key[kWarps];
   uint32_t counted[kWarps];      // elements in the bins of a warp's threads
   uint32_t above[kWarps];        // candidates of a warp above the K-th largest

@@ -30,7 +30,7 @@ def topk_logits(
     target_logit = None if target is None else torch.empty(num_rows)
     op = torch.ops.slimkernels.topk_logits_rows_cuda.default
     on_cuda(op, logits, top_k, target, list(temperatures), values, ids, lse, rest_lse, target_logit)
-    return sk.SparseLogits(ids, values, lse, temperatures, target_logit)
+    return sk.SparseLogits(ids, values, lse, temperatures, target_logit, rest_lse)
 
 
 def check_hostile_rows(vocab_size: int, copies: int = 1) -> None:

@@ -73,7 +73,7 @@ class EmulatedKernel:
         assert logits.stride(1) == 1
         values = logits.new_full((num_rows, top_k), math.nan)
         ids = torch.full((num_rows, top_k), -7, dtype=torch.int32)
-        lse = torch.full((num_rows, num_temperatures), math.nan)
+        lse, rest_lse = torch.full((2, num_rows, num_temperatures), math.nan)
         target_logit = None if target is None else torch.full((num_rows,), -7.0)
         fault = self._native.topk_logits(
             DTYPES.index(logits.dtype),
@@ -88,6 +88,7 @@ class EmulatedKernel:
             _pointer(values),
             _pointer(ids),
             _pointer(lse),
+            _pointer(rest_lse),
             _pointer(target_logit),
             launch.blocks,
             launch.threads,
@@ -98,7 +99,7 @@ class EmulatedKernel:
         )
         if fault is not None:
             raise FaultError(fault.decode())
-        return SparseLogits(ids, values, lse, temperatures, target_logit)
+        return SparseLogits(ids, values, lse, temperatures, target_logit, rest_lse)
 
     def barriers_of_last_row(self) -> int:
         return self._native.barriers_of_last_row()

@@ -198,7 +198,7 @@ def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Seque
 
 def sparse_fields(sparse: SparseLogits) -> list[Tensor]:
     """Returns the tensors of a record."""
-    fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit]
+    fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit, sparse.rest_lse]
     return [field for field in fields if field is not None]
 
 

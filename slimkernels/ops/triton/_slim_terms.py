@@ -141,17 +141,18 @@ def add_exactly(high, low, x):
 def diverge(log_q, log_p, options, MODE: tl.constexpr):
     """Computes an outcome's share of D and slope p * dD/dp, for blocks and for the ghost bucket's doubles.
 
-    Where both sides sum to 1, the share of KL(q || p) is q log(q / p) - q + p, which is never negative. The slope is
-    given up to a multiple of p, which changes no gradient: it has the same multiple of its sum over all outcomes.
+    The slopes of forward KL and skew KL are those of the divergence without - q + p. Where p sums to 1, this is the
+    same gradient.
     """
     DIVERGENCE: tl.constexpr = MODE.divergence
     PROPER: tl.constexpr = MODE.rest == "ghost" or MODE.rest == "renorm_both"
     q = tl.exp(log_q)
     p = tl.exp(log_p)
     if DIVERGENCE == "forward_kl":
-        share = tl.where(q == 0, 0.0, q * (log_q - log_p))
         if PROPER:
-            share = at_least_zero(share - (q - p))
+            share = kl_share(log_q - log_p, q, p)
+        else:
+            share = tl.where(q == 0, 0.0, q * (log_q - log_p))
         slope = -q
     elif DIVERGENCE == "soft_ce":
         share = tl.where(q == 0, 0.0, -q * log_p)
@@ -160,26 +161,38 @@ def diverge(log_q, log_p, options, MODE: tl.constexpr):
         # An outcome with q = 0 is skipped: it would make D infinite. One whose q only underflows is not.
         excluded = log_q == float("-inf")
         slope = tl.where((p == 0) | excluded, 0.0, p * (log_p - log_q))
-        share = tl.where(excluded, 0.0, at_least_zero(slope - (p - q)))
+        share = tl.where(excluded, 0.0, kl_share(log_p - log_q, p, q))
     elif DIVERGENCE == "jsd":
-        beta = options.beta
-        log_m = log_add_exp(log_q + tl.log(beta).to(q.dtype), log_p + tl.log(1 - beta).to(q.dtype))
-        slope = tl.where(p == 0, 0.0, p * (log_p - log_m) * (1 - beta).to(q.dtype))
-        # The terms that make both halves' shares positive add up to 0.
-        share = at_least_zero(tl.where(q == 0, 0.0, q * (log_q - log_m) * beta.to(q.dtype)) + slope)
+        beta = options.beta.to(q.dtype)
+        rest = (1 - options.beta).to(q.dtype)
+        log_m = log_add_exp(log_q + tl.log(options.beta).to(q.dtype), log_p + tl.log(1 - options.beta).to(q.dtype))
+        m = q * beta + p * rest
+        share = kl_share(log_q - log_m, q, m) * beta + kl_share(log_p - log_m, p, m) * rest
+        slope = tl.where(p == 0, 0.0, p * (log_p - log_m) * rest)
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
         alpha = options.alpha
         log_m = log_add_exp(log_q + tl.log(alpha).to(q.dtype), log_p + tl.log(1 - alpha).to(q.dtype))
-        share = at_least_zero(tl.where(q == 0, 0.0, q * (log_q - log_m)) - (q - p) * (1 - alpha).to(q.dtype))
+        share = kl_share(log_q - log_m, q, q * alpha.to(q.dtype) + p * (1 - alpha).to(q.dtype))
         slope = tl.where((q == 0) | (p == 0), 0.0, tl.exp(log_p + log_q - log_m) * (alpha - 1).to(q.dtype))
     return share, slope
 
 
 @triton.jit
-def at_least_zero(x):
-    """Replaces negative numbers, which rounding makes, by 0; NaN stays."""
-    return tl.where(x < 0, 0.0, x)
+def kl_share(log_ratio, a, b):
+    """Computes a log(a / b) - a + b, the share of an outcome of KL(a || b), from ``log_ratio`` = log(a / b).
+
+    It is at least 0, and adds up to the usual KL where both sides sum to 1. Near a = b its terms would cancel, and a
+    series takes their place.
+    """
+    # exp(-x) - 1 + x = x^2 / 2 * (1 - x / 3 * (1 - x / 4 * (1 - ...))). The terms suffice for |x| < 1/2.
+    NUM_TERMS: tl.constexpr = 15 if a.dtype.primitive_bitwidth == 64 else 8
+    series = a * 0 + 1
+    for i in tl.static_range(NUM_TERMS, 2, -1):
+        series = 1 - log_ratio * (1.0 / i) * series
+    near = a * log_ratio * log_ratio * 0.5 * series
+    share = tl.where(tl.abs(log_ratio) < 0.5, near, a * log_ratio - a + b)
+    return tl.where(a == 0, b, share)
 
 
 @triton.jit

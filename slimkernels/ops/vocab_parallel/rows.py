@@ -146,6 +146,13 @@ class VocabRows:
             q_norm = torch.logaddexp(lse_on, num_unkept.log())
         else:
             q_norm = lse
+        if options.rest == "ghost" and options.teacher_rest_lse is not None:
+            rest_lse = options.teacher_rest_lse.double()
+            summed = torch.logaddexp(lse_on, rest_lse)
+            summed = summed.masked_fill(summed == -math.inf, 0.0)
+            is_known = ~rest_lse.isnan()
+            q_norm = torch.where(is_known, summed, q_norm)
+            log_q_tail = torch.where(is_known, rest_lse - summed, log_q_tail)
         log_t_y = label_logit if options.teacher_lse_one is None else label_logit - options.teacher_lse_one.double()
         return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, num_unkept)
 

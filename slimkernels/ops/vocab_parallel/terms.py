@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._library import accumulation_dtype
-from slimkernels.ops._slim_options import SlimOptions
+from slimkernels.ops._slim_options import PROPER_RESTS, SlimOptions
 from slimkernels.ops.slim_result import NUM_STATS
 
 
@@ -156,26 +156,49 @@ def slice_log_sums(
 
 
 def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor, Tensor]:
-    """Computes every outcome's share of D and slope p * dD/dp."""
+    """Computes every outcome's share of D and slope p * dD/dp.
+
+    The slopes of forward KL and skew KL are those of the divergence without - q + p. Where p sums to 1, this is the
+    same gradient.
+    """
     q, p = log_q.exp(), log_p.exp()
     divergence = options.divergence
     if divergence == "forward_kl":
+        if options.rest in PROPER_RESTS:
+            return kl_share(log_q - log_p, q, p), -q
         return (q * (log_q - log_p)).masked_fill(q == 0, 0.0), -q
     if divergence == "soft_ce":
         return (-q * log_p).masked_fill(q == 0, 0.0), -q
     if divergence == "reverse_kl":
-        # An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
+        # An outcome with q = 0 is skipped: it would make D infinite. One whose q only underflows is not.
         excluded = log_q == -math.inf
-        share = (p * (log_p - log_q)).masked_fill((p == 0) | excluded, 0.0)
-        return share, (share + p).masked_fill(excluded, 0.0)
+        slope = (p * (log_p - log_q)).masked_fill((p == 0) | excluded, 0.0)
+        return kl_share(log_p - log_q, p, q).masked_fill(excluded, 0.0), slope
     part = options.beta if divergence == "jsd" else options.alpha
     log_part = math.log(part) if part else -math.inf
     log_m = torch.logaddexp(log_q + log_part, log_p + math.log1p(-part))
-    from_q = (q * (log_q - log_m)).masked_fill(q == 0, 0.0)
+    m = q * part + p * (1 - part)
+    from_q = kl_share(log_q - log_m, q, m)
     if divergence == "jsd":
-        from_p = (p * (log_p - log_m)).masked_fill(p == 0, 0.0) * (1 - part)
-        return part * from_q + from_p, from_p
+        slope = (p * (log_p - log_m)).masked_fill(p == 0, 0.0) * (1 - part)
+        return part * from_q + (1 - part) * kl_share(log_p - log_m, p, m), slope
     return from_q, ((log_p + log_q - log_m).exp() * (part - 1)).masked_fill((q == 0) | (p == 0), 0.0)
+
+
+def kl_share(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Computes a log(a / b) - a + b, the share of an outcome of KL(a || b), from ``log_ratio`` = log(a / b).
+
+    It is at least 0, and adds up to the usual KL where both sides sum to 1. Near a = b its terms would cancel, and a
+    series takes their place.
+    """
+    # exp(-x) - 1 + x = x^2 / 2 * (1 - x / 3 * (1 - x / 4 * (1 - ...))). The terms suffice for |x| < 1/2.
+    num_terms = 15 if a.dtype == torch.float64 else 8
+    series = torch.ones_like(a)
+    for i in range(num_terms, 2, -1):
+        series = 1 - log_ratio / i * series
+    near = a * log_ratio.square() * 0.5 * series
+    share = torch.where(log_ratio.abs() < 0.5, near, a * log_ratio - a + b)
+    return torch.where(a == 0, b, share)
 
 
 def weigh(log_s_y: Tensor, log_t_y: Tensor, given: Tensor | None, options: SlimOptions) -> tuple[Tensor, Tensor]:

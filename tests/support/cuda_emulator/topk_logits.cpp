@@ -42,8 +42,9 @@ const char* run_variant(TopkLogitsArgs& args, int64_t num_rows, int num_blocks, 
 // Returns null or a description of the fault. `dtype` is 0 for float32, 1 for bfloat16, 2 for float16.
 extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_rows, int64_t row_stride, int vocab_size,
                                    int top_k, const int64_t* target, const double* temperatures, int num_temperatures,
-                                   void* values, int32_t* ids, float* lse, float* target_logit, int num_blocks,
-                                   int num_threads, int staged, int list_capacity, int seed, int skipped_barrier) {
+                                   void* values, int32_t* ids, float* lse, float* rest_lse, float* target_logit,
+                                   int num_blocks, int num_threads, int staged, int list_capacity, int seed,
+                                   int skipped_barrier) {
   TopkLogitsArgs args = {};
   args.logits = logits;
   args.row_stride = row_stride;
@@ -55,6 +56,7 @@ extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_ro
   args.ids = ids;
   args.values = values;
   args.lse = lse;
+  args.rest_lse = rest_lse;
   args.target_logit = target_logit;
   set_temperatures(args, temperatures, num_temperatures);
   const auto variant = dtype == 0 ? run_variant<Float32> : dtype == 1 ? run_variant<BFloat16> : run_variant<Float16>;
