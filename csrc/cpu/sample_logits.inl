@@ -380,7 +380,7 @@ RowSoftmax<A> softmax_of_row(const X* row, int64_t vocab_size, RowOptions option
     TopkLogitsArgs sampling = {};
     sampling.vocab_size = vocab_size;
     sampling.top_k = options.top_k;
-    guess = guess_row<X, A>(row, sampling, {scratch.values, nullptr, scratch.keys, nullptr});
+    guess = guess_row<X, A>(row, sampling, {scratch.values, nullptr, scratch.keys, nullptr, nullptr});
   } else {
     guess = {-infinity<A>(), sampled_max(row, vocab_size)};
   }

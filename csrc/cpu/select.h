@@ -85,6 +85,16 @@ SK_INLINE void append(MaskF mask, VecF v, float* out) {
   append(mask, bitcast<VecI>(v), reinterpret_cast<int32_t*>(out));
 }
 
+// Sets the selected lanes to 0.
+SK_INLINE VecF without(MaskF mask, VecF v) {
+#if defined(__AVX512F__)
+  return bitcast<VecF>(_mm512_maskz_mov_ps(MaskF(~mask), bitcast<__m512>(v)));
+#else
+  return bitcast<VecF>(bitcast<VecI>(v) & ~mask);
+#endif
+}
+SK_INLINE VecD without(VecL mask, VecD v) { return bitcast<VecD>(bitcast<VecL>(v) & ~mask); }
+
 SK_INLINE VecL not_below(VecD v, double threshold) { return ~(v < threshold); }
 SK_INLINE VecL above(VecL keys, int64_t pivot) { return keys > pivot; }
 SK_INLINE VecL equal(VecL keys, int64_t pivot) { return keys == pivot; }

@@ -40,7 +40,7 @@ struct StudentSums {
 struct TeacherSums {
   ExpSum on;          // sum of exp(teacher_z) over S
   double lse = 0;     // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
-  double q_norm = 0;  // log q = teacher_z - q_norm on S
+  TeacherNorm norm;   // q on S and off S
   double log_t_y = 0;
 
   double log_mass() const { return on.log() - lse; }  // log a
@@ -353,13 +353,12 @@ struct SlimRow {
     load_teacher(args, n, kept, teacher_z);
     TeacherSums teacher;
     teacher.on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e);
-    teacher.lse = args.teacher_lse == nullptr ? __builtin_nan("") : double(static_cast<const A*>(args.teacher_lse)[n]);
-    teacher.q_norm = teacher_q_norm(args.rest, teacher.on.log(), teacher.lse, kept, args.vocab_size);
+    teacher.lse = known_or_nan<A>(args.teacher_lse, n);
+    const double rest_lse = known_or_nan<A>(args.teacher_rest_lse, n);
+    teacher.norm = teacher_norm(args.rest, teacher.on.log(), teacher.lse, rest_lse, kept, args.vocab_size);
     double label_logit = label_entry >= 0 ? double(teacher_z[label_entry]) * args.temperature : -infinity<double>();
-    if (args.target_logit != nullptr) {
-      const double known = static_cast<const A*>(args.target_logit)[n];
-      if (known == known) label_logit = known;
-    }
+    const double known = known_or_nan<A>(args.target_logit, n);
+    if (known == known) label_logit = known;
     teacher.log_t_y = label_logit;
     if (args.teacher_lse_one != nullptr) teacher.log_t_y -= static_cast<const A*>(args.teacher_lse_one)[n];
     return teacher;
@@ -403,7 +402,7 @@ struct SlimRow {
 
   // Computes D, and fills kept_p and kept_slope.
   DivergenceSums diverge_from_teacher(const StudentSums& student, const TeacherSums& teacher) {
-    const double p_norm = this->p_norm(student), q_norm = teacher.q_norm;
+    const double p_norm = this->p_norm(student), q_norm = teacher.norm.q_norm;
     const A inv_temperature = A(1 / args.temperature);
     const A e_to_q = teacher.on.scale(q_norm), e_to_p = student.on.scale(p_norm);
 
@@ -413,7 +412,7 @@ struct SlimRow {
       const Vec log_p = load(kept_z + k) * inv_temperature - A(p_norm);
       const Vec q = load(teacher_e + k) * e_to_q, p = load(kept_e + k) * e_to_p;
       Vec share, slope;
-      diverge(args.divergence, log_q, log_p, q, p, args.beta, args.alpha, &share, &slope);
+      diverge(args, log_q, log_p, q, p, &share, &slope);
       share_sum += share;
       slope_sum += slope;
       store(kept_slope + k, slope);
@@ -427,10 +426,10 @@ struct SlimRow {
     const double p_tail = __builtin_exp(log_p_tail);
     const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
     if (args.rest == kGhost) {
-      const double log_q_tail = log_q_tail_of(teacher.log_mass(), kept, args.vocab_size);
+      const double log_q_tail = teacher.norm.log_q_tail;
       const double q_tail = __builtin_exp(log_q_tail);
       double share, slope;
-      diverge(args.divergence, log_q_tail, log_p_tail, q_tail, p_tail, args.beta, args.alpha, &share, &slope);
+      diverge(args, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
       d.value += share;
       // The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
       d.mean_slope = forward ? -1 : d.mean_slope + slope;

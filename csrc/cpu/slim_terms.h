@@ -27,36 +27,59 @@ SK_INLINE V transform_slope(V z, const Args& args) {
   return (V{} + A(1) - capped * capped) * A(args.logit_scale);
 }
 
-// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles.
+// Computes a log(a / b) - a + b, which is at least 0, from log_ratio = log(a / b): a share of KL(a || b) whose outcomes
+// sum to 1 on both sides. Near a = b its terms would cancel, and a series takes their place.
 template <class V>
-SK_INLINE void diverge(int divergence, V log_q, V log_p, V q, V p, double beta, double alpha, V* share, V* slope) {
+SK_INLINE V kl_share(V log_ratio, V a, V b) {
   using A = ElementOf<V>;
   const V zero = V{};
-  switch (divergence) {
+  // exp(-x) - 1 + x = x^2 / 2 * (1 - x / 3 * (1 - x / 4 * (1 - ...))). The terms suffice for |x| < 1/2.
+  constexpr int kTerms = sizeof(A) == sizeof(float) ? 8 : 15;
+  V series = zero + A(1);
+  for (int i = kTerms; i >= 3; --i) series = zero + A(1) - log_ratio * A(1.0 / i) * series;
+  const V near = a * log_ratio * log_ratio * A(0.5) * series;
+  const V far = a * log_ratio - a + b;
+  const V share = (log_ratio < zero + A(0.5)) & (log_ratio > zero - A(0.5)) ? near : far;
+  return a == zero ? b : share;
+}
+
+// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles. The slopes of
+// forward KL and skew KL are those of the divergence without - q + p: where p sums to 1, this is the same gradient.
+template <class V>
+SK_INLINE void diverge(const SlimLossArgs& args, V log_q, V log_p, V q, V p, V* share, V* slope) {
+  using A = ElementOf<V>;
+  const V zero = V{};
+  switch (args.divergence) {
     case kForwardKl:
-      *share = q == zero ? zero : q * (log_q - log_p);
       *slope = -q;
+      if (args.rest == kGhost || args.rest == kRenormBoth) {
+        *share = kl_share(log_q - log_p, q, p);
+      } else {
+        *share = q == zero ? zero : q * (log_q - log_p);
+      }
       return;
     case kSoftCe:
       *share = q == zero ? zero : -q * log_p;
       *slope = -q;
       return;
-    case kReverseKl:
-      // An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
-      *share = (p == zero) | (log_q == zero - infinity<A>()) ? zero : p * (log_p - log_q);
-      *slope = log_q == zero - infinity<A>() ? zero : *share + p;
+    case kReverseKl: {
+      // An outcome that the teacher excludes is skipped, because it would make D infinite.
+      const auto excluded = log_q == zero - infinity<A>();
+      *share = excluded ? zero : kl_share(log_p - log_q, p, q);
+      *slope = (p == zero) | excluded ? zero : p * (log_p - log_q);
       return;
+    }
     case kJsd: {
-      const V log_m = log_add_exp(log_q + A(__builtin_log(beta)), log_p + A(__builtin_log1p(-beta)));
-      const V from_p = p == zero ? zero : p * (log_p - log_m) * A(1 - beta);
-      *share = (q == zero ? zero : q * (log_q - log_m) * A(beta)) + from_p;
-      *slope = from_p;
+      const V log_m = log_add_exp(log_q + A(__builtin_log(args.beta)), log_p + A(__builtin_log1p(-args.beta)));
+      const V m = q * A(args.beta) + p * A(1 - args.beta);
+      *share = kl_share(log_q - log_m, q, m) * A(args.beta) + kl_share(log_p - log_m, p, m) * A(1 - args.beta);
+      *slope = p == zero ? zero : p * (log_p - log_m) * A(1 - args.beta);
       return;
     }
     default: {
-      const V log_m = log_add_exp(log_q + A(__builtin_log(alpha)), log_p + A(__builtin_log1p(-alpha)));
-      *share = q == zero ? zero : q * (log_q - log_m);
-      const V both = exp(log_p + log_q - log_m) * A(alpha - 1);
+      const V log_m = log_add_exp(log_q + A(__builtin_log(args.alpha)), log_p + A(__builtin_log1p(-args.alpha)));
+      *share = kl_share(log_q - log_m, q, q * A(args.alpha) + p * A(1 - args.alpha));
+      const V both = exp(log_p + log_q - log_m) * A(args.alpha - 1);
       *slope = (q == zero) | (p == zero) ? zero : both;
       return;
     }

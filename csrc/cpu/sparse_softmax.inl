@@ -34,25 +34,51 @@ SK_INLINE void load_scaled(const X* logits, int64_t kept, double inv_temperature
   for (; k < padded<A>(kept); ++k) out[k] = -infinity<A>();
 }
 
-// The normaliser of the teacher's row: log q = teacher_z - q_norm on S, with teacher_z = logit / T.
-SK_INLINE double teacher_q_norm(int rest, double lse_on, double lse, int64_t kept, int64_t vocab_size) {
+// The teacher's distribution: log q = teacher_z - q_norm on S, with teacher_z = logit / T, and its mass off S.
+struct TeacherNorm {
+  double q_norm = 0;
+  double log_q_tail = -infinity<double>();
+};
+
+// If everything that a normaliser sums is -inf, 0 takes its place so that -inf - (-inf) never occurs.
+SK_INLINE double finite_norm(double norm) { return norm == -infinity<double>() ? 0 : norm; }
+
+// Computes the distribution from the log-sum-exps of the logits on S, of the whole row, and of the row off S, which is
+// NaN where it is not known.
+SK_INLINE TeacherNorm teacher_norm(int rest, double lse_on, double lse, double rest_lse, int64_t kept,
+                                   int64_t vocab_size) {
+  TeacherNorm norm;
   switch (rest) {
     case kRenorm:
     case kRenormBoth:
-      // If every kept logit is -inf, use 0 so that -inf - (-inf) never occurs.
-      return lse_on == -infinity<double>() ? 0 : lse_on;
+      norm.q_norm = finite_norm(lse_on);
+      return norm;
     case kZeroLogit: {
       const double unkept = double(vocab_size - kept);
-      return unkept > 0 ? log_add_exp(lse_on, __builtin_log(unkept)) : lse_on;
+      norm.q_norm = unkept > 0 ? log_add_exp(lse_on, __builtin_log(unkept)) : lse_on;
+      if (unkept > 0) norm.log_q_tail = __builtin_log(unkept) - norm.q_norm;
+      return norm;
     }
+    case kGhost:
+      if (rest_lse == rest_lse) {
+        norm.q_norm = finite_norm(log_add_exp(lse_on, rest_lse));
+        norm.log_q_tail = rest_lse - norm.q_norm;
+        return norm;
+      }
+      norm.q_norm = lse;
+      // Where every id is kept there is no mass off S, whatever the mass on S rounds to.
+      if (kept < vocab_size) norm.log_q_tail = log1m_exp(lse_on - lse);
+      return norm;
     default:
-      return lse;
+      norm.q_norm = lse;
+      return norm;
   }
 }
 
-// log(1 - a), the teacher's mass off S, from log a. It is exactly -inf where every id is kept, whatever a rounds to.
-SK_INLINE double log_q_tail_of(double log_mass, int64_t kept, int64_t vocab_size) {
-  return kept == vocab_size ? -infinity<double>() : log1m_exp(log_mass);
+// A number of a row, NaN where no row has it.
+template <class A>
+SK_INLINE double known_or_nan(const void* values, int64_t n) {
+  return values == nullptr ? __builtin_nan("") : double(static_cast<const A*>(values)[n]);
 }
 
 template <class X>
@@ -71,15 +97,11 @@ int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_
     load_scaled(static_cast<const X*>(args.logits) + n * args.top_k, kept, 1 / args.temperature, teacher_z);
     const double lse_on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e).log();
     const double lse = args.lse == nullptr ? 0 : double(static_cast<const A*>(args.lse)[n]);
-    const double q_norm = teacher_q_norm(args.rest, lse_on, lse, kept, args.vocab_size);
+    const double rest_lse = known_or_nan<A>(args.rest_lse, n);
+    const TeacherNorm norm = teacher_norm(args.rest, lse_on, lse, rest_lse, kept, args.vocab_size);
     A* logprobs = static_cast<A*>(args.logprobs) + n * args.top_k;
-    for (int64_t k = 0; k < args.top_k; ++k) logprobs[k] = k < kept ? A(teacher_z[k] - q_norm) : -infinity<A>();
-    double tail = -infinity<double>();
-    if (args.rest == kGhost) tail = log_q_tail_of(lse_on - lse, kept, args.vocab_size);
-    if (args.rest == kZeroLogit && args.vocab_size > kept) {
-      tail = __builtin_log(double(args.vocab_size - kept)) - q_norm;
-    }
-    static_cast<A*>(args.tail_logprob)[n] = A(tail);
+    for (int64_t k = 0; k < args.top_k; ++k) logprobs[k] = k < kept ? A(teacher_z[k] - norm.q_norm) : -infinity<A>();
+    static_cast<A*>(args.tail_logprob)[n] = A(norm.log_q_tail);
   }
   free(teacher_z);
   return fault;

@@ -1,10 +1,14 @@
-// Finds the K largest logits of a row, ordered by id, and the row's log-sum-exp, in one read of the row.
+// Finds the K largest logits of a row, ordered by id, in one read of the row, with the log-sum-exps of the whole row
+// and of the rest, the logits that are not kept.
 //
 // 1. A strided sample gives a threshold that a few more than K elements pass, and a level for the exponentials.
-// 2. One pass collects the candidates with their ids and sums the exponentials relative to the level.
-// 3. A bisection finds the exact K-th largest among the candidates.
+// 2. One pass collects the candidates with their ids and sums the exponentials relative to the level, once of all
+//    elements and once of those below the threshold.
+// 3. A bisection finds the exact K-th largest among the candidates. The candidates that are not kept join those below
+//    the threshold. So the rest is summed itself: the whole row minus the kept elements would cancel.
 //
-// If the sample misleads, a second pass over the row is necessary, which is slower but still exact.
+// If the sample misleads, or the level is too far above the rest, a second pass over the row is necessary, which is
+// slower but still exact.
 #pragma once
 
 #include <stdlib.h>
@@ -20,10 +24,14 @@ namespace {
 template <class A>
 struct TopkScratch {
   using Key = typename Lanes<A>::Key;
-  A* values;     // (V + width) candidates in id order
-  int32_t* ids;  // (V + width)
-  Key* keys;     // (V + width)
-  double* sums;  // (M) sums of exp((z - level) / T)
+  A* values;      // (V + width) candidates in id order
+  int32_t* ids;   // (V + width)
+  Key* keys;      // (V + width)
+  double* sums;   // (M) sums of exp((z - level) / T)
+  double* below;  // (M) the same of the elements below the threshold
+
+  // Values outside the K largest, which are needed after the keys.
+  A* rest() const { return reinterpret_cast<A*>(keys); }
 };
 
 // Estimates from a sample of a row.
@@ -62,23 +70,44 @@ RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratc
   return guess;
 }
 
+// Adds exp((x - level) / T) of a block that need not be padded: to one sum of all elements, and to one of those below
+// the threshold.
+template <class X, class A>
+SK_INLINE void add_exponentials(const X* x, int64_t count, RowGuess<A> guess, A inv_temperature, double* all,
+                                double* below) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  typename Lanes<A>::Vec sum = {}, sum_below = {};
+  const auto visit = [&](typename Lanes<A>::Vec v) {
+    const auto power = exp((v - guess.level) * inv_temperature);
+    sum += power;
+    sum_below += without(not_below(v, guess.threshold), power);
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) visit(load(x + i));
+  if (i < count) visit(load_part(x + i, count - i, -infinity<A>()));
+  *all += sum_lanes(sum);
+  *below += sum_lanes(sum_below);
+}
+
 // Collects the elements not below the guessed threshold, in id order, and sums the exponentials relative to the level.
 template <class X, class A>
 int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const int64_t vocab_size = args.vocab_size;
-  for (int64_t m = 0; m < args.num_temperatures; ++m) scratch.sums[m] = 0;
+  for (int64_t m = 0; m < args.num_temperatures; ++m) scratch.sums[m] = scratch.below[m] = 0;
   int64_t found = 0;
   for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const int64_t length = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
-    typename Lanes<A>::Vec sum = {};
+    typename Lanes<A>::Vec sum = {}, sum_below = {};
     int64_t i = 0;
     const auto visit = [&](typename Lanes<A>::Vec v) {
       const auto mask = not_below(v, guess.threshold);
       append(mask, v, scratch.values + found);
       append(mask, ids_from(begin + i), scratch.ids + found);
       found += count(mask);
-      sum += exp(v - guess.level);
+      const auto power = exp(v - guess.level);
+      sum += power;
+      sum_below += without(mask, power);
     };
     for (; i + kWidth <= length; i += kWidth) {
       prefetch_ahead(row + begin + i);
@@ -86,8 +115,9 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
     }
     if (i < length) visit(load_part(row + begin + i, length - i, -infinity<A>()));
     scratch.sums[0] += sum_lanes(sum);
+    scratch.below[0] += sum_lanes(sum_below);
     for (int64_t m = 1; m < args.num_temperatures; ++m) {
-      scratch.sums[m] += sum_exp(row + begin, length, guess.level, A(1 / args.temperatures[m]));
+      add_exponentials(row + begin, length, guess, A(1 / args.temperatures[m]), scratch.sums + m, scratch.below + m);
     }
   }
   // Padding lanes of the last vector pass a threshold of -inf. Their ids lie past the end of the row.
@@ -95,9 +125,10 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
   return found;
 }
 
-// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id.
+// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id. Moves the others to the
+// rest, and returns their number, in which padding of -inf may count.
 template <class A>
-void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
+int64_t keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const auto keys_at = [&](int64_t i) { return order_keys(load(scratch.values + i)); };
   for (int64_t i = 0; i < found; i += kWidth) {
@@ -108,8 +139,8 @@ void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
   for (int64_t i = found; i < padded<A>(found); ++i) scratch.values[i] = -infinity<A>();
   int64_t ties = top_k;
   for (int64_t i = 0; i < found; i += kWidth) ties -= count(above(keys_at(i), kth));
-  int64_t kept = 0;
-  for (int64_t i = 0; i < found && kept < top_k; i += kWidth) {
+  int64_t kept = 0, dropped = 0;
+  for (int64_t i = 0; i < found; i += kWidth) {
     const auto keys = keys_at(i);
     auto tied = equal(keys, kth);
     if (count(tied) > ties) tied = first_lanes(tied, ties);
@@ -117,9 +148,67 @@ void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
     const auto taken = above(keys, kth) | tied;
     const auto v = load(scratch.values + i);
     const VecI ids = load_raw<VecI>(scratch.ids + i);
+    const auto others = decltype(taken)(~taken);
+    append(others, v, scratch.rest() + dropped);
+    dropped += kWidth - count(taken);
     append(taken, v, scratch.values + kept);
     append(taken, ids, scratch.ids + kept);
     kept += count(taken);
+  }
+  return dropped;
+}
+
+// Copies the row to the rest, with -inf at the kept ids and at padding to the vector width.
+template <class X, class A>
+void copy_rest(const X* row, const TopkLogitsArgs& args, const TopkScratch<A>& scratch) {
+  constexpr int kWidth = Lanes<A>::kWidth;
+  A* const out = scratch.rest();
+  int64_t i = 0;
+  for (; i + kWidth <= args.vocab_size; i += kWidth) store(out + i, load(row + i));
+  if (i < args.vocab_size) store(out + i, load_part(row + i, args.vocab_size - i, -infinity<A>()));
+  for (int64_t k = 0; k < args.top_k; ++k) out[scratch.ids[k]] = -infinity<A>();
+}
+
+// Returns log(sum(exp(x * inv_temperature))) of an array padded with -inf, relative to its largest element.
+template <class A>
+double log_sum_exp_of(const A* x, int64_t count, double inv_temperature) {
+  const A best = max_of(x, count);
+  if (best == infinity<A>()) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (x[i] != x[i]) return x[i];
+    }
+    return best;
+  }
+  // NaN may hide the largest element, but then the sum is NaN.
+  const A level = best == -infinity<A>() ? A(0) : best;
+  double sum = 0;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    sum += sum_exp(x + i, count - i < kBlock ? count - i : kBlock, level, A(inv_temperature));
+  }
+  return double(level) * inv_temperature + __builtin_log(sum);
+}
+
+// Writes the log-sum-exps of the rest, whose candidates are the first `dropped` values of scratch.rest().
+template <class X, class A>
+void sum_rest(const X* row, const TopkLogitsArgs& args, A level, int64_t dropped, const TopkScratch<A>& scratch,
+              A* rest_lse) {
+  bool all_sound = true;
+  for (int64_t m = 0; m < args.num_temperatures; ++m) {
+    const double inv_temperature = 1 / args.temperatures[m];
+    double sum = scratch.below[m];
+    for (int64_t i = 0; i < dropped; i += kBlock) {
+      sum += sum_exp(scratch.rest() + i, dropped - i < kBlock ? dropped - i : kBlock, level, A(inv_temperature));
+    }
+    // A smaller sum may have lost exponentials of denormal size. NaN, which is never a result here, marks it.
+    const bool sound = sum > 1e-20 && is_sound(sum);
+    rest_lse[m] = A(sound ? double(level) * inv_temperature + __builtin_log(sum) : __builtin_nan(""));
+    all_sound &= sound;
+  }
+  if (all_sound) return;
+  copy_rest(row, args, scratch);
+  for (int64_t m = 0; m < args.num_temperatures; ++m) {
+    if (rest_lse[m] == rest_lse[m]) continue;
+    rest_lse[m] = A(log_sum_exp_of(scratch.rest(), padded<A>(args.vocab_size), 1 / args.temperatures[m]));
   }
 }
 
@@ -133,7 +222,6 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
   int64_t found = collect(row, args, guess, scratch);
   A* lse = static_cast<A*>(args.lse) + n * args.num_temperatures;
   A* rest_lse = static_cast<A*>(args.rest_lse) + n * args.num_temperatures;
-  for (int64_t m = 0; m < args.num_temperatures; ++m) rest_lse[m] = A(__builtin_nan(""));
   for (int64_t m = 0; m < args.num_temperatures; ++m) {
     lse[m] = A(log_sum_exp_of_row(row, args.vocab_size, 1 / args.temperatures[m], guess.level, scratch.sums[m]));
   }
@@ -142,24 +230,30 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
     found = collect(row, args, guess, scratch);
   }
 
-  keep_largest(found, top_k, scratch);
+  const int64_t dropped = keep_largest(found, top_k, scratch);
   memcpy(args.ids + n * top_k, scratch.ids, top_k * sizeof(int32_t));
   X* values = static_cast<X*>(args.values) + n * top_k;
   int64_t i = 0;
   for (; i + Lanes<A>::kWidth <= top_k; i += Lanes<A>::kWidth) store_exact(values + i, load(scratch.values + i));
   for (; i < top_k; ++i) store_one(values + i, scratch.values[i]);
+  if (top_k < args.vocab_size) {
+    sum_rest(row, args, guess.level, dropped, scratch, rest_lse);
+  } else {
+    for (int64_t m = 0; m < args.num_temperatures; ++m) rest_lse[m] = -infinity<A>();
+  }
 }
 
 template <class X>
 int64_t topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
   const int64_t capacity = padded<A>(args.vocab_size) + kMaxWidth;
-  const int64_t bytes = capacity * (2 * sizeof(A) + sizeof(int32_t)) + args.num_temperatures * sizeof(double);
+  const int64_t bytes = capacity * (2 * sizeof(A) + sizeof(int32_t)) + 2 * args.num_temperatures * sizeof(double);
   char* memory = static_cast<char*>(malloc(bytes));
   if (memory == nullptr) return kNoMemory;
   TopkScratch<A> scratch;
   scratch.sums = reinterpret_cast<double*>(memory);
-  scratch.values = reinterpret_cast<A*>(scratch.sums + args.num_temperatures);
+  scratch.below = scratch.sums + args.num_temperatures;
+  scratch.values = reinterpret_cast<A*>(scratch.below + args.num_temperatures);
   scratch.keys = reinterpret_cast<typename Lanes<A>::Key*>(scratch.values + capacity);
   scratch.ids = reinterpret_cast<int32_t*>(scratch.keys + capacity);
 
