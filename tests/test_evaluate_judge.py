@@ -10,7 +10,7 @@ from support.evaluation import make_data, make_folder, make_record
 from support.served import _Server
 
 from slimkernels.cli import main
-from slimkernels.evaluate.judge import Answer, Judge, Rating, answer_of, read_rating
+from slimkernels.evaluate.judge import Judge, RatedResponse, Rating, rated_response, read_rating
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
 from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
@@ -46,7 +46,7 @@ def server():
 
 def test_ratings_in_order_and_what_the_judge_is_shown(server):
     with Judge(server.url, "j", concurrency=2) as judge:
-        answers = [Answer("Say it.", "it", text) for text in ("x", "mute", "{a}", "big", "xxxx")]
+        answers = [RatedResponse("Say it.", "it", text) for text in ("x", "mute", "{a}", "big", "xxxx")]
         ratings = list(judge.rate_all(answers))
     assert [rating.value for rating in ratings] == [1.5, None, 3.5, None, 4.5]
     assert "has no rating from 1 to 10" in ratings[1].error
@@ -54,14 +54,46 @@ def test_ratings_in_order_and_what_the_judge_is_shown(server):
     assert any("[Instruction]\nSay it.\n\n[Reference]\nit\n\n[Response]\n{a}\n" in asked for asked in server.asked)
     bodies = [seen["body"] for seen in server.seen if seen["body"]]
     assert {(body["model"], body["temperature"]) for body in bodies} == {("j", 0)}
-    assert answer_of(make_record(0, "B", "B", task="commonsenseqa", choices=("bank", "mall"))).reference == "(B) mall"
+    assert (
+        rated_response(make_record(0, "B", "B", task="commonsenseqa", choices=("bank", "mall"))).reference == "(B) mall"
+    )
 
 
 def test_a_judge_that_refuses_everything_is_an_error(server):
     server.refuses = True
     with Judge(server.url, "j", concurrency=1) as judge, pytest.raises(ServerRequestError, match="first 5 outputs"):
-        list(judge.rate_all([Answer("a", "b", str(number)) for number in range(50)]))
+        list(judge.rate_all([RatedResponse("a", "b", str(number)) for number in range(50)]))
     assert len(server.asked) < 50
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "{}",
+        '{"choices": []}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": [{"message": {"content": [1]}}]}',
+        "<p>",
+    ],
+)
+def test_a_judge_is_asked_again_for_a_reply_that_cannot_be_read(malformed, server):
+    answers = [RatedResponse("Say it.", "it", text) for text in ("x", "xxx")]
+    with Judge(server.url, "j", concurrency=1, backoff_s=0.01, max_retries=2) as judge:
+        server.faults = [(200, {}, malformed)] * 2
+        assert [rating.value for rating in judge.rate_all(answers)] == [1.5, 3.5]
+        # One that stays unreadable does not end the run.
+        server.faults = [(200, {}, malformed)] * 3
+        unread, read = judge.rate_all(answers)
+    assert "no answer can be used" in unread.error
+    assert (unread.value, read.value) == (None, 3.5)
+
+
+def test_a_judge_without_a_text_is_not_asked_again(server):
+    with Judge(server.url, "j", backoff_s=0.01) as judge:
+        server.faults = [(200, {}, '{"choices": [{"message": {"content": null}}]}')]
+        [rating] = judge.rate_all([RatedResponse("Say it.", "it", "x")])
+    assert "has no rating" in rating.error
+    assert len(server.asked) == 1
 
 
 def test_a_judge_at_a_wrong_address_is_an_error(server):

@@ -32,7 +32,7 @@ from bench.machine import installed_version, machine
 from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, without
 from slimkernels.demo.phases import Phase, quiet_libraries
 from slimkernels.durable import Journal
-from slimkernels.evaluate.judge import Answer, Judge
+from slimkernels.evaluate.judge import Judge, RatedResponse
 from slimkernels.evaluate.scoring import rouge_l
 from slimkernels.evaluate.statistics import bootstrap_interval
 from slimkernels.models.head import LanguageModelHead
@@ -281,9 +281,9 @@ def summary(rows: list[dict]) -> dict[str, Any]:
 
 def judged(rows: list[dict], args: argparse.Namespace) -> dict[str, Any]:
     """Returns the judge's mean rating and its number of unrated responses by data set."""
-    answers = [Answer(row["instruction"], row["reference"], row["response"]) for row in rows]
+    responses = [RatedResponse(row["instruction"], row["reference"], row["response"]) for row in rows]
     with Judge(args.judge, args.judge_model, key_env=args.judge_key_env) as judge:
-        ratings = [rating.value for rating in judge.rate_all(answers)]
+        ratings = [rating.value for rating in judge.rate_all(responses)]
     by_dataset: dict[str, list[float | None]] = {}
     for row, rating in zip(rows, ratings, strict=True):
         by_dataset.setdefault(row["dataset"], []).append(rating)

@@ -7,8 +7,8 @@
 // 3. A bisection finds the exact K-th largest among the candidates. The candidates that are not kept join those below
 //    the threshold. So the rest is summed itself: the whole row minus the kept elements would cancel.
 //
-// If the sample misleads, or the level is too far above the rest, a second pass over the row is necessary, which is
-// slower but still exact.
+// If the sample's threshold is too low, as in a row that is mostly -inf, it is raised during the pass. If it is too high,
+// or the level is too far above the rest, a second pass over the row is necessary, which is slower but still exact.
 #pragma once
 
 #include <stdlib.h>
@@ -61,6 +61,7 @@ RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratc
     memcpy(scratch.keys + i * kWidth, &keys, sizeof(keys));
   }
   RowGuess<A> guess = {-infinity<A>(), max_lanes(best)};
+  if (guess.level == -infinity<A>()) guess.level = sampled_max(row, args.vocab_size);
   const int64_t samples = vectors * kWidth;
   if (args.vocab_size < 4 * samples || 4 * args.top_k > args.vocab_size) return guess;
   const double fraction = double(args.top_k) / args.vocab_size;
@@ -89,15 +90,46 @@ SK_INLINE void add_exponentials(const X* x, int64_t count, RowGuess<A> guess, A 
   *below += sum_lanes(sum_below);
 }
 
+// What keep_largest found.
+template <class A>
+struct Selection {
+  typename Lanes<A>::Key kth;  // key of the K-th largest
+  int64_t dropped;             // number of values in scratch.rest(), in which padding of -inf may count
+};
+
+template <class A>
+Selection<A> keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch);
+
+// Adds the exponentials of the values that keep_largest dropped to those of the elements below the threshold.
+template <class A>
+void add_dropped(const TopkLogitsArgs& args, A level, int64_t dropped, const TopkScratch<A>& scratch) {
+  for (int64_t m = 0; m < args.num_temperatures; ++m) {
+    for (int64_t i = 0; i < dropped; i += kBlock) {
+      const int64_t length = dropped - i < kBlock ? dropped - i : kBlock;
+      scratch.below[m] += sum_exp(scratch.rest() + i, length, level, A(1 / args.temperatures[m]));
+    }
+  }
+}
+
 // Collects the elements not below the guessed threshold, in id order, and sums the exponentials relative to the level.
+// Drops elements that cannot be among the top_k when many more were found.
 template <class X, class A>
 int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const int64_t vocab_size = args.vocab_size;
   for (int64_t m = 0; m < args.num_temperatures; ++m) scratch.sums[m] = scratch.below[m] = 0;
+  const int64_t most = 4 * (args.top_k + kBlock);
   int64_t found = 0;
   for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const int64_t length = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+    if (found > most) {
+      const Selection<A> selection = keep_largest(found, args.top_k, scratch);
+      add_dropped(args, guess.level, selection.dropped, scratch);
+      // Later elements that tie with the K-th largest so far have higher ids, so only those above it count.
+      const A above_kth = value_of_key<A>(selection.kth + 1);
+      guess.threshold = above_kth < infinity<A>() ? above_kth : infinity<A>();
+      found = args.top_k;
+    }
     typename Lanes<A>::Vec sum = {}, sum_below = {};
     int64_t i = 0;
     const auto visit = [&](typename Lanes<A>::Vec v) {
@@ -125,10 +157,10 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
   return found;
 }
 
-// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id. Moves the others to the
-// rest, and returns their number, in which padding of -inf may count.
+// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id. Moves the others to
+// scratch.rest().
 template <class A>
-int64_t keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
+Selection<A> keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const auto keys_at = [&](int64_t i) { return order_keys(load(scratch.values + i)); };
   for (int64_t i = 0; i < found; i += kWidth) {
@@ -155,10 +187,10 @@ int64_t keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch
     append(taken, ids, scratch.ids + kept);
     kept += count(taken);
   }
-  return dropped;
+  return {kth, dropped};
 }
 
-// Copies the row to the rest, with -inf at the kept ids and at padding to the vector width.
+// Copies the row to the rest, with -inf at the kept ids.
 template <class X, class A>
 void copy_rest(const X* row, const TopkLogitsArgs& args, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
@@ -169,37 +201,14 @@ void copy_rest(const X* row, const TopkLogitsArgs& args, const TopkScratch<A>& s
   for (int64_t k = 0; k < args.top_k; ++k) out[scratch.ids[k]] = -infinity<A>();
 }
 
-// Returns log(sum(exp(x * inv_temperature))) of an array padded with -inf, relative to its largest element.
-template <class A>
-double log_sum_exp_of(const A* x, int64_t count, double inv_temperature) {
-  const A best = max_of(x, count);
-  if (best == infinity<A>()) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (x[i] != x[i]) return x[i];
-    }
-    return best;
-  }
-  // NaN may hide the largest element, but then the sum is NaN.
-  const A level = best == -infinity<A>() ? A(0) : best;
-  double sum = 0;
-  for (int64_t i = 0; i < count; i += kBlock) {
-    sum += sum_exp(x + i, count - i < kBlock ? count - i : kBlock, level, A(inv_temperature));
-  }
-  return double(level) * inv_temperature + __builtin_log(sum);
-}
-
-// Writes the log-sum-exps of the rest, whose candidates are the first `dropped` values of scratch.rest().
+// Writes the log-sum-exps of the rest, whose exponentials are summed in scratch.below.
 template <class X, class A>
-void sum_rest(const X* row, const TopkLogitsArgs& args, A level, int64_t dropped, const TopkScratch<A>& scratch,
-              A* rest_lse) {
+void finish_rest(const X* row, const TopkLogitsArgs& args, A level, const TopkScratch<A>& scratch, A* rest_lse) {
   bool all_sound = true;
   for (int64_t m = 0; m < args.num_temperatures; ++m) {
     const double inv_temperature = 1 / args.temperatures[m];
-    double sum = scratch.below[m];
-    for (int64_t i = 0; i < dropped; i += kBlock) {
-      sum += sum_exp(scratch.rest() + i, dropped - i < kBlock ? dropped - i : kBlock, level, A(inv_temperature));
-    }
-    // A smaller sum may have lost exponentials of denormal size. NaN, which is never a result here, marks it.
+    const double sum = scratch.below[m];
+    // A smaller sum may have lost exponentials below the smallest normal number. NaN, never a result here, marks it.
     const bool sound = sum > 1e-20 && is_sound(sum);
     rest_lse[m] = A(sound ? double(level) * inv_temperature + __builtin_log(sum) : __builtin_nan(""));
     all_sound &= sound;
@@ -208,7 +217,8 @@ void sum_rest(const X* row, const TopkLogitsArgs& args, A level, int64_t dropped
   copy_rest(row, args, scratch);
   for (int64_t m = 0; m < args.num_temperatures; ++m) {
     if (rest_lse[m] == rest_lse[m]) continue;
-    rest_lse[m] = A(log_sum_exp_of(scratch.rest(), padded<A>(args.vocab_size), 1 / args.temperatures[m]));
+    rest_lse[m] = A(log_sum_exp_of_row(scratch.rest(), args.vocab_size, 1 / args.temperatures[m], level,
+                                       infinity<double>()));
   }
 }
 
@@ -230,14 +240,15 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
     found = collect(row, args, guess, scratch);
   }
 
-  const int64_t dropped = keep_largest(found, top_k, scratch);
+  const int64_t dropped = keep_largest(found, top_k, scratch).dropped;
   memcpy(args.ids + n * top_k, scratch.ids, top_k * sizeof(int32_t));
   X* values = static_cast<X*>(args.values) + n * top_k;
   int64_t i = 0;
   for (; i + Lanes<A>::kWidth <= top_k; i += Lanes<A>::kWidth) store_exact(values + i, load(scratch.values + i));
   for (; i < top_k; ++i) store_one(values + i, scratch.values[i]);
   if (top_k < args.vocab_size) {
-    sum_rest(row, args, guess.level, dropped, scratch, rest_lse);
+    add_dropped(args, guess.level, dropped, scratch);
+    finish_rest(row, args, guess.level, scratch, rest_lse);
   } else {
     for (int64_t m = 0; m < args.num_temperatures; ++m) rest_lse[m] = -infinity<A>();
   }

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimkernels.evaluate.heldout import HELDOUT, NO_DECODER
+from slimkernels.evaluate.cell import Cell
+from slimkernels.evaluate.heldout import HELDOUT
 from slimkernels.evaluate.records import Record, content_key, record_path
 from slimkernels.evaluate.tasks import TASKS, Sample, check_num_samples
 
 if TYPE_CHECKING:
     from slimkernels.evaluate.lm_eval.tasks import ChoiceSample
-    from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
+    from slimkernels.evaluate.models import LoadedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +97,17 @@ def load_choices(
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceCell:
+class ChoiceCell(Cell):
     """One model on one multiple-choice task, whose answer is the likeliest choice; decoders play no part.
 
     Attributes:
         model: Model to evaluate.
         task: Task with the questions.
         folder: Folder of the run. A journal in it keeps the model's answers until all records are written.
-        decoder: Name of the decoder, which is ``NO_DECODER``.
     """
 
-    model: EvaluatedModel
     task: ChoiceTask
     folder: str | os.PathLike[str]
-    decoder: str = NO_DECODER
-
-    @property
-    def seeds(self) -> list[int | None]:
-        """The seeds of a task without randomness: only None."""
-        return [None]
 
     @property
     def _decided_by(self) -> list[str | int]:
@@ -167,19 +160,13 @@ class ChoiceCell:
 
     def _record(self, sample: Sample, answered: ChoiceSample, order: int, seconds: float) -> Record:
         choices = tuple(choice.strip() for choice in answered.choices)
-        return Record(
-            key=self.key(sample, None),
-            model=self.model.label,
-            decoder=self.decoder,
-            task=self.task.name,
-            sample=sample.id,
-            order=order,
-            seed=None,
+        return self.record(
+            sample,
+            order,
             prompt=answered.prompt,
             question=sample.question,
             reference=" | ".join(choices[target] for target in answered.targets),
             output=choices[answered.prediction],
-            answers={},
             scores=answered.scores,
             choices=choices,
             seconds=seconds,

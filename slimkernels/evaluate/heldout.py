@@ -10,16 +10,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from slimkernels.evaluate.cell import Cell
 from slimkernels.evaluate.records import Record, content_key, record_path
 from slimkernels.evaluate.tasks import ORDER_SEED, Sample, check_num_samples
 
 if TYPE_CHECKING:
-    from slimkernels.evaluate.models import EvaluatedModel, LoadedModel
+    from slimkernels.evaluate.models import LoadedModel
     from slimkernels.store import Store
 
 HELDOUT = "heldout"
-# The decoder's name in records of tasks on which nothing is decoded.
-NO_DECODER = ""
 LOSS, KL = "loss", "kl"
 
 
@@ -84,17 +83,10 @@ def load_heldout(path: str | os.PathLike[str], num_samples: int | None = None, *
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldoutCell:
+class HeldoutCell(Cell):
     """One model on the held-out documents."""
 
-    model: EvaluatedModel
     task: HeldoutTask
-    decoder: str = NO_DECODER
-
-    @property
-    def seeds(self) -> list[int | None]:
-        """The seeds of a task without randomness: only None."""
-        return [None]
 
     @property
     def file(self) -> str:
@@ -112,13 +104,12 @@ class HeldoutCell:
             ValueError: The model's tokenizer or vocabulary is not that of the store.
             FloatingPointError: The model's loss is not finite.
         """
-        from slimkernels.models.fingerprints import fingerprint_in_store
+        from slimkernels.models.fingerprints import tokenizer_fingerprint
         from slimkernels.models.heldout import evaluate_documents
         from slimkernels.store import Store
 
         if self.task.store.tokenizer_fingerprint:
-            own = fingerprint_in_store(loaded.tokenizer, self.task.store.tokenizer_fingerprint)
-            Store(self.task.store.path, tokenizer_fingerprint=own)
+            Store(self.task.store.path, tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer))
         for first in range(0, len(missing), self.task.batch_size):
             batch = missing[first : first + self.task.batch_size]
             documents = [self.task.store[int(sample.id)] for _, sample, _ in batch]
@@ -136,19 +127,13 @@ class HeldoutCell:
                 # A mean over some of the labels would stand beside the models' over all of them.
                 is_known = metrics.teacher_labels == metrics.labels
                 teacher_loss = metrics.teacher_loss if is_known else None
-                yield Record(
-                    key=self.key(sample, None),
-                    model=self.model.label,
-                    decoder=self.decoder,
-                    task=self.task.name,
-                    sample=sample.id,
-                    order=order,
-                    seed=None,
+                yield self.record(
+                    sample,
+                    order,
                     prompt=text,
                     question=text,
                     reference="",
                     output="",
-                    answers={},
                     scores=scores,
                     seconds=seconds,
                     labels=metrics.labels,

@@ -37,8 +37,8 @@ rating in this form: [[5]]
 """
 
 
-class Answer(NamedTuple):
-    """A response to rate, with its instruction and a reference response."""
+class RatedResponse(NamedTuple):
+    """A response that a judge rates, with its instruction and a reference response."""
 
     instruction: str
     reference: str
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
 
 class Rating(NamedTuple):
-    """A judge's rating of an answer.
+    """A judge's rating of a response.
 
     Attributes:
         value: Rating from 1 to 10; None without a rating.
@@ -87,36 +87,32 @@ class Judge:
         """
         self._client.get("/models")
 
-    def rate(self, answer: Answer) -> Rating:
-        """Rates one answer; if the server refuses the request, the rating holds the error.
+    def rate(self, response: RatedResponse) -> Rating:
+        """Rates one response; if the server refuses the request, or no reply can be read, the rating holds the error.
 
         Raises:
             ServerUnavailableError: The server does not answer after all retries.
         """
-        messages = [{"role": "user", "content": _PROMPT.format(**answer._asdict())}]
+        messages = [{"role": "user", "content": _PROMPT.format(**response._asdict())}]
         payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
         try:
-            reply = self._client.post("/chat/completions", payload)
+            said = self._client.post("/chat/completions", payload, _said)
         except ServerRequestError as error:
             return Rating(None, "", str(error))
-        try:
-            said = reply["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            return Rating(None, "", "the server's reply has no choices[0].message.content")
         value = read_rating(said)
         return Rating(
             value, said, None if value is not None else "the reply has no rating from 1 to 10 in the form [[5]]"
         )
 
-    def rate_all(self, answers: Iterable[Answer]) -> Iterator[Rating]:
-        """Rates answers and yields the ratings in order.
+    def rate_all(self, responses: Iterable[RatedResponse]) -> Iterator[Rating]:
+        """Rates responses and yields the ratings in order.
 
         Raises:
             ServerUnavailableError: The server does not answer after all retries.
-            ServerRequestError: The server refuses the first five answers, so the fault is not in the answers.
+            ServerRequestError: The server refuses the first five responses, so the fault is not in the responses.
         """
         refused, has_said = 0, False
-        for _, rating in self._client.map(self.rate, answers):
+        for _, rating in self._client.map(self.rate, responses):
             has_said = has_said or bool(rating.said)
             refused += rating.error is not None
             if refused == _MAX_REFUSED and not has_said:
@@ -146,6 +142,14 @@ class Judge:
         return dataclasses.replace(record, judged={**record.judged, self.model: entry})
 
 
+def _said(reply: dict[str, Any]) -> str:
+    """Reads what a judge says; nothing for a reply without text, as after a content filter."""
+    said = reply["choices"][0]["message"]["content"] or ""
+    if not isinstance(said, str):
+        raise TypeError("choices[0].message.content must be a text")
+    return said
+
+
 def read_rating(said: str) -> float | None:
     """Returns the last rating from 1 to 10 in a judge's reply; one in quotation marks counts only without any other."""
     found = [(float(match[1]), said[: match.start()][-1:] in _QUOTES) for match in _RATING.finditer(said)]
@@ -163,16 +167,16 @@ def ratings_of(record: Record) -> dict[str, Rating]:
     }
 
 
-def answer_of(record: Record) -> Answer:
+def rated_response(record: Record) -> RatedResponse:
     """Returns what a judge is shown of a record; a letter as reference is shown with the text of its choice."""
     reference = record.reference
     if record.choices and len(reference) == 1:
         reference = f"({reference}) {record.choices[ord(reference) - ord('A')]}"
-    return Answer(record.question, reference, record.output)
+    return RatedResponse(record.question, reference, record.output)
 
 
 def _key(judge: str, record: Record) -> str:
-    return content_key(_PROMPT, judge, *answer_of(record))
+    return content_key(_PROMPT, judge, *rated_response(record))
 
 
 def prompt_hash() -> str:

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slimkernels.durable import write_json
+from slimkernels.evaluate.cell import Cell
 from slimkernels.evaluate.choices import ChoiceCell, ChoiceTask
-from slimkernels.evaluate.decoders import DecoderSettings, is_random, make_search
+from slimkernels.evaluate.decoders import DecoderSettings
 from slimkernels.evaluate.heldout import HeldoutCell, HeldoutTask
-from slimkernels.evaluate.judge import Judge, answer_of, prompt_hash
-from slimkernels.evaluate.models import EvaluatedModel, LoadedModel, ServedModel
+from slimkernels.evaluate.judge import Judge, prompt_hash, rated_response
+from slimkernels.evaluate.models import EvaluatedModel
 from slimkernels.evaluate.records import (
     Record,
     RecordFile,
-    content_key,
     read_records,
-    record_path,
     write_records,
 )
 from slimkernels.evaluate.scoring import check_scorer, kind_of, score
-from slimkernels.evaluate.tasks import Sample, Task
-from slimkernels.search import PathFinderConfig, Question, Result, Tree
-from slimkernels.search.tree import ROOT
+from slimkernels.evaluate.tasks import Task
+from slimkernels.evaluate.written import WrittenCell
+from slimkernels.search import PathFinderConfig
 from slimkernels.serving.client import ServerUnavailableError
 
 RUN_FILE = "run.json"
-# Increment it when prompts or decoders change, so that new records are not mixed with old ones.
-_VERSION = 1
-
 Progress = Callable[[int, int], None]
 
 
@@ -89,40 +83,6 @@ class Plan:
                 self.settings.of(decoder, task)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    """One model with one decoder on one task."""
-
-    model: EvaluatedModel
-    decoder: str
-    task: Task
-    plan: Plan
-
-    @property
-    def seeds(self) -> list[int | None]:
-        return list(self.plan.seeds) if is_random(self.decoder) else [None]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.plan.settings.of(self.decoder, self.task)
-
-    @property
-    def file(self) -> str:
-        """The path of the records in the run's folder; it contains a hash of everything that decides the outputs."""
-        decided_by = (self.model.identity, self.settings, self.plan.shots, self.task.source_hash, _VERSION)
-        return record_path(self.model.label, self.decoder, self.task.name, decided_by=decided_by)
-
-    def key(self, sample: Sample, seed: int | None) -> str:
-        prompt = self.task.prompt(sample, self.plan.shots)
-        return content_key(self.model.identity, self.decoder, self.settings, self.task.name, sample.id, prompt, seed)
-
-    def answer(
-        self, loaded: LoadedModel | ServedModel, missing: Sequence[tuple[int, Sample, int | None]]
-    ) -> Iterable[Record]:
-        """Decodes samples batch by batch and yields their records; a batch's wall time is shared equally."""
-        return _answer(self, loaded, missing)
-
-
 def run(
     plan: Plan, output_dir: str | os.PathLike[str], progress: Callable[[str], Progress] | None = None
 ) -> list[Record]:
@@ -144,41 +104,52 @@ def run(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    cells: list[_Cell | HeldoutCell | ChoiceCell] = []
-    for model in plan.models:
-        if plan.heldout is not None:
-            cells.append(HeldoutCell(model, plan.heldout))
-        cells += [ChoiceCell(model, task, output_dir) for task in plan.choices]
-        cells += [_Cell(model, decoder, task, plan) for decoder in plan.decoders for task in plan.tasks]
+    cells = _cells(plan, output_dir)
     path = output_dir / RUN_FILE
     # Records keep the ratings of an earlier judge, so the description keeps the judge.
     judge = json.loads(path.read_text()).get("judge") if path.is_file() else None
     write_json(path, _describe(plan, cells) | ({"judge": judge} if judge else {}))
     records: list[Record] = []
     for model in plan.models:
-        loaded: Any = None
+        # Loaded once, and only if a record is missing.
+        load = functools.cache(model.load)
         for cell in (cell for cell in cells if cell.model is model):
-            report = progress(_name(cell)) if progress else lambda done, total: None
-            with RecordFile(output_dir / cell.file) as file:
-                wanted = [
-                    (order, sample, seed) for seed in cell.seeds for order, sample in enumerate(cell.task.samples)
-                ]
-                missing = [entry for entry in wanted if cell.key(*entry[1:]) not in file]
-                report(len(wanted) - len(missing), len(wanted))
-                if missing and loaded is None:
-                    loaded = model.load()
-                answered = cell.answer(loaded, missing) if loaded is not None else ()
-                try:
-                    for done, record in enumerate(answered, len(wanted) - len(missing) + 1):
-                        file.append(record)
-                        report(done, len(wanted))
-                except ServerUnavailableError as error:
-                    raise ServerUnavailableError(
-                        f"{model.label}: {error}; its answers so far are kept in {output_dir}: run the same command to "
-                        "continue"
-                    ) from error
-                records += [score(file.records[cell.key(*entry[1:])]) for entry in wanted]
+            report = progress(cell.name) if progress else lambda done, total: None
+            try:
+                with RecordFile(output_dir / cell.file) as file:
+                    records += _complete(cell, file, load, report)
+            except ServerUnavailableError as error:
+                raise ServerUnavailableError(
+                    f"{model.label}: {error}; its answers so far are kept in {output_dir}: run the same command to "
+                    "continue"
+                ) from error
     return records
+
+
+def _cells(plan: Plan, output_dir: Path) -> list[Cell]:
+    cells: list[Cell] = []
+    for model in plan.models:
+        if plan.heldout is not None:
+            cells.append(HeldoutCell(model, plan.heldout))
+        cells += [ChoiceCell(model, task, output_dir) for task in plan.choices]
+        cells += [
+            WrittenCell(model, task, plan.settings, plan.seeds, plan.shots, plan.batch_questions, decoder=decoder)
+            for decoder in plan.decoders
+            for task in plan.tasks
+        ]
+    return cells
+
+
+def _complete(cell: Cell, file: RecordFile, load: Callable[[], Any], report: Progress) -> list[Record]:
+    """Answers the samples of a cell that have no record in its file, and returns the records of all, scored again."""
+    wanted = [(order, sample, seed) for seed in cell.seeds for order, sample in enumerate(cell.task.samples)]
+    missing = [entry for entry in wanted if cell.key(*entry[1:]) not in file]
+    report(len(wanted) - len(missing), len(wanted))
+    answered = cell.answer(load(), missing) if missing else ()
+    for done, record in enumerate(answered, len(wanted) - len(missing) + 1):
+        file.append(record)
+        report(done, len(wanted))
+    return [score(file.records[cell.key(*entry[1:])]) for entry in wanted]
 
 
 def load_run(output_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Record]]:
@@ -248,7 +219,7 @@ def rate(
                 progress(f"{judge.model} rates {own[0].model}, {own[0].decoder}, {own[0].task}") if progress else None
             )
             for done, (record, rating) in enumerate(
-                zip(missing, judge.rate_all(answer_of(record) for record in missing), strict=True),
+                zip(missing, judge.rate_all(rated_response(record) for record in missing), strict=True),
                 len(own) - len(missing) + 1,
             ):
                 file.append(judge.judged(record, rating))
@@ -257,95 +228,7 @@ def rate(
     return load_run(output_dir)
 
 
-def _answer(
-    cell: _Cell, loaded: LoadedModel | ServedModel, missing: Sequence[tuple[int, Sample, int | None]]
-) -> Iterable[Record]:
-    size = cell.plan.batch_questions
-    for seed in cell.seeds:
-        of_seed = [(order, sample) for order, sample, other in missing if other == seed]
-        for first in range(0, len(of_seed), size):
-            batch = of_seed[first : first + size]
-            search = make_search(
-                cell.decoder,
-                loaded.engine,
-                cell.plan.settings,
-                cell.task,
-                seed=seed or 0,
-                batch_questions=size,
-            )
-            prompts = [loaded.render(cell.task.prompt(sample, cell.plan.shots)) for _, sample in batch]
-            questions = [
-                Question(loaded.encode(prompt), sample.question, sample.choices)
-                for prompt, (_, sample) in zip(prompts, batch, strict=True)
-            ]
-            start = time.perf_counter()
-            results = search.solve(questions)
-            seconds = (time.perf_counter() - start) / len(batch)
-            for (order, sample), prompt, result in zip(batch, prompts, results, strict=True):
-                yield score(_record(cell, sample, order, seed, prompt, result, seconds))
-
-
-def _record(
-    cell: _Cell, sample: Sample, order: int, seed: int | None, prompt: str, result: Result, seconds: float
-) -> Record:
-    return Record(
-        key=cell.key(sample, seed),
-        model=cell.model.label,
-        decoder=cell.decoder,
-        task=cell.task.name,
-        sample=sample.id,
-        order=order,
-        seed=seed,
-        prompt=prompt,
-        question=sample.question,
-        reference=sample.reference,
-        output=result.text,
-        answers={},
-        scores={},
-        choices=sample.choices,
-        kind=cell.task.own_kind,
-        tokens=result.num_tokens,
-        output_tokens=0 if result.node is None else int(result.tree.num_tokens[result.node]),
-        seconds=seconds,
-        finished=result.finished,
-        candidates=tuple(_candidates(cell.decoder, result)),
-    )
-
-
-def _candidates(decoder: str, result: Result) -> Iterable[dict[str, Any]]:
-    """Yields the candidates for an output, each with the number of tokens generated up to its end.
-
-    Independent chains count as if they were generated one after the other; a tree's steps count in their real order.
-    """
-    spent = _spent_by_chain(result.tree) if decoder == "self-consistency" else _spent_by_node(result)
-    for candidate, value in zip(result.candidates, result.scores, strict=True):
-        yield {
-            "text": candidate.text,
-            "tokens": candidate.num_tokens,
-            "spent": spent[candidate.node],
-            "score": value,
-            "sum_logprob": candidate.sum_logprob,
-        }
-
-
-def _spent_by_chain(tree: Tree) -> list[int]:
-    """Returns, for every node, the number of tokens of its chain and of all chains before it."""
-    chains = [tree.path(node)[0] if node != ROOT else 0 for node in range(len(tree))]
-    lengths = np.zeros(max(chains) + 1, np.int64)
-    np.maximum.at(lengths, chains, tree.num_tokens)
-    return np.cumsum(lengths)[chains].tolist()
-
-
-def _spent_by_node(result: Result) -> list[int]:
-    """Returns, for every node, the number of tokens that had been generated when it was complete."""
-    tree = result.tree
-    own = tree.num_tokens - np.where(tree.parent >= 0, tree.num_tokens[tree.parent], 0)
-    spent = np.cumsum(own * np.maximum(tree.attempts, 1))
-    # Discarded attempts at a step are assumed to be as long as the step that replaced them.
-    return np.round(spent * (result.num_tokens / max(int(spent[-1]), 1))).astype(int).tolist()
-
-
-def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell | ChoiceCell]) -> dict[str, Any]:
+def _describe(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     """Describes a run for the report: models, decoders, tasks, versions, the machine, and the files of the records."""
     asked = {"seeds": list(plan.seeds), "shots": plan.shots, "batch_questions": plan.batch_questions}
     heldout = [] if plan.heldout is None else [plan.heldout]
@@ -374,14 +257,10 @@ def _describe(plan: Plan, cells: Sequence[_Cell | HeldoutCell | ChoiceCell]) -> 
         "versions": {name: _version(name) for name in ("slimkernels", "torch", "transformers")},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "cells": [
-            {"name": _name(cell), "file": cell.file, "samples": len(cell.task.samples), "seeds": cell.seeds}
+            {"name": cell.name, "file": cell.file, "samples": len(cell.task.samples), "seeds": list(cell.seeds)}
             for cell in cells
         ],
     }
-
-
-def _name(cell: _Cell | HeldoutCell | ChoiceCell) -> str:
-    return ", ".join(filter(None, (cell.model.label, cell.decoder, cell.task.name)))
 
 
 def _version(package: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from slimkernels.serving.client import ServerClient
-from slimkernels.serving.kinds import listed_models
+from slimkernels.serving.kinds import listed_models, model_facts
 
 if TYPE_CHECKING:
     from slimkernels.search import ServerEngine
@@ -74,6 +74,5 @@ def find_server(address: str, **client: Any) -> Server:
 
 
 def _said(entry: Mapping[str, Any]) -> dict[str, Any]:
-    meta = entry.get("meta")
-    facts = {**entry, **(meta if isinstance(meta, dict) else {})}
+    facts = model_facts(entry)
     return {name: facts[name] for name in _SAID if facts.get(name) is not None}

@@ -12,6 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.sharding import full_tensor
 
+# Description of the first result of ``decoded``, for ``check_logits``.
+DECODED = "its decoder's last hidden state"
+
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """Returns the transformers model inside PEFT's wrapper, or the model itself."""
@@ -180,17 +183,16 @@ def check_head(model: PreTrainedModel) -> None:
     """
     head = LanguageModelHead.of(model)
     ids = torch.tensor([[0, head.vocab_size - 1]], device=head.weight.device)
+    hidden, logits = decoded(model, ids)
+    advice = "; train it with your own loop and slimkernels.slim_loss on its logits"
+    check_logits(model, head, hidden.to(head.weight.dtype), logits, hidden_name=DECODED, advice=advice)
+
+
+def decoded(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the decoder's last hidden state (B, T, D) and the model's logits (B, T, V) in evaluation mode."""
     with evaluation_mode(model):
         logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    check_logits(
-        model,
-        head,
-        hidden.to(head.weight.dtype),
-        logits,
-        hidden_name="its decoder's last hidden state",
-        advice="; train it with your own loop and slimkernels.slim_loss on its logits",
-    )
+        return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, logits
 
 
 def check_logits(

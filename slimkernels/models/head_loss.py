@@ -104,8 +104,7 @@ class HeadLoss:
             labelled = target.ne(ignore_index).nonzero().squeeze(-1)
             hidden, target = hidden.index_select(0, labelled), target[labelled]
             self.rows = self.teacher(target)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = _as_autocast(hidden)
         self.target = target
         # FSDP2 still holds the full weight here, and would take another call of the head for a second forward pass of
         # its whole group. ZeRO-3 has freed the weight, and gathers it again in a call.
@@ -140,9 +139,7 @@ def loss_of_batch(
     results: list[SlimLoss] = []
 
     def forward() -> Tensor:
-        hidden = hidden_states(inner, batch)
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        hidden = _as_autocast(hidden_states(inner, batch))
         results.append(_loss_in_call(inner, hidden, target=batch["target"], **arguments))
         return results[-1].loss
 
@@ -154,6 +151,12 @@ def loss_of_batch(
 def next_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Moves labels (B, T) one place to the left, to the hidden states that predict them; the last place gets none."""
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+
+
+def _as_autocast(hidden: Tensor) -> Tensor:
+    """Casts hidden states to the dtype of autocast where it is on, which casts no operand of this package's ops."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:

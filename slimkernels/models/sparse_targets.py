@@ -21,7 +21,7 @@ def draw_targets(
     hidden: Tensor,
     target: Tensor,
     rounds: int,
-    seed: int | Tensor,
+    seed: Tensor,
     position: Tensor,
     *,
     top_k: int = 0,
@@ -34,7 +34,7 @@ def draw_targets(
         hidden: (N, D) hidden states.
         target: (N,) int64 labels.
         rounds: Draws of every row.
-        seed: An int, or (N,) int64.
+        seed: (N,) int64, used as given, so that the draws do not depend on the chunks.
         position: (N,) int64; with the seed it decides the noise of a row.
         top_k: Largest logits kept exactly by ``mixed_targets``; 0 uses ``sample_targets``.
         require_finite: Whether to check the logits, which waits for the device.
@@ -50,14 +50,25 @@ def draw_targets(
     for start in range(0, max(len(hidden), 1), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         logits = head.logits(hidden[rows])
-        if require_finite and not torch.isfinite(logits.amax(-1)).all():
-            raise FloatingPointError(
-                f"the teacher's logits are not finite in {logits.dtype}: load it in float32 or bfloat16"
-            )
-        row_seed = seed[rows] if isinstance(seed, Tensor) else seed
+        if require_finite:
+            check_finite(logits.amax(-1), logits.dtype)
         if top_k:
-            part = mixed_targets(logits, top_k, rounds, row_seed, position=position[rows], target=target[rows])
+            part = mixed_targets(logits, top_k, rounds, seed[rows], position=position[rows], target=target[rows])
         else:
-            part = sample_targets(logits, rounds, row_seed, position=position[rows], target=target[rows])
+            part = sample_targets(logits, rounds, seed[rows], position=position[rows], target=target[rows])
         parts.append(part)
     return SparseLogits.cat(parts)
+
+
+def check_finite(row_values: Tensor, dtype: torch.dtype) -> None:
+    """Checks a teacher's logits by a value of each row that is not finite where a logit is not; waits for the device.
+
+    Args:
+        row_values: (N, ...) maxima or log-sum-exps of the rows.
+        dtype: Dtype that the logits were computed in.
+
+    Raises:
+        FloatingPointError: A row is not finite.
+    """
+    if not torch.isfinite(row_values).all():
+        raise FloatingPointError(f"the teacher's logits are not finite in {dtype}: load it in float32 or bfloat16")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
+from slimkernels.ops._head_gradients import HeadGradients
 from slimkernels.ops._library import (
     accumulation_dtype,
     check_kernels,
@@ -20,7 +21,6 @@ from slimkernels.ops._library import (
     register_autograd,
 )
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
-from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
@@ -192,13 +192,13 @@ def _linear_slim_loss_fwd(
 ):
     """Computes the loss, the statistics and the needed gradients; the others are empty, all without ``row_scale``."""
     outputs = _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias)
-    loss, stats, dhidden, dweight, dbias = outputs
+    loss, stats, *dinputs = outputs
     options = SlimOptions(*options).read(operand)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
     ignored = target == options.ignore_index
-    weight_gradient = WeightGradient(dweight, hidden, ignored, chunk_rows) if dweight.numel() else None
-    dbias_sum = torch.zeros_like(dbias, dtype=stats.dtype)
+    needed = (gradient if gradient.numel() else None for gradient in dinputs)
+    sums = HeadGradients(*needed, hidden=hidden, weight=weight, ignored=ignored, chunk_rows=chunk_rows)
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
         chunk_stats = stats.new_empty(NUM_STATS, logits.shape[0])
         scale = None if row_scale is None else row_scale[rows]
@@ -208,15 +208,8 @@ def _linear_slim_loss_fwd(
         )
         _checks.raise_fault(fault, first_row=rows.start)
         stats[:, rows] = chunk_stats
-        if dhidden.numel():
-            torch.mm(logits, weight, out=dhidden[rows])
-        if weight_gradient is not None:
-            weight_gradient.add(rows, logits)
-        if dbias.numel():
-            dbias_sum += logits.sum(0, dtype=dbias_sum.dtype)
-    if weight_gradient is not None:
-        weight_gradient.finish()
-    dbias.copy_(dbias_sum)
+        sums.add(rows, logits)
+    sums.finish()
     loss.copy_(stats[0] if row_scale is None else (stats[0] * row_scale).sum())
     return outputs
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from slimkernels.models.evaluation import context_length
 from slimkernels.search.selection import Candidate
 
 
@@ -155,7 +156,7 @@ def _batches(
     """Yields batches of encoded inputs, truncated to the number of tokens that the model can read."""
     # RoBERTa models have two positions more than they can read, which only their tokenizers take into account. A
     # tokenizer without a limit has an enormous one.
-    known = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    known = (context_length(model.config), tokenizer.model_max_length)
     limit = min((length for length in known if length is not None and length < 1 << 30), default=None)
     for first in range(0, len(inputs), batch_size):
         batch = inputs[first : first + batch_size]

@@ -14,7 +14,8 @@ from slimkernels.models.load import (
 from slimkernels.models.sanity import TeacherSanityError, check_teacher_sanity
 from slimkernels.served_rows.rows import UnmappedTokensError
 from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
-from slimkernels.teacher.capture import CaptureReport, capture
+from slimkernels.teacher.added_documents import CaptureReport
+from slimkernels.teacher.capture import capture
 from slimkernels.teacher.corpus import (
     TokenizedDocument,
     check_corpus_file,
@@ -25,7 +26,8 @@ from slimkernels.teacher.corpus import (
 from slimkernels.teacher.generation import GeneratedCorpus, generate_documents
 from slimkernels.teacher.logits import capture_logits
 from slimkernels.teacher.ranks import Ranks
-from slimkernels.teacher.server import ServerCost, ServerReport, capture_server
+from slimkernels.teacher.server import ServerReport, capture_server
+from slimkernels.teacher.server_documents import ServerCost
 
 __all__ = [
     "EMBEDDED_TEACHERS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimkernels.models.evaluation import context_length, evaluation_mode
 from slimkernels.models.fingerprints import weights_fingerprint
-from slimkernels.models.head import LanguageModelHead, check_logits
+from slimkernels.models.head import DECODED, LanguageModelHead, check_logits, decoded
+from slimkernels.models.sparse_targets import check_finite
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
+from slimkernels.teacher.added_documents import AddedDocuments, CaptureReport
 from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.ranks import TeacherProcesses
 from slimkernels.teacher.selection import default_codec, resolve_selection
@@ -24,20 +26,6 @@ from slimkernels.teacher.vocabulary import captured_vocabulary
 # Longest document of a batch over its shortest one; bounds the padding.
 _MAX_LENGTH_RATIO = 1.25
 _CHECKED_TOKENS = 16
-
-
-class CaptureReport(NamedTuple):
-    """The result of one call of ``capture``.
-
-    Attributes:
-        documents: Documents added to the store.
-        tokens: Tokens in them.
-        skipped: Documents that were in the store already, or have no label (counted by rank 0).
-    """
-
-    documents: int
-    tokens: int
-    skipped: int
 
 
 def capture(
@@ -143,7 +131,6 @@ def capture(
     if not teacher.processes.is_first:
         teacher.follow()
         return CaptureReport(0, 0, 0)
-    added = tokens = skipped = done_tokens = 0
     with RankWriter(
         store_path,
         rank=rank,
@@ -157,29 +144,18 @@ def capture(
         codec=default_codec(select) if codec is None else codec,
         shard_rows=shard_rows,
     ) as writer:
+        added = AddedDocuments(writer, progress)
         for batch in _batches(teacher.checked(documents), window, batch_tokens, writer.part_of):
             # A batch is computed as a whole, so that rounding does not depend on where a capture was killed.
-            missing = [ids not in writer for ids in batch]
-            if any(missing):
-                rows = teacher(batch)
-                for ids, sparse in zip(batch, rows, strict=True):
-                    # A document can be in the batch twice.
-                    if ids in writer:
-                        skipped += 1
-                        continue
-                    writer.add(ids, ids.labels, sparse, prompt_length=ids.prompt_length)
-                    added += 1
-                    tokens += len(ids)
-            else:
-                skipped += len(batch)
-            done_tokens += sum(map(len, batch))
-            if progress is not None:
-                progress(added + skipped, done_tokens)
+            is_missing = any(ids not in writer for ids in batch)
+            for ids, rows in zip(batch, teacher(batch) if is_missing else [None] * len(batch), strict=True):
+                added.add(ids, rows)
+            added.show_progress()
     if not teacher.labelled:
         raise ValueError("documents must hold at least one document of 2 tokens, got none")
     teacher.dismiss()
     # Documents without a label belong to no part, so the first rank counts them.
-    return CaptureReport(added, tokens, skipped + (teacher.short if rank == 0 else 0))
+    return added.report(without_label=teacher.short if rank == 0 else 0)
 
 
 class _Teacher:
@@ -205,11 +181,7 @@ class _Teacher:
             if not ids.labels:
                 self.short += 1
                 continue
-            if min(ids) < 0 or max(ids) >= self.vocabulary.size:
-                raise ValueError(
-                    f"token ids must lie in [0, {self.vocabulary.size}), the ids of the tokenizer, got {min(ids)} to "
-                    f"{max(ids)} in document {number}: give the documents that this tokenizer makes"
-                )
+            self.vocabulary.check(ids, number)
             if self.max_length is not None and len(ids) > self.max_length:
                 raise ValueError(
                     f"document {number} has {len(ids)} tokens, but the teacher reads {self.max_length}: split it, as "
@@ -250,10 +222,7 @@ class _Teacher:
         kept = self.selection(
             self.head, hidden[document, position - 1], padded[document, position], list(zip(batch, labels, strict=True))
         )
-        if not torch.isfinite(kept.lse).all():
-            raise FloatingPointError(
-                f"the teacher's logits are not finite in {self.model.dtype}: load it in float32 or bfloat16"
-            )
+        check_finite(kept.lse, self.model.dtype)
         ends = list(itertools.accumulate(map(len, labels)))
         return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
@@ -262,18 +231,14 @@ class _Teacher:
             return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
     def _check_head(self, ids: Tensor) -> None:
-        logits = self.model(input_ids=ids, use_cache=False).logits
+        hidden, logits = decoded(self.model, ids)
         # Logits that are not finite raise an error of their own when rows are selected.
         if torch.isfinite(logits).all():
-            check_logits(
-                self.model,
-                self._whole_head,
-                self._hidden(ids),
-                logits,
-                hidden_name="its decoder's last hidden state",
-                advice=": pass the model's own logits to slimkernels.topk_logits and its result to "
-                "slimkernels.store.StoreWriter",
+            advice = (
+                ": pass the model's own logits to slimkernels.topk_logits and its result to "
+                "slimkernels.store.StoreWriter"
             )
+            check_logits(self.model, self._whole_head, hidden, logits, hidden_name=DECODED, advice=advice)
         self._is_checked = True
 
 

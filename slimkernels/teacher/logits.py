@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels._checks import resolve_temperatures, resolve_top_k
-from slimkernels.models.sparse_targets import CHUNK_ROWS, DEFAULT_TOP_FRACTION
+from slimkernels.models.sparse_targets import CHUNK_ROWS
 from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
-from slimkernels.teacher.capture import CaptureReport
+from slimkernels.teacher.added_documents import AddedDocuments, CaptureReport
 from slimkernels.teacher.corpus import TokenizedDocument
-from slimkernels.teacher.vocabulary import captured_vocabulary
+from slimkernels.teacher.selection import Selection, resolve_selection
+from slimkernels.teacher.vocabulary import CapturedVocabulary, captured_vocabulary
 
 
 class _Rows(NamedTuple):
@@ -87,65 +87,61 @@ def capture_logits(
         FloatingPointError: A row's logits are not finite.
         SettingsMismatchError: The store was made with another teacher, tokenizer, selection or codec.
     """
-    if top_k is None and top_fraction is None:
-        top_fraction = DEFAULT_TOP_FRACTION
-    temperatures = resolve_temperatures(temperatures)
     ids_of = [TokenizedDocument.of(ids) for ids in documents]
     _check_documents(ids_of)
     rows_of = _open(logits, [len(ids) for ids in ids_of])
     first = next(rows_of, None)
     if first is None:
         raise ValueError("logits must hold the logits of at least one document, got none")
-    vocab_size = first.vocab_size
-    stored_vocab_size, fingerprint = captured_vocabulary(tokenizer, vocab_size, store_path, "the logits have")
-    kind, value = ("top_fraction", top_fraction) if top_k is None else ("top_k", top_k)
-    kept = resolve_top_k(top_k, top_fraction, stored_vocab_size)
-    added = tokens = skipped = done_tokens = 0
+    vocabulary = captured_vocabulary(tokenizer, first.vocab_size, store_path, "the logits have")
+    selection = resolve_selection(
+        "top_k",
+        vocabulary.size,
+        top_k=top_k,
+        top_fraction=top_fraction,
+        top_p=None,
+        rounds=None,
+        seed=0,
+        temperatures=temperatures,
+    )
     with StoreWriter(
         store_path,
-        vocab_size=stored_vocab_size,
-        tokenizer_fingerprint=fingerprint,
+        vocab_size=vocabulary.size,
+        tokenizer_fingerprint=vocabulary.fingerprint,
         teacher={"name": name},
-        selection={"kind": kind, "value": value, "top_k": kept},
-        temperatures=temperatures,
+        selection=selection.description,
+        temperatures=selection.temperatures,
         codec=codec,
         shard_rows=shard_rows,
     ) as writer:
-        numbered = enumerate(itertools.chain([first], rows_of))
-        for number, rows in numbered:
+        added, number = AddedDocuments(writer, progress), -1
+        for number, rows in enumerate(itertools.chain([first], rows_of)):
             if number >= len(ids_of):
                 raise ValueError(f"logits must have one array per document, got more than the {len(ids_of)} documents")
             ids = ids_of[number]
-            _check_rows(rows, ids, vocab_size, stored_vocab_size, number)
-            if ids in writer:
-                skipped += 1
-            else:
-                labels = torch.tensor(ids.labels, dtype=torch.int64)
-                teacher = _select(rows, ids, stored_vocab_size, kept, temperatures, number)[labels - 1]
-                writer.add(ids, labels, teacher, prompt_length=ids.prompt_length)
-                added += 1
-                tokens += len(ids)
-            done_tokens += len(ids)
-            if progress is not None:
-                progress(added + skipped, done_tokens)
-        if added + skipped < len(ids_of):
-            raise ValueError(f"logits must have one array per document, got {added + skipped} for {len(ids_of)}")
-    return CaptureReport(added, tokens, skipped)
+            _check_rows(rows, ids, first.vocab_size, number)
+            vocabulary.check(ids, number)
+            added.add(ids, None if ids in writer else _select(rows, ids, vocabulary, selection, number))
+            added.show_progress()
+        if number + 1 < len(ids_of):
+            raise ValueError(f"logits must have one array per document, got {number + 1} for {len(ids_of)}")
+    return added.report()
 
 
 def _select(
-    rows: _Rows, ids: list[int], vocab_size: int, top_k: int, temperatures: tuple[float, ...], number: int
+    rows: _Rows, ids: TokenizedDocument, vocabulary: CapturedVocabulary, selection: Selection, number: int
 ) -> SparseLogits:
+    """Returns the kept logits of the labels of a document."""
     parts = []
     for start in range(0, len(ids) - 1, CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, len(ids) - 1)
-        chunk = _as_tensor(rows.read(start, stop))[:, :vocab_size]
+        chunk = _as_tensor(rows.read(start, stop))[:, : vocabulary.size]
         label = torch.tensor(ids[start + 1 : stop + 1])
-        part = topk_logits(chunk, top_k, target=label, temperatures=temperatures)
+        part = topk_logits(chunk, selection.top_k, target=label, temperatures=selection.temperatures)
         if not torch.isfinite(part.lse).all():
             raise FloatingPointError(f"the logits of document {number} are not finite in rows {start} to {stop - 1}")
         parts.append(part)
-    return SparseLogits.cat(parts)
+    return SparseLogits.cat(parts)[torch.tensor(ids.labels, dtype=torch.int64) - 1]
 
 
 def _as_tensor(chunk: Any) -> Tensor:
@@ -161,17 +157,13 @@ def _check_documents(ids_of: list[TokenizedDocument]) -> None:
         raise ValueError(f"every document must have at least 2 tokens, got {len(ids_of[short])} in document {short}")
 
 
-def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, stored_vocab_size: int, number: int) -> None:
+def _check_rows(rows: _Rows, ids: list[int], vocab_size: int, number: int) -> None:
     if rows.vocab_size != vocab_size:
         raise ValueError(f"document {number} has logits of {rows.vocab_size} columns, the first {vocab_size}")
     if rows.count not in (len(ids) - 1, len(ids)):
         raise ValueError(
             f"document {number} has {len(ids)} tokens, so {len(ids)} or {len(ids) - 1} rows of logits are expected, "
             f"got {rows.count}: give the documents as the teacher read them"
-        )
-    if min(ids) < 0 or max(ids) >= stored_vocab_size:
-        raise ValueError(
-            f"token ids must lie in [0, {stored_vocab_size}), got {min(ids)} to {max(ids)} in document {number}"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.head import base_model
 from slimkernels.models.head_loss import IGNORE_INDEX, HeadLoss, TeacherOfLabels, next_labels
 from slimkernels.models.patch import check_loss, without_logits
 from slimkernels.store import Store, StoreDataset
@@ -115,7 +115,7 @@ class SlimLossMixin(DistillationMixin):
             check_stored_rows(
                 self.stored_teacher.store,
                 self.objective,
-                vocab_size=LanguageModelHead.of(base_model(self.model)).vocab_size,
+                vocab_size=self._vocab_size,
                 tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
             )
         self.add_callback(SlimRun(self._settings, lambda: None))
@@ -141,7 +141,7 @@ class SlimLossMixin(DistillationMixin):
         return output._replace(metrics=(output.metrics or {}) | added)
 
     def _settings(self) -> dict[str, Any]:
-        store = None if self.stored_teacher is None else self.stored_teacher.store.fingerprint
+        store = None if self.stored_teacher is None else self.stored_teacher.store.rows_fingerprint
         return run_identity(self.args, self._method() | {"teacher_store": store}, self.train_dataset)
 
     def _on_bad_step(self, step: int) -> None:
@@ -185,8 +185,8 @@ class SlimLossMixin(DistillationMixin):
             rows = self.stored_teacher.rows(inputs, places)
             return lambda target: rows.to(target.device)
         online = self.online_teacher
-        hidden = online.hidden({name: value for name, value in inputs.items() if name not in _FOR_THE_STUDENT})
-        hidden = hidden.flatten(0, -2).index_select(0, places.to(hidden.device))
+        given = {name: value for name, value in inputs.items() if name not in _FOR_THE_STUDENT}
+        hidden = online.hidden(given, places)
         return lambda target: online.rows(hidden, target.to(hidden.device)).to(target.device)
 
 

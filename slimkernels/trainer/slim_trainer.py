@@ -105,14 +105,14 @@ class SlimTrainer(DistillationMixin, Trainer):
             check_stored_rows(
                 dataset,
                 args if is_trained_on else None,
-                vocab_size=LanguageModelHead.of(self.model).vocab_size,
+                vocab_size=self._vocab_size,
                 tokenizer=processing_class,
                 max_length=self._max_length(),
             )
         if data_collator is None:
             self.data_collator = SlimCollator(
                 pad_token_id=self._pad_token_id(),
-                vocab_size=LanguageModelHead.of(self.model).vocab_size,
+                vocab_size=self._vocab_size,
                 max_length=self._max_length(),
                 with_teacher=args.needs_teacher and teacher_model is None,
             )
@@ -217,8 +217,8 @@ class SlimTrainer(DistillationMixin, Trainer):
             return None
         if self.online_teacher is None:
             return teacher_rows(inputs["teacher"])
-        hidden = self.online_teacher.hidden({name: inputs[name] for name in ("input_ids", "attention_mask")})
-        return self.online_teacher.rows(hidden.flatten(0, 1).index_select(0, inputs["rows"]), inputs["target"])
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return self.online_teacher.rows(self.online_teacher.hidden(given, inputs["rows"]), inputs["target"])
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings that must not change between a checkpoint and the run that continues it."""

@@ -62,12 +62,13 @@ class OnlineTeacher:
         self.num_rows = min(rows, vocab_size)
 
     @torch.no_grad()
-    def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """Computes the input (B, T, D) of the teacher's head for a batch."""
+    def hidden(self, inputs: dict[str, Any], places: Tensor) -> Tensor:
+        """Computes the input (N, D) of the teacher's head at the ``places`` (N,) of a batch, counted over its B x T."""
         catch = HeadInput()
         with catch.inside(base_model(self.model)):
             self.model(**inputs | {"use_cache": False})
-        return catch.hidden
+        hidden = catch.hidden.flatten(0, -2)
+        return hidden.index_select(0, places.to(hidden.device))
 
     @torch.no_grad()
     def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
@@ -99,7 +100,7 @@ class OnlineTeacher:
     def _draw(self, head: LanguageModelHead, hidden: Tensor, target: Tensor) -> SparseLogits:
         rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
         # Checkpoints keep the state of the global generator, so a resumed run gets the seed it would have got.
-        seed = int(torch.randint(2**62, ()))
+        seed = torch.full((len(hidden),), int(torch.randint(2**62, ())), device=hidden.device)
         return draw_targets(head, hidden, target, rounds, seed, torch.arange(len(hidden), device=hidden.device))
 
 

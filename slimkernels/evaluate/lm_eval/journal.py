@@ -20,7 +20,7 @@ from slimkernels.evaluate.records import content_key
 # (texts of context and continuation, token ids of the context, token ids of the continuation)
 Request = tuple[tuple[str, str], list[int], list[int]]
 # (log P(continuation | context) in nats, whether greedy decoding gives the continuation)
-Answer = tuple[float, bool]
+Loglikelihood = tuple[float, bool]
 
 
 class BatchJournal:
@@ -47,7 +47,7 @@ class BatchJournal:
         self._file = JsonLines(path, "batch")
         self._found = {line["batch"]: line for line in self._file.found}
 
-    def answers(self, batch: Sequence[Request], ask: Callable[[], list[Answer]]) -> list[Answer]:
+    def answers(self, batch: Sequence[Request], ask: Callable[[], list[Loglikelihood]]) -> list[Loglikelihood]:
         """Returns the answers to a batch from the file, or else from ``ask``, and writes the latter to the file."""
         key = content_key(self._decided_by, [tokens for _, *tokens in batch])
         if key in self._found:
@@ -86,8 +86,8 @@ class JournalledLM(HFLM):
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[Answer]:
-        found: dict[int, Answer] = {}
+    ) -> list[Loglikelihood]:
+        found: dict[int, Loglikelihood] = {}
         ask = super()._loglikelihood_tokens
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as progress:
             for indices in batches(requests, self.batch_size):

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimkernels.evaluate import summary
+from slimkernels.evaluate.cell import NO_DECODER
 from slimkernels.evaluate.gemini import DECODER as OUTPUTS
-from slimkernels.evaluate.heldout import LOSS, NO_DECODER
+from slimkernels.evaluate.heldout import LOSS
 from slimkernels.evaluate.judge import ratings_of
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report.blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
+from slimkernels.ops._head_gradients import HeadGradients
 from slimkernels.ops._library import check_transforms
 from slimkernels.ops._slim_options import SlimOptions
-from slimkernels.ops._weight_gradient import WeightGradient
 from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import SlimLoss, pack_result, scale_in_forward
 from slimkernels.ops.vocab_parallel.gradient import RowGradients
@@ -127,27 +127,18 @@ class HeadLogits:
     def gradients(self, gradient: RowGradients, row_scale: Tensor, needs: list[bool]) -> list[Tensor | None]:
         """Computes the gradients of hidden (this slice's summand), weight and bias; overwrites each chunk's logits."""
         hidden, weight, _ = self._detached()
-        dhidden, dweight, dbias = (
+        dinputs = [
             torch.empty_like(t) if t is not None and needed else None
             for t, needed in zip(self.inputs, needs, strict=True)
+        ]
+        products = HeadGradients(
+            *dinputs, hidden=hidden, weight=weight, ignored=~gradient.active, chunk_rows=self._chunk_rows
         )
-        weight_gradient = (
-            None if dweight is None else WeightGradient(dweight, hidden, ~gradient.active, self._chunk_rows)
-        )
-        dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=row_scale.dtype)
         for chunk, logits in self.chunks(again=False):
             gradient.write(chunk, logits, logits, row_scale[chunk])
-            if dhidden is not None:
-                torch.mm(logits, weight, out=dhidden[chunk])
-            if weight_gradient is not None:
-                weight_gradient.add(chunk, logits)
-            if dbias_sum is not None:
-                dbias_sum += logits.sum(0, dtype=dbias_sum.dtype)
-        if weight_gradient is not None:
-            weight_gradient.finish()
-        if dbias is not None and dbias_sum is not None:
-            dbias.copy_(dbias_sum)
-        return [dhidden, dweight, dbias]
+            products.add(chunk, logits)
+        products.finish()
+        return dinputs
 
     def _detached(self) -> tuple[Tensor, Tensor, Tensor | None]:
         hidden, weight, bias = self.inputs

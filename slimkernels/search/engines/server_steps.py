@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from slimkernels.search.engine import StepEnd, StepRequest
-from slimkernels.serving.client import ServerRequestError
+from slimkernels.serving.client import UnusableAnswerError
 from slimkernels.serving.client_async import AsyncServerClient
-from slimkernels.serving.kinds import Kind, listed_models, server_kind
+from slimkernels.serving.kinds import Kind, listed_models, model_facts, server_kind
 
 # The id of a token that the server counts but does not name.
 UNKNOWN_TOKEN = -1
@@ -18,7 +19,7 @@ _EMBEDDINGS = (
 _LAST_LOGPROB = "llama.cpp gives no log-probability of the token that ends a step: pruning used those of the others"
 
 
-class Answer(NamedTuple):
+class StepPart(NamedTuple):
     """A part of a step that a server generated.
 
     Attributes:
@@ -35,16 +36,16 @@ class Answer(NamedTuple):
     end: str
     pieces: list[str] | None = None
 
-    def followed_by(self, more: Answer) -> Answer:
+    def followed_by(self, more: StepPart) -> StepPart:
         """Returns the concatenation of this answer and the next one."""
         pieces = (
             None if more.pieces is None or (self.pieces is None and self.text) else (self.pieces or []) + more.pieces
         )
-        return Answer(
+        return StepPart(
             self.text + more.text, self.token_ids + more.token_ids, self.logprobs + more.logprobs, more.end, pieces
         )
 
-    def cut(self, step_end: StepEnd) -> Answer:
+    def cut(self, step_end: StepEnd) -> StepPart:
         """Cuts the answer after the first token that completes the step; without one it stays whole.
 
         If at most the number of the tokens is known, the cut is after the first character that completes the step,
@@ -54,13 +55,15 @@ class Answer(NamedTuple):
             for length in range(1, len(self.text) + 1):
                 if step_end(self.text[:length]):
                     count = max(1, len(self.token_ids) * length // len(self.text))
-                    return Answer(self.text[:length], self.token_ids[:count], self.logprobs[:count], "step")
+                    return StepPart(self.text[:length], self.token_ids[:count], self.logprobs[:count], "step")
             return self
         text = ""
         for count, piece in enumerate(self.pieces or [], 1):
             text += piece
             if step_end(text):
-                return Answer(text, self.token_ids[:count], self.logprobs[:count], "step", (self.pieces or [])[:count])
+                return StepPart(
+                    text, self.token_ids[:count], self.logprobs[:count], "step", (self.pieces or [])[:count]
+                )
         if self.end != "end_of_text" and step_end(self.text):
             return self._replace(end="step")
         return self
@@ -100,20 +103,23 @@ class ServerDialect:
             payload: dict[str, Any] = {"model": self.model, "prompt": text}
         else:
             payload = {"content": text, "add_special": True, "parse_special": True}
-        content = await self.client.post("../tokenize", payload)
-        tokens = content.get("tokens")
-        if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-            raise ServerRequestError(f"the server's /tokenize must answer with tokens, got {str(content)[:200]!r}")
-        return tokens
+        return await self.client.post("../tokenize", payload, _tokens)
 
-    async def complete(self, prompt: str | list[int], request: StepRequest, num_before: int) -> Answer:
+    async def complete(
+        self, prompt: str | list[int], request: StepRequest, num_before: int, *, require_logprobs: bool = False
+    ) -> StepPart:
         """Asks for the continuation of a branch.
 
         Args:
             prompt: Token ids or text of the branch, including earlier parts of the step.
             request: The step to draw.
             num_before: Number of tokens of the same step that earlier requests drew.
+            require_logprobs: Whether to ask again for an answer with a text but no log-probabilities.
+
+        Raises:
+            UnusableAnswerError: The server answered every attempt with something that cannot be read.
         """
+        read = functools.partial(_whole, require_logprobs=require_logprobs)
         # Seeds of servers have 31 bits. A second request for the same step must not repeat the draws of the first.
         options: dict[str, Any] = {
             "prompt": prompt,
@@ -123,33 +129,27 @@ class ServerDialect:
         }
         if self.kind == "openai":
             options |= {"model": self.model, "max_tokens": request.max_tokens, "logprobs": 1}
-            return self._read(await self.client.post("/completions", options), _openai)
+            return await self.client.post("/completions", options, lambda content: read(_openai(content)))
         options |= {"top_k": request.top_k, "min_p": 0.0, "stop": list(request.stop)}
         if self.kind == "vllm":
             options |= {"model": self.model, "max_tokens": request.max_tokens, "logprobs": 0, "return_token_ids": True}
             options |= {"include_stop_str_in_output": True, "repetition_penalty": 1.0}
-            return self._read(await self.client.post("/completions", options), _vllm)
+            return await self.client.post("/completions", options, lambda content: read(_vllm(content)))
         options |= {"n_predict": request.max_tokens, "n_probs": 1, "return_tokens": True, "repeat_penalty": 1.0}
-        content = await self.client.post("../completion", options)
-        if content.get("stop_type") == "word" and content.get("tokens"):
-            content["last_token"] = await self._text_of(content["tokens"][-1])
-        return self._read(content, _llama_cpp)
+
+        def readable(content: dict[str, Any]) -> dict[str, Any]:
+            read(_llama_cpp(content, last_token=""))
+            return content
+
+        content = await self.client.post("../completion", options, readable)
+        stopped = content["stop_type"] == "word" and content["tokens"]
+        return _llama_cpp(content, await self._text_of(content["tokens"][-1]) if stopped else "")
 
     async def _text_of(self, token: int) -> str:
         """Returns the text of one token of llama.cpp."""
         if token not in self.last_tokens:
-            content = await self.client.post("../detokenize", {"tokens": [token]})
-            self.last_tokens[token] = str(content.get("content", ""))
+            self.last_tokens[token] = await self.client.post("../detokenize", {"tokens": [token]}, _text)
         return self.last_tokens[token]
-
-    def _read(self, content: dict[str, Any], read: Any) -> Answer:
-        try:
-            return read(content)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise ServerRequestError(
-                f"the answer of {self.client.url} must be a completion, but cannot be read ({type(error).__name__}: "
-                f"{error}); it begins {str(content)[:200]!r}"
-            ) from error
 
 
 async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
@@ -157,11 +157,46 @@ async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
     listing = await client.get("/models")
     entries = listed_models(listing)
     own = next((entry for entry in entries if entry["id"] == model), entries[0] if len(entries) == 1 else {})
-    length = own.get("max_model_len") or (own.get("meta") or {}).get("n_ctx")
-    return ServerDialect(client, model, server_kind(listing), length)
+    facts = model_facts(own)
+    length = facts.get("max_model_len") or facts.get("n_ctx")
+    kind = server_kind(listing)
+    # Steps are drawn from SGLang through OpenAI's interface.
+    return ServerDialect(client, model, "openai" if kind == "sglang" else kind, length)
 
 
-def _vllm(content: dict[str, Any]) -> Answer:
+def _tokens(content: dict[str, Any]) -> list[int]:
+    """Reads the answer to ``/tokenize``."""
+    tokens = content["tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+        raise TypeError("its tokens must be a list of ids")
+    return tokens
+
+
+def _text(content: dict[str, Any]) -> str:
+    """Reads the answer to ``/detokenize``."""
+    if not isinstance(content["content"], str):
+        raise TypeError("its content must be a text")
+    return content["content"]
+
+
+def _whole(answer: StepPart, *, require_logprobs: bool) -> StepPart:
+    """Returns an answer that has all that a search needs of it.
+
+    Raises:
+        TypeError: Its text or its token ids are of another type.
+        UnusableAnswerError: It has no log-probabilities although they are required.
+    """
+    if not isinstance(answer.text, str) or not all(isinstance(token, int) for token in answer.token_ids):
+        raise TypeError("a completion must have a text and token ids")
+    if require_logprobs and answer.text and not answer.logprobs:
+        raise UnusableAnswerError(
+            "the server must give log-probabilities (logprobs) for pruning, but gave none: enable them in the server, "
+            "or prune at random with require_logprobs=False"
+        )
+    return answer
+
+
+def _vllm(content: dict[str, Any]) -> StepPart:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
     token_ids = choice["token_ids"]
@@ -178,11 +213,16 @@ def _vllm(content: dict[str, Any]) -> Answer:
         # The last token is the end of text, which the text does not show.
         pieces[-1:] = [""]
     end = ("stop" if at_text else "end_of_text") if stopped else "length"
-    return Answer(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
+    return StepPart(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
-def _llama_cpp(content: dict[str, Any]) -> Answer:
-    """Reads an answer of llama.cpp, which lacks the text that stopped it and the log-probability of that token."""
+def _llama_cpp(content: dict[str, Any], last_token: str) -> StepPart:
+    """Reads an answer of llama.cpp, which lacks the text that stopped it and the log-probability of that token.
+
+    Args:
+        content: The JSON object of the server.
+        last_token: Text of the last token, needed where the server stopped at a text.
+    """
     token_ids, entries = content["tokens"], content.get("completion_probabilities") or ()
     pieces = [entry["token"] for entry in entries]
     end = {"word": "stop", "eos": "end_of_text"}.get(content["stop_type"], "length")
@@ -190,15 +230,15 @@ def _llama_cpp(content: dict[str, Any]) -> Answer:
     logprobs = _numbers(entry["logprob"] for entry in entries)
     if end == "stop":
         pieces, token_ids, logprobs = _up_to(text + content["stopping_word"], pieces, token_ids, logprobs)
-        text = _with_rest_of_token(text + content["stopping_word"], content["last_token"])
+        text = _with_rest_of_token(text + content["stopping_word"], last_token)
         if len(pieces) == len(token_ids) - 1:
-            pieces.append(content["last_token"])
+            pieces.append(last_token)
     elif end == "end_of_text" and len(pieces) == len(token_ids):
         pieces[-1:] = [""]
-    return Answer(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
+    return StepPart(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
-def _openai(content: dict[str, Any]) -> Answer:
+def _openai(content: dict[str, Any]) -> StepPart:
     choice = content["choices"][0]
     logprobs = choice.get("logprobs") or {}
     # llama.cpp gives log-probabilities in the form of chats here.
@@ -215,7 +255,7 @@ def _openai(content: dict[str, Any]) -> Answer:
         pieces[-1] = ""
     token_ids = [UNKNOWN_TOKEN] * count
     values = _counted(_numbers(logprobs.get("token_logprobs")), token_ids)
-    return Answer(text, token_ids, values, end, _if_whole(pieces, text, token_ids))
+    return StepPart(text, token_ids, values, end, _if_whole(pieces, text, token_ids))
 
 
 def _with_rest_of_token(text: str, last: str) -> str:

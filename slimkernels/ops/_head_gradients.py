@@ -1,15 +1,62 @@
-"""The gradient of the lm_head's weight, which ``linear_slim_loss`` sums over chunks of rows."""
+"""The gradients of hidden states and of the lm_head, summed over chunks of rows of the logits' gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from slimkernels.ops._library import accumulation_dtype
+
 # Vocabulary entries whose gradient one matrix product makes, enough for the product to reach its full rate.
 _PANELS = {"cpu": 1024, "cuda": 16384}
 
 
-class WeightGradient:
+class HeadGradients:
+    """The gradients ``dhidden = dlogits @ weight``, ``dweight = dlogits.T @ hidden`` and ``dbias = dlogits.sum(0)``.
+
+    Args:
+        dhidden: (N, D) to write to; None if it is not needed.
+        dweight: (V, D) to write to; None if it is not needed.
+        dbias: (V,) to write to; None if it is not needed.
+        hidden: (N, D) hidden states.
+        weight: (V, D) weight of the lm_head.
+        ignored: (N,) bool, the rows that the loss ignores.
+        chunk_rows: Number of rows of every chunk but the last.
+    """
+
+    def __init__(
+        self,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        *,
+        hidden: Tensor,
+        weight: Tensor,
+        ignored: Tensor,
+        chunk_rows: int,
+    ) -> None:
+        self._dhidden, self._dbias, self._weight = dhidden, dbias, weight
+        self._dweight = None if dweight is None else _WeightGradient(dweight, hidden, ignored, chunk_rows)
+        self._dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=accumulation_dtype(dbias.dtype))
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        """Adds the dlogits (rows, V) of the next chunk, which may be overwritten afterwards."""
+        if self._dhidden is not None:
+            torch.mm(dlogits, self._weight, out=self._dhidden[rows])
+        if self._dweight is not None:
+            self._dweight.add(rows, dlogits)
+        if self._dbias_sum is not None:
+            self._dbias_sum += dlogits.sum(0, dtype=self._dbias_sum.dtype)
+
+    def finish(self) -> None:
+        """Rounds the sums into ``dweight`` and ``dbias``."""
+        if self._dweight is not None:
+            self._dweight.finish()
+        if self._dbias is not None and self._dbias_sum is not None:
+            self._dbias.copy_(self._dbias_sum)
+
+
+class _WeightGradient:
     """The sum ``dweight = dlogits.T @ hidden`` over chunks of rows, in no more memory than ``dweight`` itself has.
 
     A product sums in float32 and rounds once, so in half precision it should cover as many rows as possible.
