@@ -24,12 +24,20 @@ DEFAULTS = {
     "logit_scale": 1.0,
     "ignore_index": -100,
 }
+GHOST = {"rest": "ghost", "temperature": 2.0}
 VARIANTS = {
     "default": {},
     "cross entropy": {"teacher": None},
     "ghost jsd": {"rest": "ghost", "divergence": "jsd", "detach_weight": False},
     "zero_logit, smoothed": {"rest": "zero_logit", "label_smoothing": 0.1},
     "capped at a temperature": {"rest": "renorm_both", "divergence": "reverse_kl", "temperature": 2.0, "softcap": 30.0},
+    # Those that the assembler fits into 64 registers at the price of spills, unless it may use more.
+    "ghost without a gradient": {**GHOST, "gradient": False},
+    "ghost skew_kl without a gradient": {**GHOST, "divergence": "skew_kl", "gradient": False},
+    "renorm_both jsd without a gradient": {"rest": "renorm_both", "divergence": "jsd", "gradient": False},
+    "zero_logit without a gradient": {"rest": "zero_logit", "gradient": False},
+    "renorm_both": {"rest": "renorm_both"},
+    "ghost soft_ce": {**GHOST, "divergence": "soft_ce"},
 }
 
 
@@ -56,14 +64,17 @@ def test_slim_loss_compiles_for(architecture, dtype, variant):
     teacher = sk.SparseLogits(
         torch.zeros(2, 6413, dtype=torch.int32),
         torch.zeros(2, 6413, dtype=dtype),
-        torch.zeros(2, 1, dtype=wide),
+        torch.zeros(2, 2, dtype=wide),
+        temperatures=(1.0, 2.0),
         target_logit=torch.zeros(2, dtype=wide),
+        rest_lse=torch.zeros(2, 2, dtype=wide),
     )
+    dlogits = torch.empty_like(logits) if settings.pop("gradient", True) else None
     teacher = settings.pop("teacher", teacher)
     options = resolve_options(logits, "logits", teacher, **settings)
     stats, target, scale = torch.empty(7, 2, dtype=wide), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=wide)
     assert_compiles(
-        lambda: slim_loss_rows(logits, torch.empty_like(logits), stats, target, scale, *options),
+        lambda: slim_loss_rows(logits, dlogits, stats, target, scale, *options),
         architecture,
         may_spill=dtype == torch.float64,  # float64 serves the checking of gradients, not training
     )

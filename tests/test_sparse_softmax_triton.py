@@ -38,7 +38,7 @@ def test_sparse_softmax_compiles_for(architecture, dtype, rest):
     lse = torch.zeros(2, dtype=wide) if rest == "ghost" else None
     out = torch.zeros(2, 1600, dtype=wide), torch.zeros(2, dtype=wide)
     logits = torch.zeros(2, 1600, dtype=dtype)
-    assert_compiles(lambda: sparse_softmax_rows(ids, logits, lse, None, 1.5, rest, 32000, *out), architecture)
+    assert_compiles(lambda: sparse_softmax_rows(ids, logits, lse, lse, 1.5, rest, 32000, *out), architecture)
 
 
 @pytest.mark.parametrize("bad", [[3, 1, 2], [1, 1, 2], [1, 2, 9], [1, -1, 2], [-2, 1, 2]])

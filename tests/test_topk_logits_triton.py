@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.helpers import DTYPES, assert_same_bits, sparse_fields
+from support.helpers import DTYPES, assert_same_bits, explain, hostile_rows, sparse_fields
 from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
 
 import slimkernels as sk
@@ -22,6 +22,8 @@ def test_topk_logits_passes_its_tests_interpreted():
         "test_topk_logits.py::test_topk_logits_of_any_layout[row strided-dtype2]",
         "test_topk_logits_triton.py::test_topk_logits_whatever_the_sample_says[torch.bfloat16]",
         "test_topk_logits_triton.py::test_topk_logits_at_several_temperatures",
+        "test_topk_logits_triton.py::test_rest_lse_of_hostile_rows[torch.float32]",
+        "test_topk_logits_triton.py::test_rest_lse_of_a_gap_wider_than_float32",
         "test_topk_logits_triton.py::test_a_label_outside_makes_nan",
     )
 
@@ -35,6 +37,7 @@ def test_topk_logits_passes_more_of_its_tests_interpreted():
         *(f"test_topk_logits.py::test_topk_logits_of_hostile_rows[37-dtype{index}]" for index in range(len(DTYPES))),
         "test_topk_logits.py::test_topk_logits_of_hostile_rows[1000-dtype1]",
         "test_topk_logits_triton.py::test_topk_logits_whatever_the_sample_says",
+        "test_topk_logits_triton.py::test_rest_lse_of_hostile_rows",
     )
 
 
@@ -82,7 +85,37 @@ def test_topk_logits_whatever_the_sample_says(dtype):
     actual, expected = sk.topk_logits(rows, top_k), reference.topk_logits(rows.double(), top_k)
     assert torch.equal(actual.ids, expected.ids)
     assert_same_bits(actual.logits, rows.gather(-1, expected.ids.long()))
-    torch.testing.assert_close(actual.lse.double(), expected.lse, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert_lse_close(actual, expected)
+
+
+def assert_lse_close(actual: sk.SparseLogits, expected: sk.SparseLogits) -> None:
+    for name in ("lse", "rest_lse"):
+        with explain(name):
+            ours, truth = getattr(actual, name).double(), getattr(expected, name)
+            torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rest_lse_of_hostile_rows(dtype):
+    rows = torch.stack(list(hostile_rows(37, dtype).values()))
+    for top_k in (2, 36, 37):
+        with explain(f"K={top_k}"):
+            options = {"temperatures": (1.0, 0.25, 3.0)}
+            actual = sk.topk_logits(rows, top_k, **options)
+            assert_lse_close(actual, reference.topk_logits(rows.double(), top_k, **options))
+            assert top_k < 37 or (actual.rest_lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("kept", [59, 60, 61, 75])
+def test_rest_lse_of_a_gap_wider_than_float32(kept):
+    # K = 60: relative to the kept logits, or to a threshold among them, exp of the others is 0 in float32.
+    noise = torch.randn(2, 2100, generator=torch.Generator().manual_seed(2))
+    order = torch.rand(2, 2100, generator=torch.Generator().manual_seed(3)).argsort(-1).argsort(-1)
+    rows = torch.where(order < kept, 400 + noise, noise)
+    options = {"temperatures": (1.0, 0.5, 1.5)}
+    actual = sk.topk_logits(rows, 60, **options)
+    assert_lse_close(actual, reference.topk_logits(rows.double(), 60, **options))
+    assert_same_bits(sk.topk_logits(rows, 60, **options).rest_lse, actual.rest_lse)
 
 
 def test_topk_logits_at_several_temperatures():
@@ -90,7 +123,7 @@ def test_topk_logits_at_several_temperatures():
     temperatures = (1.0, 0.5, 2.0, 8.0)
     actual = sk.topk_logits(logits, 60, temperatures=temperatures)
     expected = reference.topk_logits(logits.double(), 60, temperatures=temperatures)
-    torch.testing.assert_close(actual.lse.double(), expected.lse, rtol=1e-6, atol=1e-6)
+    assert_lse_close(actual, expected)
     assert_same_bits(sparse_fields(sk.topk_logits(logits, 60, temperatures=temperatures)), sparse_fields(actual))
 
 

@@ -139,33 +139,47 @@ def add_exactly(high, low, x):
 
 @triton.jit
 def diverge(log_q, log_p, options, MODE: tl.constexpr):
-    """Computes an outcome's share of D and slope p * dD/dp, for blocks and for the ghost bucket's doubles."""
+    """Computes an outcome's share of D and slope p * dD/dp, for blocks and for the ghost bucket's doubles.
+
+    Where both sides sum to 1, the share of KL(q || p) is q log(q / p) - q + p, which is never negative. The slope is
+    given up to a multiple of p, which changes no gradient: it has the same multiple of its sum over all outcomes.
+    """
     DIVERGENCE: tl.constexpr = MODE.divergence
+    PROPER: tl.constexpr = MODE.rest == "ghost" or MODE.rest == "renorm_both"
     q = tl.exp(log_q)
     p = tl.exp(log_p)
     if DIVERGENCE == "forward_kl":
         share = tl.where(q == 0, 0.0, q * (log_q - log_p))
+        if PROPER:
+            share = at_least_zero(share - (q - p))
         slope = -q
     elif DIVERGENCE == "soft_ce":
         share = tl.where(q == 0, 0.0, -q * log_p)
         slope = -q
     elif DIVERGENCE == "reverse_kl":
-        # An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
+        # An outcome with q = 0 is skipped: it would make D infinite. One whose q only underflows is not.
         excluded = log_q == float("-inf")
-        share = tl.where((p == 0) | excluded, 0.0, p * (log_p - log_q))
-        slope = tl.where(excluded, 0.0, share + p)
+        slope = tl.where((p == 0) | excluded, 0.0, p * (log_p - log_q))
+        share = tl.where(excluded, 0.0, at_least_zero(slope - (p - q)))
     elif DIVERGENCE == "jsd":
         beta = options.beta
         log_m = log_add_exp(log_q + tl.log(beta).to(q.dtype), log_p + tl.log(1 - beta).to(q.dtype))
         slope = tl.where(p == 0, 0.0, p * (log_p - log_m) * (1 - beta).to(q.dtype))
-        share = tl.where(q == 0, 0.0, q * (log_q - log_m) * beta.to(q.dtype)) + slope
+        # The terms that make both halves' shares positive add up to 0.
+        share = at_least_zero(tl.where(q == 0, 0.0, q * (log_q - log_m) * beta.to(q.dtype)) + slope)
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
         alpha = options.alpha
         log_m = log_add_exp(log_q + tl.log(alpha).to(q.dtype), log_p + tl.log(1 - alpha).to(q.dtype))
-        share = tl.where(q == 0, 0.0, q * (log_q - log_m))
+        share = at_least_zero(tl.where(q == 0, 0.0, q * (log_q - log_m)) - (q - p) * (1 - alpha).to(q.dtype))
         slope = tl.where((q == 0) | (p == 0), 0.0, tl.exp(log_p + log_q - log_m) * (alpha - 1).to(q.dtype))
     return share, slope
+
+
+@triton.jit
+def at_least_zero(x):
+    """Replaces negative numbers, which rounding makes, by 0; NaN stays."""
+    return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit

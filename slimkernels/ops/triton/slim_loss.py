@@ -49,6 +49,7 @@ class RowNumbers(NamedTuple):
     row_scale_ptr: tl.tensor
     teacher_lse_ptr: tl.tensor
     teacher_lse_one_ptr: tl.tensor
+    teacher_rest_lse_ptr: tl.tensor
     target_logit_ptr: tl.tensor
     token_weight_ptr: tl.tensor
 
@@ -91,6 +92,7 @@ class TeacherSums(NamedTuple):
         lse_on: Log-sum-exp of logit / T at S.
         lse: The given log-sum-exp of the whole row at T, NaN where it is unknown.
         q_norm: log q = logit / T - q_norm at S.
+        log_q_tail: log(1 - a), the teacher's mass off S, for "ghost" only.
         log_t_y: Log-probability of the label at temperature 1.
     """
 
@@ -98,6 +100,7 @@ class TeacherSums(NamedTuple):
     lse_on: tl.tensor
     lse: tl.tensor
     q_norm: tl.tensor
+    log_q_tail: tl.tensor
     log_t_y: tl.tensor
 
 
@@ -140,6 +143,7 @@ def slim_loss_kernel(
     teacher_ptr,  # (N, K)
     teacher_lse_ptr,  # (N,) at the temperature, or None
     teacher_lse_one_ptr,  # (N,) at temperature 1
+    teacher_rest_lse_ptr,  # (N,) at the temperature, NaN where unknown, or None
     target_logit_ptr,  # (N,) or None
     token_weight_ptr,  # (N,) or None
     kept_gradient_ptr,  # (N, K) scratch of the dtype of dlogits
@@ -196,7 +200,15 @@ def slim_loss_kernel(
         )
         row = student_row(logits_ptr, vocab_size, options.temperature, double(softcap), options.logit_scale, MODE)
         teacher = TeacherRow(ids_ptr, teacher_ptr, kept, (1 / options.temperature).to(MODE.acc))
-        numbers = RowNumbers(n, row_scale_ptr, teacher_lse_ptr, teacher_lse_one_ptr, target_logit_ptr, token_weight_ptr)
+        numbers = RowNumbers(
+            n,
+            row_scale_ptr,
+            teacher_lse_ptr,
+            teacher_lse_one_ptr,
+            teacher_rest_lse_ptr,
+            target_logit_ptr,
+            token_weight_ptr,
+        )
         student_sums = sum_student(row, teacher, target, MODE)
         teacher_sums = sum_teacher(teacher, student_sums.label_entry, vocab_size, numbers, options, MODE)
         m = measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE)
@@ -274,6 +286,7 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
     lse_on = minus_inf
     lse = tl.full((), float("nan"), tl.float64)
     q_norm = lse
+    log_q_tail = minus_inf
     log_t_y = minus_inf
     if MODE.has_teacher:
         log_t_y = tl.load(teacher.logits_ptr + label_entry, mask=label_entry >= 0, other=float("-inf")).to(tl.float64)
@@ -282,13 +295,18 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
         lse_on = level / options.temperature + tl.log(sum_kept_of_teacher(teacher, level, MODE))
         if numbers.teacher_lse_ptr is not None:
             lse = tl.load(numbers.teacher_lse_ptr + numbers.n).to(tl.float64)
-        q_norm = teacher_q_norm(lse_on, lse, teacher.kept, vocab_size, REST)
+        rest_lse = tl.full((), float("nan"), tl.float64)
+        if numbers.teacher_rest_lse_ptr is not None:
+            rest_lse = tl.load(numbers.teacher_rest_lse_ptr + numbers.n).to(tl.float64)
+        q_norm = teacher_q_norm(lse_on, lse, rest_lse, teacher.kept, vocab_size, REST)
+        if MODE.rest == "ghost":
+            log_q_tail = log_q_tail_of(lse_on, lse, rest_lse, q_norm, teacher.kept, vocab_size)
         if numbers.target_logit_ptr is not None:
             known = tl.load(numbers.target_logit_ptr + numbers.n).to(tl.float64)
             log_t_y = tl.where(known == known, known, log_t_y)
         if numbers.teacher_lse_one_ptr is not None:
             log_t_y -= tl.load(numbers.teacher_lse_one_ptr + numbers.n).to(tl.float64)
-    return TeacherSums(level, lse_on, lse, q_norm, log_t_y)
+    return TeacherSums(level, lse_on, lse, q_norm, log_q_tail, log_t_y)
 
 
 @triton.jit
@@ -339,8 +357,7 @@ def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl
         if MODE.rest == "ghost":
             off_e = student_sums.off_e
             log_p_tail = student_sums.level * row.scale + tl.log(off_e) - student_sums.lse
-            log_q_tail = log_q_tail_of(teacher_sums.lse_on - teacher_sums.lse, teacher.kept, row.vocab_size)
-            share, slope = diverge(log_q_tail, log_p_tail, options, MODE)
+            share, slope = diverge(teacher_sums.log_q_tail, log_p_tail, options, MODE)
             value += share
             # The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
             if MODE.divergence == "forward_kl" or MODE.divergence == "soft_ce":
@@ -478,6 +495,7 @@ def slim_loss_rows(
         teacher_logits,
         teacher_lse,
         teacher_lse_one,
+        teacher_rest_lse if rest == "ghost" else None,
         target_logit,
         token_weight,
         kept_gradient,

@@ -16,6 +16,7 @@ def sparse_softmax_kernel(
     ids_ptr,  # (N, K)
     logits_ptr,  # (N, K)
     lse_ptr,  # (N,) or None
+    rest_lse_ptr,  # (N,), NaN where unknown, or None
     logprobs_ptr,  # (N, K)
     tail_logprob_ptr,  # (N,)
     top_k,
@@ -37,11 +38,14 @@ def sparse_softmax_kernel(
     lse = tl.full((), float("nan"), tl.float64)
     if lse_ptr is not None:
         lse = tl.load(lse_ptr + row).to(tl.float64)
+    rest_lse = tl.full((), float("nan"), tl.float64)
+    if rest_lse_ptr is not None:
+        rest_lse = tl.load(rest_lse_ptr + row).to(tl.float64)
     lse_on = log_sum_exp_of_entries(logits_ptr, kept, inv_temperature, ACC, BLOCK_K)
-    q_norm = teacher_q_norm(lse_on, lse, kept, vocab_size, REST)
+    q_norm = teacher_q_norm(lse_on, lse, rest_lse, kept, vocab_size, REST)
     tail = tl.full((), float("-inf"), tl.float64)
     if REST == "ghost":
-        tail = log_q_tail_of(lse_on - lse, kept, vocab_size)
+        tail = log_q_tail_of(lse_on, lse, rest_lse, q_norm, kept, vocab_size)
     if REST == "zero_logit":
         unkept = (vocab_size - kept).to(tl.float64)
         tail = tl.where(unkept > 0, tl.log(tl.maximum(unkept, 1.0)) - q_norm, tail)
@@ -78,6 +82,7 @@ def sparse_softmax_rows(
         ids,
         logits,
         lse,
+        rest_lse,
         logprobs,
         tail_logprob,
         top_k,

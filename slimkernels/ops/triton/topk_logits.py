@@ -4,9 +4,10 @@
 2. One pass over the row appends those candidates to a scratch in the order of their ids, and sums the exponentials of
    all others relative to the threshold, which bounds them.
 3. A bisection finds the exact K-th largest among the candidates.
-4. The candidates are compacted to the outputs.
+4. The log-sum-exp of what is not kept is summed relative to the largest of it, which is a candidate.
+5. The candidates are compacted to the outputs.
 
-If the sample misleads (fewer than K candidates, or more than the scratch holds), steps 3 and 4 work on the row itself,
+If the sample misleads (no more than K candidates, or more than the scratch holds), steps 3 to 5 work on the row itself,
 which is slower but still exact. So they do if the row is short or a large part of it is kept.
 """
 
@@ -35,6 +36,7 @@ def topk_logits_kernel(
     values_ptr,  # (N, K)
     ids_ptr,  # (N, K)
     lse_ptr,  # (N, M)
+    rest_lse_ptr,  # (N, M)
     target_logit_ptr,  # (N,) or None
     scratch_values_ptr,  # (programs, capacity) or None
     scratch_ids_ptr,  # (programs, capacity) or None
@@ -86,7 +88,8 @@ def topk_logits_kernel(
                 BLOCK_V,
             )
             tl.debug_barrier()  # threads read candidates that others appended
-            sufficient = (found >= top_k) & (found <= capacity)
+            # A candidate that is not kept bounds all that is not kept.
+            sufficient = (found > top_k) & (found <= capacity)
             x_ptr = tl.where(sufficient, found_ptr, row_ptr)
             length = tl.where(sufficient, found, length)
             readable = tl.where(sufficient, (found + 15) // 16 * 16, readable)
@@ -106,6 +109,22 @@ def topk_logits_kernel(
             tl.store(lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
 
         kth, reaching, above = _select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
+        # The entries that equal the key and are not kept; none if the bisection stopped at exactly K entries.
+        dropped = reaching - top_k
+        rest_high = kth
+        if dropped == 0:
+            rest_high = _largest_key_below(x_ptr, length, readable, kth, lowest, BLOCK_V)
+        level = widen(value_of_key(rest_high, dtype), ACC)
+        total = dropped + _sum_exp_below(x_ptr, length, readable, kth, level, inv_temperature, ACC, BLOCK_V)
+        if SAMPLE > 0:
+            total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
+        tl.store(rest_lse_ptr + far_row * num_temperatures, _log_sum_exp(level, total, inv_temperature))
+        if TWO:
+            total = dropped + _sum_exp_below(x_ptr, length, readable, kth, level, inv_second, ACC, BLOCK_V)
+            if SAMPLE > 0:
+                total += tl.where(sufficient, below_second * _exp(threshold - level, inv_second, ACC), 0.0)
+            tl.store(rest_lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
+
         # If the bisection stopped at exactly K entries, all that equal the key are kept.
         ties = tl.where(reaching == top_k, top_k, top_k - above)
         kept = 0
@@ -137,23 +156,37 @@ def topk_logits_kernel(
 @triton.jit
 def topk_logits_lse_kernel(
     logits_ptr,  # (N, V), rows row_stride apart
+    values_ptr,  # (N, K), already selected
     lse_ptr,  # (N, M)
+    rest_lse_ptr,  # (N, M)
     row_stride,
     vocab_size,
+    top_k,
     num_temperatures,
     column,
     inv_temperature: tl.float64,
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Computes the log-sum-exp at one more temperature; one program per row."""
+    """Computes the log-sum-exps at one more temperature, of the row and of what is not kept; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
+    values_ptr += row * top_k
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    high = _largest_key(row_ptr, vocab_size, vocab_size, order_keys(tl.full((), float("-inf"), dtype)), BLOCK_V)
+    lowest = order_keys(tl.full((), float("-inf"), dtype))
+    high = _largest_key(row_ptr, vocab_size, vocab_size, lowest, BLOCK_V)
     level = widen(value_of_key(high, dtype), ACC)
     total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
     tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
+
+    kth = _smallest_key(values_ptr, top_k, high, BLOCK_V)
+    dropped = _count_reaching(row_ptr, vocab_size, vocab_size, kth, ACC, BLOCK_V) - top_k
+    rest_high = kth
+    if dropped == 0:
+        rest_high = _largest_key_below(row_ptr, vocab_size, vocab_size, kth, lowest, BLOCK_V)
+    level = widen(value_of_key(rest_high, dtype), ACC)
+    total = dropped + _sum_exp_below(row_ptr, vocab_size, vocab_size, kth, level, inv_temperature, ACC, BLOCK_V)
+    tl.store(rest_lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
 
 
 @triton.jit
@@ -273,6 +306,28 @@ def _largest_key(x_ptr, length, readable, lowest, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def _largest_key_below(x_ptr, length, readable, key, lowest, BLOCK_V: tl.constexpr):
+    """Returns the largest key that is smaller than ``key``; ``lowest`` if there is none."""
+    offs_v = tl.arange(0, BLOCK_V)
+    largest = tl.zeros((BLOCK_V,), lowest.dtype) + lowest
+    for begin in range(0, length, BLOCK_V):
+        keys = order_keys(_load(x_ptr, begin + offs_v, length, readable))
+        largest = tl.where(keys < key, tl.maximum(largest, keys), largest)
+    return tl.max(largest)
+
+
+@triton.jit
+def _smallest_key(x_ptr, length, highest, BLOCK_V: tl.constexpr):
+    offs_v = tl.arange(0, BLOCK_V)
+    smallest = tl.zeros((BLOCK_V,), highest.dtype) + highest
+    for begin in range(0, length, BLOCK_V):
+        i = begin + offs_v
+        x = tl.load(x_ptr + i, mask=i < length, other=0.0)
+        smallest = tl.where(i < length, tl.minimum(smallest, order_keys(x)), smallest)
+    return tl.min(smallest)
+
+
+@triton.jit
 def _load(x_ptr, i, length, readable):
     """Loads entries i < ``length`` and returns -inf for others; memory is read up to ``readable``.
 
@@ -291,6 +346,17 @@ def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr,
         i = begin + offs_v
         x = widen(_load(x_ptr, i, length, readable), ACC)
         sums += _exp(x - level, inv_temperature, ACC)
+    return tl.sum(sums.to(tl.float64))
+
+
+@triton.jit
+def _sum_exp_below(x_ptr, length, readable, key, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Returns the sum of exp((x - level) / T) over the entries below ``key``, in float64; none may exceed the level."""
+    offs_v = tl.arange(0, BLOCK_V)
+    sums = tl.zeros((BLOCK_V,), ACC)
+    for begin in range(0, length, BLOCK_V):
+        x = _load(x_ptr, begin + offs_v, length, readable)
+        sums += tl.where(order_keys(x) < key, _exp(widen(x, ACC) - level, inv_temperature, ACC), 0.0)
     return tl.sum(sums.to(tl.float64))
 
 
@@ -357,7 +423,6 @@ def topk_logits_rows(
     target_logit: Tensor | None,
 ) -> int:
     """Launches the kernels. Returns 0 (no fault) always, because reading faults back would need a sync."""
-    rest_lse.fill_(math.nan)
     num_rows, vocab_size = logits.shape
     settings = launch.settings_of("topk_logits", logits)
     constants = {
@@ -383,6 +448,7 @@ def topk_logits_rows(
         values,
         ids,
         lse,
+        rest_lse,
         target_logit,
         scratch_values,
         scratch_ids,
@@ -408,9 +474,12 @@ def topk_logits_rows(
             settings,
             logits,
             logits,
+            values,
             lse,
+            rest_lse,
             logits.stride(0),
             vocab_size,
+            top_k,
             len(temperatures),
             column,
             inverses[column],
