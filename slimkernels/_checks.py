@@ -13,7 +13,15 @@ from torch import Tensor
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
 RESTS_WITH_LSE = ("zero", "ghost")  # these normalise by the lse of the teacher's whole row
 
+# The extension is built against the torch that is installed, so that pip must not isolate the build.
+INSTALL_EXTENSION = "install it with `pip install --no-build-isolation .` in the source tree of slimkernels"
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def missing_extension(error: ImportError) -> str:
+    """Returns the message for a caller of kernels or codecs of ``slimkernels._C`` that could not be imported."""
+    return f"the native extension slimkernels._C is not built for this Python and torch ({error}); {INSTALL_EXTENSION}"
 
 
 def is_floating(tensor: Tensor, name: str) -> None:

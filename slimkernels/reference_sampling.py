@@ -183,6 +183,7 @@ def sample_targets(
         ids=ids.masked_fill(~drawn, -1).to(torch.int32),
         logits=share.masked_fill(~drawn, 1.0).log().to(dtype),
         lse=rows.new_zeros(*rows.shape[:-1], 1, dtype=dtype),
+        rest_lse=torch.where(drawn[..., :1], -math.inf, math.nan).to(dtype),
         target_logit=target_logit,
     )
 
@@ -235,6 +236,7 @@ def mixed_targets(
         ids=ids.masked_fill(~kept, -1).to(torch.int32),
         logits=shares.gather(-1, ids.clamp(max=vocab_size - 1)).masked_fill(~kept, 1.0).log().to(dtype),
         lse=rows.new_zeros(*rows.shape[:-1], 1, dtype=dtype),
+        rest_lse=torch.where(kept[..., :1], -math.inf, math.nan).to(dtype),
         target_logit=target_logit,
     )
 

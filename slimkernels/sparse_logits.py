@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+# Smallest share of a row that 1 minus the printed probabilities of the others resolves.
+_LEAST_REST = 1e-5
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SparseLogits:
@@ -239,6 +242,19 @@ def join_rests(parts: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> 
     if all(part.rest_lse is None for part in parts):
         return None
     return join([torch.full_like(p.lse, math.nan) if p.rest_lse is None else p.rest_lse for p in parts])
+
+
+def rest_of_logprobs(logprobs: Tensor) -> Tensor:
+    """Returns the ``rest_lse`` (...) of rows that are known by the log-probabilities of the kept entries alone.
+
+    It is log(1 - sum exp(logprobs)), and NaN where the rest is below 1e-5, because the difference then consists of the
+    rounding of the log-probabilities.
+
+    Args:
+        logprobs: (..., K) float64, -inf where a row keeps fewer entries.
+    """
+    mass = logprobs.exp().sum(-1)
+    return torch.log1p(-mass).masked_fill(1.0 - mass < _LEAST_REST, math.nan)
 
 
 def _num_dimensions(index) -> int:

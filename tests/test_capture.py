@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -115,6 +116,30 @@ def test_cut_top_p_by_hand(top_p, rows) -> None:
         places = [ids[r].tolist().index(i) for i in row]
         assert cut.logits[r, : len(row)].tolist() == logits[r, places].tolist()
     cut.validate(10)
+
+
+def test_cut_top_p_adds_what_it_cuts_to_the_rest() -> None:
+    temperatures = (1.0, 2.0)
+    rows = [[3, 5, 1, -9, 2], [1, -60, 1, -61, -62], [4, 0, 3, 2, 1]]
+    row = torch.tensor(rows, dtype=torch.float64)
+    kept = row[:, :4]
+    lse, rest_lse = (torch.stack([(x / t).logsumexp(-1) for t in temperatures], -1) for x in (row, row[:, 4:]))
+    rest_lse[2] = torch.tensor([-torch.inf, torch.nan])
+    ids = torch.arange(4, dtype=torch.int32).repeat(3, 1)
+    sparse = SparseLogits(ids, kept, lse, temperatures, rest_lse=rest_lse)
+    cut = cut_top_p(sparse, 0.86)
+    assert [[i for i in ids if i >= 0] for ids in cut.ids.tolist()] == [[0, 1], [0, 2], [0, 2]]
+    for column, temperature in enumerate(temperatures):
+        # Of the second row nothing is left but e^-60: 1 - the kept mass would be 0.
+        for r, others in ((0, [2, 3, 4]), (1, [1, 3, 4])):
+            expected = (row[r, others] / temperature).logsumexp(-1)
+            assert cut.rest_lse[r, column].item() == pytest.approx(expected.item(), abs=1e-12)
+    assert cut.rest_lse[2, 0].item() == pytest.approx(torch.logaddexp(row[2, 1], row[2, 3]).item(), abs=1e-12)
+    assert cut.rest_lse[2, 1].isnan()
+    single = dataclasses.replace(sparse, logits=kept.float(), lse=lse.float(), rest_lse=rest_lse.float())
+    torch.testing.assert_close(cut_top_p(single, 0.86).rest_lse, cut.rest_lse.float(), equal_nan=True)
+    assert torch.equal(cut_top_p(sparse, 1.0).rest_lse[0], rest_lse[0])
+    assert cut_top_p(dataclasses.replace(sparse, rest_lse=None), 0.86).rest_lse is None
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.3, 1.0])
@@ -354,6 +379,7 @@ class TestPaddedHeads:
             assert torch.equal(left.teacher.ids, right.teacher.ids)
             torch.testing.assert_close(left.teacher.logits, right.teacher.logits)
             torch.testing.assert_close(left.teacher.lse, right.teacher.lse)
+            torch.testing.assert_close(left.teacher.rest_lse, right.teacher.rest_lse, equal_nan=True)
 
     def test_a_student_with_the_tokens_that_both_have_trains(self, padded, tokenizer, tmp_path) -> None:
         capture(padded, tokenizer, make_documents(4), tmp_path / "store")

@@ -54,6 +54,7 @@ def test_capture_of_draws_stores_what_was_drawn(select, model, tokenizer, tmp_pa
         else:
             expected = reference.mixed_targets(logits, TOP_K, ROUNDS, seed, **options)
         width = teacher.top_k
+        assert teacher.rest_lse.isneginf().all()
         assert torch.equal(teacher.ids, expected.ids[:, :width])
         assert (expected.ids[:, width:] < 0).all()
         torch.testing.assert_close(teacher.logits.exp(), expected.logits[:, :width].exp(), atol=2e-5, rtol=0)

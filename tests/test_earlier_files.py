@@ -6,13 +6,16 @@ search, a side-by-side run and a training checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM
 
 from slimkernels.demo import DemoSettings, run_demo
@@ -24,7 +27,7 @@ from slimkernels.evaluate.runner import Plan, load_run, rescore, run
 from slimkernels.evaluate.tasks import load_task
 from slimkernels.models.load import load_teacher
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
-from slimkernels.store import Store, StoreWriter, verify
+from slimkernels.store import Store, StoreDataset, StoreWriter, collate_documents, verify
 from slimkernels.trainer import SlimConfig, SlimTrainer, make_student
 
 pytestmark = pytest.mark.cpu_kernels
@@ -48,6 +51,9 @@ def test_demonstration_is_reused(earlier):
     sizes = {"prompts": 4, "heldout_every": 2, "documents": 8, "max_new_tokens": 8, "hidden_size": 8, "num_layers": 1}
     settings = DemoSettings("teacher", "float32", num_heads=2, epochs=1, evaluations=1, **sizes)
     expected = json.loads((earlier / "demo/results.json").read_text())
+    for name in ("store", "heldout"):
+        # A count that ``store info`` did not have then.
+        expected[name]["rest_lse_rows"] = 0
     before = contents(earlier / "demo")
     output = io.StringIO()
     assert run_demo("demo", settings=settings, console=Console(file=output, width=80)) == expected
@@ -72,15 +78,39 @@ def test_store_is_read_verified_and_appended_to(earlier):
         for name in ("perplexity", "kl_ghost", "teacher_perplexity", "teacher_mass", "tokens"):
             assert metrics[name] == pytest.approx(student["curve"][-1][name], rel=1e-4), (method, name)
     documents = list(Store(path))
+    assert all(document.teacher.rest_lse is None for document in documents)
     manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["version"] == 1
     settings = ("vocab_size", "tokenizer_fingerprint", "teacher", "selection", "temperatures", "codec")
     with StoreWriter(path, **{name: manifest[name] for name in settings}) as writer:
         assert documents[0].input_ids in writer
         other = documents[0].input_ids.flip(0)
-        writer.add(other, documents[0].positions, documents[0].teacher)
+        teacher = dataclasses.replace(documents[0].teacher, rest_lse=torch.zeros_like(documents[0].teacher.lse))
+        writer.add(other, documents[0].positions, teacher)
+    verify(path)
     again = Store(path)
     assert len(again) == len(documents) + 1
     assert again[len(documents)].input_ids.tolist() == other.tolist()
+    # It is continued in its own version, so that the release that made it still reads it.
+    assert again.manifest["version"] == 1
+    assert all(document.teacher.rest_lse is None for document in again)
+    assert {*again.manifest["shards"][-1]} == {*manifest["shards"][0]}
+
+
+def test_store_and_a_new_one_are_trained_on_together(earlier, tmp_path):
+    earlier_store = Store("demo/store/train")
+    settings = dataclasses.asdict(earlier_store.settings)
+    document = earlier_store[0]
+    rest_lse = torch.full_like(document.teacher.lse, -3.0)
+    with StoreWriter(tmp_path / "new", **settings) as writer:
+        writer.add(
+            document.input_ids.flip(0), document.positions, dataclasses.replace(document.teacher, rest_lse=rest_lse)
+        )
+    both = ConcatDataset([StoreDataset(earlier_store), StoreDataset(tmp_path / "new")])
+    teacher = collate_documents([both[0], both[len(both) - 1]])["teacher"]
+    rows = len(document.positions)
+    assert teacher.rest_lse[:rows].isnan().all()
+    assert teacher.rest_lse[rows:].eq(-3.0).all()
 
 
 def test_trace_is_read_and_continued(earlier):

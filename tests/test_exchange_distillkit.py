@@ -214,6 +214,9 @@ def test_import_of_rows_that_are_not_full_or_sum_to_more_than_one(tokenizer, tmp
     assert teacher.lse[0].item() == 0
     assert teacher.lse[1].item() == pytest.approx(teacher.logits[1].logsumexp(-1).item(), abs=1e-6)
     assert teacher.lse[1].item() > 0.005
+    # The rest of 1 is known to the last digit of the source; more than 1 leaves no rest that is known.
+    assert teacher.rest_lse[0].item() == pytest.approx(math.log(-math.expm1(teacher.logits[0, 0].item())), abs=1e-4)
+    assert teacher.rest_lse[1].isnan()
     teacher.validate(300)
 
 

@@ -30,7 +30,7 @@ def tokenizer():
     return teachers.make_tokenizer()
 
 
-def make_store(path, *, codec="float32", ragged=True, count=5, seed=0) -> Store:
+def make_store(path, *, codec="float32", ragged=True, count=5, seed=0, rest=False) -> Store:
     generator = torch.Generator().manual_seed(seed)
     settings = {
         "vocab_size": VOCAB_SIZE,
@@ -57,7 +57,11 @@ def make_store(path, *, codec="float32", ragged=True, count=5, seed=0) -> Store:
             if len(target_logit):
                 target_logit[0] = (math.nan, -math.inf)[number % 2]
             lse = torch.stack([(logits / t).logsumexp(-1) for t in (1.0, 2.0)], -1)
-            writer.add(ids, positions, SparseLogits(kept.int(), values, lse, (1.0, 2.0), target_logit))
+            # NaN and -inf as well, which a file must bring back as they are.
+            rest_lse = (lse - 2).clone() if rest and number != 3 else None
+            if rest_lse is not None and len(rest_lse):
+                rest_lse[0, 0], rest_lse[-1, 1] = math.nan, -math.inf
+            writer.add(ids, positions, SparseLogits(kept.int(), values, lse, (1.0, 2.0), target_logit, rest_lse))
     return Store(path)
 
 
@@ -105,6 +109,32 @@ def test_the_way_back_of_quantised_logits_is_within_a_step(tmp_path) -> None:
             back[number].teacher.logits, original.teacher.logits, atol=float(span) / 255 + 1e-5, rtol=0
         )
         assert torch.equal(back[number].teacher.ids, original.teacher.ids)
+
+
+@pytest.mark.parametrize("codec", ["float32", "affine8"])
+def test_rest_lse_goes_out_and_comes_in(codec, tmp_path) -> None:
+    store = make_store(tmp_path / "a", codec=codec, rest=True)
+    assert any(document.teacher.rest_lse.isnan().all() and len(document.teacher) for document in store)
+    export_parquet(store, tmp_path / "a.parquet")
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert str(table.schema.field("rest_lse").type).replace("element", "item") == "list<item: list<item: float>>"
+    import_parquet(tmp_path / "a.parquet", tmp_path / "b")
+    back = Store(tmp_path / "b")
+    assert back.has_rest_lse
+    for document in back:
+        expected = store[store.find(document.input_ids)].teacher.rest_lse
+        np.testing.assert_array_equal(document.teacher.rest_lse.numpy(), expected.numpy())
+    # Files with and without the column, which datasets joins with null.
+    place = table.schema.get_field_index("rest_lse")
+    without = table.set_column(place, "rest_lse", [[None] * len(table)])
+    for name, other in (("null", without), ("no column", table.drop_columns(["rest_lse"]))):
+        pq.write_table(other, tmp_path / f"{name}.parquet")
+        import_parquet(tmp_path / f"{name}.parquet", tmp_path / name)
+        assert not Store(tmp_path / name).has_rest_lse
+    short = [[row[:1] for row in record] for record in table.column("rest_lse").to_pylist()]
+    pq.write_table(table.set_column(place, "rest_lse", [short]), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="a row of rest_lse must have a number for each of temperatures"):
+        import_parquet(tmp_path / "c.parquet", tmp_path / "c")
 
 
 def test_the_file_holds_the_documented_columns(tmp_path) -> None:

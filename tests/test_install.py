@@ -143,4 +143,4 @@ def test_package_without_its_extension_tells_how_to_install_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("RuntimeError: the native extension slimkernels._C is not built")
-    assert last.endswith("install it with `pip install --no-build-isolation slimkernels`")
+    assert last.endswith("install it with `pip install --no-build-isolation .` in the source tree of slimkernels")

@@ -31,6 +31,12 @@ def assert_targets_match(logits, rounds, seed, **options) -> None:
     kept = expected.ids >= 0
     torch.testing.assert_close(actual.logits[kept], expected.logits[kept], **tolerance)
     assert_same_bits(actual.lse, expected.lse)
+    # The draws are the whole teacher; a row that keeps no id has no rest to know of.
+    assert actual.rest_lse.dtype == actual.lse.dtype
+    no_ids = (actual.ids < 0).all(-1, keepdim=True)
+    assert torch.equal(actual.rest_lse.isnan(), no_ids)
+    assert torch.equal(actual.rest_lse.isneginf(), ~no_ids)
+    torch.testing.assert_close(actual.rest_lse, expected.rest_lse, equal_nan=True)
     assert actual.temperatures == expected.temperatures
     if expected.target_logit is None:
         assert actual.target_logit is None

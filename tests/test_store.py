@@ -202,7 +202,8 @@ def test_store_empty(tmp_path):
 def test_store_takes_every_float_dtype(tmp_path, generator, dtype):
     case = random_case(8, 5, generator, spread=1.0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    teacher = dataclasses.replace(case.teacher, logits=case.teacher.logits.to(dtype), lse=case.teacher.lse.to(wide))
+    scalars = {name: getattr(case.teacher, name).to(wide) for name in ("lse", "rest_lse")}
+    teacher = dataclasses.replace(case.teacher, logits=case.teacher.logits.to(dtype), **scalars)
     write_store(tmp_path, [[Case(case.input_ids.int(), case.positions.int(), teacher)]])
     assert_stored(Store(tmp_path)[0], case._replace(teacher=teacher))
 
@@ -218,6 +219,7 @@ def test_store_takes_strided_tensors(tmp_path, generator):
             case.teacher.lse.T.contiguous().T,
             case.teacher.temperatures,
             torch.stack([case.teacher.target_logit] * 3, 1)[:, 1],
+            case.teacher.rest_lse.T.contiguous().T,
         ),
     )
     write_store(tmp_path, [[strided]])
@@ -433,7 +435,7 @@ def test_store_shards_are_safetensors(tmp_path, generator, codec, ragged):
         assert file.metadata() == metadata
     assert metadata == {
         "format": "slimkernels-store",
-        "version": "1",
+        "version": "2",
         "vocab_size": "97",
         "codec": codec,
         "top_k": "ragged" if ragged else "6",
@@ -452,6 +454,7 @@ def test_store_info(tmp_path, generator):
         "documents": 2,
         "tokens": 19,
         "rows": 13,
+        "rest_lse_rows": 13,
         "entries": sum(counts),
         "shards": 2,
         "bytes": size,
@@ -495,7 +498,14 @@ def test_store_size_bar_of_100k_rows():
     for i in range(7):
         counts = {"documents": 29, "tokens": 29 * 512, "rows": 29 * 511, "entries": 29 * 511 * 2458}
         entry = ShardEntry(
-            shard_name(i), 0, id_words=29 * 511 * words, top_k=2458, head_checksum="0" * 32, checksum="0" * 32, **counts
+            shard_name(i),
+            0,
+            id_words=29 * 511 * words,
+            top_k=2458,
+            rest_lse=True,
+            head_checksum="0" * 32,
+            checksum="0" * 32,
+            **counts,
         )
         shards.append(dataclasses.replace(entry, bytes=shard_layout(settings_, entry).total_bytes))
     manifest = len(seal_manifest(manifest_content(settings_, tuple(shards))))

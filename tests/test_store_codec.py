@@ -13,13 +13,14 @@ from support import store_oracle as oracle
 from support.store_cases import assert_logits
 
 from slimkernels import _C
-from slimkernels.store.codec import decode_rows, encode_rows, offsets_of, ragged_values, row_words, words_of
+from slimkernels.packed_logits import row_words
+from slimkernels.store.codec import decode_rows, encode_rows, offsets_of, ragged_values, words_of
 from slimkernels.store.errors import RowChecksumError, RowDataError, ShardIndexError, StoreError
 
 CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
 
-def encode(ids, logits, *, vocab_size, codec="float32", lse=None, target=0.0, first_row=0):
+def encode(ids, logits, *, vocab_size, codec="float32", lse=None, target=0.0, first_row=0, rest=None):
     ids, logits = np.array(ids, np.int32), np.array(logits, np.float32)
     if lse is None:
         lse = np.full((len(ids), 1), 1e6)
@@ -28,6 +29,7 @@ def encode(ids, logits, *, vocab_size, codec="float32", lse=None, target=0.0, fi
         logits,
         np.array(lse, np.float32),
         np.full(len(ids), target, np.float32),
+        rest_lse=None if rest is None else np.array(rest, np.float32),
         vocab_size=vocab_size,
         codec=codec,
         first_row=first_row,
@@ -36,10 +38,11 @@ def encode(ids, logits, *, vocab_size, codec="float32", lse=None, target=0.0, fi
 
 def shard_arrays(encoded, vocab_size, codec="float32"):
     """The encoded rows as the arrays of a ragged shard."""
-    return {
+    has_rest = encoded.rest_lse is not None
+    return ({"rest_lse": encoded.rest_lse} if has_rest else {}) | {
         "entry_offsets": offsets_of(encoded.counts),
         "id_word_offsets": offsets_of(words_of(vocab_size, encoded.counts)),
-        "row_checksums": encoded.checksums,
+        "row_checksums": encoded.checksums_with_rest() if has_rest else encoded.checksums,
         "lse": encoded.lse,
         "target_logit": encoded.target_logit,
         "affine": encoded.affine,
@@ -76,6 +79,8 @@ def seal(arrays, codec):
         start = oracle.value_start(codec, r, int(entries[r]), ragged=True)
         stop = start + oracle.row_bytes(codec, int(entries[r + 1] - entries[r]))
         h = oracle.xxh64(arrays["values"][start:stop].tobytes(), h)
+        if "rest_lse" in arrays:
+            h = oracle.xxh64(arrays["rest_lse"][r].tobytes(), h)
         arrays["row_checksums"][r] = h
 
 
@@ -140,7 +145,8 @@ def test_store_codec_round_trip_agrees_with_the_oracle(rows, codec, spread):
     for r, row in enumerate(ids):
         padded[r, : len(row)] = row
     logits = (np.random.default_rng(seed).normal(size=padded.shape) * spread).astype(np.float32)
-    encoded = encode(padded, logits, vocab_size=vocab_size, codec=codec, lse=np.full((len(ids), 2), 1e38))
+    rest = np.random.default_rng(seed).choice([-np.inf, np.nan, 1.0], (len(ids), 2)) if seed % 2 else None
+    encoded = encode(padded, logits, vocab_size=vocab_size, codec=codec, lse=np.full((len(ids), 2), 1e38), rest=rest)
     arrays = shard_arrays(encoded, vocab_size, codec)
     got_ids, got_logits = decode(arrays, vocab_size=vocab_size, codec=codec, width=width)
     assert np.array_equal(got_ids, padded)
@@ -152,9 +158,9 @@ def test_store_codec_round_trip_agrees_with_the_oracle(rows, codec, spread):
         raw = arrays["values"][start : start + oracle.row_bytes(codec, len(row))].tobytes()
         affine = encoded.affine[r] if codec in ("affine8", "affine6") else None
         assert oracle.decode_values(codec, raw, affine, len(row)).tobytes() == got_logits[r, : len(row)].tobytes()
-    sealed = arrays | {"row_checksums": encoded.checksums.copy()}
+    sealed = arrays | {"row_checksums": np.zeros_like(arrays["row_checksums"])}
     seal(sealed, codec)
-    assert np.array_equal(sealed["row_checksums"], encoded.checksums)
+    assert np.array_equal(sealed["row_checksums"], arrays["row_checksums"])
 
 
 @pytest.mark.parametrize("vocab_size", [32000, 49152])
@@ -231,6 +237,8 @@ def test_store_codec_affine6_refuses_bits_behind_the_values(values, count):
         ([[1, 2]], [[0, 0]], {"lse": [[math.inf]]}, "lse is NaN or infinite"),
         ([[1, 2]], [[0, 0]], {"target": math.inf}, "target_logit"),
         ([[1, 2]], [[0, 0]], {"lse": [[0.5]]}, "more probability than its lse allows"),
+        ([[1, 2]], [[0, 0]], {"rest": [[math.inf]]}, r"its rest_lse is \+inf"),
+        ([[1, 2]], [[0, 0]], {"lse": [[9, 4]], "rest": [[1, 4.2]]}, "its rest_lse is above its lse"),
     ],
 )
 def test_store_codec_refuses_rows(ids, logits, options, match):
@@ -247,7 +255,9 @@ def test_store_codec_mass_within_rounding_is_accepted():
     encode([[1, 2]], [[0, 0]], vocab_size=10, lse=[[math.log(2) - 0.05]])
 
 
-def hand_made(vocab_size, words, values, *, codec="float32", affine=(1.0, 0.0), lse=0.0, target=0.0, count=None):
+def hand_made(
+    vocab_size, words, values, *, codec="float32", affine=(1.0, 0.0), lse=0.0, target=0.0, count=None, rest=None
+):
     """One row of a shard with these id words and values (affine6: bytes) and the right checksum."""
     dtype = {"affine8": "u1", "affine6": "u1", "bfloat16": "<u2", "float32": "<f4"}[codec]
     raw = np.array(values, dtype).view(np.uint8)
@@ -263,6 +273,8 @@ def hand_made(vocab_size, words, values, *, codec="float32", affine=(1.0, 0.0), 
         "id_words": np.array(words, np.uint32),
         "values": raw,
     }
+    if rest is not None:
+        arrays["rest_lse"] = np.array([[rest]], np.float32)
     seal(arrays, codec)
     return decode(arrays, vocab_size=vocab_size, codec=codec, width=count)
 
@@ -301,6 +313,9 @@ def test_store_codec_hand_made_row_is_read():
         ([0x5E, 0x93], {"target": math.inf}, "target_logit"),
         ([0x5E, 0x93], {"target": -math.inf}, None),
         ([0x5E, 0x93], {"target": math.nan}, None),
+        ([0x5E, 0x93], {"rest": math.inf}, r"rest_lse is \+inf"),
+        ([0x5E, 0x93], {"rest": -math.inf}, None),
+        ([0x5E, 0x93], {"rest": math.nan}, None),
     ],
 )
 def test_store_codec_refuses_hand_made_rows(words, options, match):
@@ -314,9 +329,9 @@ def test_store_codec_refuses_hand_made_rows(words, options, match):
 
 @pytest.mark.parametrize("codec", ["affine8", "affine6"])
 def test_store_codec_notices_every_flipped_bit_of_a_row(codec):
-    encoded = encode([[2, 3, 9, 17]], [[1, 2, 3, 4]], vocab_size=20, codec=codec, first_row=0)
+    encoded = encode([[2, 3, 9, 17]], [[1, 2, 3, 4]], vocab_size=20, codec=codec, first_row=0, rest=[[math.nan]])
     arrays = shard_arrays(encoded, 20, codec)
-    for name in ("row_checksums", "lse", "target_logit", "affine", "id_words", "values"):
+    for name in ("row_checksums", "lse", "target_logit", "affine", "id_words", "values", "rest_lse"):
         for bit in range(arrays[name].nbytes * 8):
             damaged = arrays[name].copy()
             damaged.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << (bit % 8)
@@ -413,6 +428,7 @@ def test_store_codec_random_words_decode_to_valid_ids_or_raise():
         {"vocab_size": 2**31},
         {"codec": "int4"},
         {"lse": np.zeros((2, 1), np.float32)},
+        {"rest_lse": np.zeros((2, 1), np.float32)},
         {"target_logit": np.zeros(3, np.float32)},
         {"entry_offsets": np.zeros(1, np.int64)},
         {"out_logits": np.zeros((1, 3), np.float32)},
@@ -432,6 +448,7 @@ def test_store_codec_binding_refuses_shapes_that_do_not_fit(change):
         "values": arrays["values"],
         "affine": arrays["affine"],
         "lse": arrays["lse"],
+        "rest_lse": np.zeros(0, np.float32),
         "target_logit": arrays["target_logit"],
         "checksums": arrays["row_checksums"],
         "out_ids": np.zeros((1, 2), np.int32),

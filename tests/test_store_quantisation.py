@@ -54,7 +54,7 @@ def test_estimate_is_near_the_error_of_random_rows(tmp_path, codec, spread, ragg
 
 def test_estimate_of_constant_rows_and_of_the_largest_numbers(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    case = random_case(9, 4, generator, temperatures=(1.0,))
+    case = random_case(9, 4, generator, temperatures=(1.0,), rest=False)
     flat, wide = torch.zeros_like(case.teacher.logits), torch.full_like(case.teacher.logits, -3e37)
     wide[:, ::2] = 3e37
     for logits, lse in ((flat, 5.0), (wide, 3.1e37)):

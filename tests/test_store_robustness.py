@@ -26,6 +26,8 @@ from slimkernels.store.format import seal_manifest, shard_layout, unseal_manifes
 
 MANIFEST = "manifest.json"
 SHARDS = ("shard-000000.safetensors", "shard-000001.safetensors")
+# The tensors of a row in the order of its checksum.
+_HASHED = ("lse", "target_logit", "affine", "id_words", "values", "rest_lse")
 
 
 def small_cases():
@@ -68,7 +70,7 @@ def change_shard(path: Path, number: int, position: int, value: bytes, *, rows: 
     data[position : position + len(value)] = value
     if rows:
         arrays = {spec.name: np.frombuffer(data, np.uint8)[spec.start : spec.stop] for spec in layout.tensors}
-        parts = [arrays[name].reshape(2, -1) for name in ("lse", "target_logit", "affine", "id_words", "values")]
+        parts = [arrays[name].reshape(2, -1) for name in _HASHED if name in arrays]
         for r in range(2):
             h = r
             for part in parts:
@@ -259,6 +261,9 @@ def set_top(**fields):
         (set_shard(head_checksum="0" * 32), errors.ShardIndexError),
         (set_shard(top_k=None), errors.ManifestFieldError),
         (set_shard(extra=1), errors.ManifestFieldError),
+        *[(set_shard(rest_lse=value), errors.ManifestFieldError) for value in (False, None, 1, "true", [])],
+        (lambda content: content["shards"][0].pop("rest_lse") and None, errors.ManifestFieldError),
+        (set_top(version=1), errors.ManifestFieldError),
         (lambda content: content["shards"][0].pop("rows") and None, errors.ManifestFieldError),
         (lambda content: content["shards"].insert(0, "shard"), errors.ManifestFieldError),
         (set_top(shards={}), errors.ManifestFieldError),
@@ -266,7 +271,7 @@ def set_top(**fields):
         (set_top(extra=1), errors.ManifestFieldError),
         (lambda content: content.pop("teacher") and None, errors.ManifestFieldError),
         (lambda content: content.pop("version") and None, errors.UnsupportedVersionError),
-        *[(set_top(version=value), errors.UnsupportedVersionError) for value in (0, 2, True, 1.0, "1", None)],
+        *[(set_top(version=value), errors.UnsupportedVersionError) for value in (0, 3, True, 1.0, 2.0, "2", None)],
         *[(set_top(format=value), errors.ManifestFieldError) for value in ("other", None, 1)],
         *[
             (set_top(vocab_size=value), errors.ManifestFieldError)
@@ -295,16 +300,16 @@ def test_store_hostile_manifest(small, change, error):
         (lambda text: text[:30], errors.ManifestSyntaxError),
         (lambda text: b" " + text, errors.ManifestSyntaxError),
         (lambda text: text.replace(b'"rows"', b'"rows": 2, "rows"', 1), errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": 1, "version": 1'), errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": NaN'), errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": -Infinity'), errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": ' + b"9" * 5000), errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": 1,'), errors.ManifestSyntaxError),
+        (lambda text: text.replace(b'"version": 2', b'"version": 2, "version": 1'), errors.ManifestSyntaxError),
+        (lambda text: text.replace(b'"version": 2', b'"version": NaN'), errors.ManifestSyntaxError),
+        (lambda text: text.replace(b'"version": 2', b'"version": -Infinity'), errors.ManifestSyntaxError),
+        (lambda text: text.replace(b'"version": 2', b'"version": ' + b"9" * 5000), errors.ManifestSyntaxError),
+        (lambda text: text.replace(b'"version": 2', b'"version": 2,'), errors.ManifestSyntaxError),
         (lambda text: text.replace(b"tokenizer-1", b"tokenizer-\xff"), errors.ManifestSyntaxError),
         (lambda text: text.replace(b"tokenizer-1", "tokenizer-ä".encode()), errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": ' + b"[" * 200000), errors.ManifestSyntaxError),
+        (lambda text: text.replace(b'"version": 2', b'"version": ' + b"[" * 200000), errors.ManifestSyntaxError),
         (lambda text: text + b"{}", errors.ManifestSyntaxError),
-        (lambda text: text.replace(b'"version": 1', b'"version": 1e999'), errors.UnsupportedVersionError),
+        (lambda text: text.replace(b'"version": 2', b'"version": 2e999'), errors.UnsupportedVersionError),
         (lambda text: text.replace(b'"name": "teacher"', b'"name": 1e999'), errors.ManifestFieldError),
     ],
 )
@@ -316,9 +321,27 @@ def test_store_hostile_manifest_text(small, change, error):
         verify(small)
 
 
+def test_store_of_a_newer_version_is_named_as_such_whatever_else_it_holds(small):
+    change_manifest(small, lambda content: {"version": 3, "format": content["format"], "shards_of_another_form": {}})
+    for use in (verify, Store, info, lambda path: StoreWriter(path, **SETTINGS)):
+        with pytest.raises(errors.UnsupportedVersionError, match="got 3: a newer release of slimkernels wrote"):
+            use(small)
+
+
+def test_store_hostile_rest_lse(small):
+    position = tensor_span(small, 0, "rest_lse")[0] + 4
+    plus_infinity = np.float32(np.inf).tobytes()
+    change_shard(small, 0, position, plus_infinity)
+    with pytest.raises(errors.RowChecksumError, match="row 1"):
+        verify(small)
+    change_shard(small, 0, position, plus_infinity, rows=True)
+    with pytest.raises(errors.RowDataError, match=r"row 1: its rest_lse is \+inf"):
+        verify(small)
+
+
 def test_store_manifest_white_space_counts(small):
     text = (small / MANIFEST).read_bytes()
-    (small / MANIFEST).write_bytes(text.replace(b'"version": 1', b'"version":\t1'))
+    (small / MANIFEST).write_bytes(text.replace(b'"version": 2', b'"version":\t2'))
     with pytest.raises(errors.ManifestChecksumError):
         verify(small)
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from transformers.utils import chat_template_utils
 
 from slimkernels import SparseLogits, slim_loss, sparse_softmax
 from slimkernels.cli import main
+from slimkernels.served_rows.answers import Position
+from slimkernels.served_rows.rows import AnswerReader
+from slimkernels.served_rows.tokens import ServerToken, TokenMap
 from slimkernels.serving.client import ServerClient
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import SettingsMismatchError
@@ -175,6 +179,9 @@ class TestRecordedServers:
             assert torch.allclose(tail, 1 - torch.tensor(masses), atol=tolerance)
             assert tail.min() > 1e-4
             assert document.teacher.lse.abs().max() == 0
+            # In float64 from the printed numbers, whatever the codec of the kept ones.
+            rests = torch.tensor([math.log1p(-mass) for mass in masses])
+            torch.testing.assert_close(document.teacher.rest_lse[:, 0], rests, rtol=0, atol=1e-6)
             drawn = torch.tensor(choice["logprobs"]["token_logprobs"])
             assert torch.equal(document.teacher.target_logit, drawn)
 
@@ -186,7 +193,9 @@ class TestRecordedServers:
         assert kept.sum(-1).tolist() == [5, 5, 5, 3, 5, 5, 5, 5, 4]
         assert 0.05 < report.unmapped_fraction < 0.1
         tail = sparse_softmax(teacher, rest="ghost").tail_logprob.exp()
-        assert torch.allclose(tail + teacher.logits.exp().masked_fill(~kept, 0.0).sum(-1), torch.ones(9))
+        mass = teacher.logits.exp().masked_fill(~kept, 0.0).sum(-1)
+        assert torch.allclose(tail + mass, torch.ones(9))
+        assert torch.allclose(teacher.rest_lse[:, 0].exp() + mass, torch.ones(9))
 
     def test_a_document_with_unknown_tokens_is_dropped_or_refused(self, tokenizer, tmp_path) -> None:
         with served.ReplayServer(served.RECORDINGS["vllm"], names_itself=False) as server:
@@ -239,6 +248,32 @@ class TestRecordedServers:
         assert (logits.grad - exact.grad).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        # log-probabilities of the three entries of a row, and its rest
+        ([math.log(0.5), math.log(0.25), math.log(0.125)], math.log(0.125)),
+        # 1 - 0.99998 - 1e-6 - 1e-6: float32 would have an error of 1 %.
+        ([math.log(0.99998), math.log(1e-6), math.log(1e-6)], math.log(1.8e-5)),
+        # Below 1e-5, 0, and less than 0: the rounding of what was printed.
+        ([math.log(0.999991), math.log(1e-6), -9999.0], math.nan),
+        ([0.0, -30.0, -9999.0], math.nan),
+        ([0.0, math.log(5e-4), -3.4e38], math.nan),
+    ],
+)
+def test_rest_of_a_served_row_is_that_of_the_printed_numbers(printed, expected) -> None:
+    tokens = TokenMap(teachers.make_tokenizer(), 300)
+    server = SimpleNamespace(client=SimpleNamespace(url="http://host"), model="model", top_logprobs=3)
+    top = [ServerToken("", logprob, id=5 + i) for i, logprob in enumerate(printed)]
+    # A fourth entry, which a server adds for the token that it drew, is not kept and so belongs to the rest.
+    top.append(ServerToken("", min(printed) - 1.0 if expected == math.log(0.125) else -9999.0, id=60))
+    places, teacher = AnswerReader(server, tokens, 1.0)._rows([4], [Position(top[0], top)])
+    assert places == [4]
+    assert teacher.lse.tolist() == [[0.0]]
+    assert teacher.rest_lse.dtype == torch.float32
+    assert teacher.rest_lse.item() == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+
 def assert_close_to_local(document, model) -> None:
     """The server computes in 4 bits (llama.cpp) or bfloat16 (vLLM): means are off by up to 0.11 nats."""
     with torch.inference_mode():
@@ -255,6 +290,9 @@ def assert_close_to_local(document, model) -> None:
         [row.topk(int(count)).values.exp().sum() for row, count in zip(local, kept.sum(-1), strict=True)]
     )
     assert (mass - most)[kept.all(-1)].abs().max() < 0.15
+    rest = teacher.rest_lse[:, 0].exp()
+    assert torch.allclose(rest.nan_to_num(0.0) + mass, torch.ones(len(mass)), atol=2e-3)
+    assert rest.isfinite().sum() >= 0.8 * len(rest)
 
 
 def test_a_row_in_the_wrong_place_is_noticed(smollm2, tmp_path, llamacpp) -> None:

@@ -209,6 +209,10 @@ def test_the_mask_says_which_tokens_are_of_a_document(store, positions, side):
     expected = sk.SparseLogits.cat([document.teacher for document in documents])
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.rest_lse.nan_to_num(9.0), expected.rest_lse.nan_to_num(9.0))
+    none = StoredTeacher(store).rows(inputs, torch.cat(places)[:0])
+    assert sk.SparseLogits.cat([none, found]).rest_lse.shape == found.rest_lse.shape
+    assert none.rest_lse.shape == (0, len(store.temperatures))
 
 
 @pytest.mark.parametrize("numbers", ["positions", "mask"])

@@ -82,6 +82,9 @@ float choose_zero(const float* x, const float* w, int64_t n, double first, doubl
   return static_cast<float>(best);
 }
 
+// Allows for logits near 30 rounded to bfloat16, but not for an lse of another temperature or row.
+constexpr double kMassTolerance = 0.1;
+
 bool is_affine(Codec codec) { return codec == Codec::kAffine8 || codec == Codec::kAffine6; }
 
 int last_code(Codec codec) { return codec == Codec::kAffine6 ? 63 : 255; }
@@ -194,9 +197,7 @@ RowFault encode_logits(const float* x, int64_t n, float lse, Codec codec, Scratc
   for (int64_t j = 0; j < n; ++j) weight[j] = exp_below_zero(x[j] - hi);
   double total = 0;
   for (int64_t j = 0; j < n; ++j) total += weight[j];
-  // The tolerance of 0.1 allows for logits near 30 rounded to bfloat16, but not for an lse of another temperature or
-  // row.
-  if (std::log(total) + hi - lse > 0.1) return RowFault::kMass;
+  if (std::log(total) + hi - lse > kMassTolerance) return RowFault::kMass;
   if (is_affine(codec)) {
     uint8_t* codes = codec == Codec::kAffine6 ? s.codes.data() : values;
     const RowFault fault = encode_affine(x, n, lo, hi, static_cast<float>(total), last_code(codec), s, codes, affine);
@@ -243,11 +244,15 @@ RowFault decode_logits(const uint8_t* values, const float* affine, int64_t n, Co
   return infinite ? RowFault::kNotFinite : RowFault::kNone;
 }
 
-RowFault check_scalars(const float* lse, int64_t num_temperatures, float target_logit) {
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+
+// `rest_lse` may be null.
+RowFault check_scalars(const float* lse, const float* rest_lse, int64_t num_temperatures, float target_logit) {
   for (int64_t m = 0; m < num_temperatures; ++m) {
     if (!is_finite(lse[m])) return RowFault::kLse;
+    if (rest_lse != nullptr && float_bits(rest_lse[m]) == kInfinityBits) return RowFault::kRest;
   }
-  return float_bits(target_logit) == 0x7F800000u ? RowFault::kTarget : RowFault::kNone;
+  return float_bits(target_logit) == kInfinityBits ? RowFault::kTarget : RowFault::kNone;
 }
 
 uint64_t row_checksum(int64_t row, const float* lse, int64_t num_temperatures, const float* target_logit,
@@ -258,6 +263,11 @@ uint64_t row_checksum(int64_t row, const float* lse, int64_t num_temperatures, c
   if (affine != nullptr) h = xxh64(affine, 2 * sizeof(float), h);
   h = xxh64(words, static_cast<uint64_t>(num_words) * sizeof(uint32_t), h);
   return xxh64(values, static_cast<uint64_t>(num_value_bytes), h);
+}
+
+// Returns the checksum of a row with `rest_lse` from that of the row without it.
+uint64_t checksum_with_rest(uint64_t checksum, const float* rest_lse, int64_t num_temperatures) {
+  return xxh64(rest_lse, static_cast<uint64_t>(num_temperatures) * sizeof(float), checksum);
 }
 
 RowFault decode_row(const ShardRows& s, Codec codec, int64_t vocab_size, int64_t row, int64_t width, int32_t* ids,
@@ -288,10 +298,12 @@ RowFault decode_row(const ShardRows& s, Codec codec, int64_t vocab_size, int64_t
   const float* lse = s.lse + row * s.num_temperatures;
   const uint32_t* words = s.id_words + word;
   const uint8_t* values = s.values + value;
-  const uint64_t checksum =
+  const float* rest_lse = s.rest_lse == nullptr ? nullptr : s.rest_lse + row * s.num_temperatures;
+  uint64_t checksum =
       row_checksum(row, lse, s.num_temperatures, s.target_logit + row, affine, words, num_words, values, bytes);
+  if (rest_lse != nullptr) checksum = checksum_with_rest(checksum, rest_lse, s.num_temperatures);
   if (checksum != s.checksums[row]) return RowFault::kChecksum;
-  RowFault fault = check_scalars(lse, s.num_temperatures, s.target_logit[row]);
+  RowFault fault = check_scalars(lse, rest_lse, s.num_temperatures, s.target_logit[row]);
   if (fault == RowFault::kNone) fault = decode_ids(words, row_layout(vocab_size, n), vocab_size, n, ids);
   if (fault == RowFault::kNone) fault = decode_logits(values, affine, n, codec, logits);
   for (int64_t i = value + bytes; i < value_end; ++i) {
@@ -332,9 +344,9 @@ int64_t decode_rows(const ShardRows& shard, Codec codec, int64_t vocab_size, int
   return -1;
 }
 
-int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit, int64_t first,
-                    int64_t count, int64_t width, int64_t num_temperatures, Codec codec, int64_t vocab_size,
-                    const EncodedRows& out, RowFault* fault) {
+int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* rest_lse,
+                    const float* target_logit, int64_t first, int64_t count, int64_t width, int64_t num_temperatures,
+                    Codec codec, int64_t vocab_size, const EncodedRows& out, RowFault* fault) {
   Scratch scratch(width);
   int64_t value = 0;
   for (int64_t r = 0; r < count; ++r) {
@@ -342,7 +354,8 @@ int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, c
     const float* row_lse = lse + r * num_temperatures;
     int64_t n = width;
     while (n > 0 && row_ids[n - 1] == -1) --n;
-    *fault = n == 0 ? RowFault::kEmpty : check_scalars(row_lse, num_temperatures, target_logit[r]);
+    const float* row_rest = rest_lse == nullptr ? nullptr : rest_lse + r * num_temperatures;
+    *fault = n == 0 ? RowFault::kEmpty : check_scalars(row_lse, row_rest, num_temperatures, target_logit[r]);
     for (int64_t j = 0; j < n; ++j) {
       if (row_ids[j] == -1) *fault = RowFault::kPadding;
     }
@@ -362,6 +375,9 @@ int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, c
     *fault = encode_ids(row_ids, n, vocab_size, layout, words);
     if (*fault == RowFault::kNone) {
       *fault = encode_logits(logits + r * width, n, row_lse[0], codec, scratch, values, affine);
+    }
+    for (int64_t m = 0; *fault == RowFault::kNone && row_rest != nullptr && m < num_temperatures; ++m) {
+      if (row_rest[m] > row_lse[m] + kMassTolerance) *fault = RowFault::kRestMass;
     }
     if (*fault != RowFault::kNone) return r;
     out.checksums[r] = row_checksum(first + r, row_lse, num_temperatures, target_logit + r, affine, words,
@@ -396,17 +412,11 @@ void require_vocab(int64_t vocab_size) {
   require(vocab_size >= 1 && vocab_size < (int64_t{1} << 31), "vocab_size must lie in [1, 2^31)");
 }
 
-int64_t row_words(int64_t vocab_size, int64_t top_k) {
-  require_vocab(vocab_size);
-  require(top_k >= 1 && top_k <= vocab_size, "top_k must lie in [1, vocab_size]");
-  return row_layout(vocab_size, top_k).words();
-}
-
 py::tuple store_decode_rows(int64_t vocab_size, const std::string& codec_name, int64_t top_k, int64_t first,
                             const Array<int64_t>& entry_offsets, const Array<int64_t>& id_word_offsets,
                             const Array<uint32_t>& id_words, const Array<uint8_t>& values, const Array<float>& affine,
-                            const Array<float>& lse, const Array<float>& target_logit, const Array<uint64_t>& checksums,
-                            Array<int32_t>& out_ids, Array<float>& out_logits) {
+                            const Array<float>& lse, const Array<float>& rest_lse, const Array<float>& target_logit,
+                            const Array<uint64_t>& checksums, Array<int32_t>& out_ids, Array<float>& out_logits) {
   const Codec codec = parse_codec(codec_name);
   require_vocab(vocab_size);
   require(top_k >= 0 && top_k <= vocab_size, "top_k must lie in [0, vocab_size]");
@@ -419,6 +429,7 @@ py::tuple store_decode_rows(int64_t vocab_size, const std::string& codec_name, i
   require(first >= 0 && count >= 0 && first <= s.rows - count, "rows must lie within the shard");
   require(out_logits.shape(0) == count && out_logits.shape(1) == width, "outputs must share a shape");
   require(lse.shape(0) == s.rows && target_logit.size() == s.rows, "lse and target_logit must have a value per row");
+  require(rest_lse.size() == 0 || rest_lse.size() == lse.size(), "rest_lse must be empty or have the shape of lse");
   require(!is_affine(codec) || affine.size() == 2 * s.rows, "affine must have shape (rows, 2)");
   const int64_t num_offsets = top_k > 0 ? 0 : s.rows + 1;
   require(top_k > 0 || (entry_offsets.size() == num_offsets && id_word_offsets.size() == num_offsets),
@@ -431,6 +442,7 @@ py::tuple store_decode_rows(int64_t vocab_size, const std::string& codec_name, i
   s.num_value_bytes = values.size();
   s.affine = affine.data();
   s.lse = lse.data();
+  s.rest_lse = rest_lse.size() == 0 ? nullptr : rest_lse.data();
   s.target_logit = target_logit.data();
   s.checksums = checksums.data();
   int32_t* ids = out_ids.mutable_data();
@@ -445,10 +457,10 @@ py::tuple store_decode_rows(int64_t vocab_size, const std::string& codec_name, i
 }
 
 py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, int64_t first, const Array<int32_t>& ids,
-                            const Array<float>& logits, const Array<float>& lse, const Array<float>& target_logit,
-                            const Array<int64_t>& entry_offsets, const Array<int64_t>& id_word_offsets,
-                            Array<uint32_t>& id_words, Array<uint8_t>& values, Array<float>& affine,
-                            Array<uint64_t>& checksums) {
+                            const Array<float>& logits, const Array<float>& lse, const Array<float>& rest_lse,
+                            const Array<float>& target_logit, const Array<int64_t>& entry_offsets,
+                            const Array<int64_t>& id_word_offsets, Array<uint32_t>& id_words, Array<uint8_t>& values,
+                            Array<float>& affine, Array<uint64_t>& checksums) {
   const Codec codec = parse_codec(codec_name);
   require_vocab(vocab_size);
   require(ids.ndim() == 2 && logits.ndim() == 2 && lse.ndim() == 2, "ids, logits and lse must be 2-D");
@@ -456,6 +468,7 @@ py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, i
   require(first >= 0, "first must not be negative");
   require(logits.shape(0) == count && logits.shape(1) == width, "ids and logits must share a shape");
   require(lse.shape(0) == count && lse.shape(1) >= 1, "lse must have shape (rows, temperatures)");
+  require(rest_lse.size() == 0 || rest_lse.size() == lse.size(), "rest_lse must be empty or have the shape of lse");
   require(target_logit.size() == count, "target_logit must have shape (rows,)");
   require(checksums.size() == count, "checksums must have shape (rows,)");
   require(!is_affine(codec) || affine.size() == 2 * count, "affine must have shape (rows, 2)");
@@ -465,31 +478,42 @@ py::tuple store_encode_rows(int64_t vocab_size, const std::string& codec_name, i
                   values.mutable_data(), values.size(),          affine.mutable_data(),   checksums.mutable_data()};
   const int32_t* ids_data = ids.data();
   const float *logits_data = logits.data(), *lse_data = lse.data(), *target_data = target_logit.data();
+  const float* rest_data = rest_lse.size() == 0 ? nullptr : rest_lse.data();
   const int64_t num_temperatures = lse.shape(1);
   RowFault fault = RowFault::kNone;
   int64_t bad;
   {
     py::gil_scoped_release release;
-    bad = encode_rows(ids_data, logits_data, lse_data, target_data, first, count, width, num_temperatures, codec,
-                      vocab_size, out, &fault);
+    bad = encode_rows(ids_data, logits_data, lse_data, rest_data, target_data, first, count, width, num_temperatures,
+                      codec, vocab_size, out, &fault);
   }
   return py::make_tuple(bad, static_cast<int>(fault));
+}
+
+void store_checksums_with_rest(Array<uint64_t>& checksums, const Array<float>& rest_lse) {
+  require(rest_lse.ndim() == 2 && rest_lse.shape(0) == checksums.size(),
+          "rest_lse must have shape (rows, temperatures)");
+  uint64_t* hashes = checksums.mutable_data();
+  for (int64_t r = 0; r < checksums.size(); ++r) {
+    hashes[r] = checksum_with_rest(hashes[r], rest_lse.data() + r * rest_lse.shape(1), rest_lse.shape(1));
+  }
 }
 
 }  // namespace
 
 void bind_store_codec(py::module_& m) {
   const auto array = [](const char* name) { return py::arg(name).noconvert(); };
-  m.def("store_row_words", &row_words, py::arg("vocab_size"), py::arg("top_k"),
-        "Returns the number of 32-bit words that hold the ids of a row.");
   m.def("store_decode_rows", &store_decode_rows, py::kw_only(), py::arg("vocab_size"), py::arg("codec"),
         py::arg("top_k"), py::arg("first"), array("entry_offsets"), array("id_word_offsets"), array("id_words"),
-        array("values"), array("affine"), array("lse"), array("target_logit"), array("checksums"), array("out_ids"),
-        array("out_logits"), "Decodes a shard's rows into the outputs; returns (first bad row or -1, fault number).");
+        array("values"), array("affine"), array("lse"), array("rest_lse"), array("target_logit"), array("checksums"),
+        array("out_ids"), array("out_logits"),
+        "Decodes a shard's rows into the outputs; returns (first bad row or -1, fault number).");
   m.def("store_encode_rows", &store_encode_rows, py::kw_only(), py::arg("vocab_size"), py::arg("codec"),
-        py::arg("first"), array("ids"), array("logits"), array("lse"), array("target_logit"), array("entry_offsets"),
-        array("id_word_offsets"), array("id_words"), array("values"), array("affine"), array("checksums"),
-        "Encodes rows into the output arrays; returns (first bad row or -1, fault number).");
+        py::arg("first"), array("ids"), array("logits"), array("lse"), array("rest_lse"), array("target_logit"),
+        array("entry_offsets"), array("id_word_offsets"), array("id_words"), array("values"), array("affine"),
+        array("checksums"), "Encodes rows into the output arrays; returns (first bad row or -1, fault number).");
+  m.def("store_checksums_with_rest", &store_checksums_with_rest, array("checksums"), array("rest_lse"),
+        "Turns the checksums of rows without rest_lse into those of the rows with it, in place.");
 }
 
 }  // namespace slimkernels::store

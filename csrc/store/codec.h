@@ -33,6 +33,7 @@ struct ShardRows {
   int64_t num_value_bytes;
   const float* affine;        // (rows, 2) scale, zero; null unless the codec is affine
   const float* lse;           // (rows, num_temperatures)
+  const float* rest_lse;      // (rows, num_temperatures); null if the shard has none
   const float* target_logit;  // (rows)
   const uint64_t* checksums;  // (rows)
 };
@@ -55,13 +56,14 @@ struct EncodedRows {
   uint64_t* checksums;
 };
 
-// Encodes ids and logits (count, width), with rows padded with -1; the first row is row `first` of its shard. Returns
-// the first row that cannot be stored and stores its fault in *fault, or returns -1.
-int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* target_logit, int64_t first,
-                    int64_t count, int64_t width, int64_t num_temperatures, Codec codec, int64_t vocab_size,
-                    const EncodedRows& out, RowFault* fault);
+// Encodes ids and logits (count, width), with rows padded with -1; the first row is row `first` of its shard.
+// `rest_lse` (count, num_temperatures) is only checked, and may be null; the checksums are those of rows without it.
+// Returns the first row that cannot be stored and stores its fault in *fault, or returns -1.
+int64_t encode_rows(const int32_t* ids, const float* logits, const float* lse, const float* rest_lse,
+                    const float* target_logit, int64_t first, int64_t count, int64_t width, int64_t num_temperatures,
+                    Codec codec, int64_t vocab_size, const EncodedRows& out, RowFault* fault);
 
-// Adds store_row_words, store_encode_rows and store_decode_rows to a module.
+// Adds store_encode_rows, store_decode_rows and store_checksums_with_rest to a module.
 void bind_store_codec(pybind11::module_& m);
 
 }  // namespace slimkernels::store

@@ -27,6 +27,8 @@ enum class RowFault : int {
   kTarget = 12,     // a target_logit is +inf
   kMass = 13,       // the kept logits hold more probability than lse allows (encoding only)
   kValueBits = 14,  // a bit behind the values of a row is set
+  kRest = 15,       // a rest_lse is +inf
+  kRestMass = 16,   // rest_lse holds more probability than lse allows (encoding only)
 };
 
 // The layout of a row's ids in 32-bit words: K fields of `low_bits` bits, then the high bitmap.

@@ -16,10 +16,11 @@ Megatron       log-probabilities   the vocabulary         1                   to
 parquet        as in the store     as in the store        as in the store     ``positions``   as in the store
 =============  ==================  =====================  ==================  ==============  =========================
 
-Log-probabilities normalised over the vocabulary become logits with lse 0. For those normalised over the kept ids, lse
-is the log-sum-exp of the kept ids: their mass is then 1, and the mass of the tail is not known. None of the formats has
-the teacher's log-probability of a label that is not kept. Its ``target_logit`` is then -inf, so ``slim_loss`` gives the
-row the weight 0 ("kd" trains on it like on any other row).
+Log-probabilities normalised over the vocabulary become logits with lse 0, and ``rest_lse`` is the logarithm of the mass
+that they leave, NaN where it is below 1e-5 and so made of rounding. For those normalised over the kept ids, lse is the
+log-sum-exp of the kept ids: their mass is then 1, the mass of the tail is not known, and there is no ``rest_lse``. None
+of the formats has the teacher's log-probability of a label that is not kept. Its ``target_logit`` is then -inf, so
+``slim_loss`` gives the row the weight 0 ("kd" trains on it like on any other row).
 """
 
 from slimkernels.exchange.axolotl import import_axolotl

@@ -23,6 +23,7 @@ from slimkernels.store.prompts import prompts_name
 
 _METADATA_KEY = b"slimkernels"
 _PROMPT_LENGTH = "prompt_length"
+_REST_LSE = "rest_lse"
 _COLUMNS = ("input_ids", "positions", "ids", "logits", "lse", "target_logit")
 _GROUP_BYTES = 64 << 20
 
@@ -42,6 +43,8 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     ``lse``           list<list<float32>>   (R, M)  log-sum-exp of the whole row at each temperature
     ``target_logit``  list<float32>         (R,)    the label's logit; NaN: not known; -inf: probability 0
     ``prompt_length``  int32                        tokens of the prompt, 0: not known; only if the store knows one
+    ``rest_lse``      list<list<float32>>   (R, M)  log-sum-exp of the ids that are not kept at each temperature; -inf:
+                                                    there are none; NaN: not known; only if the store has it
     ================  ============================  ============================================================
 
     So q = exp(logits - lse[:, 0]) are the teacher's probabilities. The file's key-value metadata has, under
@@ -74,6 +77,8 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     fields: list[tuple[str, Any]] = list(zip(_COLUMNS, types, strict=True))
     if any((store.path / prompts_name(entry.file)).exists() for entry in store.shards):
         fields.append((_PROMPT_LENGTH, pyarrow.int32()))
+    if store.has_rest_lse:
+        fields.append((_REST_LSE, pyarrow.list_(floats)))
     schema = pyarrow.schema(fields, metadata=metadata)
     with (
         replaced_atomically(path) as temporary,
@@ -128,7 +133,7 @@ def import_parquet(
         settings["teacher"] = {"name": teacher}
 
     def documents() -> Iterator[Document]:
-        for where, record in read_batches(source, _COLUMNS, (_PROMPT_LENGTH,)):
+        for where, record in read_batches(source, _COLUMNS, (_PROMPT_LENGTH, _REST_LSE)):
             yield _document(where, record, tuple(settings["temperatures"]))
 
     return write_documents(documents(), store_path, settings)
@@ -151,6 +156,8 @@ def _groups(store: Store) -> Iterator[list[dict[str, Any]]]:
             "target_logit": cast(torch.Tensor, teacher.target_logit).numpy(),
             _PROMPT_LENGTH: document.prompt_length,
         }
+        if teacher.rest_lse is not None:
+            record[_REST_LSE] = (teacher.rest_lse.numpy().reshape(-1), np.full(len(teacher), teacher.lse.shape[1]))
         group.append(record)
         size += 8 * int(widths.sum()) + 4 * len(document.input_ids)
         if size >= _GROUP_BYTES:
@@ -184,30 +191,40 @@ def _document(where: str, record: dict[str, Any], temperatures: tuple[float, ...
     ids, widths = ragged_list(record["ids"], f"{where}: ids")
     logits, logit_widths = ragged_list(record["logits"], f"{where}: logits")
     lse, lse_widths = ragged_list(record["lse"], f"{where}: lse")
-    for name, got, expected in (
-        ("ids", len(widths), num_rows),
-        ("logits", len(logit_widths), num_rows),
-        ("lse", len(lse_widths), num_rows),
-        ("target_logit", len(target_logit), num_rows),
+    per_temperature = {"lse": (lse, lse_widths)}
+    # A file without the column, and a null where files with and without it were joined.
+    if _REST_LSE in record and record[_REST_LSE].is_valid:
+        per_temperature[_REST_LSE] = ragged_list(record[_REST_LSE], f"{where}: {_REST_LSE}")
+    for name, got in (
+        ("ids", len(widths)),
+        ("logits", len(logit_widths)),
+        *((name, len(number_widths)) for name, (_, number_widths) in per_temperature.items()),
+        ("target_logit", len(target_logit)),
     ):
-        if got != expected:
-            raise ValueError(f"{where}: {name} must have length {expected}, got {got}")
-    if wrong := set(lse_widths.tolist()) - {len(temperatures)}:
-        raise ValueError(
-            f"{where}: a row of lse must have a number for each of temperatures={temperatures}, got {wrong.pop()}"
-        )
+        if got != num_rows:
+            raise ValueError(f"{where}: {name} must have length {num_rows}, got {got}")
+    for name, (_, number_widths) in per_temperature.items():
+        if wrong := set(number_widths.tolist()) - {len(temperatures)}:
+            raise ValueError(
+                f"{where}: a row of {name} must have a number for each of temperatures={temperatures}, "
+                f"got {wrong.pop()}"
+            )
     if not np.array_equal(widths, logit_widths):
         raise ValueError(f"{where}: ids and logits must have the same length in every row")
     kept = np.arange(widths.max(initial=1)) < widths[:, None]
     padded_ids = np.full(kept.shape, -1, np.int32)
     padded_logits = np.zeros(kept.shape, np.float32)
     padded_ids[kept], padded_logits[kept] = ids, logits
+    numbers = {
+        name: torch.from_numpy(flat.reshape(num_rows, len(temperatures)).astype(np.float32))
+        for name, (flat, _) in per_temperature.items()
+    }
     teacher = SparseLogits(
         ids=torch.from_numpy(padded_ids),
         logits=torch.from_numpy(padded_logits),
-        lse=torch.from_numpy(lse.reshape(num_rows, len(temperatures)).astype(np.float32)),
         temperatures=temperatures,
         target_logit=torch.from_numpy(target_logit.astype(np.float32)),
+        **numbers,
     )
     prompt_length = record[_PROMPT_LENGTH].as_py() if _PROMPT_LENGTH in record else 0
     return Document(where, input_ids.astype(np.int64), positions.astype(np.int64), teacher, prompt_length or 0)

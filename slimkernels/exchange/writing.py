@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from slimkernels import _checks
-from slimkernels.sparse_logits import SparseLogits
+from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.store.identity import is_same_tokenizer
@@ -70,8 +70,8 @@ class Meaning(NamedTuple):
         """Converts rows with ids in any order to SparseLogits.
 
         The logits are T * value, which equals the logits at temperature 1 up to a constant. If the softmax was over the
-        vocabulary, the lse at T is 0. Any other lse is that of the kept ids, also for a row whose mass exceeds 1 due
-        to rounding.
+        vocabulary, the lse at T is 0, and ``rest_lse`` at T is that of the remaining mass. Any other lse is that of the
+        kept ids, also for a row whose mass exceeds 1 due to rounding, and any other ``rest_lse`` is not known.
 
         Args:
             ids: (R, K) integers.
@@ -91,13 +91,17 @@ class Meaning(NamedTuple):
         _raise_at((valid[:, 1:] & (ids[:, 1:] == ids[:, :-1])).any(-1), "holds an id twice")
         logits = np.where(valid, self.temperature * values.astype(np.float64), -np.inf)
         lse = np.stack([np.logaddexp.reduce(logits / t, -1) for t in self.temperatures], -1)
+        rest_lse = None
         if self.whole_row:
             lse[:, -1] = np.maximum(lse[:, -1], 0.0)
+            rest_lse = torch.full(lse.shape, math.nan)
+            rest_lse[:, -1] = rest_of_logprobs(torch.from_numpy(logits / self.temperature))
         return SparseLogits(
             ids=torch.from_numpy(np.where(valid, ids, -1).astype(np.int32)),
             logits=torch.from_numpy(np.where(valid, logits, 0.0).astype(np.float32)),
             lse=torch.from_numpy(lse.astype(np.float32)),
             temperatures=self.temperatures,
+            rest_lse=rest_lse,
         )
 
 

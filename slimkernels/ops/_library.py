@@ -13,6 +13,8 @@ import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch.autograd import forward_ad
 
+from slimkernels._checks import missing_extension
+
 _library = torch.library.Library("slimkernels", "DEF")
 
 try:
@@ -144,10 +146,7 @@ def check_kernels(tensor: torch.Tensor, argument: str) -> None:
     """
     if tensor.device.type == "cpu":
         if _missing is not None:
-            raise RuntimeError(
-                "the native extension slimkernels._C is not built for this Python and torch "
-                f"({_missing}); install it with `pip install --no-build-isolation slimkernels`"
-            ) from _missing
+            raise RuntimeError(missing_extension(_missing)) from _missing
     elif tensor.device.type == "cuda":
         if not _has_triton():
             raise RuntimeError(

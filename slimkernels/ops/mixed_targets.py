@@ -55,8 +55,8 @@ def mixed_targets(
 
     Returns:
         SparseLogits with K + min(rounds, V - K) entries per row: ids int32 ascending, padded with -1; logits, lse
-        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN or ``+inf``, or of
-        ``-inf`` only, keeps no id.
+        (..., 1), rest_lse (..., 1), which is -inf, and target_logit (...) float32 (float64 for float64 logits). A row
+        with a NaN or ``+inf``, or of ``-inf`` only, keeps no id, and its rest_lse is NaN.
 
     Raises:
         ValueError: K is outside [1, V], rounds is below 1, the temperature is not positive, or a tensor has another
@@ -97,5 +97,7 @@ def mixed_targets(
         ids=ids,
         logits=shares.gather(-1, order).masked_fill(ids < 0, 0.0),
         lse=torch.zeros_like(lse),
+        # The draws stand for the rest. A row without ids has no rest to know of.
+        rest_lse=torch.where(ids[..., :1] < 0, math.nan, -math.inf).to(lse.dtype),
         target_logit=None if head.target_logit is None else head.target_logit - head.lse[..., 0],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,9 @@ def sample_targets(
 
     Returns:
         SparseLogits with K = min(rounds, V): ids (..., K) int32 ascending, padded with -1; logits (..., K), lse
-        (..., 1) and target_logit (...) float32 (float64 for float64 logits). A row with a NaN, or of ``-inf`` only,
-        keeps no id. Logits of ``+inf`` share all of the mass equally.
+        (..., 1), rest_lse (..., 1), which is -inf, and target_logit (...) float32 (float64 for float64 logits). A row
+        with a NaN, or of ``-inf`` only, keeps no id, and its rest_lse is NaN. Logits of ``+inf`` share all of the mass
+        equally.
 
     Raises:
         ValueError: rounds is below 1, the temperature is not positive, or a tensor has another shape or device. On CPU
@@ -87,6 +90,8 @@ def sample_targets(
         ids=ids.reshape(*leading_shape, ids.shape[-1]),
         logits=log_shares.reshape(*leading_shape, ids.shape[-1]),
         lse=log_shares.new_zeros(*leading_shape, 1),
+        # The draws are the whole teacher. A row without draws has no rest to know of.
+        rest_lse=torch.where(ids[:, :1] < 0, math.nan, -math.inf).to(log_shares.dtype).reshape(*leading_shape, 1),
         target_logit=None if target is None else target_logit.reshape(leading_shape),
     )
 

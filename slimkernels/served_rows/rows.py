@@ -13,7 +13,7 @@ from slimkernels.served_rows.answers import Answer, Position, Request
 from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken, TokenMap
 from slimkernels.serving.client import ServerRequestError
-from slimkernels.sparse_logits import SparseLogits
+from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 
 # Servers write -9999 or the lowest float for an unknown log-probability; no float32 softmax reaches so low.
 _LEAST_LOGPROB = -1000.0
@@ -145,7 +145,11 @@ class AnswerReader:
         return ServedDocument(ids, kept_places, teacher)
 
     def _rows(self, places: Sequence[int], positions: Sequence[Position]) -> tuple[list[int], SparseLogits]:
-        """Returns the rows that have at least one entry, and their positions in the document."""
+        """Returns the rows that have at least one entry, and their positions in the document.
+
+        Everything that a row does not keep counts to its ``rest_lse``: tokens that the server did not print, entries
+        without an id, and entries beyond the ``top_logprobs`` most probable ones.
+        """
         top_logprobs = self._top_logprobs
         ids = np.full((len(positions), top_logprobs), -1, dtype=np.int32)
         # In float64, as printed.
@@ -166,6 +170,7 @@ class AnswerReader:
             logits=kept.masked_fill(kept_ids < 0, 0.0).float(),
             lse=torch.zeros((rows, 1)),
             target_logit=torch.tensor(target_logits, dtype=torch.float32),
+            rest_lse=rest_of_logprobs(kept)[:, None].float(),
         )
         return kept_places, teacher
 

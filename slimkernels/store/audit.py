@@ -165,8 +165,9 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: Directory of the store.
 
     Returns:
-        A dict that JSON can hold. ``tokens`` counts the tokens of the sequences, ``rows`` those with a teacher row, and
-        ``entries`` the kept (id, logit) pairs. ``bytes`` is the size of all files, manifests included;
+        A dict that JSON can hold. ``tokens`` counts the tokens of the sequences, ``rows`` those with a teacher row,
+        ``rest_lse_rows`` the rows of shards that hold the log-sum-exp of what a row leaves out, and ``entries`` the
+        kept (id, logit) pairs. ``bytes`` is the size of all files, manifests included;
         ``bits_per_entry`` and ``bytes_per_token`` divide it by entries and tokens (0 for an empty store).
         ``entropy_bound_bits_per_entry`` is a lower bound for any coder of the same rows if every set of K ids is
         equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
@@ -199,6 +200,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "documents": len(store),
         "tokens": tokens,
         "rows": store.num_rows,
+        "rest_lse_rows": sum(entry.rows for entry in shards if entry.rest_lse),
         "entries": entries,
         "shards": len(shards),
         "parts": store.num_parts or 1,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch  # noqa: F401 -- loads the libraries that _C is linked to
 
+from slimkernels._checks import missing_extension
+from slimkernels.packed_logits import row_words
 from slimkernels.store.errors import (
     ByteOrderError,
     RowChecksumError,
@@ -21,10 +23,7 @@ from slimkernels.store.errors import (
 try:
     from slimkernels import _C
 except ImportError as error:
-    raise ImportError(
-        "slimkernels.store needs the compiled extension slimkernels._C, which this installation lacks: "
-        "run `pip install .` in the source tree"
-    ) from error
+    raise ImportError(missing_extension(error)) from error
 
 # Bits of one stored logit.
 VALUE_BITS = {"affine8": 8, "affine6": 6, "bfloat16": 16, "float32": 32}
@@ -51,13 +50,17 @@ _FAULTS = {
     12: "its target_logit is +inf",
     13: "it keeps more probability than its lse allows (logsumexp(logits) > lse)",
     14: "a padding bit after its values is set",
+    15: "its rest_lse is +inf",
+    16: "its rest_lse is above its lse, but the rest is a part of the whole row",
 }
 _ADVICE = {
     8: ": leave such entries out, padding the row with id -1",
     9: ": use codec='float32'",
     13: ": lse must be that of the whole row at temperature 1",
+    16: ": rest_lse must be that of the entries outside ids at the temperature of its column",
 }
 _OFFSETS_FAULT, _CHECKSUM_FAULT = 1, 2
+_NO_REST = np.empty(0, np.float32)
 
 
 def require_little_endian() -> None:
@@ -78,11 +81,6 @@ def document_hash(input_ids: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(input_ids, dtype="<i4").tobytes(), digest_size=HASH_BYTES).digest()
 
 
-def row_words(vocab_size: int, top_k: int) -> int:
-    """Returns the number of 32-bit words that hold the ids of a row of ``top_k`` entries."""
-    return _C.store_row_words(vocab_size, top_k)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedRows:
     """Encoded rows, in the form in which a shard holds them.
@@ -94,7 +92,8 @@ class EncodedRows:
         affine: (R, 2) float32, scale and zero; (0,) unless the codec is affine8 or affine6.
         lse: (R, M) float32.
         target_logit: (R,) float32.
-        checksums: (R,) uint64.
+        checksums: (R,) uint64, of the rows without ``rest_lse``.
+        rest_lse: (R, M) float32, or None.
     """
 
     counts: np.ndarray
@@ -104,6 +103,7 @@ class EncodedRows:
     lse: np.ndarray
     target_logit: np.ndarray
     checksums: np.ndarray
+    rest_lse: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -111,8 +111,21 @@ class EncodedRows:
     @property
     def nbytes(self) -> int:
         """The bytes that the rows take in a shard, without their offsets."""
-        arrays = (self.id_words, self.values, self.affine, self.lse, self.target_logit, self.checksums)
+        arrays = (
+            *(self.id_words, self.values, self.affine, self.lse, self.target_logit, self.checksums),
+            *(() if self.rest_lse is None else (self.rest_lse,)),
+        )
         return sum(array.nbytes for array in arrays)
+
+    def rest_or_unknown(self) -> np.ndarray:
+        """Returns ``rest_lse``, or NaN in its place where there is none."""
+        return np.full_like(self.lse, np.nan) if self.rest_lse is None else self.rest_lse
+
+    def checksums_with_rest(self) -> np.ndarray:
+        """Returns the (R,) uint64 checksums of the rows in a shard that holds ``rest_lse``."""
+        checksums = self.checksums.copy()
+        _C.store_checksums_with_rest(checksums, self.rest_or_unknown())
+        return checksums
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
@@ -156,6 +169,7 @@ def encode_rows(
     lse: np.ndarray,
     target_logit: np.ndarray,
     *,
+    rest_lse: np.ndarray | None = None,
     vocab_size: int,
     codec: str,
     first_row: int,
@@ -167,6 +181,7 @@ def encode_rows(
         logits: (R, K) float32, C-contiguous; the values at padding are not read.
         lse: (R, M) float32, C-contiguous.
         target_logit: (R,) float32.
+        rest_lse: (R, M) float32, C-contiguous, or None.
         vocab_size: V.
         codec: A key of ``VALUE_BITS``.
         first_row: Index of the first row in its shard, which its checksum covers.
@@ -188,6 +203,7 @@ def encode_rows(
         lse=lse,
         target_logit=target_logit,
         checksums=np.empty(rows, np.uint64),
+        rest_lse=rest_lse,
     )
     row, fault = _C.store_encode_rows(
         vocab_size=vocab_size,
@@ -196,6 +212,7 @@ def encode_rows(
         ids=ids,
         logits=logits,
         lse=lse,
+        rest_lse=_NO_REST if rest_lse is None else rest_lse,
         target_logit=target_logit,
         entry_offsets=entry_offsets,
         id_word_offsets=id_word_offsets,
@@ -231,7 +248,7 @@ def decode_rows(
         first_row: Index of the first row in the shard.
         num_rows: R, the number of rows to decode.
         width: K of the result, at least that of the largest row.
-        arrays: All tensors of the shard by name, flat or in the shapes of the format.
+        arrays: All tensors of the shard by name, flat or in the shapes of the format; ``rest_lse`` only if it has one.
         file: Name of the shard, for errors.
         document: Index of the document in the store, for errors.
 
@@ -257,6 +274,7 @@ def decode_rows(
         values=arrays["values"],
         affine=arrays["affine"] if codec in AFFINE_CODECS else np.empty(0, np.float32),
         lse=arrays["lse"],
+        rest_lse=arrays.get("rest_lse", _NO_REST),
         target_logit=arrays["target_logit"],
         checksums=arrays["row_checksums"],
         out_ids=ids,

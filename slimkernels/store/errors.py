@@ -50,7 +50,7 @@ class ManifestChecksumError(StoreError):
 
 
 class UnsupportedVersionError(StoreError):
-    """The store was written by another version of the format."""
+    """The store is of a version of the format that this release does not know, most likely of a newer one."""
 
 
 class ManifestFieldError(StoreError):

@@ -13,12 +13,12 @@ import math
 import re
 from typing import Any
 
+from slimkernels.packed_logits import row_words
 from slimkernels.store.codec import (
     AFFINE_CODECS,
     HASH_BYTES,
     VALUE_BITS,
     ragged_value_offset,
-    row_words,
     value_bytes,
 )
 from slimkernels.store.errors import (
@@ -30,7 +30,9 @@ from slimkernels.store.errors import (
 )
 
 FORMAT = "slimkernels-store"
-VERSION = 1
+# Version of a new store. Stores of every version of VERSIONS are read and appended to; a store keeps its own.
+VERSION = 2
+VERSIONS = (1, VERSION)
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = "writer.lock"
 TEMPORARY_SUFFIX = ".tmp"
@@ -139,6 +141,7 @@ class ShardEntry:
         documents, tokens, rows, entries: Counts; tokens are those of the sequences.
         id_words: Number of 32-bit words of the ids of all rows.
         top_k: Number of entries of every row, or None if rows differ or there are none.
+        rest_lse: Whether the shard holds the rows' ``rest_lse``; never in a store of version 1.
         head_checksum: Checksum of the bytes up to the end of the index.
         checksum: Checksum of all bytes.
     """
@@ -151,6 +154,7 @@ class ShardEntry:
     entries: int
     id_words: int
     top_k: int | None
+    rest_lse: bool = False
     head_checksum: str = ""
     checksum: str = ""
 
@@ -191,8 +195,10 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
         ("positions", "I32", (rows,)),
         ("input_ids", "I32", (entry.tokens,)),
         ("lse", "F32", (rows, len(settings.temperatures))),
-        ("target_logit", "F32", (rows,)),
     ]
+    if entry.rest_lse:
+        tensors += [("rest_lse", "F32", (rows, len(settings.temperatures)))]
+    tensors += [("target_logit", "F32", (rows,))]
     if settings.codec in AFFINE_CODECS:
         tensors += [("affine", "F32", (rows, 2))]
     id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
@@ -206,7 +212,8 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
 
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        # A shard without rest_lse is one of version 1, byte for byte.
+        "version": "2" if entry.rest_lse else "1",
         "vocab_size": str(settings.vocab_size),
         "codec": settings.codec,
         "top_k": "ragged" if top_k is None else str(top_k),
@@ -270,14 +277,20 @@ def unseal_manifest(data: bytes) -> dict[str, Any]:
     return content
 
 
-def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...]) -> dict[str, Any]:
+def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...], version: int = VERSION) -> dict[str, Any]:
     """Returns the manifest as a JSON object, without its checksum."""
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": version,
         **dataclasses.asdict(settings),
-        "shards": [dataclasses.asdict(entry) for entry in shards],
+        "shards": [{name: getattr(entry, name) for name in _entry_keys(version)} for entry in shards],
     }
+
+
+def _entry_keys(version: int) -> list[str]:
+    """Returns the keys of a shard's entry in a manifest of this version."""
+    names = [field.name for field in dataclasses.fields(ShardEntry)]
+    return [name for name in names if name != "rest_lse" or version > 1]
 
 
 def parts_content(settings: StoreSettings, num_parts: int) -> dict[str, Any]:
@@ -296,7 +309,8 @@ def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardE
     settings = _parse_settings(content, "shards")
     if not isinstance(content["shards"], list):
         raise ManifestFieldError("shards must be a list", file=MANIFEST_NAME)
-    return settings, tuple(_parse_entry(settings, i, entry) for i, entry in enumerate(content["shards"]))
+    keys = _entry_keys(content["version"])
+    return settings, tuple(_parse_entry(settings, i, entry, keys) for i, entry in enumerate(content["shards"]))
 
 
 def parse_parts(content: dict[str, Any]) -> tuple[StoreSettings, int]:
@@ -316,11 +330,15 @@ def _parse_settings(content: dict[str, Any], last_key: str) -> StoreSettings:
     if content.get("format") != FORMAT:
         raise ManifestFieldError(f"format must be {FORMAT!r}, got {content.get('format')!r}", file=MANIFEST_NAME)
     version = content.get("version")
-    if type(version) is not int or version != VERSION:
+    # Checked before any other key, because a newer version may have others.
+    if type(version) is int and version > VERSION:
         raise UnsupportedVersionError(
-            f"version must be {VERSION}, got {version!r}: read the store with the release that wrote it",
+            f"version must be at most {VERSION}, got {version}: a newer release of slimkernels wrote the store, update "
+            "slimkernels to read it",
             file=MANIFEST_NAME,
         )
+    if type(version) is not int or version not in VERSIONS:
+        raise UnsupportedVersionError(f"version must be one of {VERSIONS}, got {version!r}", file=MANIFEST_NAME)
     settings_names = [field.name for field in dataclasses.fields(StoreSettings)]
     _require_keys(content, ["checksum", "format", "version", *settings_names, last_key], "the manifest")
     temperatures = content["temperatures"]
@@ -332,11 +350,11 @@ def _parse_settings(content: dict[str, Any], last_key: str) -> StoreSettings:
         raise ManifestFieldError(str(error), file=MANIFEST_NAME) from error
 
 
-def _parse_entry(settings: StoreSettings, index: int, content: Any) -> ShardEntry:
+def _parse_entry(settings: StoreSettings, index: int, content: Any, keys: list[str]) -> ShardEntry:
     where = f"shards[{index}]"
     if not isinstance(content, dict):
         raise ManifestFieldError(f"{where} must be an object, got {content!r}", file=MANIFEST_NAME)
-    _require_keys(content, [field.name for field in dataclasses.fields(ShardEntry)], where)
+    _require_keys(content, keys, where)
     if content["file"] != shard_name(index):
         raise ShardNameError(f"{where}.file must be {shard_name(index)!r}, got {content['file']!r}", file=MANIFEST_NAME)
     counts = ["bytes", "documents", "tokens", "rows", "entries", "id_words"]
@@ -351,6 +369,10 @@ def _parse_entry(settings: StoreSettings, index: int, content: Any) -> ShardEntr
                 f"{where}.{name} must be {2 * CHECKSUM_BYTES} hexadecimal digits, got {content[name]!r}",
                 file=MANIFEST_NAME,
             )
+    if type(content.get("rest_lse", False)) is not bool:
+        raise ManifestFieldError(
+            f"{where}.rest_lse must be true or false, got {content['rest_lse']!r}", file=MANIFEST_NAME
+        )
     entry = ShardEntry(**content)
     if contradiction := _contradiction(settings, entry):
         raise ManifestFieldError(f"{where} contradicts itself: {contradiction}", file=MANIFEST_NAME)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from slimkernels.store.errors import PromptLengthsError
-from slimkernels.store.format import FORMAT, VERSION, ShardEntry, new_digest
+from slimkernels.store.format import FORMAT, ShardEntry, new_digest
 
+_VERSION = 1
 _LENGTH_BYTES = 4
 
 
@@ -31,7 +32,7 @@ def prompts_content(shard_checksum: str, lengths: np.ndarray) -> bytes:
     digest.update(data)
     metadata = {
         "format": f"{FORMAT}-prompts",
-        "version": str(VERSION),
+        "version": str(_VERSION),
         "shard": shard_checksum,
         "checksum": digest.hexdigest(),
     }

@@ -52,8 +52,9 @@ class Document:
     Attributes:
         input_ids: (T,) int64.
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
-        teacher: SparseLogits (R, K): ids int32, logits, lse and target_logit float32. K is the number of entries of the
-            largest row (at least 1); smaller rows are padded with id -1 and logit 0.
+        teacher: SparseLogits (R, K): ids int32, logits, lse, target_logit and rest_lse float32. K is the number of
+            entries of the largest row (at least 1); smaller rows are padded with id -1 and logit 0. ``rest_lse`` is
+            NaN in rows that were stored without it, and None if the store has it for no row.
         prompt_length: Number of tokens at the beginning that are a prompt; 0 where the store does not know.
     """
 
@@ -89,14 +90,21 @@ def tokens_as_int32(input_ids: Any, vocab_size: int) -> np.ndarray:
 class Shard:
     """A memory-mapped shard; size, header and index are checked on opening, documents and rows when they are read.
 
+    Args:
+        path: Directory of the store.
+        settings: Settings of the store.
+        entry: Entry of the shard in the manifest.
+        has_rest_lse: Whether rows have a ``rest_lse`` also if the shard holds none; it is NaN then.
+
     Attributes:
         arrays: Tensors by name, and ``prompt_lengths`` (D,); ``id_words`` and ``values`` are flat, ``values`` as
             bytes. Those of the index are copies, so that they cannot change after the check; the others are mapped.
     """
 
-    def __init__(self, path: Path, settings: StoreSettings, entry: ShardEntry) -> None:
+    def __init__(self, path: Path, settings: StoreSettings, entry: ShardEntry, *, has_rest_lse: bool = False) -> None:
         self.settings = settings
         self.entry = entry
+        self._has_rest_lse = has_rest_lse
         layout = shard_layout(settings, entry)
         with open_shard(path, entry, layout) as file:
             head = layout.header + file.read(layout.head_bytes - len(layout.header))
@@ -203,7 +211,11 @@ class Shard:
         }
 
     def _scalars(self, start: int, stop: int) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(self.arrays[name][start:stop].copy()) for name in ("lse", "target_logit")}
+        names = ("lse", "rest_lse", "target_logit") if self.entry.rest_lse else ("lse", "target_logit")
+        scalars = {name: torch.from_numpy(self.arrays[name][start:stop].copy()) for name in names}
+        if self._has_rest_lse and not self.entry.rest_lse:
+            scalars["rest_lse"] = torch.full_like(scalars["lse"], torch.nan)
+        return scalars
 
     def _require_size(self) -> None:
         # Touching a page past the end of a file that shrank after it was mapped would kill the process.
@@ -311,6 +323,11 @@ class Store(Sequence[Document]):
         """The part of ``fingerprint`` that only the lengths of prompts decide; None where no length is known."""
         return prompts_fingerprint(self._prompt_lengths(number) for number in range(len(self.shards)))
 
+    @property
+    def has_rest_lse(self) -> bool:
+        """Whether the rows of all documents have a ``rest_lse``, which is NaN where it is not known."""
+        return any(entry.rest_lse for entry in self.shards)
+
     def longest_document(self) -> int:
         """Returns the number of tokens of the longest document, from 8 bytes of the index for each document."""
         longest = 0
@@ -396,7 +413,7 @@ class Store(Sequence[Document]):
         """Returns one shard, mapped and with its index checked."""
         shard = self._mapped.pop(number, None)
         if shard is None:
-            shard = Shard(self.path, self.settings, self.shards[number])
+            shard = Shard(self.path, self.settings, self.shards[number], has_rest_lse=self.has_rest_lse)
         # Reinserted last, so that the first is the least recently used one.
         self._mapped[number] = shard
         if len(self._mapped) > _MAX_MAPPED:

@@ -29,6 +29,7 @@ from slimkernels.store.files import lock_directory, make_directory
 from slimkernels.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
+    VERSION,
     ShardEntry,
     StoreSettings,
     manifest_content,
@@ -59,7 +60,9 @@ class StoreWriter:
     ``add`` buffers a document. ``flush`` writes the buffered documents as one shard; ``close`` and the end of the
     ``with`` block, also by an exception, flush too. When ``flush`` returns, the documents are on the disk and survive a
     kill or a power cut; a kill before that leaves the store as it was. Documents are either whole or absent. ``add``
-    flushes when a shard is full. Only one writer at a time can open a store; readers can always read it.
+    flushes when a shard is full. Only one writer at a time can open a store; readers can always read it. A store keeps
+    the version of the format in which it was made. Version 1 has no ``rest_lse``, so a store of that version is
+    continued without it, and the releases that made it can still read it.
 
     Args:
         path: Directory of the store, made if it does not exist.
@@ -109,6 +112,7 @@ class StoreWriter:
         if shard_rows is not None and (type(shard_rows) is not int or shard_rows < 1):
             raise ValueError(f"shard_rows must be an int of at least 1, or None for about 64 MiB, got {shard_rows!r}")
         self._shard_rows = shard_rows
+        self._version = VERSION
         self._pending: list[_Pending] = []
         self._pending_rows = self._pending_bytes = 0
         make_directory(self.path)
@@ -129,6 +133,7 @@ class StoreWriter:
             teacher: SparseLogits (R, K) for V ids. Every row keeps at least one entry; kept logits are finite.
                 The affine codecs drop the entries of a row that lie more than ``FAR_NATS[codec]`` times the largest
                 temperature below its maximum, because one such entry would make the steps of all others coarse.
+                Their mass is added to ``rest_lse``. Rows with and without ``rest_lse`` can be in one store.
                 A NaN ``target_logit`` means that the teacher's logit of the label is not known. Without a
                 ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept.
             prompt_length: Number of tokens at the beginning that are a prompt, in [0, T]; 0 if that is not known.
@@ -175,7 +180,7 @@ class StoreWriter:
             # Read only with the shard that it names, so that it needs no temporary name.
             write_durably(self.path / prompts_name(name), [prompts_content(entry.checksum, lengths)])
         shards = (*self._shards, entry)
-        write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards))])
+        write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards, self._version))])
         sync_directory(self.path)
         # Until the manifest lists the shard, the temporary manifest accounts for it.
         os.replace(shard_temporary, self.path / name)
@@ -215,7 +220,7 @@ class StoreWriter:
     def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
         manifest = self.path / MANIFEST_NAME
         if not manifest.exists():
-            write_atomically(manifest, seal_manifest(manifest_content(self.settings, ())))
+            write_atomically(manifest, seal_manifest(manifest_content(self.settings, (), self._version)))
             return (), set()
         store = Store(self.path)
         if store.num_parts is not None:
@@ -231,6 +236,7 @@ class StoreWriter:
             )
         # The teacher keeps the name, and the tokenizer the fingerprint, that it had when the store was made.
         self.settings = store.settings
+        self._version = store.manifest["version"]
         # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))
         for leftover in (prompts_name(name), name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
@@ -253,15 +259,24 @@ class StoreWriter:
             target_logit = np.where(is_label, logits, -np.inf).max(-1, initial=-np.inf).astype(np.float32)
         else:
             target_logit = _as_array(teacher.target_logit, torch.float32)
+        rest_lse = None
+        if teacher.rest_lse is not None and self._version > 1:
+            rest_lse = _as_array(teacher.rest_lse, torch.float64)
         if self.settings.codec in FAR_NATS:
-            kept, logits = _without_far_entries(
-                kept, logits, FAR_NATS[self.settings.codec] * max(self.settings.temperatures)
+            kept, logits, rest_lse = _without_far_entries(
+                kept,
+                logits,
+                rest_lse,
+                span=FAR_NATS[self.settings.codec] * max(self.settings.temperatures),
+                temperatures=self.settings.temperatures,
             )
         return encode_rows(
             kept,
             logits,
-            _as_array(teacher.lse, torch.float32),
-            target_logit,
+            # Copied, because the caller may use the memory for something else before the rows are written.
+            _as_array(teacher.lse, torch.float32).copy(),
+            target_logit.copy(),
+            rest_lse=None if rest_lse is None else rest_lse.astype(np.float32),
             vocab_size=self.settings.vocab_size,
             codec=self.settings.codec,
             first_row=self._pending_rows,
@@ -271,10 +286,13 @@ class StoreWriter:
         documents = self._pending
         counts = np.concatenate([document.rows.counts for document in documents])
         top_k = int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
+        has_rest = any(document.rows.rest_lse is not None and len(document.rows) for document in documents)
         tensors: dict[str, list[np.ndarray]] = {
             "document_row_offsets": [offsets_of(np.array([len(document.rows) for document in documents]))],
             "document_token_offsets": [offsets_of(np.array([len(document.input_ids) for document in documents]))],
-            "row_checksums": [document.rows.checksums for document in documents],
+            "row_checksums": [
+                document.rows.checksums_with_rest() if has_rest else document.rows.checksums for document in documents
+            ],
             "document_hashes": [np.frombuffer(document.digest, np.uint8) for document in documents],
             "positions": [document.positions for document in documents],
             "input_ids": [document.input_ids for document in documents],
@@ -284,6 +302,8 @@ class StoreWriter:
             "id_words": [document.rows.id_words for document in documents],
             "values": [document.rows.values for document in documents],
         }
+        if has_rest:
+            tensors["rest_lse"] = [document.rows.rest_or_unknown() for document in documents]
         if top_k is None:
             tensors["entry_offsets"] = [offsets_of(counts)]
             tensors["id_word_offsets"] = [offsets_of(words_of(self.settings.vocab_size, counts))]
@@ -297,6 +317,7 @@ class StoreWriter:
             entries=int(counts.sum()),
             id_words=sum(len(document.rows.id_words) for document in documents),
             top_k=top_k,
+            rest_lse=has_rest,
         )
         layout = shard_layout(self.settings, entry)
         head, whole = new_digest(), new_digest()
@@ -316,23 +337,35 @@ class StoreWriter:
         )
 
 
-def _without_far_entries(ids: np.ndarray, logits: np.ndarray, span: float) -> tuple[np.ndarray, np.ndarray]:
+def _without_far_entries(
+    ids: np.ndarray, logits: np.ndarray, rest_lse: np.ndarray | None, *, span: float, temperatures: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Drops the finite logits (R, K) that lie more than ``span`` below the maximum of their row.
 
     The probability of a dropped entry is at most exp(-span) of the largest one and counts with the entries that are
-    not kept. Rows without such an entry are returned as they are.
+    not kept: it is added to ``rest_lse`` (R, M) float64. Rows without such an entry are returned as they are.
     """
     is_entry = ids != -1
     largest = np.where(is_entry, logits, -np.inf).max(-1, keepdims=True, initial=-np.inf)
     # An infinite logit, which no row may have, is left for the encoder to refuse.
     is_far = is_entry & np.isfinite(logits) & (logits < largest - np.float32(span)) & np.isfinite(largest)
     if not is_far.any():
-        return ids, logits
+        return ids, logits, rest_lse
     order = np.argsort(is_far, axis=-1, kind="stable")
     gone = np.take_along_axis(is_far, order, -1)
+    if rest_lse is not None:
+        rows = is_far.any(-1)
+        far = np.where(is_far[rows], logits[rows].astype(np.float64), -np.inf)
+        dropped = np.stack([np.logaddexp.reduce(far / temperature, -1) for temperature in temperatures], -1)
+        # A rest of NaN, which is not known, stays NaN.
+        with np.errstate(invalid="ignore"):
+            together = np.logaddexp(rest_lse[rows], dropped)
+        rest_lse = rest_lse.copy()
+        rest_lse[rows] = together
     return (
         np.where(gone, np.int32(-1), np.take_along_axis(ids, order, -1)),
         np.where(gone, np.float32(0), np.take_along_axis(logits, order, -1)),
+        rest_lse,
     )
 
 

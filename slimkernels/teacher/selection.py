@@ -79,7 +79,8 @@ class Selection(NamedTuple):
 def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
     """Keeps the fewest entries of every row whose probabilities at temperature 1, exp(logit - lse), sum to ``top_p``.
 
-    Of equally likely entries those with lower ids are kept. The result (N, K') is as wide as its widest row.
+    Of equally likely entries those with lower ids are kept. The others are added to ``rest_lse``, at each temperature.
+    The result (N, K') is as wide as its widest row.
     """
     logits = kept.logits.double().masked_fill(kept.ids < 0, -torch.inf)
     order = logits.argsort(dim=-1, descending=True, stable=True)
@@ -88,6 +89,11 @@ def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
     stays = torch.zeros_like(order, dtype=torch.bool)
     stays.scatter_(-1, order, torch.nn.functional.pad(mass[:, :-1] < top_p, (1, 0), value=True))
     stays &= kept.ids >= 0
+    rest_lse = kept.rest_lse
+    if rest_lse is not None:
+        cut = logits.masked_fill(stays, -torch.inf)
+        cut_lse = torch.stack([(cut / temperature).logsumexp(-1) for temperature in kept.temperatures], -1)
+        rest_lse = torch.logaddexp(rest_lse.double(), cut_lse).to(rest_lse.dtype)
     width = int(stays.sum(-1).max()) if len(order) else kept.top_k
     # Moves the entries that stay to the front; the stable sort keeps the ids ascending.
     places = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
@@ -96,6 +102,7 @@ def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
         kept,
         ids=kept.ids.gather(-1, places).masked_fill(gone, -1),
         logits=kept.logits.gather(-1, places).masked_fill(gone, 0.0),
+        rest_lse=rest_lse,
     )
 
 

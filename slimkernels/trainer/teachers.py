@@ -155,6 +155,7 @@ class StoredTeacher:
             lse=torch.zeros(0, len(temperatures)),
             temperatures=temperatures,
             target_logit=torch.zeros(0),
+            rest_lse=torch.zeros(0, len(temperatures)) if self.store.has_rest_lse else None,
         )
 
     def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from support import teachers
 
@@ -52,10 +53,14 @@ def assert_is(
 ) -> None:
     """The document is the case's, its rows are the case's largest, and so are its probabilities at the temperature.
 
-    ``temperature`` is that of the case's log-probabilities; not over the whole row, they were renormalised.
+    ``temperature`` is that of the case's log-probabilities; not over the whole row, they were renormalised. The rest of
+    a row is known at this temperature alone, and only if the log-probabilities are over the whole row.
     """
     assert document.input_ids.tolist() == case.input_ids
     assert document.positions.tolist() == positions
+    assert (document.teacher.rest_lse is not None) == whole_row
+    if whole_row and temperature != 1:
+        assert document.teacher.rest_lse_at(1.0).isnan().all()
     for row, position in enumerate(positions):
         teacher = document.teacher[row]
         kept = teacher.ids >= 0
@@ -68,6 +73,11 @@ def assert_is(
             expected, actual = (values - values.logsumexp(-1) for values in (expected, actual))
             torch.testing.assert_close(teacher.lse_at(1.0).double(), logits.logsumexp(-1), atol=atol, rtol=0)
         torch.testing.assert_close(actual.double(), expected, atol=atol, rtol=0)
+        if whole_row:
+            rest = 1 - torch.from_numpy(case.logprobs[position - 1, ids]).exp().sum()
+            assert rest > 1e-4
+            # An error of every log-probability is the same error of their mass.
+            assert teacher.rest_lse_at(temperature).double().exp() == pytest.approx(float(rest), abs=max(atol, 1e-6))
         label = case.input_ids[position]
         if label in ids:
             assert teacher.target_logit == teacher.logits[kept][ids.index(label)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slimkernels import SparseLogits
 from slimkernels.store import Document, StoreWriter
+from slimkernels.store.format import StoreSettings, manifest_content, seal_manifest
 
 SETTINGS = {
     "vocab_size": 97,
@@ -37,20 +38,24 @@ def random_teacher(
     ragged: bool = False,
     temperatures: tuple[float, ...] = (1.0, 2.0),
     spread: float = 3.0,
+    rest: bool = True,
 ) -> SparseLogits:
-    """Makes rows of normal logits that keep their top_k, or between 1 and top_k of them if ragged."""
+    """Makes rows of normal logits that keep their top_k, or between 1 and top_k of them if ragged; ``rest`` or not."""
     row = torch.randn(num_rows, vocab_size, generator=generator) * spread
     logits, ids = row.topk(top_k)
     if ragged:
         kept = torch.randint(1, top_k + 1, (num_rows, 1), generator=generator)
         ids = ids.masked_fill(torch.arange(top_k) >= kept, vocab_size)
     ids, order = ids.sort(-1)
+    # The padding is scattered into an extra column.
+    others = torch.nn.functional.pad(row, (0, 1), value=-torch.inf).scatter(-1, ids, -torch.inf)
     return SparseLogits(
         ids=ids.masked_fill(ids == vocab_size, -1).int(),
         logits=logits.gather(-1, order),
         lse=torch.stack([(row / t).logsumexp(-1) for t in temperatures], -1),
         temperatures=temperatures,
         target_logit=row[:, 0].clone(),
+        rest_lse=torch.stack([(others / t).logsumexp(-1) for t in temperatures], -1) if rest else None,
     )
 
 
@@ -64,6 +69,13 @@ def random_case(
         positions,
         random_teacher(num_rows, vocab_size, top_k, generator, **options),
     )
+
+
+def begin_store(path: Path, version: int, **settings) -> None:
+    """Makes an empty store of a version of the format, which writers then continue."""
+    path.mkdir(parents=True)
+    content = manifest_content(StoreSettings(**{"codec": "affine8"} | SETTINGS | settings), (), version)
+    (path / "manifest.json").write_bytes(seal_manifest(content))
 
 
 def write_store(path: Path, shards: list[list[Case]], **settings) -> None:
@@ -84,6 +96,12 @@ def assert_stored(document: Document, case: Case, codec: str = "affine8") -> Non
     assert width == int(kept.sum(-1).max()) if len(case.positions) else width >= 1
     assert torch.equal(document.teacher.ids, case.teacher.ids[:, :width])
     assert torch.equal(document.teacher.lse, case.teacher.lse.float())
+    rest_lse = document.teacher.rest_lse
+    if case.teacher.rest_lse is None or not len(case.positions):
+        assert rest_lse is None or rest_lse.isnan().all()
+    else:
+        assert rest_lse is not None
+        assert torch.equal(rest_lse, case.teacher.rest_lse.float())
     if case.teacher.target_logit is not None:
         torch.testing.assert_close(
             document.teacher.target_logit, case.teacher.target_logit.float(), rtol=0, atol=0, equal_nan=True

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from support import store_oracle as oracle
-from support.store_cases import random_case, write_store
+from support.store_cases import begin_store, random_case, write_store
 
 from slimkernels.store import Store, StoreError, verify
 from slimkernels.store.codec import VALUE_BITS, document_hash
@@ -49,22 +49,30 @@ def read(store: Store, index: int) -> tuple[bytes, ...]:
     document, packed = store[index], store.packed(index)
     teacher = document.teacher
     tensors = [document.input_ids, document.positions, teacher.ids, teacher.logits, teacher.lse, teacher.target_logit]
+    tensors += [] if teacher.rest_lse is None else [teacher.rest_lse]
     tensors += packed.teacher._tensors().values()
     plain = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors)
     return tuple(tensor.numpy().tobytes() for tensor in plain)
 
 
-def make_store(path: Path, codec: str) -> Pristine:
-    """Makes a store of a uniform and a ragged shard, and a shard outside of it that no name may reach."""
+def make_store(path: Path, codec: str, version: int, rests: tuple[bool, bool, bool]) -> Pristine:
+    """Makes a store of a uniform and a ragged shard, and a shard outside of it that no name may reach.
+
+    ``rests`` tells whether the documents of the first shard, and the first of the second, have a ``rest_lse``.
+    """
     generator = torch.Generator().manual_seed(3)
+    settings = {"vocab_size": VOCAB_SIZE, "temperatures": (1.0,), "codec": codec}
     options = {"vocab_size": VOCAB_SIZE, "top_k": 3, "temperatures": (1.0,)}
+    one, two, three = ({"rest": rest, **options} for rest in rests)
     shards = [
-        [random_case(4, 2, generator, **options), random_case(2, 1, generator, **options)],
-        [random_case(6, 4, generator, ragged=True, **options), random_case(3, 0, generator, **options)],
+        [random_case(4, 2, generator, **one), random_case(2, 1, generator, **two)],
+        [random_case(6, 4, generator, ragged=True, **three), random_case(3, 0, generator, **options)],
     ]
-    write_store(path, shards, vocab_size=VOCAB_SIZE, temperatures=(1.0,), codec=codec)
+    begin_store(path, version, **settings)
+    write_store(path, shards, **settings)
     store = Store(path)
     assert [entry.top_k for entry in store.shards] == [3, None]
+    assert [entry.rest_lse for entry in store.shards] == [version > 1 and any(rests[:2]), version > 1 and rests[2]]
     files = {name: (path / name).read_bytes() for name in (MANIFEST, *SHARDS)}
     (path.parent / SHARDS[0]).write_bytes(files[SHARDS[0]])
     return Pristine(path, files, [read(store, index) for index in range(len(store))])
@@ -229,6 +237,8 @@ def _seal_rows(data: bytearray, plain: Store, number: int, spans: dict[str, tupl
             h = oracle.xxh64(array("affine", "<f4")[2 * r : 2 * r + 2].tobytes(), h)
         h = oracle.xxh64(row_words.tobytes(), h)
         h = oracle.xxh64(values[start : start + oracle.row_bytes(codec, last - first)], h)
+        if "rest_lse" in spans:
+            h = oracle.xxh64(array("rest_lse", "<f4")[r : r + 1].tobytes(), h)
         at = spans["row_checksums"][0] + 8 * r
         data[at : at + 8] = h.to_bytes(8, "little")
 
@@ -249,6 +259,7 @@ def assert_well_formed(store: Store, index: int) -> None:
     assert not (kept[:, 1:] & ~kept[:, :-1]).any()
     assert teacher.logits[kept].isfinite().all()
     assert teacher.lse.isfinite().all()
+    assert teacher.rest_lse is None or not teacher.rest_lse.isposinf().any()
 
 
 # Damage that does not correct the checksums.
@@ -342,7 +353,13 @@ def guarded() -> Iterator[Callable[[], None]]:
 
 def fuzz(path: Path, cases: int, seed: int) -> Counter[tuple[str, str]]:
     """Runs cases, each with its own seed, and counts the outcomes of each kind of damage."""
-    stores = [make_store(path / codec / "store", codec) for codec in VALUE_BITS]
+    stores = [make_store(path / codec / "store", codec, 2, (True, True, True)) for codec in VALUE_BITS]
+    for name, version, rests in (
+        ("first version", 1, (True, True, True)),
+        ("with and without rest_lse", 2, (True, False, False)),
+        ("without rest_lse", 2, (False, False, False)),
+    ):
+        stores.append(make_store(path / name / "store", "affine8", version, rests))
     outcomes: Counter[tuple[str, str]] = Counter()
     with guarded() as start_clock:
         for number in range(seed * 10**7, seed * 10**7 + cases):

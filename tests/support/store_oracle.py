@@ -119,6 +119,7 @@ class OracleRow(NamedTuple):
     logits: np.ndarray
     lse: np.ndarray
     target_logit: np.float32
+    rest_lse: np.ndarray | None
 
 
 def read_shard(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -148,7 +149,11 @@ def read_store(path: Path) -> list[tuple[np.ndarray, list[OracleRow]]]:
         data = (path / entry["file"]).read_bytes()
         assert blake(data) == entry["checksum"]
         assert len(data) == entry["bytes"]
-        documents += _read_documents(manifest, entry, read_shard(data)[0])
+        tensors, metadata = read_shard(data)
+        assert ("rest_lse" in entry) == (manifest["version"] == 2)
+        assert ("rest_lse" in tensors) == entry.get("rest_lse", False)
+        assert metadata["version"] == ("2" if "rest_lse" in tensors else "1")
+        documents += _read_documents(manifest, entry, tensors)
     return documents
 
 
@@ -170,7 +175,8 @@ def _read_documents(manifest: dict, entry: dict, tensors: dict[str, np.ndarray])
         raw = values[starts[r] : stop]
         assert not any(values[stop : starts[r + 1]])
         affine = tensors["affine"][r] if "affine" in tensors else None
-        parts = [tensors["lse"][r], tensors["target_logit"][r], affine, row_words, raw]
+        rest_lse = tensors["rest_lse"][r] if "rest_lse" in tensors else None
+        parts = [tensors["lse"][r], tensors["target_logit"][r], affine, row_words, raw, rest_lse]
         h = r
         for part in parts:
             if part is not None:
@@ -183,6 +189,7 @@ def _read_documents(manifest: dict, entry: dict, tensors: dict[str, np.ndarray])
                 decode_values(codec, raw, affine, count),
                 tensors["lse"][r],
                 tensors["target_logit"][r],
+                rest_lse,
             )
         )
     for d in range(entry["documents"]):
