@@ -125,7 +125,9 @@ def sparse_softmax(
 
     - ``"renorm"``, ``"renorm_both"``: q / a on the ids, 0 outside; ``lse`` is not needed.
     - ``"zero"``: q on the ids, 0 outside, so the row sums to a.
-    - ``"ghost"``: q on the ids, and one bucket of mass 1 - a = -expm1(log a) (0 when a >= 1 or every id is kept).
+    - ``"ghost"``: q on the ids, and one bucket of mass 1 - a. In rows with a known ``rest_lse``, its log-sum-exp with
+      the entries is the normaliser in place of ``lse``, and the bucket is exp(rest_lse - normaliser). In other rows
+      1 - a = -expm1(log a) (0 when a >= 1 or every id is kept).
     - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), because the unkept logits are taken as 0.
 
     Padding, and every id of a row with no mass on its ids, has log-probability -inf and gradient 0.
@@ -147,6 +149,14 @@ def sparse_softmax(
         q_norm = sparse.lse_at(temperature).to(dtype)
     if rest == "ghost":
         tail = _log1mexp(lse_on - q_norm).masked_fill(kept.sum(-1) == (vocab_size or -1), -math.inf)
+        rest_lse = sparse.rest_lse_at(temperature)
+        if rest_lse is not None:
+            known = ~rest_lse.isnan()
+            rest_lse = rest_lse.to(dtype).masked_fill(~known, 0.0)
+            summed = _logsumexp(torch.stack([lse_on, rest_lse], dim=-1))
+            summed = summed.masked_fill(summed == -math.inf, 0.0)
+            q_norm = torch.where(known, summed, q_norm)
+            tail = torch.where(known, (rest_lse - summed).masked_fill(rest_lse == -math.inf, -math.inf), tail)
     logprobs = (teacher_z - q_norm.unsqueeze(-1)).masked_fill(teacher_z == -math.inf, -math.inf)
     return SparseProbs(logprobs, tail)
 
@@ -221,7 +231,9 @@ def slim_loss(
         rows = _constant(teacher.reshape(labels.numel())[active], z.dtype)
         student_sums = _sum_student(z / temperature, rows.ids, rest)
         teacher_sums = _sum_teacher(rows, label, temperature, rest, vocab_size)
-        kd = _divergence(teacher_sums.log_q, student_sums.log_p, divergence, beta, alpha) * temperature**2
+        log_q, log_p = teacher_sums.log_q, student_sums.log_p
+        both_sum_to_one = rest in ("ghost", "renorm_both")
+        kd = _divergence(log_q, log_p, divergence, beta, alpha, both_sum_to_one=both_sum_to_one) * temperature**2
         if isinstance(token_weight, Tensor):
             w = token_weight.detach().reshape(-1)[active].to(z.dtype)
         else:
@@ -310,22 +322,28 @@ def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
     return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
-    """Computes divergence(Q, P) of every row (N, outcomes), part of stage 3."""
-    if divergence == "forward_kl":
-        return _expectation(log_q, log_q - log_p)
+def _divergence(
+    log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float, *, both_sum_to_one: bool
+) -> Tensor:
+    """Computes divergence(Q, P) of every row (N, outcomes), part of stage 3.
+
+    Where Q and P both sum to 1, every outcome's share of a KL divergence is at least 0.
+    """
     if divergence == "soft_ce":
         return _expectation(log_q, -log_p)
+    if divergence == "forward_kl":
+        return _kl_share(log_q, log_p).sum(-1) if both_sum_to_one else _expectation(log_q, log_q - log_p)
     if divergence == "reverse_kl":
-        # An outcome with q = 0 contributes 0: its true term is infinite, and a tail may have mass 0 only because of
-        # the rounding of the teacher's lse.
-        return _expectation(log_p.masked_fill(log_q.exp() == 0, -math.inf), log_p - log_q)
+        # An outcome that the teacher excludes contributes 0, because its true term is infinite.
+        excluded = log_q == -math.inf
+        return _kl_share(log_p, log_q.masked_fill(excluded, 0.0)).masked_fill(excluded, 0.0).sum(-1)
     share = beta if divergence == "jsd" else alpha
     log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
     log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
+    from_q = _kl_share(log_q, log_m).sum(-1)
     if divergence == "skew_kl":
-        return _expectation(log_q, log_q - log_m)
-    return beta * _expectation(log_q, log_q - log_m) + (1 - beta) * _expectation(log_p, log_p - log_m)
+        return from_q
+    return beta * from_q + (1 - beta) * _kl_share(log_p, log_m).sum(-1)
 
 
 def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
@@ -377,6 +395,18 @@ def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
     """Computes the sum of exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
     weight = log_weight.exp()
     return (weight * value.masked_fill(weight == 0, 0.0)).sum(-1)
+
+
+def _kl_share(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Computes a log(a / b) - a + b, an outcome's share of KL(a || b), which is at least 0."""
+    a, b = log_a.exp(), log_b.exp()
+    empty = a == 0
+    log_ratio = (log_a - log_b).masked_fill(empty, 0.0)
+    is_near = log_ratio.abs() < 1
+    # With b = a exp(-x) the share is a (x + exp(-x) - 1), whose terms are as small as x.
+    small = log_ratio.masked_fill(~is_near, 0.0)
+    share = torch.where(is_near, a * (small + torch.expm1(-small)), a * log_ratio - a + b)
+    return torch.where(empty, b, share)
 
 
 def _logsumexp(x: Tensor) -> Tensor:

@@ -43,13 +43,15 @@ def sparse_softmax(
     ================ ========================= =======================================================
     "renorm"         q / a                     0
     "zero"           q                         0: the mass 1 - a is dropped
-    "ghost"          q                         one bucket of mass 1 - a
+    "ghost"          q                         one bucket of mass 1 - a, ``exp(rest_lse - lse)``
     "zero_logit"     softmax of the row whose  (V - K) exp(0) / Z; not shift invariant: adding a constant
                      unkept logits are 0       to every logit changes the result
     "renorm_both"    q / a                     0; the student is renormalised on S too
     ================ ========================= =======================================================
 
-    with q the teacher's exact probability ``exp(logits / T - lse_T)`` and ``a = sum_S q`` the kept mass.
+    with q the teacher's exact probability ``exp(logits / T - lse_T)`` and ``a = sum_S q`` the kept mass. Under "ghost",
+    rows with a known ``rest_lse`` take ``logaddexp(logsumexp(logits / T), rest_lse)`` in place of ``lse``, so that the
+    probabilities sum to 1 also where the logits were quantised.
 
     Equivalent to, for "renorm"::
 
@@ -69,10 +71,11 @@ def sparse_softmax(
         ValueError: An unknown ``rest``, a temperature that is not positive or was not captured, a missing vocab_size,
             or ids that do not ascend inside [0, V).
 
-    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse) x deterministic. On CUDA
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse, rest_lse) x deterministic. On CUDA
     raising would need a synchronisation, so a row with bad ids becomes NaN.
 
-    Precision: the tail is ``log(-expm1(log a))``, because a stored record does not hold the unkept logits.
+    Precision: the tail of a row with a known ``rest_lse`` has float32 accuracy, however small it is. In a row without
+    one it is ``log(-expm1(log a))``, and a tail mass below about 1e-5 is not known, because a float32 ``lse`` is rounded.
 
     >>> from slimkernels import topk_logits
     >>> probs = sparse_softmax(topk_logits(torch.zeros(1, 4), top_k=2), rest="ghost")
@@ -91,7 +94,7 @@ def sparse_softmax(
             raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     check_sparse_logits(sparse, "sparse")
     check_kernels(sparse.logits, "sparse.logits")
-    check_transforms("sparse_softmax", sparse.logits, sparse.lse)
+    check_transforms("sparse_softmax", sparse.logits, sparse.lse, sparse.rest_lse)
     flat = sparse.flatten()
     logits = widen_float8(flat.logits).contiguous()
     dtype = accumulation_dtype(logits.dtype)
@@ -133,39 +136,47 @@ def _fake(ids: Tensor, logits: Tensor, *_options):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, logits, lse, _, ctx.temperature, ctx.rest, _, operand = inputs
-    ctx.save_for_backward(*output, operand)
+    _, logits, lse, rest_lse, ctx.temperature, ctx.rest, _, operand = inputs
+    ctx.save_for_backward(*output, rest_lse, operand)
     ctx.logits_dtype = logits.dtype
     ctx.has_lse = lse is not None
 
 
 def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
-    logprobs, tail_logprob, operand = ctx.saved_tensors
+    logprobs, tail_logprob, rest_lse, operand = ctx.saved_tensors
     temperature = ctx.temperature if operand is None else operand[0]
     # A NaN of a row that nobody asked for the gradient of must not reach it as NaN * 0.
     used = ((grad_logprobs != 0).any(-1) | (grad_tail != 0))[:, None]
     probs = torch.where(used, logprobs.exp(), 0.0)
     grad_logprobs = grad_logprobs.masked_fill(logprobs == -torch.inf, 0.0)
-    total = grad_logprobs.sum(-1, keepdim=True)
-    grad_lse = None
+    has_tail = (tail_logprob > -torch.inf) & used[:, 0]
+    grad_tail = torch.where(has_tail, grad_tail, 0.0)
+    tail_logprob = torch.where(has_tail, tail_logprob, 0.0)
+    total = grad_logprobs.sum(-1)
+    grad_lse = grad_rest_lse = None
     if ctx.rest in _checks.RESTS_WITH_LSE:
-        grad = grad_logprobs
-        grad_lse = -total[:, 0]
+        grad, grad_lse = grad_logprobs, -total
         if ctx.rest == "ghost":
             # The tail is log(1 - a), so d tail / d log q_k = -q_k / (1 - a).
-            has_tail = tail_logprob > -torch.inf
-            has_tail = has_tail & used[:, 0]
-            odds = torch.where(has_tail, grad_tail * (-tail_logprob.masked_fill(~has_tail, 0.0)).exp(), 0.0)
+            odds = torch.where(has_tail, grad_tail * (-tail_logprob).exp(), 0.0)
             grad = grad - probs * odds[:, None]
             grad_lse = grad_lse + odds * probs.sum(-1)
+            if rest_lse is not None:
+                # Where the rest is known, the normaliser is the log-sum-exp of the logits and the rest.
+                is_known = ~rest_lse.isnan()
+                total = total + grad_tail
+                tail = torch.where(has_tail, tail_logprob.exp(), 0.0)
+                grad = torch.where(is_known[:, None], grad_logprobs - probs * total[:, None], grad)
+                grad_lse = torch.where(is_known, 0.0, grad_lse)
+                grad_rest_lse = torch.where(is_known, grad_tail - tail * total, 0.0)
     else:
         # With x = logits / T, log Z has the derivative probs by x on S, and every logprob, also the tail of
         # "zero_logit", depends on log Z.
         if ctx.rest == "zero_logit":
-            total = total + grad_tail.masked_fill(tail_logprob == -torch.inf, 0.0)[:, None]
-        grad = grad_logprobs - probs * total
+            total = total + grad_tail
+        grad = grad_logprobs - probs * total[:, None]
     grad_logits = (grad / temperature).to(ctx.logits_dtype)
-    return None, grad_logits, grad_lse if ctx.has_lse else None, None, None, None, None, None
+    return None, grad_logits, grad_lse if ctx.has_lse else None, grad_rest_lse, None, None, None, None
 
 
 define(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -108,16 +109,17 @@ def random_problem(
     teacher = reference.topk_logits(teacher_logits, top_k, target=target, temperatures=temperatures)
     if ragged:
         keep = torch.arange(top_k) < torch.randint(1, top_k + 1, (num_rows, 1), generator=generator)
+        dropped = teacher.logits.to(teacher.lse.dtype).masked_fill(keep, -math.inf)[:, None]
+        dropped = torch.logsumexp(dropped / teacher.lse.new_tensor(temperatures)[:, None], -1)
         # The NaN at padding must never be read.
-        teacher = SparseLogits(
+        teacher = dataclasses.replace(
+            teacher,
             ids=teacher.ids.masked_fill(~keep, -1),
             logits=teacher.logits.masked_fill(~keep, math.nan),
-            lse=teacher.lse,
-            temperatures=temperatures,
-            target_logit=teacher.target_logit,
+            rest_lse=torch.logaddexp(teacher.rest_lse, dropped),
         )
     if not with_target_logit:
-        teacher = SparseLogits(teacher.ids, teacher.logits, teacher.lse, temperatures)
+        teacher = dataclasses.replace(teacher, target_logit=None)
     for row in ignored:
         if row < num_rows:
             target[row] = -100
@@ -126,13 +128,9 @@ def random_problem(
 
 def to_dtype(teacher: SparseLogits, dtype: torch.dtype) -> SparseLogits:
     """Converts the floating-point fields of a record to another dtype."""
-    return SparseLogits(
-        ids=teacher.ids,
-        logits=teacher.logits.to(dtype),
-        lse=teacher.lse.to(dtype),
-        temperatures=teacher.temperatures,
-        target_logit=None if teacher.target_logit is None else teacher.target_logit.to(dtype),
-    )
+    floating = {name: getattr(teacher, name) for name in ("logits", "lse", "target_logit", "rest_lse")}
+    floating = {name: None if field is None else field.to(dtype) for name, field in floating.items()}
+    return dataclasses.replace(teacher, **floating)
 
 
 def loss_and_grads(function: Callable, operands: tuple[Tensor, ...], upstream: Tensor | float, /, *args, **options):
@@ -198,7 +196,7 @@ def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Seque
 
 def sparse_fields(sparse: SparseLogits) -> list[Tensor]:
     """Returns the tensors of a record."""
-    fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit]
+    fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit, sparse.rest_lse]
     return [field for field in fields if field is not None]
 
 

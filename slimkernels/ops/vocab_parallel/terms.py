@@ -156,26 +156,41 @@ def slice_log_sums(
 
 
 def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor, Tensor]:
-    """Computes every outcome's share of D and slope p * dD/dp."""
+    """Computes every outcome's share of D and slope p * dD/dp.
+
+    Where both sides sum to 1, an outcome's share of a KL divergence is at least 0, and the slope of forward and skew KL
+    is that of the divergence without - q + p, which is the same gradient.
+    """
     q, p = log_q.exp(), log_p.exp()
     divergence = options.divergence
     if divergence == "forward_kl":
+        if options.rest in ("ghost", "renorm_both"):
+            return _kl_share(log_q - log_p, q, p), -q
         return (q * (log_q - log_p)).masked_fill(q == 0, 0.0), -q
     if divergence == "soft_ce":
         return (-q * log_p).masked_fill(q == 0, 0.0), -q
     if divergence == "reverse_kl":
-        # An outcome with q = 0 is skipped: it would make D infinite, even where only rounding made it 0.
+        # An outcome that the teacher excludes is skipped, because it would make D infinite.
         excluded = log_q == -math.inf
-        share = (p * (log_p - log_q)).masked_fill((p == 0) | excluded, 0.0)
-        return share, (share + p).masked_fill(excluded, 0.0)
+        share = _kl_share(log_p - log_q, p, q).masked_fill(excluded, 0.0)
+        return share, (p * (log_p - log_q)).masked_fill((p == 0) | excluded, 0.0)
     part = options.beta if divergence == "jsd" else options.alpha
     log_part = math.log(part) if part else -math.inf
     log_m = torch.logaddexp(log_q + log_part, log_p + math.log1p(-part))
-    from_q = (q * (log_q - log_m)).masked_fill(q == 0, 0.0)
+    m = q * part + p * (1 - part)
+    from_q = _kl_share(log_q - log_m, q, m)
     if divergence == "jsd":
-        from_p = (p * (log_p - log_m)).masked_fill(p == 0, 0.0) * (1 - part)
-        return part * from_q + from_p, from_p
+        slope = (p * (log_p - log_m)).masked_fill(p == 0, 0.0) * (1 - part)
+        return part * from_q + (1 - part) * _kl_share(log_p - log_m, p, m), slope
     return from_q, ((log_p + log_q - log_m).exp() * (part - 1)).masked_fill((q == 0) | (p == 0), 0.0)
+
+
+def _kl_share(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Computes a log(a / b) - a + b, which is at least 0, from log(a / b)."""
+    # With b = a exp(-x) the share is a (x + exp(-x) - 1), whose terms are as small as x.
+    near = a * (log_ratio + torch.expm1(-log_ratio))
+    share = torch.where(log_ratio.abs() < 1, near, a * log_ratio - a + b)
+    return torch.where(a == 0, b, share)
 
 
 def weigh(log_s_y: Tensor, log_t_y: Tensor, given: Tensor | None, options: SlimOptions) -> tuple[Tensor, Tensor]:
