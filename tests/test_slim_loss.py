@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import contextlib
 import itertools
 import math
@@ -200,8 +201,8 @@ def test_slim_loss_of_rows_whose_target_logit_is_not_known(weight):
     kept = (teacher.ids == target[:, None]).any(-1)
     assert kept.any()
     assert not kept.all()
-    unknown = SparseLogits(teacher.ids, teacher.logits, teacher.lse)
-    partly = SparseLogits(teacher.ids, teacher.logits, teacher.lse, target_logit=teacher.target_logit.clone())
+    unknown = dataclasses.replace(teacher, target_logit=None)
+    partly = dataclasses.replace(teacher, target_logit=teacher.target_logit.clone())
     partly.target_logit[::2] = math.nan
     options = {"token_weight": weight, "reduction": "none", "rest": "ghost", "detach_weight": False}
     outs = []
@@ -414,6 +415,7 @@ def test_slim_loss_of_any_layout(dtype, layout, reduction):
         misaligned(teacher.lse),
         teacher.temperatures,
         torch.stack([teacher.target_logit] * 2, -1)[:, 0],
+        torch.cat([teacher.rest_lse] * 2, -1)[:, :1],
     )
     strange_target = torch.stack([target, target], -1)[:, 0]
     out = sk.slim_loss(strided, strange_target, strange_teacher, rest="ghost", reduction=reduction)
@@ -485,10 +487,15 @@ def test_slim_loss_ignored_rows_cannot_leak(rest, divergence, dtype):
         hostile = logits.clone()
         hostile[0], hostile[3] = NAN, INF
         wrong = SparseLogits(
-            teacher.ids, teacher.logits.clone(), teacher.lse.clone(), target_logit=teacher.target_logit.clone()
+            teacher.ids,
+            teacher.logits.clone(),
+            teacher.lse.clone(),
+            target_logit=teacher.target_logit.clone(),
+            rest_lse=teacher.rest_lse.clone(),
         )
         wrong.logits[[0, 3]] = NAN
         wrong.lse[[0, 3]] = INF
+        wrong.rest_lse[[0, 3]] = INF
         wrong.target_logit[[0, 3]] = NAN
         actual = loss_and_grads(sk.slim_loss, (hostile,), 1.0, target, wrong, reduction=reduction, **options)
         assert_same_bits([*actual[0], *actual[1]], [*expected[0], *expected[1]])

@@ -146,6 +146,12 @@ class VocabRows:
             q_norm = torch.logaddexp(lse_on, num_unkept.log())
         else:
             q_norm = lse
+        if self._has_ghost and options.teacher_rest_lse is not None:
+            rest_lse = options.teacher_rest_lse.double()
+            is_known = ~rest_lse.isnan()
+            summed = torch.logaddexp(lse_on, rest_lse)
+            q_norm = torch.where(is_known, summed.masked_fill(summed == -math.inf, 0.0), q_norm)
+            log_q_tail = torch.where(is_known, rest_lse - q_norm, log_q_tail)
         log_t_y = label_logit if options.teacher_lse_one is None else label_logit - options.teacher_lse_one.double()
         return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, num_unkept)
 

@@ -187,8 +187,8 @@ def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor,
 
 def _kl_share(log_ratio: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Computes a log(a / b) - a + b, which is at least 0, from log(a / b)."""
-    # With b = a exp(-x) the share is a (x + exp(-x) - 1), whose terms are as small as x.
-    near = a * (log_ratio + torch.expm1(-log_ratio))
+    # With b = a exp(-x) the share is a (x + exp(-x) - 1), whose terms are as small as x. Rounding must not make it < 0.
+    near = a * (log_ratio + torch.expm1(-log_ratio)).clamp(min=0)
     share = torch.where(log_ratio.abs() < 1, near, a * log_ratio - a + b)
     return torch.where(a == 0, b, share)
 
