@@ -71,6 +71,4 @@ def log_q_tail_of(lse_on, lse, rest_lse, q_norm, kept, vocab_size):
     A ``rest_lse`` of NaN is unknown; then 1 - a is a difference, which rounding makes worthless below about 1e-5.
     """
     known = rest_lse == rest_lse
-    return tl.where(
-        kept == vocab_size, float("-inf"), tl.where(known, rest_lse - q_norm, log1m_exp(lse_on - lse))
-    )
+    return tl.where(kept == vocab_size, float("-inf"), tl.where(known, rest_lse - q_norm, log1m_exp(lse_on - lse)))
