@@ -71,8 +71,8 @@ def sparse_softmax(
         ValueError: An unknown ``rest``, a temperature that is not positive or was not captured, a missing vocab_size,
             or ids that do not ascend inside [0, V).
 
-    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse, rest_lse) x deterministic. On
-    CUDA raising would need a synchronisation, so a row with bad ids becomes NaN.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse, rest_lse) x deterministic.
+    On CUDA raising would need a synchronisation, so a row with bad ids becomes NaN.
 
     Precision: the tail of a row with a known ``rest_lse`` has float32 accuracy, however small it is. In a row without
     one it is ``log(-expm1(log a))``, and a tail mass below about 1e-5 is not known, because the ``lse`` is rounded.
