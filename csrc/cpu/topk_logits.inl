@@ -90,7 +90,7 @@ SK_INLINE void add_exponentials(const X* x, int64_t count, RowGuess<A> guess, A 
   *below += sum_lanes(sum_below);
 }
 
-// What keep_largest found.
+// A result of keep_largest.
 template <class A>
 struct Selection {
   typename Lanes<A>::Key kth;  // key of the K-th largest

@@ -162,7 +162,7 @@ def _backward(ctx, grad_logprobs: Tensor, grad_tail: Tensor):
             grad = grad - probs * odds[:, None]
             grad_lse = grad_lse + odds * probs.sum(-1)
             if rest_lse is not None:
-                # Where the rest is known, the normaliser is the log-sum-exp of the logits and the rest.
+                # The normaliser of a row whose rest is known is the log-sum-exp of the logits and the rest.
                 is_known = ~rest_lse.isnan()
                 total = total + grad_tail
                 tail = torch.where(has_tail, tail_logprob.exp(), 0.0)

@@ -168,7 +168,7 @@ def _backward(
 
 def _gradient_of_lse(logits: Tensor, lse: Tensor, temperatures: Sequence, upstream: Tensor) -> Tensor:
     """Returns the gradient (N, V) of log-sum-exps (N, M) of the logits: softmaxes times their upstream gradients."""
-    # Where nothing is summed, the log-sum-exp is -inf and its gradient is 0.
+    # A log-sum-exp of nothing is -inf and has the gradient 0.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     grad = torch.zeros_like(logits)
     for column, temperature in enumerate(temperatures):
