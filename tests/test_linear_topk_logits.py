@@ -63,6 +63,8 @@ def assert_topk_of_product(actual, hidden, weight, top_k, *, bias=None, target=N
     true_sparse = reference.topk_logits(truth, top_k, target=target, temperatures=temperatures)
     with explain("lse"):
         assert_as_accurate(actual.lse, torch_sparse.lse, true_sparse.lse)
+    with explain("rest_lse"):
+        assert_as_accurate(actual.rest_lse, torch_sparse.rest_lse, true_sparse.rest_lse)
     assert actual.temperatures == temperatures
     if target is not None:
         with explain("target_logit"):
@@ -175,7 +177,7 @@ def test_linear_topk_logits_compiles_whole():
 
     def kept(hidden):
         sparse = sk.linear_topk_logits(hidden * 2.0, weight, 5, chunk_rows=3)
-        return sparse.ids, sparse.logits, sparse.lse
+        return sparse.ids, sparse.logits, sparse.lse, sparse.rest_lse
 
     assert_same_bits(torch.compile(kept, fullgraph=True, backend="aot_eager")(hidden), kept(hidden))
 
@@ -214,6 +216,7 @@ def test_linear_topk_logits_rounds_nothing_after_the_product():
     product = (hidden @ weight.T).double()
     truth = reference.topk_logits(30.0 * torch.tanh(0.7 * product / 30.0), 20)
     torch.testing.assert_close(actual.lse, truth.lse.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual.rest_lse, truth.rest_lse.float(), rtol=1e-6, atol=1e-6)
     assert torch.equal(actual.ids, truth.ids)
     torch.testing.assert_close(actual.logits, truth.logits.float(), rtol=1e-6, atol=1e-6)
     actual.validate(4000)

@@ -161,13 +161,16 @@ def test_sparse_softmax_tail_does_not_cancel(tail_mass):
 def test_sparse_softmax_gradcheck_with_padding(rest):
     teacher = to_dtype(random_problem(3, 19, 5, ragged=True, temperature=1.7).teacher, F64)
 
-    def probs(logits, lse):
-        sparse = SparseLogits(teacher.ids, logits, lse, teacher.temperatures)
+    def probs(logits, lse, rest_lse):
+        # The rest of the last row is not known.
+        rest_lse = torch.cat([rest_lse[:2], torch.full_like(rest_lse[2:], math.nan)])
+        sparse = SparseLogits(teacher.ids, logits, lse, teacher.temperatures, rest_lse=rest_lse)
         out = reference.sparse_softmax(sparse, temperature=1.7, rest=rest, vocab_size=19)
         return out.logprobs[teacher.ids >= 0], out.tail_logprob.masked_fill(out.tail_logprob == -math.inf, 0.0)
 
     logits = teacher.logits.nan_to_num(0.0).requires_grad_()
-    assert torch.autograd.gradcheck(probs, (logits, teacher.lse.clone().requires_grad_()))
+    given = tuple(field.clone().requires_grad_() for field in (teacher.lse, teacher.rest_lse))
+    assert torch.autograd.gradcheck(probs, (logits, *given))
 
 
 def test_sparse_softmax_never_reads_padding():

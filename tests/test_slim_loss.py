@@ -247,6 +247,133 @@ def test_slim_loss_tails_do_not_cancel(gap):
     torch.testing.assert_close(grad[:, 1:].double(), true_grad[:, 1:], rtol=1e-5, atol=0)
 
 
+KD_ALONE = {"token_weight": "none", "ce_weight": 0.0, "reduction": "none"}
+KLS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+
+
+def test_slim_loss_reverse_kl_of_a_peaked_teacher_is_exact():
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(4, 2000, generator=generator) + 20
+    teacher[:, :100] += 25
+    student = torch.randn(4, 2000, generator=generator)
+    out = sk.slim_loss(
+        student,
+        torch.zeros(4, dtype=torch.int64),
+        sk.topk_logits(teacher, 100),
+        rest="ghost",
+        divergence="reverse_kl",
+        **KD_ALONE,
+    )
+    torch.testing.assert_close(out.loss, torch.tensor([21.0476, 20.7614, 20.9221, 20.7574]), rtol=0, atol=1e-4)
+
+
+def dense_divergence(log_q, log_p, divergence, beta=0.5, alpha=0.1):
+    """Computes a divergence of rows of finite log-probabilities from its textbook formula."""
+    q, p = log_q.exp(), log_p.exp()
+    if divergence in ("forward_kl", "soft_ce"):
+        return (q * ((0.0 if divergence == "soft_ce" else log_q) - log_p)).sum(-1)
+    if divergence == "reverse_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if divergence == "jsd":
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+        return (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(-1)
+    log_m = torch.logaddexp(log_q + math.log(alpha), log_p + math.log(1 - alpha))
+    return (q * (log_q - log_m)).sum(-1)
+
+
+@pytest.mark.parametrize("divergence", [*KLS, "soft_ce"])
+@pytest.mark.parametrize("teacher_gap", [5.0, 15.0, 30.0, 70.0])
+@pytest.mark.parametrize("student_gap", [0.0, 20.0, 60.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_slim_loss_of_tiny_tails_is_that_of_the_dense_rows(divergence, teacher_gap, student_gap, dtype):
+    generator = torch.Generator().manual_seed(4)
+    teacher, student = torch.randn(2, 5, 400, generator=generator, dtype=F64)
+    teacher[:, 30:50] += teacher_gap
+    student[:, 30:50] += student_gap
+    teacher, student = teacher.to(dtype), student.to(dtype)
+    for temperature in (1.0, 2.0):
+        record = sk.topk_logits(teacher, 20, temperatures=(1.0, temperature))
+        options = {"rest": "ghost", "divergence": divergence, "temperature": temperature, **KD_ALONE}
+        out, (grad,) = loss_and_grads(
+            sk.slim_loss, (student,), 1.0, torch.zeros(5, dtype=torch.int64), record, **options
+        )
+
+        ids = record.ids.long()
+        outcomes = []
+        leaf = student.double().requires_grad_()
+        for rows in (teacher.double(), leaf):
+            logprobs = torch.log_softmax(rows / temperature, -1)
+            tail = torch.logsumexp(logprobs.scatter(-1, ids, -INF), -1, keepdim=True)
+            outcomes.append(torch.cat([logprobs.gather(-1, ids), tail], -1))
+        expected = dense_divergence(*outcomes, divergence) * temperature**2
+        (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
+        accumulated = 1e-11 if dtype == F64 else 1e-5
+        torch.testing.assert_close(out.kd.double(), expected, rtol=accumulated, atol=accumulated)
+        rounding = accumulated if dtype != torch.bfloat16 else 2.0**-8
+        # The bucket's gradient is one number of the row times p, so it is judged by itself.
+        is_kept = torch.zeros_like(grad, dtype=torch.bool).scatter(1, ids, True)
+        for part in (is_kept, ~is_kept):
+            ours, wanted = grad.double()[part], expected_grad[part]
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=rounding * float(wanted.abs().max()) + 1e-36)
+
+
+@pytest.mark.parametrize("divergence", KLS)
+@pytest.mark.parametrize("rest", ["ghost", "renorm_both"])
+@pytest.mark.parametrize("rest_is_known", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slim_loss_kl_is_never_negative(rest, divergence, rest_is_known, dtype):
+    for gap in (0.0, 5.0, 12.0, 25.0, 60.0):
+        for distance in (0.0, 1e-6, 1e-3, 0.1, 3.0):
+            logits = torch.randn(16, 400, generator=torch.Generator().manual_seed(5), dtype=F64)
+            logits[:, 30:50] += gap
+            noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(6), dtype=F64)
+            student = (logits + distance * noise).to(dtype)
+            record = sk.topk_logits(logits.to(dtype), 20)
+            if not rest_is_known:
+                record = dataclasses.replace(record, rest_lse=None)
+            target = torch.zeros(16, dtype=torch.int64)
+            out = sk.slim_loss(student, target, record, rest=rest, divergence=divergence, **KD_ALONE)
+            assert (out.kd >= 0).all(), (gap, distance)
+            if distance == 0.0 and (rest_is_known or rest == "renorm_both"):
+                assert (out.kd < 1e-11).all(), (gap, distance)
+
+
+def test_slim_loss_of_a_rest_that_is_not_known_is_that_of_a_record_without_it():
+    logits, target, teacher = random_problem(ignored=())
+    partly = dataclasses.replace(teacher, rest_lse=teacher.rest_lse.clone())
+    partly.rest_lse[::2] = NAN
+    options = {"rest": "ghost", "reduction": "none", "divergence": "reverse_kl"}
+    outs = []
+    for record in (teacher, dataclasses.replace(teacher, rest_lse=None), partly):
+        out, grads = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, record, **options)
+        outs.append((*out, *grads))
+    for known, unknown, either in zip(*outs, strict=True):
+        assert_same_bits(either[::2], unknown[::2])
+        assert_same_bits(either[1::2], known[1::2])
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_slim_loss_leaves_out_only_outcomes_that_the_teacher_excludes(divergence):
+    # Two outcomes with probabilities that float32 cannot hold: exp(-150) is a real cost, and -inf is left out.
+    ids = torch.tensor([[2, 5, 7]], dtype=torch.int32).expand(2, 3)
+    logits = torch.tensor([[0.0, -150.0, -1.0], [0.0, -INF, -1.0]])
+    record = SparseLogits(
+        ids, logits, torch.logsumexp(logits, -1, keepdim=True), rest_lse=torch.tensor([[-160.0], [-INF]])
+    )
+    student = torch.zeros(2, 9)
+    options = {"rest": "ghost", "divergence": divergence, **KD_ALONE}
+    target = torch.zeros(2, dtype=torch.int64)
+    out, (grad,) = loss_and_grads(sk.slim_loss, (student,), 1.0, target, record, **options)
+    truth, (true_grad,) = loss_and_grads(
+        reference.slim_loss, (student.double(),), 1.0, target, to_dtype(record, F64), **options
+    )
+    torch.testing.assert_close(out.kd.double(), truth.kd, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-6)
+    if divergence == "reverse_kl":
+        assert out.kd[0] > 100
+        assert out.kd[1] < 2
+
+
 @pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
 @pytest.mark.parametrize("shape", ["-inf off the support", "one kept", "empty row", "q = 0 in ids", "full mass"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -642,12 +769,12 @@ def test_slim_loss_opcheck(reduction):
 def test_slim_loss_compiles_whole(backend, reduction):
     logits, target, teacher = random_problem(4, 41, 5)
 
-    def loss(logits, target, ids, values, lse, target_logit):
-        record = SparseLogits(ids, values, lse, target_logit=target_logit)
+    def loss(logits, target, ids, values, lse, target_logit, rest_lse):
+        record = SparseLogits(ids, values, lse, target_logit=target_logit, rest_lse=rest_lse)
         out = sk.slim_loss(logits * 1.5, target, record, rest="ghost", reduction=reduction)
         return out.loss, out.kd, out.weight
 
-    operands = (target, teacher.ids, teacher.logits, teacher.lse, teacher.target_logit)
+    operands = (target, teacher.ids, teacher.logits, teacher.lse, teacher.target_logit, teacher.rest_lse)
     eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     expected = loss(eager, *operands)
     actual = torch.compile(loss, fullgraph=True, backend=backend)(compiled, *operands)

@@ -24,21 +24,31 @@ INF, NAN = math.inf, math.nan
 
 
 def assert_topk_matches(actual: SparseLogits, logits: torch.Tensor, top_k: int, **options) -> None:
-    """Ids and logits exactly; lse as accurate as torch's, relative to the magnitudes of its own row."""
+    """Ids and logits exactly; log-sum-exps as accurate as torch's, relative to the magnitudes of their own row.
+
+    The exponentials of the rest may be taken relative to the row's largest logit, if that is finite, and the largest
+    of them may be rounded; the sum of thousands of equal numbers errs by some units in the last place.
+    """
     expected = reference.topk_logits(logits, top_k, **options)
     truth = reference.topk_logits(logits.double(), top_k, **options)
     assert torch.equal(actual.ids, expected.ids)
     assert_same_bits(actual.logits, expected.logits)
     assert actual.temperatures == expected.temperatures
-    assert actual.lse.dtype == expected.lse.dtype
-    scale = truth.lse.abs() + (logits.double().amax(-1, keepdim=True) / torch.tensor(actual.temperatures)).abs()
-    floor = torch.finfo(actual.lse.dtype).eps * scale
-    finite = truth.lse.isfinite()
-    torch.testing.assert_close(
-        actual.lse.double()[~finite], truth.lse[~finite], rtol=0, atol=0, equal_nan=True, check_dtype=False
-    )
-    error, torch_error = ((each.lse.double() - truth.lse).abs() for each in (actual, expected))
-    assert (error <= 2.0 * torch_error + floor)[finite].all()
+    off = logits.double().scatter(-1, expected.ids.long(), -INF)
+    peak = 1.0 + logits.double().amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0).abs()
+    for name, entries, level, units in (("lse", logits.double(), 0.0, 1), ("rest_lse", off, peak, 4)):
+        wanted, ours, theirs = (getattr(each, name) for each in (truth, actual, expected))
+        if ours is None and name == "rest_lse":
+            continue  # of a kernel that does not compute it
+        assert ours.dtype == theirs.dtype
+        scale = wanted.abs() + ((entries.amax(-1, keepdim=True).abs() + level) / torch.tensor(actual.temperatures))
+        floor = units * torch.finfo(ours.dtype).eps * scale
+        finite = wanted.isfinite()
+        torch.testing.assert_close(
+            ours.double()[~finite], wanted[~finite], rtol=0, atol=0, equal_nan=True, check_dtype=False
+        )
+        error, torch_error = ((each.double() - wanted).abs() for each in (ours, theirs))
+        assert (error <= 2.0 * torch_error + floor)[finite].all(), name
     if expected.target_logit is None:
         assert actual.target_logit is None
     else:
@@ -165,6 +175,22 @@ def test_topk_logits_of_masked_and_tied_rows(dtype, top_k):
     assert torch.equal(sk.topk_logits(with_nan, top_k).ids, reference.topk_logits(with_nan, top_k).ids)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(37, 5), (2000, 100), (50021, 1), (50021, 2500), (50021, 30000)])
+@pytest.mark.parametrize("gap", [0.0, 10.0, 44.0, 60.0, 200.0])
+def test_topk_logits_rest_lse_does_not_cancel(gap, vocab_size, top_k, dtype):
+    # The rest is exp(-gap) of the row, of which float32 knows nothing beyond a gap of 16.
+    generator = torch.Generator().manual_seed(vocab_size + top_k)
+    logits = torch.randn(4, vocab_size, generator=generator, dtype=torch.float64)
+    logits[:, torch.randperm(vocab_size, generator=generator)[:top_k]] += gap
+    logits = logits.to(dtype)
+    sparse = sk.topk_logits(logits, top_k, temperatures=(1.0, 0.5, 3.0))
+    off = logits.double().scatter(-1, sparse.ids.long(), -INF)
+    expected = torch.stack([torch.logsumexp(off / temperature, -1) for temperature in sparse.temperatures], -1)
+    tolerance = 1e-13 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(sparse.rest_lse.double(), expected, rtol=0, atol=tolerance)
+
+
 def test_topk_logits_one_is_always_the_first_temperature():
     logits = torch.randn(2, 9)
     sparse = sk.topk_logits(logits, 2, temperatures=(2.0,))
@@ -235,13 +261,14 @@ def test_topk_logits_does_not_depend_on_the_number_of_threads(set_threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_topk_logits_gradient(dtype):
     logits, target = torch.randn(4, 61).to(dtype), torch.tensor([3, -1, 60, 3])
-    weights = [torch.randn(4, 9), torch.randn(4, 2), torch.randn(4)]
-    weights[2][1] = 0.0
+    weights = [torch.randn(4, 9), torch.randn(4, 2), torch.randn(4, 2), torch.randn(4)]
+    weights[3][1] = 0.0
 
     def gradient(function, logits):
         leaf = logits.clone().requires_grad_()
         sparse = function(leaf, 9, target=target, temperatures=(1.0, 2.0))
-        terms = zip((sparse.logits, sparse.lse, sparse.target_logit.nan_to_num(0.0)), weights, strict=True)
+        fields = (sparse.logits, sparse.lse, sparse.rest_lse, sparse.target_logit.nan_to_num(0.0))
+        terms = zip(fields, weights, strict=True)
         return torch.autograd.grad(sum((each * weight.to(each)).sum() for each, weight in terms), leaf)[0]
 
     assert_as_accurate(
@@ -257,7 +284,7 @@ def test_topk_logits_gradcheck():
 
     def fields(logits):
         sparse = sk.topk_logits(logits, 4, target=target, temperatures=(1.0, 0.7))
-        return sparse.logits, sparse.lse, sparse.target_logit
+        return sparse.logits, sparse.lse, sparse.rest_lse, sparse.target_logit
 
     assert torch.autograd.gradcheck(fields, (logits,))
 
@@ -268,6 +295,29 @@ def test_topk_logits_gradient_of_one_output_alone():
     (grad,) = torch.autograd.grad(sparse.lse.sum(), logits)
     torch.testing.assert_close(grad, torch.softmax(logits, -1))
     assert not sparse.ids.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_logits_gradient_of_the_rest_is_a_softmax_off_the_kept_ids(dtype):
+    # The kept logits are so far above the others that their own exponentials, relative to the rest, overflow.
+    logits = torch.randn(3, 213, dtype=torch.float64)
+    logits[:, 5:14] += 200.0
+    logits = logits.to(dtype).requires_grad_()
+    sparse = sk.topk_logits(logits, 9, temperatures=(1.0, 2.0))
+    (grad,) = torch.autograd.grad(sparse.rest_lse.sum(), logits)
+    off = logits.detach().double().scatter(-1, sparse.ids.long(), -INF)
+    expected = torch.softmax(off, -1) + torch.softmax(off / 2.0, -1) / 2.0
+    rounding = max(torch.finfo(dtype).eps, 1e-12 if dtype == torch.float64 else 4e-6)
+    torch.testing.assert_close(grad, expected.to(dtype), rtol=rounding, atol=0)
+    assert not grad.gather(1, sparse.ids.long()).any()
+
+
+def test_topk_logits_rest_of_a_whole_row_has_no_gradient():
+    logits = torch.randn(3, 13, requires_grad=True)
+    sparse = sk.topk_logits(logits, 13, temperatures=(1.0, 2.0))
+    assert (sparse.rest_lse == -INF).all()
+    (grad,) = torch.autograd.grad(sparse.rest_lse.sum(), logits)
+    assert not grad.any()
 
 
 @pytest.mark.parametrize("target", [None, torch.tensor([1, 20, 4])])
@@ -282,7 +332,8 @@ def test_topk_logits_compiles_whole():
 
     def loss(logits):
         sparse = sk.topk_logits(torch.tanh(logits), 4, target=target, temperatures=(1.0, 2.0))
-        return sparse.ids, sparse.logits, sparse.lse, (sparse.logits.sum() + sparse.lse.sum())
+        total = sparse.logits.sum() + sparse.lse.sum() + sparse.rest_lse.square().sum()
+        return sparse.ids, sparse.logits, sparse.lse, sparse.rest_lse, total
 
     eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     expected = loss(eager)

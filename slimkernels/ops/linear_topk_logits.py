@@ -66,7 +66,8 @@ def linear_topk_logits(
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x no backward x deterministic.
 
     Precision: the matrix product is torch's, in hidden's dtype; scale and softcap are float32 (float64 for float64),
-    which takes a second buffer for the logits of a chunk in half precision. The rest is that of ``topk_logits``.
+    which takes a second buffer for the logits of a chunk in half precision. The selection and the log-sum-exps, also
+    ``rest_lse``, are those of ``topk_logits``.
 
     >>> sparse = linear_topk_logits(torch.eye(2), torch.tensor([[1.0, 4.0], [2.0, 3.0], [3.0, 0.0]]), top_k=1)
     >>> sparse.ids.tolist(), sparse.logits.tolist()

@@ -83,10 +83,10 @@ def slim_loss(
         teacher: Rows (..., K) from ``topk_logits`` or a store; gets no gradient.
         temperature: T > 0 of the divergence. CE and w use temperature 1.
         rest: Meaning of the teacher's mass outside its kept ids: "renorm", "zero", "ghost", "zero_logit" or
-            "renorm_both" (see ``sparse_softmax``).
+            "renorm_both" (see ``sparse_softmax``). Under "ghost", rows with a known ``rest_lse`` have the exact mass.
         divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy) and, with rest "ghost" or
-            "renorm_both", also "reverse_kl" KL(p || q), "jsd" and "skew_kl". "reverse_kl" skips outcomes to which the
-            teacher gives probability 0, where it would be infinite.
+            "renorm_both", also "reverse_kl" KL(p || q), "jsd" and "skew_kl". "reverse_kl" skips outcomes that the
+            teacher excludes (log q = -inf), where it would be infinite, and no outcome whose probability is only tiny.
         token_weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher
             is the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none"
             for w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its
@@ -137,7 +137,10 @@ def slim_loss(
     forward mode and no ``torch.func.grad``: they raise.
 
     Precision: float32 exponentials summed per block of 1024 into float64; float64 throughout for float64 logits. The
-    tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum.
+    tail masses come from the log-sum-exp of the off-support logits, never from 1 - sum; the teacher's from its
+    ``rest_lse``. In a row without one, a teacher's tail below about 1e-5 is not known under "ghost", because its
+    ``lse`` is rounded, and divergences that need it are only as good. Under "ghost" and "renorm_both" every outcome's
+    share of a KL divergence is q log(q / p) - q + p, so the divergence is never negative, whatever was rounded.
 
     References: Raman et al. 2023, "For Distillation, Tokens Are Not All You Need"; jsd as in arXiv 2306.13649;
     skew_kl as in arXiv 2402.03898.

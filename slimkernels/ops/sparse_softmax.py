@@ -43,13 +43,15 @@ def sparse_softmax(
     ================ ========================= =======================================================
     "renorm"         q / a                     0
     "zero"           q                         0: the mass 1 - a is dropped
-    "ghost"          q                         one bucket of mass 1 - a
+    "ghost"          q                         one bucket of mass 1 - a, ``exp(rest_lse - lse)``
     "zero_logit"     softmax of the row whose  (V - K) exp(0) / Z; not shift invariant: adding a constant
                      unkept logits are 0       to every logit changes the result
     "renorm_both"    q / a                     0; the student is renormalised on S too
     ================ ========================= =======================================================
 
-    with q the teacher's exact probability ``exp(logits / T - lse_T)`` and ``a = sum_S q`` the kept mass.
+    with q the teacher's exact probability ``exp(logits / T - lse_T)`` and ``a = sum_S q`` the kept mass. Under "ghost",
+    rows with a known ``rest_lse`` take ``logaddexp(logsumexp(logits / T), rest_lse)`` in place of ``lse``, so that the
+    probabilities sum to 1 also where the logits were quantised.
 
     Equivalent to, for "renorm"::
 
@@ -69,10 +71,11 @@ def sparse_softmax(
         ValueError: An unknown ``rest``, a temperature that is not positive or was not captured, a missing vocab_size,
             or ids that do not ascend inside [0, V).
 
-    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse) x deterministic. On CUDA
-    raising would need a synchronisation, so a row with bad ids becomes NaN.
+    Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (logits, lse, rest_lse) x deterministic.
+    On CUDA raising would need a synchronisation, so a row with bad ids becomes NaN.
 
-    Precision: the tail is ``log(-expm1(log a))``, because a stored record does not hold the unkept logits.
+    Precision: the tail of a row with a known ``rest_lse`` has float32 accuracy, however small it is. In a row without
+    one it is ``log(-expm1(log a))``, and a tail mass below about 1e-5 is not known, because the ``lse`` is rounded.
 
     >>> from slimkernels import topk_logits
     >>> probs = sparse_softmax(topk_logits(torch.zeros(1, 4), top_k=2), rest="ghost")
@@ -91,7 +94,7 @@ def sparse_softmax(
             raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
     check_sparse_logits(sparse, "sparse")
     check_kernels(sparse.logits, "sparse.logits")
-    check_transforms("sparse_softmax", sparse.logits, sparse.lse)
+    check_transforms("sparse_softmax", sparse.logits, sparse.lse, sparse.rest_lse)
     flat = sparse.flatten()
     logits = widen_float8(flat.logits).contiguous()
     dtype = accumulation_dtype(logits.dtype)

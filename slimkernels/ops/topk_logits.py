@@ -1,4 +1,4 @@
-"""``topk_logits``: the K largest logits of every row and the log-sum-exp of the whole row."""
+"""``topk_logits``: the K largest logits of every row, and the log-sum-exps of the whole row and of the other logits."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def topk_logits(
 
         values, ids = logits.topk(top_k, sorted=False)  # then ordered by id; ties go to the lowest id
         lse = torch.stack([torch.logsumexp(logits.float() / t, -1) for t in temperatures], -1)
+        rest = logits.float().scatter(-1, ids, -math.inf)
+        rest_lse = torch.stack([torch.logsumexp(rest / t, -1) for t in temperatures], -1)
         target_logit = logits.gather(-1, target[..., None])[..., 0].float()
 
     Every row is read once, and nothing of size V is written. The result is exact for every input: ties, rows of
@@ -49,8 +51,9 @@ def topk_logits(
         temperatures: Temperatures of the log-sum-exp; 1.0 is always the first, given or not.
 
     Returns:
-        SparseLogits with ids (..., K) int32 ascending, logits (..., K) in the dtype of ``logits``, lse (..., M)
-        and target_logit (...) float32 (float64 for float64 logits).
+        SparseLogits with ids (..., K) int32 ascending, logits (..., K) in the dtype of ``logits``, and lse (..., M),
+        rest_lse (..., M) and target_logit (...) float32 (float64 for float64 logits). ``rest_lse`` is the log-sum-exp
+        of the logits that are not kept: ``-inf`` where there are none or all are ``-inf``.
 
     Raises:
         ValueError: Neither or both of ``top_k`` and ``top_fraction`` are given, K is outside [1, V], a temperature is
@@ -61,7 +64,9 @@ def topk_logits(
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic; the result of a row does
     not depend on the other rows.
 
-    Precision: ids and logits are exact; lse is accumulated in float64 over float32 blocks of 1024.
+    Precision: ids and logits are exact; lse and rest_lse are accumulated in float64 over float32 blocks of 1024.
+    rest_lse is summed over the logits that are not kept and never a difference, so it is exact to a few float32 units
+    also where the kept logits have all of the row's probability.
 
     References: Raman et al. 2023, "For Distillation, Tokens Are Not All You Need" (the top 5 % of the logits).
 
@@ -163,7 +168,7 @@ def _backward(
 
 def _gradient_of_lse(logits: Tensor, lse: Tensor, temperatures: Sequence, upstream: Tensor) -> Tensor:
     """Returns the gradient (N, V) of log-sum-exps (N, M) of the logits: softmaxes times their upstream gradients."""
-    # Where nothing is summed, the log-sum-exp is -inf and its gradient is 0.
+    # A log-sum-exp of nothing is -inf and has the gradient 0.
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     grad = torch.zeros_like(logits)
     for column, temperature in enumerate(temperatures):
