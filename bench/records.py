@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.ops.case import OURS
-from slimkernels.durable import whole_lines
 
 CASE_FIELDS = ("op", "mode", "shape", "dtype", "sweep")
 MACHINE_FIELDS = ("commit", "device", "isa", "torch")
@@ -16,11 +15,11 @@ MEMORY = "peak_extra_memory"
 
 
 def read(path: Path) -> list[dict]:
-    """Returns the rows of a JSONL file; no rows if it does not exist."""
+    """Returns the rows of a JSONL file, without an unfinished last line; no rows if the file does not exist."""
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        return [json.loads(line) for line in whole_lines(file)]
+    with path.open() as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:

@@ -278,6 +278,12 @@ RowFloats option_of(const OptionalTensor& values, const double& value, int64_t n
   return {static_cast<const double*>(data_of(values, ScalarType::Double, num_rows, name)), 1};
 }
 
+// Returns the seeds of the rows: the tensor (N,) if it is given, else one value, also as a tensor (), for a kernel to spread.
+RowInts seed_of(const OptionalTensor& seeds, const int64_t& seed, int64_t num_rows) {
+  if (!seeds.has_value() || seeds.value().dim() > 0) return option_of(seeds, seed, num_rows, "seed");
+  return {static_cast<const int64_t*>(data_of(seeds, ScalarType::Long, 1, "seed")), 0};
+}
+
 int64_t sample_logits_rows_cpu(Tensor logits, int64_t num_distinct, int64_t seed, OptionalTensor seeds,
                                int64_t position, OptionalTensor positions, double temperature,
                                OptionalTensor temperatures, int64_t top_k, OptionalTensor top_ks, double top_p,
@@ -294,7 +300,7 @@ int64_t sample_logits_rows_cpu(Tensor logits, int64_t num_distinct, int64_t seed
   args.row_stride = logits.stride(0);
   args.vocab_size = vocab_size;
   args.num_distinct = num_distinct;
-  args.seed = option_of(seeds, seed, num_rows, "seed");
+  args.seed = seed_of(seeds, seed, num_rows);
   args.position = option_of(positions, position, num_rows, "position");
   args.temperature = option_of(temperatures, temperature, num_rows, "temperature");
   args.top_k = option_of(top_ks, top_k, num_rows, "top_k");
@@ -324,7 +330,7 @@ int64_t sample_targets_rows_cpu(Tensor logits, int64_t rounds, int64_t seed, Opt
   args.row_stride = logits.stride(0);
   args.vocab_size = vocab_size;
   args.rounds = rounds;
-  args.seed = option_of(seeds, seed, num_rows, "seed");
+  args.seed = seed_of(seeds, seed, num_rows);
   args.position = option_of(positions, position, num_rows, "position");
   args.temperature = temperature;
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));

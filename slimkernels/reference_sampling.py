@@ -12,6 +12,9 @@ every token id of a row one Gumbel variate, which is a function of (seed, positi
 - Gumbel = -log(-log(1 - u)). The largest variates, which win an argmax, are those near u = 0, where floats are densest.
   A kernel in float32 uses log1p(-u) if bits < 2^31 and log((0xffffffff - bits + 0.5) / 2^32) otherwise, so that 1 - u
   is never rounded.
+- A seed given as one number is spread over the N rows of a call: row 0 takes it as it is, and row n the first two words
+  of Philox with the key ``(seed & 0xffffffff, seed >> 32)`` and the counter ``(n, 0xffffffff, 0, 0)``, the first word
+  being the lower half of an int64. Seeds given per row are used as they are.
 
 Rows for which softmax is undefined: logits of +inf share the mass equally, which is the limit of ever larger ones. A
 row with a NaN, or of -inf only, has no distribution: nothing is drawn (token -1) and its numbers are NaN.
@@ -60,7 +63,7 @@ def sample_logits(
 
     Args:
         logits: (..., V), any float dtype; -inf is never drawn.
-        seed: int64, a number or (...).
+        seed: int64, a number, which is spread over the rows, or (...).
         position: int64, a number or (...). Rows that share seed and position share their noise.
         temperature: Temperature of the scores; 0 takes the argmax, the lowest id on a tie.
         top_k: Number of ids to keep, with all that tie with the last of them; 0 (or V and more) keeps every id.
@@ -110,7 +113,7 @@ def sample_distinct(
         rows,
         *(_per_row(option, rows).double() for option in (temperature, top_k, top_p, min_p)),
     )
-    perturbed = truncated + gumbel_noise(_per_row(seed, rows), _per_row(position, rows), rows.shape[-1])
+    perturbed = truncated + gumbel_noise(spread_seed(seed, rows), _per_row(position, rows), rows.shape[-1])
     # A stable sort puts the lowest id first among equals.
     token = perturbed.sort(dim=-1, descending=True, stable=True).indices[..., :m]
     possible = (truncated.gather(-1, token) > -math.inf) & ~undefined
@@ -147,7 +150,7 @@ def sample_targets(
     Args:
         logits: (..., V), any float dtype.
         rounds: Number of draws.
-        seed: int64, a number or (...).
+        seed: int64, a number, which is spread over the rows, or (...).
         position: int64, a number or (...). Rows that share seed and position share their noise.
         temperature: T, positive.
         target: (...) int64. ``target_logit`` is then the label's exact log softmax(logits); NaN for a negative label.
@@ -164,7 +167,7 @@ def sample_targets(
     scores = torch.log_softmax(rows / temperature, dim=-1)
     counts = torch.zeros_like(rows)
     for draw in range(rounds):
-        noise = gumbel_noise(_per_row(seed, rows), _per_row(position, rows), vocab_size, draw)
+        noise = gumbel_noise(spread_seed(seed, rows), _per_row(position, rows), vocab_size, draw)
         token = (scores + noise).argmax(-1, keepdim=True)
         counts.scatter_add_(-1, token, torch.ones_like(token, dtype=counts.dtype))
     ids = torch.arange(vocab_size, device=rows.device).expand(rows.shape)
@@ -200,7 +203,7 @@ def mixed_targets(
         logits: (..., V), any float dtype. Ties go to the lowest id.
         top_k: Number of ids that are always kept.
         rounds: Number of draws from the others, as by ``sample_targets`` on the row without the ``top_k``.
-        seed: int64, a number or (...).
+        seed: int64, a number, which is spread over the rows, or (...).
         position: int64, a number or (...).
         temperature: T, positive.
         target: (...) int64, as in ``sample_targets``.
@@ -234,6 +237,17 @@ def mixed_targets(
         lse=rows.new_zeros(*rows.shape[:-1], 1, dtype=dtype),
         target_logit=target_logit,
     )
+
+
+def spread_seed(seed: int | Tensor, rows: Tensor) -> Tensor:
+    """Returns the int64 seeds (..., 1) of the rows (..., V), spread as the module docstring says if one is given."""
+    given = _per_row(seed, rows)
+    if isinstance(seed, Tensor) and seed.ndim > 0:
+        return given
+    number = torch.arange(given.numel(), device=rows.device).reshape(given.shape)
+    counter = (number, torch.full_like(number, _WORD), torch.zeros_like(number), torch.zeros_like(number))
+    low, high, _, _ = philox(counter, (given & _WORD, (given >> 32) & _WORD))
+    return torch.where(number == 0, given, low | (high << 32))
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, draw: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,9 +19,11 @@ from support import teachers
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM, PhiConfig
 
 from slimkernels import SparseLogits
+from slimkernels.cli import main
 from slimkernels.store import Document, Store, StoreDataset, verify
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.store.format import seal_manifest, unseal_manifest
+from slimkernels.store.identity import is_same_tokenizer
 from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
 from slimkernels.teacher.capture import _batches
 from slimkernels.teacher.selection import cut_top_p
@@ -400,3 +403,65 @@ def test_a_padding_token_that_was_added_to_the_tokenizer_changes_nothing(num_row
     if num_rows == 300:
         capture(model, padded, documents, tmp_path / "new")
         assert Store(tmp_path / "new").vocab_size == 300
+
+
+def padded_tokenizer():
+    """The shared tokenizer after a padding token was added to it, as training scripts do."""
+    padded = teachers.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    return padded
+
+
+@pytest.mark.parametrize("num_rows", [300, 328])
+def test_a_store_begun_with_an_added_padding_token_goes_on_without_it(num_rows, tokenizer, tmp_path) -> None:
+    model, documents = teachers.make_teacher(vocab_size=num_rows), make_documents(4)
+    capture(model, padded_tokenizer(), documents[:2], tmp_path)
+    expected = Store(tmp_path).settings
+    assert expected.vocab_size == min(num_rows, 301)
+    assert capture(model, tokenizer, documents, tmp_path).documents == 2
+    assert Store(tmp_path).settings == expected
+    other_padding = teachers.make_tokenizer()
+    other_padding.add_special_tokens({"pad_token": "<other>"})
+    assert capture(model, other_padding, [*documents, [7, 8, 9]], tmp_path).documents == 1
+
+
+def test_two_tokenizers_are_the_same_by_one_rule(tokenizer, tmp_path) -> None:
+    padded, longer, other_end = padded_tokenizer(), teachers.make_tokenizer(), padded_tokenizer()
+    longer.add_tokens("<pad>")
+    other_end.eos_token = other_end.bos_token
+    own, of_padded, of_longer, of_other = map(tokenizer_fingerprint, (tokenizer, padded, longer, other_end))
+    assert [len(own), len(of_padded), len(of_longer)] == [64, 129, 64]
+    # A store of an earlier release holds the first hash alone.
+    for one, other, is_same in (
+        (own, own, True),
+        (own, of_padded, True),
+        (of_padded.split()[0], of_padded, True),
+        # Which token pads does not count.
+        (of_padded, of_longer, True),
+        (own, of_longer, False),
+        (of_padded, of_other, False),
+        ("", own, False),
+        ("", "", True),
+    ):
+        assert is_same_tokenizer(one, other) == is_same_tokenizer(other, one) == is_same
+
+
+def test_verify_and_generation_know_a_tokenizer_with_an_added_padding_token(tmp_path, capsys) -> None:
+    model, tokenizer = teachers.make_teacher(vocab_size=328), teachers.make_tokenizer()
+    options = {"max_new_tokens": 6, "batch_size": 2, "top_k": None}
+    generate_documents(model, tokenizer, teachers.PROMPTS, tmp_path / "whole", num_documents=4, **options)
+    generate_documents(model, tokenizer, teachers.PROMPTS, tmp_path / "text", num_documents=2, **options)
+    generate_documents(model, padded_tokenizer(), teachers.PROMPTS, tmp_path / "text", num_documents=4, **options)
+    assert (tmp_path / "text").read_bytes() == (tmp_path / "whole").read_bytes()
+
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "When the rain stopped"}) + "\n")
+    capture(model, tokenizer, read_documents(text, tokenizer), tmp_path / "store")
+    for name, other in (("padded", padded_tokenizer()), ("other", teachers.make_tokenizer())):
+        if name == "other":
+            other.eos_token = other.bos_token
+        teachers.save_teacher(tmp_path / name)
+        other.save_pretrained(tmp_path / name)
+        verify_with = ["--complete", str(text), "--tokenizer", str(tmp_path / name)]
+        assert main(["store", "verify", str(tmp_path / "store"), *verify_with]) == (0 if name == "padded" else 2)
+    assert "was captured with tokenizer_fingerprint=" in capsys.readouterr().err

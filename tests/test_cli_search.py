@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from support import teachers
 
-from slimkernels.cli import decode as decode_module
-from slimkernels.cli import main
+from slimkernels.cli import decode_results, main
 from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
@@ -98,7 +97,7 @@ def test_decode_reads_lines_of_json_with_separators_in_strings(tmp_path, mark, s
     path.write_text(mark + "\r\n".join(lines) + "\n", encoding="utf-8", newline="")
     args = argparse.Namespace(question=None, questions=str(path), samples=None, question_field="question")
     args.reference_field = None
-    assert [item.text for item in decode_module._read_questions(args)] == asked
+    assert [item.text for item in decode_results.read_questions(args)] == asked
 
 
 def test_decode_writes_every_prediction(decode, model, questions, tmp_path):
@@ -246,18 +245,18 @@ def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
         (["  "], "must have text"),
         (["--questions", "missing.jsonl"], "missing.jsonl"),
         (["--prompt-style", "chat", "Anna"], "needs a tokenizer with a chat template"),
-        (["--key-env", "KEY", "Anna"], "applies to a server's model only"),
+        (["--key-env", "KEY", "Anna"], "--key-env has no meaning without a server"),
         (["--decoder", "greedy", "Anna"], "--branching-factor has no meaning with --decoder greedy"),
         (["--chains", "3", "Anna"], "--chains has no meaning with --decoder pathfinder"),
         (["--verifier", "x", "Anna"], "--verifier has no meaning without --selector verifier"),
         (["--contradiction-threshold", "0.4", "Anna"], "needs --nli"),
         (["--no-repetition-check", "--repetition-threshold", "0.4", "Anna"], "has no meaning"),
         (["--repetition-threshold", "2", "Anna"], r"threshold must be in \[0, 1\]"),
-        (["--branching-factor", "2,0", "Anna"], "branching_factor must be at least 1"),
+        (["--branching-factor", "2,0", "Anna"], "--branching-factor must be at least 1"),
         (["--temperature", "-1", "Anna"], "temperature must be"),
-        (["--answer-pattern", "(", "Anna"], "answer_pattern must be"),
+        (["--answer-pattern", "(", "Anna"], "--answer-pattern must be"),
         (["--template", "What?", "Anna"], "--template must contain {question}"),
-        (["Anna " * 200], r"questions\[0\]: the prompt must be shorter"),
+        (["Anna " * 200], "question 1: the prompt must be shorter"),
     ],
 )
 def test_decode_refuses_bad_input(decode, options, message):

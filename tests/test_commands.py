@@ -12,6 +12,7 @@ import pytest
 from support import commands, teachers
 
 from slimkernels.cli import main
+from slimkernels.cli.errors import EXTRAS
 from slimkernels.cli.parser import make_parser
 
 ROOT = commands.ROOT
@@ -80,6 +81,7 @@ def test_command_in_a_sentence_has_known_options(command):
 def test_extras_in_messages_exist():
     """Errors advise `pip install 'slimkernels[EXTRA]'`."""
     extras = set(re.findall(r"^([a-z]+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
+    assert set(EXTRAS.values()) <= extras
     files = [*ROOT.glob("slimkernels/**/*.py"), *commands.DOCUMENTS]
     named = {
         name
@@ -87,7 +89,7 @@ def test_extras_in_messages_exist():
         for names in re.findall(r"slimkernels\[([a-z,]+)\]", path.read_text())
         for name in names.split(",")
     }
-    assert {"demo", "exchange"} <= named <= extras
+    assert {"exchange", "server"} <= named <= extras
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import commands
+from support import commands, served
+from support.served_sglang import SglangServer
 from support.teachers import make_teacher, make_tokenizer, save_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +27,8 @@ DOCUMENTS = [*PAGES, "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/R
 # Shown in a script of the reader's own, whose model, arguments and data set it uses.
 THREE_LINES = "class Distiller("
 CONVERSATIONS = "chats = load_dataset("
+# Shown with a server of the reader's own.
+SERVED = "from slimkernels.teacher import capture_server"
 # sample_distinct is documented in the module of sample_logits.
 OP_MODULES = [op for op in OPS if op != "sample_distinct"]
 
@@ -71,8 +74,20 @@ def test_docs_snippets_run(page, files, monkeypatch):
     assert found
     names = {"__name__": "snippets"}
     for number, code in enumerate(found, 1):
-        if not code.startswith((THREE_LINES, CONVERSATIONS)):
+        if not code.startswith((THREE_LINES, CONVERSATIONS, SERVED)):
             exec(compile(code, f"{page}, snippet {number}", "exec"), names)  # noqa: S102 -- the documents' own code
+
+
+def test_docs_served_text_is_captured(tmp_path, monkeypatch):
+    pytest.importorskip("httpx2", reason="needs the extra server")
+    monkeypatch.chdir(tmp_path)
+    code = snippet("docs/teachers.md", SERVED)
+    assert served.MODEL in code
+    names = {}
+    with SglangServer() as server:
+        exec(code.replace("http://localhost:30000/v1", server.url), names)  # noqa: S102
+    assert (names["report"].documents, names["report"].tokens) == (2, 23)
+    assert names["texts"] == served.TEXTS
 
 
 def test_docs_loop_prints_its_loss(monkeypatch, capsys):

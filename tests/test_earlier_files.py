@@ -62,6 +62,9 @@ def test_demonstration_is_reused(earlier):
 def test_store_is_read_verified_and_appended_to(earlier):
     path, heldout = earlier / "demo/store/train", Store("demo/store/heldout")
     verify(path)
+    # Checkpoints hold these.
+    assert Store(path).fingerprint == "b43a4319a4796167ca6873ceb0577c56"
+    assert heldout.fingerprint == "451de34d0e8fa475c33a28b3175d68f2"
     results = json.loads((earlier / "demo/results.json").read_text())
     for method, student in results["students"].items():
         model = AutoModelForCausalLM.from_pretrained(f"demo/students/{method}")

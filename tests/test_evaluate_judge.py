@@ -66,6 +66,36 @@ def test_a_judge_that_refuses_everything_is_an_error(server):
     assert len(server.asked) < 50
 
 
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "{}",
+        '{"choices": []}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": [{"message": {"content": [1]}}]}',
+        "<p>",
+    ],
+)
+def test_a_judge_is_asked_again_for_a_reply_that_cannot_be_read(malformed, server):
+    answers = [RatedResponse("Say it.", "it", text) for text in ("x", "xxx")]
+    with Judge(server.url, "j", concurrency=1, backoff_s=0.01, max_retries=2) as judge:
+        server.faults = [(200, {}, malformed)] * 2
+        assert [rating.value for rating in judge.rate_all(answers)] == [1.5, 3.5]
+        # One that stays unreadable does not end the run.
+        server.faults = [(200, {}, malformed)] * 3
+        unread, read = judge.rate_all(answers)
+    assert "no answer can be used" in unread.error
+    assert (unread.value, read.value) == (None, 3.5)
+
+
+def test_a_judge_without_a_text_is_not_asked_again(server):
+    with Judge(server.url, "j", backoff_s=0.01) as judge:
+        server.faults = [(200, {}, '{"choices": [{"message": {"content": null}}]}')]
+        [rating] = judge.rate_all([RatedResponse("Say it.", "it", "x")])
+    assert "has no rating" in rating.error
+    assert len(server.asked) == 1
+
+
 def test_a_judge_at_a_wrong_address_is_an_error(server):
     with Judge("http://127.0.0.1:1/v1", "j", backoff_s=0.01) as judge, pytest.raises(ServerUnavailableError):
         judge.check()

@@ -15,6 +15,7 @@ import slimkernels as sk
 from slimkernels.cli import main
 from slimkernels.exchange import import_axolotl
 from slimkernels.store import Store, verify
+from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.teacher import tokenizer_fingerprint
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -294,3 +295,23 @@ def test_import_of_raw_columns_leaves_placeholders_out(placeholder, codec, token
     for kept, row in zip(teacher.logits.exp(), ids, strict=True):
         probabilities = dict(zip(sorted(row), kept.tolist(), strict=True))
         assert [probabilities[token] for token in row] == pytest.approx([0.5, 0.25, 0.125, 0.0625], rel=0.01)
+
+
+def test_import_goes_on_with_a_padding_token_that_was_added_to_the_tokenizer(tokenizer, tmp_path) -> None:
+    cases = make_cases()
+    records = [
+        {"input_ids": c.input_ids, "logprobs": [None, *(entries(c, p) for p in range(1, len(c.input_ids)))]}
+        for c in cases
+    ]
+    padded, longer = teachers.make_tokenizer(), teachers.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    longer.add_tokens("<new>")
+    options = {"logprobs_field": "logprobs", "codec": "float32"}
+    for name, first, then in (("old", tokenizer, padded), ("new", padded, tokenizer)):
+        import_axolotl(write(tmp_path / "half.jsonl", records[:2]), tmp_path / name, first, **options)
+        settings = Store(tmp_path / name).settings
+        report = import_axolotl(write(tmp_path / "all.jsonl", records), tmp_path / name, then, **options)
+        assert (report.documents, report.skipped) == (2, 2)
+        assert Store(tmp_path / name).settings == settings
+        with pytest.raises(SettingsMismatchError, match="was made with"):
+            import_axolotl(tmp_path / "all.jsonl", tmp_path / "old", longer, **options)

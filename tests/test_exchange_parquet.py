@@ -277,3 +277,15 @@ def test_export_to_a_name_that_no_reader_takes_for_parquet_is_refused(tmp_path) 
     with pytest.raises(ValueError, match=r"must end in .parquet, by which data sets recognise .*a.jsonl"):
         export_parquet(tmp_path / "absent", tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_import_knows_a_tokenizer_with_an_added_padding_token(tmp_path) -> None:
+    make_store(tmp_path / "a")
+    export_parquet(tmp_path / "a", tmp_path / "a.parquet")
+    padded = teachers.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    import_parquet(tmp_path / "a.parquet", tmp_path / "b", tokenizer=padded)
+    assert Store(tmp_path / "b").settings == Store(tmp_path / "a").settings
+    padded.add_tokens("<new>")
+    with pytest.raises(ValueError, match="the tokenizer must be the file's"):
+        import_parquet(tmp_path / "a.parquet", tmp_path / "c", tokenizer=padded)

@@ -173,6 +173,24 @@ def test_sample_logits_of_hostile_rows(dtype, vocab_size):
             assert_drawn_matches(batch, m=5, seed=3, position=position, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample_logits_of_masked_rows(dtype):
+    vocab_size = 9001
+    generator = torch.Generator().manual_seed(4)
+    at_random = torch.rand(vocab_size, generator=generator)
+    rows = 3 * torch.randn(5, vocab_size, generator=generator)
+    for row, share in enumerate((0.5, 0.99, 0.999)):
+        rows[row, at_random < share] = -math.inf
+    rows[3, :8990] = -math.inf
+    rows[4, at_random < 0.99] = -120.0
+    rows = rows.to(dtype)
+    position = torch.arange(5)
+    for options in ({}, {"temperature": 0.5}, {"temperature": 2.0, "top_p": 0.9}, {"top_k": 40}, {"min_p": 1e-3}):
+        with explain(str(options)):
+            assert_drawn_matches(rows, seed=3, position=position, **options)
+            assert_drawn_matches(rows, m=4, seed=3, position=position, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [32000, 128256])
 def test_sample_logits_of_a_real_vocabulary(dtype, vocab_size):

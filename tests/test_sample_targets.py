@@ -113,7 +113,7 @@ def test_sample_targets_give_the_dense_gradient_on_average(temperature):
 def test_sample_targets_is_batch_invariant_and_keeps_leading_dimensions():
     logits, position = torch.randn(2, 3, 500), torch.arange(6).reshape(2, 3)
     target = torch.randint(500, (2, 3))
-    whole = sk.sample_targets(logits, 20, 7, position=position, target=target)
+    whole = sk.sample_targets(logits, 20, torch.full((2, 3), 7), position=position, target=target)
     assert (whole.leading_shape, whole.top_k) == ((2, 3), 20)
     alone = sk.sample_targets(logits[1, 2], 20, 7, position=5, target=target[1, 2])
     assert_same_bits(sparse_fields(alone), sparse_fields(whole[1, 2]))

@@ -88,7 +88,7 @@ def test_a_model_with_nan_logits_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize("prompt", ["", " \n", []])
 def test_an_empty_question_is_an_error_before_the_search(prompt, tmp_path):
     engine = CharacterEngine()
-    with pytest.raises(ValueError, match=r"questions\[1\] must have a prompt with text in it"):
+    with pytest.raises(ValueError, match=r"questions\[1\]: the prompt must have text in it"):
         PathFinder(engine, CONFIG).solve(["p", Question(prompt)], trace=tmp_path / "trace.jsonl")
     assert engine.encoded == []
     assert not (tmp_path / "trace.jsonl").exists()

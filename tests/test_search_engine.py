@@ -480,7 +480,7 @@ def test_engine_refuses_models_that_it_would_not_reproduce(config_class, message
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "must have a prompt"), ([5, 300], r"token ids must be in \[0, V = 300\)"), ([5] * 128, "must be shorter")],
+    [([], "must have text in it"), ([5, 300], r"token ids must be in \[0, V = 300\)"), ([5] * 128, "must be shorter")],
 )
 def test_engine_refuses_prompts(engine, prompt, message):
     with pytest.raises(ValueError, match=message):

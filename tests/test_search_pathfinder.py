@@ -336,9 +336,9 @@ def test_pathfinder_frees_everything_when_the_engine_fails():
 @pytest.mark.parametrize(
     ("questions", "message"),
     [
-        (["Q", ""], r"questions\[1\] must have a prompt"),
-        (["  \n"], r"questions\[0\] must have a prompt"),
-        ([Question([])], r"questions\[0\] must have a prompt"),
+        (["Q", ""], r"questions\[1\]: the prompt must have text"),
+        (["  \n"], r"questions\[0\]: the prompt must have text"),
+        ([Question([])], r"questions\[0\]: the prompt must have text"),
         (["Q", "x" * 1000], r"questions\[1\]: the prompt must be shorter"),
     ],
 )

@@ -19,7 +19,7 @@ from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEng
 from slimkernels.search.engines import server_steps
 from slimkernels.search.engines.server import trigram_counts
 from slimkernels.search.engines.server_steps import StepPart
-from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
+from slimkernels.serving.client import ServerRequestError, ServerUnavailableError, UnusableAnswerError
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 
@@ -169,6 +169,62 @@ def test_server_faults_change_nothing(fault, server):
     assert nodes_of(solve(server)) == expected
 
 
+MALFORMED = (
+    "{}",
+    '{"choices": []}',
+    '{"choices": [{"text": 5, "token_ids": null, "finish_reason": "stop"}]}',
+    '{"choices": [{"text": "a", "token_ids": ["a"], "finish_reason": "stop"}]}',
+    '{"content": "a", "tokens": null, "stop_type": "word"}',
+    '{"tokens": ["a"]}',
+    '{"error": {"message": "overloaded"}}',
+    "<html>",
+)
+
+
+class _FirstMalformed(served.ReplayServer):
+    """Answers every request with an answer that cannot be read, once, and then as the real server."""
+
+    def __init__(self, recording, malformed, **options):
+        super().__init__(recording, **options)
+        self.malformed, self.known = malformed, set()
+
+    def reply(self, path, body):
+        request = json.dumps([path, body])
+        if body is not None and request not in self.known:
+            self.known.add(request)
+            return 200, {}, self.malformed
+        return super().reply(path, body)
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
+@pytest.mark.parametrize("kind", [*KINDS, "openai"])
+def test_server_is_asked_again_for_an_answer_that_cannot_be_read(kind, malformed):
+    options = {"recording": served.SEARCHES.get(kind, served.SEARCHES["vllm"]), "names_itself": kind != "openai"}
+    with served.ReplayServer(**options) as server:
+        expected = nodes_of(solve(server))
+    with _FirstMalformed(malformed=malformed, **options) as server:
+        assert nodes_of(solve(server)) == expected
+        assert server.known
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
+def test_server_whose_answers_all_cannot_be_read_is_an_error_and_leaves_nothing(malformed, server):
+    engine = ServerEngine(server.url, served.MODEL, max_retries=1, **QUICK)
+    finder = PathFinder(engine, CONFIG)
+    finder.plan(served.SEARCHED)
+    server.faults = [(200, {}, malformed)] * 40
+    with pytest.raises(UnusableAnswerError, match=r"completions was answered 2 times, but no answer can be used"):
+        finder.solve(served.SEARCHED)
+    assert engine._branches == {}
+
+
+def test_server_is_asked_again_for_log_probabilities_that_are_missing_once(server):
+    expected = nodes_of(solve(server))
+    silent = '{"choices": [{"text": "a", "token_ids": [1], "logprobs": null, "finish_reason": "length"}]}'
+    server.faults = [None, None, None, (200, {}, silent), (200, {}, silent)]
+    assert nodes_of(solve(server)) == expected
+
+
 def test_server_that_is_down_is_an_error_and_leaves_nothing(server):
     engine = ServerEngine(server.url, served.MODEL, max_retries=1, **QUICK)
     finder = PathFinder(engine, CONFIG)
@@ -296,8 +352,8 @@ def test_server_tokens_past_the_text_are_cut():
     assert server_steps._vllm(unnamed) == StepPart("a.\n", [1, 2], [-1.0, -2.0], "stop", ["a", ".\n"])
     entries = [{"token": piece, "logprob": -1.0} for piece in ("a", ".\n", "So")]
     content = {"content": "a.", "tokens": [1, 2, 3], "completion_probabilities": entries}
-    content |= {"stop_type": "word", "stopping_word": "\n", "last_token": "So"}
-    assert server_steps._llama_cpp(content) == StepPart("a.\n", [1, 2], [-1.0, -1.0], "stop", ["a", ".\n"])
+    content |= {"stop_type": "word", "stopping_word": "\n"}
+    assert server_steps._llama_cpp(content, "So") == StepPart("a.\n", [1, 2], [-1.0, -1.0], "stop", ["a", ".\n"])
 
 
 @pytest.mark.parametrize("reason", ["\n", None])
@@ -305,3 +361,14 @@ def test_server_answer_with_more_log_probabilities_than_tokens_is_refused(reason
     content = vllm_answer("\ufffd\n", ["\ufffd", "\ufffd", "\n"], [-1.0, -2.0, -4.0], reason, token_ids=[1, 2])
     with pytest.raises(ValueError, match="3 log-probabilities of 2 tokens"):
         server_steps._vllm(content)
+
+
+def test_server_steps_come_from_sglang_as_texts():
+    """SGLang is told apart for its scores; a search asks it through OpenAI's interface."""
+
+    class Client:
+        async def get(self, path):
+            return {"data": [{"id": "model", "owned_by": "sglang", "max_model_len": 77}]}
+
+    dialect = asyncio.run(server_steps.dialect_of(Client(), "model"))
+    assert (dialect.kind, dialect.takes_token_ids, dialect.context_length) == ("openai", False, 77)

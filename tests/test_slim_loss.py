@@ -325,6 +325,57 @@ def test_slim_loss_of_small_and_large_logits(magnitude, dtype):
         assert_matches(logits, target, teacher, rest=rest, z_loss_weight=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+@pytest.mark.parametrize("scale", [1.0, -3e-5])
+def test_slim_loss_gradient_below_the_smallest_normal_number_is_zero(dtype, scale):
+    info = torch.finfo(dtype)
+    lowest = 1.06 * math.log(info.tiny)
+    logits = torch.linspace(lowest, 0.0, 4099, dtype=F64).to(dtype).repeat(2, 1).requires_grad_()
+    target = torch.tensor([4000, 0])
+    (scale * sk.slim_loss(logits, target, reduction="none").loss).sum().backward()
+    exact = scale * (logits.detach().double().softmax(-1) - F.one_hot(target, 4099))
+    size = exact.abs()
+    below, above = size < (1 - 1e-4) * info.tiny, size > (1 + 1e-2) * info.tiny
+    assert below.sum() > 100
+    assert not logits.grad[below].any()
+    torch.testing.assert_close(logits.grad[above].double(), exact[above], rtol=max(3e-5, 2 * info.eps), atol=0)
+
+
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_slim_loss_makes_no_denormal_gradient(rest, divergence, temperature, dtype):
+    tiny = torch.finfo(dtype).tiny
+    generator = torch.Generator().manual_seed(6)
+    spread = -1.3 * math.log(tiny)
+    logits = (-spread * torch.rand(5, 3001, generator=generator, dtype=F64)).to(dtype)
+    teacher_logits = (-spread * torch.rand(5, 3001, generator=generator, dtype=F64)).to(dtype)
+    logits[:, 7], teacher_logits[:, 7] = 3.0, 2.0
+    target = torch.full((5,), 7)
+    teacher = reference.topk_logits(teacher_logits, 2000, target=target, temperatures=(1.0, 0.5))
+    logits.requires_grad_()
+    sk.slim_loss(logits, target, teacher, rest=rest, divergence=divergence, temperature=temperature).loss.backward()
+    size = logits.grad.abs()
+    assert bool(logits.grad.isfinite().all())
+    assert not ((size > 0) & (size < tiny)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.5, 0.995, 0.9995])
+def test_slim_loss_of_masked_rows(dtype, share):
+    vocab_size = 9001
+    generator = torch.Generator().manual_seed(8)
+    masked = torch.rand(vocab_size, generator=generator) < share
+    masked[:130] = True
+    masked[8990] = False
+    rows = 3 * torch.randn(2, 3, vocab_size, generator=generator)
+    student, teacher_logits = rows.masked_fill(masked, -INF).to(dtype)
+    target = torch.full((3,), 8990)
+    assert_matches(student, target, None)
+    teacher = reference.topk_logits(teacher_logits, 2, target=target)
+    assert_matches(student, target, teacher)
+
+
 @pytest.mark.parametrize("leading_shape", [(), (1,), (2, 3), (2, 0, 3), (2, 1, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_slim_loss_keeps_leading_dimensions(leading_shape, reduction):

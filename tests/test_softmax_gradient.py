@@ -56,6 +56,22 @@ def test_softmax_gradient(dtype, temperature, softcap, scale):
     assert torch.equal(logits, gradient[rows]), "over the logits it differs"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_softmax_gradient_below_the_smallest_normal_number_is_zero(dtype, temperature):
+    info = torch.finfo(dtype)
+    logits = torch.linspace(1.1 * math.log(info.tiny), 0.0, 3001, dtype=torch.float64).to(dtype)[None]
+    numbers = torch.tensor([-0.25, 0.0, 0.25, 0.0, 0.0]).to(torch.promote_types(dtype, torch.float32))[:, None]
+    gradient = torch.full_like(logits, math.nan)
+    torch.ops.slimkernels.softmax_gradient_rows(logits, gradient, numbers, temperature, 0.0, 1.0)
+    exact = in_torch(logits.double(), numbers.double(), temperature, 0.0, 1.0)
+    below = exact.abs() < (1 - 1e-4) * info.tiny
+    assert below.sum() > 100
+    assert not gradient[below].any()
+    above = exact.abs() > (1 + 1e-2) * info.tiny
+    torch.testing.assert_close(gradient[above].double(), exact[above], rtol=max(3e-5, 2 * info.eps), atol=0)
+
+
 @pytest.mark.interpret
 def test_softmax_gradient_passes_its_tests_interpreted():
     assert_tests_pass_interpreted("test_softmax_gradient.py::test_softmax_gradient")

@@ -677,3 +677,18 @@ class TestPromptLengths:
         verify(tmp_path)
         store = Store(tmp_path)
         assert [store[store.find(case.input_ids)].prompt_length for case in cases] == list(range(6))
+
+    def test_belong_to_the_fingerprint_of_a_store(self, tmp_path, generator) -> None:
+        state, stores = generator.get_state(), {}
+        for name, lengths in (("a", (3, 0, 4)), ("b", (3, 0, 5)), ("unknown", (0, 0, 0)), ("again", (3, 0, 4))):
+            generator.set_state(state)
+            self.write(tmp_path / name, generator, lengths)
+            stores[name] = Store(tmp_path / name)
+        found = {name: store.fingerprint for name, store in stores.items()}
+        assert found["a"] == found["again"]
+        assert len({found["a"], found["b"], found["unknown"]}) == 3
+        # A store without prompts has the fingerprint of version 0.1.0, which checkpoints hold.
+        assert {store.rows_fingerprint for store in stores.values()} == {found["unknown"]}
+        assert stores["unknown"].prompts_fingerprint is None
+        (tmp_path / "a" / "prompts-000000.safetensors").unlink()
+        assert Store(tmp_path / "a").fingerprint == found["unknown"]

@@ -19,9 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.store_cases import SETTINGS, assert_stored, random_case, write_store
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
-from slimkernels import PackedLogits, decode_logits
+from slimkernels import PackedLogits, SparseLogits, decode_logits
 from slimkernels.store import (
     Document,
     DocumentOrder,
@@ -416,6 +416,66 @@ def test_a_batch_is_one_that_accelerate_handles(tmp_path, generator) -> None:
     assert accelerate.utils.find_batch_size(batch) == 3
     moved = accelerate.utils.send_to_device(batch, "meta")
     assert moved["teacher"].device.type == moved["input_ids"].device.type == "meta"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_a_loader_that_accelerate_prepared_gives_the_same_batches(kind, packed, tmp_path, generator, request) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    request.addfinalizer(lambda: accelerate.state.AcceleratorState._reset_state(reset_partial_state=True))
+    write_store(tmp_path, [[random_case(9 + i, 4, generator) for i in range(5)]])
+    data = StoreDataset(tmp_path, packed=packed)
+    if kind != "dataset":
+        data = StoreIterableDataset(tmp_path, packed=packed, shuffle=False, batch_size=2, rank=0, world_size=1)
+    options = accelerate.utils.DataLoaderConfiguration(dispatch_batches=False)
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=options)
+    loader = DataLoader(data, batch_size=2, collate_fn=collate_documents)
+    for one, other in zip(accelerator.prepare(loader), loader, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one if name != "teacher")
+        assert type(one["teacher"]) is (PackedLogits if packed else SparseLogits)
+        assert torch.equal(one["teacher"].lse, other["teacher"].lse)
+    # What accelerate does with a stream by default cuts the labels like the documents.
+    cutting = accelerate.data_loader.prepare_data_loader(
+        loader, torch.device("cpu"), dispatch_batches=True, put_on_device=True
+    )
+    with pytest.raises(ValueError, match=r"1 in rows, 1 in target, 8 in teacher: .* set dispatch_batches=False"):
+        next(iter(cutting))
+
+
+def test_a_stream_that_accelerate_splits_is_read_once(tmp_path, generator) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    cases = [random_case(9 + i, 4, generator) for i in range(8)]
+    write_store(tmp_path, [cases])
+    stream = StoreIterableDataset(tmp_path, shuffle=False, rank=0, world_size=1)
+    shards = [
+        accelerate.data_loader.IterableDatasetShard(stream, batch_size=2, num_processes=2, process_index=index)
+        for index in range(2)
+    ]
+    order = accelerate.data_loader.BatchSamplerShard(
+        BatchSampler(DocumentOrder(8, rank=0, world_size=1), 2, drop_last=False), num_processes=2, process_index=1
+    )
+    read = [len(document.input_ids) for shard in shards for document in shard]
+    assert sorted(read) == sorted(len(case.input_ids) for case in cases)
+    assert len({number for batch in order for number in batch}) == 4
+
+
+def test_records_of_several_processes_are_refused_by_accelerate_or_joined_as_objects(tmp_path, generator) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    write_store(tmp_path, [[random_case(9 + i, 4, generator) for i in range(4)]])
+    documents = Store(tmp_path)[:]
+    batches = [collate_documents(documents[:2]), collate_documents(documents[2:])]
+    # A dispatcher joins the batches of all processes first. Only tensors can be joined in its way.
+    for refused in (
+        lambda: accelerate.utils.concatenate([batch["teacher"] for batch in batches]),
+        lambda: accelerate.utils.pad_across_processes(batches[0]),
+    ):
+        with pytest.raises(TypeError, match="SparseLogits"):
+            refused()
+    sent = [pickle.loads(pickle.dumps(batch["teacher"])) for batch in batches]  # noqa: S301 -- as gather_object does
+    joined, expected = SparseLogits.cat(sent), collate_documents(documents)["teacher"]
+    for name in ("ids", "logits", "lse", "target_logit"):
+        assert torch.equal(getattr(joined, name), getattr(expected, name))
 
 
 def test_prompt_lengths_of_a_batch_are_the_stored_ones_or_those_before_the_first_label(tmp_path, generator) -> None:

@@ -17,13 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from support import served, teachers
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from slimkernels import SparseLogits, slim_loss, sparse_softmax
 from slimkernels.cli import main
-from slimkernels.served_rows.tokens import ServerToken, TokenMap
 from slimkernels.serving.client import ServerClient
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import SettingsMismatchError
@@ -578,58 +575,6 @@ class TestKeys:
 
 
 class TestTokens:
-    def test_every_token_of_the_vocabulary_is_found_by_its_bytes(self, tokenizer) -> None:
-        tokens = TokenMap(tokenizer, len(tokenizer))
-        missing = [token for token in range(len(tokenizer)) if tokens.id_of(_by_bytes(tokens, token)) != token]
-        # The replacement character stands for any broken bytes.
-        assert tokenizer.decode(missing) == "\ufffd"
-        text = "Größe 🐈, naïve\n\tcafé <|im_end|> 中文"
-        ids = tokenizer(text)["input_ids"]
-        assert b"".join(tokens._bytes[token] for token in ids) == text.encode()
-
-    @pytest.mark.parametrize(
-        ("token", "found"),
-        [
-            (ServerToken.named(" the", -1.0), " the"),
-            (ServerToken.named("token_id:260", -1.0, [1, 2]), " the"),
-            (ServerToken.named("?", -1.0, list(b" the")), " the"),
-            (ServerToken.named("bytes: the", -1.0), " the"),
-            (ServerToken.named("bytes:\\x20the", -1.0), " the"),
-            (ServerToken.named("<|im_end|>", -1.0), "<|im_end|>"),
-            (ServerToken.named("", -1.0, [], 2), "<|im_end|>"),
-            (ServerToken.named("", -1.0, []), None),
-            (ServerToken.named("\ufffd", -1.0), None),
-            (ServerToken.named(" the mat", -1.0), None),
-            (ServerToken.named("token_id:49152", -1.0), None),
-            # An id of another vocabulary.
-            (ServerToken.named(" the", -1.0, list(b" the"), 261), None),
-        ],
-    )
-    def test_names(self, token, found, tokenizer) -> None:
-        tokens = TokenMap(tokenizer, len(tokenizer))
-        expected = None if found is None else tokenizer.convert_tokens_to_ids(found.replace(" ", "Ġ"))
-        assert tokens.id_of(token) == expected
-        assert (tokens.seen, tokens.unmapped) == (1, int(found is None))
-
-    def test_tokens_that_share_their_bytes(self) -> None:
-        """A special token before the same text, and that before single bytes, as the tokenizer itself decides."""
-        vocab = {"<unk>": 0, "<0x41>": 1, "<0xE2>": 2, "A": 3, "\u2581the": 4, "<end>": 5, " the": 6}
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(parts)
-        backend.add_special_tokens(["<end>"])
-        tokens = TokenMap(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>"), 7)
-        assert tokens.id_of(ServerToken("A", -1.0)) == 3
-        assert tokens.id_of(ServerToken("\ufffd", -1.0, b"\xe2")) == 2
-        assert tokens.id_of(ServerToken("<end>", -1.0)) == 5
-        # Two ordinary tokens for the same bytes: no way to tell.
-        assert tokens.id_of(ServerToken(" the", -1.0)) is None
-
-    def test_a_tokenizer_whose_bytes_are_not_known(self) -> None:
-        backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-        with pytest.raises(ValueError, match="must be a fast one, byte-level or with byte fallback"):
-            TokenMap(PreTrainedTokenizerFast(tokenizer_object=backend), 1)
-
     def test_another_tokenizer_is_refused(self, tmp_path, vllm, tokenizer) -> None:
         with pytest.raises(ServerRequestError, match="never recorded"):
             run(vllm, teachers.make_tokenizer(), tmp_path / "a")
@@ -691,7 +636,7 @@ class TestArguments:
             ({"prompts": [""]}, "every prompt must have at least one token"),
             ({"prompts": [[1, 2]], "api": "chat"}, "a prompt of api='chat' must be text"),
             ({"prompts": None, "documents": []}, "documents must hold at least one document"),
-            ({"api": "assistants"}, "api must be one of auto, completions, chat, llama.cpp, got 'assistants'"),
+            ({"api": "assistants"}, "api must be one of auto, completions, chat, llama.cpp, sglang, got 'assistants'"),
             ({"top_logprobs": 0}, "top_logprobs must be an int of at least 1, got 0"),
             ({"temperature": math.nan}, r"temperature must be in \[0, inf\]"),
             ({"seed": -1}, "seed must be in"),
@@ -740,7 +685,3 @@ class TestArguments:
         monkeypatch.setitem(sys.modules, "httpx2", None)
         with pytest.raises(ImportError, match=r"pip install 'slimkernels\[server\]'"):
             ServerClient("http://localhost/v1")
-
-
-def _by_bytes(tokens: TokenMap, token: int) -> ServerToken:
-    return ServerToken("\ufffd", -1.0, tokens._bytes[token])

@@ -141,3 +141,26 @@ def test_command_line(server, smollm2, tmp_path, capsys) -> None:
     assert main(command) == 0
     assert "added 3 documents" in capsys.readouterr().out
     assert main(["store", "verify", str(Path(tmp_path) / "store")]) == 0
+
+
+def test_vllm_scores_without_the_text_of_the_candidates(smollm2, tmp_path) -> None:
+    """A server that was started with --enable-scale-out is asked through /inference/v1/generate."""
+    python = os.environ.get("VLLM_PYTHON")
+    if not python:
+        pytest.skip("VLLM_PYTHON does not name a Python with this server: run make test-servers")
+    model, tokenizer = smollm2
+    gguf = teachers.smollm2_gguf()
+    folder = converted_folder(gguf, default_cache_dir())
+    documents = [tokenizer(text)["input_ids"] for text in served.TEXTS]
+    with (
+        served.real_server("vllm-tokens", python, folder, gguf, tmp_path / "log") as address,
+        served.RecordingServer(address) as server,
+    ):
+        options = {"top_logprobs": 20, "codec": "float32"}
+        capture_server(server.url, served.MODEL, tokenizer, tmp_path / "store", documents=documents, **options)
+        paths = [exchange["path"] for exchange in server.exchanges]
+        answers = [exchange["answer"] for exchange in server.exchanges[1:]]
+    assert paths == ["/v1/models", *["/inference/v1/generate"] * 2]
+    assert all('"decoded_token":null' in answer and '"decoded_token":"' not in answer for answer in answers)
+    for document in Store(tmp_path / "store"):
+        assert_close_to_local(document, model)

@@ -136,6 +136,35 @@ def test_topk_logits_lse_of_extremes(dtype):
     assert_topk_matches(sk.topk_logits(logits, 4, temperatures=(1.0, 3.0)), logits, 4, temperatures=(1.0, 3.0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [1, 40, 900])
+def test_topk_logits_of_masked_and_tied_rows(dtype, top_k):
+    # Far more than K logits tie at the threshold that a sample of the row suggests.
+    vocab_size = 30011
+    generator = torch.Generator().manual_seed(top_k)
+    at_random = torch.rand(vocab_size, generator=generator)
+    rows = 3 * torch.randn(14, vocab_size, generator=generator)
+    for row, share in enumerate((0.5, 0.9, 0.99, 0.999)):
+        rows[row, at_random < share] = -INF
+    rows[4, : vocab_size - 30] = -INF
+    rows[5, 30:] = -INF
+    rows[6] = -INF
+    rows[6, 20077] = 2.0
+    rows[7, at_random < 0.999] = -6e4
+    rows[8] = 0.5
+    rows[9] = (rows[9] > 0).float()
+    rows[10] = torch.linspace(-30, 30, vocab_size)
+    rows[11] = torch.where(at_random < 0.5, 0.0, -0.0)
+    rows[12] = -INF
+    rows[12, 29000:29500:7] = INF
+    rows[13] = torch.where(at_random < 0.01, rows[13], -300.0)
+    rows[13, 30000:] = 80.0
+    rows = rows.to(dtype)
+    assert_topk_matches(sk.topk_logits(rows, top_k), rows, top_k, temperatures=(1.0,))
+    with_nan = rows.index_fill(1, torch.tensor([9, 28000, 30010]), NAN)
+    assert torch.equal(sk.topk_logits(with_nan, top_k).ids, reference.topk_logits(with_nan, top_k).ids)
+
+
 def test_topk_logits_one_is_always_the_first_temperature():
     logits = torch.randn(2, 9)
     sparse = sk.topk_logits(logits, 2, temperatures=(2.0,))

@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.tiny import VOCAB_SIZE, make_model, make_store, make_tokenizer
@@ -19,6 +20,7 @@ from slimkernels.cli import main
 from slimkernels.models.make_student import make_student
 from slimkernels.store import Store, StoreDataset, StoreWriter
 from slimkernels.store.errors import SettingsMismatchError
+from slimkernels.store.prompts import prompts_content, prompts_name
 from slimkernels.teacher import capture, tokenizer_fingerprint
 from slimkernels.trainer import SlimTrainer, last_complete_checkpoint, train
 
@@ -56,6 +58,24 @@ def test_a_run_is_another_with_another_store(run, tmp_path):
     other = Store(make_store(tmp_path / "other", seed=1))
     with pytest.raises(ValueError, match=r"checkpoint of the same run.* differs: store='\w{32}' there, '\w{32}' here"):
         resume(run, other)
+
+
+def test_a_run_is_another_with_other_lengths_of_the_prompts(run, tmp_path, store_path):
+    shutil.copytree(store_path, tmp_path / "prompts")
+    store = Store(tmp_path / "prompts")
+    lengths = np.array([int(document.positions[0]) for document in store[: store.shards[0].documents]])
+    content = prompts_content(store.shards[0].checksum, lengths)
+    (tmp_path / "prompts" / prompts_name(store.shards[0].file)).write_bytes(content)
+    with pytest.raises(ValueError, match=r"differs: prompt_lengths='unknown' there, '\w{32}' here; give this run"):
+        resume(run, Store(tmp_path / "prompts"))
+    for folder in run.glob("checkpoint-*"):
+        # A checkpoint of a release that did not compare the lengths: the finished run and a longer one go on.
+        recorded = json.loads((folder / "slim_run.json").read_text())
+        assert recorded.pop("prompt_lengths") == "unknown"
+        assert recorded["store"] == Store(tmp_path / "prompts").rows_fingerprint
+        (folder / "slim_run.json").write_text(json.dumps(recorded))
+    assert resume(run, Store(tmp_path / "prompts")).state.global_step == 4
+    assert resume(run, Store(tmp_path / "prompts"), max_steps=6).state.global_step == 6
 
 
 def test_a_run_is_another_with_another_student_of_the_same_shape(run, store_path):
@@ -97,7 +117,7 @@ def test_the_command_says_that_a_run_is_another(tmp_path, store_path, capsys):
     assert main(command) == 0
     capsys.readouterr()
     assert main([*command, "--learning-rate", "0.001"]) == 2
-    assert "learning_rate=5e-05 there, 0.001 here" in capsys.readouterr().err
+    assert "--learning-rate 5e-05 there, 0.001 here" in capsys.readouterr().err
     other = make_store(tmp_path / "other", seed=1)
     assert main([*command[:2], other, *command[3:]]) == 2
     assert "differs: store=" in capsys.readouterr().err
@@ -243,6 +263,7 @@ def test_a_pad_token_that_is_added_leaves_the_tokenizer_the_same(tmp_path, store
     store, tokenizer = Store(store_path), make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     assert tokenizer_fingerprint(tokenizer) != store.tokenizer_fingerprint
+    assert tokenizer_fingerprint(tokenizer).endswith(f" {store.tokenizer_fingerprint}")
     student = make_student(vocab_size=VOCAB_SIZE, hidden_size=8, num_heads=2)
     make_trainer(tmp_path, store, model=student, tokenizer=tokenizer)
     tokenizer.add_tokens("another")

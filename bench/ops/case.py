@@ -46,6 +46,7 @@ class Case:
         rate_bytes: Bytes of results per call if the figure is a rate; 0 if it is a time.
         quick: Whether the case belongs to the short selection: the smallest shape of every op without a matrix product.
         optional_peers: Peers from other packages, which are skipped if they fail.
+        masked: Whether every second logit is -inf and the peer is our op on rows without a mask.
     """
 
     op: str
@@ -60,6 +61,7 @@ class Case:
     rate_bytes: int = 0
     quick: bool = False
     optional_peers: tuple[str, ...] = ()
+    masked: bool = False
 
     @property
     def shape(self) -> str:
@@ -80,8 +82,8 @@ class Case:
 
     @property
     def has_memory(self) -> bool:
-        """Whether peak memory is measured: not for points of a growth curve, nor for calls of microseconds."""
-        return self.sweep is None and not self.rate_bytes
+        """Whether peak memory is measured: not for points of a growth curve, masked rows, or calls of microseconds."""
+        return self.sweep is None and not self.masked and not self.rate_bytes
 
     @property
     def single_core(self) -> bool:
@@ -130,14 +132,18 @@ class Case:
         return work
 
 
-def random_rows(num_rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Draws normal rows with about the spread of a language model's logits."""
-    return (3 * torch.randn(num_rows, width, generator=generator(seed))).to(dtype)
+def random_rows(num_rows: int, width: int, dtype: torch.dtype, seed: int, *, masked: bool = False) -> Tensor:
+    """Draws normal rows with about the spread of a language model's logits; a mask sets those of odd ids to -inf."""
+    rows = (3 * torch.randn(num_rows, width, generator=generator(seed))).to(dtype)
+    if masked:
+        rows[:, 1::2] = -math.inf
+    return rows
 
 
-def random_target(num_rows: int, vocab_size: int) -> Tensor:
-    """Draws labels (N,)."""
-    return torch.randint(vocab_size, (num_rows,), generator=generator(1))
+def random_target(num_rows: int, vocab_size: int, *, masked: bool = False) -> Tensor:
+    """Draws labels (N,), with a mask only even ones."""
+    target = torch.randint(vocab_size, (num_rows,), generator=generator(1))
+    return target - target % 2 if masked else target
 
 
 def generator(seed: int) -> torch.Generator:

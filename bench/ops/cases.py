@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -30,6 +31,7 @@ from slimkernels.store import codec
 # Error of a gradient relative to its largest entry; half-precision gradients are rounded.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 HAS_SAMPLING = hasattr(sk, "sample_logits")
+UNMASKED = "without a mask"
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
@@ -53,7 +55,31 @@ def all_cases(shrink: int = 1) -> list[Case]:
     for case, top_k in ((topk_case, 1600), (slim_loss_case, 1600), (sample_case, 40)):
         if case is not sample_case or HAS_SAMPLING:
             cases += sweep_cases(case, 64 // shrink, 128256 // shrink, top_k // min(shrink, 4))
+    cases += [
+        masked_case(topk_case, rows, vocab, kept),
+        masked_case(slim_loss_case, rows, vocab, kept),
+        masked_case(cross_entropy_case, rows, vocab),
+    ]
+    cases += [masked_case(sample_case, rows, vocab, 40)] if HAS_SAMPLING else []
     return cases + linear_cases(shrink)
+
+
+def masked_case(case: Callable[..., Case], *sizes: int) -> Case:
+    """Returns a case of rows of which half is -inf, whose peer is the same op on rows without a mask."""
+    plain, masked = (case(*sizes, torch.float32, masked=mask) for mask in (False, True))
+
+    def build() -> Work:
+        works = {OURS: masked.build(), UNMASKED: plain.build()}
+
+        def check(provider: str, result) -> None:
+            works[provider].check(OURS, result)
+
+        return Work({name: work.providers[OURS] for name, work in works.items()}, check, works[OURS].leaves)
+
+    op = f"{plain.op} (masked)"
+    return dataclasses.replace(
+        plain, op=op, build=build, peers=(UNMASKED,), optional_peers=(), quick=False, masked=True
+    )
 
 
 def sweep_cases(case: Callable[..., Case], num_rows: int, vocab_size: int, top_k: int) -> list[Case]:
@@ -67,7 +93,7 @@ def sweep_cases(case: Callable[..., Case], num_rows: int, vocab_size: int, top_k
     return points
 
 
-def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
+def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, masked=False) -> Case:
     """Returns a case of top-k of whole rows; the peers do not compute the log-sum-exp."""
     other = ("torch.topk", "torch.topk sorted")
     if dtype == torch.float32 and torch.get_default_device().type == "cpu":  # numpy has no bfloat16
@@ -76,7 +102,7 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
     other += tuple(fused)
 
     def build() -> Work:
-        logits = random_rows(num_rows, vocab_size, dtype, 0)
+        logits = random_rows(num_rows, vocab_size, dtype, 0, masked=masked)
         expected = reference.topk_logits(logits.double(), top_k)
         kept_values = expected.logits.to(dtype).sort(-1).values
         providers = {OURS: lambda: sk.topk_logits(logits, top_k)}
@@ -115,13 +141,14 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) ->
     )
 
 
-def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
+def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, masked=False) -> Case:
     """Returns a case of the default loss on student logits and a captured teacher."""
 
     def build() -> Work:
-        target = random_target(num_rows, vocab_size)
-        teacher = sk.topk_logits(random_rows(num_rows, vocab_size, dtype, 2), top_k, target=target)
-        logits = random_rows(num_rows, vocab_size, dtype, 3).requires_grad_()
+        target = random_target(num_rows, vocab_size, masked=masked)
+        teacher_logits = random_rows(num_rows, vocab_size, dtype, 2, masked=masked)
+        teacher = sk.topk_logits(teacher_logits, top_k, target=target)
+        logits = random_rows(num_rows, vocab_size, dtype, 3, masked=masked).requires_grad_()
         steps = {OURS: lambda: sk.slim_loss(logits, target, teacher).loss}
         if not sweep:
             compiled = peers.compiled(peers.slim_loss)
@@ -190,12 +217,12 @@ def topk_slim_loss_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> C
     )
 
 
-def cross_entropy_case(num_rows, vocab_size, dtype) -> Case:
+def cross_entropy_case(num_rows, vocab_size, dtype, *, masked=False) -> Case:
     """Returns a case of the loss without a teacher."""
 
     def build() -> Work:
-        target = random_target(num_rows, vocab_size)
-        logits = random_rows(num_rows, vocab_size, dtype, 3).requires_grad_()
+        target = random_target(num_rows, vocab_size, masked=masked)
+        logits = random_rows(num_rows, vocab_size, dtype, 3, masked=masked).requires_grad_()
         compiled = peers.compiled(F.cross_entropy)
         steps = {
             OURS: lambda: sk.slim_loss(logits, target).loss,
@@ -224,12 +251,12 @@ def cross_entropy_case(num_rows, vocab_size, dtype) -> Case:
     )
 
 
-def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False) -> Case:
+def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, masked=False) -> Case:
     """Returns a case of one token per row, drawn at a temperature after top-k and top-p."""
     fused = cuda_peers.samplers()
 
     def build() -> Work:
-        logits = random_rows(num_rows, vocab_size, dtype, 0)
+        logits = random_rows(num_rows, vocab_size, dtype, 0, masked=masked)
         options = {"seed": 7, "position": torch.arange(num_rows), "top_k": top_k, "min_p": 0.0, **SAMPLING}
         expected = reference_sampling.sample_logits(logits.double(), **options).token
         least = logits.topk(top_k, -1).values[:, -1]

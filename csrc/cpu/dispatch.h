@@ -121,7 +121,7 @@ struct SampleLogitsArgs {
   int dtype;
   int64_t vocab_size;
   int64_t num_distinct;  // m
-  RowInts seed;
+  RowInts seed;  // step 0: the seed of row 0, from which those of the others are drawn
   RowInts position;
   RowFloats temperature;
   RowInts top_k;
@@ -139,7 +139,7 @@ struct SampleTargetsArgs {
   int dtype;
   int64_t vocab_size;
   int64_t rounds;
-  RowInts seed;
+  RowInts seed;  // step 0: the seed of row 0, from which those of the others are drawn
   RowInts position;
   double temperature;
   const int64_t* target;  // (N,) or null; a negative entry means no label

@@ -40,6 +40,22 @@ SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
   return noise;
 }
 
+// Returns the seed of row n: its own, or, if one seed is given for all rows, the first 64 bits of Philox with that seed as
+// its key and the counter (n, 2^32 - 1, 0, 0), which no draw uses. Row 0 takes the one seed as it is.
+SK_INLINE int64_t seed_of_row(const RowInts& seed, int64_t n) {
+  if (seed.step != 0 || n == 0) return seed.values[n * seed.step];
+  const NoiseKey noise = noise_key(seed.values[0], 0);
+  uint32_t c0 = uint32_t(n), c1 = 0xFFFFFFFFu, c2 = 0, c3 = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t product0 = uint64_t(c0) * kFactor0, product1 = uint64_t(c2) * kFactor1;
+    c0 = uint32_t(product1 >> 32) ^ c1 ^ noise.key[round][0];
+    c1 = uint32_t(product1);
+    c2 = uint32_t(product0 >> 32) ^ c3 ^ noise.key[round][1];
+    c3 = uint32_t(product0);
+  }
+  return int64_t(uint64_t(c1) << 32 | c0);
+}
+
 #if defined(__AVX512F__)
 SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
   const __m512i m = _mm512_set1_epi32(int32_t(factor));

@@ -114,7 +114,7 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
   constexpr int kWidth = Lanes<A>::kWidth;
   using Vec = typename Lanes<A>::Vec;
   constexpr A kLowest = -largest_finite<A>();
-  constexpr A kNoMass = sizeof(A) == 4 ? -104 : -750;
+  constexpr A kNoMass = sizeof(A) == 4 ? -104 : -750;  // its exponential is 0
   const double inverse = 1 / options.temperature;
   const A inv_temperature = kTempered ? A(inverse > 1e30 ? 1e30 : inverse < 1e-30 ? 1e-30 : inverse) : A(1);
   // A block is summed again at a higher level if it exceeds the level by more than this, so that exp cannot overflow.
@@ -449,7 +449,7 @@ int64_t sample_logits_rows(const SampleLogitsArgs& args, int64_t begin, int64_t 
       leaders.enter({0, first_reaching(row, args.vocab_size, softmax.scoring.threshold)});
     } else if (softmax.exists) {
       const NoiseKey key =
-          noise_key(args.seed.values[n * args.seed.step], args.position.values[n * args.position.step]);
+          noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
       race(row, args.vocab_size, softmax.scoring, key, 1, &leaders);
       leaders.sort();
     }

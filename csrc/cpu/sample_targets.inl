@@ -48,7 +48,7 @@ int64_t sample_targets_rows(const SampleTargetsArgs& args, int64_t begin, int64_
     if (softmax.exists) {
       for (int64_t draw = 0; draw < rounds; ++draw) leaders[draw].clear();
       const NoiseKey key =
-          noise_key(args.seed.values[n * args.seed.step], args.position.values[n * args.position.step]);
+          noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
       race(row, vocab_size, softmax.scoring, key, rounds, leaders);
       for (int64_t draw = 0; draw < rounds; ++draw) ++counts[runners[draw].id];
     }

@@ -18,10 +18,10 @@ void softmax_gradient_row(const SoftmaxGradientArgs& args, int64_t n) {
   const X* const row = static_cast<const X*>(args.logits) + n * args.logits_stride;
   X* const gradient = static_cast<X*>(args.gradient) + n * args.gradient_stride;
   const A* const numbers = static_cast<const A*>(args.numbers) + n;
-  const A factor = numbers[0], level = numbers[args.num_rows];
-  const A factor_one = numbers[2 * args.num_rows], level_one = numbers[3 * args.num_rows];
+  const ExpFactor<A> factor(numbers[0]), factor_one(numbers[2 * args.num_rows]);
+  const A level = numbers[args.num_rows], level_one = numbers[3 * args.num_rows];
   const A constant = numbers[4 * args.num_rows];
-  if (factor == 0 && factor_one == 0 && constant == 0) {
+  if (factor.value == 0 && factor_one.value == 0 && constant == 0) {
     // The gradient is exactly 0 whatever the row holds, also NaN.
     memset(gradient, 0, args.vocab_size * sizeof(X));
     return;
@@ -32,9 +32,10 @@ void softmax_gradient_row(const SoftmaxGradientArgs& args, int64_t n) {
     const int64_t left = args.vocab_size - i;
     Vec z = left >= kWidth ? load(row + i) : load_part(row + i, left, level);
     if (transform) z = transformed(z, args);
-    Vec dz = exp((z - level) * inv_temperature) * factor + constant;
-    if (two_temperatures) dz += exp(z - level_one) * factor_one;
+    Vec dz = factor.times(exp((z - level) * inv_temperature)) + constant;
+    if (two_temperatures) dz += factor_one.times(exp(z - level_one));
     if (transform) dz *= transform_slope(z, args);
+    dz = flush_denormals(dz);
     if (left >= kWidth) {
       store(gradient + i, dz);
     } else {

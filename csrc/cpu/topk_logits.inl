@@ -4,7 +4,8 @@
 // 2. One pass collects the candidates with their ids and sums the exponentials relative to the level.
 // 3. A bisection finds the exact K-th largest among the candidates.
 //
-// If the sample misleads, a second pass over the row is necessary, which is slower but still exact.
+// If the sample's threshold is too low, as in a row that is mostly -inf, it is raised during the pass. If it is too high,
+// a second pass over the row is necessary, which is slower but still exact.
 #pragma once
 
 #include <stdlib.h>
@@ -53,6 +54,7 @@ RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratc
     memcpy(scratch.keys + i * kWidth, &keys, sizeof(keys));
   }
   RowGuess<A> guess = {-infinity<A>(), max_lanes(best)};
+  if (guess.level == -infinity<A>()) guess.level = sampled_max(row, args.vocab_size);
   const int64_t samples = vectors * kWidth;
   if (args.vocab_size < 4 * samples || 4 * args.top_k > args.vocab_size) return guess;
   const double fraction = double(args.top_k) / args.vocab_size;
@@ -62,15 +64,26 @@ RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratc
   return guess;
 }
 
+template <class A>
+typename Lanes<A>::Key keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch);
+
 // Collects the elements not below the guessed threshold, in id order, and sums the exponentials relative to the level.
+// Drops elements that cannot be among the top_k when many more were found.
 template <class X, class A>
 int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const int64_t vocab_size = args.vocab_size;
   for (int64_t m = 0; m < args.num_temperatures; ++m) scratch.sums[m] = 0;
+  const int64_t most = 4 * (args.top_k + kBlock);
   int64_t found = 0;
   for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const int64_t length = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+    if (found > most) {
+      // Later elements that tie with the K-th largest so far have higher ids, so only those above it count.
+      const A above_kth = value_of_key<A>(keep_largest(found, args.top_k, scratch) + 1);
+      guess.threshold = above_kth < infinity<A>() ? above_kth : infinity<A>();
+      found = args.top_k;
+    }
     typename Lanes<A>::Vec sum = {};
     int64_t i = 0;
     const auto visit = [&](typename Lanes<A>::Vec v) {
@@ -95,9 +108,10 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
   return found;
 }
 
-// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id.
+// Compacts the candidates in place to the top_k largest, in id order; ties go to the lowest id. Returns the key of the
+// K-th largest.
 template <class A>
-void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
+typename Lanes<A>::Key keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const auto keys_at = [&](int64_t i) { return order_keys(load(scratch.values + i)); };
   for (int64_t i = 0; i < found; i += kWidth) {
@@ -121,6 +135,7 @@ void keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& scratch) {
     append(taken, ids, scratch.ids + kept);
     kept += count(taken);
   }
+  return kth;
 }
 
 template <class X>

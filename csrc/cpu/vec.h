@@ -258,12 +258,18 @@ SK_INLINE auto max_lanes(V v) {
 
 // ---- Elementary functions
 
-// exp for x <= 88, which is enough for a softmax. NaN stays NaN, -inf gives 0. The relative error is below 2e-7 for
-// x > -2 and grows with |x| to 4e-7 at -20, like the effect of rounding x itself to float32.
+// The least arguments whose exponentials are normal numbers. Below them exp is exactly 0, because many processors take
+// a hundred cycles and more for an operation that makes or reads a denormal, and softmax needs none of them.
+constexpr float kLeastNormalExp = -87.33654f;
+constexpr double kLeastNormalExpDouble = -708.3964185322641;
+
+// exp for x <= 88, which is enough for a softmax. NaN stays NaN; x < kLeastNormalExp, also -inf, gives 0. The relative
+// error is below 2e-7 for x > -2 and grows with |x| to 4e-7 at -20, like the effect of rounding x itself to float32.
 #if defined(__AVX512F__)
 SK_INLINE VecF exp(VecF x) {
-  // _mm512_max_ps returns its second operand if either is NaN.
-  x = bitcast<VecF>(_mm512_max_ps(_mm512_set1_ps(-104.0f), bitcast<__m512>(x)));
+  // Not less than, so that NaN is included. The other lanes are masked and not clamped, because scaling them would
+  // underflow.
+  const __mmask16 normal = _mm512_cmp_ps_mask(bitcast<__m512>(x), _mm512_set1_ps(kLeastNormalExp), _CMP_NLT_UQ);
   const VecF n = bitcast<VecF>(
       _mm512_roundscale_ps(bitcast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   const VecF r = bitcast<VecF>(_mm512_fmsub_ps(bitcast<__m512>(x), _mm512_set1_ps(1.44269504f), bitcast<__m512>(n)));
@@ -272,11 +278,12 @@ SK_INLINE VecF exp(VecF x) {
   p = p * r + 0x1.ebf9bcp-3f;
   p = p * r + 0x1.62e42ap-1f;
   p = p * r + 1.0f;
-  return bitcast<VecF>(_mm512_scalef_ps(bitcast<__m512>(p), bitcast<__m512>(n)));
+  return bitcast<VecF>(_mm512_maskz_scalef_ps(normal, bitcast<__m512>(p), bitcast<__m512>(n)));
 }
 #else
 SK_INLINE VecF exp(VecF x) {
-  x = x < -104.0f ? VecF{} - 104.0f : x;
+  const VecI tiny = x < kLeastNormalExp;  // false for NaN
+  x = tiny ? VecF{} + kLeastNormalExp : x;
   x = x > 89.0f ? VecF{} + 89.0f : x;
   const VecF magic = VecF{} + 0x1.8p23f;
   const VecF n = (x * 1.44269504f + magic) - magic;
@@ -287,21 +294,56 @@ SK_INLINE VecF exp(VecF x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  // 2^n is split into two factors, because n can be below the exponent of the smallest normal number.
+  // 2^n is split into two factors, because n can be above the exponent of the largest number.
   const VecI whole = __builtin_convertvector(n, VecI);
   const VecI half = whole >> 1;
   const VecF low = bitcast<VecF>((half + 127) << 23);
   const VecF high = bitcast<VecF>((whole - half + 127) << 23);
-  return (p * low) * high;
+  return bitcast<VecF>(bitcast<VecI>((p * low) * high) & ~tiny);
 }
 #endif
 
 SK_INLINE VecD exp(VecD x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_exp(x[lane]);
+  for (int lane = 0; lane < 8; ++lane) x[lane] = x[lane] < kLeastNormalExpDouble ? 0 : __builtin_exp(x[lane]);
   return x;
 }
 
 SK_INLINE double exp(double x) { return __builtin_exp(x); }
+
+template <class A>
+constexpr A smallest_normal() {
+  return sizeof(A) == 4 ? A(__FLT_MIN__) : A(__DBL_MIN__);
+}
+
+// Returns x with 0 in place of denormals, which the difference of two tiny numbers can be.
+template <class V>
+SK_INLINE V flush_denormals(V x) {
+  return (x < 0 ? -x : x) < smallest_normal<ElementOf<V>>() ? V{} : x;
+}
+
+// A factor of exponentials. A product below the smallest normal number is exactly 0, and a denormal is never made.
+template <class A>
+struct ExpFactor {
+  A value;
+  A least;  // the least magnitude whose product with `value` is a normal number
+
+  ExpFactor() : ExpFactor(0) {}
+  explicit ExpFactor(A factor) : value(factor) {
+    constexpr A smallest = smallest_normal<A>();
+    const A magnitude = factor < 0 ? -factor : factor;
+    least = smallest / magnitude;
+    if (least * magnitude < smallest) least *= 1 + (sizeof(A) == 4 ? A(__FLT_EPSILON__) : A(__DBL_EPSILON__));
+  }
+
+  template <class V>
+  V times(V e) const {  // e >= 0
+    return (e < least ? V{} : e) * value;
+  }
+  template <class V>
+  V times_signed(V x) const {
+    return ((x < 0 ? -x : x) < least ? V{} : x) * value;
+  }
+};
 
 // tanh with a relative error below 2e-7.
 SK_INLINE VecF tanh(VecF x) {
@@ -424,6 +466,26 @@ SK_INLINE double sum_exp(const X* x, int64_t count, A level, A inv_temperature) 
   return sum_lanes(sum);
 }
 
+// The largest of the elements that were added; NaN if there was one.
+template <class A>
+struct LargestOf {
+  using Vec = typename Lanes<A>::Vec;
+  Vec best = Vec{} - infinity<A>();
+  Vec nan = {};  // 0, or NaN in lanes that have seen one
+
+  void add(Vec v) {
+    best = max(v, best);
+    nan = v != v ? v : nan;
+  }
+  template <class X>
+  void add(const X* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + Lanes<A>::kWidth <= count; i += Lanes<A>::kWidth) add(load(x + i));
+    if (i < count) add(load_part(x + i, count - i, -infinity<A>()));
+  }
+  A value() const { return A(sum_lanes(nan)) + max_lanes(best); }
+};
+
 // Returns whether a sum of exponentials relative to a guessed level did not overflow; false for NaN. The level is at
 // most the row's maximum, so nothing significant can underflow.
 constexpr bool is_sound(double sum) { return sum < 1e25; }
@@ -433,13 +495,10 @@ constexpr bool is_sound(double sum) { return sum < 1e25; }
 template <class X, class A>
 double log_sum_exp_of_row(const X* row, int64_t count, double inv_temperature, A level, double sum) {
   if (is_sound(sum)) return double(level) * inv_temperature + __builtin_log(sum);
-  A best = -infinity<A>();
-  for (int64_t i = 0; i < count; ++i) {
-    const A x = load_one(row + i);
-    if (x != x) return x;
-    best = x > best ? x : best;
-  }
-  if (best == infinity<A>() || best == -infinity<A>()) return best;
+  LargestOf<A> largest;
+  largest.add(row, count);
+  const A best = largest.value();
+  if (best != best || best == infinity<A>() || best == -infinity<A>()) return best;
   sum = 0;
   for (int64_t i = 0; i < count; i += kBlock) {
     sum += sum_exp(row + i, count - i < kBlock ? count - i : kBlock, best, A(inv_temperature));
@@ -447,17 +506,23 @@ double log_sum_exp_of_row(const X* row, int64_t count, double inv_temperature, A
   return double(best) * inv_temperature + __builtin_log(sum);
 }
 
-// Returns the maximum of a few evenly spaced vectors of the row. NaN may be ignored.
+// Returns the maximum of a few evenly spaced vectors of the row; of more of them as long as they are all -inf, as in a
+// masked vocabulary. NaN may be ignored.
 template <class X, class A = typename Acc<X>::type>
 SK_INLINE A sampled_max(const X* row, int64_t count) {
   constexpr int kWidth = Lanes<A>::kWidth;
   const int64_t vectors = count / kWidth;
-  if (vectors == 0) return max_lanes(load_part(row, count, -infinity<A>()));
-  const int64_t samples = vectors < 8 ? vectors : 8;  // each is a cache miss
-  typename Lanes<A>::Vec best = {};
-  best -= infinity<A>();
-  for (int64_t i = 0; i < samples; ++i) best = max(best, load(row + vectors * i / samples * kWidth));
-  return max_lanes(best);
+  for (int64_t samples = 8;; samples *= 8) {  // each is a cache miss
+    samples = samples < vectors ? samples : vectors;
+    typename Lanes<A>::Vec best = {};
+    best -= infinity<A>();
+    for (int64_t i = 0; i < samples; ++i) best = max(best, load(row + vectors * i / samples * kWidth));
+    const A found = max_lanes(best);
+    if (found != -infinity<A>()) return found;
+    if (samples == vectors) break;
+  }
+  const int64_t rest = count % kWidth;
+  return rest == 0 ? -infinity<A>() : max_lanes(load_part(row + count - rest, rest, -infinity<A>()));
 }
 
 constexpr int64_t kMaxWidth = 16;  // lanes of the widest vector

@@ -8,20 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from slimkernels.cli import capture_served
+from slimkernels.cli.capture_served import SHIPPED_PROMPTS, given_documents, read_prompts
+from slimkernels.cli.errors import named
 from slimkernels.cli.options import (
+    CODECS,
     Parser,
     add_command,
     add_corpus_options,
     add_model_options,
     positive_int,
+    refuse,
 )
 from slimkernels.cli.terminal import be_quiet, print_table, progress_bars, progress_task, shown
 
 if TYPE_CHECKING:
     from slimkernels.teacher import Ranks
 
-SHIPPED_PROMPTS = "shipped"
-_CODECS = ("affine8", "affine6", "bfloat16", "float32")
 _EXAMPLES = """\
 examples:
   100000 tokens of the teacher's own text, from the prompts that come with the package:
@@ -44,22 +47,37 @@ On two CPU cores, smollm2-135m-instruct writes and captures 20,000 tokens in a f
 A stopped capture is continued by the same command, also with another number of processes. Train on a store that was
 captured from a server with --rest ghost.
 """
-# Options that only one of the sources accepts.
-_MODEL_ONLY = (
-    *("gguf_file", "revision", "dtype", "tokens", "sample_top_k", "generated", "batch_size", "batch_tokens", "top_p"),
+# Options that apply to a teacher that runs here.
+_TEACHER_ONLY = (
+    *("gguf_file", "revision", "dtype", "sample_top_k", "generated", "batch_size", "batch_tokens", "top_p"),
     *("select", "rounds", "shard_rows", "parts", "tensor_parallel", "threads"),
 )
-_SERVER_ONLY = (*("api", "key_env", "concurrency", "max_retries", "requests_per_minute", "vocab_size", "max_unmapped"),)
-_NOT_SERVER = ("top_fraction", "temperatures")
+# Options of the sampling of continuations. --seed is that of random draws of logits too.
+_SAMPLING = ("max_new_tokens", "temperature", "sample_top_k", "batch_size", "generated")
+# In the errors of the sampling top_k is another option than in those of the capture.
+_SAMPLING_NAMES = {"top_k": "--sample-top-k"}
+# Options by the names that the functions of ``slimkernels.teacher`` have for them.
+_API_NAMES = {
+    "num_tokens": "--tokens",
+    "num_documents": "--documents",
+    "max_tokens": "--max-new-tokens",
+    "top_logprobs": "--top-k",
+    "max_unmapped_fraction": "--max-unmapped",
+    "num_parts": "--parts",
+    # In the errors these are the documents and the model themselves.
+    "documents": "",
+    "model": "",
+}
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command ``capture``."""
-    parser = add_command(commands, "capture", run, "write a teacher's largest logits into a store", _EXAMPLES)
-    parser.set_defaults(default_of=parser.get_default)
+    parser = add_command(
+        commands, "capture", run, "write a teacher's largest logits into a store", _EXAMPLES, _API_NAMES
+    )
     _add_teacher_arguments(parser)
     _add_text_arguments(parser)
-    _add_served_arguments(parser)
+    capture_served.add_arguments(parser)
     _add_selection_arguments(parser)
     _add_process_arguments(parser)
 
@@ -86,7 +104,12 @@ def _add_text_arguments(parser: Parser) -> None:
     )
     add_corpus_options(group)
     add = group.add_argument
-    add("--tokens", type=positive_int, metavar="N", help="number of tokens to generate, or to read of --text")
+    add(
+        "--tokens",
+        type=positive_int,
+        metavar="N",
+        help="least number of tokens to generate, prompts included; or most to read of --text, the last document cut",
+    )
     add("--documents", type=positive_int, metavar="N", help="number of documents to generate, or to read of --text")
     add(
         "--max-new-tokens",
@@ -106,36 +129,6 @@ def _add_text_arguments(parser: Parser) -> None:
         help="documents generated at a time (default: %(default)s)",
     )
     add("--generated", metavar="FILE", help="file that receives the generated documents (default: DIR.jsonl)")
-
-
-def _add_served_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("options of --server and --logits").add_argument
-    add("--model", metavar="NAME", help="name of the model on the server; with --logits, name kept in the store")
-    add("--tokenizer", metavar="MODEL", help="folder or name of the model's tokenizer")
-    add(
-        "--api",
-        choices=("auto", "completions", "chat", "llama.cpp"),
-        default="auto",
-        help="endpoint of the server (default: %(default)s)",
-    )
-    add("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
-    add(
-        "--concurrency",
-        type=positive_int,
-        default=8,
-        metavar="N",
-        help="requests at the same time (default: %(default)s)",
-    )
-    add("--max-retries", type=int, default=6, metavar="N", help="retries of a failed request (default: %(default)s)")
-    add("--requests-per-minute", type=float, metavar="N", help="highest rate, retries included (default: no limit)")
-    add("--vocab-size", type=positive_int, metavar="V", help="rows of the model's head (default: the tokenizer's size)")
-    add(
-        "--max-unmapped",
-        type=float,
-        default=0.01,
-        metavar="F",
-        help="largest accepted share of entries whose token the tokenizer does not know (default: %(default)s)",
-    )
 
 
 def _add_selection_arguments(parser: Parser) -> None:
@@ -170,7 +163,7 @@ def _add_selection_arguments(parser: Parser) -> None:
         metavar="T",
         help="temperatures at which students may train (default: 1)",
     )
-    add("--codec", choices=_CODECS, help="encoding of the logits (default: affine8; float32 for draws)")
+    add("--codec", choices=CODECS, help="encoding of the logits (default: affine8; float32 for draws)")
     add(
         "--batch-tokens",
         type=positive_int,
@@ -214,15 +207,36 @@ def _add_process_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Captures the logits and prints what was added and what the store holds."""
+    _refuse_useless(args)
     if args.teacher is not None:
         _capture_model(args)
         return
-    _check_served(args)
+    capture_served.check(args)
     be_quiet()
     with progress_bars() as progress:
-        capture = _capture_server if args.logits is None else _capture_logits
+        capture = capture_served.capture_server if args.logits is None else capture_served.capture_logits
         report = capture(args, progress.console.print, progress_task(progress, "documents"))
     _print_report(report, args.out)
+
+
+def _refuse_useless(args: argparse.Namespace) -> None:
+    """Refuses the options that the source of the logits or that of the text does not use."""
+    if args.teacher is not None:
+        refuse(args, capture_served.SERVED, "with --teacher, which runs here and has its own tokenizer")
+        if args.select == "top-k":
+            refuse(args, ["rounds"], "without --select sample or mixed")
+    else:
+        source = "--server" if args.logits is None else "--logits"
+        refuse(args, _TEACHER_ONLY, f"with {source}")
+    if args.text is not None:
+        draws = args.teacher is not None and args.select != "top-k"
+        refuse(args, _SAMPLING if draws else (*_SAMPLING, "seed"), "with --text, which is not generated")
+        if args.logits is not None:
+            refuse(args, ["max_length"], "with --logits, which are those of whole documents")
+    else:
+        refuse(args, ["max_length"], "with --prompts, whose documents are not split")
+        if args.prompts == SHIPPED_PROMPTS:
+            refuse(args, ["text_field"], "with the prompts that come with the package")
 
 
 def _print_report(report: str, path: str) -> None:
@@ -255,12 +269,13 @@ def _capture_model(args: argparse.Namespace) -> None:
     )
     with progress_bars(is_shown=ranks.process == 0) as progress:
         captured = progress_task(progress, "captured tokens")
+        total: list[int] = []
         unit = "documents" if args.tokens is None else "tokens"
         generated = progress_task(progress, f"generated {unit}") if prompts is not None else None
         report = teacher.capture(
             model,
             tokenizer,
-            _documents(args, model, tokenizer, prompts, ranks, generated),
+            _documents(args, model, tokenizer, prompts, ranks, generated, total.append),
             args.out,
             top_k=args.top_k,
             top_fraction=args.top_fraction,
@@ -275,7 +290,7 @@ def _capture_model(args: argparse.Namespace) -> None:
             rank=ranks.rank,
             num_ranks=ranks.num_ranks,
             num_parts=args.parts,
-            progress=lambda _, tokens: captured(tokens, None),
+            progress=lambda _, tokens: captured(tokens, total[0] if total else None),
         )
     ranks.finish()
     _print_rank_report(
@@ -284,8 +299,6 @@ def _capture_model(args: argparse.Namespace) -> None:
 
 
 def _check_generation(args: argparse.Namespace) -> None:
-    if args.prompts is None and args.generated is not None:
-        raise ValueError("--generated applies to generated text: give --prompts, not --text")
     if args.prompts is not None and (args.tokens is None) == (args.documents is None):
         raise ValueError("--prompts needs the amount of text to generate: give --tokens N or --documents N")
 
@@ -302,13 +315,7 @@ def _check_source(args: argparse.Namespace) -> list[str] | None:
             "--tensor-parallel captures existing text only: generate it first, and give it as --text FILE "
             "--text-field input_ids"
         )
-    return _read_prompts(args)
-
-
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    from slimkernels import teacher
-
-    return teacher.shipped_prompts() if args.prompts == SHIPPED_PROMPTS else teacher.read_prompts(args.prompts)
+    return read_prompts(args)
 
 
 def _documents(
@@ -318,32 +325,36 @@ def _documents(
     prompts: list[str] | None,
     ranks: Ranks,
     generated: Callable[[int, int | None], None] | None,
+    on_total: Callable[[int], None],
 ) -> Iterator[list[int]]:
     """Yields the documents as token ids, after the teacher has generated all of them where there are prompts.
 
     As a generator this starts once the store is open, so that options that do not fit the store fail before hours of
-    generation.
+    generation. ``on_total`` receives the number of tokens where it is known before they are captured.
     """
     from slimkernels import teacher
 
     if prompts is None:
-        yield from _given_documents(args, tokenizer)
+        yield from given_documents(args, tokenizer)
         return
-    corpus = teacher.generate_documents(
-        model,
-        tokenizer,
-        prompts,
-        args.generated or f"{args.out.rstrip('/')}.jsonl",
-        num_tokens=args.tokens,
-        num_documents=args.documents,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.sample_top_k,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        wait=ranks.num_ranks > 1,
-        progress=generated,
-    )
+    with named(_SAMPLING_NAMES):
+        corpus = teacher.generate_documents(
+            model,
+            tokenizer,
+            prompts,
+            args.generated or f"{args.out.rstrip('/')}.jsonl",
+            num_tokens=args.tokens,
+            num_documents=args.documents,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.sample_top_k,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            wait=ranks.num_ranks > 1,
+            progress=generated,
+        )
+    if ranks.num_ranks == 1:
+        on_total(corpus.tokens)
     yield from teacher.read_documents(corpus.path, tokenizer, text_field="input_ids", max_length=None)
 
 
@@ -353,106 +364,3 @@ def _print_rank_report(added: str, args: argparse.Namespace, ranks: Ranks) -> No
     elif ranks.process % ranks.tensor_parallel == 0:
         # In one piece: the lines of several processes would mix.
         sys.stdout.write(f"rank {ranks.rank} of {ranks.num_ranks}: {added}\n")
-
-
-def _given_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[int]]:
-    from slimkernels import teacher
-
-    return teacher.read_documents(
-        args.text,
-        tokenizer,
-        text_field=args.text_field,
-        max_length=args.max_length,
-        num_documents=args.documents,
-        num_tokens=args.tokens,
-    )
-
-
-def _check_served(args: argparse.Namespace) -> None:
-    """Checks that the options fit together, before anything is loaded.
-
-    Raises:
-        ValueError: An option is missing, or would have no effect.
-    """
-    source = "--server" if args.logits is None else "--logits"
-    for name in ("model", "tokenizer"):
-        # Logits of documents of token ids need none.
-        if getattr(args, name) is None and (name == "model" or args.logits is None):
-            raise ValueError(f"{source} needs --{name}: NAME of the model and MODEL for its tokenizer")
-    if args.logits is not None and args.prompts is not None:
-        raise ValueError("--logits needs the documents that were scored: give --text, not --prompts")
-    if args.logits is not None and args.documents is not None:
-        raise ValueError("--documents has no meaning with --logits, which are those of all documents: omit it")
-    for name in (*_MODEL_ONLY, *(_NOT_SERVER if args.logits is None else _SERVER_ONLY)):
-        is_cap = name == "tokens" and args.server is not None and args.text is not None
-        if getattr(args, name) != args.default_of(name) and not is_cap:
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {source}: omit it")
-
-
-def _capture_server(
-    args: argparse.Namespace, say: Callable[[str], None], progress: Callable[[int, int | None], None]
-) -> str:
-    """Captures from a server and returns the report; ``say`` receives the cost before the first request."""
-    from slimkernels import teacher
-
-    tokenizer = teacher.load_tokenizer(args.tokenizer)
-    documents = prompts = None
-    if args.text is not None:
-        documents = _given_documents(args, tokenizer)
-    else:
-        prompts = _read_prompts(args)
-    report = teacher.capture_server(
-        args.server,
-        args.model,
-        tokenizer,
-        args.out,
-        documents=documents,
-        prompts=prompts,
-        top_logprobs=args.top_k or 20,
-        api=args.api,
-        num_documents=args.documents if args.text is None else None,
-        max_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        vocab_size=args.vocab_size,
-        codec=args.codec or "affine8",
-        max_unmapped_fraction=args.max_unmapped,
-        key_env=args.key_env,
-        concurrency=args.concurrency,
-        max_retries=args.max_retries,
-        requests_per_minute=args.requests_per_minute,
-        announce=lambda cost: say(
-            f"{cost.requests} requests: {cost.prompt_tokens} prompt tokens, at most {cost.max_generated_tokens} "
-            "generated tokens"
-        ),
-        progress=progress,
-    )
-    return (
-        f"added {report.documents} documents, {report.tokens} tokens ({report.generated_tokens} generated); skipped "
-        f"{report.skipped}, dropped {report.dropped}; {100 * report.unmapped_fraction:.2g} % of the entries unmapped"
-        + "".join(f"\ndropped because {reason}" for reason in report.drop_reasons)
-    )
-
-
-def _capture_logits(
-    args: argparse.Namespace, say: Callable[[str], None], progress: Callable[[int, int | None], None]
-) -> str:
-    """Captures from a file of logits and returns the report; ``say`` receives the size of the text first."""
-    from slimkernels import teacher
-
-    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
-    documents = list(teacher.read_documents(args.text, tokenizer, text_field=args.text_field, max_length=None))
-    say(f"{len(documents)} documents, {sum(map(len, documents))} tokens")
-    report = teacher.capture_logits(
-        args.logits,
-        tokenizer,
-        documents,
-        args.out,
-        name=args.model,
-        top_k=args.top_k,
-        top_fraction=args.top_fraction,
-        temperatures=args.temperatures,
-        codec=args.codec or "affine8",
-        progress=lambda done, _: progress(done, len(documents)),
-    )
-    return f"added {report.documents} documents, {report.tokens} tokens; skipped {report.skipped}"

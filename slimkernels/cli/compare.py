@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli.options import DTYPES, Parser, add_command, add_old_name, positive_int
+from slimkernels.cli.options import DTYPES, Parser, add_command, add_old_name, positive_int, refuse
 from slimkernels.cli.search_options import (
     ANSWER_KINDS,
     DEFAULT_REFERENCE_FIELD,
@@ -75,10 +75,26 @@ _SETTINGS = {
 }
 
 
+# Options of your own questions, and all options of the asking, of which --rescore and --outputs have no use.
+_OWN_QUESTIONS = ("question_field", "reference_field", "choices_field", "answer_kind", "template")
+_ASKING = (
+    *("tasks", "data", "store", "decoders", "samples", "seeds", "shots", "num_fewshot", "dtype", "prompt_style"),
+    *("tokenizer", "key_env", "batch_size", "batch_questions", *_SETTINGS, *_OWN_QUESTIONS),
+)
+# Options by the names that the functions of ``slimkernels.evaluate`` have for them.
+API_NAMES = {
+    **{field: f"--{name.replace('_', '-')}" for name, field in _SETTINGS.items()},
+    "num_samples": "--samples",
+    "output_dir": "--out",
+    "kind": "--answer-kind",
+    "tokenizers": "--tokenizer",
+}
+
+
 def add_parser(commands: Any) -> None:
     """Adds the command ``compare``."""
     summary = "compare models and decoders side by side, on questions and held-out documents"
-    parser = add_command(commands, "compare", run, summary, _EXAMPLES)
+    parser = add_command(commands, "compare", run, summary, _EXAMPLES, API_NAMES)
     add_arguments(parser)
 
 
@@ -118,7 +134,13 @@ def add_arguments(parser: Parser, *, is_old_form: bool = False) -> None:
         metavar="NAME",
         help="greedy, self-consistency, pathfinder (default: greedy)",
     )
-    add("--samples", type=positive_int, metavar="N", help="questions per task, from the first (default: all)")
+    add(
+        "--samples",
+        type=positive_int,
+        metavar="N",
+        help="questions or documents per task: the first of an order that is shuffled in the same way in every run; "
+        "multiple choice: the first of the data (default: all)",
+    )
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="random seeds for sampling (default: 0)")
     add("--shots", type=int, default=3, metavar="N", help="worked examples before a question (default: %(default)s)")
     add(
@@ -219,8 +241,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--judge rates outputs of --models or --rescore, not those of --outputs")
     if args.models is not None:
         _check_tasks(args)
-    elif args.store is not None:
-        raise ValueError(f"--store has no meaning unless --models and --tasks {_HELDOUT} are given")
+    else:
+        kept = ("answer_kind",) if args.outputs is not None else ()
+        source = "--rescore" if args.rescore else "--outputs"
+        refuse(args, [name for name in _ASKING if name not in kept], f"with {source}, which asks nothing")
+    if args.judge is None:
+        refuse(args, ["judge_key_env"], "without --judge URL")
 
 
 def _check_tasks(args: argparse.Namespace) -> None:
@@ -232,6 +258,21 @@ def _check_tasks(args: argparse.Namespace) -> None:
 
     if args.data is None and set(args.tasks) & set(TASKS):
         raise ValueError("--models needs --data: the folder with the questions")
+    others = [task for task in args.tasks if task != _HELDOUT and task not in TASKS and "=" not in task]
+    if not any("=" in task for task in args.tasks):
+        refuse(args, _OWN_QUESTIONS, "without questions of your own, --tasks NAME=FILE.jsonl")
+    if not set(args.tasks) & set(TASKS):
+        refuse(args, ["shots"], "without a task that has worked examples")
+    if not others:
+        refuse(args, ["num_fewshot"], "without a multiple-choice task")
+    if "self-consistency" not in args.decoders:
+        refuse(args, ["chains"], "without --decoders self-consistency")
+    if "pathfinder" not in args.decoders:
+        refuse(args, ["branching_factor", "beam"], "without --decoders pathfinder")
+    if set(args.decoders) == {"greedy"}:
+        refuse(args, ["temperature", "top_p", "seeds"], "with --decoders greedy, which draws nothing")
+    if not others and not set(args.tasks) & set(TASKS):
+        refuse(args, ["data"], "without a task whose questions it holds")
 
 
 def _compare(args: argparse.Namespace, bar: Callable[[str], Callable[[int, int | None], None]]) -> str:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from slimkernels.cli.options import Parser, add_command, add_model_options, add_old_name, positive_int
+from slimkernels.cli.decode_results import (
+    Asked,
+    answered_questions,
+    read_questions,
+    record_of,
+    settings_of,
+    summary_of,
+    watch,
+)
+from slimkernels.cli.options import Parser, add_command, add_model_options, add_old_name, positive_int, refuse
 from slimkernels.cli.search_options import (
-    DEFAULT_REFERENCE_FIELD,
     DEFAULT_TEMPLATE,
     PROMPT_STYLES,
     SEARCH_FIELDS,
@@ -28,8 +34,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimkernels.durable import JsonLines
-    from slimkernels.search import Engine, PathFinder, Question, Result, Scorer, Tree
+    from slimkernels.search import Engine, PathFinder, Question, Scorer
 
 _DECODERS = ("pathfinder", "self-consistency", "best-of-n", "greedy")
 _SELECTORS = ("consensus", "majority-vote", "log-probability", "verifier")
@@ -64,12 +69,16 @@ _SET_BY = {
     "best-of-n": _SET_BY_CHAINS,
     "greedy": (*_SET_BY_CHAINS, "temperature", "top_k", "top_p"),
 }
+# Options by the names that the functions of ``slimkernels.search`` have for them.
+_API_NAMES = {"num_chains": "--chains", "token_budget": "--max-tokens"}
 _CHECK_OPTIONS = ("repetition_threshold", "no_repetition_check", "nli", "contradiction_threshold")
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command ``decode``."""
-    parser = add_command(commands, "decode", run, "answer questions with a model and a tree search", _EXAMPLES)
+    parser = add_command(
+        commands, "decode", run, "answer questions with a model and a tree search", _EXAMPLES, _API_NAMES
+    )
     _add_model_arguments(parser)
     _add_question_arguments(parser)
     _add_judge_arguments(parser)
@@ -160,18 +169,6 @@ def _add_old_names(parser: Parser) -> None:
     parser.add_argument("--server", metavar="URL", help=argparse.SUPPRESS)
 
 
-class _Asked(NamedTuple):
-    """A question of the input.
-
-    Attributes:
-        text: The question.
-        record: All fields of its line in the file; empty for a question from the command line.
-    """
-
-    text: str
-    record: Mapping[str, Any]
-
-
 def run(args: argparse.Namespace) -> None:
     """Answers the questions: answers to standard output, progress to standard error."""
     if args.server is not None:
@@ -180,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     be_quiet()
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
-    asked = _read_questions(args)
+    asked = read_questions(args)
     finder, tokenizer = _path_finder(args)
     questions = [_question(item, template, tokenizer, args.prompt_style) for item in asked]
     if args.plan:
@@ -192,62 +189,24 @@ def run(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     if (args.question is None) == (args.questions is None):
         raise ValueError("decode needs a QUESTION (or - for the standard input), or --questions FILE, and not both")
-    for name in _SET_BY[args.decoder]:
-        if getattr(args, name) is not None:
-            raise ValueError(f"{SEARCH_FIELDS[name][0]} has no meaning with --decoder {args.decoder}: omit it")
-    refused = [] if args.decoder in ("self-consistency", "best-of-n") else ["chains"]
+    refused = list(_SET_BY[args.decoder])
+    if args.decoder not in ("self-consistency", "best-of-n"):
+        refused += ["chains"]
     if args.decoder != "pathfinder":
         refused += _CHECK_OPTIONS
     if args.decoder == "greedy":
         refused += ["selector"]
+    refuse(args, refused, f"with --decoder {args.decoder}")
     if args.selector != "verifier":
-        refused += ["verifier"]
-    for name in refused:
-        if getattr(args, name) not in (None, False):
-            needed = "without --selector verifier" if name == "verifier" else f"with --decoder {args.decoder}"
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning {needed}: omit it")
-    if args.no_repetition_check and args.repetition_threshold is not None:
-        raise ValueError("--repetition-threshold has no meaning with --no-repetition-check: omit it")
+        refuse(args, ["verifier"], "without --selector verifier")
+    if args.no_repetition_check:
+        refuse(args, ["repetition_threshold"], "with --no-repetition-check")
+    if args.questions is None:
+        refuse(args, ["question_field", "reference_field", "samples"], "without --questions FILE")
+    if args.plan:
+        refuse(args, ["out", "trace"], "with --plan, which generates nothing")
     if args.contradiction_threshold is not None and args.nli is None:
         raise ValueError("--contradiction-threshold needs --nli MODEL, which turns the check on")
-
-
-def _read_questions(args: argparse.Namespace) -> list[_Asked]:
-    if args.question is not None:
-        text = sys.stdin.read().strip() if args.question == "-" else args.question
-        if not text.strip():
-            raise ValueError("the question must have text in it, got an empty one")
-        return [_Asked(text, {})]
-    name = "the standard input" if args.questions == "-" else args.questions
-    # Lines of JSON end at newlines alone: a string may hold other separators, such as U+2028. A file may begin with a
-    # byte order mark.
-    text = sys.stdin.read() if args.questions == "-" else Path(args.questions).read_text(encoding="utf-8")
-    lines = text.removeprefix("\ufeff").split("\n")
-    asked: list[_Asked] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if len(asked) == args.samples:
-            break
-        asked.append(_read_question(args, line, f"line {number} of {name}"))
-    if not asked:
-        raise ValueError(f"{name} must hold at least one question, got none")
-    return asked
-
-
-def _read_question(args: argparse.Namespace, line: str, where: str) -> _Asked:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} must be a JSON object: {error}") from error
-    for field in filter(None, (args.question_field, args.reference_field)):
-        if not isinstance(record, dict) or field not in record:
-            fields = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{where} has no field {field!r}, only {fields}")
-    text = record[args.question_field]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the field {args.question_field!r} must be text in {where}, got {text!r}")
-    return _Asked(text, record)
 
 
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
@@ -288,10 +247,8 @@ def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTra
 
     from slimkernels import search, teacher
 
-    if args.tokenizer is not None:
-        raise ValueError("--tokenizer applies to a server's model only: a model that runs here has its own")
-    if args.key_env is not None:
-        raise ValueError("--key-env applies to a server's model only: --model http://HOST:PORT/v1#NAME")
+    refuse(args, ["tokenizer"], "with a model that runs here and has its own")
+    refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
     model, tokenizer = teacher.load_teacher(
         args.model,
         gguf_file=args.gguf_file,
@@ -312,9 +269,7 @@ def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizer
     from slimkernels import teacher
     from slimkernels.evaluate.served import find_server
 
-    for option in ("gguf_file", "revision", "device"):
-        if getattr(args, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} has no meaning with a server, which has loaded its model")
+    refuse(args, ["gguf_file", "revision", "device", "dtype"], "with a server, which has loaded its model")
     if args.selector == "verifier" and args.verifier is None:
         raise ValueError("--selector verifier needs --verifier MODEL with a server: the verifier runs here")
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
@@ -343,7 +298,7 @@ def _selector(
     return search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
 
 
-def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
+def _question(item: Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
     from slimkernels.evaluate.models import to_continue
     from slimkernels.search import Question
 
@@ -367,8 +322,20 @@ def _question(item: _Asked, template: str, tokenizer: PreTrainedTokenizerBase | 
     return Question(token_ids, item.text)
 
 
+@contextlib.contextmanager
+def _numbered(indices: Sequence[int]) -> Iterator[None]:
+    """Names the question of an error by its number in the input."""
+    from slimkernels.search import QuestionError
+
+    try:
+        yield
+    except QuestionError as error:
+        raise ValueError(f"question {indices[error.index] + 1}: {error.reason}") from error
+
+
 def _print_plan(finder: PathFinder, questions: Sequence[Question]) -> None:
-    plan = finder.plan(questions)
+    with _numbered(range(len(questions))):
+        plan = finder.plan(questions)
     print(f"questions            {len(questions)}")
     print(f"prompt tokens        {plan.prompt_tokens}")
     print(f"generated tokens     at most {plan.generated_tokens}")
@@ -376,19 +343,10 @@ def _print_plan(finder: PathFinder, questions: Sequence[Question]) -> None:
     print(f"keys and values      at most {plan.cache_bytes} bytes ({plan.cache_bytes / 2**20:.1f} MiB)")
 
 
-def _settings(args: argparse.Namespace, finder: PathFinder, template: str) -> str:
-    """Returns a hash of everything that the predictions depend on, except for the questions."""
-    from slimkernels.search.trace import header_of
-
-    header = header_of(finder.engine, finder.config, finder.checks, [])
-    content = [header, args.decoder, args.selector, args.verifier, args.nli, template, args.prompt_style == "plain"]
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-
-
 def _solve(
     args: argparse.Namespace,
     finder: PathFinder,
-    asked: Sequence[_Asked],
+    asked: Sequence[Asked],
     questions: Sequence[Question],
     template: str,
 ) -> None:
@@ -399,106 +357,23 @@ def _solve(
             from slimkernels.durable import JsonLines
 
             results = stack.enter_context(JsonLines(args.out, "index"))
-            settings = _settings(args, finder, template)
-        answered = set() if results is None else _answered(results, settings, asked)
+            settings = settings_of(args, finder, template)
+        answered = set() if results is None else answered_questions(results, settings, asked)
         # A trace belongs to all questions of a run, and records which of them are done.
         todo = [index for index in range(len(asked)) if args.trace is not None or index not in answered]
         if answered:
             sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
-        watch = stack.enter_context(_watch(asked, todo))
+        on_depth = stack.enter_context(watch(asked, todo))
         started, tokens, known_notes = time.monotonic(), 0, set[str]()
-        for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=watch):
+        stack.enter_context(_numbered(todo))
+        for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=on_depth):
             index = todo[place]
             tokens += result.num_tokens
-            print(_summary(index, len(asked), result, known_notes))
+            print(summary_of(index, len(asked), result, known_notes))
             if results is not None and index not in answered:
-                results.append(_record(args, index, asked[index], finder, result, settings))
+                results.append(record_of(args, index, asked[index], finder, result, settings))
         seconds = time.monotonic() - started
     if todo:
         sys.stderr.write(
             f"{len(todo)} questions, {tokens} tokens, {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
-        )
-
-
-def _answered(results: JsonLines, settings: str, asked: Sequence[_Asked]) -> set[int]:
-    """Returns the indices of the questions for which the results file has a prediction."""
-    for record in results.found:
-        if record.get("settings") != settings:
-            raise ValueError(f"{results.path} holds predictions of other settings or another model: give another --out")
-        index = record["index"]
-        if index >= len(asked) or asked[index].text != record.get("question"):
-            raise ValueError(f"{results.path} holds predictions of other questions: give another --out")
-    return {record["index"] for record in results.found}
-
-
-def _record(
-    args: argparse.Namespace, index: int, asked: _Asked, finder: PathFinder, result: Result, settings: str
-) -> dict[str, Any]:
-    return {
-        "index": index,
-        "question": asked.text,
-        "reference": asked.record.get(args.reference_field or DEFAULT_REFERENCE_FIELD),
-        "text": result.text,
-        "answer": result.answer,
-        "finished": result.finished,
-        "unfinished_reason": _unfinished_reason(result),
-        "candidates": [
-            {
-                "text": candidate.text,
-                "answer": candidate.answer,
-                "score": score,
-                "sum_logprob": candidate.sum_logprob,
-                "num_tokens": candidate.num_tokens,
-            }
-            for candidate, score in zip(result.candidates, result.scores, strict=True)
-        ],
-        "num_tokens": result.num_tokens,
-        "seconds": round(result.seconds, 3),
-        "ends": result.reasons,
-        "notes": list(result.notes),
-        "decoder": args.decoder,
-        "model": args.model,
-        "seed": finder.config.seed,
-        "settings": settings,
-    }
-
-
-def _unfinished_reason(result: Result) -> str | None:
-    if result.finished:
-        return None
-    return (result.node is not None and result.tree.reasons[result.node]) or result.notes[-1]
-
-
-def _summary(index: int, total: int, result: Result, known_notes: set[str]) -> str:
-    """Returns what is printed of a result: its outcome, its answer and text, and the notes that are not yet known."""
-    outcome = "finished" if result.finished else f"unfinished ({_unfinished_reason(result)})"
-    answer = "" if result.answer is None else f"answer: {result.answer}\n"
-    notes = "".join(f"note: {note}\n" for note in result.notes if note not in known_notes)
-    known_notes.update(result.notes)
-    return (
-        f"question {index + 1} of {total}: {outcome}, {len(result.candidates)} candidates, {result.num_tokens} tokens, "
-        f"{result.seconds:.1f} s\n{notes}{answer}{result.text.strip()}\n"
-    )
-
-
-@contextlib.contextmanager
-def _watch(asked: Sequence[_Asked], todo: Sequence[int]) -> Iterator[Callable[[int, Tree], None]]:
-    """Yields the function that shows a finished depth: the tree in a terminal, a line elsewhere."""
-    from rich.console import Console
-
-    from slimkernels.search.tree_text import progress_line, render_tree
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-
-        def write(place: int, tree: Tree) -> None:
-            sys.stderr.write(f"{progress_line(todo[place], tree)}\n")
-
-        yield write
-        return
-    from rich.live import Live
-
-    with Live(console=console, transient=True, auto_refresh=False) as live:
-        yield lambda place, tree: live.update(
-            render_tree(asked[todo[place]].text, tree, console.height - 2), refresh=True
         )

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.cli import compare
-from slimkernels.cli.options import Parser, add_command, positive_int
+from slimkernels.cli.options import Parser, add_command, positive_int, refuse
 from slimkernels.cli.terminal import (
     be_quiet,
     print_columns,
@@ -32,7 +32,7 @@ questions, with a report, by `slimkernels compare`.
 
 def add_parser(commands: Any) -> None:
     """Adds the command ``eval``."""
-    parser = add_command(commands, "eval", run, "evaluate models on a held-out store", _EXAMPLES)
+    parser = add_command(commands, "eval", run, "evaluate models on a held-out store", _EXAMPLES, compare.API_NAMES)
     add = parser.add_argument
     # Required, but for the old form, in which this command compares.
     add("--store", metavar="DIR", help="held-out store with the teacher's logits")
@@ -61,9 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates the models and prints their metrics."""
     if compare.is_given(args):
         warn_deprecated("comparing with `slimkernels eval` is now `slimkernels compare`, with the same options")
-        for name, flag in (("model", "--model"), ("json", "--json")):
-            if getattr(args, name):
-                raise ValueError(f"{flag} has no meaning in a comparison: give the models as --models")
+        refuse(args, ["model", "json"], "in a comparison, whose models are --models")
         compare.run(args)
         return
     if args.store is None or args.model is None:

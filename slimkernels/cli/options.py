@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from slimkernels.cli.terminal import warn_deprecated
 
 DTYPES = ("float32", "bfloat16", "float16")
+CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +21,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, epilog: str = ""
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    epilog: str = "",
+    api_names: Mapping[str, str] | None = None,
 ) -> Parser:
     """Adds a command to ``commands``, the result of ``add_subparsers``.
 
@@ -30,12 +36,16 @@ def add_command(
         run: Function that executes the command; it becomes the parsed attribute ``run``.
         summary: Description of the command, a verb phrase without a full stop.
         epilog: Examples and explanations, printed below the options.
+        api_names: Options by the names that they have in the errors of the functions which the command calls, where
+            these are not the names of its attributes; an empty text keeps a name, which means something else there.
 
     Returns:
-        The parser of the command, without arguments. It sets ``command`` to the command's words, as in "store info".
+        The parser of the command, without arguments. It sets ``command`` to the command's words, as in "store info",
+        and ``parser`` to itself.
     """
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog)
-    parser.set_defaults(command=parser.prog.removeprefix("slimkernels "), run=run)
+    command = parser.prog.removeprefix("slimkernels ")
+    parser.set_defaults(command=command, run=run, parser=parser, api_names=dict(api_names or {}))
     return parser
 
 
@@ -58,6 +68,22 @@ def add_model_options(group: argparse._ActionsContainer, model: str) -> None:
     add("--gguf-file", metavar="NAME", help=f".gguf file inside the folder or repository of {model}")
     add("--revision", metavar="REV", help=f"branch, tag or commit of {model} on the hub")
     add("--dtype", choices=DTYPES, default="float32", help=f"dtype of the weights of {model} (default: %(default)s)")
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """Refuses options that would have no effect.
+
+    Args:
+        args: Parsed arguments.
+        names: Attributes of the options, those of other commands among them, which are passed over.
+        where: Words that say what makes them useless, as in "with --text".
+
+    Raises:
+        ValueError: One of them was given; the message names its flag.
+    """
+    for action in args.parser._actions:
+        if action.dest in names and getattr(args, action.dest) != args.parser.get_default(action.dest):
+            raise ValueError(f"{action.option_strings[0]} has no meaning {where}: omit it")
 
 
 class _OldName(argparse.Action):

@@ -7,7 +7,7 @@ import inspect
 import json
 from typing import Any
 
-from slimkernels.cli.options import Parser, add_command, add_corpus_options
+from slimkernels.cli.options import CODECS, Parser, add_command, add_corpus_options, positive_int, refuse
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 
 _INFO_EXPLAINED = """\
@@ -41,30 +41,58 @@ examples:
   slimkernels store export runs/store store.parquet
 """
 # Options that are arguments of the importers, each of which takes those that its format needs.
-_IMPORT_OPTIONS: dict[str, tuple[str, type, str]] = {
-    "vocab_size": ("--vocab-size", int, "size of the teacher's vocabulary (default: the tokenizer's)"),
-    "teacher": ("--teacher", str, "name of the teacher, kept in the store"),
+_IMPORT_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "vocab_size": (
+        "--vocab-size",
+        {"type": positive_int, "metavar": "V"},
+        "size of the teacher's vocabulary (default: the tokenizer's)",
+    ),
+    "teacher": ("--teacher", {"metavar": "NAME"}, "name of the teacher, kept in the store"),
     "codec": (
         "--codec",
-        str,
-        "encoding of the logits: affine8, affine6, bfloat16 or float32 (default: affine8; parquet: as in the file)",
+        {"choices": CODECS},
+        "encoding of the logits (default: affine8; parquet: as in the file)",
     ),
-    "temperature": ("--temperature", float, "axolotl: temperature of the log-probabilities (default: 1)"),
-    "logprobs_field": ("--logprobs-field", str, "axolotl: column of raw log-probabilities (default: prepared columns)"),
-    "messages_field": ("--messages-field", str, "axolotl: column of the conversation, where there are no input_ids"),
+    "temperature": (
+        "--temperature",
+        {"type": float, "metavar": "T"},
+        "axolotl: temperature of the log-probabilities (default: 1)",
+    ),
+    "logprobs_field": (
+        "--logprobs-field",
+        {"metavar": "NAME"},
+        "axolotl: column of raw log-probabilities (default: prepared columns)",
+    ),
+    "messages_field": (
+        "--messages-field",
+        {"metavar": "NAME"},
+        "axolotl: column of the conversation, where there are no input_ids",
+    ),
     "alignment": (
         "--alignment",
-        str,
+        {"choices": ("next", "same")},
         "axolotl: token that a prepared row j predicts, j + 1 (next) or j (same) (default: next)",
     ),
     "compression_config": (
         "--compression-config",
-        str,
+        {"metavar": "FILE"},
         "distillkit: file with the settings of the compression (default: compression_config.yaml next to the files)",
     ),
-    "pad_token_id": ("--pad-token-id", int, "distillkit: label of padding; its rows are not imported"),
-    "check_alignment": ("--no-alignment-check", bool, "import rows even if they seem to predict other tokens"),
-    "samples": ("--samples", str, "megatron: .parquet, .arrow or .jsonl file with the input_ids of the samples"),
+    "pad_token_id": (
+        "--pad-token-id",
+        {"type": int, "metavar": "ID"},
+        "distillkit: label of padding; its rows are not imported",
+    ),
+    "check_alignment": (
+        "--no-alignment-check",
+        {"action": "store_const", "const": False},
+        "import rows even if they seem to predict other tokens",
+    ),
+    "samples": (
+        "--samples",
+        {"metavar": "FILE"},
+        "megatron: .parquet, .arrow or .jsonl file with the input_ids of the samples",
+    ),
 }
 
 
@@ -110,6 +138,8 @@ def _verify(args: argparse.Namespace) -> None:
 
     if args.complete is not None:
         _verify_complete(args)
+    else:
+        refuse(args, ["tokenizer", "text_field", "max_length"], "without --complete FILE")
     store.verify(args.dir)
     content = store.info(args.dir)
     print(f"{args.dir}: every byte of {content['documents']} documents, {content['rows']} rows, is as written")
@@ -141,11 +171,8 @@ def _add_import(actions: Any) -> None:
     add("source", metavar="SOURCE", help="file, or folder of files")
     add("dir", metavar="DIR", help="store; an existing one is appended to")
     add("--tokenizer", metavar="MODEL", help="tokenizer of the teacher; required except for parquet")
-    for field, (flag, kind, text) in _IMPORT_OPTIONS.items():
-        if kind is bool:
-            add(flag, dest=field, action="store_const", const=False, help=text)
-        else:
-            add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
+    for field, (flag, keywords, text) in _IMPORT_OPTIONS.items():
+        add(flag, dest=field, help=text, **keywords)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -156,8 +183,7 @@ def _import(args: argparse.Namespace) -> None:
     importer = IMPORTERS[args.format]
     given = {name: getattr(args, name) for name in _IMPORT_OPTIONS if getattr(args, name) is not None}
     taken = inspect.signature(importer).parameters
-    for name in set(given) - set(taken):
-        raise ValueError(f"{_IMPORT_OPTIONS[name][0]} has no meaning with --format {args.format}: omit it")
+    refuse(args, set(given) - set(taken), f"with --format {args.format}")
     for name in ("tokenizer", "samples"):
         if name in taken and taken[name].default is inspect.Parameter.empty and getattr(args, name) is None:
             raise ValueError(f"--format {args.format} needs --{name}, which its files do not hold")

@@ -48,9 +48,18 @@ def warn_deprecated(what: str) -> None:
 def progress_bars(*, is_shown: bool = True) -> Iterator[Progress]:
     """Yields a display of progress bars on standard error, for ``progress_task``."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    class Count(MofNCompleteColumn):
+        """The number that is done and the total, where that is known."""
+
+        def render(self, task: Task) -> Text:
+            if task.total is None:
+                return Text(str(int(task.completed)), style="progress.download")
+            return super().render(task)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), Count(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not is_shown) as progress:
         yield progress
 

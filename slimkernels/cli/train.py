@@ -6,13 +6,18 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli.options import add_command, key_value
+from slimkernels.cli import train_tokenizer
+from slimkernels.cli.options import add_command, key_value, positive_int
 from slimkernels.cli.terminal import be_quiet, print_table, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
 
 _EXAMPLES = """\
 examples:
@@ -43,34 +48,66 @@ OPTIONS = {
     "token_weight": None,
     "z_loss_weight": 0.0,
 }
-# Options that are fields of SlimConfig: flag, type, help. A flag that is not given keeps the default of the field.
-_FIELDS: dict[str, tuple[str, type, str]] = {
-    "num_train_epochs": ("--epochs", float, "passes over the store (default: 3)"),
-    "max_steps": ("--max-steps", int, "optimizer steps, in place of --epochs (default: set by --epochs)"),
-    "learning_rate": ("--learning-rate", float, "peak learning rate (default: 5e-5)"),
-    "per_device_train_batch_size": ("--batch-size", int, "documents per step and device (default: 8)"),
-    "gradient_accumulation_steps": ("--accumulation-steps", int, "batches per optimizer step (default: 1)"),
-    "seed": ("--seed", int, "random seed for the order of the documents (default: 42)"),
+RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+# Options that are fields of SlimConfig: flag, keywords of add_argument, help. A flag that is not given keeps the
+# default of the field.
+_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "num_train_epochs": ("--epochs", {"type": float, "metavar": "F"}, "passes over the store (default: 3)"),
+    "max_steps": (
+        "--max-steps",
+        {"type": positive_int, "metavar": "N"},
+        "optimizer steps, in place of --epochs (default: set by --epochs)",
+    ),
+    "learning_rate": ("--learning-rate", {"type": float, "metavar": "F"}, "peak learning rate (default: 5e-5)"),
+    "per_device_train_batch_size": (
+        "--batch-size",
+        {"type": positive_int, "metavar": "N"},
+        "documents per step and device (default: 8)",
+    ),
+    "gradient_accumulation_steps": (
+        "--accumulation-steps",
+        {"type": positive_int, "metavar": "N"},
+        "batches per optimizer step (default: 1)",
+    ),
+    "seed": ("--seed", {"type": int, "metavar": "N"}, "random seed for the order of the documents (default: 42)"),
     "rest": (
         "--rest",
-        str,
-        "treatment of the teacher's probability outside the kept ids: renorm, zero, ghost, zero_logit or renorm_both "
-        "(default: ghost with reverse_kl, jsd and skew_kl, else renorm)",
+        {"choices": RESTS},
+        "treatment of the teacher's probability outside the kept ids (default: ghost with reverse_kl, jsd and skew_kl, "
+        "else renorm)",
     ),
     "divergence": (
         "--divergence",
-        str,
-        "forward_kl, soft_ce, reverse_kl, jsd or skew_kl (default: set by --method, mostly forward_kl)",
+        {"choices": DIVERGENCES},
+        "divergence from the teacher (default: set by --method, mostly forward_kl)",
     ),
-    "temperature": ("--temperature", float, "temperature of both distributions in the divergence (default: 1)"),
-    "kd_weight": ("--kd-weight", float, "factor of the divergence (default: 1; 0 with sft)"),
+    "temperature": (
+        "--temperature",
+        {"type": float, "metavar": "T"},
+        "temperature of both distributions in the divergence (default: 1)",
+    ),
+    "kd_weight": ("--kd-weight", {"type": float, "metavar": "F"}, "factor of the divergence (default: 1; 0 with sft)"),
+}
+# Options by the names that the trainers have for them.
+_API_NAMES = {name: f"--option {name}" for name in (*OPTIONS, "max_grad_norm", "max_completion_length")} | {
+    "resume_from_checkpoint": "the newest checkpoint in --out",
+    "output_dir": "--out",
+    "teacher_model": "--teacher",
+    "train_dataset": "--store",
+    "eval_dataset": "--eval-store",
+    # In the errors these are the models and the content of the store themselves.
+    "student": "",
+    "teacher": "",
+    "store": "",
 }
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command ``train``."""
     options = "".join(f"  {name}={json.dumps(value)}\n" for name, value in OPTIONS.items())
-    parser = add_command(commands, "train", run, "train a student on a store", _EXAMPLES.replace("{options}", options))
+    epilog = _EXAMPLES.replace("{options}", options)
+    parser = add_command(commands, "train", run, "train a student on a store", epilog, _API_NAMES)
     add = parser.add_argument
     add("--store", required=True, metavar="DIR", help="store of the documents and the teacher's logits")
     add(
@@ -91,7 +128,7 @@ def add_parser(commands: Any) -> None:
         "--tokenizer",
         metavar="MODEL",
         help="the student's tokenizer: folder or name; compared with the store's and saved with the student "
-        "(default: none)",
+        "(default: that of --student, of --teacher or of the store's teacher, where it is on this machine)",
     )
     add(
         "--teacher",
@@ -99,8 +136,8 @@ def add_parser(commands: Any) -> None:
         help="model that scores the documents during training (default: none, the store's rows are used)",
     )
     add("--eval-store", metavar="DIR", help="held-out store to measure the trained student on (default: none)")
-    for field, (flag, kind, text) in _FIELDS.items():
-        add(flag, dest=field, type=kind, metavar=kind.__name__.upper(), help=text)
+    for field, (flag, keywords, text) in _FIELDS.items():
+        add(flag, dest=field, help=text, **keywords)
     add(
         "--option",
         type=key_value,
@@ -114,13 +151,16 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trains the student, saves it, and prints the metrics."""
     be_quiet()
-    from slimkernels import teacher
     from slimkernels.trainer import train
 
+    # Launchers number their processes; only the first one prints.
+    is_first = os.environ.get("RANK", "0") == "0"
     options = _options(args)
     _check_stores(args)
+    tokenizer, note = train_tokenizer.find_tokenizer(args)
+    if is_first and note:
+        print(f"slimkernels: {note}", file=sys.stderr)
     student = _student(args)
-    tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
     has_bar = sys.stderr.isatty()
     try:
         metrics = train(
@@ -129,16 +169,46 @@ def run(args: argparse.Namespace) -> None:
             args.method,
             args.out,
             tokenizer=tokenizer,
-            teacher_model=None if args.teacher is None else teacher.load_model(args.teacher),
+            teacher_model=_teacher(args),
             eval_store_path=args.eval_store,
+            printer=_printer(has_bar),
             **{"report_to": "none", "disable_tqdm": not has_bar} | options,
         )
     finally:
         # The trainer's bar leaves the cursor at its end.
         if has_bar:
             print(file=sys.stderr)
-    print_table({name: shown(value) for name, value in metrics.items()})
-    print(f"student saved in {args.out}")
+    if is_first:
+        print_table({name: shown(value) for name, value in metrics.items()})
+        print(f"student saved in {args.out}")
+
+
+def _teacher(args: argparse.Namespace) -> PreTrainedModel | None:
+    from slimkernels import teacher
+
+    return None if args.teacher is None else teacher.load_model(args.teacher)
+
+
+def _printer(has_bar: bool) -> TrainerCallback:
+    """Returns the callback that shows the training's logs, without those of its end, which the table holds."""
+    from transformers import PrinterCallback
+    from transformers.trainer_callback import ProgressCallback
+
+    usual: Any = ProgressCallback if has_bar else PrinterCallback
+
+    class Printer(usual):
+        """The usual callback, which is silent once the training ends."""
+
+        has_ended = False
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.has_ended |= "train_runtime" in (logs or ())
+            # Wall time and losses are of interest, the number of operations is an estimate.
+            (logs or {}).pop("total_flos", None)
+            if not self.has_ended:
+                super().on_log(args, state, control, logs, **kwargs)
+
+    return Printer()
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +248,13 @@ def _check_stores(args: argparse.Namespace) -> None:
 def _student(args: argparse.Namespace) -> Any:
     """Returns the student as ``train`` takes it: a model, a configuration, or None for a new small one."""
     if args.student is None:
-        return None
+        if args.tokenizer is not None:
+            return None
+        # A tokenizer that was found must not change the weights that the student starts from.
+        from slimkernels.models.make_student import make_student
+        from slimkernels.store import Store
+
+        return make_student(vocab_size=Store(args.store).vocab_size)
     if not args.student.endswith(".json"):
         from slimkernels import teacher
 

@@ -104,13 +104,12 @@ class HeldoutCell(Cell):
             ValueError: The model's tokenizer or vocabulary is not that of the store.
             FloatingPointError: The model's loss is not finite.
         """
-        from slimkernels.models.fingerprints import fingerprint_in_store
+        from slimkernels.models.fingerprints import tokenizer_fingerprint
         from slimkernels.models.heldout import evaluate_documents
         from slimkernels.store import Store
 
         if self.task.store.tokenizer_fingerprint:
-            own = fingerprint_in_store(loaded.tokenizer, self.task.store.tokenizer_fingerprint)
-            Store(self.task.store.path, tokenizer_fingerprint=own)
+            Store(self.task.store.path, tokenizer_fingerprint=tokenizer_fingerprint(loaded.tokenizer))
         for first in range(0, len(missing), self.task.batch_size):
             batch = missing[first : first + self.task.batch_size]
             documents = [self.task.store[int(sample.id)] for _, sample, _ in batch]

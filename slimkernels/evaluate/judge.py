@@ -88,7 +88,7 @@ class Judge:
         self._client.get("/models")
 
     def rate(self, response: RatedResponse) -> Rating:
-        """Rates one response; if the server refuses the request, the rating holds the error.
+        """Rates one response; if the server refuses the request, or no reply can be read, the rating holds the error.
 
         Raises:
             ServerUnavailableError: The server does not answer after all retries.
@@ -96,13 +96,9 @@ class Judge:
         messages = [{"role": "user", "content": _PROMPT.format(**response._asdict())}]
         payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": _MAX_TOKENS}
         try:
-            reply = self._client.post("/chat/completions", payload)
+            said = self._client.post("/chat/completions", payload, _said)
         except ServerRequestError as error:
             return Rating(None, "", str(error))
-        try:
-            said = reply["choices"][0]["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            return Rating(None, "", "the server's reply has no choices[0].message.content")
         value = read_rating(said)
         return Rating(
             value, said, None if value is not None else "the reply has no rating from 1 to 10 in the form [[5]]"
@@ -144,6 +140,14 @@ class Judge:
         """Returns the record with a rating, which ``score`` turns into a score."""
         entry = {"key": _key(self.model, record), "url": self.url, **rating._asdict()}
         return dataclasses.replace(record, judged={**record.judged, self.model: entry})
+
+
+def _said(reply: dict[str, Any]) -> str:
+    """Reads what a judge says; nothing for a reply without text, as after a content filter."""
+    said = reply["choices"][0]["message"]["content"] or ""
+    if not isinstance(said, str):
+        raise TypeError("choices[0].message.content must be a text")
+    return said
 
 
 def read_rating(said: str) -> float | None:

@@ -158,7 +158,8 @@ def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: st
         if not tokenizer.chat_template:
             raise ValueError(f"--tokenizer must have a chat template to ask {label} in, but {tokenizer_name} has none")
         style = f"the chat template of {_parts(tokenizer_name)[-1]}"
-        template = [tokenizer_fingerprint(tokenizer), tokenizer.chat_template]
+        # The first hash alone, as in the records of earlier runs.
+        template = [tokenizer_fingerprint(tokenizer).split()[0], tokenizer.chat_template]
     elif prompt_style == "chat":
         raise ValueError(f"--prompt-style chat needs --tokenizer MODEL for {label}: servers do not give a template")
     model = ServedModel(server.engine, tokenizer)

@@ -15,7 +15,7 @@ from slimkernels.evaluate.models import LoadedModel, ServedModel
 from slimkernels.evaluate.records import Record, content_key, record_path
 from slimkernels.evaluate.scoring import score
 from slimkernels.evaluate.tasks import Sample, Task
-from slimkernels.search import Question, Result, Tree
+from slimkernels.search import Question, QuestionError, Result, Tree
 from slimkernels.search.tree import ROOT
 
 # Increment it when prompts or decoders change, so that new records are not mixed with old ones.
@@ -81,7 +81,14 @@ class WrittenCell(Cell):
                     for prompt, (_, sample) in zip(prompts, batch, strict=True)
                 ]
                 start = time.perf_counter()
-                results = search.solve(questions)
+                try:
+                    results = search.solve(questions)
+                except QuestionError as error:
+                    sample = batch[error.index][1]
+                    raise ValueError(
+                        f"{self.model.label} cannot read sample {sample.id} of task {self.task.name} with "
+                        f"shots={self.shots}: {error.reason}"
+                    ) from error
                 seconds = (time.perf_counter() - start) / len(batch)
                 for (order, sample), prompt, result in zip(batch, prompts, results, strict=True):
                     yield score(self._record(sample, order, seed, prompt, result, seconds))

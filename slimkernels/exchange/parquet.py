@@ -18,6 +18,7 @@ from slimkernels.exchange.writing import Document, ImportReport, write_documents
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.store.format import StoreSettings
+from slimkernels.store.identity import is_same_tokenizer
 from slimkernels.store.prompts import prompts_name
 
 _METADATA_KEY = b"slimkernels"
@@ -216,14 +217,13 @@ def _settings(source: Any, tokenizer: Any) -> dict[str, Any]:
     """Returns the settings for ``StoreWriter``, from the file's metadata and the tokenizer."""
     settings = _stored_settings(source)
     if tokenizer is not None:
-        from slimkernels.models.fingerprints import fingerprint_in_store
+        from slimkernels.models.fingerprints import tokenizer_fingerprint
 
-        stored = settings.get("tokenizer_fingerprint", "")
-        own = fingerprint_in_store(tokenizer, stored)
-        stored = stored or own
-        if stored != own:
+        own = tokenizer_fingerprint(tokenizer)
+        stored = settings.get("tokenizer_fingerprint") or own
+        if not is_same_tokenizer(stored, own):
             raise ValueError(f"the tokenizer must be the file's, fingerprint {stored}, got {own}: load the teacher's")
-        settings |= {"tokenizer_fingerprint": own, "vocab_size": settings.get("vocab_size", len(tokenizer))}
+        settings |= {"tokenizer_fingerprint": stored, "vocab_size": settings.get("vocab_size", len(tokenizer))}
     if "tokenizer_fingerprint" not in settings:
         raise ValueError(
             f"{source} does not say which tokenizer its ids belong to, as files of export_parquet do: give a tokenizer"

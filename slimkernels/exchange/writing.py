@@ -12,7 +12,9 @@ import torch
 
 from slimkernels import _checks
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import StoreWriter
+from slimkernels.store import Store, StoreWriter
+from slimkernels.store.errors import NotAStoreError
+from slimkernels.store.identity import is_same_tokenizer
 
 # Placeholders for "no entry" are at or below this value in every format: -999 to -1e9, the lowest float or -inf. No
 # float32 softmax reaches so low.
@@ -146,7 +148,7 @@ def write_store(
         store_path: New directory, or a store made with the same settings, whose documents are skipped.
         format_name: Name of the source's format.
         tokenizer: A transformers tokenizer.
-        vocab_size: V; None for ``len(tokenizer)``.
+        vocab_size: V; None for that of the store if it exists and has this tokenizer, else ``len(tokenizer)``.
         teacher: Name of the teacher, or "".
         meaning: Definition of the numbers.
         codec: Codec of the store.
@@ -165,15 +167,25 @@ def write_store(
         "normalised_over": "vocabulary" if meaning.whole_row else "kept ids",
         "temperature": meaning.temperature,
     }
+    fingerprint = tokenizer_fingerprint(tokenizer)
     settings = {
-        "vocab_size": len(tokenizer) if vocab_size is None else vocab_size,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": _vocab_size(tokenizer, fingerprint, store_path) if vocab_size is None else vocab_size,
+        "tokenizer_fingerprint": fingerprint,
         "teacher": {"name": teacher},
         "selection": selection,
         "temperatures": meaning.temperatures,
         "codec": codec,
     }
     return write_documents(aligned(documents) if check_alignment else documents, store_path, settings)
+
+
+def _vocab_size(tokenizer: Any, fingerprint: str, store_path: str | os.PathLike[str]) -> int:
+    """Returns V, which a padding token that was added to the tokenizer does not change for an existing store."""
+    try:
+        stored = Store(store_path)
+    except NotAStoreError:
+        return len(tokenizer)
+    return stored.vocab_size if is_same_tokenizer(stored.tokenizer_fingerprint, fingerprint) else len(tokenizer)
 
 
 def write_documents(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from slimkernels.models.sharding import full_tensor
+from slimkernels.store.identity import is_same_tokenizer
 
 if TYPE_CHECKING:
     # Packages that do not need transformers import this module.
@@ -21,36 +22,23 @@ _SAMPLES_PER_PARAMETER = 1024
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Computes SHA-256 over the sorted vocabulary and the ids of the special tokens that occur in text.
 
-    Two tokenizers have the same fingerprint if and only if every token id means the same in both. The padding token
-    does not count: it never occurs in a document, and training code sets it freely.
+    Which token pads does not count: it never occurs in a document, and training code sets it freely. Where it is the
+    last of the vocabulary, as one that was added is, the other ids mean what they meant without it. The fingerprint
+    then holds a second hash, of the tokenizer without that token. ``slimkernels.store.identity.is_same_tokenizer``
+    compares fingerprints.
 
     Returns:
-        64 hexadecimal digits.
+        64 hexadecimal digits, or twice as many with a space between.
     """
-    return _tokenizer_fingerprint(tokenizer, tokenizer.get_vocab())
-
-
-def _fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Computes ``tokenizer_fingerprint``, and that of the tokenizer before a padding token was added to it.
-
-    An added padding token is the last of the vocabulary, so the other ids mean what they meant without it.
-    """
-    found = [tokenizer_fingerprint(tokenizer)]
     vocab, pad = tokenizer.get_vocab(), tokenizer.pad_token
+    forms = [vocab]
     others = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk")}
     if pad in vocab and pad not in others and vocab[pad] == max(vocab.values()):
-        found.append(
-            _tokenizer_fingerprint(tokenizer, {token: number for token, number in vocab.items() if token != pad})
-        )
-    return found
+        forms.append({token: number for token, number in vocab.items() if token != pad})
+    return " ".join(_hash_of_vocabulary(tokenizer, form) for form in forms)
 
 
-def fingerprint_in_store(tokenizer: PreTrainedTokenizerBase, stored: str) -> str:
-    """Returns the fingerprint of a tokenizer: ``stored`` if only a padding token has been added to that one."""
-    return stored if stored in _fingerprints(tokenizer) else tokenizer_fingerprint(tokenizer)
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int]) -> str:
+def _hash_of_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int]) -> str:
     content = {
         "vocab": sorted(vocab.items()),
         "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")},
@@ -71,8 +59,8 @@ def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
     stored = getattr(dataset, "tokenizer_fingerprint", None)
     if not stored or tokenizer is None:
         return
-    own = fingerprint_in_store(tokenizer, stored)
-    if own != stored:
+    own = tokenizer_fingerprint(tokenizer)
+    if not is_same_tokenizer(stored, own):
         raise ValueError(
             f"the student's tokenizer must be the one the store was captured with, fingerprint {stored}, got {own}; "
             "load the teacher's tokenizer, or capture again with this one"

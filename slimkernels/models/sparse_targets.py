@@ -21,7 +21,7 @@ def draw_targets(
     hidden: Tensor,
     target: Tensor,
     rounds: int,
-    seed: int | Tensor,
+    seed: Tensor,
     position: Tensor,
     *,
     top_k: int = 0,
@@ -34,7 +34,7 @@ def draw_targets(
         hidden: (N, D) hidden states.
         target: (N,) int64 labels.
         rounds: Draws of every row.
-        seed: An int, or (N,) int64.
+        seed: (N,) int64, used as given, so that the draws do not depend on the chunks.
         position: (N,) int64; with the seed it decides the noise of a row.
         top_k: Largest logits kept exactly by ``mixed_targets``; 0 uses ``sample_targets``.
         require_finite: Whether to check the logits, which waits for the device.
@@ -52,11 +52,10 @@ def draw_targets(
         logits = head.logits(hidden[rows])
         if require_finite:
             check_finite(logits.amax(-1), logits.dtype)
-        row_seed = seed[rows] if isinstance(seed, Tensor) else seed
         if top_k:
-            part = mixed_targets(logits, top_k, rounds, row_seed, position=position[rows], target=target[rows])
+            part = mixed_targets(logits, top_k, rounds, seed[rows], position=position[rows], target=target[rows])
         else:
-            part = sample_targets(logits, rounds, row_seed, position=position[rows], target=target[rows])
+            part = sample_targets(logits, rounds, seed[rows], position=position[rows], target=target[rows])
         parts.append(part)
     return SparseLogits.cat(parts)
 

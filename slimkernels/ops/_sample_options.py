@@ -1,6 +1,7 @@
 """Options of the sampling ops: each is one number for all rows or a tensor with one value per row.
 
-A schema holds every option as a pair: the number, and a tensor (N,) that replaces it if given.
+A schema holds every option as a pair: the number, and a tensor (N,) that replaces it if given. The tensor of seeds may
+also be (): one seed, which the kernels spread over the rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ def resolve_integer(value: int | Tensor, name: str, logits: Tensor) -> tuple[int
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{name} must fit into a signed 64-bit integer, got {number}: take it modulo 2**63")
     return number, None
+
+
+def resolve_seed(value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:
+    """Checks ``seed`` and returns the pair for the schema; a tensor () stays one seed, to be spread over the rows."""
+    number, per_row = resolve_integer(value, "seed", logits)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        per_row = value.detach()
+    return number, per_row
 
 
 def resolve_top_k(value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | None]:

@@ -39,15 +39,16 @@ def mixed_targets(
     A row is a complete distribution (lse 0), to be used at temperature 1 with rest "zero" or "renorm", which agree
     because no mass is missing. Its expectation over the draws is q, so the expected gradient of ``slim_loss`` on it is
     the dense one. Only the tail is random: the variance is m^2 / rounds times that of a single draw from the tail,
-    whereas ``sample_targets`` draws the head as well. The noise is that of ``sample_targets``: a row's draws depend on
-    its own logits, seed and position only. Memory is O(N V).
+    whereas ``sample_targets`` draws the head as well. The noise is that of ``sample_targets``: with one seed per row, a
+    row's draws depend on its own logits, seed and position only. Memory is O(N V).
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
         top_k: K, number of ids that are always kept, 1 to V; ties go to the lowest id.
         rounds: Number of draws from the rest of a row, at least 1.
-        seed: int64, a number or a tensor (...).
-        position: int64, a number or a tensor (...); rows that share seed and position share their noise.
+        seed: int64, a number or a tensor (...). As in ``sample_logits``, a number is spread over the rows: equal rows
+            draw independently. A tensor (...) is used as given.
+        position: int64, a number, which is the same for all rows, or a tensor (...).
         temperature: T, positive.
         target: (...) int64 labels, or None. ``target_logit`` is then the label's exact log softmax(logits) at
             temperature 1; it is NaN for a negative label, which means no label.

@@ -51,18 +51,21 @@ def sample_logits(
         truncated_logprob = truncated.gather(-1, token)
 
     Each truncation keeps either all or none of the ids that share a logit. The noise is Philox-4x32-10 of (seed,
-    position, id), so a row's draw depends on its own logits, options, seed and position only, not on the rest of the
-    batch or the number of threads. A row is read twice and never sorted. Scratch memory is O(V) per thread; on CUDA it
-    is O(V) for each of a few programs per multiprocessor.
+    position, id), so a row's draw depends on its own logits, options, seed and position only, not on the number of
+    threads, and with one seed per row not on the rest of the batch either. A row is read twice and never sorted.
+    Scratch memory is O(V) per thread; on CUDA it is O(V) for each of a few programs per multiprocessor.
 
     A logit of ``-inf`` is never drawn. Logits of ``+inf`` share all of the mass equally, which is the limit of ever
     larger ones. A row with a NaN, or of ``-inf`` only, has no distribution: its token is -1, its other fields are NaN.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
-        seed: int64, a number or a tensor (...).
-        position: int64, a number or a tensor (...). Rows that share seed and position share their noise, so give every
-            row and every step of a text its own.
+        seed: int64, a number or a tensor (...). A number, or a tensor (), is spread over the rows: row 0 takes it as it
+            is, and row n of the flattened call the first 64 bits of Philox-4x32-10 with key ``seed`` and counter
+            (n, 2^32 - 1, 0, 0), so equal rows draw independently. A tensor (...) is used as given: pass one where rows
+            move between batches, and ``torch.full(logits.shape[:-1], seed)`` for the same noise in all rows.
+        position: int64, a number, which is the same for all rows, or a tensor (...). Give every step of a text its own:
+            calls with the same seed and position share their noise, as do rows.
         temperature: T, at least 0, a number or a floating-point tensor (...). 0 takes the argmax, the lowest id on a
             tie; the other options then have no effect.
         top_k: Number of ids that top-k keeps, and all that tie with the last of them; a number or an int64 tensor
@@ -93,6 +96,8 @@ def sample_logits(
     [1, 0]
     >>> sample_logits(logits, seed=0, position=torch.arange(2), top_k=1).truncated_logprob.exp().tolist()
     [1.0, 0.5]
+    >>> sample_logits(torch.zeros(6, 1000), seed=0, position=0).token.unique().numel()
+    6
     """
     outputs = _sample(logits, 1, seed, position, temperature, top_k, top_p, min_p)
     return Sampled(*(field.reshape(logits.shape[:-1]) for field in outputs))
@@ -157,7 +162,7 @@ def sample_distinct(
 def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, min_p):
     _checks.check_vocabulary(logits, "logits", "(..., V)")
     options = (
-        *_sample_options.resolve_integer(seed, "seed", logits),
+        *_sample_options.resolve_seed(seed, logits),
         *_sample_options.resolve_integer(position, "position", logits),
         *_sample_options.resolve_float(temperature, "temperature", "finite and at least 0", logits),
         *_sample_options.resolve_top_k(top_k, logits),

@@ -30,15 +30,16 @@ def sample_targets(
 
     A row is a complete distribution (lse 0), to be used at temperature 1. Its expectation over the draws is
     softmax(logits / T), so the expected gradient of ``slim_loss`` on it is the dense one; that of the K largest logits
-    is biased. Draw r of a row takes its noise from Philox-4x32-10 of (seed, position, id, r), so it does not depend on
-    other rows; draw 0 is that of ``sample_logits``. Scratch memory is O(V + rounds) per thread, on CUDA O(rounds) per
-    row.
+    is biased. Draw r of a row takes its noise from Philox-4x32-10 of (seed, position, id, r), so with one seed per row
+    it does not depend on other rows; draw 0 is that of ``sample_logits``. Scratch memory is O(V + rounds) per thread,
+    on CUDA O(rounds) per row.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
         rounds: Number of draws per row, at least 1.
-        seed: int64, a number or a tensor (...).
-        position: int64, a number or a tensor (...); rows that share seed and position share their noise.
+        seed: int64, a number or a tensor (...). As in ``sample_logits``, a number is spread over the rows: equal rows
+            draw independently. A tensor (...) is used as given.
+        position: int64, a number, which is the same for all rows, or a tensor (...).
         temperature: T, positive.
         target: (...) int64 labels, or None. ``target_logit`` is then the label's exact log softmax(logits) at
             temperature 1; it is NaN for a negative label, which means no label.
@@ -70,7 +71,7 @@ def sample_targets(
         raise ValueError(f"rounds must be at least 1 and below 2**31, got {rounds}")
     temperature = _checks.as_positive(temperature, "temperature")
     leading_shape = logits.shape[:-1]
-    seed, seeds = _sample_options.resolve_integer(seed, "seed", logits)
+    seed, seeds = _sample_options.resolve_seed(seed, logits)
     position, positions = _sample_options.resolve_integer(position, "position", logits)
     if target is not None:
         _checks.check_target(target, leading_shape, logits, "logits")

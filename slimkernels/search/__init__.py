@@ -14,7 +14,7 @@ from slimkernels.search.engine import Engine, Step, StepRequest
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.plan import Plan
 from slimkernels.search.presets import DEFAULT_CHAINS, best_of_n, greedy, self_consistency
-from slimkernels.search.question import Question, Result
+from slimkernels.search.question import Question, QuestionError, Result
 from slimkernels.search.selection import (
     Candidate,
     TrigramConsensus,
@@ -59,6 +59,7 @@ __all__ = [
     "PathFinderConfig",
     "Plan",
     "Question",
+    "QuestionError",
     "RepetitionCheck",
     "Result",
     "SentenceEncoder",

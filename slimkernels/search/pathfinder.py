@@ -13,7 +13,7 @@ from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step, StepRequest
 from slimkernels.search.plan import Plan, plan
-from slimkernels.search.question import Child, Progress, Question, QuestionSearch, Result, node_seed
+from slimkernels.search.question import Child, Progress, Question, QuestionError, QuestionSearch, Result, node_seed
 from slimkernels.search.selection import Scorer, consensus, select
 from slimkernels.search.trace import Trace, header_of
 from slimkernels.search.tree import ROOT, Status, Tree
@@ -161,11 +161,11 @@ class PathFinder:
             question = self._ask(question)
         prompt, context, choices = question
         if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError(f"questions[{index}] must have a prompt with text in it, got an empty one")
+            raise QuestionError(index, "the prompt must have text in it, got an empty one")
         try:
             self.engine.check(prompt)
         except ValueError as error:
-            raise ValueError(f"questions[{index}]: {error}") from error
+            raise QuestionError(index, str(error)) from error
         if context is None:
             context = prompt if isinstance(prompt, str) else ""
         return Question(prompt, context, tuple(choices))

@@ -16,6 +16,19 @@ from slimkernels.search.selection import Candidate
 from slimkernels.search.tree import ROOT, Status, Tree
 
 
+class QuestionError(ValueError):
+    """An error for one of several questions that cannot be searched.
+
+    Attributes:
+        index: Index of the question among those of the call.
+        reason: Clause that says what is wrong with it.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"questions[{index}]: {reason}")
+        self.index, self.reason = index, reason
+
+
 class Question(NamedTuple):
     """A prompt to continue, and the text that its steps must not contradict.
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from slimkernels.served_rows.api import Answer, Position, Request, ServerApi
-from slimkernels.served_rows.tokens import ServerToken, TokenMap
+from slimkernels.served_rows.answers import Answer, Position, Request
+from slimkernels.served_rows.api import ServerApi
+from slimkernels.served_rows.tokens import NumberedTokens, ServerToken, TokenMap
 from slimkernels.serving.client import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits
 
@@ -65,14 +67,14 @@ class AnswerReader:
         """
         self._check_prompt(request, answer)
         ids = request.prompt_ids
-        for place, position in enumerate(answer.positions, 1):
+        for place, position in enumerate(answer.positions, answer.start):
             if not self.tokens.may_be(position.chosen, ids[place]):
                 raise ServerRequestError(
                     f"{self._url} scored {position.chosen.text!r} where the document has token {ids[place]} at "
                     f"{place}: it did not read the tokens that it was sent, or put others in front"
                 )
         labels = range(1, len(ids)) if request.labels is None else request.labels
-        return self._document(ids, labels, [answer.positions[label - 1] for label in labels])
+        return self._document(ids, labels, [answer.positions[label - answer.start] for label in labels])
 
     def generated(self, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
         """Returns the prompt and its continuation, with a row for every reported token of the continuation.
@@ -145,43 +147,71 @@ class AnswerReader:
     def _rows(self, places: Sequence[int], positions: Sequence[Position]) -> tuple[list[int], SparseLogits]:
         """Returns the rows that have at least one entry, and their positions in the document."""
         top_logprobs = self._top_logprobs
-        kept_places, rows, target_logits = [], [], []
+        ids = np.full((len(positions), top_logprobs), -1, dtype=np.int32)
+        # In float64, as printed.
+        logprobs = np.full((len(positions), top_logprobs), -math.inf)
+        kept_places, target_logits = [], []
         for place, position in zip(places, positions, strict=True):
-            row = self._row(position)
-            if row:
+            row_ids, row_logprobs = self._row(position)
+            if len(row_ids):
+                row = len(kept_places)
+                ids[row, : len(row_ids)], logprobs[row, : len(row_ids)] = row_ids, row_logprobs
                 kept_places.append(place)
-                rows.append(row)
                 known = position.chosen.logprob > _LEAST_LOGPROB
                 target_logits.append(position.chosen.logprob if known else math.nan)
-        ids = torch.full((len(rows), top_logprobs), -1, dtype=torch.int32)
-        logprobs = torch.zeros((len(rows), top_logprobs))
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor([token for token, _ in row], dtype=torch.int32)
-            logprobs[number, : len(row)] = torch.tensor([logprob for _, logprob in row])
-        lse = torch.zeros((len(rows), 1))
-        return kept_places, SparseLogits(ids, logprobs, lse, target_logit=torch.tensor(target_logits))
+        rows = len(kept_places)
+        kept_ids, kept = torch.from_numpy(ids[:rows]), torch.from_numpy(logprobs[:rows])
+        teacher = SparseLogits(
+            ids=kept_ids,
+            logits=kept.masked_fill(kept_ids < 0, 0.0).float(),
+            lse=torch.zeros((rows, 1)),
+            target_logit=torch.tensor(target_logits, dtype=torch.float32),
+        )
+        return kept_places, teacher
 
-    def _row(self, position: Position) -> list[tuple[int, float]]:
-        """Returns the ``top_logprobs`` most probable entries that have an id, as (id, logprob) sorted by id."""
-        kept: dict[int, float] = {}
-        for token in position.top:
-            if not token.logprob > _LEAST_LOGPROB:
-                continue
-            found = self.tokens.id_of(token)
-            if found is None:
-                continue
-            # Two of the server's tokens have the same name: keeps the more probable one.
-            if found in kept:
-                self.tokens.count_unmapped(token)
-            kept[found] = max(token.logprob, kept.get(found, -math.inf))
-        mass = math.fsum(map(math.exp, kept.values())) if max(kept.values(), default=0.0) < 1.0 else math.inf
+    def _row(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ``top_logprobs`` most probable entries that have an id, as ids and log-probabilities, by id."""
+        ids, logprobs = self._entries(position)
+        order = np.argsort(ids)
+        ids, logprobs = ids[order], logprobs[order]
+        if (ids[1:] == ids[:-1]).any():
+            ids, logprobs = self._without_repeated(ids, logprobs)
+        # The token of the text need not be among the entries.
+        most = max(float(logprobs.max(initial=-math.inf)), position.chosen.logprob)
+        mass = max(float(np.exp(logprobs).sum()), math.exp(most)) if most < 1.0 else math.inf
         if mass > _MAX_MASS:
             raise ServerRequestError(
                 f"{self._url} gave entries with a probability of {mass:.4g} together, at most 1 is "
                 "possible: it must report log-probabilities (vLLM: --logprobs-mode raw_logprobs), not logits"
             )
-        # A server may add an entry for the token of the text beyond the most probable ones.
-        return sorted(sorted(kept.items(), key=lambda entry: -entry[1])[: self._top_logprobs])
+        return ids, logprobs
+
+    def _entries(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids and log-probabilities of the ``top_logprobs`` most probable entries, without unknown ones."""
+        top, chosen = position.top, position.chosen
+        if isinstance(top, NumberedTokens):
+            logprobs = top.logprobs
+            if len(top) > self._top_logprobs:
+                top = top[_most_probable(logprobs, top.ids == chosen.id, self._top_logprobs)]
+            top = top[top.logprobs > _LEAST_LOGPROB]
+            known = self.tokens.have_ids(top)
+            return top.ids[known], top.logprobs[known]
+        if len(top) > self._top_logprobs:
+            logprobs = np.array([token.logprob for token in top])
+            is_chosen = np.array([token[0] == chosen[0] and token[2:] == chosen[2:] for token in top])
+            top = [top[index] for index in _most_probable(logprobs, is_chosen, self._top_logprobs).tolist()]
+        top = [token for token in top if token.logprob > _LEAST_LOGPROB]
+        found = [(token_id, token.logprob) for token in top if (token_id := self.tokens.id_of(token)) is not None]
+        return np.array([entry[0] for entry in found], np.int64), np.array([entry[1] for entry in found], np.float64)
+
+    def _without_repeated(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the most probable of the entries of each id, and counts the others: ids are in order."""
+        order = np.lexsort((-logprobs, ids))
+        ids, logprobs = ids[order], logprobs[order]
+        is_first = np.concatenate([[True], ids[1:] != ids[:-1]])
+        for token, logprob in zip(ids[~is_first].tolist(), logprobs[~is_first].tolist(), strict=True):
+            self.tokens.count_unmapped(ServerToken(f"token_id:{token}", logprob, None, token))
+        return ids[is_first], logprobs[is_first]
 
     def _check_prompt(self, request: Request, answer: Answer) -> None:
         """Raises ServerRequestError if the server says that it read other tokens than it was sent."""
@@ -195,6 +225,16 @@ class AnswerReader:
             f"{self._url} read {read[:200]} where the tokenizer makes {sent[:200]}: the server adds special tokens, or "
             "has another chat template or another tokenizer; give its own tokenizer, or use api='completions'"
         )
+
+
+def _most_probable(logprobs: np.ndarray, is_chosen: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices of the most probable entries, in order of their indices.
+
+    A server may add the token of the text as one entry more. It is then the least probable one, and where several are
+    equally improbable, it is the one that does not belong to the most probable.
+    """
+    order = np.lexsort((is_chosen, np.where(np.isnan(logprobs), np.inf, -logprobs)))
+    return np.sort(order[:count])
 
 
 def _agree(data: bytes, text: str) -> bool:

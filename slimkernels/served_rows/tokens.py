@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+_ID_TYPES = frozenset({int, type(None)})
+_LOGPROB_TYPES = frozenset({float, int, type(None)})
 _ID_PREFIX = "token_id:"
 _BYTES_PREFIX = "bytes:"
 _SHOWN_EXAMPLES = 5
@@ -37,6 +43,8 @@ class ServerToken(NamedTuple):
         With ``return_tokens_as_token_ids`` vLLM writes "token_id:123", together with the bytes of that string. The
         legacy completions of OpenAI write "bytes:\xe2\x80" for bytes that are not UTF-8.
         """
+        if not isinstance(data, list | None) or type(token) not in _ID_TYPES or type(logprob) not in _LOGPROB_TYPES:
+            raise TypeError(f"a token has a number, bytes and an id or null, got {logprob!r}, {data!r}, {token!r}")
         raw = None if data is None else bytes(data)
         if text.startswith(_ID_PREFIX) and text[len(_ID_PREFIX) :].isdecimal():
             token, raw = int(text[len(_ID_PREFIX) :]), None
@@ -44,6 +52,32 @@ class ServerToken(NamedTuple):
             raw = _unescaped(text[len(_BYTES_PREFIX) :])
         # The first token of a text has no log-probability.
         return cls(text, float("nan") if logprob is None else float(logprob), raw, token)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NumberedTokens:
+    """Tokens that a server names by id, as arrays, so that no Python code runs once per token.
+
+    Attributes:
+        ids: (K,) int64.
+        logprobs: (K,) float64. Natural logs of their probabilities; NaN where the server gives none.
+        spellings: Bytes of each token, if the server gives them too; empty for tokens that it does not show.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    spellings: Sequence[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: np.ndarray) -> NumberedTokens:
+        """Returns the tokens at given indices, or where a mask is true."""
+        spellings = self.spellings
+        if spellings is not None:
+            indices = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+            spellings = [spellings[index] for index in indices.tolist()]
+        return NumberedTokens(self.ids[rows], self.logprobs[rows], spellings)
 
 
 class TokenMap:
@@ -94,6 +128,25 @@ class TokenMap:
             return None
         return found
 
+    def have_ids(self, tokens: NumberedTokens) -> np.ndarray:
+        """Returns which tokens have an id in [0, V) that stands for the bytes that the server gives, as a mask (K,).
+
+        The others are counted.
+        """
+        self.seen += len(tokens)
+        known = (tokens.ids >= 0) & (tokens.ids < self.vocab_size)
+        if tokens.spellings is not None:
+            ids = tokens.ids.tolist()
+            other = map(operator.ne, map(self._bytes.get, ids), tokens.spellings)
+            for index in itertools.compress(range(len(ids)), other):
+                known[index] &= not tokens.spellings[index] or ids[index] in self._added
+        lost = np.flatnonzero(~known)
+        # The examples are the first few.
+        for index in lost[:_SHOWN_EXAMPLES].tolist():
+            self.count_unmapped(_named(tokens, index))
+        self.unmapped += max(0, len(lost) - _SHOWN_EXAMPLES)
+        return known
+
     def count_unmapped(self, token: ServerToken, count: int = 1) -> None:
         """Counts ``count`` entries as lost because of a token."""
         self.unmapped += count
@@ -125,12 +178,10 @@ class TokenMap:
 
     def may_be(self, token: ServerToken, expected: int) -> bool:
         """Returns whether a server's name of a token is consistent with an id."""
+        if token.id is not None:
+            return token.id == expected
         found = self._find(token)
-        return (
-            found is None
-            or found == expected
-            or (token.id is None and self._spells(found, self._bytes.get(expected, b"")))
-        )
+        return found is None or found == expected or self._spells(found, self._bytes.get(expected, b""))
 
     def text_of(self, ids: list[int]) -> bytes:
         """Returns the bytes of a text without its special tokens, which servers do not show either."""
@@ -142,7 +193,10 @@ class TokenMap:
         Stops early if the ids and the reported tokens do not match.
         """
         if len(ids) == len(reported):
-            yield from range(len(ids))
+            for place, token in enumerate(reported):
+                if token.id not in (None, ids[place]):
+                    return
+                yield place
             return
         place = 0
         for token in reported:
@@ -165,6 +219,12 @@ class TokenMap:
     def _spells(self, token: int, data: bytes) -> bool:
         # Some servers show the text of special tokens and others do not.
         return token in self._added or self._bytes.get(token) == data
+
+
+def _named(tokens: NumberedTokens, index: int) -> ServerToken:
+    token, data = int(tokens.ids[index]), None if tokens.spellings is None else tokens.spellings[index]
+    text = f"{_ID_PREFIX}{token}" if data is None else data.decode(errors="replace")
+    return ServerToken(text, float(tokens.logprobs[index]), data, token)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:

@@ -58,11 +58,14 @@ def reading(
         advice: End of the error.
 
     Raises:
-        ServerRequestError: A part of the answer is missing or of another type, or the code raised ValueError.
+        ServerRequestError: A part of the answer is missing, of another type or out of range, or the code raised
+            ValueError. An error of this class that the code raised itself is left as it is.
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except ServerRequestError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
         begins = f"it begins {str(content)[:200]!r}" + (f": {advice}" if advice else "")
         raise failure(f"{expected}, but cannot be read ({problem}); {begins}") from error
@@ -114,7 +117,8 @@ class _Client:
             response: The response, or the exception that the request raised.
             attempts: Number of attempts so far.
             max_retries: Repetitions allowed.
-            read: Function that reads the content; what it raises ``UnusableAnswerError`` for is waited for again.
+            read: Function that reads the content; an answer for which it raises ``UnusableAnswerError``, or which lacks
+                what it looks for, is waited for again.
         """
         retry_after = unusable = None
         if isinstance(response, Exception):
@@ -130,6 +134,10 @@ class _Client:
                     return _Content(read(self._content(response, name)))
                 except UnusableAnswerError as error:
                     problem, unusable = str(error), error
+                except ServerRequestError:
+                    raise
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                    problem, unusable = self._unreadable(response, error), error
             retry_after = _retry_after_s(response.headers.get("Retry-After"))
         if attempts > max_retries or (retry_after or 0.0) > _MAX_RETRY_AFTER_S:
             waits = "" if retry_after is None else f"; it asks to wait {retry_after:.0f} s"
@@ -145,10 +153,7 @@ class _Client:
         return _Wait(backoff, retry_after or 0.0)
 
     def _content(self, response: Any, name: str) -> dict[str, Any]:
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
+        content = _json(response)
         if isinstance(content, dict) and not content.get("error"):
             return content
         if isinstance(content, dict):
@@ -159,10 +164,15 @@ class _Client:
             "this the base URL of an OpenAI-compatible server?"
         )
 
+    def _unreadable(self, response: Any, error: Exception) -> str:
+        """Describes an answer in which the reader did not find what it looks for."""
+        begin = " ".join(response.text.split())[:_SHOWN_CHARACTERS]
+        return f"its answer cannot be read ({type(error).__name__}: {error}); it begins {begin!r}"
+
     def _said(self, response: Any) -> str:
         """Returns the message in the body of an error, shortened and without the secrets."""
         try:
-            error = response.json()["error"]
+            error = _json(response)["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError):
             text = response.text
@@ -251,8 +261,9 @@ class ServerClient(_Client):
         Args:
             path: Path below the base URL; "../completion" replaces the last part of the base URL.
             payload: The object to send.
-            read: Function that reads the answer. It raises ``UnusableAnswerError`` for one that the server should be
-                asked for again.
+            read: Function that reads the answer. The server is asked again for an answer for which it raises
+                ``UnusableAnswerError``, or KeyError, IndexError, TypeError, ValueError or AttributeError because the
+                answer does not have the expected form.
 
         Raises:
             ServerRequestError: The server refused the request.
@@ -388,10 +399,18 @@ def _key(key_env: str | None) -> str | None:
     return key or None
 
 
+def _json(response: Any) -> Any:
+    """Returns the JSON in the body of a response, or None if there is none, or one that is nested too deeply."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
 def _status(response: Any) -> int:
     """Returns the status of a response; that of the error in its body where the body has one, as proxies send."""
     try:
-        code = response.json()["error"]["code"]
+        code = _json(response)["error"]["code"]
         if response.is_success and str(code).isdecimal() and 400 <= int(code) < 600:
             return int(code)
         if response.is_success and code in _PERMANENT_CODES:
@@ -408,7 +427,7 @@ def _is_temporary(response: Any, status: int) -> bool:
     if status == 501:
         return False
     try:
-        return response.json()["error"]["code"] not in _PERMANENT_CODES
+        return _json(response)["error"]["code"] not in _PERMANENT_CODES
     except (ValueError, KeyError, TypeError):
         return True
 

@@ -90,7 +90,8 @@ class StoreIterableDataset(IterableDataset):
             their order do not depend on the number of workers.
         shuffle: Whether to shuffle; False reads documents in stored order.
         seed: Seed of the order, the same on every rank.
-        rank: Rank of this process, by default that of ``torch.distributed``.
+        rank: Rank of this process, by default that of ``torch.distributed``. Give 0, and a ``world_size`` of 1, for a
+            loader that accelerate splits over its processes itself.
         world_size: Number of processes, by default that of ``torch.distributed``.
         even: None, "drop" or "repeat", explained in ``DocumentOrder``.
 
@@ -157,6 +158,32 @@ class DocumentIterator(OrderIterator):
         return self._documents[super().__next__()]
 
 
+# Libraries also put descriptions of these into a batch, which have no rows to count.
+_ROWS = (torch.Tensor, SparseLogits, PackedLogits)
+
+
+class DocumentBatch(dict[str, Any]):
+    """The batch of ``collate_documents``: a dict whose labels and rows of the teacher belong together.
+
+    Libraries make another one of changed values, such as tensors on another device.
+
+    Raises:
+        ValueError: The numbers of rows differ, because something has cut some of the values.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rows = {name: self.get(name) for name in ("rows", "target", "teacher")}
+        found = {name: len(value) for name, value in rows.items() if isinstance(value, _ROWS)}
+        if len(set(found.values())) > 1:
+            counts = ", ".join(f"{count} in {name}" for name, count in found.items())
+            raise ValueError(
+                f"a batch of documents must have as many labels as rows of the teacher, got {counts}: labels cannot be "
+                "cut like documents, as accelerate does with dispatch_batches=True, its default for a stream; set "
+                "dispatch_batches=False"
+            )
+
+
 def collate_documents(
     documents: Sequence[Document | PackedDocument], *, pad_token_id: int = 0, with_teacher: bool = True
 ) -> dict[str, Any]:
@@ -195,14 +222,14 @@ def collate_documents(
         rows.append(index * length + positions - 1)
         targets.append(tokens[positions])
     kind: Any = PackedLogits if isinstance(documents[0].teacher, PackedLogits) else SparseLogits
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "rows": torch.cat(rows),
-        "target": torch.cat(targets),
-        "prompt_lengths": torch.tensor([_prompt_length(document) for document in documents]),
-        "teacher": kind.cat([document.teacher for document in documents]) if with_teacher else None,
-    }
+    return DocumentBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        rows=torch.cat(rows),
+        target=torch.cat(targets),
+        prompt_lengths=torch.tensor([_prompt_length(document) for document in documents]),
+        teacher=kind.cat([document.teacher for document in documents]) if with_teacher else None,
+    )
 
 
 def _collate_default(documents: Sequence[Document | PackedDocument], *, collate_fn_map: Any = None) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class DocumentOrder(Sampler[int]):
         shuffle: Whether to shuffle; False reads documents in stored order.
         seed: Seed of the order, in [0, 2^64); the same on every rank.
         rank: Rank of this process, in [0, world_size). By default rank and world size are those of
-            ``torch.distributed`` if it is initialised, otherwise 0 and 1.
+            ``torch.distributed`` if it is initialised, otherwise 0 and 1. Give 0 and 1 for a loader that accelerate
+            splits over its processes itself.
         world_size: Number of processes that share an epoch.
         even: Treatment of a remainder. None reads each document once. "drop" leaves the last
             ``num_documents % world_size`` of the order out of this epoch. "repeat" fills the last round with documents

@@ -34,9 +34,9 @@ from slimkernels.store.errors import (
     ShardSizeError,
 )
 from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
-from slimkernels.store.identity import store_fingerprint
+from slimkernels.store.identity import is_same_tokenizer, prompts_fingerprint, rows_fingerprint, store_fingerprint
 from slimkernels.store.manifest import load_manifest, load_shards
-from slimkernels.store.prompts import read_prompt_lengths
+from slimkernels.store.prompts import prompts_name, read_prompt_lengths
 
 _DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
 _VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -259,9 +259,13 @@ class Store(Sequence[Document]):
         self.path = Path(path)
         self._manifest = load_manifest(self.path)[1]
         self.settings, self.num_parts, self.shards = load_shards(self.path, self._manifest)
-        for name, expected in (("vocab_size", vocab_size), ("tokenizer_fingerprint", tokenizer_fingerprint)):
+        asked: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
+            "vocab_size": (vocab_size, operator.eq),
+            "tokenizer_fingerprint": (tokenizer_fingerprint, is_same_tokenizer),
+        }
+        for name, (expected, is_same) in asked.items():
             stored = getattr(self.settings, name)
-            if expected is not None and expected != stored:
+            if expected is not None and not is_same(stored, expected):
                 raise SettingsMismatchError(
                     f"{self.path} was captured with {name}={stored!r}, but {name}={expected!r} is expected: "
                     "capture the teacher again with this tokenizer, or use the student that belongs to the store"
@@ -294,8 +298,18 @@ class Store(Sequence[Document]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the store's documents, rows and settings, which does not depend on names and places."""
-        return store_fingerprint(self.settings, self.shards)
+        """A hash of the documents, rows, lengths of prompts and settings, which does not depend on names and places."""
+        return store_fingerprint(self.rows_fingerprint, self.prompts_fingerprint)
+
+    @property
+    def rows_fingerprint(self) -> str:
+        """The part of ``fingerprint`` that does not depend on the lengths of prompts; one of version 0.1.0."""
+        return rows_fingerprint(self.settings, self.shards)
+
+    @property
+    def prompts_fingerprint(self) -> str | None:
+        """The part of ``fingerprint`` that only the lengths of prompts decide; None where no length is known."""
+        return prompts_fingerprint(self._prompt_lengths(number) for number in range(len(self.shards)))
 
     def longest_document(self) -> int:
         """Returns the number of tokens of the longest document, from 8 bytes of the index for each document."""
@@ -370,6 +384,13 @@ class Store(Sequence[Document]):
     def __contains__(self, input_ids: object) -> bool:
         """Returns whether a document with these token ids is stored."""
         return self.find(input_ids) is not None
+
+    def _prompt_lengths(self, number: int) -> np.ndarray:
+        """Returns the (D,) lengths of a shard's prompts; one without any is not mapped for that."""
+        entry = self.shards[number]
+        if not (self.path / prompts_name(entry.file)).exists():
+            return np.zeros(entry.documents, np.int32)
+        return self.shard(number).arrays["prompt_lengths"]
 
     def shard(self, number: int) -> Shard:
         """Returns one shard, mapped and with its index checked."""

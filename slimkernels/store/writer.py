@@ -64,7 +64,8 @@ class StoreWriter:
     Args:
         path: Directory of the store, made if it does not exist.
         vocab_size: V, in [1, 2^31).
-        tokenizer_fingerprint: Text that identifies the tokenizer.
+        tokenizer_fingerprint: Text that identifies the tokenizer; an existing store is compared with
+            ``is_same_tokenizer``.
         teacher: JSON object that describes the teacher (name, revision, dtype, ...). Where it has "weights", a
             fingerprint, an existing store is compared by that alone, so the teacher can be renamed.
         selection: JSON object that describes how the kept ids were chosen.
@@ -228,7 +229,7 @@ class StoreWriter:
                 f"{self.path} was made with {name}={stored!r}, but {name}={asked!r} was requested: "
                 "use the same settings, or another directory"
             )
-        # The teacher keeps the name that it had when the store was made.
+        # The teacher keeps the name, and the tokenizer the fingerprint, that it had when the store was made.
         self.settings = store.settings
         # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))

@@ -26,7 +26,8 @@ from slimkernels.teacher.corpus import (
 from slimkernels.teacher.generation import GeneratedCorpus, generate_documents
 from slimkernels.teacher.logits import capture_logits
 from slimkernels.teacher.ranks import Ranks
-from slimkernels.teacher.server import ServerCost, ServerReport, capture_server
+from slimkernels.teacher.server import ServerReport, capture_server
+from slimkernels.teacher.server_documents import ServerCost
 
 # The name of the last releases, which read as if only teachers were meant.
 TeacherNotFoundError = ModelNotFoundError

@@ -22,8 +22,9 @@ from slimkernels.durable import Journal, write_json
 from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from slimkernels.models.head import LanguageModelHead
+from slimkernels.store.identity import is_same_tokenizer
 from slimkernels.teacher.corpus import without_end
-from slimkernels.teacher.vocabulary import num_token_ids
+from slimkernels.teacher.vocabulary import num_text_ids
 
 # Finished rows of a batch are dropped once they make up at least this share of it.
 _DROPPED_SHARE = 0.25
@@ -181,8 +182,8 @@ class _Sampler:
                 f"the longest prompt and max_new_tokens={options.max_new_tokens} are {self.longest} tokens, but the "
                 f"teacher reads {limit}: lower max_new_tokens"
             )
-        # The rows that pad a head are no tokens: untrained, they have some probability all the same.
-        self.head = LanguageModelHead.of(model).first_rows(num_token_ids(tokenizer))
+        # The rows that pad a head, and that of an added padding token, have some probability but are in no text.
+        self.head = LanguageModelHead.of(model).first_rows(num_text_ids(tokenizer))
         if options.top_k is not None and options.top_k > self.head.vocab_size:
             raise ValueError(f"top_k must be at most the vocabulary, {self.head.vocab_size}, got {options.top_k}")
         configured = getattr(model.generation_config, "eos_token_id", None)
@@ -359,7 +360,9 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     stored = json.loads(settings_path.read_text())
     for name, asked in settings.items():
         # The weights' fingerprint says more than the teacher's name.
-        if name != "teacher" and stored.get(name) != asked:
+        if name == "teacher" or (name == "tokenizer" and is_same_tokenizer(str(stored.get(name)), asked)):
+            continue
+        if stored.get(name) != asked:
             raise ValueError(
                 f"{path} was generated with {name}={stored.get(name)!r}, but {name}={asked!r} was requested: use the "
                 "same settings, or another path"

@@ -5,46 +5,33 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.served_rows.api import Answer, Request, ServerApi
-from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
+from slimkernels.served_rows.answers import Answer, Request
+from slimkernels.served_rows.api import ServerApi
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer
+from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
-from slimkernels.serving.kinds import server_kind
+from slimkernels.serving.kinds import Kind, identify
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
-from slimkernels.teacher.chat import around_date
-from slimkernels.teacher.corpus import TokenizedDocument, without_end
+from slimkernels.store.format import StoreSettings
+from slimkernels.teacher.server_documents import Generation, Scoring, ServerCost
 from slimkernels.teacher.vocabulary import captured_vocabulary, num_token_ids
 
 # Answers in a row that cannot be used, after which a capture ends with the error of the last.
 _MAX_UNUSABLE = 8
 _SHOWN_REASONS = 5
-# Characters that a date in a chat template may take.
-_DATE_LENGTHS = range(4, 41)
-APIS = ("auto", "completions", "chat", "llama.cpp")
-
-
-class ServerCost(NamedTuple):
-    """The cost of a capture, known before it starts.
-
-    Attributes:
-        requests: Documents that are not in the store yet.
-        prompt_tokens: Tokens that the server reads for them.
-        max_generated_tokens: Upper limit on the tokens that it generates.
-    """
-
-    requests: int
-    prompt_tokens: int
-    max_generated_tokens: int
+APIS = ("auto", "completions", "chat", "llama.cpp", "sglang")
+# The interfaces that give the ids of all tokens.
+_OWN_APIS = {"llamacpp": "llama.cpp", "sglang": "sglang"}
 
 
 class ServerReport(NamedTuple):
@@ -113,8 +100,10 @@ def capture_server(
     error or a kill, the same call asks for what is missing. A document is recognised by its tokens, and a generated one
     by the tokens before its first row, which are its prompt.
 
-    - ``documents`` are scored through ``/completions``, with ``prompt_logprobs`` (vLLM) or with ``echo``; one token
-      is generated per document and thrown away. llama.cpp's server cannot do this. Every token but the first has a row.
+    - ``documents`` are scored through SGLang's ``/generate``, through vLLM's ``/inference/v1/generate`` where it has
+      one, or through ``/completions``, with ``prompt_logprobs`` (vLLM) or with ``echo``; one token is generated per
+      document and thrown away. llama.cpp's server cannot do this. Every label of a document has a row, or every token
+      but the first.
     - ``prompts`` are continued through ``/completions`` with ``logprobs``, or ``/chat/completions`` with
       ``top_logprobs``. Generated tokens have rows, tokens of the prompt have none. Document i is drawn from the whole
       distribution with the seed ``seed + i``.
@@ -123,7 +112,7 @@ def capture_server(
 
     Args:
         url: Base URL, such as ``http://localhost:8000/v1``. A user name and password in it are used but not stored.
-        model: The server's name for the model.
+        model: The server's name for the model; for SGLang also that of a loaded adapter.
         tokenizer: The model's tokenizer, a fast one.
         store_path: New directory, or a store made with the same settings; the server may have moved since.
         documents: Token id lists, as from ``read_documents``. Give these or ``prompts``.
@@ -131,8 +120,9 @@ def capture_server(
             With ``api="chat"`` each is the only message of a user, formatted by the tokenizer's chat template.
         top_logprobs: K, the entries to ask for. OpenAI's limit is 20, or 5 for completions; vLLM's is its
             ``--max-logprobs``, 20 by default.
-        api: Interface for prompts: "completions", "chat", or "llama.cpp" for its own ``/completion``, the only one that
-            gives the ids of all tokens. "auto" is "llama.cpp" for llama.cpp and "completions" for other servers.
+        api: Interface for prompts: "completions", "chat", or the servers' own, which give the ids of all tokens:
+            "llama.cpp" for its ``/completion`` and "sglang" for its ``/generate``. "auto" is the server's own interface
+            for llama.cpp and SGLang, and "completions" for other servers.
         num_documents: Number of documents to generate, going through the prompts repeatedly; None uses each once.
         max_tokens: Longest continuation, in tokens.
         temperature: Sampling temperature; 0 takes the most probable token.
@@ -171,9 +161,11 @@ def capture_server(
     if (documents is None) == (prompts is None):
         raise ValueError("give either documents to score or prompts to continue")
     _check_arguments(api, top_logprobs, num_documents, max_tokens, temperature, seed, max_unmapped_fraction, flush_s)
-    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer), store_path)
+    # The rows of the server's model are not known; one more than the tokenizer's may be padding that it lacks.
+    vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer) + 1, store_path)
     vocab_size = vocabulary.size if vocab_size is None else vocab_size
     tokens = TokenMap(tokenizer, vocab_size)
+    stored = _settings(store_path)
     client = ServerClient(
         url,
         key_env=key_env,
@@ -184,19 +176,26 @@ def capture_server(
         backoff_s=backoff_s,
     )
     with client:
-        kind = server_kind(client.get("/models"))
-        if api == "auto":
-            api = "llama.cpp" if kind == "llamacpp" else "completions"
-        server = ServerApi(client, model, kind, api, top_logprobs, max_tokens, temperature)
+        kind, listing = identify(client)
+        server = ServerApi(
+            client=client,
+            api=_own_api(kind, stored) if api == "auto" else api,
+            model=model,
+            kind=kind,
+            top_logprobs=top_logprobs,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            adapter=adapter_of(listing, model, client.url) if kind == "sglang" else None,
+        )
         if documents is not None:
-            task: _Scoring | _Generation = _Scoring(server, documents)
+            task: Scoring | Generation = Scoring(server, documents)
         else:
-            task = _Generation(server, tokenizer, prompts or (), num_documents, seed)
+            task = Generation(server, tokenizer, prompts or (), num_documents, seed)
         writer = StoreWriter(
             store_path,
             vocab_size=vocab_size,
             tokenizer_fingerprint=vocabulary.fingerprint,
-            teacher=_teacher_description(store_path, {"name": model, "server": client.url, "kind": kind}),
+            teacher=_teacher_description(stored, {"name": model, "server": client.url, "kind": kind}),
             selection=task.selection,
             codec=codec,
             shard_rows=shard_rows,
@@ -209,120 +208,8 @@ def capture_server(
             return _store_answers(task, missing, reader, writer, flush_s, progress)
 
 
-class _Scoring:
-    """The capture of given documents, every token of which the server scores.
-
-    Attributes:
-        server: The server that is asked.
-        requests: One request per document.
-        selection: Description of the rows, for the store.
-    """
-
-    def __init__(self, server: ServerApi, documents: Iterable[Sequence[int]]) -> None:
-        self.server = server
-        self.requests = [
-            Request(list(ids), number=number, labels=TokenizedDocument.of(ids).positions)
-            for number, ids in enumerate(documents)
-        ]
-        if not self.requests:
-            raise ValueError("documents must hold at least one document, got none")
-        self.selection = _selection(server)
-
-    def missing(self, writer: StoreWriter) -> list[Request]:
-        """Returns the requests whose document has a label and is not in the store."""
-        return [ask for ask in self.requests if len(ask.prompt_ids) > 1 and ask.prompt_ids not in writer]
-
-    def prompt_length(self, _: Request) -> int:
-        """Returns 0, as the prompt of a given document is not known."""
-        return 0
-
-    def cost(self, missing: Sequence[Request]) -> ServerCost:
-        """Returns the cost of the missing documents; the server generates one token of each."""
-        return ServerCost(len(missing), sum(len(request.prompt_ids) for request in missing), len(missing))
-
-    def ask(self, request: Request) -> Answer:
-        """Asks the server for one document."""
-        return self.server.score(request)
-
-    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
-        """Turns an answer into a document of the store."""
-        return reader.scored(request, answer)
-
-
-class _Generation:
-    """The capture of documents that the server generates from prompts.
-
-    Attributes:
-        server: The server that is asked.
-        requests: One request per document.
-        selection: Description of the documents and the rows, for the store.
-    """
-
-    def __init__(
-        self,
-        server: ServerApi,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str | Sequence[int]],
-        num_documents: int | None,
-        seed: int,
-    ) -> None:
-        if not prompts:
-            raise ValueError("prompts must hold at least one prompt, got none")
-        self.server, self._tokenizer = server, tokenizer
-        encoded = [_encode(tokenizer, prompt, server.api == "chat") for prompt in prompts]
-        self.requests: list[Request] = []
-        for number in range(len(prompts) if num_documents is None else num_documents):
-            prompt, ids = prompts[number % len(prompts)], encoded[number % len(prompts)]
-            self.requests.append(Request(ids, prompt if isinstance(prompt, str) else "", seed + number, number))
-        self.selection = _selection(server) | {
-            "api": server.api,
-            "max_tokens": server.max_tokens,
-            "temperature": server.temperature,
-            "seed": seed,
-        }
-
-    def missing(self, writer: StoreWriter) -> list[Request]:
-        """Returns the requests whose prompt has no document in the store; each document answers one request."""
-        prompts = {tuple(request.prompt_ids): request for request in self.requests}
-        dated: dict[str, dict[str, tuple[int, ...]]] = {}
-        if self.server.api == "chat":
-            for ids, request in prompts.items():
-                if around := around_date(self._tokenizer, _messages(request.content)):
-                    dated.setdefault(around[0], {})[around[1]] = ids
-
-        def of_another_day(ids: list[int]) -> tuple[int, ...] | None:
-            return _of_another_day(str(self._tokenizer.decode(ids)), dated) if dated else None
-
-        stored = _stored_prompts(writer, set(prompts), of_another_day)
-        missing = []
-        for request in self.requests:
-            prompt = tuple(request.prompt_ids)
-            if stored[prompt] > 0:
-                stored[prompt] -= 1
-            else:
-                missing.append(request)
-        return missing
-
-    def cost(self, missing: Sequence[Request]) -> ServerCost:
-        """Returns the cost of the missing documents."""
-        read = sum(len(request.prompt_ids) for request in missing)
-        return ServerCost(len(missing), read, len(missing) * self.server.max_tokens)
-
-    def ask(self, request: Request) -> Answer:
-        """Asks the server for one document."""
-        return self.server.generate(request)
-
-    def prompt_length(self, request: Request) -> int:
-        """Returns the length of the prompt of a generated document."""
-        return len(request.prompt_ids)
-
-    def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
-        """Turns an answer into a document of the store."""
-        return reader.generated(request, answer)
-
-
 def _store_answers(
-    task: _Scoring | _Generation,
+    task: Scoring | Generation,
     missing: Sequence[Request],
     reader: AnswerReader,
     writer: StoreWriter,
@@ -378,17 +265,31 @@ def _store_answers(
     return ServerReport(added, num_tokens, skipped, dropped, unmapped_fraction, generated, tuple(reasons))
 
 
-def _selection(server: ServerApi) -> dict[str, Any]:
-    return {"kind": "top_logprobs", "value": server.top_logprobs, "top_k": server.top_logprobs}
-
-
-def _teacher_description(store_path: str | os.PathLike[str], teacher: dict[str, Any]) -> dict[str, Any]:
-    """Returns the teacher's description; an existing store keeps the address that its server had at first."""
+def _settings(store_path: str | os.PathLike[str]) -> StoreSettings | None:
+    """Returns the settings of an existing store, or None."""
     try:
-        stored = Store(store_path).settings.teacher
+        return Store(store_path).settings
     except NotAStoreError:
+        return None
+
+
+def _teacher_description(stored: StoreSettings | None, teacher: dict[str, Any]) -> dict[str, Any]:
+    """Returns the teacher's description; an existing store keeps the address that its server had at first.
+
+    It also keeps the kind "openai", which every server has of which no more was known when the store was made.
+    """
+    if stored is None:
         return teacher
-    return stored if stored | {"server": teacher["server"]} == teacher else teacher
+    known = {"server": teacher["server"]}
+    if stored.teacher.get("kind") == "openai":
+        known["kind"] = teacher["kind"]
+    return stored.teacher if stored.teacher | known == teacher else teacher
+
+
+def _own_api(kind: Kind, stored: StoreSettings | None) -> str:
+    """Returns the interface for prompts of a kind of server; an existing store keeps that of its first prompts."""
+    known = None if stored is None or stored.teacher.get("kind") != "openai" else stored.selection.get("api")
+    return str(known or _OWN_APIS.get(kind, "completions"))
 
 
 def _check_arguments(
@@ -411,74 +312,3 @@ def _check_arguments(
     for name, (number, most) in (limits | {"max_unmapped_fraction": (max_unmapped_fraction, 1.0)}).items():
         if not (0 <= number <= most and number < math.inf):
             raise ValueError(f"{name} must be in [0, {most:g}], got {number!r}")
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_chat: bool) -> list[int]:
-    if is_chat:
-        if not isinstance(prompt, str):
-            raise ValueError("a prompt of api='chat' must be text; send token ids with api='completions'")
-        if not tokenizer.chat_template:
-            raise ValueError("api='chat' needs a tokenizer with a chat template; use api='completions'")
-        encoded: Any = tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, return_dict=False)
-        return list(encoded)
-    if isinstance(prompt, str):
-        ids = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
-    else:
-        ids = list(prompt)
-    if not ids:
-        raise ValueError(f"every prompt must have at least one token, got {prompt!r}")
-    return ids
-
-
-def _messages(content: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": content}]
-
-
-def _of_another_day(text: str, dated: Mapping[str, Mapping[str, tuple[int, ...]]]) -> tuple[int, ...] | None:
-    """Returns the prompt that equals a text in everything but the date, or None.
-
-    Args:
-        text: A prompt.
-        dated: Token ids of prompts, by the text after the date in those of the text before it.
-    """
-    for before, by_end in dated.items():
-        if text.startswith(before):
-            ends = (text[len(before) + length :] for length in _DATE_LENGTHS)
-            found = next((by_end[end] for end in ends if end in by_end), None)
-            if found is not None:
-                return found
-    return None
-
-
-def _stored_prompts(
-    writer: StoreWriter,
-    prompts: set[tuple[int, ...]],
-    of_another_day: Callable[[list[int]], tuple[int, ...] | None],
-) -> collections.Counter[tuple[int, ...]]:
-    """Counts the documents of each prompt in the store; a document's prompt ends where its rows begin.
-
-    Args:
-        writer: Writer of the store.
-        prompts: Token ids of the prompts.
-        of_another_day: Function that finds the prompt whose tokens differ from given ones in the date alone.
-    """
-    lengths = sorted({len(prompt) for prompt in prompts}, reverse=True)
-    counts: collections.Counter[tuple[int, ...]] = collections.Counter()
-    store = Store(writer.path)
-    for number, entry in enumerate(store.shards):
-        shard = store.shard(number)
-        for document in range(entry.documents):
-            ids = tuple(shard.tokens(document, document).tolist())
-            start, stop = shard.rows_of(document)
-            # Earlier releases stored empty answers as documents without a row.
-            if start == stop:
-                continue
-            end = int(shard.arrays["positions"][start])
-            # The prompt is shorter than that if the first generated token has no row, none of whose entries had an id.
-            found = next((ids[:length] for length in lengths if length <= end and ids[:length] in prompts), None)
-            if found is None:
-                known = int(shard.arrays["prompt_lengths"][document])
-                found = of_another_day(list(ids[: known or end]))
-            if found is not None:
-                counts[found] += 1
-    return counts

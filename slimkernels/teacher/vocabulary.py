@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.models.fingerprints import fingerprint_in_store, tokenizer_fingerprint
+from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.store import Store
 from slimkernels.store.errors import NotAStoreError
+from slimkernels.store.identity import is_same_tokenizer
 
 
 class CapturedVocabulary(NamedTuple):
@@ -38,6 +39,13 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def num_text_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the number of ids that texts can have: without a padding token that was added as the last."""
+    own = num_token_ids(tokenizer)
+    is_padded = tokenizer.pad_token_id == own - 1 and tokenizer.pad_token_id != tokenizer.eos_token_id
+    return own - 1 if is_padded else own
+
+
 def captured_vocabulary(
     tokenizer: PreTrainedTokenizerBase | None,
     num_rows: int,
@@ -49,7 +57,7 @@ def captured_vocabulary(
     Many heads have more rows, which pad them to a multiple of 64 or 128: untrained, they are no tokens and belong
     neither among the kept entries nor into the log-sum-exp. Stores of version 0.1.0 counted them; a capture that
     continues such a store counts them too. A padding token that was added to the tokenizer is no token of a text: a
-    store that was begun without it is continued without it.
+    store that was begun without it is continued without it, and one that was begun with it is continued with it.
 
     Args:
         tokenizer: The teacher's tokenizer; None for all rows.
@@ -62,16 +70,18 @@ def captured_vocabulary(
     """
     if tokenizer is None:
         return CapturedVocabulary(num_rows, "")
-    own = num_token_ids(tokenizer)
-    is_padded = tokenizer.pad_token_id == own - 1 and tokenizer.pad_token_id != tokenizer.eos_token_id
-    least = own - 1 if is_padded else own
+    own, least = num_token_ids(tokenizer), num_text_ids(tokenizer)
     if least > num_rows:
         raise ValueError(
             f"the tokenizer has {own} tokens, but {subject} {num_rows}: give the tokenizer that belongs to the teacher"
         )
+    fingerprint = tokenizer_fingerprint(tokenizer)
     try:
         stored = Store(store_path)
     except NotAStoreError:
-        return CapturedVocabulary(min(own, num_rows), tokenizer_fingerprint(tokenizer))
-    size = stored.vocab_size if stored.vocab_size in (least, own, num_rows) else own
-    return CapturedVocabulary(min(size, num_rows), fingerprint_in_store(tokenizer, stored.tokenizer_fingerprint))
+        return CapturedVocabulary(min(own, num_rows), fingerprint)
+    sizes = {own, num_rows}
+    if is_same_tokenizer(stored.tokenizer_fingerprint, fingerprint):
+        sizes |= {least, least + 1}
+    size = stored.vocab_size if stored.vocab_size in sizes else own
+    return CapturedVocabulary(min(size, num_rows), fingerprint)

@@ -46,12 +46,15 @@ def run_identity(args: TrainingArguments, method: dict[str, Any], train_dataset:
         JSON values by name. A length that the schedule does not depend on is not among them, so that such a run can be
         made longer.
     """
+    stores = stores_of(train_dataset)
     identity = method | {
         "documents": len(train_dataset) if isinstance(train_dataset, Sized) else None,
         "documents_per_step": documents_per_step(args),
         "seed": args.seed,
         "data_seed": args.data_seed,
-        "store": " ".join(store.fingerprint for store in stores_of(train_dataset)) or None,
+        # Both parts of the fingerprint: checkpoints of version 0.1.0 hold the first only, and it is compared alone.
+        "store": " ".join(store.rows_fingerprint for store in stores) or None,
+        "prompt_lengths": " ".join(store.prompts_fingerprint or "unknown" for store in stores) or None,
     }
     identity |= {name: _plain(getattr(args, name)) for name in _OPTIMISER}
     if identity["lr_scheduler_type"] not in _ENDLESS_SCHEDULES or 0 < args.warmup_steps < 1:
@@ -216,6 +219,24 @@ def _check_same_run(checkpoint: Path, settings: dict[str, Any], model: nn.Module
             f"resume_from_checkpoint must be a checkpoint of the same run, {checkpoint} differs: {changed}; "
             "give this run an output_dir of its own"
         )
+
+
+# The class that comes after a mixin's is known only where it is mixed in.
+_AnyTrainer: Any = object
+
+
+class StopsAtLength(_AnyTrainer):
+    """A base class, placed before a ``transformers.Trainer``, that takes no step more in a run which is finished.
+
+    The ``Trainer`` compares the number of steps with ``max_steps`` only after a step, so that a finished run which is
+    resumed within an epoch would take one more.
+    """
+
+    def _run_epoch(self, **options: Any) -> None:
+        if 0 < self.args.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**options)
 
 
 class SlimRun(TrainerCallback):

@@ -16,7 +16,7 @@ from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.load import load_model
 from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.trainer.checkpoint import model_identity
+from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.teachers import OnlineTeacher
@@ -40,7 +40,7 @@ class Step(NamedTuple):
     outputs: Any
 
 
-class DistillationMixin:
+class DistillationMixin(StopsAtLength):
     """A base class, placed before a ``transformers.Trainer``, for trainers on a ``SlimObjective``.
 
     It holds the objective, its online teacher and the log of the loss, and turns the loss of a micro-batch into what

@@ -19,7 +19,13 @@ from slimkernels.models.fingerprints import check_tokenizer
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store, StoreDataset
-from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
+from slimkernels.trainer.checkpoint import (
+    SlimRun,
+    StopsAtLength,
+    checkpoint_to_resume,
+    model_identity,
+    run_identity,
+)
 from slimkernels.trainer.distillation import check_can_be_saved
 from slimkernels.trainer.on_policy import warn_of_other_ends
 from slimkernels.trainer.stored_rows import opened_store, stores_of
@@ -68,7 +74,7 @@ class MiniLLMConfig(_MiniLLMConfig):
         super().__post_init__()
 
 
-class MiniLLMTrainer(_MiniLLMTrainer):
+class MiniLLMTrainer(StopsAtLength, _MiniLLMTrainer):
     """TRL's policy-gradient trainer on the reverse KL divergence, KL(student || teacher) (arXiv 2306.08543).
 
     The student continues each prompt of a store, which is the part of a document before its first label. The reward of

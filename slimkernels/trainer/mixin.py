@@ -141,7 +141,7 @@ class SlimLossMixin(DistillationMixin):
         return output._replace(metrics=(output.metrics or {}) | added)
 
     def _settings(self) -> dict[str, Any]:
-        store = None if self.stored_teacher is None else self.stored_teacher.store.fingerprint
+        store = None if self.stored_teacher is None else self.stored_teacher.store.rows_fingerprint
         return run_identity(self.args, self._method() | {"teacher_store": store}, self.train_dataset)
 
     def _on_bad_step(self, step: int) -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 from slimkernels.models.make_student import make_student
 from slimkernels.store import StoreDataset
 from slimkernels.trainer.objective import SlimConfig
 from slimkernels.trainer.slim_trainer import SlimTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class _StepCount(TrainerCallback):
+    """A callback that counts the optimizer steps of this process' call of ``train``."""
+
+    steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Counts a step."""
+        self.steps += 1
 
 
 def trainer_of(method: str) -> tuple[Any, Any]:
@@ -30,7 +44,7 @@ def trainer_of(method: str) -> tuple[Any, Any]:
 
 def train(
     store_path: str | os.PathLike,
-    student: PreTrainedModel | str | None,
+    student: PreTrainedModel | PreTrainedConfig | str | None,
     method: str,
     output_dir: str | os.PathLike,
     *,
@@ -38,14 +52,18 @@ def train(
     teacher_model: PreTrainedModel | None = None,
     eval_store_path: str | os.PathLike | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    printer: TrainerCallback | None = None,
     **options,
 ) -> dict[str, float]:
     """Trains a student on a store and saves it in ``output_dir``, where it continues a run that was stopped.
 
+    A run that is finished is not trained any further, which a warning says; its student is saved again.
+
     Args:
         store_path: Store to learn from.
-        student: A model, its folder or that of an adapter of PEFT, or None for ``make_student`` with the store's
-            vocabulary size.
+        student: A model, its folder or name or the folder of an adapter of PEFT, a configuration of a new model, which
+            is initialised at random, or None for the small new one of ``make_student`` with the store's vocabulary
+            size.
         method: Method of ``SlimObjective``, or "minillm" for TRL's ``MiniLLMTrainer`` on the prompts of the store's
             documents.
         output_dir: Folder of the checkpoints and, at the end, the student; a run of the same settings is continued.
@@ -54,11 +72,12 @@ def train(
             one.
         eval_store_path: Held-out store on which the trained student is measured.
         callbacks: Callbacks of the trainer.
+        printer: Callback in place of the one that prints the trainer's logs or shows its progress; None keeps that.
         **options: Fields of ``SlimConfig``, or of TRL's ``MiniLLMConfig`` with method "minillm".
 
     Returns:
-        The trainer's metrics (``train_loss``, ``train_runtime``, ...) and, with ``eval_store_path``, those of
-        ``evaluate_store`` with the prefix ``eval_``.
+        The trainer's metrics (``train_loss``, ``train_runtime``, ...; of a run that was finished only ``epoch``) and,
+        with ``eval_store_path``, those of ``evaluate_store`` with the prefix ``eval_``.
 
     Raises:
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
@@ -71,6 +90,7 @@ def train(
     if not isinstance(student, nn.Module):
         student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
     trainer_class, config_class = trainer_of(method)
+    taken = _StepCount()
     trainer = trainer_class(
         model=student,
         args=config_class(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
@@ -78,8 +98,20 @@ def train(
         eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,
         teacher_model=teacher_model,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or ()), taken],
     )
+    if printer is not None:
+        for usual in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(usual)
+        trainer.add_callback(printer)
     metrics = trainer.train(resume_from_checkpoint=True).metrics
+    if taken.steps == 0 and trainer.state.global_step > 0:
+        if trainer.is_world_process_zero():
+            logger.warning(
+                "the training in %s is finished, after %d steps: nothing was trained",
+                output_dir,
+                trainer.state.global_step,
+            )
+        metrics = {name: value for name, value in metrics.items() if name == "epoch"}
     trainer.save_model()
     return metrics if eval_store_path is None else metrics | trainer.evaluate()

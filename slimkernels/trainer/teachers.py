@@ -100,7 +100,7 @@ class OnlineTeacher:
     def _draw(self, head: LanguageModelHead, hidden: Tensor, target: Tensor) -> SparseLogits:
         rounds = DEFAULT_ROUNDS if self.objective.teacher_rounds is None else self.objective.teacher_rounds
         # Checkpoints keep the state of the global generator, so a resumed run gets the seed it would have got.
-        seed = int(torch.randint(2**62, ()))
+        seed = torch.full((len(hidden),), int(torch.randint(2**62, ())), device=hidden.device)
         return draw_targets(head, hidden, target, rounds, seed, torch.arange(len(hidden), device=hidden.device))
 
 

@@ -130,8 +130,10 @@ def smaller(args: argparse.Namespace, words: list[str]) -> list[str]:
     if args.command == "train":
         return [*words, "--max-steps", "1", "--batch-size", "2", "--option", "use_cpu=true"]
     if args.command == "compare" and args.models is not None:
-        short = ["--samples", "2", "--shots", "0", "--max-depth", "2", "--max-step-tokens", "4"]
-        return [*words, *short, "--chains", "2", "--branching-factor", "2", "--beam", "2"]
+        short = ["--samples", "2", "--max-depth", "2", "--max-step-tokens", "4"]
+        short += ["--shots", "0"] if set(args.tasks) & {"gsm8k", "csqa", "strategyqa"} else []
+        short += ["--chains", "2"] if "self-consistency" in args.decoders else []
+        return [*words, *short, *(["--branching-factor", "2", "--beam", "2"] if "pathfinder" in args.decoders else [])]
     if args.command == "decode":
         short = ["--max-depth", "2", "--max-step-tokens", "4"]
         if args.template_file is None:

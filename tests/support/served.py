@@ -2,6 +2,7 @@
 
     python tests/support/served.py llama.cpp PYTHON        records tests/data/served_llamacpp.jsonl
     python tests/support/served.py vllm PYTHON             records tests/data/served_vllm.jsonl
+    python tests/support/served.py vllm-tokens PYTHON      records tests/data/served_vllm_tokens.jsonl
     ... PYTHON search                              records what a search asks, tests/data/searched_*.jsonl
 
 PYTHON is the interpreter of an environment that has xllamacpp or vLLM; `make test-servers` makes both.
@@ -28,7 +29,14 @@ from typing import Any
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = "smollm2"
-RECORDINGS = {"llama.cpp": DATA / "served_llamacpp.jsonl", "vllm": DATA / "served_vllm.jsonl"}
+RECORDINGS = {
+    "llama.cpp": DATA / "served_llamacpp.jsonl",
+    "vllm": DATA / "served_vllm.jsonl",
+    # Started with --enable-scale-out.
+    "vllm-tokens": DATA / "served_vllm_tokens.jsonl",
+}
+# Paths that tell which server answers, or that a server may lack; they take no fault of a server without them.
+OPTIONAL_PATHS = ("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/inference/v1/generate")
 PROMPTS = ["The capital of France is", "Once upon a time", "The café serves"]
 # The answers contain characters of several tokens, and an end of text.
 QUESTIONS = ["Write one emoji", "Say hi"]
@@ -57,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.seen.append(
             {"path": self.path, "headers": dict(self.headers), "body": body, "at": time.monotonic()}
         )
-        fault = self.server.next_fault()
+        fault = (404, {}, "{}") if self.server.lacks(self.path) else self.server.next_fault()
         if fault == "disconnect":
             self.close_connection = True
             return
@@ -98,6 +106,10 @@ class _Server(ThreadingHTTPServer):
         with self._lock:
             return self.faults.pop(0) if self.faults else None
 
+    def lacks(self, path: str) -> bool:
+        """Returns whether the server has nothing at a path that servers need not have."""
+        return path in OPTIONAL_PATHS
+
     def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
         raise NotImplementedError
 
@@ -124,6 +136,9 @@ class ReplayServer(_Server):
         self.names_itself = names_itself
         self.exchanges = [json.loads(line) for line in recording.read_text(encoding="utf-8").splitlines()]
 
+    def lacks(self, path: str) -> bool:
+        return super().lacks(path) and all(exchange["path"] != path for exchange in self.exchanges)
+
     def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
         if path == "/v1/models" and not self.names_itself:
             return 404, {}, "{}"
@@ -139,6 +154,9 @@ class RecordingServer(_Server):
     def __init__(self, real: str, *, names_itself: bool = True) -> None:
         super().__init__()
         self.real, self.names_itself, self.exchanges = real, names_itself, []
+
+    def lacks(self, path: str) -> bool:
+        return False
 
     def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
         if path == "/v1/models" and not self.names_itself:
@@ -245,6 +263,8 @@ def real_server(kind: str, python: str, model: Path, gguf: Path, log: Path) -> I
         environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
         serve = "--dtype bfloat16 --max-model-len 1024 --enforce-eager --max-logprobs 50 --host 127.0.0.1"
         options = [*serve.split(), "--port", str(port), "--served-model-name", MODEL]
+        if kind == "vllm-tokens":
+            options.append("--enable-scale-out")
         command = [python, str(folder / "vllm"), "serve", str(model), *options]
     with open(log, "wb") as output:
         # Runs in its own session, so that vLLM's workers can be ended with it.
@@ -279,6 +299,8 @@ def _wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> Non
 def captures(kind: str, tokenizer: Any) -> list[tuple[str, bool, dict[str, Any]]]:
     """Returns the recorded captures: a name, whether the server tells its kind, and arguments of capture_server."""
     documents = [tokenizer(text)["input_ids"] for text in TEXTS]
+    if kind == "vllm-tokens":
+        return [("scored", True, {"documents": documents})]
     wanted = [
         ("generated", True, {"prompts": PROMPTS}),
         ("chat", True, {"prompts": QUESTIONS, "api": "chat", "seed": 3}),

@@ -36,6 +36,23 @@ def random_words(counter, draw, seed, position):
 
 
 @triton.jit
+def seed_of_row(row, seed, seeds_ptr, PER_ROW: tl.constexpr):
+    """Returns the seed of a row: its own, or the one drawn for it from the seed of the call, as in the reference.
+
+    The seed of the call is ``seed``, or a tensor () at ``seeds_ptr``.
+    """
+    if PER_ROW:
+        seed = tl.load(seeds_ptr + row)
+    else:
+        if seeds_ptr is not None:
+            seed = tl.load(seeds_ptr)
+        w0, w1, _, _ = random_words(row, tl.full((), 0xFFFFFFFF, tl.uint32), seed, row * 0)
+        drawn = w0.to(tl.uint64) | (w1.to(tl.uint64) << 32)
+        seed = tl.where(row == 0, seed, drawn.to(tl.int64))
+    return seed
+
+
+@triton.jit
 def random_bits(ids, draw, seed, position):
     """Computes the random bits of arbitrary ids, with one Philox call per id."""
     w0, w1, w2, w3 = random_words(ids // 4, draw, seed, position)

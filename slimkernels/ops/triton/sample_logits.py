@@ -21,6 +21,7 @@ from slimkernels.ops.triton._race import (
     race_of_candidates,
     race_of_row,
     score_of,
+    seed_of_row,
 )
 from slimkernels.ops.triton._row_softmax import (
     ENTROPY,
@@ -49,9 +50,9 @@ def sample_logits_kernel(
     vocab_size,
     num_distinct,
     seed: tl.int64,
-    seeds_ptr,  # (N,) int64 or None, like the other tensors of options
+    seeds_ptr,  # (N,) or () int64, or None
     position: tl.int64,
-    positions_ptr,
+    positions_ptr,  # (N,) int64 or None, like the other tensors of options
     temperature: tl.float64,
     temperatures_ptr,
     top_k: tl.int64,
@@ -71,6 +72,7 @@ def sample_logits_kernel(
     logprob_ptr,  # (N, num_distinct)
     truncated_logprob_ptr,  # (N, num_distinct)
     entropy_ptr,  # (N,)
+    SEED_PER_ROW: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -95,7 +97,7 @@ def sample_logits_kernel(
             row,
             vocab_size,
             num_distinct,
-            option_of(row, seed, seeds_ptr),
+            seed_of_row(row, seed, seeds_ptr, SEED_PER_ROW),
             option_of(row, position, positions_ptr),
             option_of(row, double(temperature), temperatures_ptr),
             option_of(row, top_k, top_ks_ptr),
@@ -375,6 +377,7 @@ def sample_logits_rows(
         logprob,
         truncated_logprob,
         entropy,
+        SEED_PER_ROW=seeds is not None and seeds.ndim > 0,
         ACC=launch.accumulation_dtype(logits.dtype),
         LANES=lanes,
         GROUP=group,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton._math import double
-from slimkernels.ops.triton._race import NO_ID, finite_top, race_of_row
+from slimkernels.ops.triton._race import NO_ID, finite_top, race_of_row, seed_of_row
 from slimkernels.ops.triton._row_softmax import FIELDS_OF_ROW, LOG_SUM, TOP, logprob_of, option_of, row_softmax
 from slimkernels.ops.triton._truncation import key_of
 
@@ -22,11 +22,12 @@ def draw_targets_kernel(
     vocab_size,
     rounds,
     seed: tl.int64,
-    seeds_ptr,  # (N,) int64 or None
+    seeds_ptr,  # (N,) or () int64, or None
     position: tl.int64,
     positions_ptr,  # (N,) int64 or None
     temperature: tl.float64,
     drawn_ptr,  # (N, rounds) int32
+    SEED_PER_ROW: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -47,7 +48,7 @@ def draw_targets_kernel(
             least_key,
             finite_top(top, ACC),
             double(temperature),
-            option_of(row, seed, seeds_ptr),
+            seed_of_row(row, seed, seeds_ptr, SEED_PER_ROW),
             option_of(row, position, positions_ptr),
             draw,
             None,
@@ -151,6 +152,7 @@ def sample_targets_rows(
         positions,
         temperature,
         drawn,
+        SEED_PER_ROW=seeds is not None and seeds.ndim > 0,
         ACC=launch.accumulation_dtype(logits.dtype),
         BLOCK=launch.block_of(settings, vocab_size),
     )

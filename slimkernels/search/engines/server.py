@@ -14,7 +14,6 @@ import numpy as np
 
 from slimkernels.search.engine import Prompt, Step, StepEnd, StepRequest
 from slimkernels.search.engines.server_steps import UNKNOWN_TOKEN, ServerDialect, StepPart, dialect_of
-from slimkernels.serving.client import ServerRequestError
 from slimkernels.serving.client_async import AsyncServerClient
 
 _EMBEDDING_SIZE = 1024
@@ -163,7 +162,8 @@ class ServerEngine:
 
         Raises:
             ServerUnavailableError: All attempts of a request failed.
-            ServerRequestError: The server refused a request, or gave no log-probabilities although they are required.
+            ServerRequestError: The server refused a request, or all of its answers to one cannot be read or lack
+                log-probabilities although they are required.
         """
         for request in requests:
             if self._branches[request.branch].length >= self.context_length:
@@ -198,7 +198,9 @@ class ServerEngine:
         while True:
             left = dataclasses.replace(request, max_tokens=room - len(answer.token_ids))
             prompt = branch.followed_by(answer.text, answer.token_ids)
-            more = await self._dialect.complete(prompt, left, len(answer.token_ids))
+            more = await self._dialect.complete(
+                prompt, left, len(answer.token_ids), require_logprobs=self._require_logprobs
+            )
             answer = answer.followed_by(more).cut(step_end)
             if answer.end != "stop" or len(answer.token_ids) >= room:
                 break
@@ -223,11 +225,6 @@ class ServerEngine:
     def _sum_logprob(self, request: StepRequest, answer: StepPart) -> float:
         if answer.logprobs or not answer.text:
             return float(sum(answer.logprobs))
-        if self._require_logprobs:
-            raise ServerRequestError(
-                f"{self._client.url} must give log-probabilities (logprobs) for pruning, but gave none: "
-                "enable them in the server, or prune at random with require_logprobs=False"
-            )
         self._notes["pruning was at random: the server gave no log-probabilities"] = None
         # Derived from the child's seed, so that it does not depend on the batch.
         return -len(answer.token_ids) * float(np.random.default_rng(request.seed % 2**63).random())

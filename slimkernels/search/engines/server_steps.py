@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from slimkernels.search.engine import StepEnd, StepRequest
-from slimkernels.serving.client import ServerRequestError, reading
+from slimkernels.serving.client import UnusableAnswerError
 from slimkernels.serving.client_async import AsyncServerClient
 from slimkernels.serving.kinds import Kind, listed_models, model_facts, server_kind
 
@@ -102,20 +103,23 @@ class ServerDialect:
             payload: dict[str, Any] = {"model": self.model, "prompt": text}
         else:
             payload = {"content": text, "add_special": True, "parse_special": True}
-        content = await self.client.post("../tokenize", payload)
-        tokens = content.get("tokens")
-        if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-            raise ServerRequestError(f"the server's /tokenize must answer with tokens, got {str(content)[:200]!r}")
-        return tokens
+        return await self.client.post("../tokenize", payload, _tokens)
 
-    async def complete(self, prompt: str | list[int], request: StepRequest, num_before: int) -> StepPart:
+    async def complete(
+        self, prompt: str | list[int], request: StepRequest, num_before: int, *, require_logprobs: bool = False
+    ) -> StepPart:
         """Asks for the continuation of a branch.
 
         Args:
             prompt: Token ids or text of the branch, including earlier parts of the step.
             request: The step to draw.
             num_before: Number of tokens of the same step that earlier requests drew.
+            require_logprobs: Whether to ask again for an answer with a text but no log-probabilities.
+
+        Raises:
+            UnusableAnswerError: The server answered every attempt with something that cannot be read.
         """
+        read = functools.partial(_whole, require_logprobs=require_logprobs)
         # Seeds of servers have 31 bits. A second request for the same step must not repeat the draws of the first.
         options: dict[str, Any] = {
             "prompt": prompt,
@@ -125,28 +129,27 @@ class ServerDialect:
         }
         if self.kind == "openai":
             options |= {"model": self.model, "max_tokens": request.max_tokens, "logprobs": 1}
-            return self._read(await self.client.post("/completions", options), _openai)
+            return await self.client.post("/completions", options, lambda content: read(_openai(content)))
         options |= {"top_k": request.top_k, "min_p": 0.0, "stop": list(request.stop)}
         if self.kind == "vllm":
             options |= {"model": self.model, "max_tokens": request.max_tokens, "logprobs": 0, "return_token_ids": True}
             options |= {"include_stop_str_in_output": True, "repetition_penalty": 1.0}
-            return self._read(await self.client.post("/completions", options), _vllm)
+            return await self.client.post("/completions", options, lambda content: read(_vllm(content)))
         options |= {"n_predict": request.max_tokens, "n_probs": 1, "return_tokens": True, "repeat_penalty": 1.0}
-        content = await self.client.post("../completion", options)
-        if content.get("stop_type") == "word" and content.get("tokens"):
-            content["last_token"] = await self._text_of(content["tokens"][-1])
-        return self._read(content, _llama_cpp)
+
+        def readable(content: dict[str, Any]) -> dict[str, Any]:
+            read(_llama_cpp(content, last_token=""))
+            return content
+
+        content = await self.client.post("../completion", options, readable)
+        stopped = content["stop_type"] == "word" and content["tokens"]
+        return _llama_cpp(content, await self._text_of(content["tokens"][-1]) if stopped else "")
 
     async def _text_of(self, token: int) -> str:
         """Returns the text of one token of llama.cpp."""
         if token not in self.last_tokens:
-            content = await self.client.post("../detokenize", {"tokens": [token]})
-            self.last_tokens[token] = str(content.get("content", ""))
+            self.last_tokens[token] = await self.client.post("../detokenize", {"tokens": [token]}, _text)
         return self.last_tokens[token]
-
-    def _read(self, content: dict[str, Any], read: Any) -> StepPart:
-        with reading(content, f"the answer of {self.client.url} must be a completion", ServerRequestError):
-            return read(content)
 
 
 async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
@@ -156,7 +159,41 @@ async def dialect_of(client: AsyncServerClient, model: str) -> ServerDialect:
     own = next((entry for entry in entries if entry["id"] == model), entries[0] if len(entries) == 1 else {})
     facts = model_facts(own)
     length = facts.get("max_model_len") or facts.get("n_ctx")
-    return ServerDialect(client, model, server_kind(listing), length)
+    kind = server_kind(listing)
+    # Steps are drawn from SGLang through OpenAI's interface.
+    return ServerDialect(client, model, "openai" if kind == "sglang" else kind, length)
+
+
+def _tokens(content: dict[str, Any]) -> list[int]:
+    """Reads the answer to ``/tokenize``."""
+    tokens = content["tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+        raise TypeError("its tokens must be a list of ids")
+    return tokens
+
+
+def _text(content: dict[str, Any]) -> str:
+    """Reads the answer to ``/detokenize``."""
+    if not isinstance(content["content"], str):
+        raise TypeError("its content must be a text")
+    return content["content"]
+
+
+def _whole(answer: StepPart, *, require_logprobs: bool) -> StepPart:
+    """Returns an answer that has all that a search needs of it.
+
+    Raises:
+        TypeError: Its text or its token ids are of another type.
+        UnusableAnswerError: It has no log-probabilities although they are required.
+    """
+    if not isinstance(answer.text, str) or not all(isinstance(token, int) for token in answer.token_ids):
+        raise TypeError("a completion must have a text and token ids")
+    if require_logprobs and answer.text and not answer.logprobs:
+        raise UnusableAnswerError(
+            "the server must give log-probabilities (logprobs) for pruning, but gave none: enable them in the server, "
+            "or prune at random with require_logprobs=False"
+        )
+    return answer
 
 
 def _vllm(content: dict[str, Any]) -> StepPart:
@@ -179,8 +216,13 @@ def _vllm(content: dict[str, Any]) -> StepPart:
     return StepPart(text, token_ids, _counted(values, token_ids), end, _if_whole(pieces, text, token_ids))
 
 
-def _llama_cpp(content: dict[str, Any]) -> StepPart:
-    """Reads an answer of llama.cpp, which lacks the text that stopped it and the log-probability of that token."""
+def _llama_cpp(content: dict[str, Any], last_token: str) -> StepPart:
+    """Reads an answer of llama.cpp, which lacks the text that stopped it and the log-probability of that token.
+
+    Args:
+        content: The JSON object of the server.
+        last_token: Text of the last token, needed where the server stopped at a text.
+    """
     token_ids, entries = content["tokens"], content.get("completion_probabilities") or ()
     pieces = [entry["token"] for entry in entries]
     end = {"word": "stop", "eos": "end_of_text"}.get(content["stop_type"], "length")
@@ -188,9 +230,9 @@ def _llama_cpp(content: dict[str, Any]) -> StepPart:
     logprobs = _numbers(entry["logprob"] for entry in entries)
     if end == "stop":
         pieces, token_ids, logprobs = _up_to(text + content["stopping_word"], pieces, token_ids, logprobs)
-        text = _with_rest_of_token(text + content["stopping_word"], content["last_token"])
+        text = _with_rest_of_token(text + content["stopping_word"], last_token)
         if len(pieces) == len(token_ids) - 1:
-            pieces.append(content["last_token"])
+            pieces.append(last_token)
     elif end == "end_of_text" and len(pieces) == len(token_ids):
         pieces[-1:] = [""]
     return StepPart(text, token_ids, _counted(logprobs, token_ids), end, _if_whole(pieces, text, token_ids))
