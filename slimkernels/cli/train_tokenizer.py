@@ -45,7 +45,7 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
 
 def _is_here(name: str) -> bool:
     """Returns whether a tokenizer of this name can be loaded without asking a hub."""
-    from slimkernels.models.load import EMBEDDED_TEACHERS, TeacherNotFoundError, model_origin
+    from slimkernels.models.load import EMBEDDED_TEACHERS, ModelNotFoundError, model_origin
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -54,6 +54,6 @@ def _is_here(name: str) -> bool:
         return False
     try:
         model_origin(name)
-    except TeacherNotFoundError:
+    except ModelNotFoundError:
         return False
     return True

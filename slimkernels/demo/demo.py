@@ -112,7 +112,7 @@ def run_demo(
     Raises:
         ValueError: ``quick`` and ``settings`` are both given, or ``output_dir`` holds a folder that is not the
             demonstration's.
-        TeacherNotFoundError: The teacher is not installed; the message holds the command that installs it.
+        ModelNotFoundError: The teacher is not installed; the message holds the command that installs it.
     """
     if quick and settings is not None:
         raise ValueError("give quick or settings, got both")

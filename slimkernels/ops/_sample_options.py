@@ -51,7 +51,7 @@ def resolve_float(value: float | Tensor, name: str, limits: str, logits: Tensor)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}: call {name}.float()")
-        _checks.has_no_gradient(value, name)
+        _checks.check_no_gradient(value, name)
         return 0.0, _per_row(value, name, logits).double()
     number = _checks.as_float(value, name)
     if not 0 <= number <= LIMITS[limits]:
@@ -83,5 +83,5 @@ def _per_row(value: Tensor, name: str, logits: Tensor) -> Tensor:
             f"{name} must be a number or have shape {tuple(leading_shape)}, one value per row of logits, "
             f"got {tuple(value.shape)}"
         )
-    _checks.same_device(value, name, logits, "logits")
+    _checks.check_same_device(value, name, logits, "logits")
     return value.detach().expand(leading_shape).reshape(-1).contiguous()

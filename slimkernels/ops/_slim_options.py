@@ -145,9 +145,9 @@ def resolve_options(
 
     From ``temperature`` on, the parameters are those of ``slim_loss``.
     """
-    temperature = _checks.is_positive(temperature, "temperature")
-    _checks.is_one_of(rest, "rest", _checks.RESTS)
-    _checks.is_one_of(divergence, "divergence", DIVERGENCES)
+    temperature = _checks.as_positive(temperature, "temperature")
+    _checks.check_one_of(rest, "rest", _checks.RESTS)
+    _checks.check_one_of(divergence, "divergence", DIVERGENCES)
     if divergence in PROPER_DIVERGENCES and rest not in PROPER_RESTS:
         raise ValueError(
             f"divergence={divergence!r} needs a proper distribution on both sides: rest must be 'ghost' or "
@@ -162,11 +162,11 @@ def resolve_options(
     label_smoothing = _checks.as_float(label_smoothing, "label_smoothing")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    ce_weight = _checks.is_at_least_zero(ce_weight, "ce_weight")
-    kd_weight = _checks.is_at_least_zero(kd_weight, "kd_weight")
-    z_loss_weight = _checks.is_at_least_zero(z_loss_weight, "z_loss_weight")
-    logit_scale = _checks.is_positive(logit_scale, "logit_scale")
-    cap = 0.0 if softcap is None else _checks.is_positive(softcap, "softcap")
+    ce_weight = _checks.as_at_least_zero(ce_weight, "ce_weight")
+    kd_weight = _checks.as_at_least_zero(kd_weight, "kd_weight")
+    z_loss_weight = _checks.as_at_least_zero(z_loss_weight, "z_loss_weight")
+    logit_scale = _checks.as_positive(logit_scale, "logit_scale")
+    cap = 0.0 if softcap is None else _checks.as_positive(softcap, "softcap")
     ignore_index = _checks.as_integer(ignore_index, "ignore_index")
     weighting, given_weight = _resolve_weight(token_weight, like, like_name)
     dtype = accumulation_dtype(like.dtype)
@@ -196,13 +196,13 @@ def _resolve_weight(weight: str | Tensor, like: Tensor, like_name: str) -> tuple
     """Returns the name of the weighting, and the token weights where they are given."""
     name = "token_weight"
     if not isinstance(weight, Tensor):
-        _checks.is_one_of(weight, name, WEIGHTS)
+        _checks.check_one_of(weight, name, WEIGHTS)
         return weight, None
-    _checks.has_no_gradient(weight, name)
+    _checks.check_no_gradient(weight, name)
     leading_shape = tuple(like.shape[:-1])
     if tuple(weight.shape) != leading_shape:
         raise ValueError(f"{name} must have shape {leading_shape}, got {tuple(weight.shape)}")
-    _checks.same_device(weight, name, like, like_name)
+    _checks.check_same_device(weight, name, like, like_name)
     return "tensor", weight
 
 
@@ -225,7 +225,7 @@ def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:
             f"teacher must hold one row for each row of {like_name}, {tuple(like.shape[:-1])}, "
             f"got {teacher.leading_shape}"
         )
-    _checks.same_device(teacher.ids, "teacher", like, like_name)
+    _checks.check_same_device(teacher.ids, "teacher", like, like_name)
 
 
 def _lse_or_none(teacher: SparseLogits, rest: str, temperature: float) -> Tensor | None:

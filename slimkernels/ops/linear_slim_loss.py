@@ -142,9 +142,9 @@ def linear_slim_loss(
     if bias is not None:
         bias, _ = vocab_slice_of(bias, "bias", 0, None, 0)
     hidden, target = whole(hidden, "hidden"), whole(target, "target")
-    _checks.is_head(hidden, weight, bias)
+    _checks.check_head(hidden, weight, bias)
     leading_shape = hidden.shape[:-1]
-    _checks.is_target(target, leading_shape, hidden, "hidden")
+    _checks.check_target(target, leading_shape, hidden, "hidden")
     options = resolve_options(
         hidden, "hidden", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,

@@ -73,16 +73,16 @@ def linear_topk_logits(
     >>> sparse.ids.tolist(), sparse.logits.tolist()
     ([[2], [0]], [[3.0], [4.0]])
     """
-    _checks.is_head(hidden, weight, bias)
+    _checks.check_head(hidden, weight, bias)
     vocab_size = weight.shape[0]
     top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
     temperatures = _checks.resolve_temperatures(temperatures)
-    logit_scale = _checks.is_positive(logit_scale, "logit_scale")
+    logit_scale = _checks.as_positive(logit_scale, "logit_scale")
     if softcap is not None:
-        softcap = _checks.is_positive(softcap, "softcap")
+        softcap = _checks.as_positive(softcap, "softcap")
     leading_shape = hidden.shape[:-1]
     if target is not None:
-        _checks.is_target(target, leading_shape, hidden, "hidden")
+        _checks.check_target(target, leading_shape, hidden, "hidden")
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     rows = hidden.detach().reshape(-1, hidden.shape[-1])

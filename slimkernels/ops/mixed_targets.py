@@ -73,8 +73,8 @@ def mixed_targets(
     >>> sparse.ids[0, :3].tolist(), round(sparse.logits[0, :3].exp().sum().item(), 6)
     ([0, 1, 2], 1.0)
     """
-    _checks.has_vocabulary(logits, "logits", "(..., V)")
-    temperature = _checks.is_positive(temperature, "temperature")
+    _checks.check_vocabulary(logits, "logits", "(..., V)")
+    temperature = _checks.as_positive(temperature, "temperature")
     rows = logits.detach()
     temperatures = (1.0, temperature)
     head = topk_logits(rows, top_k, target=target, temperatures=temperatures)

@@ -160,7 +160,7 @@ def sample_distinct(
 
 
 def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, min_p):
-    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    _checks.check_vocabulary(logits, "logits", "(..., V)")
     options = (
         *_sample_options.resolve_seed(seed, logits),
         *_sample_options.resolve_integer(position, "position", logits),

@@ -68,16 +68,16 @@ def sample_targets(
     >>> sparse.ids[0, :3].tolist(), round(sparse.logits[0, :2].exp().sum().item(), 6)
     ([0, 1, -1], 1.0)
     """
-    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    _checks.check_vocabulary(logits, "logits", "(..., V)")
     rounds = _checks.as_integer(rounds, "rounds")
     if not 1 <= rounds < 2**31:
         raise ValueError(f"rounds must be at least 1 and below 2**31, got {rounds}")
-    temperature = _checks.is_positive(temperature, "temperature")
+    temperature = _checks.as_positive(temperature, "temperature")
     leading_shape = logits.shape[:-1]
     seed, seeds = _sample_options.resolve_seed(seed, logits)
     position, positions = _sample_options.resolve_integer(position, "position", logits)
     if target is not None:
-        _checks.is_target(target, leading_shape, logits, "logits")
+        _checks.check_target(target, leading_shape, logits, "logits")
         target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
     rows = flat_rows(logits.detach())

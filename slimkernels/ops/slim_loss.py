@@ -157,9 +157,9 @@ def slim_loss(
         token_weight = weight
     logits, vocab = vocab_slice_of(logits, "logits", -1, group, vocab_start)
     target = whole(target, "target")
-    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    _checks.check_vocabulary(logits, "logits", "(..., V)")
     leading_shape = logits.shape[:-1]
-    _checks.is_target(target, leading_shape, logits, "logits")
+    _checks.check_target(target, leading_shape, logits, "logits")
     options = resolve_options(
         logits, "logits", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,

@@ -38,7 +38,7 @@ NUM_STATS = len(SlimLoss._fields)
 
 def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items, dtype: torch.dtype) -> Tensor | None:
     """Returns the factor (N,) of each row's loss in the reduced loss, None for "none". Never synchronises."""
-    _checks.is_one_of(reduction, "reduction", ("mean", "sum", "none"))
+    _checks.check_one_of(reduction, "reduction", ("mean", "sum", "none"))
     if num_items is not None and reduction != "mean":
         raise ValueError(
             f"num_items must be None with reduction={reduction!r}, because only 'mean' divides by it: use "
@@ -55,20 +55,20 @@ def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items
         num_items = _checked_tensor(num_items)
         # Without items there is nothing to divide by, and the loss is 0.
         return counted / num_items.masked_fill(num_items == 0, 1) * (num_items != 0)
-    number = _checks.is_at_least_zero(num_items, "num_items")
+    number = _checks.as_at_least_zero(num_items, "num_items")
     return counted / number if number else torch.zeros_like(counted)
 
 
 def _checked_tensor(num_items: Tensor) -> Tensor:
     """Checks a tensor of one element and returns it as a scalar; its value is read on a CPU only."""
-    _checks.has_no_gradient(num_items, "num_items")
+    _checks.check_no_gradient(num_items, "num_items")
     if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
         raise ValueError(
             f"num_items must be one number for the whole batch, got a tensor of shape {tuple(num_items.shape)} and "
             f"{num_items.dtype}: sum the counts of all devices"
         )
     if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
-        _checks.is_at_least_zero(num_items, "num_items")
+        _checks.as_at_least_zero(num_items, "num_items")
     return num_items.detach().reshape(())
 
 

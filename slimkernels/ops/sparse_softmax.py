@@ -82,8 +82,8 @@ def sparse_softmax(
     >>> probs.logprobs.exp().tolist(), round(probs.tail_logprob.exp().item(), 6)
     ([[0.25, 0.25]], 0.5)
     """
-    _checks.is_one_of(rest, "rest", _checks.RESTS)
-    temperature = _checks.is_positive(temperature, "temperature")
+    _checks.check_one_of(rest, "rest", _checks.RESTS)
+    temperature = _checks.as_positive(temperature, "temperature")
     if rest == "zero_logit" and vocab_size is None:
         raise ValueError(
             "vocab_size must be given with rest='zero_logit', which counts the unkept logits: pass the teacher's V"

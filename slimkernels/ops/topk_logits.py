@@ -74,13 +74,13 @@ def topk_logits(
     >>> sparse.ids.tolist(), sparse.logits.tolist()
     ([[1, 3]], [[2.0, 2.0]])
     """
-    _checks.has_vocabulary(logits, "logits", "(..., V)")
+    _checks.check_vocabulary(logits, "logits", "(..., V)")
     vocab_size = logits.shape[-1]
     top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
     temperatures = _checks.resolve_temperatures(temperatures)
     leading_shape = logits.shape[:-1]
     if target is not None:
-        _checks.is_target(target, leading_shape, logits, "logits")
+        _checks.check_target(target, leading_shape, logits, "logits")
         target = target.reshape(-1).contiguous()
     check_kernels(logits, "logits")
     check_transforms("topk_logits", logits)

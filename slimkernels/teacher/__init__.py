@@ -6,7 +6,7 @@ Each step is a module; this one exports the public names.
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.models.load import (
     EMBEDDED_TEACHERS,
-    TeacherNotFoundError,
+    ModelNotFoundError,
     load_model,
     load_teacher,
     load_tokenizer,
@@ -29,10 +29,14 @@ from slimkernels.teacher.ranks import Ranks
 from slimkernels.teacher.server import ServerReport, capture_server
 from slimkernels.teacher.server_documents import ServerCost
 
+# The name of the last releases, which read as if only teachers were meant.
+TeacherNotFoundError = ModelNotFoundError
+
 __all__ = [
     "EMBEDDED_TEACHERS",
     "CaptureReport",
     "GeneratedCorpus",
+    "ModelNotFoundError",
     "Ranks",
     "ServerCost",
     "ServerReport",

@@ -122,7 +122,7 @@ def resolve_selection(
     Raises:
         ValueError: ``select`` is unknown, a number is out of range, or does not apply to ``select``.
     """
-    _checks.is_one_of(select, "select", SELECTS)
+    _checks.check_one_of(select, "select", SELECTS)
     temperatures = _checks.resolve_temperatures(temperatures)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
