@@ -169,12 +169,11 @@ def test_every_slow_step_is_announced(first, settings):
     assert places == sorted(places)
 
 
-def test_printed_command_runs(first, capsys):
+def test_printed_command_runs(first, settings, capsys):
     output_dir, _, printed = first
     (command,) = (line for line in printed.splitlines() if "slimkernels train" in line)
     words = shlex.split(command)
     # By the recipe of the three students, with which its result is to be compared.
-    settings = DemoSettings(**json.loads((output_dir / "results.json").read_text())["settings"])
     given = make_parser().parse_args(words[words.index("slimkernels") + 1 :])
     assert (given.num_train_epochs, given.learning_rate) == (settings.epochs, settings.learning_rate)
     assert (given.per_device_train_batch_size, given.seed) == (settings.batch_size, settings.seed)
