@@ -32,7 +32,7 @@ sources := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(installed)  ## train one student three ways on the logits of a real teacher
 	$(py) -m slimkernels demo --out $(DEMO_OUT)
 
-test: $(tested) $(VENV)/.slimkernels-encoder  ## run the default tests: CPU, no network
+test: $(tested) $(VENV)/.slimkernels-encoder  ## run the default tests, on a CPU; only installing needs a network
 	$(py) -m pytest -n auto --maxprocesses 8 --dist loadfile $(if $(DATA),--data '$(DATA)')
 
 test-isa: $(tested)  ## run every test of every op on every instruction set of this machine

@@ -72,7 +72,8 @@ def codec_table(rows: list[dict]) -> str:
         f"{row['rows']:,} rows of {row['top_k']:,} entries, {100 * row['top_k'] / row['vocab']:.0f} % of the "
         f"vocabulary of {row['teacher']}. Codecs in bold are ours and are measured as whole stores, with token ids, "
         f"index and checksums; the others as rows alone. The polynomial is fitted by this benchmark. {row['device']}, "
-        f"commit {row['commit']}, {row['date'][:10]}; `python -m bench.codecs`.",
+        f"commit {row['commit']}, {row['date'][:10]}; `python -m bench.codecs --store runs/exact "
+        "--out bench/results/codecs.jsonl`, on a store that was captured with `--codec float32`.",
     ]
     return "\n".join(lines)
 
@@ -88,7 +89,8 @@ def loader_table(rows: list[dict]) -> str:
     lines += [
         "",
         f"A student of {row['shape']['layers']} layers of {row['shape']['hidden']}. {row['device']}, {row['threads']} "
-        f"threads, commit {row['commit']}, {row['date'][:10]}; `python -m bench.loader`.",
+        f"threads, commit {row['commit']}, {row['date'][:10]}; `python -m bench.loader "
+        "--out bench/results/loader.jsonl`.",
     ]
     return "\n".join(lines)
 
@@ -118,7 +120,7 @@ def training_step_table(rows: list[dict]) -> str:
         f"D = {row['shape']['hidden']}) on {row['shape']['batch']} x {row['shape']['tokens']} tokens. Times are "
         "medians; the two take turns. Memory is the peak beyond weights and optimizer state, with gradients. "
         f"{row['device']}, {row['threads']} threads, commit {row['commit']}, {row['date'][:10]}; "
-        "`python -m bench.training_step`.",
+        "`python -m bench.training_step --out bench/results/training_step.jsonl`.",
     ]
     return "\n".join(lines)
 
@@ -169,7 +171,7 @@ def search_table(rows: list[dict]) -> str:
         f"reads the prompts is not counted.{fewer} With prompts of {shape['prompt_tokens']} tokens the keys and values "
         f"of the search take {memory[OURS] / 2**20:.0f} MiB in {row['dtype']}, {copies / memory[OURS]:.0f} times "
         f"less than a copy for each sequence. {_consensus_sentence(rows)}{row['threads']} threads, commits {commits}, "
-        f"{rows[-1]['date'][:10]}; `python -m bench.search`.",
+        f"{rows[-1]['date'][:10]}; `python -m bench.search --out bench/results/search.jsonl`.",
     ]
     return "\n".join(lines)
 
@@ -226,7 +228,7 @@ def repetition_table(rows: list[dict]) -> str:
         "",
         f"The default embeds steps by {row['embedding']} of {row['model']} and cuts at a scaled cosine of "
         f"{row['threshold']}. {row['device']}, commit {row['commit']}, {row['date'][:10]}; "
-        "`python -m bench.repetition`.",
+        "`python -m bench.repetition --data DIR --out bench/results/repetition.jsonl`.",
     ]
     return "\n".join(lines)
 

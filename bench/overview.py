@@ -82,7 +82,7 @@ def headline(results: Results) -> str:
         learned = (
             f" Small students that were trained from scratch on such logits ended at {-change.mean:.0f} % lower "
             f"perplexity than on the same text alone (95 % interval {-change.high:.0f} to {-change.low:.0f} %, "
-            f"{len(experiment.seeds)} seeds)."
+            f"{len(experiment.seeds)} seeds; [SLIM to SFT](docs/reproduced.md#sample-efficiency), all sizes together)."
         )
     return (
         f"One line of your training loop distils a teacher's top 5 % of logits in **{_mib(ours)} MiB of extra memory "

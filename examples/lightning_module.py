@@ -40,6 +40,8 @@ def make_loader(dataset: StoreDataset, **options) -> DataLoader:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python examples/lightning_module.py STORE MODEL OUT")
     store, name, out = sys.argv[1:]
     student = Student(AutoModelForCausalLM.from_pretrained(name))
     lightning.Trainer(max_epochs=1).fit(student, make_loader(StoreDataset(store), batch_size=8, shuffle=True))

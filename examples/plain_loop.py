@@ -32,6 +32,8 @@ def train(model: PreTrainedModel, dataset: StoreDataset, *, epochs: int = 1, bat
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python examples/plain_loop.py STORE MODEL OUT")
     store, name, out = sys.argv[1:]
     student = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
     for step, loss in enumerate(train(student, StoreDataset(store))):

@@ -18,6 +18,7 @@ from support.teachers import save_teacher
 from transformers import AutoModelForCausalLM
 
 from slimkernels.cli import main
+from slimkernels.cli.parser import make_parser
 from slimkernels.demo import DemoSettings, run_demo
 from slimkernels.demo.report import results_table
 from slimkernels.evaluate import evaluate_store
@@ -168,10 +169,15 @@ def test_every_slow_step_is_announced(first, settings):
     assert places == sorted(places)
 
 
-def test_printed_command_runs(first, capsys):
+def test_printed_command_runs(first, settings, capsys):
     output_dir, _, printed = first
     (command,) = (line for line in printed.splitlines() if "slimkernels train" in line)
     words = shlex.split(command)
+    # By the recipe of the three students, with which its result is to be compared.
+    given = make_parser().parse_args(words[words.index("slimkernels") + 1 :])
+    assert (given.num_train_epochs, given.learning_rate) == (settings.epochs, settings.learning_rate)
+    assert (given.per_device_train_batch_size, given.seed) == (settings.batch_size, settings.seed)
+    assert {("lr_scheduler_type", "cosine"), ("warmup_steps", 0.1)} <= set(given.option)
     assert main(words[words.index("slimkernels") + 1 :]) == 0
     assert "eval_perplexity" in capsys.readouterr().out
     assert (output_dir / "students" / "slim-ghost" / "tokenizer.json").exists()

@@ -1,9 +1,11 @@
 """The documents are true: their examples run, their numbers come from committed results, their links lead somewhere."""
 
+import argparse
 import ast
 import doctest
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -277,6 +279,50 @@ def test_docs_benchmarks_exist():
     modules = {name for page in DOCUMENTS for name in re.findall(r"python -m (bench[\w.]*\w)", text_of(page))}
     assert {"bench.run", "bench.reproduce.sample_efficiency", "bench.reproduce.instructions"} <= modules
     assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
+
+
+def shown_benchmarks() -> list[tuple[str, str]]:
+    """Returns every `python -m bench...` of the documents, in code blocks and in sentences, with its document.
+
+    The changelog only names the modules.
+    """
+    found = set()
+    for page in [*PAGES, "CONTRIBUTING.md"]:
+        text = re.sub(r" *\\\n *", " ", text_of(page))
+        blocks = re.findall(r"^    python -m (bench[\w.]*\w.*)$", text, re.M)
+        inline = [" ".join(code.split()) for code in re.findall(r"`python -m (bench[\w.]*\w[^`]*)`", text)]
+        found |= {(page, code) for code in [*blocks, *inline]}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("page", "code"), shown_benchmarks())
+def test_docs_benchmarks_have_their_arguments(page, code, monkeypatch):
+    class ParsedError(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*args, **kwargs):
+        parse(*args, **kwargs)
+        raise ParsedError
+
+    module, *words = shlex.split(code)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(ParsedError):
+        importlib.import_module(module).main()
+
+
+def test_docs_readme_headline_is_a_line_of_the_results():
+    """The reader finds the figures of the first paragraph where it says."""
+    readme = " ".join(text_of("README.md").split())
+    [(mean, low, high)] = re.findall(r"ended at (\d+) % lower perplexity .*?interval (\d+) to (\d+) %", readme)
+    results = " ".join(text_of("docs/reproduced.md").split())
+    together = r"all sizes together: [^;]*; SLIM to SFT -([\d.]+) % \[-([\d.]+), -([\d.]+)\]"
+    [found] = re.findall(together, results)
+    for shown, exact in zip((mean, high, low), found, strict=True):
+        assert abs(int(shown) - float(exact)) <= 0.55
+    assert "docs/reproduced.md#sample-efficiency" in readme.partition("**Tested:**")[0]
 
 
 def call(op: str, dtype: torch.dtype) -> torch.Tensor:

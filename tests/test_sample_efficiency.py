@@ -201,7 +201,8 @@ def test_sample_efficiency_block_by_hand():
     assert "|  | SLIM | 99.33 ± 8.72 |" in lines
     assert "|  | sampled KD | - |" in lines
     (order,) = [line for line in lines if line.startswith("- 1k tokens")]
-    assert order.startswith("- 1k tokens: SLIM ~ KD < SFT; SLIM to dense KD -0.7 % [-6.8, +5.7], dense KD")
+    assert order.startswith("- 1k tokens: SLIM ~ KD < SFT; SLIM to SFT -50.4 % [-53.4, -47.1], ")
+    assert "SLIM to dense KD -0.7 % [-6.8, +5.7], dense KD to SFT" in order
     assert order.endswith("dense KD to SFT -50.0 % [-50.0, -50.0]")
     (ghost,) = [line for line in lines if line.startswith("|  | `ghost`")]
     assert ghost.startswith("|  | `ghost` | 90.00 ± 7.45 | -9.4 % [")

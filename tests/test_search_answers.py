@@ -111,6 +111,15 @@ def test_question_of_the_models_own_finishes_a_branch_that_has_an_answer():
     assert (result.finished, result.answer) == (True, "4")
 
 
+@pytest.mark.parametrize("quotes", ['""', "''", "\u201c\u201d", "\u2018\u2019"])
+@pytest.mark.parametrize("answer", ["3", "3.5", "3 legs", "Paris"])
+def test_quotes_around_an_answer_are_no_part_of_it(quotes, answer):
+    for end in (f"{quotes[1]}.", f".{quotes[1]}", quotes[1]):
+        text = f"The answer is {quotes[0]}{answer}{end}"
+        assert extract(text, "any").strict == answer, text
+    assert canonical(f"{quotes[0]}{answer}{quotes[1]}", "any") == canonical(answer, "any")
+
+
 def test_letter_is_read_by_the_choices_of_its_question():
     engine = ScriptedEngine({"": [("The answer is a mall.\n", -1.0)]})
     config = PathFinderConfig(branching_factor=1, answer_kind="letter")

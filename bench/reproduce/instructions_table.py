@@ -75,5 +75,5 @@ def _caption(rows: list[dict]) -> str:
         f"{last['left_out']} training examples with held-out or repeated instructions were removed. Rouge's tokenizer "
         f"drops characters outside ASCII, which occur in at most {non_ascii} of a model's {prompts} responses or of "
         f"the references. {last['device']}, {last['threads']} thread{'s' * (last['threads'] != 1)}, "
-        f"{last['date'][:10]}; `python -m bench.reproduce.instructions`."
+        f"{last['date'][:10]}; the command is above."
     )

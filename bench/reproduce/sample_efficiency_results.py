@@ -193,10 +193,11 @@ def verdict(experiment: Experiment) -> str:
     sizes = [(_tokens(size), (size,)) for size in experiment.sizes]
     for name, several in [*sizes, ("all sizes together", experiment.sizes)]:
         slim, kd = experiment.change(SLIM, DENSE_KD, *several), experiment.change(DENSE_KD, SFT, *several)
-        if slim and kd:
+        whole = experiment.change(SLIM, SFT, *several)
+        if slim and kd and whole:
             lines.append(
-                f"- {name}: SLIM {_relation(slim)} KD {_relation(kd)} SFT; SLIM to dense KD {_percent(slim)}, dense KD "
-                f"to SFT {_percent(kd)}"
+                f"- {name}: SLIM {_relation(slim)} KD {_relation(kd)} SFT; SLIM to SFT {_percent(whole)}, SLIM to "
+                f"dense KD {_percent(slim)}, dense KD to SFT {_percent(kd)}"
             )
     return "\n".join(lines)
 
@@ -257,7 +258,7 @@ def _conditions(experiment: Experiment) -> str:
         f"{seeds}, which decide the documents, their order and the initialisation. SLIM learns from a store of the top "
         f"{100 * settings['top_fraction']:g} % of logits, sampled KD from a store of {settings['rounds']} draws per "
         f"row. {last['device']}, {last['threads']} thread{'s' * (last['threads'] > 1)}, commit {commits}, "
-        f"{last['date'][:10]}; `python -m bench.reproduce.sample_efficiency`."
+        f"{last['date'][:10]}; the command is above."
     )
 
 

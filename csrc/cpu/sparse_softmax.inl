@@ -66,7 +66,7 @@ SK_INLINE TeacherNorm teacher_norm(int rest, double lse_on, double lse, double r
         return norm;
       }
       norm.q_norm = lse;
-      // Where every id is kept there is no mass off S, whatever the mass on S rounds to.
+      // A row that is kept whole has no mass off S, whatever the mass on S rounds to.
       if (kept < vocab_size) norm.log_q_tail = log1m_exp(lse_on - lse);
       return norm;
     default:

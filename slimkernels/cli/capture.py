@@ -43,7 +43,7 @@ examples:
         --out runs/store
   logits in a file, (N, V) for the concatenated tokens of all documents:
     slimkernels capture --logits logits.npy --model NAME --tokenizer ./my-model --text documents.jsonl --out runs/store
-On two CPU cores, smollm2-135m-instruct writes and captures 20,000 tokens in a few minutes.
+Estimated time on two idle CPU cores: a few minutes for 20,000 tokens that smollm2-135m-instruct writes.
 A stopped capture is continued by the same command, also with another number of processes. Train on a store that was
 captured from a server with --rest ghost.
 """

@@ -52,8 +52,8 @@ examples:
     slimkernels compare --outputs tree.jsonl chains.jsonl --out runs/decoded
   outputs that others published (qid, prompt, question, generated_text, answer):
     slimkernels compare --outputs outputs/svamp/*/output.jsonl --out runs/published
-The same command continues a stopped run and asks nothing twice. With a model of 135 million parameters on two CPU
-cores, a greedy answer takes a few seconds, one by self-consistency or pathfinder several times as long.
+The same command continues a stopped run and asks nothing twice. Estimated time on two idle CPU cores, with a model of
+135 million parameters: a few seconds for a greedy answer, several times as long by self-consistency or pathfinder.
 A server is named URL#MODEL, or URL where it lists one model. It is asked in plain text unless --tokenizer gives a chat
 template, which works with llama.cpp and vLLM. Tasks that need probabilities of given texts, heldout and multiple
 choice, are refused for servers.

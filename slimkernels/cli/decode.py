@@ -51,8 +51,8 @@ examples:
   a search that can be stopped and continued, and a page that shows its trees:
     slimkernels decode --model ./my-model --questions test.jsonl --trace trace.jsonl
     slimkernels tree trace.jsonl -o tree.html
-With a model of 135 million parameters on two CPU cores, --decoder greedy takes a few seconds for a question, and the
-search at its defaults some ten times as long; --max-tokens and --time-limit bound it.
+Estimated time on two idle CPU cores, with a model of 135 million parameters: a few seconds for a question with
+--decoder greedy, some ten times as long for the search at its defaults, which --max-tokens and --time-limit bound.
 The same command continues a stopped run: --out skips the questions that it already answers, and --trace continues
 inside an unfinished tree. The prompt is --template, with {question} or any other {field} of the question's record
 filled in. It is sent as a user's message where the tokenizer has a chat template, else as text to continue. The default

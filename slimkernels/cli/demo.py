@@ -11,8 +11,8 @@ _EXAMPLES = """\
 examples:
   slimkernels demo --out demo-output
   slimkernels demo --quick --out demo-quick
-The default run takes five to ten minutes on two CPU cores, --quick about one. A stopped run is continued by the same
-command, which reuses the finished phases.
+Estimated time on two idle CPU cores: five to ten minutes, with --quick about one. A stopped run is continued by the
+same command, which reuses the finished phases.
 """
 
 
@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the demonstration."""
     if not args.quick:
-        print("the demonstration takes five to ten minutes on two CPU cores")
+        print("estimated time: five to ten minutes on two idle CPU cores")
     print("loading torch and transformers", flush=True)
     from slimkernels.demo import run_demo
 

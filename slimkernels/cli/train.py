@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  a new small student:
-    slimkernels train --store runs/store --method slim --out runs/student --epochs 3
+  a new small student, which starts from random weights and needs a higher learning rate than the default:
+    slimkernels train --store runs/store --method slim --out runs/student --learning-rate 6e-3 --batch-size 4 \\
+        --option lr_scheduler_type=cosine --option warmup_steps=0.1
   your own student, with the teacher's remaining probability as one more outcome of the divergence:
     slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
-A stopped training is continued from its newest checkpoint by the same command. On two CPU cores the new small student
-reads 1,000 to 2,500 tokens per second: a minute for 100,000 tokens.
+A stopped training is continued from its newest checkpoint by the same command; a finished one is not trained on.
+Estimated time on two idle CPU cores: a minute for 100,000 tokens that the new small student reads.
 --option takes these fields of SlimConfig (docs/training.md explains them), with their defaults:
 {options}and those of transformers.TrainingArguments, such as warmup_steps=20, weight_decay=0.1, bf16=true,
 use_cpu=true, lr_scheduler_type=cosine or save_steps=200; with --method minillm, fields of TRL's MiniLLMConfig instead.

@@ -77,6 +77,13 @@ class DemoSettings:
     seed: int = 0
 
 
+# Fields of the recipe that have a flag of `slimkernels train`.
+_RECIPE_FLAGS = {
+    "--epochs": "num_train_epochs",
+    "--batch-size": "per_device_train_batch_size",
+    "--learning-rate": "learning_rate",
+    "--seed": "seed",
+}
 QUICK = DemoSettings(documents=16, max_new_tokens=40, hidden_size=64, num_layers=1, epochs=2, evaluations=2)
 
 
@@ -252,16 +259,10 @@ class _Demo:
         config = SlimConfig(
             output_dir=str(folder),
             method=method,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
+            **self._recipe(),
             include_num_input_tokens_seen="non_padding",
-            seed=settings.seed,
             save_strategy="no",
             disable_tqdm=True,
-            use_cpu=True,
         )
         say(
             self.console,
@@ -285,11 +286,28 @@ class _Demo:
             "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         }
 
+    def _recipe(self) -> dict[str, Any]:
+        """Returns the fields of the trainer's configuration that are the same for every student."""
+        settings = self.settings
+        return {
+            "num_train_epochs": settings.epochs,
+            "per_device_train_batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "seed": settings.seed,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,
+            "use_cpu": True,
+        }
+
     def next_command(self) -> str:
-        """Returns a shell command that trains one more student on the demonstration's store."""
-        out = self.output_dir
+        """Returns a shell command that trains one more student on the demonstration's store by the same recipe."""
+        out, recipe = self.output_dir, self._recipe()
         arguments = ["train", "--store", out / "store" / "train", "--eval-store", out / "store" / "heldout"]
         arguments += ["--tokenizer", out / "text" / "tokenizer", "--method", "slim", "--rest", "ghost"]
+        for flag, field in _RECIPE_FLAGS.items():
+            arguments += [flag, f"{recipe.pop(field):g}"]
+        for name, value in recipe.items():
+            arguments += ["--option", f"{name}={value}"]
         arguments += ["--out", out / "students" / "slim-ghost"]
         return shlex.join(map(str, [*_program(), *arguments]))
 

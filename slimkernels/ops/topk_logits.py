@@ -40,7 +40,8 @@ def topk_logits(
         rest_lse = torch.stack([torch.logsumexp(rest / t, -1) for t in temperatures], -1)
         target_logit = logits.gather(-1, target[..., None])[..., 0].float()
 
-    Every row is read once, and nothing of size V is written. The result is exact for every input: ties, rows of
+    Every row is read once, by the Triton kernel of GPUs again where it is short, where much of it is kept or where a
+    sample of it misleads, and nothing of size V is written. The result is exact for every input: ties, rows of
     ``-inf``, ``+inf``, NaN (the largest, as in ``torch.topk``), ``-0.0 == +0.0``.
 
     Args:

@@ -59,7 +59,10 @@ _VERB = r"is|are|was|were|has|have|had|will|can|could|would|equals|makes?|gets?|
 _UNIT = rf"(?:\s*(?!(?:{_CONNECTIVE}|{_VERB})\b)[A-Za-z\u00b0]{{2,}}){{0,3}}\s*%?"
 _OPERATOR = re.compile(rf"{_UNIT}[\s$]*([-+*/=]|x(?=\s\d))[\s$]*(?=[-\d.$\u20ac\u00a3\\])", re.IGNORECASE)
 # Words that may stand between "the answer is" and its number. None of ``_NO_LEAD`` may be among them.
-_LEAD = re.compile(r"(?:[A-Za-z'\u2019]+[\s:*\"'($]+){0,8}?(?:[A-Za-z]\w?\s*=\s*)?(?=[-+]?\s?[$\u20ac\u00a3\\.\d])")
+_LEAD = re.compile(
+    r"(?:[A-Za-z'\u2019]+[\s:*\"'\u2018\u201c($]+){0,8}?(?:[A-Za-z]\w?\s*=\s*)?"
+    r"(?=[-+]?\s?[$\u20ac\u00a3\\.\d])"
+)
 _NO_LEAD = frozenset(
     re.findall(
         r"\w+",
@@ -70,9 +73,9 @@ _NO_LEAD = frozenset(
 )
 _MORE = re.compile(r"\s*(?:[*/=]|[-+]\s?(?=\())\s?\(")  # an expression that goes on with a bracket is not read
 _VARIABLE = re.compile(r"[A-Za-z]\w?\s*=\s*")
-_OPENING = re.compile(r"(?:[\s:*\"'({\[$=>\u2022]|-\s)*")
+_OPENING = re.compile(r"(?:[\s:*\"'\u2018\u201c({\[$=>\u2022]|-\s)*")
 _STEP_LABEL = re.compile(r"(?:^|(?<=\n))\W*(?:step|part|case)\s+\d+\b(?=\W*(?:[:.)\u2014-]|\n|$))", re.IGNORECASE)
-_CLOSING = r"[\s*$\"'})\]]*"
+_CLOSING = r"[\s*$\"'\u2019\u201d})\]]*"
 _UNIT_ONLY = re.compile(rf"{_UNIT}{_CLOSING}[.!]?{_CLOSING}$")
 _REMARK = re.compile(rf"{_UNIT}{_CLOSING}(?:[,;(]|\.\s|(?:{_CONNECTIVE})\b)")
 

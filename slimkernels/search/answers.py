@@ -369,6 +369,7 @@ def _named_choice(text: str, choices: Sequence[str]) -> str | None:
     return chr(ord("A") + named[0]) if len(named) == 1 else None
 
 
+_QUOTES = "\"'\u2018\u2019\u201c\u201d"
 _MAX_WORDS = 8  # more words than these behind "the answer is" are an explanation
 _NO_ANSWER = re.compile(
     r"(?:not|n't|un(?:known|clear|certain|decided)|known|clear|simple|easy|obvious|correct|incorrect|wrong|right|given"
@@ -382,15 +383,15 @@ def _complete_text(announcement: _Announcement, choices: Sequence[str]) -> str |
     """Reads an announced answer of any kind as it is written, without the text that explains it."""
     if announcement.marker == "boxed":
         return announcement.text.strip() or None
-    line = announcement.line.strip(" \t*\"'")
+    line = announcement.line.strip(" \t*" + _QUOTES)
     number = _complete_number(announcement, choices)
     if number is not None:
         found = leading_number(line)
-        return line.rstrip(" .*!") if found is not None and found.is_alone and not found.is_result else number
+        return line.rstrip(" .*!" + _QUOTES) if found is not None and found.is_alone and not found.is_result else number
     if announcement.marker == "hashes":
         return _complete_yes_no(announcement, choices) or _leading_letter(line, choices, alone=True)
     text = line[: found.start()] if (found := _SENTENCE_END.search(line)) else line
-    text = text.strip(" \t*\"'.,")
+    text = text.strip(" \t*.," + _QUOTES)
     explains = text.endswith(":") or _NO_ANSWER.match(text) or "\\boxed" in text or "=" in text
     if not re.search(r"\w", text) or explains or len(text.split()) > _MAX_WORDS:
         return None
@@ -409,7 +410,7 @@ def _canonical_text(answer: str) -> str | None:
     found = leading_number(answer)
     if found is not None and found.is_alone:
         return spell(found.value)
-    bare = answer.strip(" \t\n.,;:!*\"'()[]{}$")
+    bare = answer.strip(" \t\n.,;:!*()[]{}$" + _QUOTES)
     words = " ".join(bare.casefold().split())
     return _YES.get(words, words) or None
 

@@ -27,7 +27,8 @@ class Selection(NamedTuple):
     Attributes:
         select: "top_k" | "sample" | "mixed".
         top_k: K, the number of largest logits kept of every row; 0 for "sample".
-        top_p: Probability that the kept ones of those must hold together, or None; always None with draws.
+        top_p: Probability in (0, 1] that the kept logits of a row reach together: of the K largest the fewest that do,
+            or all K where these hold less. None keeps all K; always None with draws.
         rounds: Number of draws of every row; 0 for "top_k".
         seed: Seed of the draws.
         temperatures: Temperatures of the kept lse.
@@ -77,10 +78,10 @@ class Selection(NamedTuple):
 
 
 def cut_top_p(kept: SparseLogits, top_p: float) -> SparseLogits:
-    """Keeps the fewest entries of every row whose probabilities at temperature 1, exp(logit - lse), sum to ``top_p``.
+    """Keeps the fewest entries of every row whose probabilities at temperature 1, exp(logit - lse), reach ``top_p``.
 
-    Of equally likely entries those with lower ids are kept. The others are added to ``rest_lse``, at each temperature.
-    The result (N, K') is as wide as its widest row.
+    A row whose entries hold less than that together keeps them all. Of equally likely entries those with lower ids are
+    kept. The others are added to ``rest_lse``, at each temperature. The result (N, K') is as wide as its widest row.
     """
     logits = kept.logits.double().masked_fill(kept.ids < 0, -torch.inf)
     order = logits.argsort(dim=-1, descending=True, stable=True)

@@ -19,13 +19,17 @@ LM_EVAL is the folder of lm-eval's package, as printed by ``python -c "import lm
 from __future__ import annotations
 
 import importlib
+import sys
 
 from slimkernels.evaluate.lm_eval.local_data import require_lm_eval
 
 
 def main() -> None:
     """Registers ``slimkernels-pathfinder`` and runs lm-eval's command line with the arguments of the process."""
-    require_lm_eval()
+    try:
+        require_lm_eval()
+    except ImportError as error:
+        sys.exit(f"slimkernels: {error}")
     # Both modules need the optional package lm-eval. Importing the first one registers the model.
     importlib.import_module("slimkernels.evaluate.lm_eval.model")
     importlib.import_module("lm_eval.__main__").cli_evaluate()

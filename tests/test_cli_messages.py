@@ -1,0 +1,331 @@
+"""What commands say: errors that name flags, options that would do nothing, and what a training and a capture print."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support import evaluation, teachers
+from support.commands import parsers
+
+from slimkernels import _checks
+from slimkernels.cli import errors, main, terminal, train
+from slimkernels.ops import _slim_options
+from slimkernels.teacher import capture
+
+ROOT = Path(__file__).parents[1]
+CORPUS = ["When the rain stopped, Anna put on her boots.", "The apple trees were still wet.", "A black cat slept."]
+QUICK = ["--batch-size", "2", "--option", "use_cpu=true"]
+# Flags that mean different things in different commands, or accept more in one of them.
+DIFFERENT = {"--out", "--model", "--teacher", "--samples", "--answer-kind"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a teacher, its store, a corpus and questions."""
+    folder = tmp_path_factory.mktemp("made")
+    teachers.save_teacher(folder / "teacher")
+    tokenizer = teachers.make_tokenizer()
+    capture(teachers.make_teacher(), tokenizer, [tokenizer(text).input_ids for text in CORPUS], folder / "store")
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
+    (folder / "own.jsonl").write_text('{"question": "1 + 1?", "answer": 2}\n')
+    evaluation.make_data(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """An empty working directory, with links to what is made."""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(command: str, capsys) -> str:
+    assert main(command.split()) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("slimkernels: ")
+
+
+CAPTURE = "capture --teacher teacher --out out"
+SERVED = "capture --server http://localhost:1/v1 --model m --tokenizer teacher --out out"
+DECODE = "decode --model teacher"
+COMPARE = "compare --models teacher --out out --data data"
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "reason"),
+    [
+        (f"{CAPTURE} --text corpus.jsonl --concurrency 3", "--concurrency", "with --teacher"),
+        (f"{CAPTURE} --text corpus.jsonl --model m", "--model", "with --teacher"),
+        (f"{CAPTURE} --text corpus.jsonl --temperature 2", "--temperature", "with --text"),
+        (f"{CAPTURE} --text corpus.jsonl --max-new-tokens 2", "--max-new-tokens", "with --text"),
+        (f"{CAPTURE} --text corpus.jsonl --seed 2", "--seed", "with --text"),
+        (f"{CAPTURE} --text corpus.jsonl --rounds 2", "--rounds", "without --select"),
+        (f"{CAPTURE} --prompts --tokens 9 --max-length 9", "--max-length", "with --prompts"),
+        (f"{CAPTURE} --prompts --tokens 9 --text-field q", "--text-field", "with the prompts that come with"),
+        (f"{SERVED} --prompts --threads 2", "--threads", "with --server"),
+        (f"{SERVED} --prompts --tokens 20", "--tokens", "with --server and --prompts"),
+        (f"{SERVED} --text corpus.jsonl --temperature 2", "--temperature", "with --text"),
+        (f"{DECODE} Anna? --question-field q", "--question-field", "without --questions"),
+        (f"{DECODE} Anna? --samples 3", "--samples", "without --questions"),
+        (f"{DECODE} Anna? --plan --out o.jsonl", "--out", "with --plan"),
+        (f"{DECODE} Anna? --tokenizer teacher", "--tokenizer", "with a model that runs here"),
+        ("decode --model http://localhost:1/v1#m Anna? --dtype bfloat16", "--dtype", "with a server"),
+        (f"{COMPARE} --tasks gsm8k --question-field q", "--question-field", "without questions of your own"),
+        (f"{COMPARE} --tasks gsm8k --num-fewshot 2", "--num-fewshot", "without a multiple-choice task"),
+        (f"{COMPARE} --tasks gsm8k --chains 2", "--chains", "without --decoders self-consistency"),
+        (f"{COMPARE} --tasks gsm8k --beam 2", "--beam", "without --decoders pathfinder"),
+        (f"{COMPARE} --tasks gsm8k --temperature 2", "--temperature", "with --decoders greedy"),
+        (f"{COMPARE} --tasks gsm8k --seeds 1 2", "--seeds", "with --decoders greedy"),
+        (f"{COMPARE} --tasks gsm8k --judge-key-env K", "--judge-key-env", "without --judge"),
+        (f"{COMPARE} --tasks own=own.jsonl", "--data", "without a task whose questions it holds"),
+        ("compare --rescore --out out --samples 3", "--samples", "with --rescore"),
+        ("compare --outputs o.jsonl --out out --shots 2", "--shots", "with --outputs"),
+        ("store verify store --tokenizer teacher", "--tokenizer", "without --complete"),
+        ("store verify store --max-length 9", "--max-length", "without --complete"),
+        ("store import --format megatron data o --tokenizer t --samples s --alignment same", "--alignment", "megatron"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_by_name(command, flag, reason, here, capsys):
+    message = refused(command, capsys)
+    assert message.startswith(f"{flag} has no meaning ")
+    assert reason in message
+    assert message.endswith(": omit it")
+    assert not (here / "out").exists()
+
+
+def test_a_seed_of_draws_has_a_meaning_with_a_text(here):
+    command = f"{CAPTURE} --text corpus.jsonl --select sample --rounds 3 --seed 2"
+    assert main(command.split()) == 0
+
+
+def test_prompts_of_a_file_have_the_field_that_is_named(here):
+    (here / "prompts.jsonl").write_text('{"q": "When the rain"}\n')
+    words = f"{CAPTURE} --prompts prompts.jsonl --text-field q --documents 1 --max-new-tokens 3"
+    assert main(words.split()) == 0
+    assert json.loads((here / "out.jsonl").read_text().splitlines()[0])["prompt"] == "When the rain"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"{CAPTURE} --text corpus.jsonl --top-p 1.5", "--top-p must lie in (0, 1], got 1.5"),
+        (
+            f"{CAPTURE} --text corpus.jsonl --top-p 0.5 --select sample",
+            "--top-p must be omitted with --select sample, whose",
+        ),
+        (
+            f"{CAPTURE} --text corpus.jsonl --select mixed --temperatures 2",
+            "--temperatures must be (1.0,) with --select",
+        ),
+        (
+            f"{CAPTURE} --prompts --documents 1 --sample-top-k 999 --max-new-tokens 3",
+            "--sample-top-k must be at most the vocabulary",
+        ),
+        (f"{DECODE} --beam 0 Anna?", "--beam must be an integer of at least 1"),
+        (f"{DECODE} --time-limit 0 Anna?", "--time-limit must be positive"),
+        ("train --store store --method gkd --out out", "needs a --teacher to score what the student writes"),
+        ("train --store store --method slim --out out --option teacher_top_k=3", "--option teacher_top_k"),
+    ],
+)
+def test_an_error_names_the_flags_of_its_command(command, message, here, capsys):
+    found = refused(command, capsys)
+    assert message in found
+    names = {action.dest for parser in parsers() for action in parser._actions if "_" in action.dest}
+    assert not names & set(re.findall(r"(?<!--option )(?<![\w-])\w+_\w+", found))
+
+
+def test_the_checkpoint_of_another_run_is_described_by_flags(here, capsys):
+    command = ["train", "--store", "store", "--out", "out", "--max-steps", "1", *QUICK]
+    assert main([*command, "--method", "kd"]) == 0
+    capsys.readouterr()
+    found = refused(" ".join([*command, "--method", "kd", "--learning-rate", "0.01"]), capsys)
+    assert "the newest checkpoint in --out must be a checkpoint of the same run" in found
+    assert "--learning-rate 5e-05 there, 0.01 here" in found
+    assert found.endswith("give this run an --out of its own")
+
+
+def test_flags_replace_names_alone():
+    flags = {"top_p": "--top-p", "seed": "--seed", "documents": "", "select": "--select"}
+    said = {
+        "top_p must be None with select='top_k', got 0.5": "--top-p must be omitted with --select top-k, got 0.5",
+        "the file 'a/top_p.txt' of top_p_x": "the file 'a/top_p.txt' of top_p_x",
+        "a seed of the draws; seed must be at least 0": "a seed of the draws; --seed must be at least 0",
+        "documents must hold at least one document": "documents must hold at least one document",
+        "was made with seed=3": "was made with --seed 3",
+    }
+    for message, expected in said.items():
+        assert errors.with_flags(message, flags, {"top-k"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [
+        ("pyarrow.parquet", "'slimkernels[exchange]'"),
+        ("lm_eval", "'slimkernels[harness]'"),
+        ("some_package", "some_package"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_has_it(package, advice):
+    error = ModuleNotFoundError("No module", name=package)
+    sentence = errors.sentence_of(error, argparse.Namespace())
+    assert sentence == f"the package {package.partition('.')[0]} is not installed: pip install {advice}"
+
+
+def test_every_extra_lists_the_package_that_it_is_named_for():
+    text = (ROOT / "pyproject.toml").read_text()
+    distributions = {"yaml": "pyyaml", "rouge_score": "rouge-score", "lm_eval": "lm-eval"}
+    for package, extra in errors.EXTRAS.items():
+        (listed,) = re.findall(rf"^{extra} = (.*)$", text, re.M)
+        assert f'"{distributions.get(package, package)}>=' in listed, package
+
+
+def test_a_flag_has_one_metavar_and_one_list_of_choices():
+    found = defaultdict(set)
+    for parser in parsers():
+        for action in parser._actions:
+            if action.help != argparse.SUPPRESS:
+                for flag in action.option_strings:
+                    found[flag].add((action.metavar, tuple(action.choices or ())))
+    assert {flag: forms for flag, forms in found.items() if len(forms) > 1 and flag not in DIFFERENT} == {}
+    metavars = {metavar for forms in found.values() for metavar, _ in forms}
+    assert not metavars & {"INT", "FLOAT", "STR", "BOOL"}
+
+
+def test_train_accepts_what_the_loss_accepts():
+    assert (train.RESTS, train.DIVERGENCES) == (_checks.RESTS, _slim_options.DIVERGENCES)
+
+
+def test_a_finished_training_says_so_and_is_not_trained_on(here, capsys, caplog):
+    """Two steps are half of the second epoch, where the trainer would take one step more."""
+    command = ["train", "--store", "store", "--method", "slim", "--out", "out", "--max-steps", "3", *QUICK]
+    assert main(command) == 0
+    student = (here / "out" / "model.safetensors").read_bytes()
+    assert "finished" not in caplog.text
+    caplog.clear()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "the training in out is finished, after 3 steps: nothing was trained" in caplog.text
+    assert "train_loss" not in capsys.readouterr().out
+    assert (here / "out" / "model.safetensors").read_bytes() == student
+    assert [path.name for path in (here / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_train_prints_every_metric_once(here, capsys):
+    command = ["train", "--store", "store", "--method", "slim", "--out", "out", "--max-steps", "2", *QUICK]
+    assert main([*command, "--eval-store", "store", "--option", "logging_steps=1"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("train_runtime", "train_loss", "eval_perplexity", "eval_kl_ghost"):
+        assert printed.count(name) == 1, name
+    assert printed.count("'loss':") == 2
+
+
+@pytest.mark.parametrize("student", ["folder", "new"])
+def test_train_saves_the_tokenizer_that_it_finds(student, here, capsys):
+    """That of the student's folder, or of the store's teacher where a folder of its name is here."""
+    given = ["--student", "teacher"] if student == "folder" else []
+    if student == "new":
+        words = "capture --teacher teacher --text corpus.jsonl --out named"
+        assert main(words.split()) == 0
+    store = "store" if student == "folder" else "named"
+    command = ["train", "--store", store, "--method", "slim", "--out", "out", "--max-steps", "1", *QUICK, *given]
+    assert main(command) == 0
+    assert (here / "out" / "tokenizer.json").exists()
+    assert "without a tokenizer" not in capsys.readouterr().err
+    words = "decode --model out --decoder greedy --max-depth 1 --max-step-tokens 2 --template {question} Anna"
+    assert main(words.split()) == 0
+
+
+def test_train_says_at_once_that_no_tokenizer_is_saved(here, capsys):
+    command = "train --store store --method slim --out out --student absent"
+    assert main(["train", "--store", "store", "--method", "slim", "--out", "out", "--max-steps", "1", *QUICK]) == 0
+    assert "the student is saved without a tokenizer; decode and compare need one" in capsys.readouterr().err
+    assert main(command.split()) == 2
+
+
+def test_train_says_that_the_students_tokenizer_is_another(here, capsys):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    teachers.save_teacher(here / "other")
+    words = {"a": 0, "b": 1, "[UNK]": 2}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]")
+    other.save_pretrained(here / "other")
+    command = ["train", "--store", "store", "--method", "slim", "--out", "out", "--max-steps", "1", *QUICK]
+    assert main([*command, "--student", "other"]) == 0
+    assert "the tokenizer of other is not the one that the store was captured with" in capsys.readouterr().err
+    assert not (here / "out" / "tokenizer.json").exists()
+
+
+def test_a_bar_shows_a_total_only_where_it_is_known():
+    with terminal.progress_bars() as progress:
+        known, unknown = (terminal.progress_task(progress, name) for name in ("known", "unknown"))
+        known(3, 7)
+        unknown(5, None)
+        output = io.StringIO()
+        Console(file=output, width=80).print(progress.get_renderable())
+    assert "3/7" in output.getvalue()
+    assert "?" not in output.getvalue()
+    assert re.search(r"unknown .* 5 ", output.getvalue())
+
+
+def test_capture_of_generated_text_shows_its_number_of_tokens(here, monkeypatch):
+    from slimkernels.cli import capture as module
+
+    shown = []
+    monkeypatch.setattr(module, "progress_task", lambda _, name: lambda *of: shown.append((name, *of)))
+    words = f"{CAPTURE} --prompts --documents 3 --max-new-tokens 3"
+    assert main(words.split()) == 0
+    name, done, total = shown[-1]
+    assert name == "captured tokens"
+    assert done == total > 0
+
+
+def test_compare_names_the_sample_that_a_model_cannot_read(here, capsys):
+    (here / "own.jsonl").unlink()
+    (here / "own.jsonl").write_text(json.dumps({"question": "long " * 400, "answer": 2}) + "\n")
+    message = refused("compare --models teacher --out out --tasks riddles=own.jsonl", capsys)
+    assert re.match(
+        r"teacher cannot read sample \S+ of task riddles with --shots \d: the prompt must be shorter", message
+    )
+
+
+def test_decode_names_the_question_that_a_model_cannot_read(here, capsys):
+    lines = [json.dumps({"question": text}) for text in ("Anna?", "long " * 400)]
+    (here / "questions.jsonl").write_text("\n".join(lines))
+    for command in (f"{DECODE} --questions questions.jsonl", f"{DECODE} --questions questions.jsonl --plan"):
+        assert refused(command, capsys).startswith("question 2: the prompt must be shorter than the model's context")
+
+
+def test_lm_eval_that_is_missing_is_one_sentence():
+    code = """if True:
+        import importlib.util, runpy, sys
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *of: None if name == "lm_eval" else find(name, *of)
+        runpy.run_module("slimkernels.evaluate.lm_eval", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "slimkernels: lm-eval is not installed: pip install 'slimkernels[harness]'\n"
+
+
+@pytest.mark.parametrize("example", ["plain_loop", "lightning_module"])
+def test_an_example_without_arguments_shows_its_usage(example):
+    if example == "lightning_module":
+        pytest.importorskip("lightning", reason="needs the extra test")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{example}.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"usage: python examples/{example}.py STORE MODEL OUT"
+    assert "Traceback" not in done.stderr
