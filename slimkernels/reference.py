@@ -335,7 +335,7 @@ def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alph
     share = beta if divergence == "jsd" else alpha
     log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
     log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
-    from_q = _kl_share(log_q, log_m).sum(-1)
+    _kl_share(log_q, log_m).sum(-1)
     if divergence == "skew_kl":
         return _kl(log_q, log_m)
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
