@@ -157,7 +157,7 @@ def test_ranks_from_the_environment(environment, tensor_parallel, expected) -> N
     [
         (
             "capture --teacher {teacher} --text {corpus} --out {tmp}/s --tensor-parallel 2",
-            "multiple of tensor_parallel=2",
+            "multiple of --tensor-parallel 2",
         ),
         ("capture --teacher {teacher} --text {tmp}/no.txt --out {tmp}/s --parts 2", "there is no file"),
         ("store verify {store} --complete {tmp}/no.jsonl", "there is no file"),

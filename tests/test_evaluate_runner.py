@@ -176,7 +176,7 @@ def test_command_line(folders, data, tmp_path, capsys):
         ("--out {tmp}", "--out needs one of --models, --rescore and --outputs"),
         ("--out {tmp} --models x --rescore", "--out needs one of"),
         ("--out {tmp} --models x --tasks gsm8k", "--models needs --data"),
-        ("--out {tmp} --rescore --store {tmp}", "--store has no meaning unless --models and --tasks heldout are given"),
+        ("--out {tmp} --rescore --store {tmp}", "--store has no meaning with --rescore"),
         ("--out {tmp} --models x --tasks gsm8k --data {tmp}", "data for gsm8k not found: looked for {tmp}/gsm8k/test"),
         ("--out {tmp} --models {tmp}/no --tasks gsm8k --data {data}", "there is no folder or .gguf file {tmp}/no"),
         ("--out {tmp} --models http:// --tasks gsm8k --data {data}", "url must be the base URL of a server"),
