@@ -360,7 +360,7 @@ def _without_far_entries(
         # A rest of NaN, which is not known, stays NaN.
         with np.errstate(invalid="ignore"):
             together = np.logaddexp(rest_lse[rows], dropped)
-        rest_lse = rest_lse.copy()
+        rest_lse = np.array(rest_lse)
         rest_lse[rows] = together
     return (
         np.where(gone, np.int32(-1), np.take_along_axis(ids, order, -1)),
