@@ -124,7 +124,7 @@ struct SampleLogitsArgs {
   int dtype;
   int64_t vocab_size;
   int64_t num_distinct;  // m
-  RowInts seed;  // step 0: the seed of row 0, from which those of the others are drawn
+  RowInts seed;          // step 0: the seed of row 0, from which those of the others are drawn
   RowInts position;
   RowFloats temperature;
   RowInts top_k;

@@ -40,8 +40,8 @@ SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
   return noise;
 }
 
-// Returns the seed of row n: its own, or, if one seed is given for all rows, the first 64 bits of Philox with that seed as
-// its key and the counter (n, 2^32 - 1, 0, 0), which no draw uses. Row 0 takes the one seed as it is.
+// Returns the seed of row n: its own, or, if one seed is given for all rows, the first 64 bits of Philox with that seed
+// as its key and the counter (n, 2^32 - 1, 0, 0), which no draw uses. Row 0 takes the one seed as it is.
 SK_INLINE int64_t seed_of_row(const RowInts& seed, int64_t n) {
   if (seed.step != 0 || n == 0) return seed.values[n * seed.step];
   const NoiseKey noise = noise_key(seed.values[0], 0);

@@ -11,10 +11,10 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "exponentials.h"
 #include "gumbel.h"
 #include "select.h"
 #include "topk_logits.inl"
-#include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -448,8 +448,7 @@ int64_t sample_logits_rows(const SampleLogitsArgs& args, int64_t begin, int64_t 
     if (softmax.exists && options.temperature == 0) {
       leaders.enter({0, first_reaching(row, args.vocab_size, softmax.scoring.threshold)});
     } else if (softmax.exists) {
-      const NoiseKey key =
-          noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
+      const NoiseKey key = noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
       race(row, args.vocab_size, softmax.scoring, key, 1, &leaders);
       leaders.sort();
     }

@@ -4,9 +4,9 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "exponentials.h"
 #include "gumbel.h"
 #include "sample_logits.inl"
-#include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -47,8 +47,7 @@ int64_t sample_targets_rows(const SampleTargetsArgs& args, int64_t begin, int64_
     }
     if (softmax.exists) {
       for (int64_t draw = 0; draw < rounds; ++draw) leaders[draw].clear();
-      const NoiseKey key =
-          noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
+      const NoiseKey key = noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
       race(row, vocab_size, softmax.scoring, key, rounds, leaders);
       for (int64_t draw = 0; draw < rounds; ++draw) ++counts[runners[draw].id];
     }

@@ -60,29 +60,13 @@ int64_t slim_loss_split_row(const SlimLossArgs& args, int64_t n, int64_t parts, 
 }
 
 int64_t slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case kFloat32:
-      return slim_loss_rows<float>(args, begin, end);
-    case kBFloat16:
-      return slim_loss_rows<bf16>(args, begin, end);
-    case kFloat16:
-      return slim_loss_rows<f16>(args, begin, end);
-    default:
-      return slim_loss_rows<double>(args, begin, end);
-  }
+  return with_element_type(args.dtype,
+                           [&](auto element) { return slim_loss_rows<decltype(element)>(args, begin, end); });
 }
 
 int64_t slim_loss_split(const SlimLossArgs& args, int64_t n, int64_t parts, RunTasks run_tasks) {
-  switch (args.dtype) {
-    case kFloat32:
-      return slim_loss_split_row<float>(args, n, parts, run_tasks);
-    case kBFloat16:
-      return slim_loss_split_row<bf16>(args, n, parts, run_tasks);
-    case kFloat16:
-      return slim_loss_split_row<f16>(args, n, parts, run_tasks);
-    default:
-      return slim_loss_split_row<double>(args, n, parts, run_tasks);
-  }
+  return with_element_type(
+      args.dtype, [&](auto element) { return slim_loss_split_row<decltype(element)>(args, n, parts, run_tasks); });
 }
 
 }  // namespace

@@ -13,10 +13,10 @@
 #pragma once
 
 #include "dispatch.h"
+#include "exponentials.h"
 #include "slim_terms.h"
 #include "sparse_softmax.inl"
 #include "stream.h"
-#include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -38,9 +38,9 @@ struct StudentSums {
 };
 
 struct TeacherSums {
-  ExpSum on;          // sum of exp(teacher_z) over S
-  double lse = 0;     // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
-  TeacherNorm norm;   // q on S and off S
+  ExpSum on;         // sum of exp(teacher_z) over S
+  double lse = 0;    // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
+  TeacherNorm norm;  // q on S and off S
   double log_t_y = 0;
 
   double log_mass() const { return on.log() - lse; }  // log a

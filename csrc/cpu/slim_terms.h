@@ -3,8 +3,8 @@
 #pragma once
 
 #include "dispatch.h"
+#include "exponentials.h"
 #include "sparse_softmax.inl"
-#include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -43,8 +43,8 @@ SK_INLINE V kl_share(V log_ratio, V a, V b) {
   return a == zero ? b : share;
 }
 
-// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles. The slopes of
-// forward KL and skew KL are those of the divergence without - q + p: where p sums to 1, this is the same gradient.
+// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles. The slopes
+// of forward KL and skew KL are those of the divergence without - q + p: where p sums to 1, this is the same gradient.
 template <class V>
 SK_INLINE void diverge(const SlimLossArgs& args, V log_q, V log_p, V q, V p, V* share, V* slope) {
   using A = ElementOf<V>;
@@ -115,16 +115,9 @@ template <class A>
 void load_teacher(const SlimLossArgs& args, int64_t n, int64_t kept, A* out) {
   const double inv_temperature = 1 / args.temperature;
   const int64_t offset = n * args.top_k;
-  switch (args.teacher_dtype) {
-    case kFloat32:
-      return load_scaled(static_cast<const float*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-    case kBFloat16:
-      return load_scaled(static_cast<const bf16*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-    case kFloat16:
-      return load_scaled(static_cast<const f16*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-    default:
-      return load_scaled(static_cast<const double*>(args.teacher_logits) + offset, kept, inv_temperature, out);
-  }
+  with_element_type(args.teacher_dtype, [&](auto element) {
+    load_scaled(static_cast<const decltype(element)*>(args.teacher_logits) + offset, kept, inv_temperature, out);
+  });
 }
 
 }  // namespace

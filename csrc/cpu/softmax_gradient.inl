@@ -3,8 +3,8 @@
 #pragma once
 
 #include "dispatch.h"
+#include "exponentials.h"
 #include "slim_terms.h"
-#include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -51,16 +51,8 @@ int64_t softmax_gradient_rows(const SoftmaxGradientArgs& args, int64_t begin, in
 }
 
 int64_t softmax_gradient(const SoftmaxGradientArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case kFloat32:
-      return softmax_gradient_rows<float>(args, begin, end);
-    case kBFloat16:
-      return softmax_gradient_rows<bf16>(args, begin, end);
-    case kFloat16:
-      return softmax_gradient_rows<f16>(args, begin, end);
-    default:
-      return softmax_gradient_rows<double>(args, begin, end);
-  }
+  return with_element_type(args.dtype,
+                           [&](auto element) { return softmax_gradient_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace

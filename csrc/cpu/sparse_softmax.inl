@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
-#include "vec.h"
+#include "exponentials.h"
 
 namespace slimkernels {
 namespace SK_ISA {
@@ -108,16 +108,8 @@ int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_
 }
 
 int64_t sparse_softmax(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case kFloat32:
-      return sparse_softmax_rows<float>(args, begin, end);
-    case kBFloat16:
-      return sparse_softmax_rows<bf16>(args, begin, end);
-    case kFloat16:
-      return sparse_softmax_rows<f16>(args, begin, end);
-    default:
-      return sparse_softmax_rows<double>(args, begin, end);
-  }
+  return with_element_type(args.dtype,
+                           [&](auto element) { return sparse_softmax_rows<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace

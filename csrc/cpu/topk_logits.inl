@@ -7,15 +7,16 @@
 // 3. A bisection finds the exact K-th largest among the candidates. The candidates that are not kept join those below
 //    the threshold. So the rest is summed itself: the whole row minus the kept elements would cancel.
 //
-// If the sample's threshold is too low, as in a row that is mostly -inf, it is raised during the pass. If it is too high,
-// or if the level is too far above the rest, a second pass over the row is necessary, which is slower but still exact.
+// If the sample's threshold is too low, as in a row that is mostly -inf, it is raised during the pass. If it is too
+// high, or if the level is too far above the rest, a second pass over the row is necessary, which is slower but still
+// exact.
 #pragma once
 
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "exponentials.h"
 #include "select.h"
-#include "vec.h"
 
 namespace slimkernels {
 namespace SK_ISA {

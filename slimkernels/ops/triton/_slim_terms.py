@@ -111,7 +111,7 @@ def tanh(x):
         t = expm1(-2 * magnitude)
         result = -t / (t + 2)
     else:
-        square = x * x  # Cephes tanhf for small arguments, as in csrc/cpu/vec.h
+        square = x * x  # Cephes tanhf for small arguments, as in csrc/cpu/exponentials.h
         p = square * -5.70498872745e-3 + 2.06390887954e-2
         p = p * square - 5.37397155531e-2
         p = p * square + 1.33314422036e-1
