@@ -335,7 +335,6 @@ def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alph
     share = beta if divergence == "jsd" else alpha
     log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
     log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
-    _kl_share(log_q, log_m).sum(-1)
     if divergence == "skew_kl":
         return _kl(log_q, log_m)
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
@@ -396,18 +395,6 @@ def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
     """Computes the sum of exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
     weight = log_weight.exp()
     return (weight * value.masked_fill(weight == 0, 0.0)).sum(-1)
-
-
-def _kl_share(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Computes a log(a / b) - a + b, an outcome's share of KL(a || b), which is at least 0."""
-    a, b = log_a.exp(), log_b.exp()
-    empty = a == 0
-    log_ratio = (log_a - log_b).masked_fill(empty, 0.0)
-    is_near = log_ratio.abs() < 1
-    # With b = a exp(-x) the share is a (x + exp(-x) - 1), whose terms are as small as x.
-    small = log_ratio.masked_fill(~is_near, 0.0)
-    share = torch.where(is_near, a * (small + torch.expm1(-small)), a * log_ratio - a + b)
-    return torch.where(empty, b, share)
 
 
 def _logsumexp(x: Tensor) -> Tensor:

@@ -36,18 +36,23 @@ def chat(options: Options, request: Request) -> Call:
     )
 
 
-def echo(options: Options, request: Request, url: str) -> Call:
-    """Returns the call that scores a document through ``/completions`` with ``echo``.
+def one_token_more(options: Options, request: Request) -> dict[str, Any]:
+    """Returns the part of a payload that scores a document through ``/completions``.
 
     One token is generated and thrown away, because not every server accepts ``max_tokens=0``.
+    """
+    return {"model": options.model, "prompt": request.prompt_ids, "max_tokens": 1, "temperature": 0.0}
+
+
+def echo(options: Options, request: Request, url: str) -> Call:
+    """Returns the call that scores a document through ``/completions`` with ``echo``.
 
     Args:
         options: Options of the request.
         request: The document.
         url: Address of the server, for errors.
     """
-    payload = {"model": options.model, "prompt": request.prompt_ids, "max_tokens": 1, "temperature": 0.0}
-    payload |= {"echo": True, "logprobs": options.top_logprobs}
+    payload = one_token_more(options, request) | {"echo": True, "logprobs": options.top_logprobs}
     length = len(request.prompt_ids)
 
     def read(content: dict[str, Any]) -> Answer:

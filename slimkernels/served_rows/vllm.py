@@ -15,7 +15,7 @@ import numpy as np
 
 from slimkernels.served_rows import arrays
 from slimkernels.served_rows.answers import Answer, Call, Options, Position, Request, read_answer
-from slimkernels.served_rows.openai import scored
+from slimkernels.served_rows.openai import one_token_more, scored
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken
 
 _NOT_KNOWN = Position(ServerToken("", float("nan")), NumberedTokens(np.zeros(0, np.int64), np.zeros(0)))
@@ -24,15 +24,12 @@ _NOT_KNOWN = Position(ServerToken("", float("nan")), NumberedTokens(np.zeros(0, 
 def scores(options: Options, request: Request, url: str) -> Call:
     """Returns the call that scores a document through ``/completions``.
 
-    One token is generated and thrown away, because not every release accepts ``max_tokens=0``.
-
     Args:
         options: Options of the request.
         request: The document.
         url: Address of the server, for errors.
     """
-    payload = {"model": options.model, "prompt": request.prompt_ids, "max_tokens": 1, "temperature": 0.0}
-    payload["prompt_logprobs"] = options.top_logprobs
+    payload = one_token_more(options, request) | {"prompt_logprobs": options.top_logprobs}
 
     def read(content: dict[str, Any]) -> Answer:
         choice, usage = content["choices"][0], content.get("usage") or {}
