@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.packed_cases import VALUE_DTYPES, pack, random_ids
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
 from slimkernels.packed_logits import row_words
@@ -31,9 +31,9 @@ def test_decode_logits_passes_all_its_tests_interpreted():
     assert_tests_pass_interpreted("test_decode_logits.py")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("dtype", sorted(set(VALUE_DTYPES.values()), key=str), ids=str)
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "ragged"), on_architectures(sorted(set(VALUE_DTYPES.values()), key=str), [False, True])
+)
 def test_decode_logits_compiles_for(architecture, dtype, ragged):
     for vocab_size, top_k in ((32000, 1600), (128256, 6413), (1, 1)):
         assert_compiles(lambda: launch(vocab_size, top_k, dtype, ragged), architecture)  # noqa: B023

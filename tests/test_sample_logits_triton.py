@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits, explain
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 from test_sample_logits import assert_drawn_matches
 
 import slimkernels as sk
@@ -58,9 +58,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("architecture", "dtype", "variant"), on_architectures(DTYPES, VARIANTS))
 def test_sample_logits_compiles_for(architecture, dtype, variant):
     from slimkernels.ops.triton.sample_logits import sample_logits_rows
 

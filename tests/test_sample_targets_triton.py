@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.helpers import DTYPES
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
 
@@ -33,8 +33,7 @@ def test_sample_targets_passes_more_of_its_tests_interpreted():
     assert_tests_pass_interpreted(*(f"test_sample_targets.py::test_sample_targets_{name}" for name in names))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), on_architectures(DTYPES))
 def test_sample_targets_compiles_for(architecture, dtype):
     from slimkernels.ops.triton.sample_targets import sample_targets_rows
 

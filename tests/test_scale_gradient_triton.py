@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 
 @pytest.mark.interpret
@@ -13,8 +13,7 @@ def test_scale_gradient_passes_its_tests_interpreted():
     assert_tests_pass_interpreted("test_scale_gradient_triton.py::test_scale_in_place")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), on_architectures(DTYPES))
 def test_scale_gradient_compiles_for(architecture, dtype):
     from slimkernels.ops.triton.scale_gradient import scale_in_place
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.helpers import random_problem
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
 from slimkernels.ops._slim_options import resolve_options
@@ -52,9 +52,9 @@ def test_slim_loss_passes_its_tests_interpreted():
     )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "variant"), on_architectures([torch.bfloat16, torch.float32, torch.float64], VARIANTS)
+)
 def test_slim_loss_compiles_for(architecture, dtype, variant):
     from slimkernels.ops.triton.slim_loss import slim_loss_rows
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_as_accurate, row_strided
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels.ops  # noqa: F401 -- registers the operators
 
@@ -77,8 +77,7 @@ def test_softmax_gradient_passes_its_tests_interpreted():
     assert_tests_pass_interpreted("test_softmax_gradient.py::test_softmax_gradient")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), on_architectures([torch.bfloat16, torch.float64]))
 def test_softmax_gradient_compiles_for(architecture, dtype):
     from slimkernels.ops.triton.softmax_gradient import softmax_gradient_rows
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
 
@@ -27,9 +27,7 @@ def test_sparse_softmax_passes_all_its_tests_interpreted():
     assert_tests_pass_interpreted("test_sparse_softmax.py")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rest", ["renorm", "ghost", "zero_logit"])
+@pytest.mark.parametrize(("architecture", "dtype", "rest"), on_architectures(DTYPES, ["renorm", "ghost", "zero_logit"]))
 def test_sparse_softmax_compiles_for(architecture, dtype, rest):
     from slimkernels.ops.triton.sparse_softmax import sparse_softmax_rows
 

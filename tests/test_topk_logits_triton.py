@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits, explain, hostile_rows, sparse_fields
-from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted
+from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
 from slimkernels import reference
@@ -41,12 +41,11 @@ def test_topk_logits_passes_more_of_its_tests_interpreted():
     )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("vocab_size", "top_k"), [(128256, 6413), (200, 10)])
-def test_topk_logits_compiles_for(architecture, dtype, vocab_size, top_k):
+@pytest.mark.parametrize(("architecture", "dtype", "shape"), on_architectures(DTYPES, [(128256, 6413), (200, 10)]))
+def test_topk_logits_compiles_for(architecture, dtype, shape):
     from slimkernels.ops.triton.topk_logits import topk_logits_rows
 
+    vocab_size, top_k = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.empty(4, vocab_size, dtype=dtype)
     values, ids = torch.empty(4, top_k, dtype=dtype), torch.empty(4, top_k, dtype=torch.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import json
@@ -19,6 +18,7 @@ _ID_PREFIX = "token_id:"
 _BYTES_PREFIX = "bytes:"
 _SHOWN_EXAMPLES = 5
 _REPLACEMENT = "\ufffd".encode()
+_AMBIGUOUS = -1
 
 
 class ServerToken(NamedTuple):
@@ -104,18 +104,14 @@ class TokenMap:
         self._bytes = token_bytes(tokenizer)
         self._added = {token: added.content for token, added in tokenizer.added_tokens_decoder.items()}
         self._special = set(tokenizer.all_special_ids)
-        ranked: dict[bytes, list[tuple[int, int]]] = collections.defaultdict(list)
-        for token, data in self._bytes.items():
-            text = str(tokenizer.convert_ids_to_tokens(token))
-            rank = 0 if token in self._added else 2 if _fallback_byte(text) is not None else 1
-            ranked[data].append((rank, token))
-        self._by_bytes: dict[bytes, int] = {}
-        for data, candidates in ranked.items():
-            best = min(candidates)[0]
-            tokens = [token for rank, token in candidates if rank == best]
+        added, own, fallback = {}, {}, {}
+        for text, token in tokenizer.get_vocab().items():
+            ids = added if token in self._added else own if _fallback_byte(text) is None else fallback
+            data = self._bytes[token]
             # Two tokens of one kind: no way to tell which is meant.
-            if data and len(tokens) == 1:
-                self._by_bytes[data] = tokens[0]
+            ids[data] = _AMBIGUOUS if data in ids else token
+        named = fallback | own | added
+        self._by_bytes: dict[bytes, int] = {data: token for data, token in named.items() if data and token >= 0}
         self.seen = self.unmapped = 0
         self._examples: dict[str, None] = {}
 
@@ -265,13 +261,16 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_alphabet()
+# A table for ``str.translate``: the bytes as the characters of Latin-1. Characters that stand for no byte have no byte
+# in Latin-1 afterwards either.
+_ALPHABET = dict.fromkeys(range(256), 65535) | {ord(key): byte for key, byte in _byte_alphabet().items()}
 
 
 def _byte_level(text: str) -> bytes:
-    if all(character in _ALPHABET for character in text):
-        return bytes(_ALPHABET[character] for character in text)
-    return text.encode()
+    try:
+        return text.translate(_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:
+        return text.encode()
 
 
 def _sentence_piece(text: str) -> bytes:

@@ -53,6 +53,8 @@ OPTIONS = {"top_logprobs": 5, "max_tokens": 12, "codec": "float32"}
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body are two packets; the second would wait until the client has acknowledged the first.
+    disable_nagle_algorithm = True
     server: _Server
 
     def do_GET(self) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,21 @@ def assert_tests_pass_interpreted(*tests: str, timeout: float = 600) -> None:
         timeout=timeout,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def on_architectures(*axes: Iterable[Any]) -> list[Any]:
+    """Makes the parameters (architecture, *one of each axis) of a test: every combination, on all architectures.
+
+    All but one architecture of a combination, each in turn, are slow: a compilation takes a second.
+    """
+    params = []
+    for places in itertools.product(*(tuple(enumerate(axis)) for axis in axes)):
+        numbers, values = zip(*places, strict=True)
+        for index, architecture in enumerate(ARCHITECTURES):
+            marks = () if index == sum(numbers) % len(ARCHITECTURES) else pytest.mark.slow
+            names = "-".join("-".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
+            params.append(pytest.param(architecture, *values, marks=marks, id=f"{names}-{architecture}"))
+    return params
 
 
 def assert_compiles(launch: Callable[[], object], architecture: str, *, may_spill: bool = False) -> None:
