@@ -18,7 +18,7 @@ import argparse
 import os
 from pathlib import Path
 
-from bench.compare import compare
+from bench.compare import LEAST_PAIRS, compare
 from bench.machine import ROOT
 from bench.ops.processes import start_worker
 
@@ -27,6 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSONL file to append to")
     parser.add_argument("--base", metavar="REF", help="compare this checkout with commit REF instead of writing rows")
+    parser.add_argument(
+        "--pairs", type=int, default=LEAST_PAIRS, help="pairs of processes with --base, at least 6 (default 6)"
+    )
     parser.add_argument(
         "--rounds", type=int, help="timed runs of every provider, at least 5 (default 7; with --base 31; on cuda 51)"
     )
@@ -42,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.out is None) == (args.base is None):
         parser.error("give exactly one of --out and --base")
+    if args.pairs < LEAST_PAIRS:
+        parser.error(f"--pairs must be at least {LEAST_PAIRS}, got {args.pairs}")
     # --base needs more rounds, because the two sides run in different processes and cannot alternate within a round;
     # it can afford them, because no peer is timed.
     args.rounds = args.rounds or (31 if args.base else 51 if args.device == "cuda" else 7)
@@ -52,7 +57,7 @@ def main() -> None:
     if args.device == "cuda":
         args.threads = [1]  # one process is enough: the host's threads only launch
     if args.base:
-        print(compare(args.base, args.threads, options))
+        print(compare(args.base, args.threads, options, args.pairs))
         return
     options += ["--out", str(args.out.resolve()), *(["--again"] if args.again else [])]
     for threads in args.threads:

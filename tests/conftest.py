@@ -26,8 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Few threads for the commands that tests start, too: spinning threads starve each other on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A name that is no folder is looked up at the hub, which is asked again and again where there is no network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if config.getoption("--kernels") != "cpu":
         from support import kernel_override
 

@@ -286,10 +286,19 @@ def test_bench_overview_figure_has_every_comparison():
 
 
 def test_bench_comparison_of_commits_by_hand():
-    pairs = [([row(p50=old), row(op="gone")], [row(p50=2.0), row(op="new")]) for old in (6.0, 2.0, 4.0)]
+    pairs = [([row(p50=old), row(op="gone")], [row(p50=2.0), row(op="new")]) for old in (6.0, 2.0, 4.0, 3.0, 5.0, 4.0)]
     lines = compare.report(pairs, "old", "new").splitlines()
     assert len(lines) == 2
-    assert lines[1].startswith("  2.00x [1.00, 3.00]  op 4x8 float32, 1 threads: 2 ms now")
+    assert lines[1].startswith(" 2.000x [1.000, 3.000]  op 4x8 float32, 1 threads: 2 ms now")
+
+
+def test_bench_interval_of_a_median():
+    # P(Bin(n, 1/2) <= rank) is 0.0156 for (6, 0), 0.0207 for (20, 5) and 0.0113 for (24, 6); one rank more is too many.
+    for count, rank in ((6, 0), (20, 5), (24, 6)):
+        values = [float(value) for value in reversed(range(count))]
+        assert compare.interval_of_median(values) == (rank, count - 1 - rank)
+    with pytest.raises(ValueError, match="values must be at least 6, got 5"):
+        compare.interval_of_median([1.0] * 5)
 
 
 def test_bench_loader_accounts_for_every_step(tmp_path):

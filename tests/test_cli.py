@@ -377,12 +377,15 @@ def test_a_missing_file_is_named_in_a_sentence(command, tmp_path, capsys) -> Non
     assert capsys.readouterr().err == f"slimkernels: there is no file {missing}\n"
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once(corpus, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    "command", ["capture --teacher {name} --text {corpus}", "train --student {name} --store {store} --method kd"]
+)
+def test_a_hub_that_cannot_be_reached_is_not_asked_again(command, corpus, store, tmp_path, monkeypatch, capsys) -> None:
     """transformers repeats a request without a network for half a minute."""
     import httpx2
     import huggingface_hub
 
-    asked = []
+    name, asked = "nobody/no-such-model", []
 
     def refuse(self, request):
         asked.append(request.url.path)
@@ -390,10 +393,11 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(corpus, tmp_path, monkeypatc
 
     monkeypatch.setattr(httpx2.HTTPTransport, "handle_request", refuse)
     huggingface_hub.close_session()
-    arguments = ["capture", "--teacher", "nobody/no-such-model", "--text", str(corpus), "--out", str(tmp_path / "s")]
-    assert main(arguments) == 2
-    assert [path for path in asked if "no-such-model" in path] == ["/api/models/nobody/no-such-model"]
-    assert capsys.readouterr().err.startswith("slimkernels: model not found: 'nobody/no-such-model' is no local folder")
+    words = command.format(name=name, corpus=corpus, store=store).split()
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert [path for path in asked if name in path] == [f"/api/models/{name}"]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"slimkernels: model not found: {name!r} is no local folder")
     huggingface_hub.close_session()
 
 

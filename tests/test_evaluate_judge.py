@@ -13,7 +13,7 @@ from slimkernels.cli import main
 from slimkernels.evaluate.judge import Judge, RatedResponse, Rating, rated_response, read_rating
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.scoring import score
-from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
+from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError
 
 pytest.importorskip("httpx2", reason="a judge needs the package httpx2")
 

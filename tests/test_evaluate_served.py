@@ -19,8 +19,8 @@ from slimkernels.evaluate.models import find_models
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.runner import Plan, load_run, run
 from slimkernels.evaluate.tasks import Sample, load_task
-from slimkernels.serving import client as server_client
-from slimkernels.serving.client import ServerUnavailableError
+from slimkernels.serving import base_client
+from slimkernels.serving.errors import ServerUnavailableError
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 pytestmark = pytest.mark.cpu_kernels
@@ -260,7 +260,7 @@ def test_command_line_reports_the_facts_of_a_server(server, folder, data, tmp_pa
 
 
 def test_command_line_fails_before_and_between_answers(server, folder, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(server_client, "_MAX_BACKOFF_S", 0.01)
+    monkeypatch.setattr(base_client, "_MAX_BACKOFF_S", 0.01)
 
     def last_line():
         return capsys.readouterr().err.strip().splitlines()[-1]

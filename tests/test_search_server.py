@@ -19,7 +19,7 @@ from slimkernels.search import PathFinder, PathFinderConfig, Question, ServerEng
 from slimkernels.search.engines import server_steps
 from slimkernels.search.engines.server import trigram_counts
 from slimkernels.search.engines.server_steps import StepPart
-from slimkernels.serving.client import ServerRequestError, ServerUnavailableError, UnusableAnswerError
+from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError, UnusableAnswerError
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 

@@ -21,7 +21,7 @@ from slimkernels.served_rows import arrays, llamacpp, openai, sglang, vllm
 from slimkernels.served_rows.answers import Options, Position, Request
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken, TokenMap
-from slimkernels.serving.client import ServerRequestError
+from slimkernels.serving.errors import ServerRequestError
 
 URL = "http://localhost/v1"
 Entries = list[tuple[int, float | None]]

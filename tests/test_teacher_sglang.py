@@ -16,7 +16,8 @@ from support.served_sglang import FORMS, INFO, SglangServer
 from slimkernels.cli import main
 from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.api import ServerApi
-from slimkernels.serving.client import ServerClient, UnusableAnswerError
+from slimkernels.serving.client import ServerClient
+from slimkernels.serving.errors import UnusableAnswerError
 from slimkernels.serving.kinds import INFO_PATHS, identify, server_kind
 from slimkernels.store import Store
 from slimkernels.store.errors import SettingsMismatchError
@@ -64,6 +65,12 @@ def assert_same_documents(left, right) -> None:
 
 def posts(server) -> list[dict]:
     return [seen["body"] for seen in server.seen if seen["body"] is not None]
+
+
+def api_of(client: ServerClient) -> ServerApi:
+    """Makes the interface that scores documents at a server of SGLang, with five tokens a position."""
+    options = {"top_logprobs": 5, "max_tokens": 1, "temperature": 1.0}
+    return ServerApi(client=client, api="sglang", model=served.MODEL, kind="sglang", **options)
 
 
 class TestScores:
@@ -159,16 +166,7 @@ class TestScores:
 
     def test_log_probabilities_of_given_ids(self, documents, sglang) -> None:
         with ServerClient(sglang.url) as client:
-            server = ServerApi(
-                client=client,
-                api="sglang",
-                model=served.MODEL,
-                kind="sglang",
-                top_logprobs=5,
-                max_tokens=1,
-                temperature=1.0,
-            )
-            answer = server.score(Request(documents[0], labels=[4, 5], token_ids=[7, 49151]))
+            answer = api_of(client).score(Request(documents[0], labels=[4, 5], token_ids=[7, 49151]))
         assert answer.start == 4
         assert [position.given.ids.tolist() for position in answer.positions] == [[7, 49151]] * 7
         assert [position.given.logprobs.tolist() for position in answer.positions][:2] == [[-0.25] * 2, [-0.5] * 2]
@@ -251,18 +249,9 @@ class TestUnusableAnswers:
         answer = sglang.score(documents[0], 0)
         answer["meta_info"][f"input_top_logprobs_{field}"] = value
         sglang.faults = [(200, {}, json.dumps(answer))]
-        with ServerClient(sglang.url, max_retries=0) as client:
-            server = ServerApi(
-                client=client,
-                api="sglang",
-                model=served.MODEL,
-                kind="sglang",
-                top_logprobs=5,
-                max_tokens=1,
-                temperature=1.0,
-            )
-            with pytest.raises(UnusableAnswerError, match="must hold a choice with logprobs, but cannot be read"):
-                server.score(Request(documents[0]))
+        unreadable = pytest.raises(UnusableAnswerError, match="must hold a choice with logprobs, but cannot be read")
+        with ServerClient(sglang.url, max_retries=0) as client, unreadable:
+            api_of(client).score(Request(documents[0]))
 
 
 class TestGeneration:

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli.options import DTYPES, Parser, add_command, add_old_name, positive_int, refuse
+from slimkernels.cli.options import DTYPES, Parser, add_command, add_fields, add_old_name, positive_int, refuse
 from slimkernels.cli.search_options import (
     ANSWER_KINDS,
     DEFAULT_REFERENCE_FIELD,
     DEFAULT_TEMPLATE,
     PROMPT_STYLES,
+    SEARCH_FIELDS,
     add_chains_option,
-    add_search_options,
 )
 from slimkernels.cli.terminal import be_quiet, progress_bars, progress_task
 
@@ -166,7 +166,7 @@ def add_arguments(parser: Parser, *, is_old_form: bool = False) -> None:
     )
     add("--key-env", metavar="NAME", help="environment variable with the servers' key (default: OPENAI_API_KEY)")
     add_chains_option(parser, "self-consistency")
-    add_search_options(parser, [*(field for field in _SETTINGS if field != "chains"), "batch_questions"])
+    add_fields(parser, SEARCH_FIELDS, [*(name for name in _SETTINGS if name != "chains"), "batch_questions"])
     _add_own_question_arguments(parser)
     add("--rescore", action="store_true", help="score the records in --out again without generating anything")
     add(

@@ -20,13 +20,21 @@ from slimkernels.cli.decode_results import (
     summary_of,
     watch,
 )
-from slimkernels.cli.options import Parser, add_command, add_model_options, add_old_name, positive_int, refuse
+from slimkernels.cli.options import (
+    Parser,
+    add_command,
+    add_fields,
+    add_model_options,
+    add_old_name,
+    given_fields,
+    positive_int,
+    refuse,
+)
 from slimkernels.cli.search_options import (
     DEFAULT_TEMPLATE,
     PROMPT_STYLES,
     SEARCH_FIELDS,
     add_chains_option,
-    add_search_options,
 )
 from slimkernels.cli.terminal import be_quiet, warn_deprecated
 
@@ -82,7 +90,7 @@ def add_parser(commands: Any) -> None:
     _add_model_arguments(parser)
     _add_question_arguments(parser)
     _add_judge_arguments(parser)
-    add_search_options(parser.add_argument_group("search"))
+    add_fields(parser.add_argument_group("search"), SEARCH_FIELDS)
     _add_old_names(parser)
 
 
@@ -213,9 +221,8 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     from slimkernels import search
     from slimkernels.evaluate.served import is_server
 
-    options: dict[str, Any] = {name: getattr(args, name) for name in SEARCH_FIELDS if getattr(args, name) is not None}
     # Made before the model is loaded, so that a bad value fails at once.
-    config = search.PathFinderConfig(**options)
+    config = search.PathFinderConfig(**given_fields(args, SEARCH_FIELDS))
     checks = _checks(args)
     engine, model, tokenizer = _served(args) if is_server(args.model) else _embedded(args)
     selector = _selector(args, model, tokenizer)

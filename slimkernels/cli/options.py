@@ -12,6 +12,10 @@ from slimkernels.cli.terminal import warn_deprecated
 DTYPES = ("float32", "bfloat16", "float16")
 CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
+# Options that are arguments of a function or fields of a configuration: by their names there, the flag, the keywords of
+# add_argument, and the help. One that is not given is None, so that the default is that of the function.
+FieldOptions = Mapping[str, tuple[str, dict[str, Any], str]]
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that keeps the line breaks of its examples and accepts no abbreviated options."""
@@ -68,6 +72,18 @@ def add_model_options(group: argparse._ActionsContainer, model: str) -> None:
     add("--gguf-file", metavar="NAME", help=f".gguf file inside the folder or repository of {model}")
     add("--revision", metavar="REV", help=f"branch, tag or commit of {model} on the hub")
     add("--dtype", choices=DTYPES, default="float32", help=f"dtype of the weights of {model} (default: %(default)s)")
+
+
+def add_fields(group: argparse._ActionsContainer, options: FieldOptions, names: Iterable[str] | None = None) -> None:
+    """Adds options that are fields, or those of them that are named."""
+    for name in options if names is None else names:
+        flag, keywords, text = options[name]
+        group.add_argument(flag, dest=name, help=text, **keywords)
+
+
+def given_fields(args: argparse.Namespace, options: FieldOptions) -> dict[str, Any]:
+    """Returns the values of the options that were given, by the names of their fields."""
+    return {name: getattr(args, name) for name in options if getattr(args, name) is not None}
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:

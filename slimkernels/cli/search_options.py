@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
 
-from slimkernels.cli.options import positive_int
+from slimkernels.cli.options import FieldOptions, positive_int
 
 # Prompt of a question that has no form of its own.
 DEFAULT_TEMPLATE = (
@@ -26,8 +24,8 @@ def _numbers(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-# A flag, the keywords of add_argument, and the help, by the field of PathFinderConfig that the option sets.
-SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
+# Options that are fields of PathFinderConfig.
+SEARCH_FIELDS: FieldOptions = {
     "branching_factor": (
         "--branching-factor",
         {"type": _numbers, "metavar": "N[,N...]"},
@@ -109,13 +107,6 @@ SEARCH_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
         "questions searched at the same time; affects speed and memory, not results (default: 8)",
     ),
 }
-
-
-def add_search_options(group: argparse._ActionsContainer, fields: Sequence[str] | None = None) -> None:
-    """Adds the options of some fields of PathFinderConfig, by default of all; those not given are None."""
-    for field in SEARCH_FIELDS if fields is None else fields:
-        flag, options, text = SEARCH_FIELDS[field]
-        group.add_argument(flag, dest=field, help=text, **options)
 
 
 def add_chains_option(group: argparse._ActionsContainer, decoders: str) -> None:

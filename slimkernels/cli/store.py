@@ -7,7 +7,17 @@ import inspect
 import json
 from typing import Any
 
-from slimkernels.cli.options import CODECS, Parser, add_command, add_corpus_options, positive_int, refuse
+from slimkernels.cli.options import (
+    CODECS,
+    FieldOptions,
+    Parser,
+    add_command,
+    add_corpus_options,
+    add_fields,
+    given_fields,
+    positive_int,
+    refuse,
+)
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 
 _INFO_EXPLAINED = """\
@@ -41,7 +51,7 @@ examples:
   slimkernels store export runs/store store.parquet
 """
 # Options that are arguments of the importers, each of which takes those that its format needs.
-_IMPORT_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+_IMPORT_OPTIONS: FieldOptions = {
     "vocab_size": (
         "--vocab-size",
         {"type": positive_int, "metavar": "V"},
@@ -171,8 +181,7 @@ def _add_import(actions: Any) -> None:
     add("source", metavar="SOURCE", help="file, or folder of files")
     add("dir", metavar="DIR", help="store; an existing one is appended to")
     add("--tokenizer", metavar="MODEL", help="tokenizer of the teacher; required except for parquet")
-    for field, (flag, keywords, text) in _IMPORT_OPTIONS.items():
-        add(flag, dest=field, help=text, **keywords)
+    add_fields(parser, _IMPORT_OPTIONS)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -181,7 +190,7 @@ def _import(args: argparse.Namespace) -> None:
     from slimkernels.exchange import IMPORTERS
 
     importer = IMPORTERS[args.format]
-    given = {name: getattr(args, name) for name in _IMPORT_OPTIONS if getattr(args, name) is not None}
+    given = given_fields(args, _IMPORT_OPTIONS)
     taken = inspect.signature(importer).parameters
     refuse(args, set(given) - set(taken), f"with --format {args.format}")
     for name in ("tokenizer", "samples"):

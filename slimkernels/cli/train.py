@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.cli import train_tokenizer
-from slimkernels.cli.options import add_command, key_value, positive_int
+from slimkernels.cli.options import FieldOptions, add_command, add_fields, given_fields, key_value, positive_int
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ OPTIONS = {
 }
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
-# Options that are fields of SlimConfig: flag, keywords of add_argument, help. A flag that is not given keeps the
-# default of the field.
-_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
+# Options that are fields of SlimConfig.
+_FIELDS: FieldOptions = {
     "num_train_epochs": ("--epochs", {"type": float, "metavar": "F"}, "passes over the store (default: 3)"),
     "max_steps": (
         "--max-steps",
@@ -137,8 +136,7 @@ def add_parser(commands: Any) -> None:
         help="model that scores the documents during training (default: none, the store's rows are used)",
     )
     add("--eval-store", metavar="DIR", help="held-out store to measure the trained student on (default: none)")
-    for field, (flag, keywords, text) in _FIELDS.items():
-        add(flag, dest=field, help=text, **keywords)
+    add_fields(parser, _FIELDS)
     add(
         "--option",
         type=key_value,
@@ -218,7 +216,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
     config = trainer_of(args.method)[1]
     known = {field.name for field in dataclasses.fields(config)} - {"method", "output_dir"}
-    options = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
+    options = given_fields(args, _FIELDS)
     for name in options:
         # MiniLLMConfig has a field of this name, the temperature of its samples.
         if name not in known or (args.method == "minillm" and name == "temperature"):

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from slimkernels.evaluate.records import Record, content_key
-from slimkernels.serving.client import ServerClient, ServerRequestError
+from slimkernels.serving.client import ServerClient
+from slimkernels.serving.errors import ServerRequestError
 
 # If the server refuses this many outputs before it has rated any, the fault is not in the outputs.
 _MAX_REFUSED = 5

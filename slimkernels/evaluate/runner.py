@@ -29,7 +29,7 @@ from slimkernels.evaluate.scoring import check_scorer, kind_of, score
 from slimkernels.evaluate.tasks import Task
 from slimkernels.evaluate.written import WrittenCell
 from slimkernels.search import PathFinderConfig
-from slimkernels.serving.client import ServerUnavailableError
+from slimkernels.serving.errors import ServerUnavailableError
 
 RUN_FILE = "run.json"
 Progress = Callable[[int, int], None]

@@ -248,6 +248,9 @@ def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
     what = "tokenizer" if auto_class is AutoTokenizer else "model"
     if not isinstance(source.location, Path):
         options["local_files_only"] = not _hub_answers(source.location)
+        if auto_class is AutoModelForCausalLM:
+            # The search for an adapter beside the model takes its own options.
+            options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}
     try:
         return auto_class.from_pretrained(source.location, **options)
     # transformers and safetensors raise these for files that are missing, damaged or of an unknown kind.

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken
-from slimkernels.serving.client import UnusableAnswerError, reading
+from slimkernels.serving.base_client import reading
+from slimkernels.serving.errors import UnusableAnswerError
 from slimkernels.serving.kinds import Kind
 
 

@@ -9,7 +9,8 @@ import dataclasses
 
 from slimkernels.served_rows import llamacpp, openai, sglang, vllm
 from slimkernels.served_rows.answers import Answer, Call, Options, Request
-from slimkernels.serving.client import ServerClient, ServerRequestError, ServerUnavailableError
+from slimkernels.serving.client import ServerClient
+from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError
 
 _GENERATION = {
     "completions": openai.completion,

@@ -15,7 +15,7 @@ from typing import Any
 from slimkernels.served_rows import arrays
 from slimkernels.served_rows.answers import Answer, Call, Options, Position, Request, read_answer
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken
-from slimkernels.serving.client import ServerRequestError, UnusableAnswerError
+from slimkernels.serving.errors import ServerRequestError, UnusableAnswerError
 
 _id_of: Callable[[Any], Any] = methodcaller("get", "id")
 _bytes_of: Callable[[Any], Any] = methodcaller("get", "bytes")

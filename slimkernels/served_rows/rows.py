@@ -12,7 +12,7 @@ import torch
 from slimkernels.served_rows.answers import Answer, Position, Request
 from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken, TokenMap
-from slimkernels.serving.client import ServerRequestError
+from slimkernels.serving.errors import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 
 # Servers write -9999 or the lowest float for an unknown log-probability; no float32 softmax reaches so low.

@@ -20,7 +20,7 @@ import numpy as np
 from slimkernels.served_rows import arrays
 from slimkernels.served_rows.answers import Answer, Call, Options, Position, Request, read_answer
 from slimkernels.served_rows.tokens import NumberedTokens, ServerToken
-from slimkernels.serving.client import ServerRequestError, UnusableAnswerError
+from slimkernels.serving.errors import ServerRequestError, UnusableAnswerError
 from slimkernels.serving.kinds import listed_models
 
 _NO_TOKENS = NumberedTokens(np.zeros(0, np.int64), np.zeros(0))

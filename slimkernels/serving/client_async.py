@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from slimkernels.serving.client import Result, _Client, _Content, _NotFoundError, as_it_is
+from slimkernels.serving.base_client import BaseClient, Content, as_it_is
+from slimkernels.serving.errors import NotFoundError
+
+Result = TypeVar("Result")
 
 
-class AsyncServerClient(_Client):
+class AsyncServerClient(BaseClient):
     """Client of one server for the tasks of one event loop, with the retries and errors of ``ServerClient``.
 
     Args:
@@ -51,7 +54,7 @@ class AsyncServerClient(_Client):
         try:
             # One retry only: this is the first request, and a mistyped URL should fail fast.
             return await self._ask("GET", path, None, min(self._max_retries, 1), as_it_is)
-        except _NotFoundError:
+        except NotFoundError:
             return None
 
     async def post(
@@ -81,7 +84,7 @@ class AsyncServerClient(_Client):
                 except self._request_errors as error:
                     response = error
             outcome = self._outcome(f"{method} {url}", response, attempts, max_retries, read)
-            if isinstance(outcome, _Content):
+            if isinstance(outcome, Content):
                 return outcome.value
             self._next = max(self._next, asyncio.get_running_loop().time() + outcome.retry_after)
             await asyncio.sleep(sum(outcome))

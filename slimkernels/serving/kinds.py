@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from slimkernels.serving.client import ServerClient, ServerRequestError, ServerUnavailableError
+from slimkernels.serving.client import ServerClient
+from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError
 
 # "openai" is any server of which nothing more is known than that it speaks OpenAI's interface.
 Kind = Literal["vllm", "llamacpp", "sglang", "openai"]

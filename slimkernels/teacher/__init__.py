@@ -13,7 +13,7 @@ from slimkernels.models.load import (
 )
 from slimkernels.models.sanity import TeacherSanityError, check_teacher_sanity
 from slimkernels.served_rows.rows import UnmappedTokensError
-from slimkernels.serving.client import ServerRequestError, ServerUnavailableError
+from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError
 from slimkernels.teacher.added_documents import CaptureReport
 from slimkernels.teacher.capture import capture
 from slimkernels.teacher.corpus import (

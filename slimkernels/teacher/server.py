@@ -18,7 +18,8 @@ from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer
 from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
-from slimkernels.serving.client import ServerClient, ServerRequestError, UnusableAnswerError
+from slimkernels.serving.client import ServerClient
+from slimkernels.serving.errors import ServerRequestError, UnusableAnswerError
 from slimkernels.serving.kinds import Kind, identify
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError

@@ -344,7 +344,7 @@ def main() -> None:
     from support.teachers import smollm2_gguf
 
     from slimkernels.models.gguf import converted_folder, default_cache_dir
-    from slimkernels.serving.client import ServerRequestError
+    from slimkernels.serving.errors import ServerRequestError
     from slimkernels.teacher import load_tokenizer
     from slimkernels.teacher.server import capture_server
 

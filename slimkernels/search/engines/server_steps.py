@@ -7,8 +7,8 @@ import functools
 from typing import Any, NamedTuple
 
 from slimkernels.search.engine import StepEnd, StepRequest
-from slimkernels.serving.client import UnusableAnswerError
 from slimkernels.serving.client_async import AsyncServerClient
+from slimkernels.serving.errors import UnusableAnswerError
 from slimkernels.serving.kinds import Kind, listed_models, model_facts, server_kind
 
 # The id of a token that the server counts but does not name.
