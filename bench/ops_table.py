@@ -11,6 +11,8 @@ import slimkernels as sk
 OPS = (
     "topk_logits",
     "linear_topk_logits",
+    "gather_logits",
+    "linear_gather_logits",
     "sparse_softmax",
     "slim_loss",
     "linear_slim_loss",

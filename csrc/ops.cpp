@@ -151,6 +151,33 @@ int64_t topk_logits_rows_cpu(Tensor logits, int64_t top_k, OptionalTensor target
   return run(checked_kernels().topk_logits, args, num_rows);
 }
 
+int64_t gather_logits_rows_cpu(Tensor logits, Tensor ids, OptionalTensor target, std::vector<double> temperatures,
+                               Tensor values, Tensor lse, Tensor rest_lse, OptionalTensor target_logit) {
+  check_rows(logits, "logits");
+  check_rows(ids, "ids");
+  const int64_t num_rows = logits.size(0), top_k = ids.size(1);
+  if (num_rows == 0) return kOk;
+  const int64_t num_temperatures = static_cast<int64_t>(temperatures.size());
+  STD_TORCH_CHECK(logits.size(1) <= INT32_MAX, "V must be below 2^31");
+  STD_TORCH_CHECK(target.has_value() == target_logit.has_value(), "target and target_logit must be given together");
+  GatherArgs args = {};
+  args.dtype = dtype_of(logits, "logits");
+  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
+  args.logits = logits.const_data_ptr();
+  args.row_stride = logits.stride(0);
+  args.vocab_size = logits.size(1);
+  args.ids = static_cast<const int32_t*>(data_of(ids, ScalarType::Int, num_rows * top_k, "ids"));
+  args.top_k = top_k;
+  args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
+  args.temperatures = temperatures.data();
+  args.num_temperatures = num_temperatures;
+  args.values = out_of(values, logits.scalar_type(), num_rows * top_k, "values");
+  args.lse = out_of(lse, acc, num_rows * num_temperatures, "lse");
+  args.rest_lse = out_of(rest_lse, acc, num_rows * num_temperatures, "rest_lse");
+  args.target_logit = out_of(target_logit, acc, num_rows, "target_logit");
+  return run(checked_kernels().gather_logits, args, num_rows);
+}
+
 int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, OptionalTensor rest_lse, double temperature,
                                 std::string rest, int64_t vocab_size, Tensor logprobs, Tensor tail_logprob) {
   check_rows(logits, "logits");
@@ -383,6 +410,7 @@ int64_t decode_logits_rows_cpu(Tensor id_words, Tensor values, OptionalTensor af
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::topk_logits_rows_cpu));
+  m.impl("gather_logits_rows", TORCH_BOX(&slimkernels::gather_logits_rows_cpu));
   m.impl("decode_logits_rows", TORCH_BOX(&slimkernels::decode_logits_rows_cpu));
   m.impl("sparse_softmax_rows", TORCH_BOX(&slimkernels::sparse_softmax_rows_cpu));
   m.impl("sample_logits_rows", TORCH_BOX(&slimkernels::sample_logits_rows_cpu));

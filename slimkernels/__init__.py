@@ -1,7 +1,8 @@
 """Kernels for learning from and searching with large-vocabulary logits.
 
-Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`sparse_softmax`, :func:`slim_loss`,
-:func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits` of :class:`PackedLogits`;
+Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`gather_logits`, :func:`linear_gather_logits`,
+:func:`sparse_softmax`, :func:`slim_loss`, :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits`
+of :class:`PackedLogits`;
 :func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. Tools above them:
 :class:`Store`, :class:`SlimTrainer`, :class:`SlimLossMixin`, :func:`patch_model` and the tree search,
 :class:`PathFinder` (:mod:`slimkernels.search`).
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slimkernels.models.patch import patch_model, unpatch_model
     from slimkernels.ops.decode_logits import decode_logits
+    from slimkernels.ops.gather_logits import gather_logits
+    from slimkernels.ops.linear_gather_logits import linear_gather_logits
     from slimkernels.ops.linear_slim_loss import linear_slim_loss
     from slimkernels.ops.linear_topk_logits import linear_topk_logits
     from slimkernels.ops.mixed_targets import mixed_targets
@@ -46,6 +49,8 @@ __all__ = [
     "SparseProbs",
     "Store",
     "decode_logits",
+    "gather_logits",
+    "linear_gather_logits",
     "linear_slim_loss",
     "linear_topk_logits",
     "mixed_targets",
@@ -73,6 +78,8 @@ _MODULES = {
     "SparseProbs": "ops.sparse_softmax",
     "Store": "store",
     "decode_logits": "ops.decode_logits",
+    "gather_logits": "ops.gather_logits",
+    "linear_gather_logits": "ops.linear_gather_logits",
     "linear_slim_loss": "ops.linear_slim_loss",
     "linear_topk_logits": "ops.linear_topk_logits",
     "mixed_targets": "ops.mixed_targets",

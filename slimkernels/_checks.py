@@ -138,13 +138,14 @@ def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
 NEGATIVE_TARGET = "negative for no label (target.masked_fill(target == ignore_index, -100) makes it so)"
 
 
-def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored") -> None:
+def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored", ids: str = "teacher.ids") -> None:
     """Raises the exception for the fault that a row kernel returned.
 
     Args:
         fault: 0 for no fault, else 4 * row + the number of the fault (``Fault`` in csrc/cpu/dispatch.h).
         first_row: Index of the kernel's row 0 in the caller's rows.
         no_label: Phrase for the targets that the op accepts although they are no label.
+        ids: Name of the ids.
     """
     if fault == 0:
         return
@@ -152,9 +153,10 @@ def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored") -> No
     if fault % 4 == 1:
         raise ValueError(f"target[{row}] must be a label in [0, V) or {no_label}, got an index outside the vocabulary")
     if fault % 4 == 2:
+        advice = ": call teacher.validate(V) for details" if ids == "teacher.ids" else ""
         raise ValueError(
-            f"teacher.ids[{row}] must ascend strictly inside [0, V), padding (-1) last, but an id is duplicated, "
-            "unsorted or outside the vocabulary: call teacher.validate(V) for details"
+            f"{ids}[{row}] must ascend strictly inside [0, V), padding (-1) last, but an id is duplicated, unsorted or "
+            f"outside the vocabulary{advice}"
         )
     raise MemoryError("a CPU kernel could not allocate its scratch row")
 

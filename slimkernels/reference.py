@@ -75,16 +75,39 @@ def topk_logits(
     # A stable descending sort puts NaN first and keeps equal values in the order of their index.
     by_value = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
     ids = by_value[..., :top_k].sort(dim=-1).values
+    return gather_logits(logits, ids.to(torch.int32), target=target, temperatures=temperatures)
+
+
+def gather_logits(
+    logits: Tensor, ids: Tensor, *, target: Tensor | None = None, temperatures: tuple[float, ...] = (1.0,)
+) -> SparseLogits:
+    """Keeps the logits of every row at given ids, and the row's log-sum-exps at every temperature.
+
+    Args:
+        logits: (..., V), any float dtype.
+        ids: (..., K) int32, ascending; -1 pads rows that have fewer than K.
+        target: (...) int64 labels, or None; see ``topk_logits``.
+        temperatures: Temperatures of the columns of ``lse`` and ``rest_lse``; 1.0 is always the first.
+
+    Returns:
+        The fields of ``topk_logits``, with ``rest_lse`` of the logits that are not at the ids; logits are 0 at padding.
+    """
+    vocab_size = logits.shape[-1]
+    temperatures = (1.0, *(t for t in temperatures if t != 1.0))
+    index, padding = ids.long().clamp(min=0), ids < 0
     wide = logits.to(_accumulate_dtype(logits))
-    off = wide.scatter(-1, ids, -math.inf)
+    # One more column takes the marks of the padding.
+    kept = torch.zeros(*wide.shape[:-1], vocab_size + 1, dtype=torch.bool, device=ids.device)
+    kept = kept.scatter(-1, index.masked_fill(padding, vocab_size), True)[..., :vocab_size]
+    off = wide.masked_fill(kept, -math.inf)
     target_logit = None
     if target is not None:
         if (target >= vocab_size).any():
             raise ValueError(f"target must be below the vocabulary size {vocab_size}, got {int(target.max())}")
         target_logit = wide.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(target < 0, math.nan)
     return SparseLogits(
-        ids=ids.to(torch.int32),
-        logits=logits.gather(-1, ids),
+        ids=ids,
+        logits=logits.gather(-1, index).masked_fill(padding, 0.0),
         lse=torch.stack([_logsumexp(wide / temperature) for temperature in temperatures], dim=-1),
         temperatures=temperatures,
         target_logit=target_logit,

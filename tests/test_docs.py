@@ -339,6 +339,8 @@ def call(op: str, dtype: torch.dtype) -> torch.Tensor:
     calls = {
         "topk_logits": lambda: sk.topk_logits(logits, 2).logits,
         "linear_topk_logits": lambda: sk.linear_topk_logits(logits, weight, 2).logits,
+        "gather_logits": lambda: sk.gather_logits(logits, teacher.ids).logits,
+        "linear_gather_logits": lambda: sk.linear_gather_logits(logits, weight, teacher.ids).logits,
         "sparse_softmax": lambda: sk.sparse_softmax(sk.topk_logits(logits, 2)).logprobs,
         "slim_loss": lambda: sk.slim_loss(logits, target, teacher).loss,
         "linear_slim_loss": lambda: sk.linear_slim_loss(logits, weight, target, teacher).loss,
@@ -352,6 +354,7 @@ def call(op: str, dtype: torch.dtype) -> torch.Tensor:
 
 ROW_OPERATORS = {
     "linear_topk_logits": "topk_logits",
+    "linear_gather_logits": "gather_logits",
     "linear_slim_loss": "slim_loss",
     "sample_distinct": "sample_logits",
     "mixed_targets": "sample_targets",

@@ -10,6 +10,7 @@ from support.helpers import (
     DTYPES,
     LAYOUTS,
     assert_as_accurate,
+    assert_rows_match,
     assert_same_bits,
     explain,
     hostile_rows,
@@ -24,33 +25,8 @@ INF, NAN = math.inf, math.nan
 
 
 def assert_topk_matches(actual: SparseLogits, logits: torch.Tensor, top_k: int, **options) -> None:
-    """Ids and logits exactly; log-sum-exps as accurate as torch's, relative to the magnitudes of their own row.
-
-    The exponentials of the rest may be taken relative to the row's largest logit, if that is finite, and the largest
-    of them may be rounded; the sum of thousands of equal numbers errs by some units in the last place.
-    """
     expected = reference.topk_logits(logits, top_k, **options)
-    truth = reference.topk_logits(logits.double(), top_k, **options)
-    assert torch.equal(actual.ids, expected.ids)
-    assert_same_bits(actual.logits, expected.logits)
-    assert actual.temperatures == expected.temperatures
-    off = logits.double().scatter(-1, expected.ids.long(), -INF)
-    peak = 1.0 + logits.double().amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0).abs()
-    for name, entries, level, units in (("lse", logits.double(), 0.0, 1), ("rest_lse", off, peak, 4)):
-        wanted, ours, theirs = (getattr(each, name) for each in (truth, actual, expected))
-        assert ours.dtype == theirs.dtype
-        scale = wanted.abs() + ((entries.amax(-1, keepdim=True).abs() + level) / torch.tensor(actual.temperatures))
-        floor = units * torch.finfo(ours.dtype).eps * scale
-        finite = wanted.isfinite()
-        torch.testing.assert_close(
-            ours.double()[~finite], wanted[~finite], rtol=0, atol=0, equal_nan=True, check_dtype=False
-        )
-        error, torch_error = ((each.double() - wanted).abs() for each in (ours, theirs))
-        assert (error <= 2.0 * torch_error + floor)[finite].all(), name
-    if expected.target_logit is None:
-        assert actual.target_logit is None
-    else:
-        assert_same_bits(actual.target_logit, expected.target_logit)
+    assert_rows_match(actual, expected, reference.topk_logits(logits.double(), top_k, **options), logits)
 
 
 @pytest.mark.parametrize(

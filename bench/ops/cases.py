@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -30,7 +31,7 @@ from slimkernels.store import codec
 
 # Error of a gradient relative to its largest entry; half-precision gradients are rounded.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-HAS_SAMPLING = hasattr(sk, "sample_logits")
+HAS_SAMPLING, HAS_GATHER = hasattr(sk, "sample_logits"), hasattr(sk, "gather_logits")
 UNMASKED = "without a mask"
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
@@ -51,6 +52,7 @@ def all_cases(shrink: int = 1) -> list[Case]:
     cases += [topk_slim_loss_case(rows, vocab, kept, dtype, quick=dtype == bfloat16) for dtype in (float32, bfloat16)]
     cases += [cross_entropy_case(rows, vocab, dtype) for dtype in (float32, bfloat16)]
     cases += [sample_case(rows, vocab, 40, bfloat16, quick=True)] if HAS_SAMPLING else []
+    cases += [gather_case(rows, vocab, kept, dtype, quick=True) for dtype in (float32, bfloat16)] if HAS_GATHER else []
     cases.append(store_case(vocab, kept))
     for case, top_k in ((topk_case, 1600), (slim_loss_case, 1600), (sample_case, 40)):
         if case is not sample_case or HAS_SAMPLING:
@@ -91,6 +93,44 @@ def sweep_cases(case: Callable[..., Case], num_rows: int, vocab_size: int, top_k
             sizes = middle | {letter: point}
             points.append(case(sizes["N"], sizes["V"], sizes["K"], torch.bfloat16, sweep=letter))
     return points
+
+
+def gather_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> Case:
+    """Returns a case of reading given ids of whole rows; the peer computes both log-sum-exps in torch."""
+    plain = "torch.gather, scatter, logsumexp"
+
+    def build() -> Work:
+        logits = random_rows(num_rows, vocab_size, dtype, 0)
+        ids = sk.topk_logits(random_rows(num_rows, vocab_size, dtype, 1), top_k).ids
+        expected = reference.gather_logits(logits.double(), ids)
+
+        def in_torch():
+            index = ids.long()
+            rest = logits.float().scatter(-1, index, -math.inf)
+            return logits.gather(-1, index), torch.logsumexp(logits.float(), -1), torch.logsumexp(rest, -1)
+
+        def check(provider: str, result) -> None:
+            if provider == OURS:
+                require(torch.equal(result.ids, ids), "other ids than were given")
+            values, lse, rest_lse = (
+                (result.logits, result.lse[:, 0], result.rest_lse[:, 0]) if provider == OURS else result
+            )
+            require(torch.equal(values, expected.logits.to(dtype)), "logits of the wrong ids")
+            require_close(lse, expected.lse[:, 0], 1e-6, "lse")
+            require_close(rest_lse, expected.rest_lse[:, 0], 1e-5, "rest_lse")
+
+        return Work({OURS: lambda: sk.gather_logits(logits, ids), plain: in_torch}, check)
+
+    return Case(
+        op="gather_logits",
+        mode="fwd",
+        dtype=dtype,
+        sizes={"N": num_rows, "V": vocab_size, "K": top_k},
+        floor_bytes=num_rows * (vocab_size * dtype.itemsize + top_k * (4 + dtype.itemsize) + 8),
+        build=build,
+        peers=(plain,),
+        quick=quick,
+    )
 
 
 def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, masked=False) -> Case:

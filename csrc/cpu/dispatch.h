@@ -39,6 +39,22 @@ struct TopkLogitsArgs {
   void* target_logit;  // (N,) acc, written if target is not null
 };
 
+struct GatherArgs {
+  const void* logits;  // (N, V) of dtype, rows `row_stride` elements apart
+  int64_t row_stride;
+  int dtype;
+  int64_t vocab_size;
+  const int32_t* ids;  // (N, K) ascending, padded with -1
+  int64_t top_k;
+  const int64_t* target;  // (N,) or null; a negative entry means no label
+  const double* temperatures;
+  int64_t num_temperatures;
+  void* values;        // (N, K) of dtype, 0 at padding
+  void* lse;           // (N, M) acc
+  void* rest_lse;      // (N, M) acc, of the logits that are not at the ids
+  void* target_logit;  // (N,) acc, written if target is not null
+};
+
 struct SparseSoftmaxArgs {
   const int32_t* ids;  // (N, K)
   const void* logits;  // (N, K) of dtype
@@ -155,6 +171,7 @@ struct SampleTargetsArgs {
 struct KernelTable {
   const char* isa;
   int64_t (*topk_logits)(const TopkLogitsArgs&, int64_t begin, int64_t end);
+  int64_t (*gather_logits)(const GatherArgs&, int64_t begin, int64_t end);
   int64_t (*sparse_softmax)(const SparseSoftmaxArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss)(const SlimLossArgs&, int64_t begin, int64_t end);
   int64_t (*slim_loss_split)(const SlimLossArgs&, int64_t n, int64_t parts, RunTasks);  // one row, in parts

@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with -DSK_ISA=<namespace> and that set's flags.
 #include "dispatch.h"
+#include "gather_logits.inl"
 #include "sample_logits.inl"
 #include "sample_targets.inl"
 #include "slim_loss.inl"
@@ -14,8 +15,8 @@ namespace slimkernels {
 namespace SK_ISA {
 
 extern const KernelTable table;
-constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits,      sparse_softmax, slim_loss,
-                               slim_loss_split,   softmax_gradient, sample_logits,  sample_targets};
+constexpr KernelTable table = {SK_STRING(SK_ISA), topk_logits,      gather_logits, sparse_softmax, slim_loss,
+                               slim_loss_split,   softmax_gradient, sample_logits, sample_targets};
 
 }  // namespace SK_ISA
 }  // namespace slimkernels

@@ -248,6 +248,15 @@ void topk_row(const TopkLogitsArgs& args, int64_t n, const TopkScratch<typename 
   }
 }
 
+// Copies the logit of a row's label, NaN where it has none. Returns whether the label is below the vocabulary size.
+template <class X, class A>
+SK_INLINE bool copy_target_logit(const X* row, const int64_t* target, int64_t n, int64_t vocab_size, A* target_logit) {
+  if (target == nullptr) return true;
+  if (target[n] >= vocab_size) return false;
+  target_logit[n] = target[n] < 0 ? A(__builtin_nan("")) : load_one(row + target[n]);
+  return true;
+}
+
 template <class X>
 int64_t topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;
@@ -264,15 +273,10 @@ int64_t topk_rows(const TopkLogitsArgs& args, int64_t begin, int64_t end) {
 
   int64_t fault = kOk;
   for (int64_t n = begin; n < end; ++n) {
-    if (args.target != nullptr) {
-      const int64_t target = args.target[n];
-      A* target_logit = static_cast<A*>(args.target_logit) + n;
-      if (target >= args.vocab_size) {
-        fault = n * kFaults + kBadTarget;
-        break;
-      }
-      const X* row = static_cast<const X*>(args.logits) + n * args.row_stride;
-      *target_logit = target < 0 ? A(__builtin_nan("")) : load_one(row + target);
+    const X* row = static_cast<const X*>(args.logits) + n * args.row_stride;
+    if (!copy_target_logit(row, args.target, n, args.vocab_size, static_cast<A*>(args.target_logit))) {
+      fault = n * kFaults + kBadTarget;
+      break;
     }
     topk_row<X>(args, n, scratch);
   }

@@ -2,6 +2,8 @@
 
 from slimkernels.ops import (  # noqa: F401 -- each module registers its operators
     decode_logits,
+    gather_logits,
+    linear_gather_logits,
     linear_slim_loss,
     linear_topk_logits,
     mixed_targets,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
+from slimkernels.ops._library import accumulation_dtype
 
 # (bytes of logits, least rows) of a chunk on a CPU, by the size of an entry. The bytes keep a chunk in the last-level
 # cache; the rows keep the matrix products at their full rate (bfloat16, V = 32000, D = 2048 on a Zen 5: 256 rows
@@ -65,3 +66,12 @@ def row_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: 
         else:
             torch.addmm(bias, hidden[rows], weight.t(), out=logits)
         yield rows, logits
+
+
+def scaled_and_capped(product: Tensor, logit_scale: float, softcap: float) -> Tensor:
+    """Returns ``softcap * tanh(logit_scale * product / softcap)``, without tanh where ``softcap`` is 0.
+
+    The result is float32 (float64 for float64), and ``product`` itself if that is its dtype.
+    """
+    logits = product.to(accumulation_dtype(product.dtype)).mul_(logit_scale)
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits

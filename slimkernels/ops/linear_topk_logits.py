@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks
+from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks, scaled_and_capped
+from slimkernels.ops._kept_logits import sparse_logits_of
 from slimkernels.ops._library import accumulation_dtype, check_kernels, define, operand_of
-from slimkernels.ops.topk_logits import empty_outputs, sparse_logits_of
+from slimkernels.ops.topk_logits import empty_outputs
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -92,7 +93,7 @@ def linear_topk_logits(
     defaults = [*(1.0 for _ in temperatures), 0.0, 1.0]
     operand = operand_of(floats, defaults)
     *given, cap, logit_scale = floats if operand is None else defaults
-    outputs = torch.ops.slimkernels.linear_topk_logits(
+    values, ids, *sums = torch.ops.slimkernels.linear_topk_logits(
         rows,
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -105,7 +106,7 @@ def linear_topk_logits(
         checked_chunk_rows(chunk_rows),
         operand,
     )
-    return sparse_logits_of(outputs, leading_shape, temperatures, has_target=target is not None)
+    return sparse_logits_of(ids, (values, *sums), leading_shape, temperatures, has_target=target is not None)
 
 
 def _linear_topk_logits(
@@ -127,11 +128,7 @@ def _linear_topk_logits(
     values, ids, lse, rest_lse, target_logit = outputs
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     for rows, product in row_chunks(hidden, weight, bias, chunk_rows):
-        logits = product.to(values.dtype)
-        if not is_plain:
-            logits.mul_(logit_scale)
-            if softcap:
-                logits.div_(softcap).tanh_().mul_(softcap)
+        logits = product if is_plain else scaled_and_capped(product, logit_scale, softcap)
         fault = torch.ops.slimkernels.topk_logits_rows(
             logits,
             top_k,

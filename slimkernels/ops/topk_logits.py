@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from slimkernels import _checks
+from slimkernels.ops._kept_logits import empty_rows, gradient_of_rows, sparse_logits_of
 from slimkernels.ops._library import (
-    accumulation_dtype,
     check_kernels,
     check_transforms,
     define,
@@ -88,36 +87,14 @@ def topk_logits(
     rows = flat_rows(logits)
     operand = operand_of(temperatures, (1.0,) * len(temperatures))
     given = list(temperatures) if operand is None else [1.0] * len(temperatures)
-    outputs = torch.ops.slimkernels.topk_logits(rows, top_k, target, given, operand)
-    return sparse_logits_of(outputs, leading_shape, temperatures, has_target=target is not None)
-
-
-def sparse_logits_of(
-    outputs: Sequence[Tensor], leading_shape: Sequence[int], temperatures: tuple[float, ...], *, has_target: bool
-) -> SparseLogits:
-    """Returns the operator's outputs (values, ids, lse, rest_lse, target_logit) as SparseLogits of a leading shape."""
-    values, ids, lse, rest_lse, target_logit = outputs
-    return SparseLogits(
-        ids=ids.reshape(*leading_shape, ids.shape[-1]),
-        logits=values.reshape(*leading_shape, values.shape[-1]),
-        lse=lse.reshape(*leading_shape, len(temperatures)),
-        temperatures=temperatures,
-        target_logit=target_logit.reshape(leading_shape) if has_target else None,
-        rest_lse=rest_lse.reshape(*leading_shape, len(temperatures)),
-    )
+    values, ids, *sums = torch.ops.slimkernels.topk_logits(rows, top_k, target, given, operand)
+    return sparse_logits_of(ids, (values, *sums), leading_shape, temperatures, has_target=target is not None)
 
 
 def empty_outputs(like: Tensor, top_k: int, target: Tensor | None, temperatures: Sequence[float], *_operand):
-    """Allocates the operator's outputs for the rows of ``like`` (N, ...); target_logit is empty without a target."""
-    num_rows = like.shape[0]
-    accumulated = accumulation_dtype(like.dtype)
-    return (
-        like.new_empty(num_rows, top_k),
-        like.new_empty(num_rows, top_k, dtype=torch.int32),
-        like.new_empty(num_rows, len(temperatures), dtype=accumulated),
-        like.new_empty(num_rows, len(temperatures), dtype=accumulated),
-        like.new_empty(0 if target is None else num_rows, dtype=accumulated),
-    )
+    """Allocates the operator's outputs for the rows of ``like`` (N, ...)."""
+    values, *sums = empty_rows(like, top_k, target, len(temperatures))
+    return values, like.new_empty(like.shape[0], top_k, dtype=torch.int32), *sums
 
 
 def _topk_logits(
@@ -152,32 +129,19 @@ def _backward(
 ):
     logits, ids, lse, rest_lse, target, operand = ctx.saved_tensors
     temperatures = ctx.temperatures if operand is None else operand.unbind()
-    accumulated = logits.to(lse.dtype)
-    grad = torch.zeros_like(accumulated)
-    if grad_rest_lse is not None:
-        kept = ids.long()
-        grad = _gradient_of_lse(accumulated, rest_lse, temperatures, grad_rest_lse).scatter(1, kept, 0.0)
-    if grad_lse is not None:
-        grad = grad + _gradient_of_lse(accumulated, lse, temperatures, grad_lse)
-    if grad_values is not None:
-        grad = grad.scatter_add(1, ids.long(), grad_values.to(lse.dtype))
-    if target is not None and grad_target_logit is not None:
-        labelled = target >= 0
-        grad = grad.scatter_add(1, target.clamp(min=0)[:, None], (grad_target_logit.to(lse.dtype) * labelled)[:, None])
+    grad = gradient_of_rows(
+        logits,
+        ids,
+        lse,
+        rest_lse,
+        target,
+        temperatures,
+        grad_values,
+        grad_lse,
+        grad_rest_lse,
+        grad_target_logit,
+    )
     return grad.to(logits.dtype), None, None, None, None
-
-
-def _gradient_of_lse(logits: Tensor, lse: Tensor, temperatures: Sequence, upstream: Tensor) -> Tensor:
-    """Returns the gradient (N, V) of log-sum-exps (N, M) of the logits: softmaxes times their upstream gradients."""
-    # A log-sum-exp of nothing is -inf and has the gradient 0.
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
-    grad = torch.zeros_like(logits)
-    for column, temperature in enumerate(temperatures):
-        given = upstream[:, column, None]
-        softmax = (logits / temperature - lse[:, column, None]).exp()
-        # The softmax of a row with an infinite lse is NaN, also where nobody asked for the gradient of that lse.
-        grad = grad + torch.where(given == 0, 0.0, softmax * (given / temperature))
-    return grad
 
 
 define(

@@ -196,6 +196,46 @@ def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Seque
     assert torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
 
 
+def assert_rows_match(actual: SparseLogits, expected: SparseLogits, truth: SparseLogits, logits: Tensor) -> None:
+    """Asserts that ids and logits are exact, and log-sum-exps as accurate as torch's relative to their own row.
+
+    The exponentials of the rest may be taken relative to the row's largest logit, if that is finite, and the largest
+    of them may be rounded; the sum of thousands of equal numbers errs by some units in the last place.
+
+    Args:
+        actual: The rows in question.
+        expected: Those of the reference in the dtype of ``logits``.
+        truth: Those of the reference in float64.
+        logits: (..., V).
+    """
+    assert torch.equal(actual.ids, expected.ids)
+    assert_same_bits(actual.logits, expected.logits)
+    assert actual.temperatures == expected.temperatures
+    wide = logits.double()
+    # One more column takes the marks of the padding.
+    ids = expected.ids.long().masked_fill(expected.ids < 0, wide.shape[-1])
+    kept = torch.zeros(*wide.shape[:-1], wide.shape[-1] + 1, dtype=torch.bool).scatter(-1, ids, True)[..., :-1]
+    peak = 1.0 + wide.amax(-1, keepdim=True).nan_to_num(0.0, 0.0, 0.0).abs()
+    for name, entries, level, units in (
+        ("lse", wide, 0.0, 1),
+        ("rest_lse", wide.masked_fill(kept, -math.inf), peak, 4),
+    ):
+        wanted, ours, theirs = (getattr(each, name) for each in (truth, actual, expected))
+        assert ours.dtype == theirs.dtype
+        scale = wanted.abs() + ((entries.amax(-1, keepdim=True).abs() + level) / torch.tensor(actual.temperatures))
+        floor = units * torch.finfo(ours.dtype).eps * scale
+        finite = wanted.isfinite()
+        torch.testing.assert_close(
+            ours.double()[~finite], wanted[~finite], rtol=0, atol=0, equal_nan=True, check_dtype=False
+        )
+        error, torch_error = ((each.double() - wanted).abs() for each in (ours, theirs))
+        assert (error <= 2.0 * torch_error + floor)[finite].all(), name
+    if expected.target_logit is None:
+        assert actual.target_logit is None
+    else:
+        assert_same_bits(actual.target_logit, expected.target_logit)
+
+
 def sparse_fields(sparse: SparseLogits) -> list[Tensor]:
     """Returns the tensors of a record."""
     fields = [sparse.ids, sparse.logits, sparse.lse, sparse.target_logit, sparse.rest_lse]

@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.ops.triton import launch
-from slimkernels.ops.triton._math import double, order_keys, value_of_key, widen
+from slimkernels.ops.triton._math import order_keys, value_of_key, widen
+from slimkernels.ops.triton._row_sums import copy_target_logit, exp_at, log_sum_exp, resident_programs
 
 # Adjacent entries that the sample reads at each position: a sector of memory for 16-bit logits.
 _RUN = tl.constexpr(16)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def topk_logits_kernel(
     for row in range(tl.program_id(0), num_rows, num_programs):
         far_row = tl.zeros((), tl.int64) + row
         row_ptr = logits_ptr + far_row * row_stride
-        _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, ACC)
+        copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, ACC)
 
         # The entries to select from: x_ptr (length,). The K-th largest has at least the key `low`.
         x_ptr = row_ptr
@@ -100,13 +100,13 @@ def topk_logits_kernel(
         level = widen(value_of_key(high, dtype), ACC)
         total = _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
-            total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
-        tl.store(lse_ptr + far_row * num_temperatures, _log_sum_exp(level, total, inv_temperature))
+            total += tl.where(sufficient, below * exp_at(threshold - level, inv_temperature, ACC), 0.0)
+        tl.store(lse_ptr + far_row * num_temperatures, log_sum_exp(level, total, inv_temperature))
         if TWO:
             total = _sum_exp(x_ptr, length, readable, level, inv_second, ACC, BLOCK_V)
             if SAMPLE > 0:
-                total += tl.where(sufficient, below_second * _exp(threshold - level, inv_second, ACC), 0.0)
-            tl.store(lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
+                total += tl.where(sufficient, below_second * exp_at(threshold - level, inv_second, ACC), 0.0)
+            tl.store(lse_ptr + far_row * num_temperatures + 1, log_sum_exp(level, total, inv_second))
 
         kth, reaching, above = _select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
         # The entries that equal the key and are not kept; none if the bisection stopped at exactly K entries.
@@ -117,13 +117,13 @@ def topk_logits_kernel(
         level = widen(value_of_key(rest_high, dtype), ACC)
         total = dropped + _sum_exp_below(x_ptr, length, readable, kth, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
-            total += tl.where(sufficient, below * _exp(threshold - level, inv_temperature, ACC), 0.0)
-        tl.store(rest_lse_ptr + far_row * num_temperatures, _log_sum_exp(level, total, inv_temperature))
+            total += tl.where(sufficient, below * exp_at(threshold - level, inv_temperature, ACC), 0.0)
+        tl.store(rest_lse_ptr + far_row * num_temperatures, log_sum_exp(level, total, inv_temperature))
         if TWO:
             total = dropped + _sum_exp_below(x_ptr, length, readable, kth, level, inv_second, ACC, BLOCK_V)
             if SAMPLE > 0:
-                total += tl.where(sufficient, below_second * _exp(threshold - level, inv_second, ACC), 0.0)
-            tl.store(rest_lse_ptr + far_row * num_temperatures + 1, _log_sum_exp(level, total, inv_second))
+                total += tl.where(sufficient, below_second * exp_at(threshold - level, inv_second, ACC), 0.0)
+            tl.store(rest_lse_ptr + far_row * num_temperatures + 1, log_sum_exp(level, total, inv_second))
 
         # If the bisection stopped at exactly K entries, all that equal the key are kept.
         ties = tl.where(reaching == top_k, top_k, top_k - above)
@@ -177,7 +177,7 @@ def topk_logits_lse_kernel(
     high = _largest_key(row_ptr, vocab_size, vocab_size, lowest, BLOCK_V)
     level = widen(value_of_key(high, dtype), ACC)
     total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
-    tl.store(lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
+    tl.store(lse_ptr + row * num_temperatures + column, log_sum_exp(level, total, inv_temperature))
 
     kth = _smallest_key(values_ptr, top_k, high, BLOCK_V)
     dropped = _count_reaching(row_ptr, vocab_size, vocab_size, kth, ACC, BLOCK_V) - top_k
@@ -186,16 +186,7 @@ def topk_logits_lse_kernel(
         rest_high = _largest_key_below(row_ptr, vocab_size, vocab_size, kth, lowest, BLOCK_V)
     level = widen(value_of_key(rest_high, dtype), ACC)
     total = dropped + _sum_exp_below(row_ptr, vocab_size, vocab_size, kth, level, inv_temperature, ACC, BLOCK_V)
-    tl.store(rest_lse_ptr + row * num_temperatures + column, _log_sum_exp(level, total, inv_temperature))
-
-
-@triton.jit
-def _copy_target_logit(row_ptr, target_ptr, target_logit_ptr, row, vocab_size, ACC: tl.constexpr):
-    if target_ptr is not None:
-        target = tl.load(target_ptr + row)
-        inside = (target >= 0) & (target < vocab_size)
-        x = widen(tl.load(row_ptr + target, mask=inside, other=0.0), ACC)
-        tl.store(target_logit_ptr + row, tl.where(inside, x, float("nan")))
+    tl.store(rest_lse_ptr + row * num_temperatures + column, log_sum_exp(level, total, inv_temperature))
 
 
 @triton.jit
@@ -257,9 +248,9 @@ def _collect(
         tl.store(found_ptr + place, x, mask=fits)
         tl.store(found_ids_ptr + place, v, mask=fits)
         found += tl.sum(counts)
-        sums += tl.where(reaches, 0.0, _exp(wide - threshold, inv_temperature, ACC))
+        sums += tl.where(reaches, 0.0, exp_at(wide - threshold, inv_temperature, ACC))
         if TWO:
-            second_sums += tl.where(reaches, 0.0, _exp(wide - threshold, inv_second, ACC))
+            second_sums += tl.where(reaches, 0.0, exp_at(wide - threshold, inv_second, ACC))
     return found, tl.sum(sums.to(tl.float64)), tl.sum(second_sums.to(tl.float64))
 
 
@@ -345,7 +336,7 @@ def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr,
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
         x = widen(_load(x_ptr, i, length, readable), ACC)
-        sums += _exp(x - level, inv_temperature, ACC)
+        sums += exp_at(x - level, inv_temperature, ACC)
     return tl.sum(sums.to(tl.float64))
 
 
@@ -356,22 +347,8 @@ def _sum_exp_below(x_ptr, length, readable, key, level, inv_temperature, ACC: tl
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
         x = _load(x_ptr, begin + offs_v, length, readable)
-        sums += tl.where(order_keys(x) < key, _exp(widen(x, ACC) - level, inv_temperature, ACC), 0.0)
+        sums += tl.where(order_keys(x) < key, exp_at(widen(x, ACC) - level, inv_temperature, ACC), 0.0)
     return tl.sum(sums.to(tl.float64))
-
-
-@triton.jit
-def _log_sum_exp(level, total, inv_temperature):
-    """Returns the log-sum-exp of a row whose largest entry is ``level``: the level itself if it is not finite."""
-    wide = level.to(tl.float64)
-    finite = tl.abs(wide) < float("inf")
-    return tl.where(finite, wide * double(inv_temperature) + tl.log(tl.where(finite, total, 1.0)), wide)
-
-
-@triton.jit
-def _exp(x, inv_temperature, ACC: tl.constexpr):
-    """Computes exp(x / T) with one multiplication."""
-    return tl.exp2(x * (double(inv_temperature) * _LOG2E).to(ACC))
 
 
 @triton.jit
@@ -429,7 +406,7 @@ def topk_logits_rows(
         "ACC": launch.accumulation_dtype(logits.dtype),
         "BLOCK_V": launch.block_of(settings, vocab_size),
     }
-    num_programs = min(num_rows, _resident_programs(logits.device, settings.num_warps))
+    num_programs = min(num_rows, resident_programs(logits.device, settings.num_warps))
     sample = sampling(vocab_size, top_k)
     scratch_values, scratch_ids = None, None
     if sample is not None:
@@ -486,10 +463,3 @@ def topk_logits_rows(
             **constants,
         )
     return 0
-
-
-def _resident_programs(device: torch.device, num_warps: int) -> int:
-    """Returns the number of programs that the device runs at a time with 64 registers per thread."""
-    if device.type != "cuda":
-        return 2  # in the interpreter, so that a program takes several rows
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(32 // num_warps, 1)
