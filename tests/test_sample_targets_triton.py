@@ -17,6 +17,7 @@ def test_sample_targets_passes_its_tests_interpreted():
         "test_sample_targets.py::test_sample_targets_matches_the_reference[16-dtype0]",
         "test_sample_targets.py::test_sample_targets_of_any_layout[misaligned-dtype1]",
         "test_sample_targets_triton.py::test_a_label_outside_makes_nan",
+        "test_sample_targets_triton.py::test_of_infinite_logits_only_those_are_drawn",
     )
 
 
@@ -44,6 +45,12 @@ def test_sample_targets_compiles_for(architecture, dtype):
         lambda: sample_targets_rows(logits, 50, 3, None, 0, target, 0.8, target, *outputs),
         architecture,
     )
+
+
+def test_of_infinite_logits_only_those_are_drawn():
+    logits = torch.randn(1, 40).index_fill(1, torch.tensor([7, 33]), torch.inf)
+    sparse = sk.sample_targets(logits, 12, 0, position=0)
+    assert set(sparse.ids[0].tolist()) == {7, 33, -1}
 
 
 def test_a_label_outside_makes_nan(request):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import random_problem
+from support.helpers import assert_slim_loss_matches, random_problem
 from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
+from slimkernels import reference
 from slimkernels.ops._slim_options import resolve_options
 
 DEFAULTS = {
@@ -41,14 +42,39 @@ VARIANTS = {
 }
 
 
+def assert_matches(logits, target, teacher, **options):
+    functions = sk.slim_loss, reference.slim_loss, reference.slim_loss
+    assert_slim_loss_matches(*functions, (logits,), target, teacher, **options)
+
+
 @pytest.mark.interpret
 def test_slim_loss_passes_its_tests_interpreted():
     assert_tests_pass_interpreted(
         "test_slim_loss.py::test_slim_loss_divergence_hand_worked",
-        "test_slim_loss.py::test_slim_loss_edges",
         "test_slim_loss.py::test_slim_loss_of_rows_whose_target_logit_is_not_known",
-        "test_slim_loss.py::test_slim_loss_of_any_layout",
+        "test_slim_loss.py::test_slim_loss_tails_do_not_cancel[80.0]",
+        "test_slim_loss.py::test_slim_loss_of_small_and_large_logits[dtype0-30000.0]",
+        *(f"test_slim_loss.py::test_slim_loss_of_any_layout[none-row strided-dtype{index}]" for index in range(2)),
+        *(
+            f"test_slim_loss.py::test_slim_loss_edges[dtype0-{shape}-{rest}]"
+            for shape in ("-inf off the support", "empty row", "q = 0 in ids")
+            for rest in ("ghost-forward_kl", "zero_logit-soft_ce", "renorm_both-reverse_kl", "zero-forward_kl")
+        ),
+        "test_slim_loss_tails.py::test_slim_loss_leaves_out_only_outcomes_that_the_teacher_excludes",
+        "test_slim_loss_triton.py::test_every_option",
+        "test_slim_loss_triton.py::test_rows_that_end_a_block_or_have_no_rest",
         "test_slim_loss_triton.py::test_a_bad_row_is_nan_and_the_others_are_not",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+def test_slim_loss_passes_more_of_its_tests_interpreted():
+    assert_tests_pass_interpreted(
+        "test_slim_loss.py::test_slim_loss_options",
+        "test_slim_loss.py::test_slim_loss_edges",
+        "test_slim_loss.py::test_slim_loss_of_any_layout",
+        timeout=1800,
     )
 
 
@@ -78,6 +104,51 @@ def test_slim_loss_compiles_for(architecture, dtype, variant):
         architecture,
         may_spill=dtype == torch.float64,  # float64 serves the checking of gradients, not training
     )
+
+
+EVERY_OPTION = {"softcap": 4.0, "logit_scale": 0.7, "label_smoothing": 0.1, "z_loss_weight": 0.1, "ce_weight": 0.4}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rest": "ghost", "divergence": "jsd", "beta": 0.9, "temperature": 1.7, "num_items": 9},
+        {"rest": "ghost", "divergence": "skew_kl", "alpha": 0.6, "token_weight": "student_over_teacher"},
+        {"rest": "renorm_both", "divergence": "reverse_kl", "temperature": 0.6, "reduction": "none"},
+        {"rest": "zero_logit", "divergence": "forward_kl", "temperature": 2.0, "reduction": "none"},
+    ],
+    ids=lambda options: options["rest"],
+)
+def test_every_option(options):
+    logits, target, teacher = random_problem(4, 45, 6, temperature=options.get("temperature", 1.0))
+    upstream = torch.tensor([-1.0, 0.5, 3.0, 2.0]) if options.get("reduction") == "none" else 3.0
+    options = {"detach_weight": False, **EVERY_OPTION, **options}
+    # Logits of both signs, on both sides of where tanh bends.
+    assert (logits.abs() > 4).any()
+    assert_matches(logits, target, teacher, upstream=upstream, **options)
+    if "reduction" in options:
+        weight = torch.tensor([0.1, 2.0, 0.5, 0.0])
+        assert_matches(
+            logits, target, teacher, upstream=upstream, token_weight=weight, rest=options["rest"], reduction="none"
+        )
+
+
+def test_rows_that_end_a_block_or_have_no_rest():
+    # The label is in the first of two blocks of kept ids.
+    logits, target, teacher = random_problem(1, 2100, 1100, ignored=(), with_target_logit=False)
+    target[0] = teacher.ids[0, 3].long()
+    assert_matches(logits, target, teacher, rest="ghost")
+    # Everything is kept.
+    assert_matches(*random_problem(3, 13, 13, ignored=()), rest="ghost")
+    # The student rules out all that the teacher keeps, or the teacher keeps only what has no probability.
+    logits, target, teacher = random_problem(3, 13, 3, ignored=())
+    outside = torch.tensor([v for v in range(13) if v not in teacher.ids[1].tolist()])
+    target[1] = outside[0]
+    student = logits.index_put((torch.tensor(1), teacher.ids[1].long()), torch.tensor(-torch.inf))
+    assert_matches(student, target, teacher, rest="renorm", divergence="soft_ce", kd_weight=0.0)
+    teacher.logits[2], teacher.lse[2] = -torch.inf, 0.0
+    for rest in ("renorm", "ghost", "zero"):
+        assert_matches(logits, target, teacher, rest=rest)
 
 
 def test_a_bad_row_is_nan_and_the_others_are_not(request):

@@ -24,6 +24,7 @@ def test_topk_logits_passes_its_tests_interpreted():
         "test_topk_logits_triton.py::test_topk_logits_at_several_temperatures",
         "test_topk_logits_triton.py::test_rest_lse_of_hostile_rows[torch.float32]",
         "test_topk_logits_triton.py::test_rest_lse_of_a_gap_wider_than_float32",
+        "test_topk_logits_triton.py::test_rest_lse_where_no_candidate_is_left",
         "test_topk_logits_triton.py::test_a_label_outside_makes_nan",
     )
 
@@ -115,6 +116,23 @@ def test_rest_lse_of_a_gap_wider_than_float32(kept):
     actual = sk.topk_logits(rows, 60, **options)
     assert_lse_close(actual, reference.topk_logits(rows.double(), 60, **options))
     assert_same_bits(sk.topk_logits(rows, 60, **options).rest_lse, actual.rest_lse)
+
+
+def test_rest_lse_where_no_candidate_is_left():
+    # A third of the K large logits lie where the sample looks, so that its threshold falls below exactly K.
+    from slimkernels.ops.triton.topk_logits import sampling
+
+    vocab_size, top_k = 2100, 60
+    sample = sampling(vocab_size, top_k)
+    assert sample is not None
+    index = torch.arange(vocab_size)
+    seen = index % (vocab_size // (sample.size // 16)) < 16
+    large = torch.cat([index[seen][:: sample.size // sample.rank][: sample.rank], index[~seen][::30]])[:top_k]
+    assert len(large) == top_k
+    rows = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(4)).index_fill(1, large, 50.0)
+    actual = sk.topk_logits(rows, top_k)
+    assert actual.ids[0].tolist() == sorted(large.tolist())
+    assert_lse_close(actual, reference.topk_logits(rows.double(), top_k))
 
 
 def test_topk_logits_at_several_temperatures():
