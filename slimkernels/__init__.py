@@ -1,11 +1,10 @@
 """Kernels for learning from and searching with large-vocabulary logits.
 
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`gather_logits`, :func:`linear_gather_logits`,
-:func:`sparse_softmax`, :func:`slim_loss`, :func:`linear_slim_loss`, over :class:`SparseLogits`; :func:`decode_logits`
-of :class:`PackedLogits`;
-:func:`sample_logits`, :func:`sample_distinct`, :func:`sample_targets`, :func:`mixed_targets`. Tools above them:
-:class:`Store`, :class:`SlimTrainer`, :class:`SlimLossMixin`, :func:`patch_model` and the tree search,
-:class:`PathFinder` (:mod:`slimkernels.search`).
+:func:`sparse_softmax`, :func:`slim_loss`, :func:`linear_slim_loss`, over :class:`SparseLogits` or a
+:class:`HeadTeacher`; :func:`decode_logits` of :class:`PackedLogits`; :func:`sample_logits`, :func:`sample_distinct`,
+:func:`sample_targets`, :func:`mixed_targets`. Tools above them: :class:`Store`, :class:`SlimTrainer`,
+:class:`SlimLossMixin`, :func:`patch_model` and the tree search, :class:`PathFinder` (:mod:`slimkernels.search`).
 
 ``import slimkernels`` imports no other package, not even torch: each name loads its module on first use. The operators
 behind ``torch.ops.slimkernels`` are registered on the first use of an operator's name, or by
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from slimkernels.models.patch import patch_model, unpatch_model
     from slimkernels.ops.decode_logits import decode_logits
     from slimkernels.ops.gather_logits import gather_logits
+    from slimkernels.ops.head_teacher import HeadTeacher
     from slimkernels.ops.linear_gather_logits import linear_gather_logits
     from slimkernels.ops.linear_slim_loss import linear_slim_loss
     from slimkernels.ops.linear_topk_logits import linear_topk_logits
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "HeadTeacher",
     "PackedLogits",
     "PathFinder",
     "Sampled",
@@ -66,6 +67,7 @@ __all__ = [
 
 # The imports above as data, since Python does not execute them.
 _MODULES = {
+    "HeadTeacher": "ops.head_teacher",
     "PackedLogits": "packed_logits",
     "PathFinder": "search",
     "Sampled": "ops.sample_logits",

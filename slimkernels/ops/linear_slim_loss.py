@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
 import torch
@@ -21,6 +21,7 @@ from slimkernels.ops._library import (
     register_autograd,
 )
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
+from slimkernels.ops.head_teacher import HEAD_SCHEMA, HeadTeacher, TeacherHead, teacher_head
 from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
@@ -47,7 +48,7 @@ def linear_slim_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    teacher: SparseLogits | None = None,
+    teacher: SparseLogits | HeadTeacher | None = None,
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -86,7 +87,8 @@ def linear_slim_loss(
         hidden: (..., D) float32, bfloat16, float16 or float64, the last hidden states.
         weight: (V, D) of the same dtype, the lm_head weight.
         target: (...) int64 labels in [0, V), or ``ignore_index``.
-        teacher: Rows (..., K); gets no gradient. None for cross entropy.
+        teacher: Rows (..., K), or a ``HeadTeacher`` whose rows are made for each chunk and dropped; gets no gradient.
+            None for cross entropy.
         bias: (V,) of the same dtype, or None.
         temperature: See ``slim_loss``.
         token_weight: See ``slim_loss``.
@@ -121,7 +123,8 @@ def linear_slim_loss(
         SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
 
     Raises:
-        ValueError: The cases of ``slim_loss``, and a ``weight`` or ``bias`` that does not match ``hidden``.
+        ValueError: The cases of ``slim_loss``, a ``weight``, ``bias`` or ``HeadTeacher`` that does not match
+            ``hidden``, and a ``HeadTeacher`` with a group.
         TypeError: Dtypes that are not supported or differ.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward (hidden, weight, bias) x deterministic. On
@@ -145,6 +148,14 @@ def linear_slim_loss(
     _checks.check_head(hidden, weight, bias)
     leading_shape = hidden.shape[:-1]
     _checks.check_target(target, leading_shape, hidden, "hidden")
+    head = TeacherHead()
+    if isinstance(teacher, HeadTeacher):
+        if vocab is not None:
+            raise ValueError(
+                "teacher must hold rows where weight is a slice of the vocabulary (group=, or a DTensor), got a "
+                "HeadTeacher: make its rows with linear_topk_logits"
+            )
+        head, teacher = teacher_head(teacher, hidden, weight), None
     options = resolve_options(
         hidden, "hidden", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
@@ -171,6 +182,7 @@ def linear_slim_loss(
         scale_in_forward(row_scale, hidden.dtype),
         *needs,
         checked_chunk_rows(chunk_rows),
+        *head,
         operand,
         *options,
     )
@@ -187,13 +199,13 @@ def _linear_slim_loss_fwd(
     needs_weight: bool,
     needs_bias: bool,
     chunk_rows: int,
-    operand: Tensor | None,
-    *options,
+    *head_and_options,
 ):
     """Computes the loss, the statistics and the needed gradients; the others are empty, all without ``row_scale``."""
     outputs = _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias)
     loss, stats, *dinputs = outputs
-    options = SlimOptions(*options).read(operand)
+    head, operand, options = _split(head_and_options)
+    options = options.read(operand)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     with_grad = row_scale is not None and (needs_hidden or needs_weight or needs_bias)
     ignored = target == options.ignore_index
@@ -204,7 +216,7 @@ def _linear_slim_loss_fwd(
         scale = None if row_scale is None else row_scale[rows]
         dlogits = logits if with_grad else None
         fault = torch.ops.slimkernels.slim_loss_rows(
-            logits, dlogits, chunk_stats, target[rows], scale, *options.rows(rows)
+            logits, dlogits, chunk_stats, target[rows], scale, *head.options_of(rows, options, target, stats.dtype)
         )
         _checks.raise_fault(fault, first_row=rows.start)
         stats[:, rows] = chunk_stats
@@ -212,6 +224,12 @@ def _linear_slim_loss_fwd(
     sums.finish()
     loss.copy_(stats[0] if row_scale is None else (stats[0] * row_scale).sum())
     return outputs
+
+
+def _split(arguments: Sequence) -> tuple[TeacherHead, Tensor | None, SlimOptions]:
+    """Returns the operator's arguments after ``chunk_rows`` by name."""
+    size = len(TeacherHead._fields)
+    return TeacherHead(*arguments[:size]), arguments[size], SlimOptions(*arguments[size + 1 :])
 
 
 def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, *_options):
@@ -228,7 +246,7 @@ def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weigh
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, target, row_scale, *needs, chunk_rows, operand = inputs[:10]
+    hidden, weight, bias, target, row_scale, *needs, chunk_rows = inputs[:9]
     loss, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
     ctx.set_materialize_grads(False)
@@ -237,14 +255,15 @@ def _setup_context(ctx, inputs, output) -> None:
     if ctx.reduced:
         ctx.save_for_backward(loss, *gradients)
         return
-    options = SlimOptions(*inputs[10:])
-    keep_for_backward(ctx, hidden, weight, bias, target, operand, *options.tensors)
+    head, operand, options = _split(inputs[9:])
+    keep_for_backward(ctx, hidden, weight, bias, target, *head.tensors, operand, *options.tensors)
     ctx.chunk_rows = chunk_rows
+    ctx.head_settings = head.settings
     ctx.settings = options.settings
 
 
 def _backward(ctx, grad_loss: Tensor | None, *_unused):
-    absent = (None,) * (7 + len(SlimOptions._fields))
+    absent = (None,) * (7 + len(TeacherHead._fields) + len(SlimOptions._fields))
     if grad_loss is None:
         return None, None, None, *absent
     with torch.no_grad():
@@ -253,20 +272,22 @@ def _backward(ctx, grad_loss: Tensor | None, *_unused):
             sources = [loss]
             gradients = scale_gradients(gradients, grad_loss)
         else:
-            hidden, weight, bias, target, operand, *tensors = ctx.saved_tensors
+            hidden, weight, bias, target, *tensors = ctx.saved_tensors
+            head_tensors, operand, tensors = tensors[:3], tensors[3], tensors[4:]
             sources = [hidden, weight, bias]
             scale = grad_loss.contiguous()
             _, _, *gradients = torch.ops.slimkernels.linear_slim_loss_fwd(
-                hidden, weight, bias, target, scale, *ctx.needs, ctx.chunk_rows, operand, *tensors, *ctx.settings
-            )
+                hidden, weight, bias, target, scale, *ctx.needs, ctx.chunk_rows, *head_tensors, *ctx.head_settings,
+                operand, *tensors, *ctx.settings
+            )  # fmt: skip
     gradients = differentiable_once("linear_slim_loss", gradients, *sources, grad_loss)
     return *(g if needed else None for g, needed in zip(gradients, ctx.needs, strict=True)), *absent
 
 
 define(
     "linear_slim_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_scale,"
-    f" bool needs_hidden, bool needs_weight, bool needs_bias, int chunk_rows, Tensor? operand,"
-    f" {OPTIONS_SCHEMA})"
+    f" bool needs_hidden, bool needs_weight, bool needs_bias, int chunk_rows, {HEAD_SCHEMA},"
+    f" Tensor? operand, {OPTIONS_SCHEMA})"
     " -> (Tensor loss, Tensor stats, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake_fwd,
     implementation=_linear_slim_loss_fwd,
