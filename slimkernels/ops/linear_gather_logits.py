@@ -221,7 +221,7 @@ def _linear_gather_logits_bwd(
     gradients = _empty_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
     temperatures, softcap, logit_scale = _read(temperatures, softcap, logit_scale, operand)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
-    needed = [gradient if gradient.numel() else None for gradient in gradients]
+    needed = tuple(gradient if gradient.numel() else None for gradient in gradients)
     sums = HeadGradients(
         *needed,
         hidden=hidden,
@@ -229,6 +229,7 @@ def _linear_gather_logits_bwd(
         ignored=torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device),
         chunk_rows=chunk_rows,
     )
+    upstream = grad_values, grad_lse, grad_rest_lse, grad_target_logit
     for rows, product in row_chunks(hidden, weight, bias, chunk_rows):
         logits = scaled_and_capped(product, logit_scale, softcap)
         dlogits = gradient_of_rows(
@@ -238,8 +239,7 @@ def _linear_gather_logits_bwd(
             rest_lse[rows],
             None if target is None else target[rows],
             temperatures,
-            *(None if given is None else given[rows] for given in (grad_values, grad_lse, grad_rest_lse)),
-            None if grad_target_logit is None or target is None else grad_target_logit[rows],
+            *(None if given is None else given[rows] for given in upstream),
         )
         if softcap:
             dlogits.mul_(1 - (logits / softcap).square())
