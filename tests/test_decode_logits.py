@@ -62,7 +62,11 @@ def test_decode_logits_hand_worked(vocab_size, ids, words):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     ("vocab_size", "top_k"),
-    [(1, 1), (7, 7), (97, 1), (97, 6), (300, 300), (1003, 129), (32000, 1600), (262144, 33), (2**31 - 1, 40)],
+    # Low parts of 3 bits, as of 100 ids below 1003, may end just one bit behind their word.
+    [
+        *((1, 1), (7, 7), (97, 1), (97, 6), (300, 300), (1003, 100), (1003, 129)),
+        *((32000, 1600), (262144, 33), (2**31 - 1, 40)),
+    ],
 )
 def test_decode_logits_of_uniform_rows(vocab_size, top_k, codec):
     ids = random_ids(vocab_size, [top_k] * (2 if top_k > 1000 else 5))

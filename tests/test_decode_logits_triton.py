@@ -17,7 +17,9 @@ def test_decode_logits_passes_its_tests_interpreted():
         "hand_worked",
         "of_ragged_rows[32000-counts1-affine8]",
         "of_uniform_rows[1003-129-bfloat16]",
+        "of_uniform_rows[1003-100-affine8]",
         "of_broken_rows",
+        "of_counts_that_do_not_fit",
     )
     assert_tests_pass_interpreted(
         *(f"test_decode_logits.py::test_decode_logits_{name}" for name in names),

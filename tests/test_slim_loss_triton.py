@@ -149,6 +149,10 @@ def test_rows_that_end_a_block_or_have_no_rest():
     teacher.logits[2], teacher.lse[2] = -torch.inf, 0.0
     for rest in ("renorm", "ghost", "zero"):
         assert_matches(logits, target, teacher, rest=rest)
+    # A teacher without any mass has a finite loss.
+    teacher.rest_lse[2] = -torch.inf
+    actual, expected = (f(logits, target, teacher, rest="ghost").kd for f in (sk.slim_loss, reference.slim_loss))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_bad_row_is_nan_and_the_others_are_not(request):
