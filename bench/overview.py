@@ -85,7 +85,7 @@ def headline(results: Results) -> str:
             f"{len(experiment.seeds)} seeds; [SLIM to SFT](docs/reproduced.md#sample-efficiency), all sizes together)."
         )
     return (
-        f"One line of your training loop distils a teacher's top 5 % of logits in **{_mib(ours)} MiB of extra memory "
+        f"Two lines of your training loop distil a teacher's top 5 % of logits in **{_mib(ours)} MiB of extra memory "
         f"instead of {_mib(theirs)}** ({sizes['N']} tokens, a vocabulary of {sizes['V']:,}), at {min(speed):.2f} to "
         f"{max(speed):.2f} times the speed of eager PyTorch.{learned}"
     )

@@ -168,7 +168,10 @@ def check_sparse_logits(value: Any, name: str) -> None:
             "open the data set with packed=False"
         )
     if not isinstance(value, SparseLogits):
-        raise TypeError(f"{name} must be a SparseLogits, got {type(value).__name__}: make one with topk_logits")
+        raise TypeError(
+            f"{name} must be a SparseLogits, got {type(value).__name__}: make one with topk_logits (a HeadTeacher is for "
+            "linear_slim_loss alone)"
+        )
 
 
 def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

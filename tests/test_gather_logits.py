@@ -258,6 +258,16 @@ def test_linear_gather_logits_gradcheck_and_unneeded_gradients():
         first.sum().backward()
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_linear_gather_logits_of_a_row_without_upstream_has_no_gradient(softcap):
+    (hidden, weight, _), ids = problem()
+    leaf = hidden.index_fill(0, torch.tensor(1), NAN).requires_grad_()
+    sparse = sk.linear_gather_logits(leaf, weight, ids, softcap=softcap)
+    (grad,) = torch.autograd.grad(sparse.lse[0].sum() + sparse.rest_lse[0].sum() + sparse.logits[0].sum(), leaf)
+    assert not grad[1:].any()
+    assert grad[0].isfinite().all()
+
+
 def test_linear_gather_logits_opcheck():
     (hidden, weight, bias), ids = problem()
     leaves = [operand.requires_grad_() for operand in (hidden, weight, bias)]

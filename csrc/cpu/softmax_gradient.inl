@@ -1,5 +1,6 @@
 // softmax_gradient_rows on a CPU: factor * exp((z - level) / T) + factor_one * exp(z - level_one) + constant, times
-// dz/dlogits. That is the gradient of a loss at all but a few entries of the row.
+// dz/dlogits. That is the gradient of a loss at all but a few entries of the row. It serves the loss over a vocabulary
+// that several ranks share; where a rank has the whole row, slim_row.h writes the gradient.
 #pragma once
 
 #include "dispatch.h"

@@ -30,7 +30,7 @@ def gather_logits(
 ) -> SparseLogits:
     """Keeps the logits of every row at given ids, with ``lse_T = log(sum_v(exp(logits_v / T)))``.
 
-    Equivalent to::
+    Where no row is padded, equivalent to::
 
         values = logits.gather(-1, ids)
         lse = torch.stack([torch.logsumexp(logits.float() / t, -1) for t in temperatures], -1)
@@ -39,7 +39,8 @@ def gather_logits(
         target_logit = logits.gather(-1, target[..., None])[..., 0].float()
 
     This is what a divergence on another model's ids needs: a teacher's logits at the student's own top K, or the other
-    way round. A CPU reads every row once, a GPU once per temperature, and nothing of size V is written.
+    way round. A CPU reads every row once, a GPU once per temperature, and the forward pass writes nothing of size V.
+    The backward pass is torch's, in float32 (N, V); ``linear_gather_logits`` takes it chunk by chunk.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.
@@ -63,9 +64,6 @@ def gather_logits(
 
     Precision: logits are exact; lse and rest_lse are accumulated in float64 over float32 blocks of 1024. rest_lse is
     summed over the other logits relative to the largest of them and never a difference.
-
-    References: scoring the student's ids as in "On-Policy Distillation of Language Models" (arXiv 2306.13649), whose
-    reverse KL needs no other ids where the student has no probability.
 
     >>> sparse = gather_logits(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), torch.tensor([[0, 3]]))
     >>> sparse.logits.tolist(), [round(x, 4) for x in sparse.rest_lse[0].tolist()]

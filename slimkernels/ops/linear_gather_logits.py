@@ -242,8 +242,9 @@ def _linear_gather_logits_bwd(
             *(None if given is None else given[rows] for given in upstream),
         )
         if softcap:
-            dlogits.mul_(1 - (logits / softcap).square())
-        sums.add(rows, dlogits.mul_(logit_scale).to(hidden.dtype))
+            # A row of NaN from which nobody asks anything has the gradient 0, as without a softcap.
+            dlogits = torch.where(dlogits == 0, 0.0, dlogits * (1 - (logits / softcap).square()))
+        sums.add(rows, (dlogits * logit_scale).to(hidden.dtype))
     sums.finish()
     return gradients
 
