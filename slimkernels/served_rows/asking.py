@@ -1,4 +1,4 @@
-"""What a capture from a server and a training with a served teacher have in common."""
+"""Asks a server for a document; shared by captures and by trainings with a served teacher."""
 
 from __future__ import annotations
 
