@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.cli import train_tokenizer
-from slimkernels.cli.options import FieldOptions, add_command, add_fields, given_fields, key_value, positive_int
+from slimkernels.cli.options import FieldOptions, add_command, add_fields, given_fields, key_value, positive_int, refuse
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
+
+    from slimkernels.trainer import TeacherServer
 
 _EXAMPLES = """\
 examples:
@@ -49,6 +51,8 @@ OPTIONS = {
     "token_weight": None,
     "z_loss_weight": 0.0,
 }
+# Options that are fields of TeacherServer.
+_SERVER_OPTIONS = ("key_env", "top_logprobs", "concurrency", "max_retries", "requests_per_minute")
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
 # Options that are fields of SlimConfig.
@@ -135,6 +139,20 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         help="model that scores the documents during training (default: none, the store's rows are used)",
     )
+    add(
+        "--teacher-server",
+        metavar="URL",
+        help="vLLM or SGLang server that scores the documents during training; its rows are kept in "
+        "--teacher-rows (default: none)",
+    )
+    server = parser.add_argument_group("options of --teacher-server").add_argument
+    server("--teacher-name", metavar="NAME", help="name of the model on the server")
+    server("--teacher-rows", metavar="DIR", help="folder of the rows that were scored (default: teacher-rows in --out)")
+    server("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
+    server("--top-logprobs", type=positive_int, metavar="K", help="entries to ask for per token (default: 20)")
+    server("--concurrency", type=positive_int, metavar="N", help="requests at the same time (default: 8)")
+    server("--max-retries", type=int, metavar="N", help="retries of a failed request (default: 6)")
+    server("--requests-per-minute", type=float, metavar="N", help="highest rate, retries included (default: no limit)")
     add("--eval-store", metavar="DIR", help="held-out store to measure the trained student on (default: none)")
     add_fields(parser, _FIELDS)
     add(
@@ -155,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
     # Launchers number their processes; only the first one prints.
     is_first = os.environ.get("RANK", "0") == "0"
     options = _options(args)
+    teacher_server = _teacher_server(args)
     _check_stores(args)
     tokenizer, note = train_tokenizer.find_tokenizer(args)
     if is_first and note:
@@ -169,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             tokenizer=tokenizer,
             teacher_model=_teacher(args),
+            teacher_server=teacher_server,
             eval_store_path=args.eval_store,
             printer=_printer(has_bar),
             **{"report_to": "none", "disable_tqdm": not has_bar} | options,
@@ -186,6 +206,27 @@ def _teacher(args: argparse.Namespace) -> PreTrainedModel | None:
     from slimkernels import teacher
 
     return None if args.teacher is None else teacher.load_model(args.teacher)
+
+
+def _teacher_server(args: argparse.Namespace) -> TeacherServer | None:
+    """Returns the server that scores the documents, or None.
+
+    Raises:
+        ValueError: An option is missing, or would have no effect.
+    """
+    from slimkernels.trainer import TeacherServer
+
+    if args.teacher_server is None:
+        refuse(args, ["teacher_name", "teacher_rows", *_SERVER_OPTIONS], "without --teacher-server")
+        return None
+    if args.teacher is not None or args.method == "minillm":
+        raise ValueError("--teacher-server takes the place of --teacher, and not with --method minillm: omit it")
+    if args.teacher_name is None:
+        raise ValueError("--teacher-server needs --teacher-name: NAME of the model on the server")
+    rows = args.teacher_rows or os.path.join(args.out, "teacher-rows")
+    given = {name: getattr(args, name) for name in _SERVER_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    return TeacherServer(args.teacher_server, args.teacher_name, rows, **given)
 
 
 def _printer(has_bar: bool) -> TrainerCallback:

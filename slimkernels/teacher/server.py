@@ -15,17 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from slimkernels.served_rows.answers import Answer, Request
 from slimkernels.served_rows.api import ServerApi
+from slimkernels.served_rows.asking import ask_by_name, num_token_ids
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer
 from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient
-from slimkernels.serving.errors import ServerRequestError, UnusableAnswerError
+from slimkernels.serving.errors import UnusableAnswerError
 from slimkernels.serving.kinds import Kind, identify
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.store.format import StoreSettings
 from slimkernels.teacher.server_documents import Generation, Scoring, ServerCost
-from slimkernels.teacher.vocabulary import captured_vocabulary, num_token_ids
+from slimkernels.teacher.vocabulary import captured_vocabulary
 
 # Answers in a row that cannot be used, after which a capture ends with the error of the last.
 _MAX_UNUSABLE = 8
@@ -221,13 +222,9 @@ def _store_answers(
 
     def ask(request: Request) -> Answer | UnusableAnswerError:
         try:
-            return task.ask(request)
-        except ServerRequestError as error:
-            # Names the document, because it may be too long for the server.
-            named = f"document {request.number}, {len(request.prompt_ids)} tokens of prompt: {error}"
-            if isinstance(error, UnusableAnswerError):
-                return UnusableAnswerError(named)
-            raise ServerRequestError(named) from error
+            return ask_by_name(task.ask, request)
+        except UnusableAnswerError as error:
+            return error
 
     added = num_tokens = dropped = generated = unusable = 0
     reasons: dict[str, None] = {}

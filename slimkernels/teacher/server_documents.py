@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimkernels.served_rows.answers import Answer, Request
 from slimkernels.served_rows.api import ServerApi
+from slimkernels.served_rows.asking import selection_of
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.store import Store, StoreWriter
 from slimkernels.teacher.chat import around_date
@@ -53,7 +54,7 @@ class Scoring:
         ]
         if not self.requests:
             raise ValueError("documents must hold at least one document, got none")
-        self.selection = _selection(server)
+        self.selection = selection_of(server)
 
     def missing(self, writer: StoreWriter) -> list[Request]:
         """Returns the requests whose document has a label and is not in the store."""
@@ -101,7 +102,7 @@ class Generation:
         for number in range(len(prompts) if num_documents is None else num_documents):
             prompt, ids = prompts[number % len(prompts)], encoded[number % len(prompts)]
             self.requests.append(Request(ids, prompt if isinstance(prompt, str) else "", seed + number, number))
-        self.selection = _selection(server) | {
+        self.selection = selection_of(server) | {
             "api": server.api,
             "max_tokens": server.max_tokens,
             "temperature": server.temperature,
@@ -146,10 +147,6 @@ class Generation:
     def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
         """Turns an answer into a document of the store."""
         return reader.generated(request, answer)
-
-
-def _selection(server: ServerApi) -> dict[str, Any]:
-    return {"kind": "top_logprobs", "value": server.top_logprobs, "top_k": server.top_logprobs}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int], is_chat: bool) -> list[int]:

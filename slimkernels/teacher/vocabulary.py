@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels.models.fingerprints import tokenizer_fingerprint
+from slimkernels.served_rows.asking import num_token_ids
 from slimkernels.store import Store
 from slimkernels.store.errors import NotAStoreError
 from slimkernels.store.identity import is_same_tokenizer
@@ -32,11 +33,6 @@ class CapturedVocabulary(NamedTuple):
                 f"token ids must lie in [0, {self.size}), the teacher's vocabulary, got {min(ids)} to {max(ids)} in "
                 f"document {number}: give the documents as the teacher's tokenizer makes them"
             )
-
-
-def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the number of ids that a tokenizer can give; heads often have more rows, which pad them."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def num_text_ids(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,6 +6,7 @@ from slimkernels.trainer.checkpoint import last_complete_checkpoint
 from slimkernels.trainer.mixin import SlimLossMixin
 from slimkernels.trainer.objective import METHODS, SlimConfig, SlimObjective
 from slimkernels.trainer.run import train, trainer_of
+from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.slim_trainer import SlimTrainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "SlimLossMixin",
     "SlimObjective",
     "SlimTrainer",
+    "TeacherServer",
     "last_complete_checkpoint",
     "make_student",
     "train",

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.load import load_model
@@ -19,7 +22,11 @@ from slimkernels.sparse_logits import SparseLogits
 from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
+from slimkernels.trainer.served_teacher import Ahead, ServedTeacher, TeacherServer
+from slimkernels.trainer.stored_rows import check_stored_rows, stores_of
 from slimkernels.trainer.teachers import OnlineTeacher
+
+SERVED_METHODS = ("kd", "slim", "reverse_kl", "jsd", "gkd")
 
 
 class Step(NamedTuple):
@@ -50,15 +57,20 @@ class DistillationMixin(StopsAtLength):
     Attributes:
         objective: Objective of the training.
         online_teacher: Teacher model that scores every batch, or None.
+        served_teacher: Teacher behind a server, or None.
         loss_log: Sums of the terms of the loss since the last log.
     """
 
     objective: SlimObjective
     online_teacher: OnlineTeacher | None
+    served_teacher: ServedTeacher | None
     loss_log: LossLog
 
     def _set_objective(
-        self, objective: SlimObjective, teacher_model: nn.Module | str | os.PathLike[str] | None
+        self,
+        objective: SlimObjective,
+        teacher_model: nn.Module | str | os.PathLike[str] | None,
+        teacher_server: TeacherServer | None = None,
     ) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -78,7 +90,56 @@ class DistillationMixin(StopsAtLength):
                 teacher_model = teacher_model.to(self.args.device)
             self.online_teacher = OnlineTeacher(teacher_model, objective, self._vocab_size)
             self._teacher_weights = model_identity(teacher_model)
+        self.served_teacher = None
+        if teacher_server is not None:
+            self.served_teacher = self._served(objective, teacher_server)
+        self._ahead: Ahead | None = None
         self.loss_log = LossLog(self.args.device, objective.needs_teacher)
+
+    def _served(self, objective: SlimObjective, server: TeacherServer) -> ServedTeacher:
+        if objective.method not in SERVED_METHODS:
+            raise ValueError(f"teacher_server needs a method of {SERVED_METHODS}, got {objective.method!r}")
+        if (objective.teacher_top_k, objective.teacher_top_fraction) != (None, None):
+            raise ValueError(
+                "teacher_top_k and teacher_top_fraction select logits of a teacher_model, got a teacher_server: set "
+                "its top_logprobs"
+            )
+        tokenizer = getattr(self, "processing_class", None)
+        teacher = ServedTeacher(server, tokenizer, self._vocab_size, self.args.process_index)
+        try:
+            check_stored_rows(teacher.store, objective, vocab_size=self._vocab_size)
+            for store in stores_of(self.train_dataset):
+                teacher.check_length(store.longest_document())
+        except BaseException:
+            teacher.stop()
+            raise
+        self.add_callback(_FlushEachEpoch(teacher, self.accelerator.wait_for_everyone))
+        return teacher
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Returns the micro-batches of an optimizer step as the trainer does; a served teacher is asked ahead."""
+        if self.served_teacher is not None and not self._writes:
+            if self._ahead is None or self._ahead.batches is not epoch_iterator:
+                self._ahead = Ahead(epoch_iterator, self.served_teacher, self.served_teacher.settings.ahead)
+            epoch_iterator = self._ahead
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    @property
+    def _writes(self) -> bool:
+        """Whether the student writes some of the batches, for which a served teacher cannot be asked ahead."""
+        return self.objective.method == "gkd" and self.objective.on_policy_fraction > 0
+
+    @contextlib.contextmanager
+    def _teacher_stopped_after(self) -> Iterator[None]:
+        """Ends the requests to a served teacher after a training; after an error without waiting for them."""
+        try:
+            yield
+        except BaseException:
+            if self.served_teacher is not None:
+                self.served_teacher.stop(wait=False)
+            raise
+        if self.served_teacher is not None:
+            self.served_teacher.stop()
 
     @property
     def _vocab_size(self) -> int:
@@ -108,6 +169,9 @@ class DistillationMixin(StopsAtLength):
         """Adds the means per label since the last log to every training log."""
         if "loss" in logs:
             logs = logs | self.loss_log.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+            if self.served_teacher is not None:
+                logs["teacher_wait_seconds"] = self.served_teacher.wait_seconds
+                self.served_teacher.wait_seconds = 0.0
             self._report_bad_step()
         super().log(logs, *args, **kwargs)
 
@@ -118,7 +182,11 @@ class DistillationMixin(StopsAtLength):
             names = ("method", "teacher_top_k", "teacher_top_fraction", "teacher_rounds", "on_policy_fraction")
             names += ("max_new_tokens", "sampling_temperature")
             online = {name: getattr(self.objective, name) for name in names}
-        return self.objective.loss_options | {"online_teacher": online, "teacher_weights": self._teacher_weights}
+        method = self.objective.loss_options | {"online_teacher": online, "teacher_weights": self._teacher_weights}
+        if self.served_teacher is not None:
+            settings = self.served_teacher.settings
+            method["teacher_server"] = {"model": settings.model, "top_logprobs": settings.top_logprobs}
+        return method
 
     def _report_bad_step(self) -> None:
         step = self.loss_log.first_bad_step()
@@ -132,6 +200,18 @@ class DistillationMixin(StopsAtLength):
     def _on_bad_step(self, step: int) -> None:
         """Handles the first optimizer step whose loss was not finite; called at every log from then on."""
         raise NotImplementedError
+
+
+class _FlushEachEpoch(TrainerCallback):
+    """A callback that stores the rows of an epoch before any process reads those of another one."""
+
+    def __init__(self, teacher: ServedTeacher, wait_for_everyone: Callable[[], None]) -> None:
+        self._teacher, self._wait_for_everyone = teacher, wait_for_everyone
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Writes the rows, and waits until every process has."""
+        self._teacher.flush()
+        self._wait_for_everyone()
 
 
 def check_can_be_saved(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, run_id
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective, check_training_arguments
+from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.stored_rows import check_stored_rows
 from slimkernels.trainer.teachers import StoredTeacher
 
@@ -57,6 +58,7 @@ class SlimLossMixin(DistillationMixin):
             which is then logged as a warning.
         teacher_model: A causal language model with the same vocabulary, or its folder or name; set to evaluation mode.
         teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches, or its path.
+        teacher_server: ``TeacherServer`` that scores the documents, with the tokenizer of ``processing_class``.
         **kwargs: Arguments of the trainer.
 
     Raises:
@@ -72,6 +74,7 @@ class SlimLossMixin(DistillationMixin):
         objective: SlimObjective | str | None = None,
         teacher_model: nn.Module | str | os.PathLike[str] | None = None,
         teacher_store: Store | StoreDataset | str | os.PathLike[str] | None = None,
+        teacher_server: TeacherServer | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -81,19 +84,22 @@ class SlimLossMixin(DistillationMixin):
             raise TypeError(f"objective must be a SlimObjective or the name of a method, got {objective!r}")
         if not isinstance(teacher_model, nn.Module | str | os.PathLike | None):
             raise TypeError(f"teacher_model must be a model or its folder, got {type(teacher_model).__name__}")
-        num_teachers = (teacher_model is not None) + (teacher_store is not None)
+        num_teachers = sum(teacher is not None for teacher in (teacher_model, teacher_store, teacher_server))
         if objective is None and not num_teachers:
             logger.warning(
                 "SlimLossMixin trains on the labels alone (method 'sft'), as it has no teacher: pass teacher_model or "
                 "teacher_store, or objective='sft' if that is meant"
             )
-        self._set_objective(objective or SlimObjective("slim" if num_teachers else "sft"), teacher_model)
-        self.stored_teacher = None if teacher_store is None else StoredTeacher(_opened(teacher_store))
+        self._set_objective(
+            objective or SlimObjective("slim" if num_teachers else "sft"), teacher_model, teacher_server
+        )
+        self.stored_teacher = self.served_teacher if teacher_store is None else StoredTeacher(_opened(teacher_store))
         if num_teachers != (1 if self.objective.needs_teacher else 0):
+            one = "one of teacher_model, teacher_store and teacher_server"
             raise ValueError(
-                f"method {self.objective.method!r} needs "
-                f"{'one of teacher_model and teacher_store' if self.objective.needs_teacher else 'no teacher'}, got "
-                f"teacher_model={type(teacher_model).__name__}, teacher_store={type(teacher_store).__name__}"
+                f"method {self.objective.method!r} needs {one if self.objective.needs_teacher else 'no teacher'}, got "
+                f"teacher_model={type(teacher_model).__name__}, teacher_store={type(teacher_store).__name__}, "
+                f"teacher_server={type(teacher_server).__name__}"
             )
         if self.objective.method == "gkd":
             raise ValueError(
@@ -129,7 +135,8 @@ class SlimLossMixin(DistillationMixin):
         """
         output_dir = str(self.args.output_dir)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir, self._settings())
-        return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
+        with self._teacher_stopped_after():
+            return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluates as the trainer does, and adds the means of ``LossLog.means`` to the metrics."""
@@ -141,7 +148,9 @@ class SlimLossMixin(DistillationMixin):
         return output._replace(metrics=(output.metrics or {}) | added)
 
     def _settings(self) -> dict[str, Any]:
-        store = None if self.stored_teacher is None else self.stored_teacher.store.rows_fingerprint
+        # A server's store grows during the run; the server itself is part of the method.
+        served = self.served_teacher is not None
+        store = None if served or self.stored_teacher is None else self.stored_teacher.store.rows_fingerprint
         return run_identity(self.args, self._method() | {"teacher_store": store}, self.train_dataset)
 
     def _on_bad_step(self, step: int) -> None:

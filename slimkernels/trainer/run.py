@@ -13,6 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from slimkernels.models.make_student import make_student
 from slimkernels.store import StoreDataset
 from slimkernels.trainer.objective import SlimConfig
+from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.slim_trainer import SlimTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def train(
     *,
     tokenizer=None,
     teacher_model: PreTrainedModel | None = None,
+    teacher_server: TeacherServer | None = None,
     eval_store_path: str | os.PathLike | None = None,
     callbacks: list[TrainerCallback] | None = None,
     printer: TrainerCallback | None = None,
@@ -70,6 +72,7 @@ def train(
         tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
         teacher_model: Model that scores the store's documents in place of its rows; methods "gkd" and "minillm" need
             one.
+        teacher_server: Server that scores the store's documents in place of its rows; not with method "minillm".
         eval_store_path: Held-out store on which the trained student is measured.
         callbacks: Callbacks of the trainer.
         printer: Callback in place of the one that prints the trainer's logs or shows its progress; None keeps that.
@@ -91,6 +94,7 @@ def train(
         student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
     trainer_class, config_class = trainer_of(method)
     taken = _StepCount()
+    served = {} if teacher_server is None else {"teacher_server": teacher_server}
     trainer = trainer_class(
         model=student,
         args=config_class(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
@@ -99,6 +103,7 @@ def train(
         processing_class=tokenizer,
         teacher_model=teacher_model,
         callbacks=[*(callbacks or ()), taken],
+        **served,
     )
     if printer is not None:
         for usual in (PrinterCallback, ProgressCallback):

@@ -26,6 +26,7 @@ from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.objective import SlimConfig
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
+from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.stored_rows import check_stored_rows, opened_store
 
 
@@ -51,6 +52,8 @@ class SlimTrainer(DistillationMixin, Trainer):
         eval_dataset: Held-out data set of the same kind.
         processing_class: The student's tokenizer, which is checked against the store's and saved with checkpoints.
         teacher_model: Model that scores every batch in place of the store's rows, which are then not read.
+        teacher_server: ``TeacherServer`` that scores every document in place of the store's rows; it needs
+            ``processing_class``, and is for methods "kd", "slim", "reverse_kl", "jsd" and "gkd".
         **kwargs: Further arguments of ``transformers.Trainer``.
 
     Raises:
@@ -72,6 +75,7 @@ class SlimTrainer(DistillationMixin, Trainer):
         eval_dataset=None,
         processing_class=None,
         teacher_model: PreTrainedModel | None = None,
+        teacher_server: TeacherServer | None = None,
         **kwargs,
     ) -> None:
         if not isinstance(args, SlimConfig):
@@ -97,11 +101,11 @@ class SlimTrainer(DistillationMixin, Trainer):
         if not is_partitioned(self.model):
             check_head(self.model)
             _check_no_auxiliary_loss(self.model)
-        self._set_objective(args, teacher_model)
+        self._set_objective(args, teacher_model, teacher_server)
         self._check_teacher()
         evaluations = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         for dataset in (self.train_dataset, *evaluations):
-            is_trained_on = dataset is self.train_dataset and self.online_teacher is None
+            is_trained_on = dataset is self.train_dataset and not self._scores_batches
             check_stored_rows(
                 dataset,
                 args if is_trained_on else None,
@@ -114,7 +118,7 @@ class SlimTrainer(DistillationMixin, Trainer):
                 pad_token_id=self._pad_token_id(),
                 vocab_size=self._vocab_size,
                 max_length=self._max_length(),
-                with_teacher=args.needs_teacher and teacher_model is None,
+                with_teacher=args.needs_teacher and not self._scores_batches,
             )
         self._student = model_identity(self.model)
         self.add_callback(SlimRun(self._settings, self.check_finite))
@@ -132,7 +136,8 @@ class SlimTrainer(DistillationMixin, Trainer):
         checkpoint = checkpoint_to_resume(
             resume_from_checkpoint, str(self.args.output_dir), self._settings(), self.model
         )
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        with self._teacher_stopped_after():
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Returns the micro-batches of an optimizer step, and the number of labels in all of them (0-dim tensor)."""
@@ -140,7 +145,12 @@ class SlimTrainer(DistillationMixin, Trainer):
         if not batches:
             return batches, None
         if self.args.method == "gkd":
-            batches = [self._maybe_continue(batch, number) for number, batch in enumerate(batches)]
+            given = batches
+            batches = [self._maybe_continue(batch, number) for number, batch in enumerate(given)]
+            if self.served_teacher is not None and self._writes:
+                for before, batch in zip(given, batches, strict=True):
+                    # The student never writes the same text in a later epoch.
+                    self.served_teacher.ask(batch, keep=batch is before)
         num_items = sum(batch["target"].ne(IGNORE_INDEX).sum() for batch in batches).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
@@ -215,6 +225,8 @@ class SlimTrainer(DistillationMixin, Trainer):
     def _teacher_rows(self, inputs: dict[str, Any]) -> SparseLogits | None:
         if not self.args.needs_teacher:
             return None
+        if self.served_teacher is not None:
+            return self.served_teacher.rows(inputs, inputs["rows"])
         if self.online_teacher is None:
             return teacher_rows(inputs["teacher"])
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -247,14 +259,21 @@ class SlimTrainer(DistillationMixin, Trainer):
                 "SlimTrainer calls only the decoder, and so would not train PEFT's prompts: use SlimLossMixin"
             )
 
+    @property
+    def _scores_batches(self) -> bool:
+        """Whether a teacher scores the batches, so that the rows of the store are not read."""
+        return self.online_teacher is not None or self.served_teacher is not None
+
     def _check_teacher(self) -> None:
         args, online = self.args, self.online_teacher
+        if online is not None and self.served_teacher is not None:
+            raise ValueError("there must be one teacher, got teacher_model and teacher_server: pass one of them")
         if online is not None and not args.needs_teacher:
             raise ValueError(f"method {args.method!r} has no teacher: do not pass teacher_model")
-        if online is None and (args.method == "gkd" and args.on_policy_fraction > 0):
+        if not self._scores_batches and (args.method == "gkd" and args.on_policy_fraction > 0):
             raise ValueError(
-                "method 'gkd' needs a teacher_model to score what the student writes: pass one, or set "
-                "on_policy_fraction=0 to learn from the store alone"
+                "method 'gkd' needs a teacher_model or teacher_server to score what the student writes: pass one, or "
+                "set on_policy_fraction=0 to learn from the store alone"
             )
         if online is not None and args.method == "gkd" and args.on_policy_fraction > 0:
             warn_of_other_ends(self.model, online.model)

@@ -14,7 +14,7 @@ from slimkernels.models.sharding import is_partitioned
 from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import Store
+from slimkernels.store import Document, Store
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.stored_rows import LARGEST_PADDING
 
@@ -134,7 +134,7 @@ class StoredTeacher:
             return self._no_rows().to(places.device)
         length = input_ids.shape[1]
         parts = []
-        for row, start, stop in _documents(input_ids, inputs):
+        for row, start, stop in documents_of(input_ids, inputs):
             first = row * length + start
             asked = wanted[(wanted >= first) & (wanted < row * length + stop)] - first + 1
             if len(asked):
@@ -158,14 +158,17 @@ class StoredTeacher:
             rest_lse=torch.zeros(0, len(temperatures)) if self.store.has_rest_lse else None,
         )
 
-    def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
+    def _find(self, input_ids: Tensor) -> Document | None:
         index = self.store.find(input_ids)
-        if index is None:
+        return None if index is None else self.store[index]
+
+    def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
+        document = self._find(input_ids)
+        if document is None:
             raise ValueError(
                 f"every document of a batch must be in the store, got one of {len(input_ids)} tokens that is not, "
                 f"{input_ids[:8].tolist()}...: capture the same text with the same tokenizer, template and max_length"
             )
-        document = self.store[index]
         rows = torch.searchsorted(document.positions, positions)
         known = rows < len(document.positions)
         known &= document.positions[rows.clamp(max=len(document.positions) - 1)] == positions
@@ -177,7 +180,7 @@ class StoredTeacher:
         return document.teacher[rows]
 
 
-def _documents(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
+def documents_of(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:
     """Returns the row, the start and the end of every document of a batch.
 
     Tokens that ``attention_mask`` (B, T) excludes belong to no document, whatever their ``position_ids``: they end the

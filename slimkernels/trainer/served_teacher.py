@@ -1,0 +1,401 @@
+"""``ServedTeacher``, a server that scores the documents of a training while the steps before them run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimkernels.models.fingerprints import tokenizer_fingerprint
+from slimkernels.served_rows.answers import Request
+from slimkernels.served_rows.api import ServerApi
+from slimkernels.served_rows.asking import ask_by_name, num_token_ids, selection_of
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
+from slimkernels.served_rows.sglang import adapter_of
+from slimkernels.served_rows.tokens import TokenMap
+from slimkernels.serving.client import ServerClient
+from slimkernels.serving.errors import NotFoundError, ServerRequestError
+from slimkernels.serving.kinds import identify, listed_models, model_facts
+from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import Document, Store, StoreWriter
+from slimkernels.store.format import MANIFEST_NAME
+from slimkernels.trainer.teachers import StoredTeacher, documents_of
+
+# Kinds of servers that score given text.
+_SCORING = ("vllm", "sglang")
+_SAMPLE = "When the rain stopped, Anna put on 2 boots."
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherServer:
+    """A vLLM or SGLang server that scores the documents of a training.
+
+    Attributes:
+        url: Base URL, such as ``http://localhost:8000/v1``.
+        model: The server's name for the model.
+        store: Directory into which each process writes the rows that it got, in a store of its own, ``rank-00000``
+            and so on. A document that one of them holds is not asked for again.
+        top_logprobs: K, the entries to ask for per token.
+        ahead: Micro-batches that are asked for before they are needed, at least 0.
+        key_env: Environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set.
+        concurrency: Largest number of requests in flight, per process.
+        max_retries: Repetitions of a request that failed.
+        requests_per_minute: Limit on requests per process, repetitions included; None for no limit.
+        timeout_s: Seconds without a response after which a request counts as failed.
+        backoff_s: Seconds before the first repetition, doubled each time.
+        flush_s: Longest time in seconds between two writes to the store; each makes a shard, and a kill loses what was
+            answered since the last.
+        codec: Codec of the store: "float32", with which later epochs read the rows of the first, or "affine8",
+            "affine6" or "bfloat16".
+        max_unmapped_fraction: Largest allowed share of entries whose token has no id.
+    """
+
+    url: str
+    model: str
+    store: str | os.PathLike[str]
+    top_logprobs: int = 20
+    ahead: int = 2
+    key_env: str | None = None
+    concurrency: int = 8
+    max_retries: int = 6
+    requests_per_minute: float | None = None
+    timeout_s: float = 600.0
+    backoff_s: float = 1.0
+    flush_s: float = 10.0
+    codec: str = "float32"
+    max_unmapped_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, least in (("top_logprobs", 1), ("ahead", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+class ServedTeacher(StoredTeacher):
+    """A teacher behind a server, whose rows are read from a store where it holds them.
+
+    ``ask`` sends the requests for the documents of a batch, without waiting for the answers, and ``rows`` waits for
+    them. Rows are the ones that ``capture_server`` writes: ragged, with the exact mass of all other tokens.
+
+    Args:
+        settings: The server and the store.
+        tokenizer: The tokenizer of the documents, which must be that of the server's model.
+        vocab_size: Number of rows V of the student's head.
+        rank: Number of this process, which names its store.
+
+    Attributes:
+        wait_seconds: Time that ``rows`` has waited for answers.
+
+    Raises:
+        ImportError: The package httpx2 is not installed.
+        ValueError: The variable of the key is not set, or there is no tokenizer.
+        ServerRequestError: The server is of a kind that cannot score text, or its tokenizer is another one.
+        ServerUnavailableError: The server does not answer.
+        SettingsMismatchError: The store was made with another model, tokenizer, number of entries or codec.
+    """
+
+    def __init__(
+        self, settings: TeacherServer, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, rank: int = 0
+    ) -> None:
+        if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(
+                "teacher_server needs the tokenizer of its model, got none: pass it as the trainer's processing_class"
+            )
+        self.settings = settings
+        self._queue: queue.SimpleQueue[tuple[Request, Future[ServedDocument]] | None] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self._asked: dict[bytes, _Asked] = {}
+        # Documents that were answered since the last write to the store, or belong to no later epoch.
+        self._fresh: dict[bytes, Document] = {}
+        self._stores: dict[Path, tuple[int, Store]] = {}
+        self._reading = threading.Lock()
+        self._num_asked = 0
+        self.wait_seconds = 0.0
+        # Closed with every ``stop``.
+        self._client: ServerClient | None = None
+        with self._new_client() as client:
+            self._server, self._context = _server_of(client, settings)
+            _check_round_trip(client, self._server.model, tokenizer)
+            self._url = client.url
+        vocab_size = min(num_token_ids(tokenizer), vocab_size)
+        self._reader = AnswerReader(self._server, TokenMap(tokenizer, vocab_size), settings.max_unmapped_fraction)
+        self._folder = Path(settings.store)
+        self._writer_options: dict[str, Any] = {
+            "path": self._folder / f"rank-{rank:05d}",
+            "vocab_size": vocab_size,
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "teacher": {"name": settings.model, "kind": self._server.kind},
+            "selection": selection_of(self._server),
+            "codec": settings.codec,
+        }
+        self._writer: StoreWriter | None = None
+        self._flushed = time.monotonic()
+        self._opened_writer()
+        super().__init__(Store(self._writer_options["path"]))
+
+    def check_length(self, longest: int) -> None:
+        """Checks that the server's context holds a document of ``longest`` tokens and the one that it generates.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self._context is not None and longest >= self._context:
+            raise ValueError(
+                f"documents must have at most {self._context - 1} tokens for the server {self._url}, whose "
+                f"context holds {self._context} with the one that it generates, got one of {longest}: start it with "
+                "a longer context, or train on shorter documents"
+            )
+
+    def ask(self, inputs: dict[str, Any], *, keep: bool = True) -> None:
+        """Sends the requests for those documents of a batch that no store holds; returns at once.
+
+        Args:
+            inputs: A batch, as for ``rows``.
+            keep: Whether the rows are written to the store; False for text that no later epoch repeats.
+        """
+        for ids in self._documents(inputs):
+            key = _key(ids)
+            if len(ids) < 2 or key in self._asked or self._find(ids) is not None:
+                continue
+            self.check_length(len(ids))
+            self._start()
+            future: Future[ServedDocument] = Future()
+            self._asked[key] = _Asked(future, keep)
+            self._queue.put((Request(ids.tolist(), number=self._num_asked), future))
+            self._num_asked += 1
+
+    def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:
+        """Returns the teacher's rows of the labels of a batch, and waits for those that the server still owes.
+
+        Args:
+            inputs: Tensors of a batch, the same as for ``StoredTeacher.rows``.
+            places: Flat indices (N,) into B * T of the hidden states that predict the labels, ascending.
+
+        Returns:
+            SparseLogits (N, K) on the device of ``places``.
+
+        Raises:
+            ServerRequestError, ServerUnavailableError: The server refused a document or did not answer.
+            UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
+        """
+        self.ask(inputs)
+        keys = [_key(ids) for ids in self._documents(inputs)]
+        once = [key for key in keys if key in self._asked and not self._asked[key].keep]
+        began = time.monotonic()
+        for key in keys:
+            if key in self._asked:
+                self._take(key)
+        self.wait_seconds += time.monotonic() - began
+        found = super().rows(inputs, places)
+        for key in once:
+            self._fresh.pop(key, None)
+        self._take_finished()
+        if time.monotonic() - self._flushed >= self.settings.flush_s:
+            self.flush()
+        return found
+
+    def flush(self) -> None:
+        """Writes what was answered to the store."""
+        self._opened_writer().flush()
+        self._flushed = time.monotonic()
+        self._fresh.clear()
+
+    def stop(self, *, wait: bool = True) -> None:
+        """Abandons the requests that were not sent yet, stores the answers and unlocks the store; ``ask`` reopens it.
+
+        Args:
+            wait: Whether to wait for the requests that were sent, which the server may charge for.
+        """
+        for asked in self._asked.values():
+            asked.future.cancel()
+        for _ in self._workers:
+            self._queue.put(None)
+        if wait:
+            for worker in self._workers:
+                worker.join()
+        self._workers = []
+        self._queue = queue.SimpleQueue()
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self._take_finished()
+        self._asked.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._fresh.clear()
+
+    def _new_client(self) -> ServerClient:
+        names = ("key_env", "concurrency", "max_retries", "requests_per_minute", "timeout_s", "backoff_s")
+        return ServerClient(self.settings.url, **{name: getattr(self.settings, name) for name in names})
+
+    def _documents(self, inputs: dict[str, Any]) -> list[Tensor]:
+        input_ids = inputs["input_ids"].cpu()
+        return [input_ids[row, start:stop] for row, start, stop in documents_of(input_ids, inputs)]
+
+    def _start(self) -> None:
+        """Starts the threads that ask. They are daemons, so that none keeps an interrupted process alive."""
+        if not self._workers:
+            self._client = self._new_client()
+            self._server = dataclasses.replace(self._server, client=self._client)
+            work = functools.partial(self._work, self._queue)
+            self._workers = [
+                threading.Thread(target=work, name=f"teacher-server-{number}", daemon=True)
+                for number in range(self.settings.concurrency)
+            ]
+            for worker in self._workers:
+                worker.start()
+
+    def _work(self, waiting: queue.SimpleQueue[tuple[Request, Future[ServedDocument]] | None]) -> None:
+        while (item := waiting.get()) is not None:
+            request, future = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._answer(request))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def _answer(self, request: Request) -> ServedDocument:
+        answer = ask_by_name(self._server.score, request)
+        # The reader counts the entries without an id.
+        with self._reading:
+            document = self._reader.scored(request, answer)
+            self._reader.check_unmapped()
+        if isinstance(document, DroppedAnswer):
+            raise ServerRequestError(f"document {request.number}: {document.reason}")
+        return document
+
+    def _take(self, key: bytes) -> None:
+        """Waits for a document and adds it to the store's buffer."""
+        asked = self._asked[key]
+        document = asked.future.result()
+        del self._asked[key]
+        positions = torch.tensor(document.positions)
+        self._fresh[key] = Document(torch.tensor(document.input_ids), positions, document.teacher)
+        writer = self._opened_writer()
+        if asked.keep and document.input_ids not in writer:
+            writer.add(*document)
+
+    def _take_finished(self) -> None:
+        """Adds the documents that were answered ahead of their step, so that a kill does not lose them."""
+        for key, asked in list(self._asked.items()):
+            if asked.keep and asked.future.done() and not asked.future.cancelled() and not asked.future.exception():
+                self._take(key)
+
+    def _opened_writer(self) -> StoreWriter:
+        if self._writer is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = StoreWriter(**self._writer_options)
+        return self._writer
+
+    def _find(self, input_ids: Tensor) -> Document | None:
+        """Returns a document that was just answered, or one in the store of any process."""
+        if (fresh := self._fresh.get(_key(input_ids))) is not None:
+            return fresh
+        for path in sorted(self._folder.glob("rank-*")):
+            store = self._store_at(path)
+            if store is not None and (index := store.find(input_ids)) is not None:
+                return store[index]
+        return None
+
+    def _store_at(self, path: Path) -> Store | None:
+        """Returns the store of a process as it is now, opened again only after it was written to."""
+        try:
+            written = (path / MANIFEST_NAME).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+        known = self._stores.get(path)
+        if known is None or known[0] != written:
+            known = self._stores[path] = written, Store(path)
+        return known[1]
+
+
+class Ahead:
+    """An iterator over batches that asks the teacher for the next ones before it gives the first.
+
+    Args:
+        batches: Iterator over the micro-batches of an epoch.
+        teacher: The teacher.
+        number: Micro-batches to be ahead.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]], teacher: ServedTeacher, number: int) -> None:
+        self.batches = batches
+        self._teacher, self._number = teacher, number
+        self._read: collections.deque[dict[str, Any]] = collections.deque()
+
+    def __iter__(self) -> Ahead:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        while len(self._read) <= self._number:
+            batch = next(self.batches, None)
+            if batch is None:
+                break
+            self._teacher.ask(batch)
+            self._read.append(batch)
+        if not self._read:
+            raise StopIteration
+        return self._read.popleft()
+
+
+class _Asked(NamedTuple):
+    future: Future[ServedDocument]
+    keep: bool
+
+
+def _key(input_ids: Tensor) -> bytes:
+    return input_ids.to(torch.int64).numpy().tobytes()
+
+
+def _server_of(client: ServerClient, settings: TeacherServer) -> tuple[ServerApi, int | None]:
+    """Returns the server, and the length of its context where it says that."""
+    kind, listing = identify(client)
+    if kind not in _SCORING:
+        raise ServerRequestError(
+            f"teacher_server must be a vLLM or SGLang server, which score given text, got {client.url} of kind "
+            f"{kind!r}: serve the teacher with one of them, or capture what this server generates with capture_server"
+        )
+    server = ServerApi(
+        client=client,
+        api="completions",
+        model=settings.model,
+        kind=kind,
+        top_logprobs=settings.top_logprobs,
+        max_tokens=1,
+        temperature=1.0,
+        adapter=adapter_of(listing, settings.model, client.url) if kind == "sglang" else None,
+    )
+    entry = next((entry for entry in listed_models(listing) if entry["id"] == settings.model), {})
+    length = model_facts(entry).get("max_model_len")
+    return server, length if isinstance(length, int) else None
+
+
+def _check_round_trip(client: ServerClient, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compares the server's tokens of a text with the tokenizer's, where the server has ``/tokenize``."""
+    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids)
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    payload = {"model": model, "prompt": text, "add_special_tokens": False}
+    try:
+        read = client.post("../tokenize", payload, lambda content: list(content["tokens"]))
+    except NotFoundError:
+        return
+    if read != expected:
+        raise ServerRequestError(
+            f"the server {client.url} reads {text!r} as the tokens {read[:20]}, and the student's tokenizer as "
+            f"{expected[:20]}: give the student the tokenizer of the model {model!r}"
+        )

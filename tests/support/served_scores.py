@@ -1,0 +1,59 @@
+"""A stub of vLLM that scores documents exactly with a tiny local model, and can hold its answers back."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import torch
+from support import served, teachers
+
+
+class ScoringServer(served._Server):
+    """Serves ``teachers.make_teacher`` in the form of vLLM's ``/completions`` with ``prompt_logprobs``.
+
+    Attributes:
+        documents: Token ids of every document that was asked for.
+        held: Documents whose answers wait for ``gate``.
+        answered: Number of documents that were answered.
+        shift: Number that is added to the ids of ``/tokenize``, as if the tokenizer were another one.
+    """
+
+    def __init__(self, *, kind: str = "vllm", max_model_len: int = 512, model=None) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model or teachers.make_teacher(seed=3), teachers.make_tokenizer()
+        self.kind, self.max_model_len = kind, max_model_len
+        self.documents: list[tuple[int, ...]] = []
+        self.gate = threading.Event()
+        self.held: set[tuple[int, ...]] = set()
+        self.shift = self.answered = 0
+
+    def next_fault(self) -> Any:
+        return None
+
+    def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
+        if path == "/v1/models":
+            entry = {"id": served.MODEL, "owned_by": self.kind, "max_model_len": self.max_model_len}
+            return 200, {}, json.dumps({"data": [entry]})
+        if path == "/tokenize":
+            ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+            return 200, {}, json.dumps({"tokens": [token + self.shift for token in ids]})
+        ids = body["prompt"]
+        self.documents.append(tuple(ids))
+        if tuple(ids) in self.held:
+            self.gate.wait(30)
+        if self.faults:
+            return self.faults[0]
+        with torch.no_grad():
+            logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        positions: list[Any] = [None]
+        for row, token in zip(logprobs[:-1], ids[1:], strict=True):
+            top = row.topk(body["prompt_logprobs"])
+            entries = {str(token): {"logprob": float(row[token])}}
+            for value, other in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                entries.setdefault(str(other), {"logprob": value})
+            positions.append(entries)
+        self.answered += 1
+        answer = {"choices": [{"text": "x", "prompt_logprobs": positions, "finish_reason": "length"}]}
+        return 200, {}, json.dumps(answer | {"usage": {"prompt_tokens": len(ids), "completion_tokens": 1}})

@@ -1,0 +1,268 @@
+"""Training with a teacher behind a server: rows, requests ahead of their step, the store of rows, and refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from support import served, teachers
+from support.served_scores import ScoringServer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import slimkernels as sk
+from slimkernels.models.make_student import make_student
+from slimkernels.serving.errors import ServerRequestError
+from slimkernels.store import Store, StoreWriter
+from slimkernels.teacher import tokenizer_fingerprint
+from slimkernels.trainer import SlimConfig, SlimTrainer, TeacherServer
+
+pytest.importorskip("httpx2", reason="the extra `server` is not installed")
+
+TOP_K = 9
+DOCUMENTS = 8
+RECIPE = {
+    "num_train_epochs": 1,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 2,
+    "optim": "adamw_torch",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    """Documents of different lengths; their own rows are never read."""
+    path = tmp_path_factory.mktemp("served") / "store"
+    generator = torch.Generator().manual_seed(0)
+    writer = StoreWriter(
+        path,
+        vocab_size=300,
+        tokenizer_fingerprint=tokenizer_fingerprint(teachers.make_tokenizer()),
+        teacher={"name": "none"},
+        selection={"kind": "top_k", "value": 2, "top_k": 2},
+    )
+    with writer:
+        for number in range(DOCUMENTS):
+            tokens = torch.randint(2, 300, (6 + number,), generator=generator)
+            positions = torch.arange(2, len(tokens))
+            logits = torch.randn(len(positions), 300, generator=generator)
+            writer.add(tokens, positions, sk.topk_logits(logits, top_k=2), prompt_length=2)
+    return Store(path)
+
+
+@pytest.fixture
+def server():
+    with ScoringServer() as server:
+        yield server
+
+
+def make_student_model():
+    return make_student(vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, max_length=64, seed=1)
+
+
+def make_trainer(
+    output: Path, store, url: str | None = None, *, callbacks=None, server=None, teacher_model=None, **options
+) -> SlimTrainer:
+    given = {"store": output / "rows", "top_logprobs": TOP_K, "backoff_s": 0.01, "timeout_s": 20.0, "max_retries": 1}
+    config = SlimConfig(output_dir=str(output), **RECIPE | {"method": "reverse_kl"} | options)
+    return SlimTrainer(
+        model=make_student_model(),
+        args=config,
+        train_dataset=store,
+        processing_class=teachers.make_tokenizer(),
+        callbacks=callbacks,
+        teacher_model=teacher_model,
+        teacher_server=None if url is None else TeacherServer(url, served.MODEL, **given | (server or {})),
+    )
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "reverse_kl"},
+        {"method": "kd", "rest": "ghost"},
+        {"method": "slim", "rest": "ghost"},
+        {"method": "jsd", "gradient_accumulation_steps": 2},
+        {"method": "gkd", "max_new_tokens": 4},
+    ],
+    ids=lambda options: options["method"],
+)
+def test_losses_are_those_of_the_teacher_in_process(options, store, server, tmp_path) -> None:
+    trainer = make_trainer(tmp_path / "served", store, server.url, num_train_epochs=2, **options)
+    trainer.train()
+    local = make_trainer(
+        tmp_path / "local", store, teacher_model=server.model, num_train_epochs=2, teacher_top_k=TOP_K, **options
+    )
+    local.train()
+    assert losses(trainer) == pytest.approx(losses(local), rel=1e-4)
+    assert all("teacher_wait_seconds" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_a_second_epoch_and_a_second_run_send_no_requests(store, server, tmp_path) -> None:
+    make_trainer(tmp_path, store, server.url, num_train_epochs=3).train()
+    assert sorted(server.documents) == sorted(tuple(document.input_ids.tolist()) for document in store)
+    make_trainer(tmp_path, store, server.url, seed=5).train()
+    assert len(server.documents) == DOCUMENTS
+
+
+def test_text_of_the_student_is_not_stored(store, server, tmp_path) -> None:
+    make_trainer(tmp_path, store, server.url, method="gkd", on_policy_fraction=1.0, max_new_tokens=4).train()
+    assert len(server.documents) >= DOCUMENTS
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == 0
+
+
+def test_the_next_batch_is_asked_for_before_a_step_ends(store, server, tmp_path) -> None:
+    arrived: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            # The requests for the next batch were sent; the stub has no bound but the ones that it was sent.
+            wanted = min(2 * (state.global_step + 1), DOCUMENTS)
+            for _ in range(2000):
+                if len(server.documents) >= wanted:
+                    break
+                threading.Event().wait(0.005)
+            arrived.append(len(server.documents))
+
+    make_trainer(tmp_path, store, server.url, callbacks=[Watch()], server={"ahead": 1}).train()
+    # Bounded: never more than one micro-batch ahead of the step.
+    assert arrived == [4, 6, 8, 8]
+
+
+@pytest.mark.parametrize("stops_at", [1, 2])
+def test_a_killed_run_keeps_what_was_paid_for(stops_at, store, server, tmp_path) -> None:
+    code = f"""
+import os, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+torch.set_num_threads(1)
+import test_trainer_server as here
+from transformers import TrainerCallback
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == {stops_at}:
+            os.kill(os.getpid(), 9)
+here.make_trainer(here.Path({str(tmp_path)!r}), here.Store({str(store.path)!r}), {server.url!r},
+                  callbacks=[Kill()], server={{"flush_s": 0.0, "ahead": 0}}).train()
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(server.documents) == 2 * stops_at
+    make_trainer(tmp_path, store, server.url).train()
+    assert sorted(server.documents) == sorted(tuple(document.input_ids.tolist()) for document in store)
+
+
+def test_two_ranks_ask_only_for_their_own_documents(store, server, tmp_path) -> None:
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+torch.set_num_threads(1)
+import test_trainer_server as here
+here.make_trainer(here.Path({str(tmp_path)!r}), here.Store({str(store.path)!r}), {server.url!r},
+                  num_train_epochs=3, per_device_train_batch_size=1).train()
+"""
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(server.documents) == sorted(tuple(document.input_ids.tolist()) for document in store)
+    assert [len(Store(tmp_path / "rows" / f"rank-0000{rank}")) for rank in (0, 1)] == [DOCUMENTS // 2] * 2
+
+
+@pytest.mark.parametrize("kind", ["llamacpp", "openai"])
+def test_a_server_that_cannot_score_text_is_refused(kind, store, tmp_path) -> None:
+    with ScoringServer(kind=kind) as server, pytest.raises(ServerRequestError, match="must be a vLLM or SGLang server"):
+        make_trainer(tmp_path, store, server.url)
+
+
+def test_a_context_that_is_too_short_is_refused_before_the_first_step(store, tmp_path) -> None:
+    with ScoringServer(max_model_len=13) as server, pytest.raises(ValueError, match=r"at most 12 tokens .* of 13"):
+        make_trainer(tmp_path, store, server.url)
+    assert not server.documents
+
+
+def test_another_tokenizer_is_refused_before_the_first_step(store, server, tmp_path) -> None:
+    server.shift = 1
+    with pytest.raises(ServerRequestError, match="give the student the tokenizer of the model"):
+        make_trainer(tmp_path, store, server.url)
+
+
+def test_a_key_that_is_not_set_is_named(store, server, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    with pytest.raises(ValueError, match="TEACHER_KEY must hold the server's key"):
+        make_trainer(tmp_path, store, server.url, server={"key_env": "TEACHER_KEY"})
+
+
+def test_an_exhausted_budget_reaches_the_training_and_leaves_no_thread(store, server, tmp_path) -> None:
+    server.faults.append((402, {}, '{"error": {"message": "the budget is exhausted"}}'))
+    trainer = make_trainer(tmp_path, store, server.url)
+    with pytest.raises(ServerRequestError, match="the budget is exhausted"):
+        trainer.train()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("teacher-server")]:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_an_interrupt_does_not_wait_for_the_server(store, server, tmp_path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            raise KeyboardInterrupt
+
+    server.held = {tuple(document.input_ids.tolist()) for document in list(store)[2:]}
+    server.gate.clear()
+    options = {"train_sampling_strategy": "sequential", "server": {"ahead": 1}}
+    trainer = make_trainer(tmp_path, store, server.url, callbacks=[Interrupt()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    # The server still holds what was asked ahead; what it had answered is kept.
+    assert server.answered == 2
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == 2
+    server.gate.set()
+
+
+class Distiller(sk.SlimLossMixin, Trainer):
+    pass
+
+
+def test_the_mixin_learns_the_same_from_a_server(store, server, tmp_path) -> None:
+    rows = [{"input_ids": document.input_ids.tolist()} for document in store]
+
+    def collate(batch):
+        longest = max(len(row["input_ids"]) for row in batch)
+        ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
+        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def trained(name, **teacher):
+        trainer = Distiller(
+            model=make_student_model(),
+            args=TrainingArguments(output_dir=str(tmp_path / name), **RECIPE, remove_unused_columns=False),
+            train_dataset=rows,
+            data_collator=collate,
+            processing_class=teachers.make_tokenizer(),
+            **teacher,
+        )
+        trainer.train()
+        return losses(trainer)
+
+    connection = TeacherServer(server.url, served.MODEL, tmp_path / "rows", top_logprobs=TOP_K)
+    objective = sk.SlimObjective("reverse_kl", teacher_top_k=TOP_K)
+    expected = trained("local", teacher_model=server.model, objective=objective)
+    assert trained("served", teacher_server=connection, objective="reverse_kl") == pytest.approx(expected, rel=1e-4)
+    assert len(server.documents) == DOCUMENTS
