@@ -169,7 +169,7 @@ def check_sparse_logits(value: Any, name: str) -> None:
         )
     if not isinstance(value, SparseLogits):
         raise TypeError(
-            f"{name} must be a SparseLogits, got {type(value).__name__}: make one with topk_logits (a HeadTeacher is for "
+            f"{name} must be a SparseLogits, got {type(value).__name__}: make one with topk_logits (HeadTeacher is for "
             "linear_slim_loss alone)"
         )
 
