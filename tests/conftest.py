@@ -68,3 +68,9 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A source of random numbers that is the same in every test."""
+    return torch.Generator().manual_seed(1)

@@ -20,6 +20,7 @@ OP_TESTS = (
     "test_topk_logits.py",
     "test_sparse_softmax.py",
     "test_slim_loss.py",
+    "test_slim_loss_operator.py",
     "test_decode_logits.py",
     "test_sample_logits.py",
     "test_sample_targets.py",

@@ -54,7 +54,10 @@ def test_slim_loss_passes_its_tests_interpreted():
         "test_slim_loss.py::test_slim_loss_of_rows_whose_target_logit_is_not_known",
         "test_slim_loss.py::test_slim_loss_tails_do_not_cancel[80.0]",
         "test_slim_loss.py::test_slim_loss_of_small_and_large_logits[dtype0-30000.0]",
-        *(f"test_slim_loss.py::test_slim_loss_of_any_layout[none-row strided-dtype{index}]" for index in range(2)),
+        *(
+            f"test_slim_loss_operator.py::test_slim_loss_of_any_layout[none-row strided-dtype{index}]"
+            for index in range(2)
+        ),
         *(
             f"test_slim_loss.py::test_slim_loss_edges[dtype0-{shape}-{rest}]"
             for shape in ("-inf off the support", "empty row", "q = 0 in ids")
@@ -73,7 +76,7 @@ def test_slim_loss_passes_more_of_its_tests_interpreted():
     assert_tests_pass_interpreted(
         "test_slim_loss.py::test_slim_loss_options",
         "test_slim_loss.py::test_slim_loss_edges",
-        "test_slim_loss.py::test_slim_loss_of_any_layout",
+        "test_slim_loss_operator.py::test_slim_loss_of_any_layout",
         timeout=1800,
     )
 

@@ -1,10 +1,9 @@
-"""The store as its users see it: what is added comes back, at the promised size, also after a restart."""
+"""The store as its readers see it: what was added comes back, by index, by document, in workers."""
 
 from __future__ import annotations
 
 import dataclasses
 import doctest
-import json
 import math
 import pickle
 
@@ -16,27 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import store_oracle as oracle
-from support.store_cases import SETTINGS, Case, assert_stored, random_case, random_teacher, write_store
+from support.store_cases import SETTINGS, Case, assert_stored, random_case, write_store
 from torch.utils.data import DataLoader
 
 import slimkernels.store
 from slimkernels import SparseLogits, decode_logits
-from slimkernels.store import Store, StoreWriter, errors, info, verify, writer
-from slimkernels.store.format import (
-    ShardEntry,
-    StoreSettings,
-    manifest_content,
-    seal_manifest,
-    shard_layout,
-    shard_name,
-)
+from slimkernels.store import Store, StoreWriter, errors, info, verify
 
 CODECS = ("affine8", "affine6", "bfloat16", "float32")
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -247,72 +233,6 @@ def test_store_target_logit_is_looked_up_among_the_kept(tmp_path):
     assert Store(tmp_path)[0].teacher.target_logit.tolist() == [0.5, -math.inf, 2.0]
 
 
-def test_store_writer_resumes(tmp_path, generator):
-    cases = [random_case(8, 3, generator) for _ in range(4)]
-    write_store(tmp_path, [cases[:1], cases[1:2]])
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("shard-*")}
-    with StoreWriter(tmp_path, **SETTINGS) as store_writer:
-        assert len(store_writer) == 2
-        assert cases[0].input_ids in store_writer
-        assert cases[2].input_ids not in store_writer
-        for case in cases:
-            if case.input_ids not in store_writer:
-                store_writer.add(*case)
-        assert cases[3].input_ids in store_writer
-        assert len(store_writer) == 4
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    for document, case in zip(Store(tmp_path), cases, strict=True):
-        assert_stored(document, case)
-    verify(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("vocab_size", 98),
-        ("tokenizer_fingerprint", "tokenizer-2"),
-        ("teacher", {"name": "another"}),
-        ("selection", {"kind": "top_k", "value": 7, "top_k": 7}),
-        ("temperatures", (1.0,)),
-        ("codec", "float32"),
-    ],
-)
-def test_store_writer_refuses_other_settings(tmp_path, generator, name, value):
-    write_store(tmp_path, [[random_case(8, 3, generator)]])
-    with pytest.raises(errors.SettingsMismatchError, match=f"{name}=.*but {name}="):
-        StoreWriter(tmp_path, **SETTINGS | {name: value})
-    # The failed writer must not hold the lock.
-    StoreWriter(tmp_path, **SETTINGS).close()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("vocab_size", 0),
-        ("vocab_size", 2**31),
-        ("vocab_size", True),
-        ("vocab_size", "97"),
-        ("tokenizer_fingerprint", None),
-        ("teacher", "gpt"),
-        ("teacher", {"dtype": torch.bfloat16}),
-        ("teacher", {"loss": math.nan}),
-        ("selection", [1]),
-        ("temperatures", (2.0,)),
-        ("temperatures", ()),
-        ("temperatures", (1.0, -1.0)),
-        ("temperatures", (1.0, math.inf)),
-        ("temperatures", (1.0, "two")),
-        ("codec", "int4"),
-        ("shard_rows", 0),
-        ("shard_rows", 1.5),
-    ],
-)
-def test_store_writer_refuses_bad_settings(tmp_path, name, value):
-    with pytest.raises(ValueError, match=name):
-        StoreWriter(tmp_path / "store", **SETTINGS | {name: value})
-    assert not (tmp_path / "store").exists()
-
-
 def test_store_reader_refuses_another_vocabulary_or_tokenizer(tmp_path, generator):
     write_store(tmp_path, [[random_case(8, 3, generator)]])
     Store(tmp_path, vocab_size=97, tokenizer_fingerprint="tokenizer-1")
@@ -320,94 +240,6 @@ def test_store_reader_refuses_another_vocabulary_or_tokenizer(tmp_path, generato
         Store(tmp_path, vocab_size=98)
     with pytest.raises(errors.SettingsMismatchError, match="tokenizer_fingerprint='tokenizer-1'"):
         Store(tmp_path, tokenizer_fingerprint="tokenizer-2")
-
-
-def test_store_writer_refuses_a_document_twice(tmp_path, generator):
-    cases = [random_case(8, 3, generator) for _ in range(2)]
-    write_store(tmp_path, [cases[:1]])
-    with StoreWriter(tmp_path, **SETTINGS) as store_writer:
-        store_writer.add(*cases[1])
-        for case in cases:
-            with pytest.raises(errors.DuplicateDocumentError, match="in the store already"):
-                store_writer.add(*case)
-    assert len(Store(tmp_path)) == 2
-    verify(tmp_path)
-
-
-def test_store_writer_refuses_bad_documents_and_goes_on(tmp_path, generator):
-    good = random_case(8, 3, generator)
-    ids, positions, teacher = good
-    broken_ids = teacher.ids.clone()
-    broken_ids[1, 0] = 97
-    broken_logits = teacher.logits.clone()
-    broken_logits[2, 0] = -math.inf
-    bad = [
-        ((ids.float(), positions, teacher), "input_ids"),
-        ((ids[None], positions, teacher), "input_ids"),
-        (([], [], teacher[:0]), "input_ids"),
-        ((ids + 97, positions, teacher), r"input_ids must lie in \[0, 97\)"),
-        ((ids - 97, positions, teacher), r"input_ids must lie in \[0, 97\)"),
-        ((ids, positions.flip(0), teacher), "positions"),
-        ((ids, torch.tensor([1, 1, 2]), teacher), "positions"),
-        ((ids, torch.tensor([0, 1, 2]), teacher), "positions"),
-        ((ids, torch.tensor([1, 2, 8]), teacher), "positions"),
-        ((ids, positions.float(), teacher), "positions"),
-        ((ids, positions[:2], teacher), "a row for each of 2 positions"),
-        ((ids, positions, teacher.reshape(3, 1)), "a row for each of 3 positions"),
-        ((ids, positions, dataclasses.replace(teacher, temperatures=(1.0, 3.0))), "temperatures"),
-        ((ids, positions, dataclasses.replace(teacher, ids=broken_ids)), "row 1 .* outside|row 1 .* ascending"),
-        ((ids, positions, dataclasses.replace(teacher, ids=teacher.ids.flip(-1))), "row 0 .* ascending"),
-        ((ids, positions, dataclasses.replace(teacher, logits=broken_logits)), "row 2 .* infinite"),
-        ((ids, positions, dataclasses.replace(teacher, lse=teacher.lse - 9)), "row 0 .* more probability"),
-    ]
-    with StoreWriter(tmp_path, **SETTINGS) as store_writer:
-        for arguments, message in bad:
-            with pytest.raises(ValueError, match=message):
-                store_writer.add(*arguments)
-        assert len(store_writer) == 0
-        store_writer.add(*good)
-    assert_stored(Store(tmp_path)[0], good)
-
-
-def test_store_writer_closed(tmp_path, generator):
-    store_writer = StoreWriter(tmp_path, **SETTINGS)
-    store_writer.close()
-    store_writer.close()
-    with pytest.raises(ValueError, match="closed"):
-        store_writer.add(*random_case(8, 3, generator))
-    with pytest.raises(ValueError, match="closed"):
-        store_writer.flush()
-
-
-def test_store_writer_keeps_whole_documents_when_an_exception_leaves_the_block(tmp_path, generator):
-    case = random_case(8, 3, generator)
-
-    def capture() -> None:
-        with StoreWriter(tmp_path, **SETTINGS) as store_writer:
-            store_writer.add(*case)
-            raise RuntimeError("the teacher broke")
-
-    with pytest.raises(RuntimeError, match="the teacher broke"):
-        capture()
-    assert_stored(Store(tmp_path)[0], case)
-
-
-def test_store_writer_flushes_full_shards(tmp_path, generator, monkeypatch):
-    cases = [random_case(8, 3, generator) for _ in range(7)]
-    with StoreWriter(tmp_path / "rows", **SETTINGS, shard_rows=6) as store_writer:
-        for case in cases:
-            store_writer.add(*case)
-        assert len(Store(tmp_path / "rows")) == 6
-    assert [entry.rows for entry in Store(tmp_path / "rows").shards] == [6, 6, 6, 3]
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 400)
-    with StoreWriter(tmp_path / "bytes", **SETTINGS) as store_writer:
-        for case in cases:
-            store_writer.add(*case)
-    sizes = [entry.rows for entry in Store(tmp_path / "bytes").shards]
-    assert len(sizes) > 1
-    assert sizes[0] == max(sizes)
-    assert len(Store(tmp_path / "bytes")) == 7
-    verify(tmp_path / "bytes")
 
 
 def test_store_reader_is_a_snapshot(tmp_path, generator):
@@ -440,80 +272,6 @@ def test_store_shards_are_safetensors(tmp_path, generator, codec, ragged):
         "codec": codec,
         "top_k": "ragged" if ragged else "6",
     }
-
-
-def test_store_info(tmp_path, generator):
-    cases = [random_case(9, 4, generator), random_case(10, 9, generator, ragged=True)]
-    write_store(tmp_path, [cases[:1], cases[1:]])
-    report = info(tmp_path)
-    counts = [int(n) for case in cases for n in (case.teacher.ids >= 0).sum(-1)]
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    bound = sum(math.log2(math.comb(97, n)) for n in counts) / sum(counts) + 8
-    expected = {
-        "vocab_size": 97,
-        "documents": 2,
-        "tokens": 19,
-        "rows": 13,
-        "rest_lse_rows": 13,
-        "entries": sum(counts),
-        "shards": 2,
-        "bytes": size,
-        "codec": "affine8",
-        "temperatures": [1.0, 2.0],
-        "teacher": SETTINGS["teacher"],
-        "selection": SETTINGS["selection"],
-        "tokenizer_fingerprint": "tokenizer-1",
-    }
-    assert {name: report[name] for name in expected} == expected
-    assert report["bits_per_entry"] == pytest.approx(8 * size / sum(counts))
-    assert report["bytes_per_token"] == pytest.approx(size / 19)
-    assert report["entropy_bound_bits_per_entry"] == pytest.approx(bound)
-    assert json.loads(json.dumps(report)) == report
-
-
-@pytest.mark.parametrize("vocab_size", [32000, 49152, 128256, 262144])
-@pytest.mark.parametrize(("codec", "bits"), [("affine8", 8), ("affine6", 6)])
-def test_store_size_bar(tmp_path, generator, vocab_size, codec, bits):
-    """At 5 % of the vocabulary, everything included: at most 14.6 bits per kept entry, 12.6 with 6 bits."""
-    top_k, num_rows = math.ceil(vocab_size / 20), 100_000
-    # What is left of the bar for a store this small is the manifest and the header, which 100k rows share.
-    teacher = random_teacher(24, vocab_size, top_k, generator, temperatures=(1.0,))
-    options = SETTINGS | {"vocab_size": vocab_size, "temperatures": (1.0,), "codec": codec}
-    with StoreWriter(tmp_path, **options) as store_writer:
-        store_writer.add(torch.arange(25), torch.arange(1, 25), teacher)
-    (entry,) = Store(tmp_path).shards
-    overhead = (tmp_path / "manifest.json").stat().st_size + len(shard_layout(Store(tmp_path).settings, entry).header)
-    report = info(tmp_path)
-    per_row = (report["bytes"] - overhead) / 24
-    rows_per_shard = (64 << 20) // per_row
-    total = num_rows * per_row + num_rows / rows_per_shard * 2 * overhead
-    assert 8 * total / (num_rows * top_k) <= 6.6 + bits
-    assert report["entropy_bound_bits_per_entry"] == pytest.approx(5.73 + bits, abs=0.02)
-
-
-def test_store_size_bar_of_100k_rows():
-    """The same from the layout alone: the bytes of 100k rows in documents of 512 tokens, manifest included."""
-    settings_ = StoreSettings(**SETTINGS | {"vocab_size": 49152, "temperatures": (1.0,), "codec": "affine8"})
-    words, shards = 481, []
-    for i in range(7):
-        counts = {"documents": 29, "tokens": 29 * 512, "rows": 29 * 511, "entries": 29 * 511 * 2458}
-        entry = ShardEntry(
-            shard_name(i),
-            0,
-            id_words=29 * 511 * words,
-            top_k=2458,
-            rest_lse=True,
-            head_checksum="0" * 32,
-            checksum="0" * 32,
-            **counts,
-        )
-        shards.append(dataclasses.replace(entry, bytes=shard_layout(settings_, entry).total_bytes))
-    manifest = len(seal_manifest(manifest_content(settings_, tuple(shards))))
-    rows = sum(entry.rows for entry in shards)
-    assert rows > 100_000
-    assert all(60 << 20 < entry.bytes < 68 << 20 for entry in shards)
-    bits = 8 * (manifest + sum(entry.bytes for entry in shards)) / (rows * 2458)
-    assert bits == pytest.approx(14.37, abs=0.01)
 
 
 def test_store_pickles_without_its_maps(tmp_path, generator):
@@ -555,150 +313,3 @@ def test_store_in_data_loader_workers(tmp_path, generator):
 
 def test_store_example_in_the_docstring():
     assert doctest.testmod(slimkernels.store) == (0, 5)
-
-
-@pytest.mark.parametrize("codec", ["affine8", "affine6"])
-@pytest.mark.parametrize("far", [-9999.0, -100.0, -3e38])
-def test_entries_far_below_a_rows_maximum_do_not_coarsen_the_others(tmp_path, codec, far) -> None:
-    """A placeholder for -inf, or the value at which a server clips, once took the whole range of the 8 bits."""
-    likely = torch.tensor([0.5, 0.25, 0.125, 0.0625]).log()
-    ids = torch.tensor([[1, 2, 5, 7, 8], [1, 2, 5, 7, 8]], dtype=torch.int32)
-    logits = torch.stack([torch.cat([likely[:2], torch.tensor([far]), likely[2:]]), torch.arange(5.0).log_softmax(-1)])
-    for name, tops in (("both", slice(None)), ("far", slice(1))):
-        teacher = SparseLogits(ids[tops], logits[tops], torch.zeros(len(ids[tops]), 1))
-        rows = {"temperatures": (1.0,), "codec": codec}
-        with StoreWriter(tmp_path / name, **SETTINGS | rows) as writer:
-            writer.add([3, 4, 5], torch.arange(1, 1 + len(teacher)), teacher)
-        verify(tmp_path / name)
-        stored = Store(tmp_path / name)[0].teacher
-        assert [i for i in stored.ids[0].tolist() if i >= 0] == [1, 2, 7, 8]
-        assert stored.logits[0, :4].exp().tolist() == pytest.approx(likely.exp().tolist(), rel=0.02)
-        if name == "both":
-            assert stored.ids[1].tolist() == [1, 2, 5, 7, 8]
-
-
-def test_entries_far_below_a_rows_maximum_stay_where_they_harm_nothing(tmp_path) -> None:
-    teacher = SparseLogits(torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[-0.5, -200.0]]), torch.zeros(1, 1))
-    for codec, kept in (("float32", [1, 2]), ("bfloat16", [1, 2]), ("affine8", [1])):
-        with StoreWriter(tmp_path / codec, **SETTINGS | {"temperatures": (1.0,), "codec": codec}) as writer:
-            writer.add([3, 2], [1], teacher)
-        document = Store(tmp_path / codec)[0]
-        assert document.teacher.ids[0].tolist() == kept
-        # The label's logit is that of the entry as it came.
-        assert document.teacher.target_logit.tolist() == [-200.0]
-    # At temperature 8 the same entry has a probability of exp(-25).
-    wide = SparseLogits(teacher.ids, teacher.logits, torch.zeros(1, 2), temperatures=(1.0, 8.0))
-    with StoreWriter(tmp_path / "wide", **SETTINGS | {"temperatures": (1.0, 8.0)}) as writer:
-        writer.add([3, 2], [1], wide)
-    assert Store(tmp_path / "wide")[0].teacher.ids[0].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_entries_far_below_a_rows_maximum_hide_no_bad_one(tmp_path, bad) -> None:
-    teacher = SparseLogits(
-        torch.tensor([[1, 2, 3]], dtype=torch.int32),
-        torch.tensor([[-0.5, bad, -200.0]]),
-        torch.zeros(1, 1),
-        target_logit=torch.zeros(1),
-    )
-    with (
-        StoreWriter(tmp_path, **SETTINGS | {"temperatures": (1.0,)}) as writer,
-        pytest.raises(ValueError, match="keeps a logit that is NaN or infinite"),
-    ):
-        writer.add([3, 2], [1], teacher)
-
-
-class TestPromptLengths:
-    """They lie next to the shard, where readers of version 0.1.0 do not look."""
-
-    def write(self, path, generator, lengths=(3, 0, 4)) -> list[Case]:
-        cases = [random_case(9 + i, 4, generator) for i in range(len(lengths))]
-        with StoreWriter(path, **SETTINGS) as writer:
-            for case, length in zip(cases, lengths, strict=True):
-                writer.add(*case, prompt_length=length)
-        return cases
-
-    def test_come_back(self, tmp_path, generator) -> None:
-        self.write(tmp_path / "store", generator)
-        verify(tmp_path / "store")
-        store = Store(tmp_path / "store")
-        assert [document.prompt_length for document in store] == [3, 0, 4]
-        assert [store.packed(i).prompt_length for i in range(3)] == [3, 0, 4]
-        assert info(tmp_path / "store")["bytes"] == sum(path.stat().st_size for path in (tmp_path / "store").iterdir())
-        tensors = safetensors.torch.load_file(tmp_path / "store" / "prompts-000000.safetensors")
-        assert tensors["prompt_lengths"].tolist() == [3, 0, 4]
-
-    def test_change_no_byte_of_manifest_and_shard(self, tmp_path, generator) -> None:
-        state = generator.get_state()
-        self.write(tmp_path / "with", generator)
-        generator.set_state(state)
-        self.write(tmp_path / "without", generator, (0, 0, 0))
-        names = {path.name: path.read_bytes() for path in (tmp_path / "without").iterdir()}
-        assert "prompts-000000.safetensors" not in names
-        for name, content in names.items():
-            assert (tmp_path / "with" / name).read_bytes() == content
-
-    def test_of_another_shard_or_damaged_are_refused(self, tmp_path, generator) -> None:
-        self.write(tmp_path / "a", generator)
-        self.write(tmp_path / "b", generator)
-        path = tmp_path / "a" / "prompts-000000.safetensors"
-        good = path.read_bytes()
-        for content in (
-            (tmp_path / "b" / path.name).read_bytes(),
-            good[:-1],
-            good + b"\0",
-            b"",
-            good[:-4] + b"\5\0\0\0",
-            good.replace(b"I32", b"U32"),
-        ):
-            path.write_bytes(content)
-            with pytest.raises(errors.PromptLengthsError, match=r"prompts-000000.safetensors: its bytes are not those"):
-                verify(tmp_path / "a")
-            with pytest.raises(errors.PromptLengthsError):
-                Store(tmp_path / "a")[0]
-        path.unlink()
-        verify(tmp_path / "a")
-        assert [document.prompt_length for document in Store(tmp_path / "a")] == [0, 0, 0]
-
-    def test_that_a_killed_writer_left_belong_to_nobody(self, tmp_path, generator) -> None:
-        self.write(tmp_path, generator)
-        (tmp_path / "prompts-000001.safetensors").write_bytes(b"left")
-        verify(tmp_path)
-        with StoreWriter(tmp_path, **SETTINGS) as writer:
-            writer.add(*random_case(5, 2, generator))
-        verify(tmp_path)
-        assert [document.prompt_length for document in Store(tmp_path)] == [3, 0, 4, 0]
-
-    @pytest.mark.parametrize("length", [-1, 6])
-    def test_lie_within_the_document(self, tmp_path, generator, length) -> None:
-        with (
-            StoreWriter(tmp_path, **SETTINGS) as writer,
-            pytest.raises(
-                ValueError, match=rf"prompt_length must lie in \[0, 5\], the number of input_ids, got {length}"
-            ),
-        ):
-            writer.add(*random_case(5, 2, generator), prompt_length=length)
-
-    def test_of_parts(self, tmp_path, generator) -> None:
-        cases = [random_case(9 + i, 4, generator) for i in range(6)]
-        with slimkernels.store.RankWriter(tmp_path, num_parts=3, **SETTINGS) as writer:
-            for length, case in enumerate(cases):
-                writer.add(*case, prompt_length=length)
-        verify(tmp_path)
-        store = Store(tmp_path)
-        assert [store[store.find(case.input_ids)].prompt_length for case in cases] == list(range(6))
-
-    def test_belong_to_the_fingerprint_of_a_store(self, tmp_path, generator) -> None:
-        state, stores = generator.get_state(), {}
-        for name, lengths in (("a", (3, 0, 4)), ("b", (3, 0, 5)), ("unknown", (0, 0, 0)), ("again", (3, 0, 4))):
-            generator.set_state(state)
-            self.write(tmp_path / name, generator, lengths)
-            stores[name] = Store(tmp_path / name)
-        found = {name: store.fingerprint for name, store in stores.items()}
-        assert found["a"] == found["again"]
-        assert len({found["a"], found["b"], found["unknown"]}) == 3
-        # A store without prompts has the fingerprint of version 0.1.0, which checkpoints hold.
-        assert {store.rows_fingerprint for store in stores.values()} == {found["unknown"]}
-        assert stores["unknown"].prompts_fingerprint is None
-        (tmp_path / "a" / "prompts-000000.safetensors").unlink()
-        assert Store(tmp_path / "a").fingerprint == found["unknown"]

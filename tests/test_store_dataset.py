@@ -38,11 +38,6 @@ from slimkernels.store.order import OrderIterator
 COUNT = 23
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
-
-
 @pytest.fixture(scope="module")
 def cases():
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import served, teachers
 from support.evaluation import make_data
-from test_teacher_server import assert_close_to_local
+from support.served_captures import assert_close_to_local
 
 from slimkernels.cli import main
 from slimkernels.evaluate.runner import load_run

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from support import served, teachers
+from support.served_captures import QUICK, assert_same_documents, posts
 from support.served_sglang import FORMS, INFO, SglangServer
 
 from slimkernels.cli import main
@@ -25,7 +26,7 @@ from slimkernels.teacher import ServerRequestError, TokenizedDocument, capture_s
 
 pytest.importorskip("httpx2", reason="the extra `server` is not installed")
 
-OPTIONS = served.OPTIONS | {"backoff_s": 0.01, "timeout_s": 5.0, "concurrency": 1}
+OPTIONS = served.OPTIONS | QUICK | {"concurrency": 1}
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +52,6 @@ def of_vllm(tokenizer, documents, tmp_path_factory):
 def sglang():
     with SglangServer() as server:
         yield server
-
-
-def assert_same_documents(left, right) -> None:
-    assert len(Store(left)) == len(Store(right)) > 0
-    for one, other in zip(Store(left), Store(right), strict=True):
-        assert torch.equal(one.input_ids, other.input_ids)
-        assert torch.equal(one.positions, other.positions)
-        assert torch.equal(one.teacher.ids, other.teacher.ids)
-        assert torch.equal(one.teacher.logits, other.teacher.logits)
-        assert torch.equal(one.teacher.target_logit, other.teacher.target_logit)
-
-
-def posts(server) -> list[dict]:
-    return [seen["body"] for seen in server.seen if seen["body"] is not None]
 
 
 def api_of(client: ServerClient) -> ServerApi:
@@ -120,7 +107,7 @@ class TestScores:
         labels = [7, 9, 10]
         given = [TokenizedDocument(documents[0], positions=labels)]
         capture_server(sglang.url, served.MODEL, tokenizer, tmp_path, documents=given, **OPTIONS)
-        (body,) = posts(sglang)
+        (body,) = (seen["body"] for seen in posts(sglang))
         assert (body["logprob_start_len"], body["top_logprobs_num"], body["return_text_in_logprobs"]) == (6, 5, False)
         assert body["return_flat_raw_top_logprobs_b64"]
         document, whole = Store(tmp_path)[0], Store(of_vllm)[0]
@@ -270,7 +257,8 @@ class TestGeneration:
     def test_openai_interface_is_told_to_keep_the_whole_distribution(self, tokenizer, sglang, tmp_path) -> None:
         with pytest.raises(ServerRequestError):
             capture_server(sglang.url, served.MODEL, tokenizer, tmp_path, prompts=["a"], api="completions", **OPTIONS)
-        assert (posts(sglang)[0]["top_k"], posts(sglang)[0]["top_p"], posts(sglang)[0]["min_p"]) == (-1, 1.0, 0.0)
+        body = posts(sglang)[0]["body"]
+        assert (body["top_k"], body["top_p"], body["min_p"]) == (-1, 1.0, 0.0)
 
 
 class TestWhichServerItIs:
@@ -320,8 +308,8 @@ class TestWhichServerItIs:
 
     def test_an_adapter_is_asked_for_by_its_name(self, tokenizer, documents, sglang, tmp_path) -> None:
         capture_server(sglang.url, "tuned", tokenizer, tmp_path, documents=documents[:1], **OPTIONS)
-        assert posts(sglang)[0]["lora_path"] == "tuned"
-        assert all("model" not in body for body in posts(sglang))
+        assert posts(sglang)[0]["body"]["lora_path"] == "tuned"
+        assert all("model" not in seen["body"] for seen in posts(sglang))
 
 
 class TestCapture:

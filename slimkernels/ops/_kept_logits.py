@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimkernels.ops._library import accumulation_dtype
+from slimkernels.ops._library import accumulation_dtype, keep_for_backward
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -46,6 +46,29 @@ def empty_rows(like: Tensor, top_k: int, target: Tensor | None, num_temperatures
     )
 
 
+def save_rows(
+    ctx,
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    rest_lse: Tensor,
+    target: Tensor | None,
+    temperatures: Sequence[float],
+    operand: Tensor | None,
+) -> None:
+    """Saves what ``gradient_of_saved_rows`` reads, the inputs and outputs of an operator that keeps rows of logits."""
+    ctx.set_materialize_grads(False)
+    keep_for_backward(ctx, logits, ids, lse, rest_lse, target, operand)
+    ctx.temperatures = temperatures
+
+
+def gradient_of_saved_rows(ctx, *gradients: Tensor | None) -> Tensor:
+    """Computes the gradient (N, V) of the logits from those of (values, lse, rest_lse, target_logit); None is 0."""
+    logits, ids, lse, rest_lse, target, operand = ctx.saved_tensors
+    temperatures = ctx.temperatures if operand is None else operand.unbind()
+    return gradient_of_rows(logits, ids, lse, rest_lse, target, temperatures, *gradients).to(logits.dtype)
+
+
 def gradient_of_rows(
     logits: Tensor,
     ids: Tensor,
@@ -60,14 +83,16 @@ def gradient_of_rows(
 ) -> Tensor:
     """Computes the gradient (N, V) of logits in the dtype of ``lse``, from those of the outputs; None is 0.
 
-    That of a kept logit is scattered, that of a log-sum-exp times the softmax over what it sums.
+    The gradient of a kept logit is scattered to its id; that of a log-sum-exp is multiplied by the softmax over the
+    entries that it sums.
     """
     logits = logits.to(lse.dtype)
     kept, is_kept = ids.clamp(min=0).long(), ids >= 0
     grad = torch.zeros_like(logits)
     if grad_rest_lse is not None:
         grad = _gradient_of_lse(logits, rest_lse, temperatures, grad_rest_lse)
-        # This part is 0 at the kept ids. Padding stands for the last of them, and in a row that keeps none for id 0.
+        # The gradient of rest_lse is 0 at the kept ids. Padding writes to the last kept id again; in a row that keeps
+        # no id, to id 0 what is there already.
         last = ids.amax(1, keepdim=True).long()
         index = torch.where(is_kept, kept, last.clamp(min=0))
         grad = grad.scatter(1, index, torch.where(last >= 0, 0.0, grad.gather(1, index)))
@@ -89,6 +114,6 @@ def _gradient_of_lse(logits: Tensor, lse: Tensor, temperatures: Sequence, upstre
     for column, temperature in enumerate(temperatures):
         given = upstream[:, column, None]
         softmax = (logits / temperature - lse[:, column, None]).exp()
-        # The softmax of a row with an infinite lse is NaN, also where nobody asked for the gradient of that lse.
+        # The softmax of a row with an infinite lse is NaN, even if the upstream gradient of that lse is 0.
         grad = grad + torch.where(given == 0, 0.0, softmax * (given / temperature))
     return grad

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._kept_logits import empty_rows, gradient_of_rows, sparse_logits_of
+from slimkernels.ops._kept_logits import empty_rows, gradient_of_saved_rows, save_rows, sparse_logits_of
 from slimkernels.ops._library import (
     check_kernels,
     check_transforms,
     define,
     flat_rows,
-    keep_for_backward,
     operand_of,
     register_autograd,
 )
@@ -122,16 +121,11 @@ def _gather_logits(
 def _setup_context(ctx, inputs, output) -> None:
     logits, ids, target, temperatures, operand = inputs
     _, lse, rest_lse, _ = output
-    ctx.set_materialize_grads(False)
-    keep_for_backward(ctx, logits, ids, lse, rest_lse, target, operand)
-    ctx.temperatures = temperatures
+    save_rows(ctx, logits, ids, lse, rest_lse, target, temperatures, operand)
 
 
 def _backward(ctx, *gradients: Tensor | None):
-    logits, ids, lse, rest_lse, target, operand = ctx.saved_tensors
-    temperatures = ctx.temperatures if operand is None else operand.unbind()
-    grad = gradient_of_rows(logits, ids, lse, rest_lse, target, temperatures, *gradients)
-    return grad.to(logits.dtype), None, None, None, None
+    return gradient_of_saved_rows(ctx, *gradients), None, None, None, None
 
 
 define(

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._kept_logits import empty_rows, gradient_of_rows, sparse_logits_of
+from slimkernels.ops._kept_logits import empty_rows, gradient_of_saved_rows, save_rows, sparse_logits_of
 from slimkernels.ops._library import (
     check_kernels,
     check_transforms,
     define,
     flat_rows,
-    keep_for_backward,
     operand_of,
     register_autograd,
 )
@@ -114,34 +113,11 @@ def _setup_context(ctx, inputs, output) -> None:
     logits, _, target, temperatures, operand = inputs
     _, ids, lse, rest_lse, _ = output
     ctx.mark_non_differentiable(ids)
-    ctx.set_materialize_grads(False)
-    keep_for_backward(ctx, logits, ids, lse, rest_lse, target, operand)
-    ctx.temperatures = temperatures
+    save_rows(ctx, logits, ids, lse, rest_lse, target, temperatures, operand)
 
 
-def _backward(
-    ctx,
-    grad_values: Tensor | None,
-    _grad_ids,
-    grad_lse: Tensor | None,
-    grad_rest_lse: Tensor | None,
-    grad_target_logit: Tensor | None,
-):
-    logits, ids, lse, rest_lse, target, operand = ctx.saved_tensors
-    temperatures = ctx.temperatures if operand is None else operand.unbind()
-    grad = gradient_of_rows(
-        logits,
-        ids,
-        lse,
-        rest_lse,
-        target,
-        temperatures,
-        grad_values,
-        grad_lse,
-        grad_rest_lse,
-        grad_target_logit,
-    )
-    return grad.to(logits.dtype), None, None, None, None
+def _backward(ctx, grad_values: Tensor | None, _grad_ids, *gradients: Tensor | None):
+    return gradient_of_saved_rows(ctx, grad_values, *gradients), None, None, None, None
 
 
 define(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.tiny import word_level
+from tokenizers import decoders, pre_tokenizers
 
 from slimkernels.evaluate.records import Record, content_key
 from slimkernels.evaluate.scoring import score
@@ -50,19 +50,10 @@ def make_data(folder: Path) -> Path:
 def make_folder(path: Path, seed: int = 0) -> Path:
     """Saves a Llama of a few thousand parameters that writes characters, with its tokenizer."""
     characters = sorted(set("\n .,:()#0123456789ABCDEQabcdefghijklmnopqrstuvwxyz"))
-    vocab = {"<end>": 0, "<unk>": 1} | {character: index for index, character in enumerate(characters, 2)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    model = make_student(vocab_size=len(vocab), hidden_size=16, num_layers=2, num_heads=2, max_length=512, seed=seed)
-    model.save_pretrained(path)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<end>",
-        pad_token="<end>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(path)
+    tokenizer = word_level(characters, pre_tokenizers.Split("", "isolated"), decoders.Fuse())
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_length": 512}
+    make_student(vocab_size=len(tokenizer), seed=seed, **sizes).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return path
 
 

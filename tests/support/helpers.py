@@ -143,6 +143,18 @@ def loss_and_grads(function: Callable, operands: tuple[Tensor, ...], upstream: T
     return out, grads
 
 
+def assert_fields_and_grads_as_accurate(actual: tuple, same_dtype_torch: tuple, truth: tuple) -> None:
+    """Applies ``assert_as_accurate`` to every field and gradient; each argument is (named tuple, gradients)."""
+    for name in truth[0]._fields:
+        with explain(name):
+            # The fields are sums of terms of order 1, even if the sum itself is small.
+            fields = (getattr(out, name) for out, _ in (actual, same_dtype_torch, truth))
+            assert_as_accurate(*fields, at_least=1.0)
+    for index, grads in enumerate(zip(actual[1], same_dtype_torch[1], truth[1], strict=True)):
+        with explain(f"gradient of operand {index}"):
+            assert_as_accurate(*grads)
+
+
 def assert_slim_loss_matches(
     function: Callable,
     same_dtype_torch: Callable,
@@ -163,13 +175,7 @@ def assert_slim_loss_matches(
     wide = tuple(operand.double() for operand in operands)
     teacher = None if teacher is None else to_dtype(teacher, torch.float64)
     expected = loss_and_grads(truth, wide, upstream, target, teacher, **options)
-    for name in reference.SlimLoss._fields:
-        with explain(name):
-            # The fields are sums of terms of order 1, even if the sum itself is small.
-            assert_as_accurate(*(getattr(out, name) for out, _ in (actual, theirs, expected)), at_least=1.0)
-    for index, grads in enumerate(zip(actual[1], theirs[1], expected[1], strict=True)):
-        with explain(f"gradient of operand {index}"):
-            assert_as_accurate(*grads)
+    assert_fields_and_grads_as_accurate(actual, theirs, expected)
     ignored = target == options.get("ignore_index", -100)
     assert not actual[1][0][ignored].any(), "an ignored row has a gradient"
 

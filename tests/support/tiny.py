@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,9 +21,16 @@ TOP_K = 11
 
 def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Makes a tokenizer of whole words, "w2" and so on, with "<end>" as end of text and padding."""
-    vocab = {"<end>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, vocab_size)}
+    return word_level((f"w{index}" for index in range(2, vocab_size)), pre_tokenizers.Whitespace())
+
+
+def word_level(words: Iterable[str], pre_tokenizer: Any, decoder: Any = None) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer of given words, whose ids begin at 2, with "<end>" as end of text and padding."""
+    vocab = {"<end>": 0, "<unk>": 1} | {word: index for index, word in enumerate(words, 2)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder is not None:
+        tokenizer.decoder = decoder
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<end>",
