@@ -133,7 +133,7 @@ def test_prompts_of_a_file_have_the_field_that_is_named(here):
         ),
         (f"{DECODE} --beam 0 Anna?", "--beam must be an integer of at least 1"),
         (f"{DECODE} --time-limit 0 Anna?", "--time-limit must be positive"),
-        ("train --store store --method gkd --out out", "needs a --teacher to score what the student writes"),
+        ("train --store store --method gkd --out out", "needs a --teacher or --teacher-server to score"),
         ("train --store store --method slim --out out --option teacher_top_k=3", "--option teacher_top_k"),
     ],
 )

@@ -352,7 +352,10 @@ def test_heads_padded_differently_share_their_first_rows(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"objective": sk.SlimObjective("kd")}, "method 'kd' needs one of teacher_model and teacher_store"),
+        (
+            {"objective": sk.SlimObjective("kd")},
+            "method 'kd' needs one of teacher_model, teacher_store and teacher_server",
+        ),
         ({"objective": sk.SlimObjective("sft"), "teacher_model": make_model()}, "method 'sft' needs no teacher"),
         ({"objective": sk.SlimObjective("gkd"), "teacher_model": make_model()}, "as only SlimTrainer does"),
         ({"options": {"label_smoothing_factor": 0.1}}, "use label_smoothing"),

@@ -59,11 +59,16 @@ def run_two_ranks(tmp_path, make: str, options: dict) -> list[tuple[dict, list[d
 
 
 # Threads of gloo that are still there when the interpreter ends can abort the process.
+# A thread of gloo's that has not ended yet aborts a process whose libraries are unloaded, after all its work is done.
 END = """
+import os, sys
 import torch.distributed
 
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 

@@ -146,7 +146,7 @@ def add_parser(commands: Any) -> None:
         "--teacher-rows (default: none)",
     )
     server = parser.add_argument_group("options of --teacher-server").add_argument
-    server("--teacher-name", metavar="NAME", help="name of the model on the server")
+    server("--teacher-name", metavar="NAME", help="name of the model on the server (default: none, it must be given)")
     server("--teacher-rows", metavar="DIR", help="folder of the rows that were scored (default: teacher-rows in --out)")
     server("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
     server("--top-logprobs", type=positive_int, metavar="K", help="entries to ask for per token (default: 20)")
