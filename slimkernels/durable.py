@@ -40,7 +40,7 @@ def lock_file(file: int | IO[bytes], path: str | os.PathLike[str], wait_s: float
     """Takes the exclusive lock (flock) of an open file; closing the file, or the end of the process, releases it.
 
     Some network file systems have no locks. With the environment variable ``SLIMKERNELS_LOCKS=0`` none is taken, and
-    the user sees to it that only one process writes.
+    the user must make sure that only one process writes.
 
     Args:
         file: The open file, or its descriptor.
@@ -86,7 +86,7 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
     """Flushes the names in a directory to the disk: files created or renamed there survive a power cut.
 
     A file system that cannot flush directories, as some network file systems cannot, is warned about once: its files
-    survive a kill, and how they survive a power cut is up to its server.
+    survive a kill, but whether they survive a power cut depends on its server.
     """
     try:
         _sync(path, os.O_DIRECTORY)
@@ -189,7 +189,7 @@ class Journal:
 
 
 class JsonLines:
-    """A journal of JSON objects, one a line.
+    """A journal of JSON objects, one per line.
 
     Args:
         path: Path of the file, which is created if it does not exist.

@@ -34,8 +34,8 @@ class SparseLogits:
         target_logit: (...) float32 or None. The raw logit of the label token, whether or not the label is among
             ``ids``; NaN if it is unknown or the row has no label.
         rest_lse: (..., M) in the dtype of ``lse``, or None. Log-sum-exp of the entries that are NOT in ``ids``, divided
-            by each temperature: -inf where nothing is left out, NaN for a row of which it is not known. Subtracting
-            the kept entries from ``lse`` would lose a small rest to rounding. None where no row's is known.
+            by each temperature: -inf where nothing is left out, NaN for a row whose rest is unknown. Subtracting
+            the kept entries from ``lse`` would lose a small rest to rounding. None if it is unknown for all rows.
     """
 
     ids: Tensor

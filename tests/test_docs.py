@@ -196,6 +196,7 @@ def test_docs_readme_says_where_the_shipped_model_comes_from():
 
 def test_docs_say_where_an_online_teacher_lives():
     section = text_of("docs/distributed.md").partition("## An online teacher, and its memory")[2].partition("\n## ")[0]
+    section = " ".join(section.split())
     assert "whole on the device of every process" in section
     assert "On each of eight GPUs" in section
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from support.evaluation import make_record
-from test_evaluate_gemini import ROWS, write
+from test_evaluate_published_outputs import ROWS, write
 
-from slimkernels.evaluate.gemini import read_outputs
+from slimkernels.evaluate.published_outputs import read_outputs
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.report import describe_outputs, write_report
 from slimkernels.evaluate.score_units import metric

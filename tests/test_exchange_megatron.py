@@ -207,7 +207,7 @@ def test_import_megatron_refuses(tokenizer, tmp_path) -> None:
     (tmp_path / "cache" / "cp0_dp0__12.tar").unlink()
 
     write_cache(tmp_path / "cache", cases, iterations_a_file=1)
-    refuses("is of sample 12, but samples ends before it", samples=samples[:BATCH])
+    refuses("holds sample 12, but samples has no such sample", samples=samples[:BATCH])
     message = "has 16 rows, so sample 3 must have as many tokens or one more, got 15"
     refuses(message, samples=[*samples[:3], samples[3][:-2], *samples[4:]])
     refuses("sample 1: must be a list of token ids, got 7", samples=[samples[0], 7])

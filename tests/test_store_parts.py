@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.store_cases import SETTINGS, Case, assert_stored, random_case, write_store
 
-from slimkernels.store import RankWriter, Store, StoreWriter, errors, info, parts, verify, verify_complete
+from slimkernels.store import RankWriter, Store, StoreWriter, errors, info, rank_writer, verify, verify_complete
 from slimkernels.store.codec import document_hash
 from slimkernels.store.format import part_name, part_of, parts_content, seal_manifest
 from slimkernels.store.manifest import load_manifest
@@ -201,10 +201,10 @@ def test_a_part_that_is_held_is_waited_for(tmp_path, monkeypatch) -> None:
     write_parts(tmp_path, cases[:4], 2)
     holder = StoreWriter(tmp_path / part_name(1), **SETTINGS)
     write_rank(tmp_path, cases, rank=0, num_ranks=2)
-    monkeypatch.setattr(parts, "_LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(rank_writer, "_LOCK_WAIT_S", 0.1)
     with pytest.raises(errors.StoreLockedError, match=r"part-00001 is held by another writer"):
         RankWriter(tmp_path, rank=1, num_ranks=2, **SETTINGS)
-    monkeypatch.setattr(parts, "_LOCK_WAIT_S", 30.0)
+    monkeypatch.setattr(rank_writer, "_LOCK_WAIT_S", 30.0)
     timer = threading.Timer(0.3, holder.close)
     timer.start()
     write_rank(tmp_path, cases, rank=1, num_ranks=2)

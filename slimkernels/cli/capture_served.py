@@ -9,7 +9,7 @@ from typing import Any
 from slimkernels.cli.options import Parser, positive_int, refuse
 
 SHIPPED_PROMPTS = "shipped"
-# Options of which a teacher that runs here has no use.
+# Options that have no meaning for a teacher that runs here.
 _SERVER_ONLY = ("api", "key_env", "concurrency", "max_retries", "requests_per_minute", "vocab_size", "max_unmapped")
 SERVED = ("model", "tokenizer", *_SERVER_ONLY)
 

@@ -75,7 +75,7 @@ _SETTINGS = {
 }
 
 
-# Options of your own questions, and all options of the asking, of which --rescore and --outputs have no use.
+# Options of the user's own questions, and all options for asking questions, which --rescore and --outputs refuse.
 _OWN_QUESTIONS = ("question_field", "reference_field", "choices_field", "answer_kind", "template")
 _ASKING = (
     *("tasks", "data", "store", "decoders", "samples", "seeds", "shots", "num_fewshot", "dtype", "prompt_style"),
@@ -281,7 +281,7 @@ def _compare(args: argparse.Namespace, bar: Callable[[str], Callable[[int, int |
 
     if args.outputs is not None:
         from slimkernels.evaluate.decoded import read_all_outputs
-        from slimkernels.evaluate.gemini import comparable
+        from slimkernels.evaluate.published_outputs import comparable
 
         files = read_all_outputs(args.outputs, kind=args.answer_kind)
         records: Sequence[Any] = comparable(list(files.values()))

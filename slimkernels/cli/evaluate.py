@@ -25,7 +25,7 @@ examples:
   students on a held-out store, by perplexity and divergence from the teacher:
     slimkernels eval --store runs/held-out --model runs/slim runs/kd runs/sft
     slimkernels eval --store runs/held-out --model runs/slim --json
-A held-out store is captured like any other, with the same options, from text of which the training store holds nothing:
+A held-out store is captured like any other, with the same options, from text that is not in the training store:
     slimkernels capture --teacher ./my-model --text held-out.jsonl --out runs/held-out
 Estimated time on two idle CPU cores: a second for 5,000 tokens, with a student of the demonstration's size.
 Models are compared on questions, with a report, by `slimkernels compare`.
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command ``eval``."""
     parser = add_command(commands, "eval", run, "evaluate models on a held-out store", _EXAMPLES, compare.API_NAMES)
     add = parser.add_argument
-    # Required, but for the old form, in which this command compares.
+    # Required, except in the old form of this command, which compares models.
     add("--store", metavar="DIR", help="held-out store with the teacher's logits")
     add("--model", nargs="+", metavar="MODEL", help="folders or names of models")
     add("--json", action="store_true", help="print JSON; null stands for a number that is infinite")

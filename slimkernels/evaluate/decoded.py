@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from slimkernels.durable import whole_lines
 from slimkernels.evaluate.answers import AnswerKind
-from slimkernels.evaluate.gemini import Outputs, read_outputs
 from slimkernels.evaluate.own_questions import asked, kind_of_answers, own_sample
+from slimkernels.evaluate.published_outputs import Outputs, read_outputs
 from slimkernels.evaluate.records import Record, content_key
 from slimkernels.evaluate.scoring import score
 from slimkernels.evaluate.tasks import TEXT, Sample
@@ -22,7 +22,7 @@ _FIELDS = ("index", "question", "reference", "text", "decoder", "model", "seed",
 
 
 def read_all_outputs(paths: Sequence[str], *, kind: str | None = None) -> dict[str, Outputs]:
-    """Reads and scores files, each written by ``slimkernels decode --out`` or in the layout of ``gemini``.
+    """Reads and scores files, each written by ``slimkernels decode --out`` or in the layout of ``published_outputs``.
 
     Args:
         paths: Files to read.

@@ -124,7 +124,7 @@ class HeldoutCell(Cell):
                         f"{self.task.store.path}, got {scores}: its weights may be damaged, or its dtype too narrow"
                     )
                 text = str(loaded.tokenizer.decode(document.input_ids.tolist()))
-                # A mean over some of the labels would stand beside the models' over all of them.
+                # A mean over some of the labels cannot be compared with the models' means over all of them.
                 is_known = metrics.teacher_labels == metrics.labels
                 teacher_loss = metrics.teacher_loss if is_known else None
                 yield self.record(

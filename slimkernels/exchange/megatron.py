@@ -80,7 +80,7 @@ def import_megatron(
         for where, index, ids, values, borders in _saved_samples(source):
             input_ids = next((sample for number, sample in tokens if number == index), None)
             if input_ids is None:
-                raise ValueError(f"{where}: is of sample {index}, but samples ends before it")
+                raise ValueError(f"{where}: holds sample {index}, but samples has no such sample")
             if len(input_ids) not in (len(ids), len(ids) + 1):
                 raise ValueError(
                     f"{where}: has {len(ids)} rows, so sample {index} must have as many tokens or one more, got "
@@ -164,21 +164,26 @@ def _iterations(paths: list[Path], num_ranks: int) -> Iterator[_Iteration]:
     """Streams the iterations that one rank saved."""
     for path in paths:
         micro_batch = None
-        try:
-            with tarfile.open(path, "r|") as tar:
-                for member in tar:
-                    file = tar.extractfile(member)
-                    data = b"" if file is None else file.read()
-                    if member.name == _META_NAME:
-                        micro_batch = _micro_batch(data, f"{path}, {_META_NAME}", num_ranks)
-                    elif match := _MEMBER_NAME.fullmatch(member.name):
-                        if micro_batch is None:
-                            raise ValueError(f"{path}: must begin with {_META_NAME}")
-                        where = f"{path}, {member.name}"
-                        first, last = map(int, match.groups())
-                        yield _Iteration(where, first, last, micro_batch, *_payload(data, where))
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} cannot be read as tar: {error}") from error
+        for name, data in _members(path):
+            where = f"{path}, {name}"
+            if name == _META_NAME:
+                micro_batch = _micro_batch(data, where, num_ranks)
+            elif match := _MEMBER_NAME.fullmatch(name):
+                if micro_batch is None:
+                    raise ValueError(f"{path}: must begin with {_META_NAME}")
+                first, last = map(int, match.groups())
+                yield _Iteration(where, first, last, micro_batch, *_payload(data, where))
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Streams the names and contents of a tar file's members."""
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                yield member.name, b"" if file is None else file.read()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} cannot be read as tar: {error}") from error
 
 
 def _micro_batch(data: bytes, where: str, num_ranks: int) -> int:

@@ -122,7 +122,7 @@ def _convert(path: Path, metadata: dict[str, Any], folder: Path) -> None:
 
 
 def _plain_tokenizer(tokenizer, metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Rebuilds a tokenizer with the special tokens of the file, in place of which transformers may guess others."""
+    """Rebuilds a tokenizer with the special tokens of the file, because transformers may guess other ones."""
     tokens = {
         name: tokenizer.convert_ids_to_tokens(int(metadata[_token_field(field)]))
         for name, field in _SPECIAL_TOKENS.items()

@@ -113,7 +113,7 @@ class LanguageModelHead:
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Computes the dense logits (..., V) of hidden states (..., D), of which there should be few."""
+        """Computes the dense logits (..., V) of a few hidden states (..., D)."""
         hidden, weight = self._product(hidden)
         bias = None if self.bias is None else full_tensor(self.bias.to(hidden.dtype))
         logits = self.logit_scale * nn.functional.linear(full_tensor(hidden), full_tensor(weight), bias)

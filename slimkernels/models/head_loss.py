@@ -181,8 +181,8 @@ def _loss_of_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> S
 
 
 def _check_shape(head: LanguageModelHead, hidden: Tensor, model: nn.Module) -> None:
-    # A DTensor tells how it is sharded, but not whether its ranks work on one batch, as in tensor parallelism, or on
-    # several, as in FSDP.
+    # The placement of a DTensor does not show whether its ranks work on one batch (tensor parallelism) or on several
+    # (FSDP).
     sharded = hasattr(head.weight, "full_tensor") and uses_fsdp(model)
     if sharded or head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

@@ -28,7 +28,7 @@ class DocumentMetrics(NamedTuple):
         student_mass: Sum of the student's probability of the kept ids.
         teacher_loss: Sum of the teacher's cross-entropy, in nats, over the labels whose logit the store has; None where
             it has none.
-        teacher_labels: Number of these labels.
+        teacher_labels: Number of labels in ``teacher_loss``.
     """
 
     labels: int
@@ -62,10 +62,10 @@ def evaluate_store(
         on_batch: Function called after each batch with the number of documents done.
 
     Returns:
-        ``perplexity``; ``loss``, its logarithm; ``kl_ghost``; ``teacher_perplexity``, the teacher's on the same labels
-        (only of those whose logit the store has, of which ``teacher_tokens`` is the number where it is not all);
-        ``teacher_mass`` and ``student_mass``, the mean probability of
-        the kept ids; ``tokens``, the number of labels; ``tokens_per_second``.
+        ``perplexity``; ``loss``, its logarithm; ``kl_ghost``; ``teacher_perplexity``, the teacher's on those of the
+        labels whose logit the store has; ``teacher_tokens``, their number, if it is not all labels; ``teacher_mass``
+        and ``student_mass``, the mean probability of the kept ids; ``tokens``, the number of labels;
+        ``tokens_per_second``.
 
     Raises:
         ValueError: ``store`` holds no label, its ids do not fit the student's vocabulary, or ``batch_size`` is below 1.
@@ -128,7 +128,7 @@ def _evaluate_batch(
     result = loss_of_batch(model, batch, teacher=teacher, rest="ghost", token_weight="none", reduction="none")
     terms = [result.ce, result.kd, result.teacher_mass, result.student_mass]
     if teacher.target_logit is not None:
-        # A logit of NaN or -inf is that of a label which is not known, or was not kept.
+        # A label's logit is NaN if it is unknown, and -inf if it was not kept.
         is_known = teacher.target_logit.isfinite()
         terms += [torch.where(is_known, teacher.lse_at(1.0) - teacher.target_logit, 0.0), is_known]
     rows = torch.stack([term.double() for term in terms], -1).cpu()  # (N, 4 or 6)

@@ -75,7 +75,7 @@ def load_teacher(
         _check_heads(_from_pretrained(AutoConfig, source), tensor_parallel)
         placement["distributed_config"] = _tensor_parallel_config(tensor_parallel)
     elif device is not None and device.type != "cpu":
-        # Weights go straight to the device, as each process of a machine would else need a whole model's memory.
+        # Weights go straight to the device; otherwise each process of a machine would need memory for a whole model.
         placement["device_map"] = str(device)
     model = _load_model(source, dtype, **placement)
     if not isinstance(model, PreTrainedModel):
@@ -249,7 +249,7 @@ def _from_pretrained(auto_class: Any, source: _Source, **options: Any) -> Any:
     if not isinstance(source.location, Path):
         options["local_files_only"] = not _hub_answers(source.location)
         if auto_class is AutoModelForCausalLM:
-            # The search for an adapter beside the model takes its own options.
+            # transformers looks for an adapter next to the model with these options, not with those of the model.
             options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}
     try:
         return auto_class.from_pretrained(source.location, **options)
@@ -292,7 +292,7 @@ def _from_hub(name: str, file: str, revision: str | None) -> Path:
 
 
 def _hub_answers(name: str) -> bool:
-    """Returns whether the hub can be reached; what it says of the model is left to the request for its files.
+    """Returns whether the hub can be reached; whether it has the model is left to the request for the files.
 
     It is asked once: transformers repeats a request that finds no network for half a minute, for each of two files.
     """
@@ -303,7 +303,7 @@ def _hub_answers(name: str) -> bool:
         HfApi().model_info(name, timeout=10)
     except (HfHubHTTPError, ValueError):
         return True
-    except Exception:  # the errors of its HTTP client are of no public class of the hub's
+    except Exception:  # huggingface_hub does not export the errors of its HTTP client
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Replaces attributes of modules for the calls of one thread, so that other threads, copies and pickles see none of it.
+"""Replaces attributes of modules for the calls of one thread, invisibly to other threads, copies and pickles.
 
 A replacement is kept in a context variable, never on the module, which other threads may call at the same time. While
 any thread replaces attributes of a module, the module's class is a subclass that looks them up there, with the name of

@@ -94,7 +94,7 @@ def check_transforms(op: str, *tensors: torch.Tensor | None) -> None:
     """Checks that no operand is differentiated by a transform in which the op would count as a constant.
 
     Raises:
-        NotImplementedError: An operand has a forward-mode tangent, or belongs to ``torch.func.grad``, ``jvp`` or alike.
+        NotImplementedError: An operand has a forward-mode tangent, or one of ``torch.func``'s transforms uses it.
     """
     if torch.compiler.is_compiling():
         return

@@ -38,7 +38,7 @@ class SlimOptions(NamedTuple):
         target_logit: (N,) logit of the teacher at the label, NaN where unknown; None where unknown for every row.
         token_weight: (N,) given token weights, for ``weighting`` "tensor".
         temperature: T of the divergence.
-        rest: Name of what the teacher says outside its ids.
+        rest: Treatment of the teacher's mass outside its ids.
         divergence: Name of the divergence.
         weighting: Name of the token weight: one of ``WEIGHTS``, or "tensor" for a given ``token_weight``.
         detach_weight: Whether the token weight is a constant to the gradient.

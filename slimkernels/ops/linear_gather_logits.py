@@ -155,7 +155,7 @@ def _linear_gather_logits(
 
 def _fake(hidden, weight, bias, ids, target, temperatures, softcap, logit_scale, is_plain, *_options):
     values, *sums = empty_rows(hidden, ids.shape[1], target, len(temperatures))
-    # Rounding a scaled or capped logit to half precision once more would put it at odds with the lse.
+    # Rounding a scaled or capped logit to half precision once more would make it inconsistent with the lse.
     return values if is_plain else values.new_empty(values.shape, dtype=accumulation_dtype(hidden.dtype)), *sums
 
 

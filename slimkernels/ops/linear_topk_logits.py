@@ -146,7 +146,7 @@ def _linear_topk_logits(
 
 def _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, is_plain, *_options):
     values, *others = empty_outputs(hidden, top_k, target, temperatures)
-    # Rounding a scaled or capped logit to half precision once more would put it at odds with the lse.
+    # Rounding a scaled or capped logit to half precision once more would make it inconsistent with the lse.
     return values if is_plain else values.new_empty(values.shape, dtype=accumulation_dtype(hidden.dtype)), *others
 
 

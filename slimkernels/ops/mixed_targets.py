@@ -97,7 +97,7 @@ def mixed_targets(
         ids=ids,
         logits=shares.gather(-1, order).masked_fill(ids < 0, 0.0),
         lse=torch.zeros_like(lse),
-        # The draws stand for the rest. A row without ids has no rest to know of.
+        # The draws represent the rest, so no mass is left out. In a row without ids the rest is unknown.
         rest_lse=torch.where(ids[..., :1] < 0, math.nan, -math.inf).to(lse.dtype),
         target_logit=None if head.target_logit is None else head.target_logit - head.lse[..., 0],
     )

@@ -90,7 +90,7 @@ def sample_targets(
         ids=ids.reshape(*leading_shape, ids.shape[-1]),
         logits=log_shares.reshape(*leading_shape, ids.shape[-1]),
         lse=log_shares.new_zeros(*leading_shape, 1),
-        # The draws are the whole teacher. A row without draws has no rest to know of.
+        # The draws represent the whole teacher, so no mass is left out. In a row without draws the rest is unknown.
         rest_lse=torch.where(ids[:, :1] < 0, math.nan, -math.inf).to(log_shares.dtype).reshape(*leading_shape, 1),
         target_logit=None if target is None else target_logit.reshape(leading_shape),
     )

@@ -15,7 +15,7 @@ from slimkernels.ops._library import accumulation_dtype, define, register_autogr
 def scale_gradients(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
     """``[gradient * upstream for gradient in gradients]``, rounded once, in memory that the caller may overwrite.
 
-    ``gradients`` are saved tensors. If the graph is freed after this backward pass, nobody else needs their memory, so
+    ``gradients`` are saved tensors. If the graph is freed after this backward pass, nothing else needs their memory, so
     it is handed out: unchanged where ``upstream`` is 1, the usual case, and on CUDA scaled in place by a kernel that
     reads ``upstream``, which would cost the host a synchronisation. If the graph is retained, the result is a copy.
     """
@@ -45,7 +45,7 @@ def differentiable_once(op: str, gradients: Sequence[Tensor], *sources: Tensor |
         op: Name of the public function, for the message.
         gradients: Results of the backward pass of ``op``, computed without a graph.
         sources: Tensors that the gradients depend on, so that a derivative by an operand of the op passes through here.
-            An output of the op that was saved for the backward pass stands for all of its operands.
+            An output of the op that was saved for the backward pass depends on all operands and can replace them here.
 
     Raises:
         RuntimeError: In the backward pass of the result.

@@ -221,7 +221,7 @@ def _json(response: Any) -> Any:
 
 
 def _status(response: Any) -> int:
-    """Returns the status of a response; that of the error in its body where the body has one, as proxies send."""
+    """Returns the status of a response, or of the error in its body, which proxies send with a good status."""
     try:
         code = _json(response)["error"]["code"]
         if response.is_success and str(code).isdecimal() and 400 <= int(code) < 600:

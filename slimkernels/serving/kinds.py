@@ -8,7 +8,7 @@ from typing import Any, Literal
 from slimkernels.serving.client import ServerClient
 from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError
 
-# "openai" is any server of which nothing more is known than that it speaks OpenAI's interface.
+# "openai" is any other server with an OpenAI-compatible interface.
 Kind = Literal["vllm", "llamacpp", "sglang", "openai"]
 
 # SGLang answers these. Release 0.5.23 has all four; those with "get" are deprecated there, and earlier releases have no
@@ -32,7 +32,7 @@ def listed_models(listing: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def model_facts(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a server's list says of a model; llama.cpp nests a part of it under "meta"."""
+    """Returns the fields of a model in a server's list, including those that llama.cpp nests under "meta"."""
     meta = entry.get("meta")
     return {**entry, **(meta if isinstance(meta, dict) else {})}
 

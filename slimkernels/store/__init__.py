@@ -17,7 +17,7 @@ from slimkernels.store.audit import info, verify, verify_complete
 from slimkernels.store.dataset import StoreDataset, StoreIterableDataset, collate_documents
 from slimkernels.store.errors import StoreError
 from slimkernels.store.order import DocumentOrder
-from slimkernels.store.parts import RankWriter
+from slimkernels.store.rank_writer import RankWriter
 from slimkernels.store.reader import Document, PackedDocument, Store
 from slimkernels.store.writer import StoreWriter
 

@@ -24,8 +24,8 @@ from slimkernels.store.codec import (
     require_little_endian,
     words_of,
 )
+from slimkernels.store.directory import lock_directory, make_directory
 from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchError
-from slimkernels.store.files import lock_directory, make_directory
 from slimkernels.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,

@@ -42,7 +42,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
     defaults = {"tokenize": True, "return_dict": True, "chat_template": _dateless(_template(tokenizer))}
     try:
         return tokenizer.apply_chat_template(list(messages), **defaults | options)
-    # Templates raise jinja2's errors, which share no base class with those of the messages that they read.
+    # Templates raise errors of jinja2, and those of Python that malformed messages cause, which share no base class.
     except Exception as error:
         raise ValueError(f"the chat template does not accept the conversation: {error}") from error
 

@@ -95,7 +95,7 @@ class Ranks:
                 )
             torch.cuda.set_device(self.device)
         if self.tensor_parallel > 1:
-            # Every teacher has its own process group, so that the death of one does not affect the others.
+            # Every teacher has its own process group, so that a failure of one does not affect the others.
             store, _, _ = next(dist.rendezvous("env://"))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",

@@ -7,9 +7,9 @@ from typing import Any
 
 from slimkernels.evaluate import summary
 from slimkernels.evaluate.cell import NO_DECODER
-from slimkernels.evaluate.gemini import DECODER as OUTPUTS
 from slimkernels.evaluate.heldout import LOSS
 from slimkernels.evaluate.judge import ratings_of
+from slimkernels.evaluate.published_outputs import DECODER as OUTPUTS
 from slimkernels.evaluate.records import Record
 from slimkernels.evaluate.report.blocks import Block, Cell, Chart, Heading, Paragraph, Table, mark_best
 from slimkernels.evaluate.report.charts import dot_chart, line_chart

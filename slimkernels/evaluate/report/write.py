@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimkernels.durable import write_atomically
-from slimkernels.evaluate.gemini import PUBLISHED, Outputs
+from slimkernels.evaluate.published_outputs import PUBLISHED, Outputs
 from slimkernels.evaluate.records import Record, write_records
 from slimkernels.evaluate.report.content import TITLE, content
 from slimkernels.evaluate.report.html import to_html

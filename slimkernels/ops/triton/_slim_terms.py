@@ -17,7 +17,7 @@ class Mode(NamedTuple):
 
     Attributes:
         has_teacher: Whether there is a teacher.
-        rest: Name of what the teacher says outside its ids.
+        rest: Treatment of the teacher's mass outside its ids.
         divergence: Name of the divergence.
         weighting: Name of the token weight.
         detach_weight: Whether the token weight is a constant to the gradient.

@@ -190,6 +190,68 @@ def sample_row(
             )
             log_kept = tl.log(kept)
 
+    leader = draw_ids(
+        row_ptr,
+        vocab_size,
+        least_key,
+        exists,
+        greedy,
+        top,
+        temperature,
+        seed,
+        position,
+        values_ptr,
+        candidates_ptr,
+        found,
+        scores_ptr,
+        ids_ptr,
+        room,
+        ACC,
+        BLOCK,
+        BLOCK_ROOM,
+    )
+    write_draws(
+        row_ptr,
+        softmax_ptr,
+        num_distinct,
+        exists,
+        leader,
+        top,
+        temperature,
+        log_kept,
+        scores_ptr,
+        ids_ptr,
+        room,
+        token_ptr,
+        logprob_ptr,
+        truncated_logprob_ptr,
+        entropy_ptr,
+        BLOCK_ROOM,
+    )
+
+
+@triton.jit
+def draw_ids(
+    row_ptr,
+    vocab_size,
+    least_key,
+    exists,
+    greedy,
+    top,
+    temperature,
+    seed,
+    position,
+    values_ptr,
+    candidates_ptr,
+    found,
+    scores_ptr,
+    ids_ptr,
+    room,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """Runs the race among the eligible ids; returns the drawn id, the last of them if there are several, or NO_ID."""
     if scores_ptr is not None:
         clear_leaders(scores_ptr, ids_ptr, room, BLOCK_ROOM)
     leader = tl.full((), NO_ID, tl.int32)
@@ -238,7 +300,30 @@ def sample_row(
                     BLOCK,
                     BLOCK_ROOM,
                 )
+    return leader
 
+
+@triton.jit
+def write_draws(
+    row_ptr,
+    softmax_ptr,
+    num_distinct,
+    exists,
+    leader,
+    top,
+    temperature,
+    log_kept,
+    scores_ptr,
+    ids_ptr,
+    room,
+    token_ptr,
+    logprob_ptr,
+    truncated_logprob_ptr,
+    entropy_ptr,
+    BLOCK_ROOM: tl.constexpr,
+):
+    """Writes the drawn ids in the order of their scores, with their log-probabilities, and the row's entropy."""
+    given_top = tl.load(softmax_ptr + TOP)
     log_sum = tl.load(softmax_ptr + LOG_SUM)
     absent = tl.where(exists, float("-inf"), float("nan"))
     tl.store(entropy_ptr, tl.where(exists, tl.load(softmax_ptr + ENTROPY), float("nan")))
@@ -257,7 +342,7 @@ def sample_row(
             scores = tl.load(scores_ptr + slots, mask=slots < room, other=float("-inf"))
             ids = tl.load(ids_ptr + slots, mask=slots < room, other=NO_ID)
             drawn = ids != NO_ID
-            # Vacant places come last; they are all alike.
+            # Vacant places come last, in any order, because they are identical.
             rank = tl.where(drawn, 0, slots)
             for other in range(0, room):
                 other_score = tl.load(scores_ptr + other)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimkernels.ops.triton import launch
 
-# Programs enough to fill any GPU, and few enough to end at once where there is nothing to do.
+# Enough programs to fill any GPU, and few enough to end at once if there is nothing to do.
 _MAX_PROGRAMS = 1024
 
 

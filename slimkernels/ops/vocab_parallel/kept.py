@@ -39,7 +39,7 @@ class KeptEntries:
         return self._vocab.columns(self.ids[rows])
 
     def own_ids(self, rows: slice) -> Tensor:
-        """Returns the slice's part of S, as columns of the slice padded with -1; of none of an unsorted row."""
+        """Returns the ids of S in the slice as its columns, padded with -1; an unsorted row gets only padding."""
         return self._vocab.own_ids(self.ids[rows]).masked_fill(self.unsorted[rows].unsqueeze(1), -1)
 
     def highest_id(self) -> Tensor:

@@ -30,7 +30,7 @@ from slimkernels.ops.vocab_parallel.terms import (
     weigh,
 )
 
-# Numbers that a rank tells the others of each row: log-sum-exps of its slice at temperature 1 and at T, and at T off S
+# Numbers that each rank sends for every row: log-sum-exps of its slice at temperature 1 and at T, and at T off S
 # and on S; the label's z; the sums of z over the slice and over S; and four numbers that the ranks check.
 PARTIALS = ("lse_one", "lse", "lse_off", "lse_on", "label_z", "sum_z", "sum_z_on", "target", "start", "size")
 

@@ -179,7 +179,7 @@ class BranchModel:
     def tail(self, token_ids: Sequence[int]) -> list[int]:
         """Returns the last tokens, at least eight, that the text of a following step depends on.
 
-        They begin neither inside a character nor inside a run of byte tokens, of which a single wrong byte makes all
+        They begin neither inside a character nor inside a run of byte tokens, where a single wrong byte makes all
         others invalid.
         """
         length = _MIN_TAIL

@@ -10,8 +10,8 @@ from typing import Any
 from slimkernels.durable import write_atomically
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import document_hash
+from slimkernels.store.directory import lock_directory, make_directory
 from slimkernels.store.errors import NotAStoreError, SettingsMismatchError, StoreError
-from slimkernels.store.files import lock_directory, make_directory
 from slimkernels.store.format import (
     MANIFEST_NAME,
     MAX_PARTS,

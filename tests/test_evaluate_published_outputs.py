@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from slimkernels.evaluate.gemini import (
+from slimkernels.evaluate.published_outputs import (
     after_answer_colon,
     after_the_answer_is,
     comparable,
