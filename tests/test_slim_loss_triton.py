@@ -141,8 +141,9 @@ def test_rows_that_end_a_block_or_have_no_rest():
     logits, target, teacher = random_problem(1, 2100, 1100, ignored=(), with_target_logit=False)
     target[0] = teacher.ids[0, 3].long()
     assert_matches(logits, target, teacher, rest="ghost")
-    # Everything is kept.
+    # Everything is kept, with a known rest and without.
     assert_matches(*random_problem(3, 13, 13, ignored=()), rest="ghost")
+    assert_matches(*random_problem(3, 13, 13, ignored=(), with_target_logit=False), rest="ghost")
     # The student rules out all that the teacher keeps, or the teacher keeps only what has no probability.
     logits, target, teacher = random_problem(3, 13, 3, ignored=())
     outside = torch.tensor([v for v in range(13) if v not in teacher.ids[1].tolist()])
