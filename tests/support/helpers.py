@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from slimkernels import SparseLogits, reference
+from slimkernels import SparseLogits, reference, slim_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -178,6 +178,12 @@ def assert_slim_loss_matches(
     assert_fields_and_grads_as_accurate(actual, theirs, expected)
     ignored = target == options.get("ignore_index", -100)
     assert not actual[1][0][ignored].any(), "an ignored row has a gradient"
+
+
+def assert_slim_loss_of_rows(logits: Tensor, target: Tensor, teacher: SparseLogits | None, **options) -> None:
+    """Asserts that ``slim_loss`` matches the reference in the same dtype, both against the reference in float64."""
+    functions = slim_loss, reference.slim_loss, reference.slim_loss
+    assert_slim_loss_matches(*functions, (logits,), target, teacher, **options)
 
 
 @contextlib.contextmanager
