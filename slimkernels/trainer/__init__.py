@@ -6,8 +6,8 @@ from slimkernels.trainer.checkpoint import last_complete_checkpoint
 from slimkernels.trainer.mixin import SlimLossMixin
 from slimkernels.trainer.objective import METHODS, SlimConfig, SlimObjective
 from slimkernels.trainer.run import train, trainer_of
-from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.slim_trainer import SlimTrainer
+from slimkernels.trainer.teacher_server import TeacherServer
 
 __all__ = [
     "METHODS",

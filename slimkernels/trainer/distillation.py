@@ -22,8 +22,9 @@ from slimkernels.sparse_logits import SparseLogits
 from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
-from slimkernels.trainer.served_teacher import Ahead, ServedTeacher, TeacherServer
+from slimkernels.trainer.served_teacher import Ahead, ServedTeacher
 from slimkernels.trainer.stored_rows import check_stored_rows, stores_of
+from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import OnlineTeacher
 
 SERVED_METHODS = ("kd", "slim", "reverse_kl", "jsd", "gkd")

@@ -20,8 +20,8 @@ from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, run_id
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective, check_training_arguments
-from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.stored_rows import check_stored_rows
+from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import StoredTeacher
 
 # Entries of a batch that only the student is given.

@@ -13,8 +13,8 @@ from transformers.trainer_callback import ProgressCallback
 from slimkernels.models.make_student import make_student
 from slimkernels.store import StoreDataset
 from slimkernels.trainer.objective import SlimConfig
-from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.slim_trainer import SlimTrainer
+from slimkernels.trainer.teacher_server import TeacherServer
 
 logger = logging.getLogger(__name__)
 

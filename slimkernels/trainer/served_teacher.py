@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import os
 import queue
 import threading
 import time
@@ -20,68 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.answers import Request
-from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.asking import ask_by_name, num_token_ids, selection_of
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
-from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient
-from slimkernels.serving.errors import NotFoundError, ServerRequestError
-from slimkernels.serving.kinds import identify, listed_models, model_facts
+from slimkernels.serving.errors import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Document, Store, StoreWriter
 from slimkernels.store.format import MANIFEST_NAME
+from slimkernels.trainer.teacher_server import TeacherServer, check_tokenizer, scoring_server
 from slimkernels.trainer.teachers import StoredTeacher, documents_of
-
-# Kinds of servers that score given text.
-_SCORING = ("vllm", "sglang")
-_SAMPLE = "When the rain stopped, Anna put on 2 boots."
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherServer:
-    """A vLLM or SGLang server that scores the documents of a training.
-
-    Attributes:
-        url: Base URL, such as ``http://localhost:8000/v1``.
-        model: The server's name for the model.
-        store: Directory into which each process writes the rows that it got, in a store of its own, ``rank-00000``
-            and so on. A document that one of them holds is not asked for again.
-        top_logprobs: K, the entries to ask for per token.
-        ahead: Micro-batches that are asked for before they are needed, at least 0.
-        key_env: Environment variable that holds the key; None uses ``OPENAI_API_KEY`` if that is set.
-        concurrency: Largest number of requests in flight, per process.
-        max_retries: Repetitions of a request that failed.
-        requests_per_minute: Limit on requests per process, repetitions included; None for no limit.
-        timeout_s: Seconds without a response after which a request counts as failed.
-        backoff_s: Seconds before the first repetition, doubled each time.
-        flush_s: Longest time in seconds between two writes to the store; each makes a shard, and a kill loses what was
-            answered since the last.
-        codec: Codec of the store: "float32", with which later epochs read the rows of the first, or "affine8",
-            "affine6" or "bfloat16".
-        max_unmapped_fraction: Largest allowed share of entries whose token has no id.
-    """
-
-    url: str
-    model: str
-    store: str | os.PathLike[str]
-    top_logprobs: int = 20
-    ahead: int = 2
-    key_env: str | None = None
-    concurrency: int = 8
-    max_retries: int = 6
-    requests_per_minute: float | None = None
-    timeout_s: float = 600.0
-    backoff_s: float = 1.0
-    flush_s: float = 10.0
-    codec: str = "float32"
-    max_unmapped_fraction: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name, least in (("top_logprobs", 1), ("ahead", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
 class ServedTeacher(StoredTeacher):
@@ -127,8 +74,8 @@ class ServedTeacher(StoredTeacher):
         # Closed with every ``stop``.
         self._client: ServerClient | None = None
         with self._new_client() as client:
-            self._server, self._context = _server_of(client, settings)
-            _check_round_trip(client, self._server.model, tokenizer)
+            self._server, self._context = scoring_server(client, settings)
+            check_tokenizer(client, self._server.model, tokenizer)
             self._url = client.url
         vocab_size = min(num_token_ids(tokenizer), vocab_size)
         self._reader = AnswerReader(self._server, TokenMap(tokenizer, vocab_size), settings.max_unmapped_fraction)
@@ -359,43 +306,3 @@ class _Asked(NamedTuple):
 
 def _key(input_ids: Tensor) -> bytes:
     return input_ids.to(torch.int64).numpy().tobytes()
-
-
-def _server_of(client: ServerClient, settings: TeacherServer) -> tuple[ServerApi, int | None]:
-    """Returns the server, and the length of its context where it says that."""
-    kind, listing = identify(client)
-    if kind not in _SCORING:
-        raise ServerRequestError(
-            f"teacher_server must be a vLLM or SGLang server, which score given text, got {client.url} of kind "
-            f"{kind!r}: serve the teacher with one of them, or capture what this server generates with capture_server"
-        )
-    server = ServerApi(
-        client=client,
-        api="completions",
-        model=settings.model,
-        kind=kind,
-        top_logprobs=settings.top_logprobs,
-        max_tokens=1,
-        temperature=1.0,
-        adapter=adapter_of(listing, settings.model, client.url) if kind == "sglang" else None,
-    )
-    entry = next((entry for entry in listed_models(listing) if entry["id"] == settings.model), {})
-    length = model_facts(entry).get("max_model_len")
-    return server, length if isinstance(length, int) else None
-
-
-def _check_round_trip(client: ServerClient, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compares the server's tokens of a text with the tokenizer's, where the server has ``/tokenize``."""
-    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
-    text = tokenizer.decode(ids)
-    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-    payload = {"model": model, "prompt": text, "add_special_tokens": False}
-    try:
-        read = client.post("../tokenize", payload, lambda content: list(content["tokens"]))
-    except NotFoundError:
-        return
-    if read != expected:
-        raise ServerRequestError(
-            f"the server {client.url} reads {text!r} as the tokens {read[:20]}, and the student's tokenizer as "
-            f"{expected[:20]}: give the student the tokenizer of the model {model!r}"
-        )

@@ -26,8 +26,8 @@ from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.objective import SlimConfig
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
-from slimkernels.trainer.served_teacher import TeacherServer
 from slimkernels.trainer.stored_rows import check_stored_rows, opened_store
+from slimkernels.trainer.teacher_server import TeacherServer
 
 
 class SlimTrainer(DistillationMixin, Trainer):
