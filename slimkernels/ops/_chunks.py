@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._library import accumulation_dtype
+from slimkernels.ops._library import accumulation_dtype, operand_of
 
 # (bytes of logits, least rows) of a chunk on a CPU, by the size of an entry. The bytes keep a chunk in the last-level
 # cache; the rows keep the matrix products at their full rate (bfloat16, V = 32000, D = 2048 on a Zen 5: 256 rows
@@ -66,6 +67,45 @@ def row_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: 
         else:
             torch.addmm(bias, hidden[rows], weight.t(), out=logits)
         yield rows, logits
+
+
+class HeadNumbers(NamedTuple):
+    """Float options of an op over the rows of an lm_head, as its operator takes them.
+
+    Attributes:
+        temperatures: Temperatures of the log-sum-exps.
+        softcap: Limit of the logits, 0 for none.
+        logit_scale: Factor on the logits.
+        is_plain: Whether the logits are the product itself.
+        operand: The numbers in a compiled graph, where the other fields are constants that nobody reads; else None.
+    """
+
+    temperatures: list[float]
+    softcap: float
+    logit_scale: float
+    is_plain: bool
+    operand: Tensor | None
+
+
+def head_numbers(temperatures: Sequence[float], softcap: float | None, logit_scale: float) -> HeadNumbers:
+    """Checks ``softcap`` and ``logit_scale`` and returns them with the temperatures."""
+    logit_scale = _checks.as_positive(logit_scale, "logit_scale")
+    softcap = None if softcap is None else _checks.as_positive(softcap, "softcap")
+    is_plain = softcap is None and logit_scale == 1
+    numbers = [*temperatures, 0.0 if softcap is None else softcap, logit_scale]
+    defaults = [*(1.0 for _ in temperatures), 0.0, 1.0]
+    operand = operand_of(numbers, defaults)
+    *given, cap, scale = numbers if operand is None else defaults
+    return HeadNumbers(given, cap, scale, is_plain, operand)
+
+
+def read_numbers(
+    temperatures: Sequence[float], softcap: float, logit_scale: float, operand: Tensor | None
+) -> tuple[Sequence[float], float, float]:
+    """Returns the numbers that an operator was given, as constants or in its operand."""
+    if operand is not None:
+        *temperatures, softcap, logit_scale = operand.tolist()
+    return temperatures, softcap, logit_scale
 
 
 def scaled_and_capped(product: Tensor, logit_scale: float, softcap: float) -> Tensor:

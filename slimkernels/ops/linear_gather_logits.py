@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks, scaled_and_capped
+from slimkernels.ops._chunks import (
+    checked_chunk_rows,
+    head_numbers,
+    read_numbers,
+    resolve_chunk_rows,
+    row_chunks,
+    scaled_and_capped,
+)
 from slimkernels.ops._head_gradients import HeadGradients
 from slimkernels.ops._kept_logits import empty_rows, gradient_of_rows, sparse_logits_of
 from slimkernels.ops._library import (
@@ -17,7 +24,6 @@ from slimkernels.ops._library import (
     check_transforms,
     define,
     keep_for_backward,
-    operand_of,
     register_autograd,
 )
 from slimkernels.ops.gather_logits import as_kept_ids
@@ -85,40 +91,23 @@ def linear_gather_logits(
     leading_shape = hidden.shape[:-1]
     ids = as_kept_ids(ids, leading_shape, weight.shape[0], hidden, "hidden")
     temperatures = _checks.resolve_temperatures(temperatures)
-    logit_scale = _checks.as_positive(logit_scale, "logit_scale")
-    if softcap is not None:
-        softcap = _checks.as_positive(softcap, "softcap")
+    numbers = head_numbers(temperatures, softcap, logit_scale)
     if target is not None:
         _checks.check_target(target, leading_shape, hidden, "hidden")
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     check_transforms("linear_gather_logits", hidden, weight, bias)
-    is_plain = softcap is None and logit_scale == 1
-    floats = [*temperatures, 0.0 if softcap is None else softcap, logit_scale]
-    defaults = [*(1.0 for _ in temperatures), 0.0, 1.0]
-    operand = operand_of(floats, defaults)
-    *given, cap, logit_scale = floats if operand is None else defaults
     outputs = torch.ops.slimkernels.linear_gather_logits(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         ids,
         target,
-        given,
-        cap,
-        logit_scale,
-        is_plain,
+        *numbers[:-1],
         checked_chunk_rows(chunk_rows),
-        operand,
+        numbers.operand,
     )
     return sparse_logits_of(ids, outputs, leading_shape, temperatures, has_target=target is not None)
-
-
-def _read(temperatures: Sequence[float], softcap: float, logit_scale: float, operand: Tensor | None):
-    """Returns (temperatures, softcap, logit_scale) from the constants or from the operand."""
-    if operand is not None:
-        *temperatures, softcap, logit_scale = operand.tolist()
-    return temperatures, softcap, logit_scale
 
 
 def _linear_gather_logits(
@@ -136,7 +125,7 @@ def _linear_gather_logits(
 ):
     outputs = _fake(hidden, weight, bias, ids, target, temperatures, softcap, logit_scale, is_plain)
     values, lse, rest_lse, target_logit = outputs
-    temperatures, softcap, logit_scale = _read(temperatures, softcap, logit_scale, operand)
+    temperatures, softcap, logit_scale = read_numbers(temperatures, softcap, logit_scale, operand)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     for rows, product in row_chunks(hidden, weight, bias, chunk_rows):
         fault = torch.ops.slimkernels.gather_logits_rows(
@@ -219,7 +208,7 @@ def _linear_gather_logits_bwd(
 ):
     """Computes the needed gradients of hidden, weight and bias; the others are empty."""
     gradients = _empty_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias)
-    temperatures, softcap, logit_scale = _read(temperatures, softcap, logit_scale, operand)
+    temperatures, softcap, logit_scale = read_numbers(temperatures, softcap, logit_scale, operand)
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
     needed = tuple(gradient if gradient.numel() else None for gradient in gradients)
     sums = HeadGradients(

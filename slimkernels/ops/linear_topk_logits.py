@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from slimkernels import _checks
-from slimkernels.ops._chunks import checked_chunk_rows, resolve_chunk_rows, row_chunks, scaled_and_capped
+from slimkernels.ops._chunks import (
+    checked_chunk_rows,
+    head_numbers,
+    read_numbers,
+    resolve_chunk_rows,
+    row_chunks,
+    scaled_and_capped,
+)
 from slimkernels.ops._kept_logits import sparse_logits_of
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, operand_of
+from slimkernels.ops._library import accumulation_dtype, check_kernels, define
 from slimkernels.ops.topk_logits import empty_outputs
 from slimkernels.sparse_logits import SparseLogits
 
@@ -78,33 +85,22 @@ def linear_topk_logits(
     vocab_size = weight.shape[0]
     top_k = _checks.resolve_top_k(top_k, top_fraction, vocab_size)
     temperatures = _checks.resolve_temperatures(temperatures)
-    logit_scale = _checks.as_positive(logit_scale, "logit_scale")
-    if softcap is not None:
-        softcap = _checks.as_positive(softcap, "softcap")
+    numbers = head_numbers(temperatures, softcap, logit_scale)
     leading_shape = hidden.shape[:-1]
     if target is not None:
         _checks.check_target(target, leading_shape, hidden, "hidden")
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    cap = 0.0 if softcap is None else softcap
-    is_plain = softcap is None and logit_scale == 1
-    floats = [*temperatures, cap, logit_scale]
-    defaults = [*(1.0 for _ in temperatures), 0.0, 1.0]
-    operand = operand_of(floats, defaults)
-    *given, cap, logit_scale = floats if operand is None else defaults
     values, ids, *sums = torch.ops.slimkernels.linear_topk_logits(
         rows,
         weight.detach(),
         None if bias is None else bias.detach(),
         top_k,
         target,
-        given,
-        cap,
-        logit_scale,
-        is_plain,
+        *numbers[:-1],
         checked_chunk_rows(chunk_rows),
-        operand,
+        numbers.operand,
     )
     return sparse_logits_of(ids, (values, *sums), leading_shape, temperatures, has_target=target is not None)
 
@@ -122,8 +118,7 @@ def _linear_topk_logits(
     chunk_rows: int,
     operand: Tensor | None,
 ):
-    if operand is not None:
-        *temperatures, softcap, logit_scale = operand.tolist()
+    temperatures, softcap, logit_scale = read_numbers(temperatures, softcap, logit_scale, operand)
     outputs = _fake(hidden, weight, bias, top_k, target, temperatures, softcap, logit_scale, is_plain)
     values, ids, lse, rest_lse, target_logit = outputs
     chunk_rows = resolve_chunk_rows(chunk_rows, hidden, weight.shape[0])
