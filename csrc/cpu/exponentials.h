@@ -59,41 +59,6 @@ SK_INLINE VecD exp(VecD x) {
 
 SK_INLINE double exp(double x) { return __builtin_exp(x); }
 
-template <class A>
-constexpr A smallest_normal() {
-  return sizeof(A) == 4 ? A(__FLT_MIN__) : A(__DBL_MIN__);
-}
-
-// Returns x with 0 in place of denormals, which the difference of two tiny numbers can be.
-template <class V>
-SK_INLINE V flush_denormals(V x) {
-  return (x < 0 ? -x : x) < smallest_normal<ElementOf<V>>() ? V{} : x;
-}
-
-// A factor of exponentials. A product below the smallest normal number is exactly 0, and a denormal is never made.
-template <class A>
-struct ExpFactor {
-  A value;
-  A least;  // the least magnitude whose product with `value` is a normal number
-
-  ExpFactor() : ExpFactor(0) {}
-  explicit ExpFactor(A factor) : value(factor) {
-    constexpr A smallest = smallest_normal<A>();
-    const A magnitude = factor < 0 ? -factor : factor;
-    least = smallest / magnitude;
-    if (least * magnitude < smallest) least *= 1 + (sizeof(A) == 4 ? A(__FLT_EPSILON__) : A(__DBL_EPSILON__));
-  }
-
-  template <class V>
-  V times(V e) const {  // e >= 0
-    return (e < least ? V{} : e) * value;
-  }
-  template <class V>
-  V times_signed(V x) const {
-    return ((x < 0 ? -x : x) < least ? V{} : x) * value;
-  }
-};
-
 // tanh with a relative error below 2e-7.
 SK_INLINE VecF tanh(VecF x) {
   const VecF square = x * x;

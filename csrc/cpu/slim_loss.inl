@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "denormals.h"
 #include "dispatch.h"
 #include "slim_row.h"
 #include "stream.h"
@@ -45,11 +46,13 @@ int64_t slim_loss_split_row(const SlimLossArgs& args, int64_t n, int64_t parts, 
   const Fault found = context.row.prepare();
   if (found == kOk) {
     run_tasks(parts, &context, [](void* opaque, int64_t part) {
+      const FlushDenormals flush;
       Context& task = *static_cast<Context*>(opaque);
       task.row.read(task.edge(part), task.edge(part + 1));
     });
     context.dense = context.row.evaluate();
     run_tasks(parts, &context, [](void* opaque, int64_t part) {
+      const FlushDenormals flush;
       const Context& task = *static_cast<Context*>(opaque);
       task.row.write(task.dense, task.edge(part), task.edge(part + 1));
       stream_fence();
@@ -60,11 +63,13 @@ int64_t slim_loss_split_row(const SlimLossArgs& args, int64_t n, int64_t parts, 
 }
 
 int64_t slim_loss(const SlimLossArgs& args, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   return with_element_type(args.dtype,
                            [&](auto element) { return slim_loss_rows<decltype(element)>(args, begin, end); });
 }
 
 int64_t slim_loss_split(const SlimLossArgs& args, int64_t n, int64_t parts, RunTasks run_tasks) {
+  const FlushDenormals flush;
   return with_element_type(
       args.dtype, [&](auto element) { return slim_loss_split_row<decltype(element)>(args, n, parts, run_tasks); });
 }

@@ -63,8 +63,7 @@ struct Measures {
 // The gradient off S is e * off_scale + e_one * one_scale + constant, times dz/dlogits.
 template <class A>
 struct DenseGradient {
-  ExpFactor<A> off_scale, one_scale;
-  A constant = 0;
+  A off_scale = 0, one_scale = 0, constant = 0;
   A label_change = 0;  // added at a label off S
 };
 
@@ -403,13 +402,13 @@ struct SlimRow {
   DivergenceSums diverge_from_teacher(const StudentSums& student, const TeacherSums& teacher) {
     const double p_norm = this->p_norm(student), q_norm = teacher.norm.q_norm;
     const A inv_temperature = A(1 / args.temperature);
-    const ExpFactor<A> e_to_q(A(teacher.on.scale(q_norm))), e_to_p(A(student.on.scale(p_norm)));
+    const A e_to_q = A(teacher.on.scale(q_norm)), e_to_p = A(student.on.scale(p_norm));
 
     Vec share_sum = {}, slope_sum = {};
     for (int64_t k = 0; k < kept; k += kWidth) {
       const Vec log_q = load(teacher_z + k) - A(q_norm);
       const Vec log_p = load(kept_z + k) * inv_temperature - A(p_norm);
-      const Vec q = e_to_q.times(load(teacher_e + k)), p = e_to_p.times(load(kept_e + k));
+      const Vec q = load(teacher_e + k) * e_to_q, p = load(kept_e + k) * e_to_p;
       Vec share, slope;
       diverge(args, log_q, log_p, q, p, &share, &slope);
       share_sum += share;
@@ -466,22 +465,22 @@ struct SlimRow {
     double coefficient = kd_scale * m.d.off_factor;
     // At T = 1 both softmaxes are the same exponentials.
     if (!two_temperatures) coefficient += softmax_scale * __builtin_exp(off.lse - lse_one);
-    if (!off_is_empty) dense.off_scale = ExpFactor<A>(A(row_scale * coefficient / off.e));
+    if (!off_is_empty) dense.off_scale = A(row_scale * coefficient / off.e);
     if (!off_is_empty && two_temperatures) {
-      dense.one_scale = ExpFactor<A>(A(row_scale * softmax_scale * __builtin_exp(level - lse_one)));
+      dense.one_scale = A(row_scale * softmax_scale * __builtin_exp(level - lse_one));
     }
     dense.constant = A(row_scale * (uniform + kd_scale * m.d.off_constant));
 
-    const ExpFactor<A> on_scale(A(row_scale * softmax_scale)), on_kd_scale(A(row_scale * kd_scale));
+    const A on_scale = A(row_scale * softmax_scale), on_kd_scale = A(row_scale * kd_scale);
     const A on_constant = A(row_scale * uniform), mean_slope = A(m.d.mean_slope);
     // At T = 1, s on S is p up to the norm of p.
-    const ExpFactor<A> p_to_s(A(__builtin_exp(p_norm(student) - lse_one)));
+    const A p_to_s = A(__builtin_exp(p_norm(student) - lse_one));
     for (int64_t k = 0; k < kept; k += kWidth) {
       const Vec logit = load(kept_z + k), p = load(kept_p + k);
-      const Vec s = two_temperatures ? exp(logit - A(lse_one)) : p_to_s.times(p);
-      Vec dz = on_scale.times(s) + on_constant;
-      dz += on_kd_scale.times_signed(load(kept_slope + k) - p * mean_slope);
-      store(kept_dz + k, flush_denormals(transform ? dz * transform_slope(logit, args) : dz));
+      const Vec s = two_temperatures ? exp(logit - A(lse_one)) : p * p_to_s;
+      Vec dz = s * on_scale + on_constant;
+      dz += (load(kept_slope + k) - p * mean_slope) * on_kd_scale;
+      store(kept_dz + k, transform ? dz * transform_slope(logit, args) : dz);
     }
 
     double at_label = row_scale * label_slope;
@@ -496,9 +495,9 @@ struct SlimRow {
   }
 
   Vec gradient_at(const DenseGradient dense, int64_t i) const {
-    Vec dz = dense.off_scale.times(load(e + i)) + dense.constant;
-    if (two_temperatures) dz += dense.one_scale.times(load(e_one + i));
-    return flush_denormals(transform ? dz * transform_slope(load(z + i), args) : dz);
+    Vec dz = load(e + i) * dense.off_scale + dense.constant;
+    if (two_temperatures) dz += load(e_one + i) * dense.one_scale;
+    return transform ? dz * transform_slope(load(z + i), args) : dz;
   }
 
   // Writes the blocks [first_block, last_block) of the gradient by the logits.
@@ -523,9 +522,8 @@ struct SlimRow {
       int64_t i = 0;
       if (!two_temperatures && !transform) {
         const A* const power = e + begin;
-        const ExpFactor<A> scale = dense.off_scale;
-        const A shift = dense.constant;
-        for (; i + kWidth <= length; i += kWidth) store(out + i, scale.times(load(power + i)) + shift);
+        const A scale = dense.off_scale, shift = dense.constant;
+        for (; i + kWidth <= length; i += kWidth) store(out + i, load(power + i) * scale + shift);
       }
       for (; i + kWidth <= length; i += kWidth) store(out + i, gradient_at(dense, begin + i));
       if (i < length) store_part(out + i, gradient_at(dense, begin + i), length - i);

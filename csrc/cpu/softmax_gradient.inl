@@ -3,6 +3,7 @@
 // that several ranks share; where a rank has the whole row, slim_row.h writes the gradient.
 #pragma once
 
+#include "denormals.h"
 #include "dispatch.h"
 #include "exponentials.h"
 #include "slim_terms.h"
@@ -19,10 +20,10 @@ void softmax_gradient_row(const SoftmaxGradientArgs& args, int64_t n) {
   const X* const row = static_cast<const X*>(args.logits) + n * args.logits_stride;
   X* const gradient = static_cast<X*>(args.gradient) + n * args.gradient_stride;
   const A* const numbers = static_cast<const A*>(args.numbers) + n;
-  const ExpFactor<A> factor(numbers[0]), factor_one(numbers[2 * args.num_rows]);
+  const A factor = numbers[0], factor_one = numbers[2 * args.num_rows];
   const A level = numbers[args.num_rows], level_one = numbers[3 * args.num_rows];
   const A constant = numbers[4 * args.num_rows];
-  if (factor.value == 0 && factor_one.value == 0 && constant == 0) {
+  if (factor == 0 && factor_one == 0 && constant == 0) {
     // The gradient is exactly 0 whatever the row holds, also NaN.
     memset(gradient, 0, args.vocab_size * sizeof(X));
     return;
@@ -33,10 +34,9 @@ void softmax_gradient_row(const SoftmaxGradientArgs& args, int64_t n) {
     const int64_t left = args.vocab_size - i;
     Vec z = left >= kWidth ? load(row + i) : load_part(row + i, left, level);
     if (transform) z = transformed(z, args);
-    Vec dz = factor.times(exp((z - level) * inv_temperature)) + constant;
-    if (two_temperatures) dz += factor_one.times(exp(z - level_one));
+    Vec dz = exp((z - level) * inv_temperature) * factor + constant;
+    if (two_temperatures) dz += exp(z - level_one) * factor_one;
     if (transform) dz *= transform_slope(z, args);
-    dz = flush_denormals(dz);
     if (left >= kWidth) {
       store(gradient + i, dz);
     } else {
@@ -52,6 +52,7 @@ int64_t softmax_gradient_rows(const SoftmaxGradientArgs& args, int64_t begin, in
 }
 
 int64_t softmax_gradient(const SoftmaxGradientArgs& args, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   return with_element_type(args.dtype,
                            [&](auto element) { return softmax_gradient_rows<decltype(element)>(args, begin, end); });
 }
