@@ -29,7 +29,7 @@ sources := pyproject.toml setup.py $(shell find csrc -type f)
 .PHONY: demo test test-isa test-minillm test-servers lint bench gpu plots wheel clean help
 .DEFAULT_GOAL := help
 
-demo: $(installed)  ## train one student three ways on the logits of a real teacher
+demo: $(installed)  ## heal half of a real model three ways, by its own logits
 	$(py) -m slimkernels demo --out $(DEMO_OUT)
 
 test: $(tested) $(VENV)/.slimkernels-encoder  ## run the default tests, on a CPU; only installing needs a network

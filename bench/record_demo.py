@@ -19,16 +19,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     args = parser.parse_args()
     results = json.loads((args.demo / "results.json").read_text())
-    store, heldout = results["store"], results["heldout"]
+    store, heldout, settings = results["store"], results["heldout"], results["settings"]
+    run = {
+        "layers": settings["layers"],
+        "epochs": settings["epochs"],
+        "seed": settings["seed"],
+        "train_rows": store["rows"],
+        "heldout_rows": heldout["rows"],
+        "store_bytes_per_token": store["bytes_per_token"],
+        "store_bits_per_entry": store["bits_per_entry"],
+        "teacher_perplexity": results["before"]["teacher_perplexity"],
+        "speed": results["speed"],
+        "phase_seconds": results["phase_seconds"],
+        **machine(),
+    }
     with args.out.open("a") as out:
         for method, student in results["students"].items():
-            row = {"op": "demo", "method": method, "curve": student["curve"]}
+            row = {"op": "demo", "method": method, "kd_weight": student["kd_weight"], "curve": student["curve"]}
             row["train_tokens_per_second"] = student["train_tokens_per_second"]
-            row["teacher_perplexity"] = student["curve"][-1]["teacher_perplexity"]
-            row["store_bytes_per_token"] = store["bytes_per_token"]
-            row["store_bits_per_entry"] = store["bits_per_entry"]
-            row["train_rows"], row["heldout_rows"] = store["rows"], heldout["rows"]
-            out.write(json.dumps(row | machine()) + "\n")
+            out.write(json.dumps(row | run) + "\n")
     shutil.copy(args.demo / "learning_curves.png", args.out.parent / "learning_curves.png")
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from support import teachers
 from support.commands import parsers
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import slimkernels
 from slimkernels.cli import main, terminal, train
@@ -268,6 +269,19 @@ def test_train_then_eval(store, tmp_path, capsys) -> None:
     assert "kl_ghost" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("layers", "kept"), [("1", [0]), ("0,1", [0, 1])])
+def test_train_some_of_the_layers_of_a_model(layers, kept, store, teacher, tmp_path, capsys) -> None:
+    out, whole = tmp_path / "out", AutoModelForCausalLM.from_pretrained(teacher)
+    arguments = ["train", "--store", store, "--method", "kd", "--student", teacher, "--layers", layers]
+    small = ["--max-steps", "1", "--learning-rate", "1e-12", "--batch-size", "2", "--option", "use_cpu=true"]
+    assert main([*arguments, "--out", str(out), *small]) == 0
+    student = AutoModelForCausalLM.from_pretrained(out)
+    assert student.config.num_hidden_layers == len(kept)
+    for layer, index in zip(student.model.layers, kept, strict=True):
+        torch.testing.assert_close(layer.state_dict(), whole.model.layers[index].state_dict())
+    assert (out / "tokenizer.json").exists()
+
+
 def test_train_takes_the_folder_of_a_tokenizer(store, tmp_path, capsys) -> None:
     teachers.make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     arguments = ["train", "--store", store, "--method", "sft", "--out", str(tmp_path / "out"), "--max-steps", "1"]
@@ -331,6 +345,16 @@ def test_a_damaged_store_exits_1_and_names_the_place(store) -> None:
         ("train --store {store} --method slim --out {tmp}/o --student {tmp}/no", "there is no folder or .gguf file"),
         ("train --store {store} --method slim --out {tmp}/o --student no.json", "no configuration file no.json"),
         ("train --store {store} --method slim --out {tmp}/o --option colour=red", "a field of SlimConfig"),
+        ("train --store {store} --method kd --out {tmp}/o --layers 0,1", "--layers has no meaning without --student"),
+        ("train --store {store} --method kd --out {tmp}/o --layers 1 --student c.json", "without --student MODEL"),
+        (
+            "train --store {store} --method kd --out {tmp}/o --student {teacher} --layers 0,2",
+            "--layers must be increasing indices from 0 to 1, as the teacher has 2 layers, got [0, 2]",
+        ),
+        (
+            "train --store {store} --method kd --out {tmp}/o --student {teacher} --layers 3",
+            "--layers must be a number from 1 to 2, the teacher's layers, got 3",
+        ),
         ("eval --store {store} --model {tmp}", "has no config.json"),
     ],
 )

@@ -60,10 +60,8 @@ def test_shown_command_runs(command, model, tmp_path, monkeypatch, capsys):
 def make_the_demonstration_tiny(monkeypatch, model: Path) -> None:
     from slimkernels.demo import demo
 
-    sizes = {"documents": 8, "prompts": 4, "heldout_every": 2, "max_new_tokens": 8, "epochs": 1, "evaluations": 1}
-    tiny = dataclasses.replace(
-        demo.QUICK, teacher=str(model), teacher_dtype="float32", hidden_size=8, num_heads=2, **sizes
-    )
+    sizes = {"tokens": 300, "prompts": 4, "heldout_every": 2, "max_new_tokens": 8, "epochs": 1, "evaluations": 1}
+    tiny = dataclasses.replace(demo.QUICK, teacher=str(model), teacher_dtype="float32", layers=(0,), **sizes)
     monkeypatch.setattr(demo, "QUICK", tiny)
 
 

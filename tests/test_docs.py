@@ -18,7 +18,7 @@ from support.teachers import make_teacher, make_tokenizer, save_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimkernels as sk
-from bench import blocks, table
+from bench import blocks, records, table
 from bench.ops_table import OPS, support_of
 from slimkernels.cli import main
 from slimkernels.teacher import EMBEDDED_TEACHERS, capture
@@ -201,15 +201,19 @@ def test_docs_say_where_an_online_teacher_lives():
     assert "On each of eight GPUs" in section
 
 
-def test_docs_say_how_far_a_demonstration_differs_between_machines():
-    curve = [{"perplexity": 100.0, "kl_ghost": 1.0, "tokens_seen": 1000}]
-    here = {"method": "kd", "device": "here", "curve": curve}
-    there = {"method": "kd", "device": "there", "curve": [curve[0] | {"perplexity": 79.0}]}
-    assert blocks.demo_spread([here, there]).startswith("On there, whose sums round differently, the same run ended at")
-    assert "21 to 21 % away" in blocks.demo_spread([here, there])
-    assert blocks.latest_demo([here, there]) == {"kd": here}
-    assert "cannot tell close methods apart" in blocks.demo_spread([here])
-    assert "few per" not in text_of("docs/reproduced.md")
+def test_docs_show_the_newest_demonstration():
+    rows = records.read(ROOT / "bench/results/demo.jsonl")
+    older = [row | {"date": "2020-01-01", "train_rows": 1} for row in rows]
+    assert blocks.demo_table(older + rows) == blocks.demo_table(rows)
+    table = blocks.demo_table(rows)
+    assert [line.partition(":")[0] for line in table.splitlines()[2:7]] == [
+        "| before",
+        "| SFT",
+        "| KD",
+        "| SLIM",
+        "| the teacher",
+    ]
+    assert "cannot tell close methods apart" in table
 
 
 def test_docs_tables_come_from_the_results():

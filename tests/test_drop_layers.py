@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -31,23 +32,25 @@ def make_teacher(name: str, num_layers: int = 6, dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layers", [3, [0, 2, 5], [1, 3, 4]], ids=["number", "same", "listed"])
 @torch.no_grad()
-def test_drop_layers_is_the_teacher_without_the_others(name):
+def test_drop_layers_is_the_teacher_without_the_others(name, layers):
+    kept = layers if isinstance(layers, list) else [0, 2, 5]
     teacher = make_teacher(name)
     before = copy.deepcopy(teacher.state_dict())
-    student = drop_layers(teacher, 3)
+    student = drop_layers(teacher, layers)
     assert student.training
     assert student.config.num_hidden_layers == 3
     shortened = copy.deepcopy(teacher)
     parent, _, attribute = NAMES[name].rpartition(".")
     owner = shortened.get_submodule(parent)
     # Some decoders rely on having as many layers as their configuration says.
-    setattr(owner, attribute, nn.ModuleList(getattr(owner, attribute)[index] for index in (0, 2, 5)))
+    setattr(owner, attribute, nn.ModuleList(getattr(owner, attribute)[index] for index in kept))
     owner.config.num_hidden_layers = 3
     if name == "gemma2":
         types = teacher.config.layer_types
         assert types[0] != types[5]
-        owner.config.layer_types = [types[index] for index in (0, 2, 5)]
+        owner.config.layer_types = [types[index] for index in kept]
         assert student.config.layer_types == owner.config.layer_types
     expected = shortened(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(student.eval()(input_ids=IDS, use_cache=False).logits, expected)
@@ -72,3 +75,7 @@ def test_drop_layers_of_every_number():
     for num_layers in (0, 5):
         with pytest.raises(ValueError, match=f"from 1 to 4, the teacher's layers, got {num_layers}"):
             drop_layers(teacher, num_layers)
+    for layers in ([], [0, 4], [-1, 2], [2, 1], [1, 1]):
+        message = f"increasing indices from 0 to 3, as the teacher has 4 layers, got {layers}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            drop_layers(teacher, layers)

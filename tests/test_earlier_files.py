@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote before its modules were moved into rooms are read, continued and never made again.
+"""Files that version 0.1.0 wrote before its modules were moved into rooms are read and continued.
 
 ``tests/data/earlier`` holds a demonstration with a tiny teacher (which is not there any more), its stores, a trace of a
 search, a side-by-side run and a training checkpoint.
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from support.teachers import save_teacher
 from torch.utils.data import ConcatDataset
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +32,7 @@ from slimkernels.store import Store, StoreDataset, StoreWriter, collate_document
 from slimkernels.trainer import SlimConfig, SlimTrainer, make_student
 
 pytestmark = pytest.mark.cpu_kernels
+METHODS = ("sft", "kd", "slim")
 EARLIER = Path(__file__).parent / "data" / "earlier"
 
 
@@ -47,22 +49,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_demonstration_is_reused(earlier):
-    sizes = {"prompts": 4, "heldout_every": 2, "documents": 8, "max_new_tokens": 8, "hidden_size": 8, "num_layers": 1}
-    settings = DemoSettings("teacher", "float32", num_heads=2, epochs=1, evaluations=1, **sizes)
-    expected = json.loads((earlier / "demo/results.json").read_text())
-    for name in ("store", "heldout"):
-        # A count that ``store info`` did not have then.
-        expected[name]["rest_lse_rows"] = 0
-    before = contents(earlier / "demo")
+def test_another_demonstration_in_its_folder_is_made_again_and_says_so(earlier, tmp_path):
+    """It trained other students, so none of its phases serves the demonstration of today."""
+    teacher = save_teacher(tmp_path / "teacher")
+    sizes = {"prompts": 4, "heldout_every": 2, "tokens": 200, "max_new_tokens": 8, "epochs": 1, "evaluations": 1}
+    settings = DemoSettings(str(teacher), "float32", layers=(0,), **sizes)
     output = io.StringIO()
-    assert run_demo("demo", settings=settings, console=Console(file=output, width=80)) == expected
-    assert output.getvalue().count("reused from an earlier run") == 5
-    after = contents(earlier / "demo")
-    assert set(after) - set(before) == {"learning_curves.png"}
-    assert {name: after[name] for name in before if name != "results.json"} == {
-        name: content for name, content in before.items() if name != "results.json"
-    }
+    results = run_demo("demo", settings=settings, console=Console(file=output, width=80))
+    printed = output.getvalue()
+    for name, folder in (("text", "text"), ("store", "store"), *((f"student {m}", f"students/{m}") for m in METHODS)):
+        assert f"{name}: demo/{folder} was made with other settings (" in printed, name
+    assert printed.count("so it is made again") == 5
+    assert "reused" not in printed
+    assert json.loads(Path("demo/results.json").read_text()) == results
+    model = AutoModelForCausalLM.from_pretrained("demo/students/kd")
+    assert evaluate_store(model, Store("demo/store/heldout"), batch_size=16)["perplexity"] == pytest.approx(
+        results["students"]["kd"]["curve"][-1]["perplexity"], rel=1e-5
+    )
 
 
 def test_store_is_read_verified_and_appended_to(earlier):

@@ -27,7 +27,7 @@ examples:
     slimkernels eval --store runs/held-out --model runs/slim --json
 A held-out store is captured like any other, with the same options, from text that is not in the training store:
     slimkernels capture --teacher ./my-model --text held-out.jsonl --out runs/held-out
-Estimated time on two idle CPU cores: a second for 5,000 tokens, with a student of the demonstration's size.
+Estimated time on two idle CPU cores: five seconds for 5,000 tokens, with a student of the demonstration's size.
 Models are compared on questions, with a report, by `slimkernels compare`.
 """
 

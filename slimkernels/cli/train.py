@@ -28,6 +28,9 @@ examples:
         --option lr_scheduler_type=cosine --option warmup_steps=0.1
   your own student, with the teacher's remaining probability as one more outcome of the divergence:
     slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
+  some of the teacher's layers, which learn to do without the others:
+    slimkernels train --store runs/store --student ./teacher --layers 0,1,2,4,6,8 --method slim \\
+        --out runs/healed --learning-rate 5e-4
 A stopped training is continued from its newest checkpoint by the same command; a finished one is not trained on.
 Estimated time on two idle CPU cores: a minute for 100,000 tokens that the new small student reads.
 --option takes these fields of SlimConfig (docs/training.md explains them), with their defaults:
@@ -127,6 +130,13 @@ def add_parser(commands: Any) -> None:
         "--student",
         metavar="MODEL",
         help="folder or name of a model, or a .json configuration of a new one (default: a new small Llama)",
+    )
+    add(
+        "--layers",
+        type=_layers,
+        metavar="N,N,...",
+        help="layers of --student to keep, by their indices from 0, or N alone for so many that are evenly spaced "
+        "(default: all)",
     )
     add(
         "--tokenizer",
@@ -287,6 +297,8 @@ def _check_stores(args: argparse.Namespace) -> None:
 
 def _student(args: argparse.Namespace) -> Any:
     """Returns the student as ``train`` takes it: a model, a configuration, or None for a new small one."""
+    if args.student is None or args.student.endswith(".json"):
+        refuse(args, ["layers"], "without --student MODEL, whose layers they are")
     if args.student is None:
         if args.tokenizer is not None:
             return None
@@ -298,9 +310,33 @@ def _student(args: argparse.Namespace) -> Any:
     if not args.student.endswith(".json"):
         from slimkernels import teacher
 
-        return teacher.load_model(args.student)
+        return _with_layers(teacher.load_model(args.student), args)
     from transformers import AutoConfig
 
     if not Path(args.student).is_file():
         raise FileNotFoundError(f"student not found: there is no configuration file {args.student}")
     return AutoConfig.from_pretrained(args.student)
+
+
+def _with_layers(model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
+    """Returns the model, or a new one of the layers in ``args.layers``."""
+    from transformers import PreTrainedModel
+
+    from slimkernels.models.make_student import drop_layers
+
+    if args.layers is None:
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"--layers needs the folder of a whole model, got that of an adapter, {args.student}: merge it"
+        )
+    return drop_layers(model, args.layers)
+
+
+def _layers(text: str) -> int | list[int]:
+    """Reads one number of layers, or the indices of layers between commas."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N or N,N,..., such as 0,1,2,4, got {text!r}") from None
+    return numbers if "," in text else numbers[0]

@@ -1,5 +1,6 @@
-"""The demonstration: a real teacher writes text, its logits are stored, and one small student learns three ways."""
+"""The demonstration: half of a real model's layers learn back from the whole model's largest logits, three ways."""
 
-from slimkernels.demo.demo import DemoSettings, run_demo
+from slimkernels.demo.demo import run_demo
+from slimkernels.demo.settings import DemoSettings
 
 __all__ = ["DemoSettings", "run_demo"]

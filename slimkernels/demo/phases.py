@@ -54,6 +54,9 @@ class Phase:
                 f"{self.folder} holds files that the demo did not write (no {PHASE_NAME}): choose another output_dir"
             )
         if recorded is not None and recorded["key"] != self.key:
+            old = recorded["key"]
+            names = ", ".join(sorted(name for name in {*old, *self.key} if old.get(name) != self.key.get(name)))
+            say(self.console, f"{self.name}: {self.folder} was made with other settings ({names}), so it is made again")
             shutil.rmtree(self.folder)
             recorded = None
         if recorded is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -79,39 +80,38 @@ def make_student(
         return AutoModelForCausalLM.from_config(config_or_path, dtype=dtype).train()
 
 
-def drop_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """Makes a student of evenly spaced layers: its layer i is round(i (L - 1) / (num_layers - 1)) of the teacher's L.
+def drop_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """Makes a student of some of a teacher's layers; its embeddings, norms and head are the teacher's.
 
-    The first and the last layer, embeddings, norms and head are the teacher's; ``num_layers=1`` keeps the first layer.
-    DistilBERT initialises its student in this way (arXiv 1910.01108).
+    With a number n, the student's layer i is round(i (L - 1) / (n - 1)) of the teacher's L: the first and the last, and
+    evenly spaced ones between them; 1 keeps the first. DistilBERT initialises its student in this way (arXiv
+    1910.01108).
 
     Args:
         model: The teacher, whose decoder holds its layers in one ``torch.nn.ModuleList``; it is not changed.
-        num_layers: Number of layers to keep, from 1 to L.
+        layers: Number of layers to keep, from 1 to L, or the indices of these layers, from 0 to L - 1 and increasing.
 
     Returns:
         A new model of the teacher's class and dtype, in training mode, on the CPU, which shares no memory with the
         teacher.
 
     Raises:
-        ValueError: ``num_layers`` is out of range, or the decoder has no such list.
+        ValueError: ``layers`` is out of range or not increasing, or the decoder has no such list.
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
-    if not 1 <= num_layers <= total:
-        raise ValueError(f"num_layers must be from 1 to {total}, the teacher's layers, got {num_layers}")
+    kept = _kept_layers(layers, total)
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
     if len(lists) != 1:
         raise ValueError(
             f"the layers of {type(model).__name__} must be one torch.nn.ModuleList of length {total}, got {len(lists)}"
         )
-    kept = [round(i * (total - 1) / max(num_layers - 1, 1)) for i in range(num_layers)]
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     for name, value in text.to_dict().items():
         # Settings with one value for each layer, such as the kind of its attention.
         if isinstance(value, list) and len(value) == total:
             setattr(text, name, [value[layer] for layer in kept])
-    text.num_hidden_layers = num_layers
+    text.num_hidden_layers = len(kept)
     student = make_student(config, dtype=model.dtype)
     place = {f"{lists[0]}.{old}.": f"{lists[0]}.{new}." for new, old in enumerate(kept)}
     weights = {}
@@ -122,3 +122,17 @@ def drop_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     student.load_state_dict(weights)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
+
+
+def _kept_layers(layers: int | Sequence[int], total: int) -> list[int]:
+    """Returns the indices of the layers to keep, of ``total``."""
+    if isinstance(layers, int):
+        if not 1 <= layers <= total:
+            raise ValueError(f"layers must be a number from 1 to {total}, the teacher's layers, got {layers}")
+        return [round(i * (total - 1) / max(layers - 1, 1)) for i in range(layers)]
+    kept = list(layers)
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
+        raise ValueError(
+            f"layers must be increasing indices from 0 to {total - 1}, as the teacher has {total} layers, got {kept}"
+        )
+    return kept

@@ -1,7 +1,7 @@
 """Trainers: ``SlimTrainer`` learns from stores, and ``SlimLossMixin`` adds its loss to any ``transformers.Trainer``."""
 
 from slimkernels.models.batch import SlimCollator
-from slimkernels.models.make_student import make_student
+from slimkernels.models.make_student import drop_layers, make_student
 from slimkernels.trainer.checkpoint import last_complete_checkpoint
 from slimkernels.trainer.mixin import SlimLossMixin
 from slimkernels.trainer.objective import METHODS, SlimConfig, SlimObjective
@@ -17,6 +17,7 @@ __all__ = [
     "SlimObjective",
     "SlimTrainer",
     "TeacherServer",
+    "drop_layers",
     "last_complete_checkpoint",
     "make_student",
     "train",

@@ -128,7 +128,9 @@ def smaller(args: argparse.Namespace, words: list[str]) -> list[str]:
         amount = ["--tokens", "60"] if args.tokens is not None else ["--documents", "3"]
         return [*words, *amount, "--max-new-tokens", "8"]
     if args.command == "train":
-        return [*words, "--max-steps", "1", "--batch-size", "2", "--option", "use_cpu=true"]
+        short = [*words, "--max-steps", "1", "--batch-size", "2", "--option", "use_cpu=true"]
+        # The tiny models have two layers.
+        return [*short, "--layers", "0,1"] if args.layers is not None else short
     if args.command == "compare" and args.models is not None:
         short = ["--samples", "2", "--max-depth", "2", "--max-step-tokens", "4"]
         short += ["--shots", "0"] if set(args.tasks) & {"gsm8k", "csqa", "strategyqa"} else []
