@@ -63,6 +63,7 @@ def test_decode_documents_the_defaults_of_the_configuration():
     assert set(fields) == set(SEARCH_FIELDS)
     own = {
         "max_tokens": "no limit",
+        "stop_when_agreed": "no early stop",
         "time_limit_s": "no limit",
         "step_delimiter": r"\n",
         "answer_pattern": "the rule of --answer-kind",

@@ -112,6 +112,7 @@ def record_of(
             for candidate, score in zip(result.candidates, result.scores, strict=True)
         ],
         "num_tokens": result.num_tokens,
+        "saved_tokens": result.saved_tokens,
         "seconds": round(result.seconds, 3),
         "ends": result.reasons,
         "notes": list(result.notes),

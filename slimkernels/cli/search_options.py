@@ -44,6 +44,12 @@ SEARCH_FIELDS: FieldOptions = {
         {"type": int, "metavar": "N"},
         "maximum number of tokens generated per question, over all branches and attempts (default: no limit)",
     ),
+    "stop_when_agreed": (
+        "--stop-when-agreed",
+        {"type": positive_int, "metavar": "N"},
+        "stop a question's search where N finished branches give one answer, or no other answer can win any more "
+        "(default: no early stop)",
+    ),
     "time_limit_s": (
         "--time-limit",
         {"type": float, "metavar": "SECONDS"},

@@ -26,6 +26,10 @@ class PathFinderConfig:
         max_step_tokens: Largest number of tokens of a step; a step that reaches it ends there.
         max_tokens: Largest number of tokens generated for a question, those of cut and pruned children included. A step
             is started only if a whole one still fits. None: no limit.
+        stop_when_agreed: Number of finished branches with one answer (of one value: 18 and $18.00 are) at which the
+            search of a question stops, at the end of a depth; it also stops where no other answer can get as many
+            votes any more. The result's ``notes`` say what the rest could still have changed, and its
+            ``saved_tokens`` how many tokens that is at most. None: no early stop.
         time_limit_s: Time limit for each batch of questions in seconds, tested before every generation. None: no limit.
         step_delimiter: Text that ends a step, once the step has anything but white space.
         end_markers: Texts that end a step and finish its branch.
@@ -55,6 +59,7 @@ class PathFinderConfig:
     max_depth: int = 12
     max_step_tokens: int = 64
     max_tokens: int | None = None
+    stop_when_agreed: int | None = None
     time_limit_s: float | None = None
     step_delimiter: str = "\n"
     end_markers: Sequence[str] = ()
@@ -88,6 +93,16 @@ class PathFinderConfig:
                 f"max_tokens must be at least max_step_tokens = {self.max_step_tokens}, because only whole steps "
                 f"are started, got {self.max_tokens}: lower max_step_tokens"
             )
+        if self.stop_when_agreed is not None:
+            if not isinstance(self.stop_when_agreed, int) or self.stop_when_agreed < 1:
+                raise ValueError(
+                    f"stop_when_agreed must be an integer of at least 1, or None, got {self.stop_when_agreed!r}"
+                )
+            if self.answer_kind is None and self.answer_pattern is None:
+                raise ValueError(
+                    "stop_when_agreed compares answers, so answer_kind or answer_pattern must say what an answer is, "
+                    "got None for both"
+                )
         if self.time_limit_s is not None and not self.time_limit_s > 0:
             raise ValueError(f"time_limit_s must be positive, got {self.time_limit_s}")
         if not self.step_delimiter:

@@ -27,8 +27,9 @@ class PathFinder:
 
     At every depth each open leaf gets ``branching_factor`` children; those of all leaves and questions are generated in
     one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. Then the
-    best ``beam`` open leaves and the best ``buffer_size`` hypotheses of each question are kept. At the end the selector
-    chooses among the hypotheses that are left.
+    best ``beam`` open leaves and the best ``buffer_size`` hypotheses of each question are kept. At the end, or with
+    ``stop_when_agreed`` where enough finished branches have one answer, the selector chooses among the hypotheses that
+    are left.
 
     A node's noise is keyed by the configuration's seed, the prompt, the node's path and the attempt; it does not depend
     on other questions, batches or pruned branches. Equal prompts have equal trees.
@@ -200,6 +201,7 @@ class PathFinder:
                 for search in growing:
                     search.prune()
                     search.progress.depth = depth + 1
+                    search.stop_if_agreed()
                     search.progress.seconds = time.monotonic() - started
                     if trace is not None:
                         trace.write_depth(search)
@@ -327,7 +329,8 @@ class PathFinder:
         # A search without any checks did not ask for this one.
         off = checks and "contradiction" not in checks
         notes = ("the contradiction check was off: no NLI model was given",) if off else ()
-        notes += (*getattr(self.engine, "notes", ()), *search.notes())
+        saved_tokens, agreed = search.saved()
+        notes += (*getattr(self.engine, "notes", ()), *search.notes(), *agreed)
         if not finished:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tree.count_reasons().items()))
             if best is None:
@@ -348,6 +351,7 @@ class PathFinder:
             checks=checks,
             notes=notes,
             seconds=search.progress.seconds,
+            saved_tokens=saved_tokens,
         )
 
 

@@ -52,10 +52,15 @@ def plan(config: PathFinderConfig, prompt_lengths: Sequence[int], engine: Engine
     )
 
 
-def growth(config: PathFinderConfig) -> Iterator[tuple[int, int]]:
-    """Yields, for each depth, the most open leaves of one question and the most children that they get."""
-    leaves = 1
-    for depth in range(config.max_depth):
+def growth(config: PathFinderConfig, first_depth: int = 0, leaves: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields, for each depth, the most open leaves of one question and the most children that they get.
+
+    Args:
+        config: Settings of the search.
+        first_depth: Depth to begin at.
+        leaves: Number of open leaves at that depth.
+    """
+    for depth in range(first_depth, config.max_depth):
         children = leaves * config.branching_at(depth)
         yield leaves, children
         leaves = min(children, config.beam, config.buffer_size)

@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slimkernels.search.agreement import Agreement, Remainder, agreement, is_settled, remainder
 from slimkernels.search.checks import CheckedBranch, CheckedStep
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step
 from slimkernels.search.selection import Candidate
 from slimkernels.search.tree import ROOT, Status, Tree
+
+AGREED = "agreed"  # the reason of leaves that an agreement ended
 
 
 class QuestionError(ValueError):
@@ -61,6 +64,8 @@ class Result(NamedTuple):
         checks: Names of the checks that ran. A step without text fails even if there are no checks.
         notes: Remarks that a reader of the result should know, such as a check that is off.
         seconds: Time from the start of the question's batch to the question's own end, without interruptions.
+        saved_tokens: Most tokens that the search would still have generated, if ``stop_when_agreed`` stopped it; else
+            0.
     """
 
     text: str
@@ -74,6 +79,7 @@ class Result(NamedTuple):
     checks: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float = 0.0
+    saved_tokens: int = 0
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -268,6 +274,33 @@ class QuestionSearch:
             self._close_leaf(leaf, Status.PRUNED, "pruned")
         for node in self._ranked(self.tree.hypotheses())[self.config.buffer_size :]:
             self._close_leaf(node, Status.PRUNED, "pruned")
+
+    def stop_if_agreed(self) -> None:
+        """Ends the open leaves if the finished branches agree, by ``stop_when_agreed``. Call it after ``prune``."""
+        leaves = self.tree.with_status(Status.OPEN)
+        if self.config.stop_when_agreed is None or not leaves or self.progress.depth == self.config.max_depth:
+            return
+        if is_settled(self.config, self._agreement(), len(self.tree.hypotheses()), self._remainder(len(leaves))):
+            self.end(AGREED)
+
+    def _agreement(self) -> Agreement:
+        return agreement([self.candidate(node).answer for node in self.tree.with_status(Status.FINISHED)])
+
+    def _remainder(self, num_leaves: int) -> Remainder:
+        return remainder(self.config, self.progress.depth, num_leaves, self.affordable_steps())
+
+    def saved(self) -> tuple[int, tuple[str, ...]]:
+        """Returns the tokens that stopping at an agreement saved at most, and a note on what it left out."""
+        num_leaves = self.tree.reasons.count(AGREED)
+        if num_leaves == 0:
+            return 0, ()
+        found, left = self._agreement(), self._remainder(num_leaves)
+        could = "could not have" if found.others + left.branches < found.votes else "could have"
+        branches = f"{left.branches} branch{'' if left.branches == 1 else 'es'}"
+        return left.tokens, (
+            f"stopped where {found.votes} finished branches agreed on {found.answer!r}: at most {branches} more, of "
+            f"{left.tokens} tokens, were left, which {could} outvoted it",
+        )
 
     def end(self, reason: str) -> None:
         """Ends the leaves that are still open."""

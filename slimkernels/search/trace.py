@@ -20,6 +20,7 @@ from slimkernels.search.tree import Status
 _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
 _NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
+_NEW_OPTIONS = ("stop_when_agreed",)  # likewise, and a search without them is the same as before
 
 
 class TraceMismatchError(ValueError):
@@ -69,6 +70,7 @@ def header_of(
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if field.name not in ("batch_questions", "step_end")
+        and not (field.name in _NEW_OPTIONS and getattr(config, field.name) is None)
     }
     fields["end_markers"] = list(config.end_markers)
     if not isinstance(config.branching_factor, int):
