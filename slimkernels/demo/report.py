@@ -76,7 +76,7 @@ def texts_table(results: dict[str, Any]) -> Table:
     """Returns what every model writes after the same prompt."""
     table = _table(f'"{results["prompt"]}", continued by the most probable tokens', None)
     table.add_column("model")
-    table.add_column("text", overflow="fold")
+    table.add_column("text", overflow="fold", min_width=60)
     texts = {"before": results["before"]["shown"]}
     texts |= {method.upper(): student["shown"] for method, student in results["students"].items()}
     for name, text in (texts | {"teacher": results["teacher_text"]}).items():
