@@ -135,8 +135,7 @@ def add_parser(commands: Any) -> None:
         "--layers",
         type=_layers,
         metavar="N,N,...",
-        help="layers of --student to keep, by their indices from 0, or N alone for so many that are evenly spaced "
-        "(default: all)",
+        help="layers of --student to keep, by their indices from 0 (default: all)",
     )
     add(
         "--tokenizer",
@@ -333,10 +332,9 @@ def _with_layers(model: PreTrainedModel, args: argparse.Namespace) -> PreTrained
     return drop_layers(model, args.layers)
 
 
-def _layers(text: str) -> int | list[int]:
-    """Reads one number of layers, or the indices of layers between commas."""
+def _layers(text: str) -> list[int]:
+    """Reads the indices of layers."""
     try:
-        numbers = [int(word) for word in text.split(",")]
+        return [int(word) for word in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected N or N,N,..., such as 0,1,2,4, got {text!r}") from None
-    return numbers if "," in text else numbers[0]
+        raise argparse.ArgumentTypeError(f"expected indices such as 0,1,2,4, got {text!r}") from None

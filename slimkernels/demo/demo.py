@@ -213,7 +213,7 @@ class _Demo:
                         batch_size=64,
                         progress=update,
                     )
-                shown = continued(model, tokenizer, self.shown_prompt, settings.shown_tokens)
+                shown = continued(model, tokenizer, self.shown_prompt, settings)
                 phase.finish({"documents": corpus.documents, "tokens": corpus.tokens, "shown": shown})
         self.teacher_text = phase.result["shown"]
 
@@ -335,7 +335,7 @@ class _Demo:
 
     def _continued(self, student: PreTrainedModel) -> str:
         tokenizer = AutoTokenizer.from_pretrained(self.text / "tokenizer")
-        return continued(student, tokenizer, self.shown_prompt, self.settings.shown_tokens)
+        return continued(student, tokenizer, self.shown_prompt, self.settings)
 
     def _load_teacher(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._teacher is None:

@@ -74,9 +74,9 @@ def curve_table(results: dict[str, Any]) -> Table:
 
 def texts_table(results: dict[str, Any]) -> Table:
     """Returns what every model writes after the same prompt."""
-    table = _table(f'"{results["prompt"]}", continued by the most probable tokens', None)
+    table = _table(f'"{results["prompt"]}", continued with the same random numbers', None)
     table.add_column("model")
-    table.add_column("text", overflow="fold")
+    table.add_column("text", overflow="fold", min_width=60)
     texts = {"before": results["before"]["shown"]}
     texts |= {method.upper(): student["shown"] for method, student in results["students"].items()}
     for name, text in (texts | {"teacher": results["teacher_text"]}).items():
@@ -120,8 +120,8 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
             axes.plot(seen, [point[name] for point in curve], marker="o", markersize=3, label=LABELS[method])
     before = results["before"]
     perplexity.axhline(before["teacher_perplexity"], color="grey", linestyle=":", label="teacher")
-    perplexity.set(yscale="log", ylabel=f"held-out perplexity (before: {_perplexity(before['perplexity'])})")
-    divergence.set(ylabel=f"held-out KL to the teacher, nats per token (before: {before['kl_ghost']:.2f})")
+    perplexity.set(yscale="log", ylabel="held-out perplexity", title=f"before: {_perplexity(before['perplexity'])}")
+    divergence.set(ylabel="held-out KL to the teacher, nats per token", title=f"before: {before['kl_ghost']:.2f}")
     for axes in (perplexity, divergence):
         axes.set_xlabel("tokens trained on")
         axes.grid(alpha=0.3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from slimkernels.demo.settings import DemoSettings
 from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.store import Store
-from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher import generate_documents
 from slimkernels.trainer import SlimConfig, SlimTrainer
 
 
@@ -79,18 +82,23 @@ def measure(model: PreTrainedModel, heldout: Store, bf16: bool) -> dict[str, flo
         return evaluate_store(model, heldout, batch_size=16)
 
 
-def continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int) -> str:
-    """Returns a prompt with the most probable continuation of so many tokens, token by token."""
-    ids = torch.tensor([without_end(tokenizer(prompt)["input_ids"], tokenizer.eos_token_id)])
-    with evaluation_mode(model):
-        ids = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+def continued(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: DemoSettings) -> str:
+    """Returns a prompt and its continuation, drawn as the teacher wrote; every model gets the same random numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "document.jsonl")
+        with evaluation_mode(model):
+            generate_documents(
+                model,
+                tokenizer,
+                [prompt],
+                text,
+                num_documents=1,
+                max_new_tokens=settings.shown_tokens,
+                temperature=settings.sampling_temperature,
+                top_k=settings.sampling_top_k,
+                seed=settings.seed,
+            )
+        return json.loads(text.read_text())["text"]
 
 
 class _HeldoutCurve(TrainerCallback):
