@@ -143,8 +143,9 @@ def slice_log_sums(
         softcap=options.softcap / temperature,
         logit_scale=options.logit_scale / temperature,
         ignore_index=-1,
+        statistics="none",
     )
-    stats = logits.new_empty(NUM_STATS, num_rows, dtype=dtype)
+    stats = logits.new_empty(NUM_STATS["none"], num_rows, dtype=dtype)
     any_label = active.long() - 1
     torch.ops.slimkernels.slim_loss_rows(logits, None, stats, any_label, None, *empty_teacher)
     lse, ghost_ce = stats[6].double(), stats[2].double()
