@@ -354,7 +354,7 @@ struct SlimRow {
   }
 
   // The entropy at temperature 1, while kept_e holds the exponentials at that temperature.
-  double student_entropy(const OffSums& off, ExpSum on_one, double lse_one) const {
+  SK_NOINLINE double student_entropy(const OffSums& off, ExpSum on_one, double lse_one) const {
     const ExpSum off_one = {double(level), __builtin_exp(off.lse_one - level)};
     const A* const powers = two_temperatures ? e_one : e;
     double inside = 0;
@@ -380,14 +380,15 @@ struct SlimRow {
     if (known == known) label_logit = known;
     teacher.log_t_y = label_logit;
     if (args.teacher_lse_one != nullptr) teacher.log_t_y -= static_cast<const A*>(args.teacher_lse_one)[n];
-    if (args.statistics != kNone) {
-      // The outcomes of "ghost", whatever `rest` is.
-      const TeacherNorm ghost = teacher_norm(kGhost, teacher.on.log(), teacher.lse, rest_lse, kept, args.vocab_size);
-      const double inside = entropy_of(teacher_z, teacher_e, padded<A>(kept), teacher.on);
-      teacher.entropy = at_least_zero(entropy_of_part(teacher.on.log() - ghost.q_norm, inside) +
-                                      entropy_of_part(ghost.log_q_tail, 0));
-    }
+    if (args.statistics != kNone) teacher.entropy = teacher_entropy(teacher.on, teacher.lse, rest_lse);
     return teacher;
+  }
+
+  // The entropy of the outcomes of "ghost", whatever `rest` is.
+  SK_NOINLINE double teacher_entropy(ExpSum on, double lse, double rest_lse) const {
+    const TeacherNorm ghost = teacher_norm(kGhost, on.log(), lse, rest_lse, kept, args.vocab_size);
+    const double inside = entropy_of(teacher_z, teacher_e, padded<A>(kept), on);
+    return at_least_zero(entropy_of_part(on.log() - ghost.q_norm, inside) + entropy_of_part(ghost.log_q_tail, 0));
   }
 
   // Stage 3: measure.
@@ -421,7 +422,7 @@ struct SlimRow {
   };
 
   // Fills the statistics that are computed only where they are asked for.
-  void watch(const StudentSums& student, const TeacherSums& teacher, Stats* stats) const {
+  SK_NOINLINE void watch(const StudentSums& student, const TeacherSums& teacher, Stats* stats) const {
     double* const out = stats->columns + kNumStats[kNone];
     const int64_t best = argmax(row, args.vocab_size), entry = first_entry(best);
     out[0] = student.entropy;

@@ -10,7 +10,8 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// Returns the entropy of the distribution e / total.sum, where e = exp(x - total.level) or 0.
+// Returns the entropy of the distribution e / total.sum, where e = exp(x - total.level) or 0. `e` is padded to whole
+// vectors.
 template <class X, class A>
 double entropy_of(const X* x, const A* e, int64_t count, ExpSum total) {
   using Vec = typename Lanes<A>::Vec;
@@ -18,17 +19,18 @@ double entropy_of(const X* x, const A* e, int64_t count, ExpSum total) {
   if (total.sum == 0) return 0;
   // Terms of e * (log(sum) - (x - level)), of which none is negative.
   const A level = A(total.level), log_sum = A(__builtin_log(total.sum));
-  const Vec zero = {};
+  const auto term = [&](Vec logit, Vec power) { return power == Vec{} ? Vec{} : power * (log_sum - (logit - level)); };
   double sum = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = count - begin < kBlock ? count : begin + kBlock;
-    Vec terms = {};
-    for (int64_t i = begin; i < end; i += kWidth) {
-      const Vec logit = i + kWidth <= count ? load(x + i) : load_part(x + i, count - i, -infinity<A>());
-      const Vec power = load(e + i);
-      terms += power == zero ? zero : power * (log_sum - (logit - level));
+    Vec sums[4] = {};  // independent, so that additions overlap
+    int64_t i = begin;
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+      for (int j = 0; j < 4; ++j) sums[j] += term(load(x + i + j * kWidth), load(e + i + j * kWidth));
     }
-    sum += sum_lanes(terms);
+    for (; i + kWidth <= end; i += kWidth) sums[0] += term(load(x + i), load(e + i));
+    if (i < end) sums[0] += term(load_part(x + i, end - i, -infinity<A>()), load(e + i));
+    sum += sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return sum / total.sum;
 }
@@ -64,13 +66,34 @@ int64_t index_of_key(const X* row, int64_t count, Key key, int64_t rank) {
   return 0;
 }
 
-// Returns the index of the first of the largest elements, where NaN is larger than all others.
+// Returns the index of the first of the largest elements, any where one is NaN.
 template <class X>
 int64_t argmax(const X* row, int64_t count) {
   using A = typename Acc<X>::type;
-  LargestOf<A> largest;
-  largest.add(row, count);
-  return index_of_key(row, count, order_key(largest.value()), 1);
+  using Vec = typename Lanes<A>::Vec;
+  constexpr int kWidth = Lanes<A>::kWidth;
+  A best = -infinity<A>();
+  int64_t best_block = 0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = count - begin < kBlock ? count : begin + kBlock;
+    const Vec lowest = Vec{} - infinity<A>();
+    Vec most[4] = {lowest, lowest, lowest, lowest};
+    int64_t i = begin;
+    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
+      for (int j = 0; j < 4; ++j) most[j] = max(load(row + i + j * kWidth), most[j]);
+    }
+    for (; i + kWidth <= end; i += kWidth) most[0] = max(load(row + i), most[0]);
+    if (i < end) most[0] = max(load_part(row + i, end - i, -infinity<A>()), most[0]);
+    const A found = max_lanes(max(max(most[0], most[1]), max(most[2], most[3])));
+    if (found > best) {
+      best = found;
+      best_block = begin;
+    }
+  }
+  for (int64_t i = best_block; i < count; ++i) {
+    if (load_one(row + i) == best) return i;
+  }
+  return 0;
 }
 
 // Returns the share of the ids that are among the `kept` largest of the row, equal elements by ascending index. `keys`

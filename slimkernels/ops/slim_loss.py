@@ -109,8 +109,8 @@ def slim_loss(
         num_items: Number, or scalar tensor, that "mean" divides by instead of the number of tokens not ignored, for
             gradient accumulation.
         statistics: What the result has besides its first seven fields: False for nothing, "without_overlap" for the
-            fields up to ``teacher_surer``, True for ``overlap`` too. They cost another walk over the row in the cache,
-            on a CPU about a tenth of the time, and the overlap a selection, as ``topk_logits`` makes one.
+            fields up to ``teacher_surer``, True for ``overlap`` too. The former cost further walks over the row, which
+            is in the cache, and the overlap costs a selection, more than the loss itself.
         inplace_backward: Whether the forward pass writes the gradient over the logits instead of into a tensor of the
             same size. It writes over a copy where the rows had to be copied, and nothing where no gradient is needed.
             The logits are lost even if the op raises. Autograd raises if the op that made them needs them again, which
@@ -120,8 +120,9 @@ def slim_loss(
             hold all of it. With a group, ``logits`` (..., V_local) are the columns [vocab_start, vocab_start + V_local)
             of (..., V), in slices of any sizes, and so is their gradient. ``target`` and ``teacher``, whose ids count
             in the whole vocabulary, must be the same on every rank, and so is the result. The op makes two small
-            collectives, of 10 and 2 numbers per row, with ``statistics`` of 13 and 2. Logits that are a DTensor with placement Shard(-1) on a mesh of
-            one dimension need neither group nor start, because their placement tells both.
+            collectives, of 10 and 2 numbers per row, and with ``statistics`` of 13 and 2. Logits that are a DTensor
+            with placement Shard(-1) on a mesh of one dimension need neither group nor start, because their placement
+            tells both.
         vocab_start: First id of this rank's slice.
         weight: Deprecated name of ``token_weight``.
 
@@ -132,8 +133,8 @@ def slim_loss(
     Raises:
         ValueError: Shapes that do not match, a label or teacher id outside the vocabulary, an illegal combination of
             rest and divergence, a temperature that was not captured, an option out of its range, an
-            ``inplace_backward`` that is not possible, ``statistics=True`` with a group, slices that do not make up the vocabulary, or ranks of ``group``
-            with different tokens.
+            ``inplace_backward`` that is not possible, ``statistics=True`` with a group, slices that do not make up the
+            vocabulary, or ranks of ``group`` with different tokens.
         TypeError: A dtype that is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic. The result of a row does
