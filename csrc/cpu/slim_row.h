@@ -76,6 +76,7 @@ template <class X>
 struct SlimRow {
   using A = typename Acc<X>::type;
   using Vec = typename Lanes<A>::Vec;
+  using Key = typename Lanes<A>::Key;
   using DenseGradient = SK_ISA::DenseGradient<A>;
   static constexpr int kWidth = Lanes<A>::kWidth;
 
@@ -103,15 +104,15 @@ struct SlimRow {
   A* e_one;  // the same at temperature 1, where T is not 1
   A* z;      // effective logits, 0 on S, where keeps_z
   // Buffers over S, padded to whole vectors. Those that share memory are never needed at the same time.
-  A* kept_z;                     // stage 1: effective logits
-  A* kept_e;                     // stage 1: exp(z / T - student.on.level)
-  A* kept_p;                     // stage 3, in the place of kept_e: p
-  A* kept_dz;                    // stage 4, in the place of kept_p: the gradient by the logits
-  A* teacher_z;                  // stage 2: teacher's logits / T
-  A* kept_slope;                 // stage 3, in the place of teacher_z: p * dD/dp
-  A* teacher_e;                  // stage 2: exp(teacher_z - teacher.on.level)
-  X* kept_gradient;              // stage 4: kept_dz in the dtype of the logits
-  typename Lanes<A>::Key* keys;  // order keys of the whole row, only with all statistics
+  A* kept_z;         // stage 1: effective logits
+  A* kept_e;         // stage 1: exp(z / T - student.on.level)
+  A* kept_p;         // stage 3, in the place of kept_e: p
+  A* kept_dz;        // stage 4, in the place of kept_p: the gradient by the logits
+  A* teacher_z;      // stage 2: teacher's logits / T
+  A* kept_slope;     // stage 3, in the place of teacher_z: p * dD/dp
+  A* teacher_e;      // stage 2: exp(teacher_z - teacher.on.level)
+  X* kept_gradient;  // stage 4: kept_dz in the dtype of the logits
+  Key* keys;         // order keys of the whole row, only with all statistics
 
   static int64_t blocks_of(const SlimLossArgs& args) { return (args.vocab_size + kBlock - 1) / kBlock; }
 
@@ -150,7 +151,7 @@ struct SlimRow {
     teacher_e = teacher_z + entries;
     kept_e = kept_p = kept_dz = teacher_e + entries;
     kept_gradient = reinterpret_cast<X*>(kept_e + entries);
-    keys = reinterpret_cast<typename Lanes<A>::Key*>(kept_e + 2 * entries);
+    keys = reinterpret_cast<Key*>(kept_e + 2 * entries);
   }
 
   bool ignored() const { return target == args.ignore_index; }
