@@ -12,6 +12,7 @@
 // row times e plus a constant. Stage 4 writes that, and then overwrites the K entries of S and the label.
 #pragma once
 
+#include "denormals.h"
 #include "dispatch.h"
 #include "exponentials.h"
 #include "slim_statistics.h"
@@ -432,7 +433,10 @@ struct SlimRow {
       out[1] = teacher.entropy;
       out[2] = entry < kept && ids[entry] == best;
       out[4] = teacher.log_t_y > student.log_s_y;
-      if (args.statistics == kAll) out[5] = overlap(row, args.vocab_size, ids, kept, keys);
+      if (args.statistics == kAll) {
+        const KeepDenormals keep;  // order keys are made by an addition
+        out[5] = overlap(row, args.vocab_size, ids, kept, keys);
+      }
     }
     if (student.lse_one == student.lse_one) return;
     for (int i = 0; i < kNumStats[kAll] - kNumStats[kNone]; ++i) out[i] = student.lse_one;

@@ -99,8 +99,8 @@ int64_t argmax(const X* row, int64_t count) {
 // Returns the share of the ids that are among the `kept` largest of the row, equal elements by ascending index. `keys`
 // is overwritten.
 template <class X>
-double overlap(const X* row, int64_t vocab_size, const int32_t* ids, int64_t kept,
-               typename Lanes<typename Acc<X>::type>::Key* keys) {
+SK_NOINLINE double overlap(const X* row, int64_t vocab_size, const int32_t* ids, int64_t kept,
+                           typename Lanes<typename Acc<X>::type>::Key* keys) {
   using A = typename Acc<X>::type;
   constexpr int kWidth = Lanes<A>::kWidth;
   if (kept == 0) return 0;
