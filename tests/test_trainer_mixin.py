@@ -294,7 +294,8 @@ def test_trl_sft_logs_the_metrics_of_trl(tmp_path, case):
     """Logs TRL's own keys with TRL's values, in training and evaluation, beside those of the loss."""
     from datasets import Dataset
 
-    held_out = Dataset.from_list(make_rows(seed=3, count=10))
+    # A model with tied embeddings often repeats a token, so that some labels are right.
+    held_out = Dataset.from_list([{"input_ids": [2 + token] * 9} for token in range(10)])
     alone = make_sft(tmp_path, lambda trainer_class: trainer_class, case, eval_dataset=held_out)
     distilled = make_sft(tmp_path, distilling, case, eval_dataset=held_out, objective="sft")
     logs = []
@@ -310,7 +311,7 @@ def test_trl_sft_logs_the_metrics_of_trl(tmp_path, case):
             {key: theirs[key] for key in theirs if key in keys}, rel=1e-4
         )
     assert logs[0][0]["entropy"] > 0
-    assert 0 < logs[0][-1]["eval_mean_token_accuracy"] < 1
+    assert logs[0][-1]["eval_mean_token_accuracy"] > logs[0][0]["mean_token_accuracy"]
 
 
 TRL_METRICS = ("entropy", "mean_token_accuracy", "num_tokens")

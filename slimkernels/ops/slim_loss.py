@@ -108,9 +108,9 @@ def slim_loss(
         reduction: "mean" over the tokens not ignored, "sum" or "none".
         num_items: Number, or scalar tensor, that "mean" divides by instead of the number of tokens not ignored, for
             gradient accumulation.
-        statistics: What the result has besides its first seven fields: False for nothing, "without_overlap" for the
-            fields up to ``teacher_surer``, True for ``overlap`` too. The former cost further walks over the row, which
-            is in the cache, and the overlap costs a selection, more than the loss itself.
+        statistics: Fields of the result besides the first seven: False for none, "without_overlap" for those up to
+            ``teacher_surer``, True for ``overlap`` too. The former cost further walks over the row, which is in the
+            cache, and the overlap costs a selection, more than the loss itself.
         inplace_backward: Whether the forward pass writes the gradient over the logits instead of into a tensor of the
             same size. It writes over a copy where the rows had to be copied, and nothing where no gradient is needed.
             The logits are lost even if the op raises. Autograd raises if the op that made them needs them again, which

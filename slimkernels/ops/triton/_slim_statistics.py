@@ -87,7 +87,8 @@ def entropy_of_student(row, argmax, lse_one, MODE: tl.constexpr):
         minus_log_s = offset - (y - level) * row.unit.to(MODE.acc)
         s = tl.exp(-minus_log_s)
         terms += tl.where(s == 0, 0.0, s * minus_log_s)
-    return tl.maximum(tl.sum(terms.to(tl.float64)), 0.0)
+    entropy = tl.sum(terms.to(tl.float64))
+    return tl.where(entropy < 0, 0.0, entropy)
 
 
 @triton.jit
