@@ -78,6 +78,11 @@ Weighting weighting_of(const std::string& name) {
                               {"tensor", kWeightTensor}});
 }
 
+Statistics statistics_of(const std::string& name) {
+  return value_of<Statistics>(name, "statistics",
+                              {{"none", kNone}, {"without_overlap", kWithoutOverlap}, {"all", kAll}});
+}
+
 // Returns the data of a contiguous CPU tensor of the given type and number of elements; null for an absent one.
 const void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
   if (!t.has_value()) return nullptr;
@@ -200,14 +205,14 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, O
   return run(checked_kernels().sparse_softmax, args, num_rows);
 }
 
-// Writes the statistics (kStats, N) and, where dlogits is given, the gradient, which may overwrite the logits.
+// Writes the statistics (M, N) and, where dlogits is given, the gradient, which may overwrite the logits.
 int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
                            OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
                            OptionalTensor teacher_lse_one, OptionalTensor teacher_rest_lse, OptionalTensor target_logit,
                            OptionalTensor token_weight, double temperature, std::string rest, std::string divergence, std::string weighting,
                            bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
                            double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
-                           int64_t ignore_index) {
+                           int64_t ignore_index, std::string statistics) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0);
   if (num_rows == 0) return kOk;
@@ -225,7 +230,8 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
     args.dlogits = dlogits->mutable_data_ptr();
     args.dlogits_stride = dlogits->stride(0);
   }
-  args.stats = out_of(stats, acc, kStats * num_rows, "stats");
+  args.statistics = statistics_of(statistics);
+  args.stats = out_of(stats, acc, kNumStats[args.statistics] * num_rows, "stats");
   args.num_rows = num_rows;
   args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
   args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");

@@ -33,7 +33,10 @@ class SparseProbs(NamedTuple):
 
 
 class SlimLoss(NamedTuple):
-    """A loss, scalar or (...), and its statistics per token (...), which are detached and 0 at ignored tokens."""
+    """A loss, scalar or (...), and its statistics per token (...), which are detached and 0 at ignored tokens.
+
+    Those after ``lse`` are None unless they were asked for.
+    """
 
     loss: Tensor
     ce: Tensor
@@ -42,6 +45,12 @@ class SlimLoss(NamedTuple):
     teacher_mass: Tensor
     student_mass: Tensor
     lse: Tensor
+    entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    argmax_kept: Tensor | None = None
+    argmax_correct: Tensor | None = None
+    teacher_surer: Tensor | None = None
+    overlap: Tensor | None = None
 
 
 def topk_logits(
@@ -206,6 +215,7 @@ def slim_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    statistics: bool | str = False,
 ) -> SlimLoss:
     """Computes ce_weight * CE + kd_weight * w * D * T^2 + z_loss_weight * lse^2 of every token, reduced.
 
@@ -223,8 +233,13 @@ def slim_loss(
     ``logits`` are (..., V); ``target`` (...) int64 holds labels or ``ignore_index``; ``teacher`` has rows (..., K), or
     is None for CE and z-loss alone (kd, weight and masses are then 0). All fields of the result are float32 (float64
     for float64 logits); kd is D * T^2; teacher_mass is NaN where the teacher's lse at T is neither known nor needed.
+
+    ``statistics`` "without_overlap" adds the entropy of s, the entropy of the teacher's outcomes, and as 0 or 1 whether
+    the student's argmax is kept, whether it is the label, and whether t_y > s_y; True adds the overlap too.
     """
     _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items)
+    if not (isinstance(statistics, bool) or statistics == "without_overlap"):
+        raise ValueError(f"statistics must be False, 'without_overlap' or True, got {statistics!r}")
     leading_shape, vocab_size = tuple(target.shape), logits.shape[-1]
     if logits.shape[:-1] != leading_shape:
         raise ValueError(f"target must have shape {tuple(logits.shape[:-1])} like logits, got {leading_shape}")
@@ -234,6 +249,7 @@ def slim_loss(
     label = labels[active].unsqueeze(-1)
     if ((label < 0) | (label >= vocab_size)).any():
         raise ValueError(f"target must lie in [0, {vocab_size}) or be ignore_index={ignore_index}")
+    raw = logits.reshape(-1, vocab_size)[active].detach()
     z = logits.reshape(-1, vocab_size)[active]
     z = _effective_logits(z.to(_accumulate_dtype(z)), softcap, logit_scale)
 
@@ -249,6 +265,7 @@ def slim_loss(
         loss = loss + z_loss_weight * lse.square()
 
     kd = w = teacher_mass = student_mass = torch.zeros_like(ce)
+    rows = log_t_y = None
     if teacher is not None:
         if teacher.leading_shape != leading_shape:
             raise ValueError(f"teacher must have rows {leading_shape} like target, got {teacher.leading_shape}")
@@ -263,9 +280,11 @@ def slim_loss(
         else:
             w = _token_weight(token_weight, teacher_sums.log_t_y, log_s_y)
             w = w.detach() if detach_weight else w
+        log_t_y = teacher_sums.log_t_y
         teacher_mass, student_mass = teacher_sums.mass, student_sums.log_mass.exp()
         if kd_weight:
             loss = loss + kd_weight * w * kd
+    watched = _statistics(raw, log_s, lse, label, log_s_y, rows, log_t_y, temperature, statistics)
 
     def per_token(values: Tensor) -> Tensor:
         return values.new_zeros(labels.shape).index_put((active,), values).reshape(leading_shape)
@@ -275,7 +294,55 @@ def slim_loss(
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / (active.sum().clamp(min=1) if num_items is None else num_items)
-    return SlimLoss(loss, *(per_token(x.detach()) for x in (ce, kd, w, teacher_mass, student_mass, lse)))
+    return SlimLoss(loss, *(per_token(x.detach()) for x in (ce, kd, w, teacher_mass, student_mass, lse, *watched)))
+
+
+def _statistics(
+    logits: Tensor,
+    log_s: Tensor,
+    lse: Tensor,
+    label: Tensor,
+    log_s_y: Tensor,
+    rows: SparseLogits | None,
+    log_t_y: Tensor | None,
+    temperature: float,
+    statistics: bool | str,
+) -> list[Tensor]:
+    """Computes the fields of ``SlimLoss`` after ``lse`` (N,), as many as ``statistics`` asks for.
+
+    - entropy: -sum s log s, at temperature 1.
+    - teacher_entropy: -sum q log q at T over the outcomes of ``"ghost"``, whatever ``rest`` is: a lower bound of the
+      row's entropy; NaN where the teacher's lse at T is not known.
+    - argmax_kept, argmax_correct: 1 where the first of the largest logits is at a kept id, or at the label.
+    - teacher_surer: 1 where t_y > s_y.
+    - overlap: the share of the kept ids that are among the K largest logits, K the number of kept ids of the row.
+
+    Without a teacher only entropy and argmax_correct are not 0. All are NaN where the student's lse is.
+    """
+    if not statistics:
+        return []
+    none = torch.zeros_like(log_s_y)
+    argmax = logits.argmax(-1, keepdim=True)
+    entropy, correct = _entropy(log_s), (argmax == label).squeeze(-1).to(none.dtype)
+    teacher_entropy = kept_argmax = surer = overlap = none
+    if rows is not None and log_t_y is not None:
+        teacher_entropy = torch.full_like(none, math.nan)
+        if any(math.isclose(temperature, captured, rel_tol=1e-6) for captured in rows.temperatures):
+            ghost = sparse_softmax(rows, temperature=temperature, rest="ghost", vocab_size=logits.shape[-1])
+            teacher_entropy = _entropy(torch.cat([ghost.logprobs, ghost.tail_logprob.unsqueeze(-1)], dim=-1))
+        kept_argmax = (rows.ids == argmax).any(-1).to(none.dtype)
+        surer = (log_t_y > log_s_y).to(none.dtype)
+        num_kept = (rows.ids >= 0).sum(-1, keepdim=True)
+        rank = torch.sort(logits, dim=-1, descending=True, stable=True).indices.argsort(-1)
+        is_shared = (rank.gather(-1, rows.ids.long().clamp(min=0)) < num_kept) & (rows.ids >= 0)
+        overlap = is_shared.sum(-1) / num_kept.squeeze(-1).clamp(min=1).to(none.dtype)
+    fields = [entropy, teacher_entropy, kept_argmax, correct, surer, overlap]
+    return [field.masked_fill(lse.isnan(), math.nan) for field in fields[: None if statistics is True else -1]]
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """Computes the entropy (N,) of outcomes with log-probabilities (N, K), which rounding cannot make negative."""
+    return _expectation(logprobs, -logprobs).clamp(min=0)
 
 
 class _StudentSums(NamedTuple):

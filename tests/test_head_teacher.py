@@ -41,7 +41,7 @@ def run(student, target, teacher, **options):
     """Every field of the loss, and the gradients of hidden, weight and bias."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in student]
     hidden, weight, bias = leaves
-    result = sk.linear_slim_loss(hidden, weight, target, teacher, bias=bias, **options)
+    result = sk.linear_slim_loss(hidden, weight, target, teacher, bias=bias, statistics=True, **options)
     result.loss.sum().backward()
     return [*(field.detach() for field in result), *(t.grad for t in leaves if t is not None)]
 
@@ -81,7 +81,8 @@ def test_head_teacher_matches_the_reference_on_hostile_rows(rest, divergence):
         11, target=target.clamp(min=-1), temperatures=(1.0, 1.7)
     )  # fmt: skip
     leaves = [t.detach().requires_grad_() for t in student]
-    expected = reference.linear_slim_loss(leaves[0], leaves[1], target, rows, bias=leaves[2], **options)
+    options |= {"bias": leaves[2], "statistics": True}
+    expected = reference.linear_slim_loss(leaves[0], leaves[1], target, rows, **options)
     expected.loss.backward()
     for one, other in zip(ours, [*expected, *(t.grad for t in leaves)], strict=True):
         torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-10, equal_nan=True)

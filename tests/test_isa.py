@@ -36,6 +36,8 @@ CORE = (
     "test_slim_loss.py::test_slim_loss_makes_no_denormal_gradient",
     "test_slim_loss.py::test_slim_loss_of_masked_rows",
     "test_slim_loss_operator.py::test_slim_loss_of_any_layout",
+    "test_slim_statistics.py::test_statistics_of_hostile_rows",
+    "test_slim_statistics.py::test_statistics_with_options",
     "test_softmax_gradient.py::test_softmax_gradient_below_the_smallest_normal_number_is_zero",
     "test_sample_logits.py::test_sample_logits_hand_worked",
     "test_sample_logits.py::test_sample_logits_options_of_every_row",

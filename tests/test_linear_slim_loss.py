@@ -201,7 +201,7 @@ def test_linear_slim_loss_keeps_leading_dimensions(leading_shape, reduction):
     num_rows = math.prod(leading_shape)
     hidden, weight, _ = random_head(num_rows)
     _, target, teacher = random_problem(num_rows)
-    options = {"token_weight": torch.rand(num_rows), "reduction": reduction, "chunk_rows": 2}
+    options = {"token_weight": torch.rand(num_rows), "reduction": reduction, "chunk_rows": 2, "statistics": True}
     flat, flat_grads = loss_and_grads(sk.linear_slim_loss, (hidden, weight), 1.0, target, teacher, **options)
     options["token_weight"] = options["token_weight"].reshape(leading_shape)
     out, grads = loss_and_grads(
@@ -242,7 +242,7 @@ def test_linear_slim_loss_without_a_label_is_zero(num_rows, reduction):
     operands = random_head(num_rows, 17)
     _, target, teacher = random_problem(num_rows, 17, 3, ignored=(0, 1, 2))
     call = with_operands(sk.linear_slim_loss)
-    out, grads = loss_and_grads(call, operands, 1.0, target, teacher, reduction=reduction)
+    out, grads = loss_and_grads(call, operands, 1.0, target, teacher, reduction=reduction, statistics=True)
     assert [grad.shape for grad in grads] == [operand.shape for operand in operands]
     assert not any(tensor.any() for tensor in (*out, *grads))
 
@@ -270,12 +270,13 @@ def test_linear_slim_loss_detaches_all_but_the_loss():
     hidden, weight, bias = (operand.requires_grad_() for operand in random_head())
     _, target, teacher = random_problem()
     teacher.logits.requires_grad_()
-    out = sk.linear_slim_loss(hidden, weight, target, teacher, bias=bias)
-    assert [field.requires_grad for field in out] == [True] + [False] * 6
+    options = {"bias": bias, "statistics": True}
+    out = sk.linear_slim_loss(hidden, weight, target, teacher, **options)
+    assert [field.requires_grad for field in out] == [True] + [False] * 12
     out.loss.backward()
     assert teacher.logits.grad is None
     with torch.no_grad():
-        assert_same_bits(sk.linear_slim_loss(hidden, weight, target, teacher, bias=bias), out)
+        assert_same_bits(sk.linear_slim_loss(hidden, weight, target, teacher, **options), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -381,7 +381,7 @@ def test_slim_loss_reductions_and_num_items():
 @pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
 def test_slim_loss_ignored_rows_cannot_leak(rest, divergence):
     logits, target, teacher = random_problem(4, 29, 5, dtype=F64, ignored=(0, 3))
-    options = {"rest": rest, "divergence": divergence, "detach_weight": False}
+    options = {"rest": rest, "divergence": divergence, "detach_weight": False, "statistics": True}
     expected, (expected_grad,) = loss_and_grads(reference.slim_loss, (logits,), 1.0, target, teacher, **options)
     logits[[0, 3]] = math.nan
     teacher.logits[[0, 3]] = math.nan
@@ -429,6 +429,7 @@ def test_slim_loss_edges_have_finite_values_and_gradients(rest, divergence, shap
         divergence=divergence,
         detach_weight=False,
         reduction="sum",
+        statistics=True,
     )
     if shape == "-inf off the support" and rest == "zero_logit":
         # The teacher expects something of every id.
@@ -446,7 +447,7 @@ def test_slim_loss_edges_have_finite_values_and_gradients(rest, divergence, shap
 def test_slim_loss_of_a_padded_row_is_that_of_the_shorter_row():
     logits, target, teacher = random_problem(5, 31, 8, dtype=F64, ignored=(), ragged=True)
     for rest, divergence in RESTS_AND_DIVERGENCES:
-        options = {"rest": rest, "divergence": divergence, "reduction": "none"}
+        options = {"rest": rest, "divergence": divergence, "reduction": "none", "statistics": True}
         padded = reference.slim_loss(logits, target, teacher, **options)
         for row in range(5):
             kept = int((teacher.ids[row] >= 0).sum())
@@ -485,10 +486,9 @@ def test_slim_loss_tails_do_not_cancel(gap):
 def test_slim_loss_keeps_leading_dimensions_and_gives_the_teacher_no_gradient():
     logits, target, teacher = random_problem(6, 19, 4, dtype=F64, ignored=(4,))
     teacher.logits.requires_grad_()
-    flat = reference.slim_loss(logits, target, teacher, reduction="none")
-    shaped = reference.slim_loss(
-        logits.reshape(2, 3, 19), target.reshape(2, 3), teacher.reshape(2, 3), reduction="none"
-    )
+    options = {"reduction": "none", "statistics": True}
+    flat = reference.slim_loss(logits, target, teacher, **options)
+    shaped = reference.slim_loss(logits.reshape(2, 3, 19), target.reshape(2, 3), teacher.reshape(2, 3), **options)
     for field, wanted in zip(shaped, flat, strict=True):
         assert torch.equal(field, wanted.reshape(2, 3))
         assert not field.requires_grad
@@ -509,8 +509,9 @@ def test_slim_loss_teacher_mass_is_nan_where_unknown(rest):
 def test_slim_loss_half_types_are_computed_in_float32():
     for dtype in (torch.bfloat16, torch.float16):
         logits, target, teacher = random_problem(dtype=dtype)
-        out, (grad,) = loss_and_grads(reference.slim_loss, (logits,), 1.0, target, teacher, rest="ghost")
-        wide, (wide_grad,) = loss_and_grads(reference.slim_loss, (logits.float(),), 1.0, target, teacher, rest="ghost")
+        options = {"rest": "ghost", "statistics": True}
+        out, (grad,) = loss_and_grads(reference.slim_loss, (logits,), 1.0, target, teacher, **options)
+        wide, (wide_grad,) = loss_and_grads(reference.slim_loss, (logits.float(),), 1.0, target, teacher, **options)
         assert all(torch.equal(field, wanted) for field, wanted in zip(out, wide, strict=True))
         assert torch.equal(grad, wide_grad.to(dtype))
 

@@ -195,6 +195,7 @@ def test_slim_loss_of_rows_whose_target_logit_is_not_known(weight):
     partly = dataclasses.replace(teacher, target_logit=teacher.target_logit.clone())
     partly.target_logit[::2] = math.nan
     options = {"token_weight": weight, "reduction": "none", "rest": "ghost", "detach_weight": False}
+    options["statistics"] = True
     outs = []
     for each in (teacher, unknown, partly):
         leaf = logits.clone().requires_grad_()

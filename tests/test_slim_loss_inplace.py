@@ -27,7 +27,7 @@ def head(dtype: torch.dtype, shape=(7, 203)):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inplace_backward_equals_the_other(dtype, upstream, reduction):
     hidden, weight, target, teacher = head(dtype)
-    options = {"reduction": reduction, "rest": "ghost", "divergence": "jsd", "label_smoothing": 0.1}
+    options = {"reduction": reduction, "rest": "ghost", "divergence": "jsd", "label_smoothing": 0.1, "statistics": True}
     expected = sk.slim_loss(hidden @ weight.T, target, teacher, **options)
     grads = torch.autograd.grad(expected.loss, (hidden, weight), torch.tensor(upstream, dtype=expected.loss.dtype))
     actual = sk.slim_loss(hidden @ weight.T, target, teacher, inplace_backward=True, **options)

@@ -32,8 +32,9 @@ def test_slim_loss_keeps_leading_dimensions(leading_shape, reduction):
     num_rows = math.prod(leading_shape)
     logits, target, teacher = random_problem(num_rows, 53, 6, ignored=(2,))
     token_weight = torch.rand(num_rows)
+    options = {"reduction": reduction, "statistics": True}
     flat, (flat_grad,) = loss_and_grads(
-        sk.slim_loss, (logits,), 1.0, target, teacher, token_weight=token_weight, reduction=reduction
+        sk.slim_loss, (logits,), 1.0, target, teacher, token_weight=token_weight, **options
     )
     out, (grad,) = loss_and_grads(
         sk.slim_loss,
@@ -42,7 +43,7 @@ def test_slim_loss_keeps_leading_dimensions(leading_shape, reduction):
         target.reshape(leading_shape),
         teacher.reshape(*leading_shape),
         token_weight=token_weight.reshape(leading_shape),
-        reduction=reduction,
+        **options,
     )
     assert grad.shape == (*leading_shape, 53)
     assert_same_bits(grad.reshape(-1, 53), flat_grad)
@@ -123,7 +124,7 @@ def test_slim_loss_second_backward(reduction, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slim_loss_ignored_rows_cannot_leak(rest, divergence, dtype):
     logits, target, teacher = random_problem(6, 59, 5, dtype=dtype, ignored=(0, 3))
-    options = {"rest": rest, "divergence": divergence, "detach_weight": False}
+    options = {"rest": rest, "divergence": divergence, "detach_weight": False, "statistics": True}
     for reduction in ("mean", "none"):
         expected = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, reduction=reduction, **options)
         hostile = logits.clone()
@@ -143,7 +144,8 @@ def test_slim_loss_ignored_rows_cannot_leak(rest, divergence, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_slim_loss_without_a_label_is_zero(num_rows, reduction):
     logits, target, teacher = random_problem(num_rows, 17, 3, ignored=(0, 1, 2))
-    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, reduction=reduction, z_loss_weight=1.0)
+    options = {"reduction": reduction, "z_loss_weight": 1.0, "statistics": True}
+    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
     assert grad.shape == logits.shape
     assert not any(tensor.any() for tensor in (*out, grad))
 
@@ -155,8 +157,8 @@ def test_slim_loss_detaches_all_but_the_loss():
     weight = torch.rand(7)
     before = [logits.clone(), target.clone(), teacher.logits.detach().clone()]
     logits.requires_grad_()
-    out = sk.slim_loss(logits, target, teacher, token_weight=weight)
-    assert [field.requires_grad for field in out] == [True] + [False] * 6
+    out = sk.slim_loss(logits, target, teacher, token_weight=weight, statistics=True)
+    assert [field.requires_grad for field in out] == [True] + [False] * 12
     out.loss.backward()
     assert teacher.logits.grad is None
     assert teacher.lse.grad is None
@@ -180,7 +182,7 @@ def test_slim_loss_is_the_same_without_gradient():
 )
 def test_slim_loss_is_bitwise_repeatable_and_batch_invariant(dtype, rest, divergence):
     logits, target, teacher = random_problem(9, 2051, 103, dtype=dtype)
-    options = {"rest": rest, "divergence": divergence, "reduction": "none"}
+    options = {"rest": rest, "divergence": divergence, "reduction": "none", "statistics": True}
     whole, (whole_grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
     again, (again_grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, teacher, **options)
     assert_same_bits([*again, again_grad], [*whole, whole_grad])
@@ -269,8 +271,9 @@ def test_slim_loss_compiles_whole(backend, reduction):
 def test_slim_loss_fake_has_the_shapes_and_dtypes_of_the_real():
     for dtype, reduction in itertools.product(DTYPES, ("mean", "none")):
         logits, target, teacher = random_problem(4, 21, 5, dtype=dtype)
-        real = sk.slim_loss(logits, target, teacher, reduction=reduction)
-        fake = sk.slim_loss(logits.to("meta"), target.to("meta"), teacher.to("meta"), reduction=reduction)
+        options = {"reduction": reduction, "statistics": True}
+        real = sk.slim_loss(logits, target, teacher, **options)
+        fake = sk.slim_loss(logits.to("meta"), target.to("meta"), teacher.to("meta"), **options)
         for one, other in zip(fake, real, strict=True):
             assert (one.shape, one.dtype, one.device.type) == (other.shape, other.dtype, "meta")
 

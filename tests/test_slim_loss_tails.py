@@ -109,7 +109,7 @@ def test_slim_loss_of_a_rest_that_is_not_known_is_that_of_a_record_without_it():
     logits, target, teacher = random_problem(ignored=())
     partly = dataclasses.replace(teacher, rest_lse=teacher.rest_lse.clone())
     partly.rest_lse[::2] = NAN
-    options = {"rest": "ghost", "reduction": "none", "divergence": "reverse_kl"}
+    options = {"rest": "ghost", "reduction": "none", "divergence": "reverse_kl", "statistics": True}
     outs = []
     for record in (teacher, dataclasses.replace(teacher, rest_lse=None), partly):
         out, grads = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, record, **options)

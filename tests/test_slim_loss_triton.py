@@ -10,6 +10,7 @@ from support.triton_checks import assert_compiles, assert_tests_pass_interpreted
 import slimkernels as sk
 from slimkernels import reference
 from slimkernels.ops._slim_options import resolve_options
+from slimkernels.ops.slim_result import NUM_STATS
 
 DEFAULTS = {
     "temperature": 1.0,
@@ -24,6 +25,7 @@ DEFAULTS = {
     "z_loss_weight": 0.0,
     "logit_scale": 1.0,
     "ignore_index": -100,
+    "statistics": False,
 }
 GHOST = {"rest": "ghost", "temperature": 2.0}
 VARIANTS = {
@@ -39,6 +41,10 @@ VARIANTS = {
     "zero_logit without a gradient": {"rest": "zero_logit", "gradient": False},
     "renorm_both": {"rest": "renorm_both"},
     "ghost soft_ce": {**GHOST, "divergence": "soft_ce"},
+    "all statistics": {"statistics": True},
+    "ghost jsd, statistics": {**GHOST, "divergence": "jsd", "statistics": "without_overlap"},
+    "cross entropy, statistics": {"teacher": None, "softcap": 30.0, "statistics": True},
+    "ghost statistics without a gradient": {**GHOST, "statistics": True, "gradient": False},
 }
 
 
@@ -62,6 +68,28 @@ def test_slim_loss_passes_its_tests_interpreted():
         "test_slim_loss_triton.py::test_every_option",
         "test_slim_loss_triton.py::test_rows_that_end_a_block_or_have_no_rest",
         "test_slim_loss_triton.py::test_a_bad_row_is_nan_and_the_others_are_not",
+    )
+
+
+@pytest.mark.interpret
+def test_slim_statistics_pass_their_tests_interpreted():
+    assert_tests_pass_interpreted(
+        *(
+            f"test_slim_statistics.py::test_{name}"
+            for name in (
+                "statistics_hand_worked",
+                "statistics_of_hostile_rows[0-130-129-dtype0]",
+                "statistics_of_hostile_rows[7-130-129-dtype1]",
+                "statistics_of_hostile_rows[7-301-16-dtype3]",
+                "statistics_match_the_reference[True-ghost-dtype1]",
+                "statistics_with_options[dtype0-softcap at a temperature]",
+                "statistics_of_small_and_large_logits[dtype0-30000.0]",
+                "statistics_keep_the_entropy_of_a_peaked_teacher",
+                "ties_go_to_the_lowest_id",
+                "a_row_that_keeps_nothing_has_no_overlap",
+                "statistics_of_ignored_rows_are_zero[renorm-forward_kl]",
+            )
+        )
     )
 
 
@@ -96,7 +124,8 @@ def test_slim_loss_compiles_for(architecture, dtype, variant):
     dlogits = torch.empty_like(logits) if settings.pop("gradient", True) else None
     teacher = settings.pop("teacher", teacher)
     options = resolve_options(logits, "logits", teacher, **settings)
-    stats, target, scale = torch.empty(7, 2, dtype=wide), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=wide)
+    stats = torch.empty(NUM_STATS[options.statistics], 2, dtype=wide)
+    target, scale = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=wide)
     assert_compiles(
         lambda: slim_loss_rows(logits, dlogits, stats, target, scale, *options),
         architecture,
@@ -159,11 +188,12 @@ def test_a_bad_row_is_nan_and_the_others_are_not(request):
         pytest.skip("the CPU kernel raises")
     logits, target, teacher = random_problem(num_rows=5, ignored=())
     logits.requires_grad_()
-    expected = sk.slim_loss(logits, target, teacher, reduction="none")
+    options = {"reduction": "none", "statistics": True}
+    expected = sk.slim_loss(logits, target, teacher, **options)
     target[1], teacher.ids[3, 2] = logits.shape[1], teacher.ids[3, 1]
-    actual = sk.slim_loss(logits, target, teacher, reduction="none")
+    actual = sk.slim_loss(logits, target, teacher, **options)
     (grad,) = torch.autograd.grad(actual.loss.nansum(), logits)
     for row, broken in enumerate([False, True, False, True, False]):
-        assert actual.loss[row].isnan() == broken
+        assert all(field[row].isnan() == broken for field in actual)
         assert grad[row].isnan().all() == broken
         assert broken or torch.equal(actual.loss[row], expected.loss[row])

@@ -60,6 +60,7 @@ SETTING_VALUES = {
     "softcap": 5.0,
     "logit_scale": 6.0,
     "ignore_index": 7,
+    "statistics": "without_overlap",
 }
 PUBLIC_VALUES = {name: value for name, value in SETTING_VALUES.items() if name != "weighting"}
 
@@ -130,6 +131,7 @@ def enumerator(name: str, weight: bool = False) -> str:
         ("Rest", _checks.RESTS),
         ("Divergence", _slim_options.DIVERGENCES),
         ("Weighting", (*_slim_options.WEIGHTS, "tensor")),
+        ("Statistics", tuple(NUM_STATS)),
     ],
 )
 def test_the_native_enums_have_the_names_of_the_options(enum, names):
@@ -148,9 +150,10 @@ def test_the_reference_knows_the_same_names():
 
 def test_the_native_statistics_are_the_fields_of_the_result():
     source = (CSRC / "cpu/dispatch.h").read_text()
-    assert f"constexpr int kStats = {NUM_STATS};" in source
-    named = re.search(r"// \(kStats, N\) acc: (.*)", source)[1]
-    assert named.split(", ") == list(sk.SlimLoss._fields)
+    numbers = ", ".join(map(str, NUM_STATS.values()))
+    assert f"constexpr int kNumStats[] = {{{numbers}}};" in source
+    named = re.search(r"// \(M, N\) acc: (.*?);", source, re.DOTALL)[1]
+    assert re.split(r",[\s/]+", named) == list(sk.SlimLoss._fields)
 
 
 STAGES = {

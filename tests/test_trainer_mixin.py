@@ -289,6 +289,35 @@ def test_trl_sft_follows_the_eager_curve(tmp_path, case):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:trl")
+@pytest.mark.parametrize("case", ["plain", "packing", "padding-free"])
+def test_trl_sft_logs_the_metrics_of_trl(tmp_path, case):
+    """Logs TRL's own keys with TRL's values, in training and evaluation, beside those of the loss."""
+    from datasets import Dataset
+
+    # A model with tied embeddings often repeats a token, so that some labels are right.
+    held_out = Dataset.from_list([{"input_ids": [2 + token] * 9} for token in range(10)])
+    alone = make_sft(tmp_path, lambda trainer_class: trainer_class, case, eval_dataset=held_out)
+    distilled = make_sft(tmp_path, distilling, case, eval_dataset=held_out, objective="sft")
+    logs = []
+    for trainer in (alone, distilled):
+        trainer.train()
+        trainer.evaluate()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry])
+    assert len(logs[0]) == len(logs[1]) > 2
+    keys = [key for entry in logs[0] for key in entry if key.split("eval_")[-1] in TRL_METRICS]
+    assert {*keys} == {*TRL_METRICS, *(f"eval_{name}" for name in TRL_METRICS)}
+    for theirs, ours in zip(*logs, strict=True):
+        assert {key: ours[key] for key in theirs if key in keys} == pytest.approx(
+            {key: theirs[key] for key in theirs if key in keys}, rel=1e-4
+        )
+    assert logs[0][0]["entropy"] > 0
+    assert logs[0][-1]["eval_mean_token_accuracy"] > logs[0][0]["mean_token_accuracy"]
+
+
+TRL_METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:trl")
 @pytest.mark.parametrize("case", ["plain", "packing"])
 def test_trl_sft_learns_from_a_store(tmp_path, case):
     """Gives each document, packed or padded, the rows that it was captured with alone."""
@@ -457,10 +486,58 @@ def test_evaluation_reports_the_terms_of_the_loss(tmp_path):
     assert metrics["eval_kd"] == pytest.approx(float(kd) / count, rel=1e-3)
     assert metrics["eval_teacher_mass"] == pytest.approx(1, rel=1e-4)
     assert "eval_labels_per_second" not in metrics
+    for name, value in statistics_by_hand(model, teacher, rows).items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-3), name
     prefixed = trainer.evaluate(rows, metric_key_prefix="test")
     assert prefixed["test_ce"] == pytest.approx(metrics["eval_ce"], rel=1e-6)
     trainer.train()
     assert training_ce(trainer) != metrics["eval_ce"]
+
+
+def statistics_by_hand(model, teacher, rows) -> dict[str, float]:
+    """Returns the means per label of what the log says of a student and of a teacher that keeps its whole rows."""
+    parts = []
+    with torch.no_grad():
+        for row in rows:
+            batch = collate([row])
+            log_s, log_q = (one.eval()(batch["input_ids"]).logits[0, :-1].log_softmax(-1) for one in (model, teacher))
+            target = batch["labels"][0, 1:]
+            is_label = target != -100
+            label = target.clamp(min=0).unsqueeze(-1)
+            per_label = {
+                "entropy": -(log_s.exp() * log_s).sum(-1),
+                "teacher_entropy": -(log_q.exp() * log_q).sum(-1),
+                "mean_token_accuracy": (log_s.argmax(-1) == target).float(),
+                "teacher_surer": (log_q.gather(-1, label) > log_s.gather(-1, label)).squeeze(-1).float(),
+                "argmax_kept": torch.ones(len(target)),
+            }
+            parts.append({name: values[is_label] for name, values in per_label.items()})
+    return {name: float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
+
+
+def test_the_overlap_is_logged_where_asked_for(tmp_path):
+    rows, teacher = make_rows(), make_model(seed=9)
+    means = []
+    for asked in (False, True):
+        objective = sk.SlimObjective("kd", teacher_top_k=TOP_K, log_overlap=asked)
+        trainer = make_plain(tmp_path, Distiller, make_model(), rows=rows, teacher_model=teacher, objective=objective)
+        trainer.train()
+        logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert ("overlap" in logged) == asked
+        means.append({name: logged[name] for name in ("loss", "ce", "entropy", "argmax_kept")})
+    assert means[0] == means[1]
+    assert 0 < logged["overlap"] < 1
+    model, shares = make_model(), []
+    with torch.no_grad():
+        for row in rows:
+            batch = collate([row])
+            kept, best = (one.eval()(batch["input_ids"]).logits[0, :-1].topk(TOP_K).indices for one in (teacher, model))
+            shared = (kept.unsqueeze(-1) == best.unsqueeze(-2)).any(-1).float().mean(-1)
+            shares.append(shared[batch["labels"][0, 1:] != -100])
+    metrics = make_plain(tmp_path, Distiller, model, rows=rows, teacher_model=teacher, objective=objective).evaluate(
+        rows
+    )
+    assert metrics["eval_overlap"] == pytest.approx(float(torch.cat(shares).mean()), rel=1e-4)
 
 
 def training_ce(trainer) -> float:

@@ -10,25 +10,31 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// Makes denormal results of this thread exactly 0 for as long as it exists, and restores the caller's mode. Denormal
-// inputs keep their values, so that comparisons and the conversion of float16 stay exact. Only x86 has such a mode;
-// elsewhere, denormals are made.
-class FlushDenormals {
+// Makes denormal results of this thread exactly 0 (`flush`), or makes them as they are, for as long as it exists, and
+// restores the caller's mode. Denormal inputs keep their values, so that comparisons and the conversion of float16 stay
+// exact. Only x86 has such a mode; elsewhere, denormals are made.
+template <bool flush>
+class DenormalMode {
  public:
 #if defined(__SSE2__)
-  FlushDenormals() : mode_(_mm_getcsr()) { _mm_setcsr(mode_ | _MM_FLUSH_ZERO_ON); }
-  ~FlushDenormals() { _mm_setcsr(mode_); }
+  DenormalMode() : mode_(_mm_getcsr()) {
+    _mm_setcsr(flush ? mode_ | _MM_FLUSH_ZERO_ON : mode_ & ~unsigned(_MM_FLUSH_ZERO_MASK));
+  }
+  ~DenormalMode() { _mm_setcsr(mode_); }
 
  private:
   unsigned mode_;
 
  public:
 #else
-  FlushDenormals() {}
+  DenormalMode() {}
 #endif
-  FlushDenormals(const FlushDenormals&) = delete;
-  FlushDenormals& operator=(const FlushDenormals&) = delete;
+  DenormalMode(const DenormalMode&) = delete;
+  DenormalMode& operator=(const DenormalMode&) = delete;
 };
+
+using FlushDenormals = DenormalMode<true>;
+using KeepDenormals = DenormalMode<false>;
 
 }  // namespace
 }  // namespace SK_ISA

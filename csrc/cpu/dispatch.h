@@ -14,13 +14,15 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Rest : int { kRenorm, kZero, kGhost, kZeroLogit, kRenormBoth };
 enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl };
 enum Weighting : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
+enum Statistics : int { kNone, kWithoutOverlap, kAll };
 
 // The faults of a row. A kernel stops at the first fault and returns row * kFaults + fault; 0 means no fault.
 enum Fault : int64_t { kOk = 0, kBadTarget = 1, kBadIds = 2, kNoMemory = 3 };
 constexpr int64_t kFaults = 4;
 
-// The statistics of a row of slim_loss, named in SlimLossArgs.
-constexpr int kStats = 7;
+// The statistics of a row of slim_loss, named in SlimLossArgs: how many each value of the option asks for, the first
+// of them in their order.
+constexpr int kNumStats[] = {7, 12, 13};
 
 // Arrays marked "acc" hold float32, or float64 if `dtype` is kFloat64.
 struct TopkLogitsArgs {
@@ -77,7 +79,9 @@ struct SlimLossArgs {
   int64_t vocab_size;
   void* dlogits;  // (N, V) of dtype, may be `logits` itself, or null: no gradient
   int64_t dlogits_stride;
-  void* stats;  // (kStats, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse
+  // (M, N) acc: loss, ce, kd, weight, teacher_mass, student_mass, lse, entropy, teacher_entropy, argmax_kept,
+  // argmax_correct, teacher_surer, overlap; M is kNumStats[statistics].
+  void* stats;
   int64_t num_rows;
   const int64_t* target;       // (N,)
   const int32_t* ids;          // (N, K) or null: no teacher
@@ -104,6 +108,7 @@ struct SlimLossArgs {
   double softcap;  // 0: none
   double logit_scale;
   int64_t ignore_index;
+  int statistics;
   bool streams;  // write the gradient past the caches, which excludes writing it over the logits
 };
 

@@ -12,8 +12,10 @@
 // row times e plus a constant. Stage 4 writes that, and then overwrites the K entries of S and the label.
 #pragma once
 
+#include "denormals.h"
 #include "dispatch.h"
 #include "exponentials.h"
+#include "slim_statistics.h"
 #include "slim_terms.h"
 #include "sparse_softmax.inl"
 #include "stream.h"
@@ -34,7 +36,8 @@ struct StudentSums {
   ExpSum on;                    // sum of exp(z / T) over S
   double lse = 0, lse_one = 0;  // log-sum-exps of the whole row
   double label_z = 0, log_s_y = 0;
-  double sum_z = 0;  // sum of z over the whole row, only where the row keeps z
+  double sum_z = 0;    // sum of z over the whole row, only where the row keeps z
+  double entropy = 0;  // at temperature 1, only with statistics
 };
 
 struct TeacherSums {
@@ -42,6 +45,7 @@ struct TeacherSums {
   double lse = 0;    // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
   TeacherNorm norm;  // q on S and off S
   double log_t_y = 0;
+  double entropy = 0;  // of the ids in S and of one outcome for all others, only with statistics
 
   double log_mass() const { return on.log() - lse; }  // log a
 };
@@ -73,6 +77,7 @@ template <class X>
 struct SlimRow {
   using A = typename Acc<X>::type;
   using Vec = typename Lanes<A>::Vec;
+  using Key = typename Lanes<A>::Key;
   using DenseGradient = SK_ISA::DenseGradient<A>;
   static constexpr int kWidth = Lanes<A>::kWidth;
 
@@ -108,6 +113,7 @@ struct SlimRow {
   A* kept_slope;     // stage 3, in the place of teacher_z: p * dD/dp
   A* teacher_e;      // stage 2: exp(teacher_z - teacher.on.level)
   X* kept_gradient;  // stage 4: kept_dz in the dtype of the logits
+  Key* keys;         // order keys of the whole row, only with all statistics
 
   static int64_t blocks_of(const SlimLossArgs& args) { return (args.vocab_size + kBlock - 1) / kBlock; }
 
@@ -120,7 +126,8 @@ struct SlimRow {
   static int64_t scratch_bytes(const SlimLossArgs& args) {
     const int64_t rows = 1 + (args.temperature != 1) + keeps_logits(args);
     return 3 * blocks_of(args) * sizeof(double) +
-           (rows * padded<A>(args.vocab_size) + 5 * padded<A>(args.top_k)) * sizeof(A);
+           (rows * padded<A>(args.vocab_size) + 5 * padded<A>(args.top_k)) * sizeof(A) +
+           (args.statistics == kAll ? padded<A>(args.vocab_size) + kMaxWidth : 0) * sizeof(A);
   }
 
   SlimRow(const SlimLossArgs& arguments, int64_t row_index, void* scratch)
@@ -145,6 +152,7 @@ struct SlimRow {
     teacher_e = teacher_z + entries;
     kept_e = kept_p = kept_dz = teacher_e + entries;
     kept_gradient = reinterpret_cast<X*>(kept_e + entries);
+    keys = reinterpret_cast<Key*>(kept_e + 2 * entries);
   }
 
   bool ignored() const { return target == args.ignore_index; }
@@ -333,7 +341,9 @@ struct SlimRow {
     }
     for (int64_t k = kept; k < padded<A>(kept); ++k) kept_z[k] = -infinity<A>();
     // The exponentials at temperature 1 are summed and dropped: those at T take their place.
-    student.lse_one = log_add_exp(off.lse_one, exponentials(kept_z, padded<A>(kept), 1, kept_e).log());
+    const ExpSum on_one = exponentials(kept_z, padded<A>(kept), 1, kept_e);
+    student.lse_one = log_add_exp(off.lse_one, on_one.log());
+    if (args.statistics != kNone) student.entropy = student_entropy(off, on_one, student.lse_one);
     student.on = exponentials(kept_z, padded<A>(kept), 1 / args.temperature, kept_e);
     student.lse = log_add_exp(off.lse, student.on.log());
     student.label_z = effective_at(target);
@@ -343,6 +353,19 @@ struct SlimRow {
       for (int64_t k = 0; k < kept; ++k) student.sum_z += kept_z[k];
     }
     return student;
+  }
+
+  // The entropy at temperature 1, while kept_e holds the exponentials at that temperature.
+  SK_NOINLINE double student_entropy(const OffSums& off, ExpSum on_one, double lse_one) const {
+    const ExpSum off_one = {double(level), __builtin_exp(off.lse_one - level)};
+    const A* const powers = two_temperatures ? e_one : e;
+    double inside = 0;
+    if (off.lse_one != -infinity<double>()) {
+      inside =
+          keeps_z ? entropy_of(z, powers, args.vocab_size, off_one) : entropy_of(row, powers, args.vocab_size, off_one);
+    }
+    return at_least_zero(entropy_of_part(off.lse_one - lse_one, inside) +
+                         entropy_of_part(on_one.log() - lse_one, entropy_of(kept_z, kept_e, padded<A>(kept), on_one)));
   }
 
   // Stage 2: teacher sums.
@@ -359,7 +382,15 @@ struct SlimRow {
     if (known == known) label_logit = known;
     teacher.log_t_y = label_logit;
     if (args.teacher_lse_one != nullptr) teacher.log_t_y -= static_cast<const A*>(args.teacher_lse_one)[n];
+    if (args.statistics != kNone) teacher.entropy = teacher_entropy(teacher.on, teacher.lse, rest_lse);
     return teacher;
+  }
+
+  // The entropy of the outcomes of "ghost", whatever `rest` is.
+  SK_NOINLINE double teacher_entropy(ExpSum on, double lse, double rest_lse) const {
+    const TeacherNorm ghost = teacher_norm(kGhost, on.log(), lse, rest_lse, kept, args.vocab_size);
+    const double inside = entropy_of(teacher_z, teacher_e, padded<A>(kept), on);
+    return at_least_zero(entropy_of_part(on.log() - ghost.q_norm, inside) + entropy_of_part(ghost.log_q_tail, 0));
   }
 
   // Stage 3: measure.
@@ -382,17 +413,38 @@ struct SlimRow {
     const double lse_one = student.lse_one;
     if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse_one * lse_one;
     const double w = ids != nullptr ? m.w.value : 0;
-    store_stats({loss, ce, m.kd, w, teacher_mass, student_mass, lse_one});
+    Stats stats = {{loss, ce, m.kd, w, teacher_mass, student_mass, lse_one}};
+    if (args.statistics != kNone) watch(student, teacher, &stats);
+    store_stats(stats);
     return m;
   }
 
   struct Stats {
-    double columns[kStats] = {};
+    double columns[kNumStats[kAll]] = {};
   };
+
+  // Fills the statistics that are computed only where they are asked for.
+  SK_NOINLINE void watch(const StudentSums& student, const TeacherSums& teacher, Stats* stats) const {
+    double* const out = stats->columns + kNumStats[kNone];
+    const int64_t best = argmax(row, args.vocab_size), entry = first_entry(best);
+    out[0] = student.entropy;
+    out[3] = best == target;
+    if (ids != nullptr) {
+      out[1] = teacher.entropy;
+      out[2] = entry < kept && ids[entry] == best;
+      out[4] = teacher.log_t_y > student.log_s_y;
+      if (args.statistics == kAll) {
+        const KeepDenormals keep;  // order keys are made by an addition
+        out[5] = overlap(row, args.vocab_size, ids, kept, keys);
+      }
+    }
+    if (student.lse_one == student.lse_one) return;
+    for (int i = 0; i < kNumStats[kAll] - kNumStats[kNone]; ++i) out[i] = student.lse_one;
+  }
 
   void store_stats(const Stats& stats) const {
     A* const out = static_cast<A*>(args.stats) + n;
-    for (int column = 0; column < kStats; ++column) out[column * args.num_rows] = A(stats.columns[column]);
+    for (int i = 0; i < kNumStats[args.statistics]; ++i) out[i * args.num_rows] = A(stats.columns[i]);
   }
 
   // The norm of the student on S: log p = z / T - p_norm.

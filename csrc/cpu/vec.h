@@ -17,6 +17,7 @@ namespace SK_ISA {
 namespace {
 
 #define SK_INLINE inline __attribute__((always_inline))
+#define SK_NOINLINE __attribute__((noinline))
 
 struct bf16 {
   uint16_t bits;

@@ -45,6 +45,7 @@ OPTIONS = {
     "ce_weight": None,
     "detach_weight": True,
     "label_smoothing": 0.0,
+    "log_overlap": False,
     "max_new_tokens": 128,
     "on_policy_fraction": 0.5,
     "sampling_temperature": 1.0,

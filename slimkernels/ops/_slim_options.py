@@ -51,6 +51,7 @@ class SlimOptions(NamedTuple):
         softcap: Bound of the effective logits, 0 for none.
         logit_scale: Factor of the logits before the softcap.
         ignore_index: Label of the rows to skip.
+        statistics: Statistics to compute, a key of ``NUM_STATS``.
     """
 
     ids: Tensor | None
@@ -74,6 +75,7 @@ class SlimOptions(NamedTuple):
     softcap: float
     logit_scale: float
     ignore_index: int
+    statistics: str
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -140,6 +142,7 @@ def resolve_options(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    statistics: bool | str,
 ) -> SlimOptions:
     """Checks the options of a loss on rows ``like`` (..., V or D), and flattens the teacher's fields to rows.
 
@@ -168,6 +171,10 @@ def resolve_options(
     logit_scale = _checks.as_positive(logit_scale, "logit_scale")
     cap = 0.0 if softcap is None else _checks.as_positive(softcap, "softcap")
     ignore_index = _checks.as_integer(ignore_index, "ignore_index")
+    if not isinstance(statistics, bool) and statistics != "without_overlap":
+        raise ValueError(f"statistics must be False, 'without_overlap' or True, got {statistics!r}")
+    if isinstance(statistics, bool):
+        statistics = "all" if statistics else "none"
     weighting, given_weight = _resolve_weight(token_weight, like, like_name)
     dtype = accumulation_dtype(like.dtype)
 
@@ -188,7 +195,7 @@ def resolve_options(
     return SlimOptions(
         ids, teacher_logits, teacher_lse, teacher_lse_one, teacher_rest_lse, target_logit, per_row(given_weight),
         temperature, rest, divergence, weighting, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, cap, logit_scale, ignore_index
+        z_loss_weight, cap, logit_scale, ignore_index, statistics
     )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ def linear_slim_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    statistics: bool | str = False,
     chunk_rows: int | None = None,
     group: torch.distributed.ProcessGroup | None = None,
     vocab_start: int = 0,
@@ -106,6 +107,7 @@ def linear_slim_loss(
         ignore_index: See ``slim_loss``.
         reduction: See ``slim_loss``.
         num_items: See ``slim_loss``.
+        statistics: See ``slim_loss``.
         chunk_rows: Number of rows whose logits are held at a time. The default on a CPU is what 32 MiB hold, at least
             128 (16 MiB and 256 in half precision). The default on CUDA is 4096, halved down to 256 until the logits
             take at most a quarter of the free memory.
@@ -120,7 +122,7 @@ def linear_slim_loss(
         vocab_start: First id of this rank's slice.
 
     Returns:
-        SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse), float32 (float64 for float64 ``hidden``).
+        SlimLoss, the result of ``slim_loss``; float32 (float64 for float64 ``hidden``).
 
     Raises:
         ValueError: The cases of ``slim_loss``, a ``weight``, ``bias`` or ``HeadTeacher`` that does not match
@@ -159,7 +161,7 @@ def linear_slim_loss(
     options = resolve_options(
         hidden, "hidden", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, softcap, logit_scale, ignore_index
+        z_loss_weight, softcap, logit_scale, ignore_index, statistics
     )  # fmt: skip
     check_kernels(hidden, "hidden")
     check_transforms("linear_slim_loss", hidden, weight, bias)
@@ -202,7 +204,8 @@ def _linear_slim_loss_fwd(
     *head_and_options,
 ):
     """Computes the loss, the statistics and the needed gradients; the others are empty, all without ``row_scale``."""
-    outputs = _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias)
+    inputs = hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, chunk_rows
+    outputs = _fake_fwd(*inputs, *head_and_options)
     loss, stats, *dinputs = outputs
     head, operand, options = _split(head_and_options)
     options = options.read(operand)
@@ -212,7 +215,7 @@ def _linear_slim_loss_fwd(
     needed = (gradient if gradient.numel() else None for gradient in dinputs)
     sums = HeadGradients(*needed, hidden=hidden, weight=weight, ignored=ignored, chunk_rows=chunk_rows)
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
-        chunk_stats = stats.new_empty(NUM_STATS, logits.shape[0])
+        chunk_stats = stats.new_empty(stats.shape[0], logits.shape[0])
         scale = None if row_scale is None else row_scale[rows]
         dlogits = logits if with_grad else None
         fault = torch.ops.slimkernels.slim_loss_rows(
@@ -232,13 +235,16 @@ def _split(arguments: Sequence) -> tuple[TeacherHead, Tensor | None, SlimOptions
     return TeacherHead(*arguments[:size]), arguments[size], SlimOptions(*arguments[size + 1 :])
 
 
-def _fake_fwd(hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, *_options):
+def _fake_fwd(
+    hidden, weight, bias, target, row_scale, needs_hidden, needs_weight, needs_bias, _chunk_rows, *head_and_options
+):
     dtype = accumulation_dtype(hidden.dtype)
+    *_, options = _split(head_and_options)
     num_rows = hidden.shape[0]
     reduced = row_scale is not None
     return (
         hidden.new_empty(() if reduced else num_rows, dtype=dtype),
-        hidden.new_empty(NUM_STATS, num_rows, dtype=dtype),
+        hidden.new_empty(NUM_STATS[options.statistics], num_rows, dtype=dtype),
         hidden.new_empty(hidden.shape if reduced and needs_hidden else 0),
         weight.new_empty(weight.shape if reduced and needs_weight else 0),
         weight.new_empty(weight.shape[0] if reduced and needs_bias else 0),
@@ -256,6 +262,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(loss, *gradients)
         return
     head, operand, options = _split(inputs[9:])
+    options = options._replace(statistics="none")
     keep_for_backward(ctx, hidden, weight, bias, target, *head.tensors, operand, *options.tensors)
     ctx.chunk_rows = chunk_rows
     ctx.head_settings = head.settings

@@ -49,6 +49,7 @@ def slim_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    statistics: bool | str = False,
     inplace_backward: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     vocab_start: int = 0,
@@ -107,6 +108,9 @@ def slim_loss(
         reduction: "mean" over the tokens not ignored, "sum" or "none".
         num_items: Number, or scalar tensor, that "mean" divides by instead of the number of tokens not ignored, for
             gradient accumulation.
+        statistics: Fields of the result besides the first seven: False for none, "without_overlap" for those up to
+            ``teacher_surer``, True for ``overlap`` too. The former cost further walks over the row, which is in the
+            cache, and the overlap costs a selection, more than the loss itself.
         inplace_backward: Whether the forward pass writes the gradient over the logits instead of into a tensor of the
             same size. It writes over a copy where the rows had to be copied, and nothing where no gradient is needed.
             The logits are lost even if the op raises. Autograd raises if the op that made them needs them again, which
@@ -116,19 +120,21 @@ def slim_loss(
             hold all of it. With a group, ``logits`` (..., V_local) are the columns [vocab_start, vocab_start + V_local)
             of (..., V), in slices of any sizes, and so is their gradient. ``target`` and ``teacher``, whose ids count
             in the whole vocabulary, must be the same on every rank, and so is the result. The op makes two small
-            collectives, of 10 and 2 numbers per row. Logits that are a DTensor with placement Shard(-1) on a mesh of
-            one dimension need neither group nor start, because their placement tells both.
+            collectives, of 10 and 2 numbers per row, and with ``statistics`` of 13 and 2. Logits that are a DTensor
+            with placement Shard(-1) on a mesh of one dimension need neither group nor start, because their placement
+            tells both.
         vocab_start: First id of this rank's slice.
         weight: Deprecated name of ``token_weight``.
 
     Returns:
-        SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse).
+        SlimLoss(loss, ce, kd, weight, teacher_mass, student_mass, lse, entropy, teacher_entropy, argmax_kept,
+        argmax_correct, teacher_surer, overlap), of which those after ``lse`` are None unless ``statistics`` asks.
 
     Raises:
         ValueError: Shapes that do not match, a label or teacher id outside the vocabulary, an illegal combination of
             rest and divergence, a temperature that was not captured, an option out of its range, an
-            ``inplace_backward`` that is not possible, slices that do not make up the vocabulary, or ranks of ``group``
-            with different tokens.
+            ``inplace_backward`` that is not possible, ``statistics=True`` with a group, slices that do not make up the
+            vocabulary, or ranks of ``group`` with different tokens.
         TypeError: A dtype that is not supported.
 
     Supports: cpu and cuda x (float32, bfloat16, float16, float64) x backward x deterministic. The result of a row does
@@ -164,7 +170,7 @@ def slim_loss(
     options = resolve_options(
         logits, "logits", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, softcap, logit_scale, ignore_index
+        z_loss_weight, softcap, logit_scale, ignore_index, statistics
     )  # fmt: skip
     check_kernels(logits, "logits")
     check_transforms("slim_loss", logits)
@@ -200,7 +206,7 @@ def _slim_loss_fwd(
     """Computes the loss reduced by ``row_scale`` (per row without it), the statistics, and the gradient of the loss."""
     options = SlimOptions(*options).read(operand)
     dtype = accumulation_dtype(logits.dtype)
-    stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=dtype)
+    stats = logits.new_empty(NUM_STATS[options.statistics], logits.shape[0], dtype=dtype)
     with_grad = needs_grad and row_scale is not None
     dlogits = logits.new_empty(logits.shape) if with_grad else None
     _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, dlogits, stats, target, row_scale, *options))
@@ -208,12 +214,14 @@ def _slim_loss_fwd(
     return loss, stats, logits.new_empty(0) if dlogits is None else dlogits
 
 
-def _fake_fwd(logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, *_options):
+def _fake_fwd(
+    logits: Tensor, target: Tensor, row_scale: Tensor | None, needs_grad: bool, _operand: Tensor | None, *options
+):
     dtype = accumulation_dtype(logits.dtype)
     num_rows = logits.shape[0]
     return (
         logits.new_empty(num_rows if row_scale is None else (), dtype=dtype),
-        logits.new_empty(NUM_STATS, num_rows, dtype=dtype),
+        logits.new_empty(NUM_STATS[SlimOptions(*options).statistics], num_rows, dtype=dtype),
         logits.new_empty(logits.shape if needs_grad and row_scale is not None else 0),
     )
 
@@ -227,7 +235,7 @@ def _setup_context(ctx, inputs, output) -> None:
     if ctx.reduced:
         ctx.save_for_backward(loss, dlogits)
     else:
-        options = SlimOptions(*options)
+        options = SlimOptions(*options)._replace(statistics="none")
         keep_for_backward(ctx, logits, target, operand, *options.tensors)
         ctx.settings = options.settings
 
@@ -266,7 +274,8 @@ def _slim_loss_over_logits(
 ) -> tuple[Tensor, Tensor]:
     """Computes the reduced loss and the statistics, and writes the gradient of the loss over the logits."""
     options = SlimOptions(*options).read(operand)
-    stats = logits.new_empty(NUM_STATS, logits.shape[0], dtype=accumulation_dtype(logits.dtype))
+    num_stats = NUM_STATS[options.statistics]
+    stats = logits.new_empty(num_stats, logits.shape[0], dtype=accumulation_dtype(logits.dtype))
     _checks.raise_fault(torch.ops.slimkernels.slim_loss_rows(logits, logits, stats, target, row_scale, *options))
     # A higher version makes autograd raise if another op saved the logits for its backward pass.
     torch.autograd.graph.increment_version(logits)

@@ -21,6 +21,16 @@ class SlimLoss(NamedTuple):
         teacher_mass: (...) a, the teacher's mass on the kept ids at T; NaN where the teacher's lse at T is unknown.
         student_mass: (...) P, the student's mass on the kept ids at T.
         lse: (...) log-sum-exp of the student's logits at temperature 1.
+        entropy: (...) entropy of the student at temperature 1, in nats. This field and those after it are None unless
+            ``statistics`` asks for them, and NaN where ``lse`` is NaN.
+        teacher_entropy: (...) entropy of the teacher's outcomes at T: its kept ids, and one for all other ids. It is a
+            lower bound of the entropy of the teacher's row; NaN where the teacher's lse at T is unknown.
+        argmax_kept: (...) 1 where the student's largest logit, the first of equal ones, is at a kept id; else 0.
+        argmax_correct: (...) 1 where it is at the label; else 0.
+        teacher_surer: (...) 1 where the teacher gives the label more probability than the student does, at temperature
+            1; else 0.
+        overlap: (...) share of the row's K kept ids that are among the student's K largest logits; of equal logits
+            those with the lowest ids count. None with ``statistics="without_overlap"``.
     """
 
     loss: Tensor
@@ -30,10 +40,17 @@ class SlimLoss(NamedTuple):
     teacher_mass: Tensor
     student_mass: Tensor
     lse: Tensor
+    entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    argmax_kept: Tensor | None = None
+    argmax_correct: Tensor | None = None
+    teacher_surer: Tensor | None = None
+    overlap: Tensor | None = None
 
 
-# Rows of the statistics (NUM_STATS, N) that the kernels write: the fields of SlimLoss in their order, each per row.
-NUM_STATS = len(SlimLoss._fields)
+# Number of statistics (M, N) that the kernels write for each value of the option `statistics`: the first M fields of
+# SlimLoss in their order, each per row.
+NUM_STATS = {"none": 7, "without_overlap": 12, "all": 13}
 
 
 def reduction_scale(target: Tensor, ignore_index: int, reduction: str, num_items, dtype: torch.dtype) -> Tensor | None:
@@ -82,7 +99,7 @@ def scale_in_forward(row_scale: Tensor | None, dtype: torch.dtype) -> Tensor | N
 
 
 def pack_result(loss: Tensor, stats: Tensor, row_scale: Tensor | None, leading_shape: torch.Size) -> SlimLoss:
-    """Packs a loss and statistics (NUM_STATS, N) into a ``SlimLoss`` with the leading shape restored.
+    """Packs a loss and statistics (M, N) into a ``SlimLoss`` with the leading shape restored.
 
     A ``loss`` (N,) is reduced by ``row_scale`` first, where there is one; a scalar ``loss`` is reduced already.
     """

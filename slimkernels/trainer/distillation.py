@@ -95,7 +95,7 @@ class DistillationMixin(StopsAtLength):
         if teacher_server is not None:
             self.served_teacher = self._served(objective, teacher_server)
         self._ahead: Ahead | None = None
-        self.loss_log = LossLog(self.args.device, objective.needs_teacher)
+        self.loss_log = self._new_log()
 
     def _served(self, objective: SlimObjective, server: TeacherServer) -> ServedTeacher:
         if objective.method not in SERVED_METHODS:
@@ -141,6 +141,9 @@ class DistillationMixin(StopsAtLength):
             raise
         if self.served_teacher is not None:
             self.served_teacher.stop()
+
+    def _new_log(self) -> LossLog:
+        return LossLog(self.args.device, self.objective.needs_teacher, self.objective.log_overlap)
 
     @property
     def _vocab_size(self) -> int:

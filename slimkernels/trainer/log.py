@@ -12,7 +12,13 @@ from torch import Tensor
 from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
 
-_TERMS = ("ce", "kd", "weight", "teacher_mass", "student_mass")
+# The names in the log and the fields of SlimLoss, without a teacher and in addition with one. A name is TRL's where
+# TRL has one.
+_STUDENT_TERMS = {"ce": "ce", "entropy": "entropy", "mean_token_accuracy": "argmax_correct"}
+_TEACHER_TERMS = {
+    name: name
+    for name in ("kd", "weight", "teacher_mass", "student_mass", "teacher_entropy", "teacher_surer", "argmax_kept")
+}
 _NEVER = torch.iinfo(torch.int64).max
 # With a smaller share of the labels among the teacher's kept ids, its rows probably belong to other tokens.
 _FEW_KEPT = 0.5
@@ -28,11 +34,15 @@ class LossLog:
     Args:
         device: Device of the losses.
         with_teacher: True if there is a divergence to report.
+        with_overlap: True if the overlap with the teacher's ids is computed and reported.
     """
 
-    def __init__(self, device: torch.device, with_teacher: bool) -> None:
+    def __init__(self, device: torch.device, with_teacher: bool, with_overlap: bool = False) -> None:
         self.with_teacher = with_teacher
-        self._sums = torch.zeros(len(_TERMS) + 2, device=device)
+        self._terms = _STUDENT_TERMS | (_TEACHER_TERMS if with_teacher else {})
+        if with_teacher and with_overlap:
+            self._terms["overlap"] = "overlap"
+        self._sums = torch.zeros(len(self._terms) + 2, device=device)
         self._bad_step = torch.full((), _NEVER, device=device)
         self._since = time.perf_counter()
         self._has_warned = False
@@ -43,7 +53,7 @@ class LossLog:
         kept = torch.zeros((), device=target.device)
         if teacher is not None:
             kept = ((teacher.ids == target.unsqueeze(-1)).any(-1) & is_label).sum()
-        terms = [getattr(result, name).sum() for name in _TERMS]
+        terms = [getattr(result, field).sum() for field in self._terms.values()]
         self._sums += torch.stack([*terms, kept, is_label.sum()])
         bad_step = torch.where(result.loss.detach().isfinite(), _NEVER, step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)
@@ -55,19 +65,22 @@ class LossLog:
             over_processes: Function that sums a tensor over the processes that train together.
 
         Returns:
-            ``ce``, ``kd`` (unweighted), ``weight`` (mean w), ``teacher_mass``, ``student_mass`` (mean probability of
-            the kept ids), ``label_kept`` (share of labels among the kept ids), ``labels_per_second``; without a
-            teacher only ``ce`` and ``labels_per_second``. A mean that is NaN is omitted, such as a mass that the
-            teacher was not captured for.
+            ``ce``, ``entropy`` (of the student), ``mean_token_accuracy`` (share of labels that are the student's first
+            choice) and ``labels_per_second``. With a teacher also ``kd`` (unweighted), ``weight`` (mean w),
+            ``teacher_mass``, ``student_mass`` (mean probability of the kept ids), ``teacher_entropy`` (of the kept ids
+            and of one outcome for all others), ``teacher_surer`` (share of labels that the teacher gives more
+            probability), ``argmax_kept`` (share of labels at which the student's first choice is kept), ``label_kept``
+            (share of labels among the kept ids) and, where it is computed, ``overlap``. A mean that is NaN is omitted,
+            such as a mass that the teacher was not captured for.
         """
         *sums, num_labels = over_processes(self._sums).tolist()
         self._sums.zero_()
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        names = (*_TERMS, "label_kept")
+        names = (*self._terms, "label_kept")
         means: dict[str, float] = {n: total / max(num_labels, 1.0) for n, total in zip(names, sums, strict=True)}
         if not self.with_teacher:
-            means = {"ce": means["ce"]}
+            del means["label_kept"]
         elif num_labels and means["label_kept"] < _FEW_KEPT and not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -23,6 +23,7 @@ from slimkernels.trainer.objective import SlimObjective, check_training_argument
 from slimkernels.trainer.stored_rows import check_stored_rows
 from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import StoredTeacher
+from slimkernels.trainer.trl_log import TrlLog
 
 # Entries of a batch that only the student is given.
 _FOR_THE_STUDENT = ("labels", "shift_labels", "num_items_in_batch")
@@ -50,7 +51,8 @@ class SlimLossMixin(DistillationMixin):
     (also LoRA on the head), DDP and ``num_items_in_batch`` keep their meaning.
 
     Every logged loss comes with the means of ``LossLog.means``. A loss that is not finite is logged as a warning that
-    names the step. ``evaluate`` reports the same means with the prefix ``eval_``, in addition to ``eval_loss``.
+    names the step. ``evaluate`` reports the same means with the prefix ``eval_``, in addition to ``eval_loss``. TRL's
+    ``SFTTrainer`` logs its own ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` as without the mixin.
 
     Args:
         *args: Arguments of the trainer.
@@ -78,6 +80,7 @@ class SlimLossMixin(DistillationMixin):
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._trl_log = TrlLog()
         if isinstance(objective, str):
             objective = SlimObjective(objective)
         if not isinstance(objective, SlimObjective | None):
@@ -140,12 +143,18 @@ class SlimLossMixin(DistillationMixin):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluates as the trainer does, and adds the means of ``LossLog.means`` to the metrics."""
-        self._evaluation_log = LossLog(self.args.device, self.objective.needs_teacher)
+        self._evaluation_log = self._new_log()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._evaluation_log.means(lambda sums: self.accelerator.reduce(sums, "sum"))
         means.pop("labels_per_second")
         added = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items()}
         return output._replace(metrics=(output.metrics or {}) | added)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the means per label since the last log to every training log, and TRL's metrics in its trainers."""
+        if TrlLog.is_for(self):
+            self._trl_log.flush(self, lambda sums: self.accelerator.reduce(sums, "sum"))
+        super().log(logs, *args, **kwargs)
 
     def _settings(self) -> dict[str, Any]:
         # A server's store grows during the run; the server itself is part of the method.
@@ -170,7 +179,8 @@ class SlimLossMixin(DistillationMixin):
                 inputs["labels"][:, 0] = IGNORE_INDEX
             teacher = self._teacher_of_labels(inputs)
         student = base_model(self.accelerator.unwrap_model(model))
-        head = HeadLoss(teacher, num_items=num_items, **self.objective.loss_options)
+        statistics = self.objective.statistics
+        head = HeadLoss(teacher, num_items=num_items, statistics=statistics, **self.objective.loss_options)
         with head.inside(student):
             outputs = model(**inputs)
         if head.result is None or head.target is None:
@@ -183,6 +193,8 @@ class SlimLossMixin(DistillationMixin):
             outputs = without_logits(outputs)
         if not model.training and self._evaluation_log is not None:
             self._evaluation_log.add(head.result, head.target, head.rows, self.state.global_step)
+        if TrlLog.is_for(self):
+            self._trl_log.add("train" if model.training else "eval", head.result, head.target, inputs)
         return Step(loss, head.result, head.target, head.rows, outputs)
 
     def _teacher_of_labels(self, inputs: dict[str, Any]) -> TeacherOfLabels:

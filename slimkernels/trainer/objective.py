@@ -71,6 +71,8 @@ class SlimObjective:
         on_policy_fraction: Probability that the student writes a micro-batch with method "gkd".
         max_new_tokens: Largest number of tokens that the student writes after a prompt.
         sampling_temperature: Sampling temperature of the student, > 0.
+        log_overlap: True to log ``overlap`` too, the share of the teacher's K kept ids that are among the student's K
+            largest logits. It costs a selection of K logits for every label.
 
     Raises:
         ValueError: The method is unknown, or an option has no effect with the method.
@@ -94,6 +96,7 @@ class SlimObjective:
     on_policy_fraction: float = 0.5
     max_new_tokens: int = 128
     sampling_temperature: float = 1.0
+    log_overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -122,6 +125,11 @@ class SlimObjective:
     def needs_teacher(self) -> bool:
         """Whether the loss reads the teacher's logits."""
         return self.loss_options["kd_weight"] != 0
+
+    @property
+    def statistics(self) -> bool | str:
+        """The argument ``statistics`` of ``linear_slim_loss``, for what the logs say."""
+        return True if self.log_overlap and self.needs_teacher else "without_overlap"
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -218,6 +218,7 @@ class SlimTrainer(DistillationMixin, Trainer):
                 student=self.accelerator.unwrap_model(model),
                 teacher=teacher,
                 num_items=num_items,
+                statistics=self.args.statistics,
                 **self.args.loss_options,
             )
         return Step(result.loss, result, inputs["target"], teacher, result)

@@ -78,6 +78,12 @@ def make_cases() -> dict[str, Case]:
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             name = str(dtype).removeprefix("torch.")
             cases[f"{name}-{form}"] = Case(ghost | {"divergence": "skew_kl"}, linear, dtype)
+        for temperature in (1.0, TEMPERATURE):
+            options = {"temperature": temperature, "statistics": "without_overlap"}
+            cases[f"statistics-{form}-{temperature}"] = Case(ghost | options, linear)
+            cases[f"statistics-renorm-{form}-{temperature}"] = Case(options | {"softcap": 5.0}, linear)
+        cases[f"statistics-all-kept-{form}"] = Case({"statistics": "without_overlap"}, linear, top_k=VOCAB_SIZE)
+        cases[f"statistics-cross-entropy-{form}"] = Case({"statistics": "without_overlap"}, linear, top_k=0)
     cases["over-logits"] = Case(ghost, ours={"inplace_backward": True})
     return cases
 
@@ -153,10 +159,10 @@ def run_case(case: Case, rank: int):
     if case.sharding == "dtensor":
         assert all(g.placements == t.placements for g, t in zip(grads, leaves, strict=True))
         grads = [g.to_local() for g in grads]
-    return tuple(field.detach() for field in out), tuple(grads)
+    return tuple(field if field is None else field.detach() for field in out), tuple(grads)
 
 
-def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
+def record_collectives(rank: int, **options) -> list[tuple[str, tuple[int, ...]]]:
     """Records the collectives (name, shape) of a forward and a backward pass of the linear form, in chunks."""
     calls = []
 
@@ -174,7 +180,7 @@ def record_collectives(rank: int) -> list[tuple[str, tuple[int, ...]]]:
     for name, which in names.items():
         originals[name], wrapper = recorded(name, which)
         setattr(dist, name, wrapper)
-    run_case(Case({"rest": "ghost"}, linear=True, ours={"chunk_rows": 2}), rank)
+    run_case(Case({"rest": "ghost"} | options, linear=True, ours={"chunk_rows": 2}), rank)
     for name, function in originals.items():
         setattr(dist, name, function)
     return calls
@@ -292,6 +298,7 @@ def collect_errors(rank: int) -> dict[str, str]:
         "order": of_slice(rows=with_ids["unsorted"]),
         "no group": of_slice(first=3, group=None),
         "group": of_slice(group="tp"),
+        "all statistics": of_slice(statistics=True),
         "negative start": of_slice(first=-1),
         "float start": of_slice(first=1.5),
         "depth": lambda: sk.linear_slim_loss(hidden, by_depth, target),
@@ -311,6 +318,7 @@ def main(folder: str, rank: int) -> None:
         "cases": {name: run_case(case, rank) for name, case in CASES.items()},
         "errors": collect_errors(rank),
         "collectives": record_collectives(rank),
+        "collectives of statistics": record_collectives(rank, statistics="without_overlap"),
         "frozen": frozen_weight(rank),
         "largest": memory_of_chunks(rank),
         "twice": gradient_twice(rank),

@@ -147,6 +147,9 @@ def assert_fields_and_grads_as_accurate(actual: tuple, same_dtype_torch: tuple, 
     """Applies ``assert_as_accurate`` to every field and gradient; each argument is (named tuple, gradients)."""
     for name in truth[0]._fields:
         with explain(name):
+            if getattr(truth[0], name) is None:
+                assert getattr(actual[0], name) is None
+                continue
             # The fields are sums of terms of order 1, even if the sum itself is small.
             fields = (getattr(out, name) for out, _ in (actual, same_dtype_torch, truth))
             assert_as_accurate(*fields, at_least=1.0)
@@ -195,8 +198,11 @@ def explain(what: str):
         raise AssertionError(f"{what}: {error}") from error
 
 
-def assert_same_bits(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> None:
-    """Asserts that two tensors, or two sequences of them, are equal bit for bit; all NaN count as equal."""
+def assert_same_bits(actual: Tensor | Sequence | None, expected: Tensor | Sequence | None) -> None:
+    """Asserts that two tensors, or sequences of tensors and None, are equal bit for bit; all NaN count as equal."""
+    if actual is None or expected is None:
+        assert actual is expected
+        return
     if not isinstance(actual, Tensor):
         for one, other in zip(actual, expected, strict=True):
             assert_same_bits(one, other)

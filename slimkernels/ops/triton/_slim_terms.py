@@ -24,6 +24,7 @@ class Mode(NamedTuple):
         two_temperatures: Whether T is not 1.
         smooths: Whether the label smoothing is not 0.
         softcap: Whether the logits have a softcap.
+        statistics: Statistics to compute, a key of ``NUM_STATS``.
         acc: Accumulation dtype, float32 or float64.
         block_v: Entries of a row of logits per block.
         block_k: Entries of a teacher's row per block.
@@ -37,6 +38,7 @@ class Mode(NamedTuple):
     two_temperatures: bool
     smooths: bool
     softcap: bool
+    statistics: str
     acc: tl.dtype
     block_v: int
     block_k: int

@@ -38,6 +38,7 @@ from slimkernels.ops.triton._slim_passes import (
     write_kept_gradient,
     write_row,
 )
+from slimkernels.ops.triton._slim_statistics import fill_statistics, store_statistics
 from slimkernels.ops.triton._slim_terms import Mode, Options, diverge, student_row, unit_logits, weigh
 from slimkernels.ops.triton._teacher import kept_entries, log_q_tail_of, teacher_q_norm
 
@@ -94,6 +95,7 @@ class TeacherSums(NamedTuple):
         q_norm: log q = logit / T - q_norm at S.
         log_q_tail: log(1 - a), the teacher's mass off S, for "ghost" only.
         log_t_y: Log-probability of the label at temperature 1.
+        rest_lse: Log-sum-exp of logit / T off S, NaN where it is unknown or not needed.
     """
 
     level: tl.tensor
@@ -102,6 +104,7 @@ class TeacherSums(NamedTuple):
     q_norm: tl.tensor
     log_q_tail: tl.tensor
     log_t_y: tl.tensor
+    rest_lse: tl.tensor
 
 
 class Measures(NamedTuple):
@@ -136,14 +139,14 @@ class Measures(NamedTuple):
 def slim_loss_kernel(
     logits_ptr,  # (N, V)
     dlogits_ptr,  # (N, V), logits_ptr itself, or None: no gradient
-    stats_ptr,  # (7, N): loss, ce, kd, weight, teacher_mass, student_mass, lse
+    stats_ptr,  # (M, N): loss, ce, kd, weight, teacher_mass, student_mass, lse, and the statistics that MODE asks for
     target_ptr,  # (N,)
     row_scale_ptr,  # (N,) or None
     ids_ptr,  # (N, K) or None: no teacher
     teacher_ptr,  # (N, K)
     teacher_lse_ptr,  # (N,) at the temperature, or None
     teacher_lse_one_ptr,  # (N,) at temperature 1
-    teacher_rest_lse_ptr,  # (N,) at the temperature, NaN where unknown, or None
+    teacher_rest_lse_ptr,  # (N,) at the temperature, NaN where unknown, or None where it is not needed
     target_logit_ptr,  # (N,) or None
     token_weight_ptr,  # (N,) or None
     kept_gradient_ptr,  # (N, K) scratch of the dtype of dlogits
@@ -185,6 +188,8 @@ def slim_loss_kernel(
     if ignored | faulty:
         fill = tl.where(ignored, 0.0, float("nan"))
         store_stats(stats_ptr + n, num_rows, fill, fill, fill, fill, fill, fill, fill)
+        if MODE.statistics != "none":
+            fill_statistics(stats_ptr + n, num_rows, fill, MODE)
         if dlogits_ptr is not None:
             fill_row(dlogits_ptr, vocab_size, fill, BLOCK_V)
     else:
@@ -215,6 +220,10 @@ def slim_loss_kernel(
         store_stats(
             stats_ptr + n, num_rows, m.loss, m.ce, m.kd, m.w, m.teacher_mass, m.student_mass, student_sums.lse_one
         )
+        if MODE.statistics != "none":
+            store_statistics(
+                stats_ptr + n, num_rows, row, teacher, target, student_sums, teacher_sums, options.temperature, MODE
+            )
         if dlogits_ptr is not None:
             write_gradient(
                 dlogits_ptr,
@@ -288,6 +297,7 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
     q_norm = lse
     log_q_tail = minus_inf
     log_t_y = minus_inf
+    rest_lse = lse
     if MODE.has_teacher:
         log_t_y = tl.load(teacher.logits_ptr + label_entry, mask=label_entry >= 0, other=float("-inf")).to(tl.float64)
         level = highest_of_teacher(teacher, MODE)
@@ -295,7 +305,6 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
         lse_on = level / options.temperature + tl.log(sum_kept_of_teacher(teacher, level, MODE))
         if numbers.teacher_lse_ptr is not None:
             lse = tl.load(numbers.teacher_lse_ptr + numbers.n).to(tl.float64)
-        rest_lse = tl.full((), float("nan"), tl.float64)
         if numbers.teacher_rest_lse_ptr is not None:
             rest_lse = tl.load(numbers.teacher_rest_lse_ptr + numbers.n).to(tl.float64)
         q_norm = teacher_q_norm(lse_on, lse, rest_lse, teacher.kept, vocab_size, REST)
@@ -306,7 +315,7 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
             log_t_y = tl.where(known == known, known, log_t_y)
         if numbers.teacher_lse_one_ptr is not None:
             log_t_y -= tl.load(numbers.teacher_lse_one_ptr + numbers.n).to(tl.float64)
-    return TeacherSums(level, lse_on, lse, q_norm, log_q_tail, log_t_y)
+    return TeacherSums(level, lse_on, lse, q_norm, log_q_tail, log_t_y, rest_lse)
 
 
 @triton.jit
@@ -471,6 +480,7 @@ def slim_loss_rows(
     softcap: float,
     logit_scale: float,
     ignore_index: int,
+    statistics: str,
 ) -> int:
     """Launches the kernel, and returns 0: learning of a bad row would need a synchronisation."""
     num_rows, vocab_size = logits.shape
@@ -495,7 +505,7 @@ def slim_loss_rows(
         teacher_logits,
         teacher_lse,
         teacher_lse_one,
-        teacher_rest_lse if rest == "ghost" else None,
+        teacher_rest_lse if rest == "ghost" or statistics != "none" else None,
         target_logit,
         token_weight,
         kept_gradient,
@@ -523,6 +533,7 @@ def slim_loss_rows(
             two_temperatures=temperature != 1,
             smooths=label_smoothing > 0,
             softcap=softcap > 0,
+            statistics=statistics,
             acc=launch.accumulation_dtype(logits.dtype),
             block_v=launch.block_of(settings, vocab_size),
             block_k=launch.block_of(settings, top_k),

@@ -24,6 +24,7 @@ from torch import Tensor
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton._math import order_keys, value_of_key, widen
 from slimkernels.ops.triton._row_sums import copy_target_logit, exp_at, log_sum_exp, resident_programs
+from slimkernels.ops.triton._select import count_reaching, largest_key, load_entries, reaches_key, select_key
 
 # Adjacent entries that the sample reads at each position: a sector of memory for 16-bit logits.
 _RUN = tl.constexpr(16)
@@ -96,7 +97,7 @@ def topk_logits_kernel(
             low = tl.where(sufficient, guess, low)
             readable_ids = tl.where(sufficient, readable, 0)
 
-        high = _largest_key(x_ptr, length, readable, lowest, BLOCK_V)
+        high = largest_key(x_ptr, length, readable, lowest, BLOCK_V)
         level = widen(value_of_key(high, dtype), ACC)
         total = _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC, BLOCK_V)
         if SAMPLE > 0:
@@ -108,7 +109,7 @@ def topk_logits_kernel(
                 total += tl.where(sufficient, below_second * exp_at(threshold - level, inv_second, ACC), 0.0)
             tl.store(lse_ptr + far_row * num_temperatures + 1, log_sum_exp(level, total, inv_second))
 
-        kth, reaching, above = _select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
+        kth, reaching, above = select_key(x_ptr, length, readable, low, high, top_k, top_k, ACC, BLOCK_V)
         # The entries that equal the key and are not kept; none if the bisection stopped at exactly K entries.
         dropped = reaching - top_k
         rest_high = kth
@@ -132,7 +133,7 @@ def topk_logits_kernel(
         for begin in range(0, length, BLOCK_V):
             i = begin + offs_v
             mask = i < length
-            x = _load(x_ptr, i, length, readable)
+            x = load_entries(x_ptr, i, length, readable)
             ids = i
             if SAMPLE > 0:
                 candidate_ids = tl.load(found_ids_ptr + i, mask=i < readable_ids, other=0)
@@ -174,13 +175,13 @@ def topk_logits_lse_kernel(
     values_ptr += row * top_k
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     lowest = order_keys(tl.full((), float("-inf"), dtype))
-    high = _largest_key(row_ptr, vocab_size, vocab_size, lowest, BLOCK_V)
+    high = largest_key(row_ptr, vocab_size, vocab_size, lowest, BLOCK_V)
     level = widen(value_of_key(high, dtype), ACC)
     total = _sum_exp(row_ptr, vocab_size, vocab_size, level, inv_temperature, ACC, BLOCK_V)
     tl.store(lse_ptr + row * num_temperatures + column, log_sum_exp(level, total, inv_temperature))
 
     kth = _smallest_key(values_ptr, top_k, high, BLOCK_V)
-    dropped = _count_reaching(row_ptr, vocab_size, vocab_size, kth, ACC, BLOCK_V) - top_k
+    dropped = count_reaching(row_ptr, vocab_size, vocab_size, kth, ACC, BLOCK_V) - top_k
     rest_high = kth
     if dropped == 0:
         rest_high = _largest_key_below(row_ptr, vocab_size, vocab_size, kth, lowest, BLOCK_V)
@@ -209,8 +210,8 @@ def _guess_key(
         x = tl.load(row_ptr + (i // _RUN) * stride + i % _RUN, mask=i < SAMPLE, other=0.0)
         tl.store(scratch_ptr + i, x, mask=i < SAMPLE)
     tl.debug_barrier()  # threads read entries that others sampled
-    high = _largest_key(scratch_ptr, SAMPLE, SAMPLE, lowest, BLOCK_V)
-    key, _, _ = _select_key(scratch_ptr, SAMPLE, SAMPLE, lowest, high, rank, most, ACC, BLOCK_V)
+    high = largest_key(scratch_ptr, SAMPLE, SAMPLE, lowest, BLOCK_V)
+    key, _, _ = select_key(scratch_ptr, SAMPLE, SAMPLE, lowest, high, rank, most, ACC, BLOCK_V)
     tl.debug_barrier()  # the caller overwrites the scratch
     return key
 
@@ -241,7 +242,7 @@ def _collect(
         v = begin + offs_v
         x = tl.load(row_ptr + v, mask=v < vocab_size, other=float("-inf"))
         wide = widen(x, ACC)
-        reaches = (v < vocab_size) & _reaches(wide, threshold)
+        reaches = (v < vocab_size) & reaches_key(wide, threshold)
         counts = reaches.to(tl.int32)
         place = found + tl.cumsum(counts) - counts
         fits = reaches & (place < capacity)
@@ -255,54 +256,12 @@ def _collect(
 
 
 @triton.jit
-def _select_key(x_ptr, length, readable, low, high, rank, most, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Bisects [low, high] for the key of the rank-th largest entry, or for a key that rank to ``most`` entries reach.
-
-    Stopping early saves half of the steps if the values differ. Returns the key, the number of entries that reach it,
-    and, if that is more than ``most``, the number of entries above it.
-    """
-    reaching = length + tl.zeros((), tl.int32)
-    above = tl.zeros((), tl.int32)
-    while (low < high) & (reaching > most):
-        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        count = _count_reaching(x_ptr, length, readable, middle, ACC, BLOCK_V)
-        enough = count >= rank
-        low = tl.where(enough, middle, low)
-        reaching = tl.where(enough, count, reaching)
-        high = tl.where(enough, high, middle - 1)
-        above = tl.where(enough, above, count)
-    return low, reaching, above
-
-
-@triton.jit
-def _count_reaching(x_ptr, length, readable, key, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
-    offs_v = tl.arange(0, BLOCK_V)
-    threshold = widen(value_of_key(key, x_ptr.dtype.element_ty), ACC)
-    counts = tl.zeros((BLOCK_V,), tl.int32)
-    for begin in range(0, length, BLOCK_V):
-        i = begin + offs_v
-        x = widen(_load(x_ptr, i, length, readable), ACC)
-        counts += (_reaches(x, threshold) & (i < length)).to(tl.int32)
-    return tl.sum(counts)
-
-
-@triton.jit
-def _largest_key(x_ptr, length, readable, lowest, BLOCK_V: tl.constexpr):
-    offs_v = tl.arange(0, BLOCK_V)
-    largest = tl.zeros((BLOCK_V,), lowest.dtype) + lowest
-    for begin in range(0, length, BLOCK_V):
-        i = begin + offs_v
-        largest = tl.maximum(largest, order_keys(_load(x_ptr, i, length, readable)))
-    return tl.max(largest)
-
-
-@triton.jit
 def _largest_key_below(x_ptr, length, readable, key, lowest, BLOCK_V: tl.constexpr):
     """Returns the largest key that is smaller than ``key``; ``lowest`` if there is none."""
     offs_v = tl.arange(0, BLOCK_V)
     largest = tl.zeros((BLOCK_V,), lowest.dtype) + lowest
     for begin in range(0, length, BLOCK_V):
-        keys = order_keys(_load(x_ptr, begin + offs_v, length, readable))
+        keys = order_keys(load_entries(x_ptr, begin + offs_v, length, readable))
         largest = tl.where(keys < key, tl.maximum(largest, keys), largest)
     return tl.max(largest)
 
@@ -319,23 +278,13 @@ def _smallest_key(x_ptr, length, highest, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _load(x_ptr, i, length, readable):
-    """Loads entries i < ``length`` and returns -inf for others; memory is read up to ``readable``.
-
-    Triton uses vector loads only if the limit of the mask is known to be a multiple of the vector length.
-    """
-    x = tl.load(x_ptr + i, mask=i < readable, other=float("-inf"))
-    return tl.where(i < length, x, float("-inf"))
-
-
-@triton.jit
 def _sum_exp(x_ptr, length, readable, level, inv_temperature, ACC: tl.constexpr, BLOCK_V: tl.constexpr):
     """Returns the sum of exp((x - level) / T) in float64; no x may exceed the level."""
     offs_v = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
         i = begin + offs_v
-        x = widen(_load(x_ptr, i, length, readable), ACC)
+        x = widen(load_entries(x_ptr, i, length, readable), ACC)
         sums += exp_at(x - level, inv_temperature, ACC)
     return tl.sum(sums.to(tl.float64))
 
@@ -346,15 +295,9 @@ def _sum_exp_below(x_ptr, length, readable, key, level, inv_temperature, ACC: tl
     offs_v = tl.arange(0, BLOCK_V)
     sums = tl.zeros((BLOCK_V,), ACC)
     for begin in range(0, length, BLOCK_V):
-        x = _load(x_ptr, begin + offs_v, length, readable)
+        x = load_entries(x_ptr, begin + offs_v, length, readable)
         sums += tl.where(order_keys(x) < key, exp_at(widen(x, ACC) - level, inv_temperature, ACC), 0.0)
     return tl.sum(sums.to(tl.float64))
-
-
-@triton.jit
-def _reaches(x, threshold):
-    """Returns whether x >= threshold in the order of keys: NaN reaches every threshold, and only NaN reaches NaN."""
-    return (x >= threshold) | (x != x)
 
 
 class Sampling(NamedTuple):

@@ -2,7 +2,8 @@
 
 A row's gradient is a scalar of the row times softmax, plus a constant, plus corrections at the kept ids and the label,
 whatever the divergence. So the ranks exchange only a few numbers of each row: one all-gather of 10, the sums over each
-slice, and then one all-reduce of 2, the divergence's terms over the kept ids, which depend on the gathered sums.
+slice (13 with ``statistics``), and then one all-reduce of 2, the divergence's terms over the kept ids, which depend on
+the gathered sums.
 
 Megatron-LM (arXiv 1909.08053) computes the cross entropy with two all-reduces in the same way.
 """
@@ -40,6 +41,11 @@ def vocab_parallel_loss(
     leading_shape: torch.Size,
 ) -> SlimLoss:
     """Computes the loss of the rows of ``source``, whose logits are this rank's slice; equal on all ranks."""
+    if options.statistics == "all":
+        raise ValueError(
+            "statistics must be False or 'without_overlap' where a rank holds a slice of the vocabulary (group=, or a "
+            "DTensor), got True: the overlap is a selection from whole rows"
+        )
     check_transforms("the vocabulary-parallel loss", *source.inputs)
     rows = VocabRows(source.dtype, target, options, vocab)
     scale = scale_in_forward(row_scale, source.dtype)

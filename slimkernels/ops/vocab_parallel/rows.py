@@ -24,8 +24,10 @@ from slimkernels.ops.vocab_parallel.terms import (
     TeacherSums,
     diverge,
     effective,
+    entropy_of_parts,
     log1m_exp,
     log_sum_exp,
+    slice_log_sum_and_entropy,
     slice_log_sums,
     weigh,
 )
@@ -33,10 +35,12 @@ from slimkernels.ops.vocab_parallel.terms import (
 # Numbers that each rank sends for every row: log-sum-exps of its slice at temperature 1 and at T, and at T off S
 # and on S; the label's z; the sums of z over the slice and over S; and four numbers that the ranks check.
 PARTIALS = ("lse_one", "lse", "lse_off", "lse_on", "label_z", "sum_z", "sum_z_on", "target", "start", "size")
+# With statistics each rank also sends the entropy of its slice's softmax, its largest logit, and the id of that logit.
+STATISTICS = ("entropy", "top", "argmax")
 
 
 class SettledRows(NamedTuple):
-    """The loss (N,) and the statistics (7, N) of all rows, and the writer of their gradient."""
+    """The loss (N,) and the statistics (M, N) of all rows, and the writer of their gradient."""
 
     loss: Tensor
     stats: Tensor
@@ -54,15 +58,22 @@ class VocabRows:
         self._temperature = 1.0 if self._kept is None else options.temperature
         self._has_ghost = self._kept is not None and options.rest == "ghost"
         self._sums_z = options.label_smoothing > 0 or (self._kept is not None and options.rest == "zero_logit")
-        self._partials = target.new_zeros(len(PARTIALS), target.numel(), dtype=torch.float64)
+        self._watches = options.statistics != "none"
+        self._names = PARTIALS + STATISTICS if self._watches else PARTIALS
+        self._partials = target.new_zeros(len(self._names), target.numel(), dtype=torch.float64)
         self._chunks: list[slice] = []
 
     def read(self, rows: slice, logits: Tensor) -> None:
         """Sums this rank's slice of the logits (rows, V_local): its part of stage 1."""
         self._chunks.append(rows)
         options, active, acc = self._options, self._active[rows], self._acc
-        part = dict(zip(PARTIALS, self._partials[:, rows].unbind(), strict=True))
-        part["lse_one"][:], _ = slice_log_sums(logits, active, None, options, 1.0)
+        part = dict(zip(self._names, self._partials[:, rows].unbind(), strict=True))
+        if self._watches:
+            part["lse_one"][:], part["entropy"][:] = slice_log_sum_and_entropy(logits, active, options)
+            top, column = logits.max(1)
+            part["top"][:], part["argmax"][:] = top, column + self._vocab.start
+        else:
+            part["lse_one"][:], _ = slice_log_sums(logits, active, None, options, 1.0)
         label, owned = self._vocab.columns(self._target[rows].unsqueeze(1))
         label_z = effective(logits.gather(1, label), options, acc).masked_fill(~owned, -math.inf)
         part["label_z"][:] = label_z.squeeze(1)
@@ -89,7 +100,7 @@ class VocabRows:
 
     def settle(self) -> SettledRows:
         """Exchanges the sums with the other ranks, and computes the loss and the statistics."""
-        gathered: dict[str, Tensor] = dict(zip(PARTIALS, self._vocab.gather(self._partials).unbind(1), strict=True))
+        gathered: dict[str, Tensor] = dict(zip(self._names, self._vocab.gather(self._partials).unbind(1), strict=True))
         vocab_size = gathered["size"].sum(0)
         highest_id, unsorted = (None, None) if self._kept is None else (self._kept.highest_id(), self._kept.unsorted)
         sound = self._vocab.sound_rows(gathered, self._target, self._active, highest_id, unsorted)
@@ -97,6 +108,8 @@ class VocabRows:
         teacher = None if self._kept is None else self._sum_teacher(self._kept, vocab_size)
         m = self._measure(student, teacher, vocab_size)
         stats = torch.stack([m.loss, m.ce, m.kd, m.w, m.teacher_mass, m.student_mass, student.lse_one])
+        if self._watches:
+            stats = torch.cat([stats, self._statistics(student, teacher)])
         stats = stats.masked_fill(~sound, math.nan).masked_fill(~self._active, 0.0).to(self._acc)
         gradient = RowGradients(
             vocab=self._vocab,
@@ -123,38 +136,61 @@ class VocabRows:
             lse_off = gathered["lse_off"].logsumexp(0)
             lse = torch.logaddexp(lse_off, lse_on) if self._has_ghost else gathered["lse"].logsumexp(0)
         sum_z_off = sum_z - gathered["sum_z_on"].sum(0)
-        return StudentSums(lse_one, lse, lse_on, lse_off, label_z - lse_one, sum_z, sum_z_off)
+        entropy = argmax = lse_one
+        if self._watches:
+            entropy = entropy_of_parts(gathered["lse_one"] - lse_one, gathered["entropy"])
+            is_top = gathered["top"] == gathered["top"].amax(0)
+            argmax = gathered["argmax"].masked_fill(~is_top, math.inf).amin(0)
+        return StudentSums(lse_one, lse, lse_on, lse_off, label_z - lse_one, entropy, argmax, sum_z, sum_z_off)
 
     def _sum_teacher(self, kept: KeptEntries, vocab_size: Tensor) -> TeacherSums:
         """Sums the teacher's rows, which every rank has whole: stage 2."""
         options = self._options
-        lse_on, label_logit = torch.empty_like(vocab_size), torch.empty_like(vocab_size)
+        lse_on, label_logit, inside = (torch.empty_like(vocab_size) for _ in range(3))
         for rows in self._chunks:
             teacher_z = kept.teacher_z(rows)
             lse_on[rows] = log_sum_exp(teacher_z)
             at_label = teacher_z.masked_fill(~kept.is_label(rows, self._target), -math.inf)
             label_logit[rows] = at_label.amax(1).double() * options.temperature
+            if self._watches:
+                log_q = teacher_z.double() - lse_on[rows].unsqueeze(1)
+                inside[rows] = -(log_q.exp() * log_q).masked_fill(teacher_z == -math.inf, 0.0).sum(1)
         if options.target_logit is not None:
             label_logit = torch.where(options.target_logit.isnan(), label_logit, options.target_logit.double())
         num_unkept = vocab_size - (kept.ids >= 0).sum(1)
         lse = torch.full_like(lse_on, math.nan) if options.teacher_lse is None else options.teacher_lse.double()
-        log_q_tail = log1m_exp(lse_on - lse).masked_fill(num_unkept == 0, -math.inf)
+        ghost_norm, log_q_tail = lse, log1m_exp(lse_on - lse).masked_fill(num_unkept == 0, -math.inf)
+        if options.teacher_rest_lse is not None:
+            rest_lse = options.teacher_rest_lse.double()
+            summed = torch.logaddexp(lse_on, rest_lse)
+            summed = summed.masked_fill(summed == -math.inf, 0.0)
+            is_known = ~rest_lse.isnan()
+            ghost_norm = torch.where(is_known, summed, ghost_norm)
+            log_q_tail = torch.where(is_known, rest_lse - summed, log_q_tail)
         if options.rest in ("renorm", "renorm_both"):
             # If every kept logit is -inf, use 0 so that -inf - (-inf) never occurs.
             q_norm = lse_on.masked_fill(lse_on == -math.inf, 0.0)
         elif options.rest == "zero_logit":
             q_norm = torch.logaddexp(lse_on, num_unkept.log())
         else:
-            q_norm = lse
-        if options.rest == "ghost" and options.teacher_rest_lse is not None:
-            rest_lse = options.teacher_rest_lse.double()
-            summed = torch.logaddexp(lse_on, rest_lse)
-            summed = summed.masked_fill(summed == -math.inf, 0.0)
-            is_known = ~rest_lse.isnan()
-            q_norm = torch.where(is_known, summed, q_norm)
-            log_q_tail = torch.where(is_known, rest_lse - summed, log_q_tail)
+            q_norm = ghost_norm if options.rest == "ghost" else lse
+        entropy = lse
+        if self._watches:
+            log_masses = torch.stack([lse_on - ghost_norm, log_q_tail])
+            entropy = entropy_of_parts(log_masses, torch.stack([inside, torch.zeros_like(inside)]))
         log_t_y = label_logit if options.teacher_lse_one is None else label_logit - options.teacher_lse_one.double()
-        return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, num_unkept)
+        return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, entropy, num_unkept)
+
+    def _statistics(self, student: StudentSums, teacher: TeacherSums | None) -> Tensor:
+        """Computes the statistics (5, N) after ``lse``: those that are computed only where they are asked for."""
+        none = torch.zeros_like(student.entropy)
+        teacher_entropy = argmax_kept = surer = none
+        if teacher is not None and self._kept is not None:
+            teacher_entropy = teacher.entropy
+            argmax_kept = (self._kept.ids == student.argmax.unsqueeze(1)).any(1)
+            surer = teacher.log_t_y > student.log_s_y
+        fields = (student.entropy, teacher_entropy, argmax_kept, student.argmax == self._target, surer)
+        return torch.stack([field.double() for field in fields]).masked_fill(student.lse_one.isnan(), math.nan)
 
     def _measure(self, student: StudentSums, teacher: TeacherSums | None, vocab_size: Tensor) -> Measures:
         """Computes the loss of every row and its terms: stage 3."""

@@ -22,6 +22,8 @@ class StudentSums(NamedTuple):
         lse_on: Log-sum-exp of z / T on S.
         lse_off: Log-sum-exp of z / T off S, for "ghost" only.
         log_s_y: Log-probability of the label at temperature 1.
+        entropy: Entropy at temperature 1, only with statistics.
+        argmax: First id of the largest logit, only with statistics.
         sum_z: Sum of z, where it is needed.
         sum_z_off: Sum of z off S, where it is needed.
     """
@@ -31,6 +33,8 @@ class StudentSums(NamedTuple):
     lse_on: Tensor
     lse_off: Tensor
     log_s_y: Tensor
+    entropy: Tensor
+    argmax: Tensor
     sum_z: Tensor
     sum_z_off: Tensor
 
@@ -44,6 +48,7 @@ class TeacherSums(NamedTuple):
         q_norm: log q = logit / T - q_norm on S.
         log_q_tail: log(1 - a), the teacher's mass off S.
         log_t_y: Log-probability of the label at temperature 1.
+        entropy: Entropy of the outcomes of "ghost", only with statistics.
         num_unkept: Number of ids off S.
     """
 
@@ -52,6 +57,7 @@ class TeacherSums(NamedTuple):
     q_norm: Tensor
     log_q_tail: Tensor
     log_t_y: Tensor
+    entropy: Tensor
     num_unkept: Tensor
 
 
@@ -111,6 +117,12 @@ def log1m_exp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2.0), large, torch.log1p(-x.exp())).masked_fill(x >= 0, -math.inf)
 
 
+def entropy_of_parts(log_masses: Tensor, inside: Tensor | float) -> Tensor:
+    """Computes the entropy (N,) of a distribution in parts (parts, N) from their masses and their own entropies."""
+    masses = log_masses.exp()
+    return (masses * (inside - log_masses)).masked_fill(masses == 0, 0.0).sum(0).clamp(min=0)
+
+
 def slice_log_sums(
     logits: Tensor, active: Tensor, own_ids: Tensor | None, options: SlimOptions, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -120,6 +132,25 @@ def slice_log_sums(
     effective logit of another scale and softcap. Under "ghost", a teacher with probability 0 at the kept ids has a
     cross entropy of minus the log of the student's mass off them.
     """
+    stats = _slice_stats(logits, active, own_ids, options, temperature, "none")
+    lse, ghost_ce = stats[6].double(), stats[2].double()
+    if own_ids is None:
+        return lse, lse
+    # If every id is kept, the kernel has no ghost outcome and reports 0, but the log-sum-exp of no ids is -inf.
+    all_kept = (own_ids >= 0).sum(1) == logits.shape[1]
+    return lse, (lse - ghost_ce).masked_fill(all_kept, -math.inf)
+
+
+def slice_log_sum_and_entropy(logits: Tensor, active: Tensor, options: SlimOptions) -> tuple[Tensor, Tensor]:
+    """Computes the log-sum-exp of z over a slice (N, V_local), and the entropy of its softmax, in float64."""
+    stats = _slice_stats(logits, active, None, options, 1.0, "without_overlap")
+    return stats[6].double(), stats[7].double()
+
+
+def _slice_stats(
+    logits: Tensor, active: Tensor, own_ids: Tensor | None, options: SlimOptions, temperature: float, statistics: str
+) -> Tensor:
+    """Computes the statistics (M, N) of ``slim_loss`` on a slice, with the teacher of ``slice_log_sums``."""
     ids = teacher_logits = no_lse = None
     num_rows = logits.shape[0]
     dtype = accumulation_dtype(logits.dtype)
@@ -143,16 +174,12 @@ def slice_log_sums(
         softcap=options.softcap / temperature,
         logit_scale=options.logit_scale / temperature,
         ignore_index=-1,
+        statistics=statistics,
     )
-    stats = logits.new_empty(NUM_STATS, num_rows, dtype=dtype)
+    stats = logits.new_empty(NUM_STATS[statistics], num_rows, dtype=dtype)
     any_label = active.long() - 1
     torch.ops.slimkernels.slim_loss_rows(logits, None, stats, any_label, None, *empty_teacher)
-    lse, ghost_ce = stats[6].double(), stats[2].double()
-    if own_ids is None:
-        return lse, lse
-    # If every id is kept, the kernel has no ghost outcome and reports 0, but the log-sum-exp of no ids is -inf.
-    all_kept = (own_ids >= 0).sum(1) == logits.shape[1]
-    return lse, (lse - ghost_ce).masked_fill(all_kept, -math.inf)
+    return stats
 
 
 def diverge(log_q: Tensor, log_p: Tensor, options: SlimOptions) -> tuple[Tensor, Tensor]:
