@@ -105,6 +105,24 @@ def as_at_least_zero(value: object, name: str) -> float:
     return number
 
 
+# The kernels divide by a temperature in float32, where it and its inverse must be normal numbers.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**126
+
+
+def as_temperature(value: object, name: str = "temperature", *, or_zero: bool = False) -> float:
+    """Checks that a number is a temperature that the kernels can divide by, and returns it as a float.
+
+    With ``or_zero``, 0 is a temperature as well: that of the most probable token.
+    """
+    number = as_at_least_zero(value, name) if or_zero else as_positive(value, name)
+    if number > 0 and not LOWEST_TEMPERATURE <= number <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"{name} must be in [{LOWEST_TEMPERATURE:.2g}, {HIGHEST_TEMPERATURE:.2g}], where float32 can divide by it, "
+            f"got {value}"
+        )
+    return number
+
+
 def check_one_of(value: str, name: str, choices: Sequence[str]) -> None:
     """Checks that a string is one of the choices."""
     if value not in choices:
@@ -130,7 +148,7 @@ def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """Checks the temperatures and returns them as floats, with 1.0 first."""
     if isinstance(temperatures, (numbers.Real, str)) or not hasattr(temperatures, "__iter__"):
         raise TypeError(f"temperatures must be a sequence of numbers, got {temperatures!r}: write ({temperatures},)")
-    resolved = [as_positive(temperature, "temperatures") for temperature in temperatures]
+    resolved = [as_temperature(temperature, "temperatures") for temperature in temperatures]
     return (1.0, *(t for t in resolved if t != 1.0))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
+
+from slimkernels import _checks
 
 # Smallest share of a row that 1 minus the printed probabilities of the others resolves.
 _LEAST_REST = 1e-5
@@ -296,8 +297,8 @@ def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape
         )
     if not temperatures or temperatures[0] != 1.0:
         raise ValueError(f"temperatures must start with 1.0, got {temperatures}")
-    if not all(0 < t <= sys.float_info.max for t in temperatures):
-        raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
+    for temperature in temperatures:
+        _checks.as_temperature(temperature, "temperatures")
 
 
 def check_rest(rest_lse: Tensor | None, lse: Tensor) -> None:

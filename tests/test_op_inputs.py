@@ -11,6 +11,10 @@ import torch
 from support.helpers import assert_same_bits, random_problem
 
 import slimkernels as sk
+from slimkernels import reference
+from slimkernels.search import PathFinderConfig
+from slimkernels.store.format import StoreSettings
+from slimkernels.teacher.generation import _Options
 
 NUMBERS = ("temperature", "logit_scale", "softcap", "ce_weight", "kd_weight", "z_loss_weight", "label_smoothing")
 
@@ -122,6 +126,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 X, Y, HIDDEN, HEAD = torch.randn(3, 50), torch.tensor([1, 2, 3]), torch.randn(3, 8), torch.randn(50, 8)
+KEPT = reference.topk_logits(X, 5, target=Y)
 BOOLEANS = {
     "top_k": lambda value: sk.topk_logits(X, value),
     "top_fraction": lambda value: sk.topk_logits(X, top_fraction=value),
@@ -144,6 +149,56 @@ def test_what_is_no_number_is_refused_by_name(name, value):
         pytest.skip("None stands for the default")
     with pytest.raises(TypeError, match=name):
         BOOLEANS[name](value)
+
+
+TEMPERATURES = {
+    "temperatures of topk_logits": lambda t: sk.topk_logits(X, 5, temperatures=(t,)),
+    "temperatures of linear_topk_logits": lambda t: sk.linear_topk_logits(HIDDEN, HEAD, 5, temperatures=(t,)),
+    "temperatures of gather_logits": lambda t: sk.gather_logits(X, KEPT.ids, temperatures=(t,)),
+    "temperatures of linear_gather_logits": lambda t: sk.linear_gather_logits(
+        HIDDEN, HEAD, KEPT.ids, temperatures=(t,)
+    ),
+    "temperatures of SparseLogits": lambda t: sk.SparseLogits(
+        KEPT.ids, KEPT.logits, KEPT.lse.expand(-1, 2), temperatures=(1.0, t)
+    ),
+    "temperatures of StoreSettings": lambda t: StoreSettings(50, "", {}, {}, (1.0, t), "affine8"),
+    "temperature of sparse_softmax": lambda t: sk.sparse_softmax(KEPT, temperature=t),
+    "temperature of slim_loss": lambda t: sk.slim_loss(X, Y, KEPT, temperature=t),
+    "temperature of linear_slim_loss": lambda t: sk.linear_slim_loss(HIDDEN, HEAD, Y, KEPT, temperature=t),
+    "temperature of sample_logits": lambda t: sk.sample_logits(X, seed=0, position=0, temperature=t),
+    "temperature of sample_distinct": lambda t: sk.sample_distinct(X, 2, seed=0, position=0, temperature=t),
+    "temperature of rows": lambda t: sk.sample_logits(
+        X, seed=0, position=0, temperature=torch.tensor([1.0, t, 0.0], dtype=torch.float64)
+    ),
+    "temperature of sample_targets": lambda t: sk.sample_targets(X, 5, 0, position=0, temperature=t),
+    "temperature of mixed_targets": lambda t: sk.mixed_targets(X, 5, 3, 0, position=0, temperature=t),
+    "temperature of SlimObjective": lambda t: sk.SlimObjective("kd", temperature=t),
+    "temperature of generated documents": lambda t: _Options(1, t, None, 0, 1).check(),
+    "sampling_temperature of SlimObjective": lambda t: sk.SlimObjective("gkd", sampling_temperature=t),
+    "temperature of PathFinderConfig": lambda t: PathFinderConfig(temperature=t),
+}
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("taker", TEMPERATURES)
+def test_a_temperature_that_float32_cannot_divide_by_is_refused_by_name(taker):
+    # Below 2^-126 a temperature is denormal, above 2^126 its inverse is.
+    for temperature in (1e-40, 1.1e-38, 1e38, 3e300, 5e-324):
+        with pytest.raises(ValueError, match=rf"^{taker.split()[0]} must be .*in \[1.2e-38, 8.5e\+37\].* got"):
+            TEMPERATURES[taker](temperature)
+    for temperature in (2.0**-126, 2.0**126):
+        TEMPERATURES[taker](temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [2.0**-126, 2.0**126])
+def test_the_outermost_temperatures_give_no_nan(temperature, dtype):
+    logits = X.to(dtype)
+    sparse = sk.topk_logits(logits, 5, target=Y, temperatures=(temperature,))
+    wide = torch.logsumexp(logits.double() / temperature, -1).to(sparse.lse.dtype)
+    torch.testing.assert_close(sparse.lse[:, 1], wide, rtol=1e-6, atol=1e-6)
+    for rest in ("ghost", "renorm", "zero_logit"):
+        assert not sk.sparse_softmax(sparse, temperature=temperature, rest=rest, vocab_size=50).logprobs.isnan().any()
 
 
 def test_temperatures_that_are_one_number_are_refused():

@@ -354,6 +354,15 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
         PathFinder(ScriptedEngine({})).solve("Why?")
 
 
+def test_annealing_stays_within_the_temperatures_that_can_be_divided_by():
+    cold, hot = PathFinderConfig(annealing=1e-9), PathFinderConfig(annealing=1e9)
+    assert cold.temperature_at(4) == 0.8 * 1e-9**4
+    # The likeliest token is what a temperature towards 0 draws.
+    assert cold.temperature_at(5) == cold.temperature_at(1000) == 0.0
+    assert hot.temperature_at(5) == hot.temperature_at(1000) == 2.0**126
+    assert PathFinderConfig(temperature=0.0).temperature_at(3) == 0.0
+
+
 @pytest.mark.parametrize(
     "field",
     [
@@ -373,6 +382,7 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
         {"answer_pattern": "("},
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},
         {"annealing": 0.0},
         {"top_k": -1},
         {"top_k": 2.5},

@@ -145,7 +145,7 @@ def resolve_options(
 
     From ``temperature`` on, the parameters are those of ``slim_loss``.
     """
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     _checks.check_one_of(rest, "rest", _checks.RESTS)
     _checks.check_one_of(divergence, "divergence", DIVERGENCES)
     if divergence in PROPER_DIVERGENCES and rest not in PROPER_RESTS:

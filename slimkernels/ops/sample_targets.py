@@ -72,7 +72,7 @@ def sample_targets(
     rounds = _checks.as_integer(rounds, "rounds")
     if not 1 <= rounds < 2**31:
         raise ValueError(f"rounds must be at least 1 and below 2**31, got {rounds}")
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     leading_shape = logits.shape[:-1]
     seed, seeds = _sample_options.resolve_seed(seed, logits)
     position, positions = _sample_options.resolve_integer(position, "position", logits)

@@ -83,7 +83,7 @@ def sparse_softmax(
     ([[0.25, 0.25]], 0.5)
     """
     _checks.check_one_of(rest, "rest", _checks.RESTS)
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     if rest == "zero_logit" and vocab_size is None:
         raise ValueError(
             "vocab_size must be given with rest='zero_logit', which counts the unkept logits: pass the teacher's V"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from slimkernels import _checks
+
 # Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {"kd_weight": 0.0},
@@ -115,8 +117,8 @@ class SlimObjective:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not self.sampling_temperature > 0:
-            raise ValueError(f"sampling_temperature must be positive, got {self.sampling_temperature}")
+        for name in ("temperature", "sampling_temperature"):
+            _checks.as_temperature(getattr(self, name), name)
 
     @property
     def needs_teacher(self) -> bool:
