@@ -83,7 +83,9 @@ def check_values(per_row: Tensor | None, name: str) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         limits = f"{'0 or ' if low else ''}in [{low:.2g}, {high:.2g}]"
-        raise ValueError(f"{name} must be {limits} in every row, got {per_row[row].item()} in row {row}")
+        raise _checks.RowError(
+            f"{name} must be {limits} in every row, got {per_row[row].item()} in row [{_checks.RowError.INDEX}]", row
+        )
 
 
 def _per_row(value: Tensor, name: str, logits: Tensor) -> Tensor:

@@ -196,6 +196,9 @@ def _resolve_weight(weight: str | Tensor, like: Tensor, like_name: str) -> tuple
     """Returns the name of the weighting, and the token weights where they are given."""
     name = "token_weight"
     if not isinstance(weight, Tensor):
+        if not isinstance(weight, str):
+            choices = ", ".join(map(repr, WEIGHTS))
+            raise TypeError(f"{name} must be one of {choices}, or a torch.Tensor, got {type(weight).__name__}")
         _checks.check_one_of(weight, name, WEIGHTS)
         return weight, None
     _checks.check_no_gradient(weight, name)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops import _sample_options
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    define,
+    flat_rows,
+    run_on_rows,
+)
 
 
 class Sampled(NamedTuple):
@@ -171,7 +177,7 @@ def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, m
     )
     check_kernels(logits, "logits")
     rows = flat_rows(logits.detach())
-    return torch.ops.slimkernels.sample_logits(rows, m, *options)
+    return run_on_rows(torch.ops.slimkernels.sample_logits, logits.shape[:-1], rows, m, *options)
 
 
 def _sample_logits(logits: Tensor, m: int, *options):
