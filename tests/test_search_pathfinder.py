@@ -86,6 +86,30 @@ def test_pathfinder_anneals_by_depth():
     assert [{request.temperature for request in batch} for batch in engine.batches] == [{0.8}, {0.4}, {0.2}]
 
 
+def seeds_of(questions, **options):
+    """Solves questions, and returns the seeds of each one's first children."""
+    engine = ScriptedEngine({"": [("a$", -1.0), ("b$", -1.0)]})
+    PathFinder(engine, PathFinderConfig(branching_factor=2, **options), checks=()).solve(questions)
+    seeds = [request.seed for batch in engine.batches for request in batch]
+    return [seeds[i : i + 2] for i in range(0, len(seeds), 2)]
+
+
+@pytest.mark.parametrize("batch_questions", [1, 8])
+def test_pathfinder_draws_a_prompt_that_is_asked_again_anew(batch_questions):
+    [alone], [other] = seeds_of(["Q"]), seeds_of(["R"])
+    assert alone == [node_seed(0, "Q", (child,), 0) for child in (0, 1)]
+    first, between, second, third = seeds_of(
+        ["Q", "R", "Q", Question("Q", "its context")], batch_questions=batch_questions
+    )
+    assert (first, between) == (alone, other)
+    assert len({*first, *second, *third}) == 6
+    # A part of the questions draws the same if it says which of the equal ones it holds.
+    assert seeds_of([Question("Q", repeat=2), "Q", Question("Q", repeat=0)]) == [third, second, first]
+    assert seeds_of([[1, 2], np.array([1, 2])]) == [
+        [node_seed(0, [1, 2], (child,), 0, repeat) for child in (0, 1)] for repeat in (0, 1)
+    ]
+
+
 def test_pathfinder_branching_by_depth():
     engine, _ = find({"": [("a\n", -1.0)] * 3, "a\n": [("b$", -1.0)]}, branching_factor=(3, 1), beam=3)
     assert [len(batch) for batch in engine.batches] == [3, 3]
