@@ -22,7 +22,7 @@ from slimkernels.search import (
     majority_vote,
     self_consistency,
 )
-from slimkernels.search.question import node_seed
+from slimkernels.search.question import count_repeats, node_seed
 
 # Log-probabilities are per token: "a\n" at -1 sums to -2 over 2 tokens.
 TWO_LEVELS = {
@@ -105,9 +105,8 @@ def test_pathfinder_draws_a_prompt_that_is_asked_again_anew(batch_questions):
     assert len({*first, *second, *third}) == 6
     # A part of the questions draws the same if it says which of the equal ones it holds.
     assert seeds_of([Question("Q", repeat=2), "Q", Question("Q", repeat=0)]) == [third, second, first]
-    assert seeds_of([[1, 2], np.array([1, 2])]) == [
-        [node_seed(0, [1, 2], (child,), 0, repeat) for child in (0, 1)] for repeat in (0, 1)
-    ]
+    ids = [Question([1, 2]), Question(np.array([1, 2])), Question("1", repeat=5), Question((1, 2))]
+    assert [question.repeat for question in count_repeats(ids)] == [0, 1, 5, 2]
 
 
 def test_pathfinder_branching_by_depth():

@@ -214,7 +214,7 @@ def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=Fals
             {name: training_step((logits,), loss) for name, loss in steps.items()},
             gradient_check((logits,), exact, exact_dtype(), TOLERANCE[dtype]),
             (logits,),
-            (logits, target, *(field for field in vars(teacher).values() if isinstance(field, Tensor))),
+            (logits, target, *(field for field in vars(teacher).values() if isinstance(field, torch.Tensor))),
         )
 
     return Case(

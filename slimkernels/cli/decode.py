@@ -387,5 +387,6 @@ def _solve(
         seconds = time.monotonic() - started
     if todo:
         sys.stderr.write(
-            f"{len(todo)} question{'s' if len(todo) > 1 else ''}, {tokens} tokens, {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
+            f"{len(todo)} question{'s' if len(todo) > 1 else ''}, {tokens} tokens, {seconds:.1f} s, "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s\n"
         )

@@ -313,7 +313,8 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     for reason, names in useless.items():
         for name in names:
             if name in options:
-                flag = _FIELDS[name][0] if name in _FIELDS else f"--option {name}"
+                # The errors of a command show a name with an underscore as its flag, or behind --option.
+                flag = _FIELDS[name][0] if name in _FIELDS else name if "_" in name else f"--option {name}"
                 raise ValueError(f"{flag} has no meaning {reason}: omit it")
 
 
