@@ -24,8 +24,15 @@ def missing_extension(error: ImportError) -> str:
     return f"the native extension slimkernels._C is not built for this Python and torch ({error}); {INSTALL_EXTENSION}"
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Checks that an operand is a tensor, and neither a list nor an array of numpy."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: call torch.as_tensor({name})")
+
+
 def check_floating(tensor: Tensor, name: str) -> None:
-    """Checks that a tensor has a dtype that the kernels support."""
+    """Checks that an operand is a tensor of a dtype that the kernels support."""
+    check_tensor(tensor, name)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -45,6 +52,7 @@ def check_same_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -
 
 def check_target(target: Tensor, leading_shape: Sequence[int], like: Tensor, like_name: str) -> None:
     """Checks that labels are int64, of the leading shape, and on the device of ``like``."""
+    check_tensor(target, "target")
     if target.dtype != torch.int64:
         raise TypeError(f"target must have dtype torch.int64, got {target.dtype}: call target.long()")
     if tuple(target.shape) != tuple(leading_shape):
@@ -105,6 +113,24 @@ def as_at_least_zero(value: object, name: str) -> float:
     return number
 
 
+# The kernels divide by a temperature in float32, where it and its inverse must be normal numbers.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 2.0**-126, 2.0**126
+
+
+def as_temperature(value: object, name: str = "temperature", *, or_zero: bool = False) -> float:
+    """Checks that a number is a temperature that the kernels can divide by, and returns it as a float.
+
+    With ``or_zero``, 0 is a temperature as well: that of the most probable token.
+    """
+    number = as_at_least_zero(value, name) if or_zero else as_positive(value, name)
+    if number > 0 and not LOWEST_TEMPERATURE <= number <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"{name} must be in [{LOWEST_TEMPERATURE:.2g}, {HIGHEST_TEMPERATURE:.2g}], where float32 can divide by it, "
+            f"got {value}"
+        )
+    return number
+
+
 def check_one_of(value: str, name: str, choices: Sequence[str]) -> None:
     """Checks that a string is one of the choices."""
     if value not in choices:
@@ -130,12 +156,30 @@ def resolve_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     """Checks the temperatures and returns them as floats, with 1.0 first."""
     if isinstance(temperatures, (numbers.Real, str)) or not hasattr(temperatures, "__iter__"):
         raise TypeError(f"temperatures must be a sequence of numbers, got {temperatures!r}: write ({temperatures},)")
-    resolved = [as_positive(temperature, "temperatures") for temperature in temperatures]
+    resolved = [as_temperature(temperature, "temperatures") for temperature in temperatures]
     return (1.0, *(t for t in resolved if t != 1.0))
 
 
 # Ops without ignore_index read no label from a negative target, whichever label the caller's loss ignores.
 NEGATIVE_TARGET = "negative for no label (target.masked_fill(target == ignore_index, -100) makes it so)"
+
+
+class RowError(ValueError):
+    """A fault in one of an op's flat rows (N, ...), whose message holds ``INDEX`` in place of the row's index."""
+
+    INDEX = "<index>"
+
+    def __init__(self, message: str, row: int) -> None:
+        self.message, self.row = message, row
+        super().__init__(message.replace(self.INDEX, str(row)))
+
+    def in_shape(self, leading_shape: Sequence[int]) -> ValueError:
+        """Returns the error that names the row by its index in the caller's shape."""
+        row, index = self.row, []
+        for size in reversed(leading_shape):
+            row, place = divmod(row, size)
+            index.insert(0, str(place))
+        return ValueError(self.message.replace(self.INDEX, ", ".join(index)))
 
 
 def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored", ids: str = "teacher.ids") -> None:
@@ -151,12 +195,16 @@ def raise_fault(fault: int, first_row: int = 0, no_label: str = "ignored", ids: 
         return
     row = fault // 4 + first_row
     if fault % 4 == 1:
-        raise ValueError(f"target[{row}] must be a label in [0, V) or {no_label}, got an index outside the vocabulary")
+        raise RowError(
+            f"target[{RowError.INDEX}] must be a label in [0, V) or {no_label}, got an index outside the vocabulary",
+            row,
+        )
     if fault % 4 == 2:
         advice = ": call teacher.validate(V) for details" if ids == "teacher.ids" else ""
-        raise ValueError(
-            f"{ids}[{row}] must ascend strictly inside [0, V), padding (-1) last, but an id is duplicated, unsorted or "
-            f"outside the vocabulary{advice}"
+        raise RowError(
+            f"{ids}[{RowError.INDEX}] must ascend strictly inside [0, V), padding (-1) last, but an id is duplicated, "
+            f"unsorted or outside the vocabulary{advice}",
+            row,
         )
     raise MemoryError("a CPU kernel could not allocate its scratch row")
 
@@ -166,6 +214,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_floating(hidden, "hidden")
     if hidden.ndim < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden must have shape (..., D) with D of at least 1, got {tuple(hidden.shape)}")
+    check_tensor(weight, "weight")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
         raise ValueError(
             f"weight must have shape (V, {hidden.shape[-1]}) to match hidden {tuple(hidden.shape)}, "
@@ -175,6 +224,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}: cast one of them")
     check_same_device(weight, "weight", hidden, "hidden")
     if bias is not None:
+        check_tensor(bias, "bias")
         if bias.shape != (weight.shape[0],):
             raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
         if bias.dtype != hidden.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimkernels import _checks
 from slimkernels.sparse_logits import SparseLogits, as_temperatures, check_normaliser, check_rest, join_rests
 
 # uint8 values are quantised logits; the others are logits.
@@ -56,6 +57,8 @@ class PackedLogits:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
+        for name in ("id_words", "values", "lse"):
+            _checks.check_tensor(getattr(self, name), name)
         if self.values.dtype not in VALUE_DTYPES:
             raise TypeError(f"values must be uint8, bfloat16 or float32, got {self.values.dtype}")
         if self.values.ndim != 2 or not 1 <= self.values.shape[1] <= self.vocab_size < 2**31:
@@ -177,6 +180,7 @@ def check_sparse_logits(value: Any, name: str) -> None:
 def _check(tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor is None:
         return
+    _checks.check_tensor(tensor, name)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:

@@ -162,7 +162,8 @@ def sparse_softmax(
       row without it, 1 - a = -expm1(log a), 0 when a >= 1 or every id is kept, and not known below about 1e-5.
     - ``"zero_logit"``: exp(l) / Z with Z = sum exp(l) + (V - kept), because the unkept logits are taken as 0.
 
-    Padding, and every id of a row with no mass on its ids, has log-probability -inf and gradient 0.
+    Padding, and every id of a row with no mass on its ids, has log-probability -inf and gradient 0. So has the bucket
+    of a row without any mass, whose lse is -inf.
     """
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {RESTS}, got {rest!r}")
@@ -175,12 +176,14 @@ def sparse_softmax(
         if vocab_size is None:
             raise ValueError("vocab_size is needed with rest='zero_logit': pass the width V of the teacher's rows")
         log_unkept = (vocab_size - kept.sum(-1)).to(dtype).log()
-        q_norm = _logsumexp(torch.stack([lse_on, log_unkept], dim=-1))
+        q_norm = _finite(_logsumexp(torch.stack([lse_on, log_unkept], dim=-1)))
         tail = (log_unkept - q_norm).masked_fill(log_unkept == -math.inf, -math.inf)
     if rest in ("zero", "ghost"):
-        q_norm = sparse.lse_at(temperature).to(dtype)
+        lse = sparse.lse_at(temperature).to(dtype)
+        q_norm = lse.masked_fill(lse == -math.inf, 0.0)
     if rest == "ghost":
-        tail = _log1mexp(lse_on - q_norm).masked_fill(kept.sum(-1) == (vocab_size or -1), -math.inf)
+        is_whole = (kept.sum(-1) == (vocab_size or -1)) | (lse == -math.inf)
+        tail = _log1mexp(lse_on - q_norm).masked_fill(is_whole, -math.inf)
         rest_lse = sparse.rest_lse_at(temperature)
         if rest_lse is not None:
             is_known = ~rest_lse.isnan()
@@ -403,13 +406,15 @@ def _log_label_probability(teacher: SparseLogits, label: Tensor) -> Tensor:
     label_logit = teacher.logits.masked_fill(teacher.ids != label, -math.inf).amax(-1)
     if teacher.target_logit is not None:
         label_logit = torch.where(teacher.target_logit.isnan(), label_logit, teacher.target_logit)
-    return label_logit - teacher.lse_at(1.0)
+    lse = teacher.lse_at(1.0)
+    return label_logit - lse.masked_fill(lse == -math.inf, 0.0)
 
 
 def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
     if not any(math.isclose(temperature, captured, rel_tol=1e-6) for captured in teacher.temperatures):
         return torch.full_like(teacher.lse[:, 0], math.nan)
     lse = teacher.lse_at(temperature)
+    lse = lse.masked_fill(lse == -math.inf, 0.0)
     return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
 
 

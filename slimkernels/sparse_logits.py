@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
+
+from slimkernels import _checks
 
 # Smallest share of a row that 1 minus the printed probabilities of the others resolves.
 _LEAST_REST = 1e-5
@@ -47,6 +48,10 @@ class SparseLogits:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
+        for name in ("ids", "logits", "lse"):
+            _checks.check_tensor(getattr(self, name), name)
+        if self.target_logit is not None:
+            _checks.check_tensor(self.target_logit, "target_logit")
         if self.ids.dtype != torch.int32:
             raise TypeError(f"ids must have dtype torch.int32, got {self.ids.dtype}: call ids.to(torch.int32)")
         if not self.logits.is_floating_point():
@@ -188,17 +193,16 @@ class SparseLogits:
             ValueError: An id is outside [0, vocab_size), ids do not ascend strictly (or one is duplicated), an entry
                 follows padding, or the kept mass is above 1. The message names the first such row.
         """
-        ids = self.ids.reshape(-1, self.top_k)
+        ids = self.ids
         kept = ids >= 0
         bad = (ids < -1).any(-1)
         if vocab_size is not None:
             bad |= (ids >= vocab_size).any(-1)
         _raise_at(bad, f"holds an id outside [0, {vocab_size if vocab_size is not None else '2^31'})")
         if self.top_k > 1:
-            _raise_at((kept[:, 1:] & ~kept[:, :-1]).any(-1), "holds an id after padding (-1)")
-            _raise_at((kept[:, 1:] & (ids[:, 1:] <= ids[:, :-1])).any(-1), "is not strictly ascending in ids")
-        logits = self.logits.reshape(-1, self.top_k).double().masked_fill(~kept, -math.inf)
-        log_mass = torch.logsumexp(logits, -1) - self.lse.reshape(-1, len(self.temperatures))[:, 0].double()
+            _raise_at((kept[..., 1:] & ~kept[..., :-1]).any(-1), "holds an id after padding (-1)")
+            _raise_at((kept[..., 1:] & (ids[..., 1:] <= ids[..., :-1])).any(-1), "is not strictly ascending in ids")
+        log_mass = torch.logsumexp(self.logits.double().masked_fill(~kept, -math.inf), -1) - self.lse[..., 0].double()
         _raise_at(log_mass > 1e-3, "keeps more probability than its lse allows (logsumexp(logits) > lse)")
 
     def _map(self, per_row, per_token) -> SparseLogits:
@@ -296,14 +300,15 @@ def check_normaliser(lse: Tensor, temperatures: tuple[float, ...], leading_shape
         )
     if not temperatures or temperatures[0] != 1.0:
         raise ValueError(f"temperatures must start with 1.0, got {temperatures}")
-    if not all(0 < t <= sys.float_info.max for t in temperatures):
-        raise ValueError(f"temperatures must be positive and finite, got {temperatures}")
+    for temperature in temperatures:
+        _checks.as_temperature(temperature, "temperatures")
 
 
 def check_rest(rest_lse: Tensor | None, lse: Tensor) -> None:
     """Checks that ``rest_lse`` looks like ``lse``."""
     if rest_lse is None:
         return
+    _checks.check_tensor(rest_lse, "rest_lse")
     if rest_lse.dtype != lse.dtype:
         raise TypeError(f"rest_lse must have dtype {lse.dtype} like lse, got {rest_lse.dtype}")
     if rest_lse.shape != lse.shape:
@@ -316,4 +321,4 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _raise_at(bad: Tensor, what: str) -> None:
     if bad.any():
-        raise ValueError(f"row {int(bad.nonzero()[0])} of the SparseLogits {what}")
+        raise ValueError(f"row {bad.nonzero()[0].tolist()} of the SparseLogits {what}")

@@ -175,6 +175,7 @@ def test_train_documents_the_defaults_of_the_configuration() -> None:
         "rest": "ghost with reverse_kl, jsd and skew_kl, else renorm",
         "divergence": "set by --method",
         "kd_weight": "1;",
+        "learning_rate": "5e-5;",
     }
     for field, (_, _, text) in train._FIELDS.items():
         stated = text.partition("(default: ")[2].removesuffix(")")
@@ -257,7 +258,8 @@ def test_train_then_eval(store, tmp_path, capsys) -> None:
         students.append(out)
         arguments = ["train", "--store", store, "--method", method, "--out", out, *student, "--max-steps", "2"]
         assert main([*arguments, "--batch-size", "2", "--option", "use_cpu=true", "--eval-store", store]) == 0
-        output = capsys.readouterr().out
+        output, errors = capsys.readouterr()
+        assert re.search(r"slimkernels: learning rate 0\.00\d+, the default \(--learning-rate sets another\)", errors)
         assert f"student saved in {out}" in output
         assert "eval_kl_ghost" in output
     assert main(["eval", "--store", store, "--model", *students, "--json"]) == 0

@@ -59,6 +59,9 @@ CAPTURE = "capture --teacher teacher --out out"
 SERVED = "capture --server http://localhost:1/v1 --model m --tokenizer teacher --out out"
 DECODE = "decode --model teacher"
 COMPARE = "compare --models teacher --out out --data data"
+COMPARE_SERVERS = "compare --models http://localhost:1/v1#m B=http://localhost:1/v1#n --out out --data data"
+HELDOUT = "compare --models teacher --out out --tasks heldout --store store"
+TRAIN = "train --store store --out out --method"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,25 @@ COMPARE = "compare --models teacher --out out --data data"
         (f"{COMPARE} --tasks own=own.jsonl", "--data", "without a task whose questions it holds"),
         ("compare --rescore --out out --samples 3", "--samples", "with --rescore"),
         ("compare --outputs o.jsonl --out out --shots 2", "--shots", "with --outputs"),
+        (f"{COMPARE} --tasks gsm8k --key-env K", "--key-env", "without a server"),
+        (f"{COMPARE} --tasks gsm8k --tokenizer teacher", "--tokenizer", "without a server"),
+        (f"{COMPARE} --tasks gsm8k --batch-size 2", "--batch-size", "without --tasks heldout or a multiple-choice"),
+        (f"{COMPARE_SERVERS} --tasks gsm8k --dtype bfloat16", "--dtype", "with servers"),
+        (f"{HELDOUT} --decoders pathfinder", "--decoders", "without questions that the models answer"),
+        (f"{HELDOUT} --max-tokens 9", "--max-tokens", "without questions that the models answer"),
+        (f"{HELDOUT} --prompt-style plain", "--prompt-style", "without questions that the models answer"),
+        ("eval --store store --model teacher --samples 3", "--samples", "with eval"),
+        ("eval --store store --model teacher --dtype bfloat16", "--dtype", "with eval"),
+        (f"{DECODE} Anna? --answer-pattern x --answer-kind number", "--answer-kind", "with --answer-pattern"),
+        (f"{TRAIN} kd --max-steps 1 --epochs 2", "--epochs", "with --max-steps"),
+        (f"{TRAIN} sft --rest ghost", "--rest", "with --method sft"),
+        (f"{TRAIN} sft --temperature 2", "--temperature", "with --method sft"),
+        (f"{TRAIN} sft --option token_weight=none", "--option token_weight", "with --method sft"),
+        (f"{TRAIN} sft --teacher teacher", "--teacher", "with --method sft"),
+        (f"{TRAIN} kd --option sampling_temperature=2", "--option sampling_temperature", "without --method gkd"),
+        (f"{TRAIN} kd --option teacher_top_k=2", "--option teacher_top_k", "without --teacher"),
+        (f"{TRAIN} kd --option beta=0.1", "--option beta", "without the divergence jsd"),
+        (f"{TRAIN} jsd --option alpha=0.2", "--option alpha", "without the divergence skew_kl"),
         ("store verify store --tokenizer teacher", "--tokenizer", "without --complete"),
         ("store verify store --max-length 9", "--max-length", "without --complete"),
         ("store import --format megatron data o --tokenizer t --samples s --alignment same", "--alignment", "megatron"),
@@ -150,7 +172,7 @@ def test_the_checkpoint_of_another_run_is_described_by_flags(here, capsys):
     capsys.readouterr()
     found = refused(" ".join([*command, "--method", "kd", "--learning-rate", "0.01"]), capsys)
     assert "the newest checkpoint in --out must be a checkpoint of the same run" in found
-    assert "--learning-rate 5e-05 there, 0.01 here" in found
+    assert "--learning-rate 0.006 there, 0.01 here" in found
     assert found.endswith("give this run an --out of its own")
 
 

@@ -130,6 +130,8 @@ def test_decode_goes_on_with_the_questions_that_are_left(decode, questions, tmp_
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert decode("--questions", questions, "--out", whole)[0] == 0
     lines = whole.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(lines[0] + lines[1] + lines[2][:30])
+    assert re.search(r"\n1 question, \d+ tokens", decode("--questions", questions, "--out", cut)[2])
     cut.write_bytes(lines[0] + lines[1][:30])
     code, output, errors = decode("--questions", questions, "--out", cut)
     assert code == 0
@@ -138,6 +140,18 @@ def test_decode_goes_on_with_the_questions_that_are_left(decode, questions, tmp_
     assert "question 1 of 3" not in output
     assert without_time(records_of(cut)) == without_time(records_of(whole))
     assert decode("--questions", questions, "--out", cut)[1] == ""
+
+
+def test_decode_draws_a_question_that_is_asked_again_anew(decode, tmp_path):
+    path, whole, rest = tmp_path / "twice.jsonl", tmp_path / "whole.jsonl", tmp_path / "rest.jsonl"
+    path.write_text(2 * (json.dumps({"question": "Anna"}) + "\n"))
+    assert decode("--questions", path, "--out", whole)[0] == 0
+    first, second = records_of(whole)
+    assert first["candidates"] != second["candidates"]
+    # A run that has only the second one left draws the same.
+    rest.write_bytes(whole.read_bytes().splitlines(keepends=True)[0])
+    assert decode("--questions", path, "--out", rest)[0] == 0
+    assert without_time(records_of(rest)) == without_time([first, second])
 
 
 def test_decode_goes_on_inside_of_a_tree(decode, questions, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_broken_rows_make_nan(request):
         # Neither an id nor padding: no op takes the row for one that keeps little.
         probs = sk.sparse_softmax(broken, vocab_size=1003)
         assert probs.logprobs[row].isnan().all()
-        with pytest.raises(ValueError, match="row 0 of the SparseLogits holds an id outside"):
+        with pytest.raises(ValueError, match=r"row \[0\] of the SparseLogits holds an id outside"):
             broken.validate(1003)
     assert torch.equal(broken.ids[2:], whole.ids[2:])
     assert torch.equal(broken.logits[2:], whole.logits[2:])

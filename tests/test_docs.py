@@ -4,6 +4,7 @@ import argparse
 import ast
 import doctest
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -132,9 +133,6 @@ def test_docs_distiller_trains(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files)
     options = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
     names = {
-        "sk": sk,
-        "SFTTrainer": trl.SFTTrainer,
-        "AutoModelForCausalLM": AutoModelForCausalLM,
         "model": AutoModelForCausalLM.from_pretrained("./student"),
         "args": trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, bf16=False, **options),
         "dataset": Dataset.from_list([{"input_ids": [2, 3, 5, 8, 13]}] * 4),
@@ -214,6 +212,19 @@ def test_docs_show_the_newest_demonstration():
         "| the teacher",
     ]
     assert "cannot tell close methods apart" in table
+
+
+def test_docs_say_one_thing_about_how_many_tokens_a_server_names():
+    from slimkernels.teacher import capture_server
+
+    default = inspect.signature(capture_server).parameters["top_logprobs"].default
+    page, described = (" ".join(text.split()) for text in (text_of("docs/teachers.md"), capture_server.__doc__))
+    assert f"as many as `--top-k` says ({default} by default): at most 20 from OpenAI (5 for completions)" in page
+    assert "OpenAI's limit is 20, or 5 for completions" in described
+    assert "its own `--max-logprobs` from vLLM, 20 unless it was started otherwise" in page
+    assert "vLLM's is its ``--max-logprobs``, 20 by default" in described
+    # No other page gives a number of its own.
+    assert [name for name in DOCUMENTS if name != "docs/teachers.md" and "likeliest tokens" in text_of(name)] == []
 
 
 def test_docs_tables_come_from_the_results():

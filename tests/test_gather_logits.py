@@ -17,6 +17,7 @@ from support.helpers import (
     hostile_rows,
     largest_allocation,
     opcheck_calls_of,
+    recorded_ops,
     sparse_fields,
 )
 
@@ -183,6 +184,32 @@ def test_gather_logits_opcheck(target):
     logits, ids = torch.randn(3, 21, requires_grad=True), random_ids(3, 21, 4)
     names = opcheck_calls_of(sk.gather_logits, logits, ids, target=target, temperatures=(1.0, 2.0))
     assert names == ["slimkernels::gather_logits"]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x, ids, y: sk.gather_logits(x, ids, target=y), lambda x, ids, y: sk.topk_logits(x, 4, target=y)]
+)
+def test_rows_without_a_label_are_traced_like_others(make):
+    # opcheck itself compares outputs with NaN != NaN, and a row without a label has the target_logit NaN.
+    ids, target = random_ids(3, 21, 4), torch.tensor([1, -1, 4])
+
+    def outputs_and_gradient(function):
+        logits = torch.randn(3, 21, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        rows = function(logits, ids, target)
+        loss = rows.logits.sum() + rows.lse.sum() + rows.target_logit.nansum()
+        return *sparse_fields(rows), *torch.autograd.grad(loss, logits)
+
+    with recorded_ops() as mode:
+        expected = outputs_and_gradient(make)
+    for op, args, options in mode.calls:
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(
+            op, [a.detach() if isinstance(a, torch.Tensor) else a for a in args], options, test_utils=checks
+        )
+    compiled = torch.compile(make, fullgraph=True, dynamic=True, backend="aot_eager")
+    for actual, wanted in zip(outputs_and_gradient(compiled), expected, strict=True):
+        assert_same_bits(actual, wanted)
+    assert expected[-1].isfinite().all()
 
 
 def problem(dtype=torch.float32, num_rows=7, hidden_size=12, vocab_size=61, top_k=5):

@@ -104,7 +104,7 @@ sys.modules["slimkernels"] = package
 import slimkernels.reference, slimkernels.reference_sampling
 result = sorted(m for m in sys.modules if m.startswith("slimkernels."))
 """
-    names = ("reference", "reference_sampling", "sparse_logits")
+    names = ("_checks", "reference", "reference_sampling", "sparse_logits")
     assert in_fresh_process(code) == [f"slimkernels.{name}" for name in names]
 
 

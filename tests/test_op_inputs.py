@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,10 @@ import torch
 from support.helpers import assert_same_bits, random_problem
 
 import slimkernels as sk
+from slimkernels import reference
+from slimkernels.search import PathFinderConfig
+from slimkernels.store.format import StoreSettings
+from slimkernels.teacher.generation import _Options
 
 NUMBERS = ("temperature", "logit_scale", "softcap", "ce_weight", "kd_weight", "z_loss_weight", "label_smoothing")
 
@@ -122,6 +128,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 X, Y, HIDDEN, HEAD = torch.randn(3, 50), torch.tensor([1, 2, 3]), torch.randn(3, 8), torch.randn(50, 8)
+KEPT = reference.topk_logits(X, 5, target=Y)
 BOOLEANS = {
     "top_k": lambda value: sk.topk_logits(X, value),
     "top_fraction": lambda value: sk.topk_logits(X, top_fraction=value),
@@ -146,6 +153,56 @@ def test_what_is_no_number_is_refused_by_name(name, value):
         BOOLEANS[name](value)
 
 
+TEMPERATURES = {
+    "temperatures of topk_logits": lambda t: sk.topk_logits(X, 5, temperatures=(t,)),
+    "temperatures of linear_topk_logits": lambda t: sk.linear_topk_logits(HIDDEN, HEAD, 5, temperatures=(t,)),
+    "temperatures of gather_logits": lambda t: sk.gather_logits(X, KEPT.ids, temperatures=(t,)),
+    "temperatures of linear_gather_logits": lambda t: sk.linear_gather_logits(
+        HIDDEN, HEAD, KEPT.ids, temperatures=(t,)
+    ),
+    "temperatures of SparseLogits": lambda t: sk.SparseLogits(
+        KEPT.ids, KEPT.logits, KEPT.lse.expand(-1, 2), temperatures=(1.0, t)
+    ),
+    "temperatures of StoreSettings": lambda t: StoreSettings(50, "", {}, {}, (1.0, t), "affine8"),
+    "temperature of sparse_softmax": lambda t: sk.sparse_softmax(KEPT, temperature=t),
+    "temperature of slim_loss": lambda t: sk.slim_loss(X, Y, KEPT, temperature=t),
+    "temperature of linear_slim_loss": lambda t: sk.linear_slim_loss(HIDDEN, HEAD, Y, KEPT, temperature=t),
+    "temperature of sample_logits": lambda t: sk.sample_logits(X, seed=0, position=0, temperature=t),
+    "temperature of sample_distinct": lambda t: sk.sample_distinct(X, 2, seed=0, position=0, temperature=t),
+    "temperature of rows": lambda t: sk.sample_logits(
+        X, seed=0, position=0, temperature=torch.tensor([1.0, t, 0.0], dtype=torch.float64)
+    ),
+    "temperature of sample_targets": lambda t: sk.sample_targets(X, 5, 0, position=0, temperature=t),
+    "temperature of mixed_targets": lambda t: sk.mixed_targets(X, 5, 3, 0, position=0, temperature=t),
+    "temperature of SlimObjective": lambda t: sk.SlimObjective("kd", temperature=t),
+    "temperature of generated documents": lambda t: _Options(1, t, None, 0, 1).check(),
+    "sampling_temperature of SlimObjective": lambda t: sk.SlimObjective("gkd", sampling_temperature=t),
+    "temperature of PathFinderConfig": lambda t: PathFinderConfig(temperature=t),
+}
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("taker", TEMPERATURES)
+def test_a_temperature_that_float32_cannot_divide_by_is_refused_by_name(taker):
+    # Below 2^-126 a temperature is denormal, above 2^126 its inverse is.
+    for temperature in (1e-40, 1.1e-38, 1e38, 3e300, 5e-324):
+        with pytest.raises(ValueError, match=rf"^{taker.split()[0]} must be .*in \[1.2e-38, 8.5e\+37\].* got"):
+            TEMPERATURES[taker](temperature)
+    for temperature in (2.0**-126, 2.0**126):
+        TEMPERATURES[taker](temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("temperature", [2.0**-126, 2.0**126])
+def test_the_outermost_temperatures_give_no_nan(temperature, dtype):
+    logits = X.to(dtype)
+    sparse = sk.topk_logits(logits, 5, target=Y, temperatures=(temperature,))
+    wide = torch.logsumexp(logits.double() / temperature, -1).to(sparse.lse.dtype)
+    torch.testing.assert_close(sparse.lse[:, 1], wide, rtol=1e-6, atol=1e-6)
+    for rest in ("ghost", "renorm", "zero_logit"):
+        assert not sk.sparse_softmax(sparse, temperature=temperature, rest=rest, vocab_size=50).logprobs.isnan().any()
+
+
 def test_temperatures_that_are_one_number_are_refused():
     for make in (
         lambda: sk.topk_logits(X, 5, temperatures=2.0),
@@ -153,6 +210,94 @@ def test_temperatures_that_are_one_number_are_refused():
         lambda: sk.SparseLogits(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1), torch.zeros(1, 1), 2.0),
     ):
         with pytest.raises(TypeError, match=r"temperatures must be a sequence of numbers, got 2.0: write \(2.0,\)"):
+            make()
+
+
+OPERANDS = {
+    "logits of topk_logits": lambda x: sk.topk_logits(x, 5),
+    "target of topk_logits": lambda x: sk.topk_logits(X, 5, target=x),
+    "hidden of linear_topk_logits": lambda x: sk.linear_topk_logits(x, HEAD, 5),
+    "weight of linear_topk_logits": lambda x: sk.linear_topk_logits(HIDDEN, x, 5),
+    "bias of linear_topk_logits": lambda x: sk.linear_topk_logits(HIDDEN, HEAD, 5, bias=x),
+    "logits of gather_logits": lambda x: sk.gather_logits(x, KEPT.ids),
+    "ids of gather_logits": lambda x: sk.gather_logits(X, x),
+    "hidden of linear_gather_logits": lambda x: sk.linear_gather_logits(x, HEAD, KEPT.ids),
+    "weight of linear_gather_logits": lambda x: sk.linear_gather_logits(HIDDEN, x, KEPT.ids),
+    "ids of linear_gather_logits": lambda x: sk.linear_gather_logits(HIDDEN, HEAD, x),
+    "target of linear_gather_logits": lambda x: sk.linear_gather_logits(HIDDEN, HEAD, KEPT.ids, target=x),
+    "sparse of sparse_softmax": lambda x: sk.sparse_softmax(x),
+    "logits of slim_loss": lambda x: sk.slim_loss(x, Y, KEPT),
+    "target of slim_loss": lambda x: sk.slim_loss(X, x, KEPT),
+    "teacher of slim_loss": lambda x: sk.slim_loss(X, Y, x),
+    "token_weight of slim_loss": lambda x: sk.slim_loss(X, Y, KEPT, token_weight=x),
+    "hidden of linear_slim_loss": lambda x: sk.linear_slim_loss(x, HEAD, Y, KEPT),
+    "weight of linear_slim_loss": lambda x: sk.linear_slim_loss(HIDDEN, x, Y, KEPT),
+    "bias of linear_slim_loss": lambda x: sk.linear_slim_loss(HIDDEN, HEAD, Y, KEPT, bias=x),
+    "target of linear_slim_loss": lambda x: sk.linear_slim_loss(HIDDEN, HEAD, x, KEPT),
+    "teacher of linear_slim_loss": lambda x: sk.linear_slim_loss(HIDDEN, HEAD, Y, x),
+    "hidden of HeadTeacher": lambda x: sk.HeadTeacher(x, HEAD, 5),
+    "weight of HeadTeacher": lambda x: sk.HeadTeacher(HIDDEN, x, 5),
+    "logits of sample_logits": lambda x: sk.sample_logits(x, seed=0, position=0),
+    "temperature of sample_logits": lambda x: sk.sample_logits(X, seed=0, position=0, temperature=x),
+    "seed of sample_logits": lambda x: sk.sample_logits(X, seed=x, position=0),
+    "position of sample_logits": lambda x: sk.sample_logits(X, seed=0, position=x),
+    "logits of sample_distinct": lambda x: sk.sample_distinct(x, 2, seed=0, position=0),
+    "logits of sample_targets": lambda x: sk.sample_targets(x, 2, 0, position=0),
+    "logits of mixed_targets": lambda x: sk.mixed_targets(x, 2, 2, 0, position=0),
+    "packed of decode_logits": lambda x: sk.decode_logits(x),
+    "ids of SparseLogits": lambda x: sk.SparseLogits(x, KEPT.logits, KEPT.lse),
+    "logits of SparseLogits": lambda x: sk.SparseLogits(KEPT.ids, x, KEPT.lse),
+    "lse of SparseLogits": lambda x: sk.SparseLogits(KEPT.ids, KEPT.logits, x),
+    "target_logit of SparseLogits": lambda x: sk.SparseLogits(KEPT.ids, KEPT.logits, KEPT.lse, target_logit=x),
+    "rest_lse of SparseLogits": lambda x: sk.SparseLogits(KEPT.ids, KEPT.logits, KEPT.lse, rest_lse=x),
+    "values of PackedLogits": lambda x: sk.PackedLogits(KEPT.ids, x, KEPT.lse, 50),
+    "id_words of PackedLogits": lambda x: sk.PackedLogits(x, KEPT.logits, KEPT.lse, 50),
+    "lse of PackedLogits": lambda x: sk.PackedLogits(KEPT.ids, KEPT.logits, x, 50),
+}
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("value", [[1.0, 2.0, 3.0], np.zeros((3, 50), np.float32)], ids=["list", "array"])
+def test_what_is_no_tensor_is_refused_by_name(operand, value):
+    with pytest.raises(TypeError, match=rf"^{operand.split()[0]} must be .*, got (list|ndarray)"):
+        OPERANDS[operand](value)
+
+
+@pytest.mark.cpu_kernels
+def test_a_fault_names_its_row_in_the_shape_of_the_caller():
+    logits, hidden = torch.randn(3, 4, 50), torch.randn(3, 4, 8)
+    target = torch.randint(50, (3, 4))
+    bad_target = target.clone()
+    bad_target[1, 2] = 50
+    kept = reference.topk_logits(logits, 5, target=target)
+    bad_ids = kept.ids.clone()
+    bad_ids[2, 1, 0] = 60
+    bad = dataclasses.replace(kept, ids=bad_ids)
+    options = {"seed": 0, "position": 0}
+    hot = torch.ones(3, 4)
+    hot[2, 3] = -1.0
+    sums = {"reduction": "sum"}
+    for make, named in (
+        (lambda: sk.topk_logits(logits, 5, target=bad_target), "target[1, 2]"),
+        (lambda: sk.linear_topk_logits(hidden, HEAD, 5, target=bad_target, chunk_rows=2), "target[1, 2]"),
+        (lambda: sk.gather_logits(logits, kept.ids, target=bad_target), "target[1, 2]"),
+        (lambda: sk.gather_logits(logits, bad_ids), "ids[2, 1]"),
+        (lambda: sk.linear_gather_logits(hidden, HEAD, bad_ids, chunk_rows=2), "ids[2, 1]"),
+        (lambda: sk.sample_targets(logits, 5, 0, position=0, target=bad_target), "target[1, 2]"),
+        (lambda: sk.mixed_targets(logits, 5, 2, 0, position=0, target=bad_target), "target[1, 2]"),
+        (lambda: sk.sample_logits(logits, **options, temperature=hot), "in row [2, 3]"),
+        (lambda: sk.sample_distinct(logits, 2, **options, top_p=hot), "in row [2, 3]"),
+        (lambda: sk.sparse_softmax(bad, vocab_size=50), "teacher.ids[2, 1]"),
+        (lambda: sk.slim_loss(logits, bad_target, kept), "target[1, 2]"),
+        (lambda: sk.slim_loss(logits, target, bad, reduction="none"), "teacher.ids[2, 1]"),
+        (lambda: sk.slim_loss(logits.requires_grad_() * 1, target, bad, inplace_backward=True), "teacher.ids[2, 1]"),
+        (lambda: sk.linear_slim_loss(hidden, HEAD, bad_target, kept, chunk_rows=2), "target[1, 2]"),
+        (lambda: sk.linear_slim_loss(hidden.requires_grad_(), HEAD, target, bad, **sums), "teacher.ids[2, 1]"),
+        (lambda: sk.slim_loss(logits[1, 2], bad_target[1, 2]), "target[]"),
+        (lambda: sk.topk_logits(logits[1], 5, target=bad_target[1]), "target[2]"),
+        (lambda: bad.validate(50), "row [2, 1] of the SparseLogits"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(named)):
             make()
 
 

@@ -166,6 +166,7 @@ def test_noise_of_any_seed_and_position():
     ("option", "values"),
     [
         ("temperature", [-1.0, NAN, INF]),
+        ("temperature", [1e-40, 1e38, 2e38]),
         ("top_k", [-1, -(2**40), -5]),
         ("top_p", [1.5, -0.1, NAN]),
         ("min_p", [-1.0, 7.0, NAN]),

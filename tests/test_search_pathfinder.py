@@ -22,7 +22,7 @@ from slimkernels.search import (
     majority_vote,
     self_consistency,
 )
-from slimkernels.search.question import node_seed
+from slimkernels.search.question import count_repeats, node_seed
 
 # Log-probabilities are per token: "a\n" at -1 sums to -2 over 2 tokens.
 TWO_LEVELS = {
@@ -84,6 +84,29 @@ def test_pathfinder_ties_go_to_the_lower_node():
 def test_pathfinder_anneals_by_depth():
     engine, _ = find(TWO_LEVELS, temperature=0.8, annealing=0.5)
     assert [{request.temperature for request in batch} for batch in engine.batches] == [{0.8}, {0.4}, {0.2}]
+
+
+def seeds_of(questions, **options):
+    """Solves questions, and returns the seeds of each one's first children."""
+    engine = ScriptedEngine({"": [("a$", -1.0), ("b$", -1.0)]})
+    PathFinder(engine, PathFinderConfig(branching_factor=2, **options), checks=()).solve(questions)
+    seeds = [request.seed for batch in engine.batches for request in batch]
+    return [seeds[i : i + 2] for i in range(0, len(seeds), 2)]
+
+
+@pytest.mark.parametrize("batch_questions", [1, 8])
+def test_pathfinder_draws_a_prompt_that_is_asked_again_anew(batch_questions):
+    [alone], [other] = seeds_of(["Q"]), seeds_of(["R"])
+    assert alone == [node_seed(0, "Q", (child,), 0) for child in (0, 1)]
+    first, between, second, third = seeds_of(
+        ["Q", "R", "Q", Question("Q", "its context")], batch_questions=batch_questions
+    )
+    assert (first, between) == (alone, other)
+    assert len({*first, *second, *third}) == 6
+    # A part of the questions draws the same if it says which of the equal ones it holds.
+    assert seeds_of([Question("Q", repeat=2), "Q", Question("Q", repeat=0)]) == [third, second, first]
+    ids = [Question([1, 2]), Question(np.array([1, 2])), Question("1", repeat=5), Question((1, 2))]
+    assert [question.repeat for question in count_repeats(ids)] == [0, 1, 5, 2]
 
 
 def test_pathfinder_branching_by_depth():
@@ -354,6 +377,15 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
         PathFinder(ScriptedEngine({})).solve("Why?")
 
 
+def test_annealing_stays_within_the_temperatures_that_can_be_divided_by():
+    cold, hot = PathFinderConfig(annealing=1e-9), PathFinderConfig(annealing=1e9)
+    assert cold.temperature_at(4) == 0.8 * 1e-9**4
+    # The likeliest token is what a temperature towards 0 draws.
+    assert cold.temperature_at(5) == cold.temperature_at(1000) == 0.0
+    assert hot.temperature_at(5) == hot.temperature_at(1000) == 2.0**126
+    assert PathFinderConfig(temperature=0.0).temperature_at(3) == 0.0
+
+
 @pytest.mark.parametrize(
     "field",
     [
@@ -373,6 +405,7 @@ def test_pathfinder_refuses_one_question_in_place_of_several():
         {"answer_pattern": "("},
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": 1e-40},
         {"annealing": 0.0},
         {"top_k": -1},
         {"top_k": 2.5},

@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from support.helpers import DTYPES, assert_same_bits, loss_and_grads, random_problem, to_dtype
+from support.helpers import (
+    DTYPES,
+    RESTS_AND_DIVERGENCES,
+    assert_same_bits,
+    explain,
+    loss_and_grads,
+    random_problem,
+    to_dtype,
+)
 
 import slimkernels as sk
 from slimkernels import SparseLogits, reference
@@ -139,3 +147,44 @@ def test_slim_loss_leaves_out_only_outcomes_that_the_teacher_excludes(divergence
     if divergence == "reverse_kl":
         assert out.kd[0] > 100
         assert out.kd[1] < 2
+
+
+@pytest.mark.parametrize("top_k", [3, 9])
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+def test_slim_loss_of_a_teacher_row_without_mass(rest, divergence, top_k):
+    # Rows of nothing but -inf with the label kept, not kept and nothing kept, one of unknown rest, and two others.
+    ids = torch.arange(9 - top_k, 9, dtype=torch.int32).repeat(6, 1)
+    ids[2] = -1
+    logits = torch.randn(6, top_k, generator=torch.Generator().manual_seed(7))
+    logits[:4] = -INF
+    tail_mass = 0.4 if top_k < 9 else 0.0
+    lse = torch.logsumexp(logits, -1, keepdim=True) - math.log1p(-tail_mass)
+    rest_lse = lse + (math.log(tail_mass) if tail_mass else -INF)
+    rest_lse[[3, 5]] = NAN
+    student = torch.randn(6, 9, generator=torch.Generator().manual_seed(8))
+    target = torch.tensor([8, 0, 8, 8, 8, 0])
+    for temperature, label_smoothing, label_logit in ((1.0, 0.0, -INF), (2.0, 0.1, NAN)):
+        record = SparseLogits(
+            ids,
+            logits * temperature,
+            torch.cat([lse, lse], -1),
+            temperatures=(1.0, 2.0),
+            target_logit=torch.tensor([label_logit] * 4 + [0.3, -1.0]),
+            rest_lse=torch.cat([rest_lse, rest_lse], -1),
+        )
+        options = {"rest": rest, "divergence": divergence, "temperature": temperature, "reduction": "none"}
+        for token_weight in ("none", "teacher_over_student"):
+            more = {"label_smoothing": label_smoothing, "token_weight": token_weight}
+            out, (grad,) = loss_and_grads(sk.slim_loss, (student,), 1.0, target, record, **options, **more)
+            truth, (expected,) = loss_and_grads(
+                reference.slim_loss, (student.double(),), 1.0, target, to_dtype(record, F64), **options, **more
+            )
+            for name, actual, wanted in [*zip(out._fields, out, truth, strict=True), ("gradient", grad, expected)]:
+                with explain(f"{name} at T={temperature}, token_weight={token_weight}"):
+                    assert wanted.isfinite().all()
+                    torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-6)
+        # A teacher that says nothing pulls nowhere, except that "zero_logit" gives the unkept ids the logit 0.
+        if rest != "zero_logit" or top_k == 9:
+            _, (grad,) = loss_and_grads(sk.slim_loss, (student,), 1.0, target, record, **options | KD_ALONE)
+            is_silent = torch.tensor([True, True, top_k < 9 or rest != "zero_logit", True, False, False])
+            torch.testing.assert_close(grad[is_silent], torch.zeros_like(grad[is_silent]), rtol=0, atol=1e-6)

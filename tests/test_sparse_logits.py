@@ -138,14 +138,14 @@ def test_sparse_logits_validate_names_the_first_bad_row(row, message):
     sparse = record()
     sparse.ids[2] = torch.tensor(row, dtype=INT)
     sparse.ids[3] = torch.tensor(row, dtype=INT)
-    with pytest.raises(ValueError, match=f"row 2 .*{message}"):
+    with pytest.raises(ValueError, match=rf"row \[2\] .*{message}"):
         sparse.validate(20)
 
 
 def test_sparse_logits_validate_refuses_more_than_the_whole():
     sparse = record()
     sparse.lse[1] -= 10.0
-    with pytest.raises(ValueError, match=r"row 1 .*lse"):
+    with pytest.raises(ValueError, match=r"row \[1\] .*lse"):
         sparse.validate(20)
 
 

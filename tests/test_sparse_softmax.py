@@ -127,6 +127,22 @@ def test_sparse_softmax_of_ids_without_mass(rest):
 
 
 @pytest.mark.parametrize("rest", reference.RESTS)
+@pytest.mark.parametrize("top_k", [6, 53])
+def test_sparse_softmax_of_a_row_without_mass(top_k, rest):
+    sparse = random_problem(4, 53, top_k).teacher
+    for values in (sparse.logits, sparse.lse, sparse.rest_lse):
+        values[[0, 2]] = -INF
+    sparse.rest_lse[2:] = NAN
+    for record in (sparse, dataclasses.replace(sparse, rest_lse=None)):
+        assert_matches(record, rest=rest, vocab_size=53)
+        out = sk.sparse_softmax(record, rest=rest, vocab_size=53)
+        assert (out.logprobs[[0, 2]] == -INF).all()
+        # Under "zero_logit" the unkept ids have the logit 0, whatever the teacher says.
+        expected = 0.0 if rest == "zero_logit" and top_k < 53 else -INF
+        assert out.tail_logprob[[0, 2]].tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize("rest", reference.RESTS)
 def test_sparse_softmax_of_no_rows(rest):
     out, grads = probs_and_grads(sk.sparse_softmax, random_problem(0, 9, 2).teacher, rest=rest, vocab_size=9)
     assert [tuple(tensor.shape) for tensor in (*out, *grads)] == [(0, 2), (0,), (0, 2), (0, 1), (0, 1)]

@@ -17,6 +17,7 @@ def test_sparse_softmax_passes_its_tests_interpreted():
     names = ("hand_worked", "matches_the_reference", "gradcheck[ghost]", "gradcheck[zero_logit]")
     assert_tests_pass_interpreted(
         *(f"test_sparse_softmax.py::test_sparse_softmax_{name}" for name in names),
+        "test_sparse_softmax.py::test_sparse_softmax_of_a_row_without_mass",
         "test_sparse_softmax_triton.py::test_bad_ids_make_nan",
     )
 

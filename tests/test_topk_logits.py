@@ -165,6 +165,30 @@ def test_topk_logits_rest_lse_does_not_cancel(gap, vocab_size, top_k, dtype):
     torch.testing.assert_close(sparse.rest_lse.double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["equal", "two values", "lattice", "random"])
+def test_topk_logits_rest_lse_far_below_the_row_is_exact_to_a_few_bits(kind):
+    # Elements that share a value share the rounding of their exponents, which then does not average out.
+    vocab_size, draw = 150_000, torch.rand(2, 150_000, generator=torch.Generator().manual_seed(1))
+    rows = {
+        "equal": torch.full((2, vocab_size), -0.123456),
+        "two values": torch.where(draw < 0.5, -0.3, -0.7),
+        "lattice": -(64 * draw).floor() / 64,
+        "random": -draw,
+    }[kind]
+    ids = draw.argsort(-1)
+    for distance in (18.0, 26.0, 30.0, 36.0, 40.0, 44.0, 46.0):
+        for highest in (17.3, 31.7, 101.3):
+            for top_k in (64, 7500):
+                logits = rows + (highest - distance)
+                logits.scatter_(1, ids[:, :top_k], highest - 0.5 * draw[:, :top_k])
+                sparse = sk.topk_logits(logits, top_k, temperatures=(1.0, 0.7, 1.5, 2.0))
+                off = logits.double().scatter(1, sparse.ids.long(), -INF)
+                expected = torch.stack([torch.logsumexp(off / t, -1) for t in sparse.temperatures], -1)
+                allowed = (1e-6 * expected.abs()).clamp(min=2e-6)
+                error = (sparse.rest_lse.double() - expected).abs()
+                assert (error <= allowed).all(), (distance, highest, top_k, error)
+
+
 def test_topk_logits_one_is_always_the_first_temperature():
     logits = torch.randn(2, 9)
     sparse = sk.topk_logits(logits, 2, temperatures=(2.0,))

@@ -16,11 +16,11 @@ import pytest
 import torch
 from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, TrainerCallback
 
 from slimkernels.models.head import LanguageModelHead, check_head
 from slimkernels.models.hidden_states import hidden_states
-from slimkernels.models.make_student import make_student
+from slimkernels.models.make_student import drop_layers, make_student
 from slimkernels.store import Document, Store, StoreDataset
 from slimkernels.trainer import SlimCollator, SlimConfig, SlimTrainer, last_complete_checkpoint, train
 
@@ -52,6 +52,33 @@ def make_trainer(tmp_path: Path, store, model=None, callbacks=None, tokenizer=No
         callbacks=callbacks,
         processing_class=tokenizer,
     )
+
+
+def test_the_default_learning_rate_suits_the_student(store, tmp_path):
+    options = {name: value for name, value in RECIPE.items() if name != "learning_rate"}
+    config = SlimConfig(output_dir=str(tmp_path), **options)
+
+    def rate_of(model, args=config) -> float:
+        return SlimTrainer(model=model, args=args, train_dataset=store).args.learning_rate
+
+    # Random weights: 6e-3 up to a width of 128.
+    assert rate_of(make_model()) == 6e-3
+    assert rate_of(make_model(hidden_size=256)) == 3e-3
+    gpt2 = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    assert rate_of(make_student(gpt2)) == 6e-3
+    new = make_trainer(tmp_path / "new", store, **{"learning_rate": config.learning_rate})
+    new.train()
+    assert max(entry["learning_rate"] for entry in training_logs(new)) == 6e-3
+    # What was trained, and what was made of it, counts as pretrained.
+    assert rate_of(new.model) == rate_of(drop_layers(new.model, 1)) == 5e-5
+    new.save_model(str(tmp_path / "saved"))
+    assert rate_of(make_student(str(tmp_path / "saved"))) == 5e-5
+    # A given rate stays, even if it equals the default, and a configuration serves several students.
+    assert rate_of(make_model(), SlimConfig(output_dir=str(tmp_path), learning_rate=5e-5, **options)) == 5e-5
+    assert config.learning_rate == 5e-5
+    slow = make_trainer(tmp_path / "slow", store, learning_rate=5e-5)
+    slow.train()
+    assert training_logs(new)[-1]["ce"] < training_logs(slow)[-1]["ce"] - 0.1
 
 
 def training_logs(trainer: SlimTrainer) -> list[dict]:

@@ -117,7 +117,7 @@ def test_the_command_says_that_a_run_is_another(tmp_path, store_path, capsys):
     assert main(command) == 0
     capsys.readouterr()
     assert main([*command, "--learning-rate", "0.001"]) == 2
-    assert "--learning-rate 5e-05 there, 0.001 here" in capsys.readouterr().err
+    assert "--learning-rate 0.006 there, 0.001 here" in capsys.readouterr().err
     other = make_store(tmp_path / "other", seed=1)
     assert main([*command[:2], other, *command[3:]]) == 2
     assert "differs: store=" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_a_run_of_the_mixin_is_another_with_another_objective_or_teacher(tmp_pat
         make(teacher_seed=2).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="token_weight='none' there, 'teacher_over_student' here"):
         make(method="slim").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(ValueError, match=r"learning_rate=5e-05 there, 0\.001 here"):
+    with pytest.raises(ValueError, match=r"learning_rate=0.006 there, 0\.001 here"):
         make(learning_rate=1e-3).train(resume_from_checkpoint=True)
 
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_for_an_older_one(run, stor
 def test_train_names_a_run_that_is_another(tmp_path, store_path):
     options = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none"}
     train(store_path, make_model(), "kd", tmp_path / "out", **options)
-    with pytest.raises(ValueError, match=r"learning_rate=5e-05 there, 0\.001 here"):
+    with pytest.raises(ValueError, match=r"learning_rate=0.006 there, 0\.001 here"):
         train(store_path, make_model(), "kd", tmp_path / "out", learning_rate=1e-3, **options)
 
 

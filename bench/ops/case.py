@@ -22,11 +22,15 @@ class Work:
         providers: Functions that do the whole job once, by name; ours first, then ``Case.peers``.
         check: Function that raises AssertionError if the result that a provider just returned is wrong.
         leaves: Tensors that get a gradient; they hold that of the last provider that ran.
+        inputs: Tensors that our provider reads, where cases with other contents are to use the same memory.
+        prepare: Function that makes the inputs ready for a provider, before it is checked and outside of its time.
     """
 
     providers: dict[str, Callable[[], Any]]
     check: Callable[[str, Any], None]
     leaves: tuple[Tensor, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    prepare: Callable[[str], None] = lambda _provider: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Case:
             work.providers = {OURS: work.providers[OURS]}
         for provider, run in list(work.providers.items()):
             try:
+                work.prepare(provider)
                 work.check(provider, run())
             except Exception as error:
                 if provider in self.optional_peers:

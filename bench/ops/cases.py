@@ -67,16 +67,28 @@ def all_cases(shrink: int = 1) -> list[Case]:
 
 
 def masked_case(case: Callable[..., Case], *sizes: int) -> Case:
-    """Returns a case of rows of which half is -inf, whose peer is the same op on rows without a mask."""
+    """Returns a case of rows of which half is -inf, whose peer is the same op on rows without a mask.
+
+    Both are written to the same tensors in turn: times on two sets of tensors differ by where their pages lie.
+    """
     plain, masked = (case(*sizes, torch.float32, masked=mask) for mask in (False, True))
 
     def build() -> Work:
         works = {OURS: masked.build(), UNMASKED: plain.build()}
+        shared, run = works[OURS].inputs, works[OURS].providers[OURS]
+        contents = {name: [tensor.detach().clone() for tensor in work.inputs] for name, work in works.items()}
+
+        def prepare(provider: str) -> None:
+            with torch.no_grad():
+                for tensor, content in zip(shared, contents[provider], strict=True):
+                    tensor.copy_(content)
 
         def check(provider: str, result) -> None:
+            for leaf, written in zip(works[provider].leaves, works[OURS].leaves, strict=True):
+                leaf.grad = written.grad
             works[provider].check(OURS, result)
 
-        return Work({name: work.providers[OURS] for name, work in works.items()}, check, works[OURS].leaves)
+        return Work(dict.fromkeys(works, run), check, works[OURS].leaves, shared, prepare)
 
     op = f"{plain.op} (masked)"
     return dataclasses.replace(
@@ -165,7 +177,7 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, ma
             ids = result.indices if provider.startswith("torch.") else ids
             require(torch.equal(logits.gather(-1, ids.long()).sort(-1).values, kept_values), "not the largest values")
 
-        return Work(providers, check)
+        return Work(providers, check, inputs=(logits,))
 
     return Case(
         op="topk_logits",
@@ -202,6 +214,7 @@ def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=Fals
             {name: training_step((logits,), loss) for name, loss in steps.items()},
             gradient_check((logits,), exact, exact_dtype(), TOLERANCE[dtype]),
             (logits,),
+            (logits, target, *(field for field in vars(teacher).values() if isinstance(field, torch.Tensor))),
         )
 
     return Case(
@@ -277,6 +290,7 @@ def cross_entropy_case(num_rows, vocab_size, dtype, *, masked=False) -> Case:
             {name: training_step((logits,), loss) for name, loss in steps.items()},
             gradient_check((logits,), exact, exact_dtype(), TOLERANCE[dtype]),
             (logits,),
+            (logits, target),
         )
 
     return Case(
@@ -315,7 +329,7 @@ def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, 
                 same = (token == expected).double().mean().item()
                 require(same >= 0.99, f"only {same:.1%} of the tokens agree with the reference")
 
-        return Work(providers, check)
+        return Work(providers, check, inputs=(logits,))
 
     return Case(
         op="sample_logits",

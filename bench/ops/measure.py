@@ -38,6 +38,7 @@ def time_providers(case: Case, work: Work, rounds: int) -> dict[str, list[float]
     planned, calls = {}, {}
     timer = clock()
     for name, run in work.providers.items():
+        work.prepare(name)
         seconds = timer.seconds(run)
         planned[name] = rounds_for(seconds, rounds, name in (OURS, *case.peers[:1]))
         calls[name] = timer.calls_per_round(seconds)
@@ -45,6 +46,7 @@ def time_providers(case: Case, work: Work, rounds: int) -> dict[str, list[float]
         for name, run in work.providers.items():
             # A provider with fewer rounds takes them spread over the whole run.
             if (turn + 1) * planned[name] // rounds > turn * planned[name] // rounds:
+                work.prepare(name)
                 times[name].append(timer.seconds(run, calls[name]))
     return times
 

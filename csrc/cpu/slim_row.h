@@ -47,7 +47,7 @@ struct TeacherSums {
   double log_t_y = 0;
   double entropy = 0;  // of the ids in S and of one outcome for all others, only with statistics
 
-  double log_mass() const { return on.log() - lse; }  // log a
+  double log_mass() const { return on.log() - finite_norm(lse); }  // log a
 };
 
 // D without T^2, and the numbers of its gradient by z / T.
@@ -381,7 +381,7 @@ struct SlimRow {
     const double known = known_or_nan<A>(args.target_logit, n);
     if (known == known) label_logit = known;
     teacher.log_t_y = label_logit;
-    if (args.teacher_lse_one != nullptr) teacher.log_t_y -= static_cast<const A*>(args.teacher_lse_one)[n];
+    if (args.teacher_lse_one != nullptr) teacher.log_t_y -= finite_norm(static_cast<const A*>(args.teacher_lse_one)[n]);
     if (args.statistics != kNone) teacher.entropy = teacher_entropy(teacher.on, teacher.lse, rest_lse);
     return teacher;
   }
@@ -475,21 +475,24 @@ struct SlimRow {
     const double log_p_tail = student.off.lse - student.lse;
     const double p_tail = __builtin_exp(log_p_tail);
     const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
+    const double log_q_tail = teacher.norm.log_q_tail;
+    // The forward slopes add up to exactly -1, or to 0 in a teacher's row of nothing but -inf; rounding their sum would
+    // drown a small (1 - a) - (1 - P).
+    const bool is_empty = teacher.on.log() == -infinity<double>() && log_q_tail == -infinity<double>();
+    const double forward_slope = is_empty ? 0 : -1;
     if (args.rest == kGhost) {
-      const double log_q_tail = teacher.norm.log_q_tail;
       const double q_tail = __builtin_exp(log_q_tail);
       double share, slope;
       diverge(args, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
       d.value += share;
-      // The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
-      d.mean_slope = forward ? -1 : d.mean_slope + slope;
+      d.mean_slope = forward ? forward_slope : d.mean_slope + slope;
       d.off_factor = slope - p_tail * d.mean_slope;
     } else if (args.rest == kZeroLogit) {
       const double unkept = double(args.vocab_size - kept);
       const double each = __builtin_exp(-q_norm);
       const double entropy = args.divergence == kForwardKl ? -unkept * q_norm : 0;
       if (unkept > 0) d.value += each * (entropy - (student.off.z / args.temperature - unkept * student.lse));
-      d.mean_slope = -1;
+      d.mean_slope = forward_slope;
       d.off_factor = -p_tail * d.mean_slope;
       d.off_constant = -each;
     } else if (args.rest != kRenormBoth) {

@@ -55,7 +55,7 @@ SK_INLINE TeacherNorm teacher_norm(int rest, double lse_on, double lse, double r
       return norm;
     case kZeroLogit: {
       const double unkept = double(vocab_size - kept);
-      norm.q_norm = unkept > 0 ? log_add_exp(lse_on, __builtin_log(unkept)) : lse_on;
+      norm.q_norm = unkept > 0 ? log_add_exp(lse_on, __builtin_log(unkept)) : finite_norm(lse_on);
       if (unkept > 0) norm.log_q_tail = __builtin_log(unkept) - norm.q_norm;
       return norm;
     }
@@ -65,12 +65,12 @@ SK_INLINE TeacherNorm teacher_norm(int rest, double lse_on, double lse, double r
         norm.log_q_tail = rest_lse - norm.q_norm;
         return norm;
       }
-      norm.q_norm = lse;
-      // A row that is kept whole has no mass off S, whatever the mass on S rounds to.
-      if (kept < vocab_size) norm.log_q_tail = log1m_exp(lse_on - lse);
+      norm.q_norm = finite_norm(lse);
+      // A row that is kept whole has no mass off S, whatever the mass on S rounds to, and one without mass has none.
+      if (kept < vocab_size && lse != -infinity<double>()) norm.log_q_tail = log1m_exp(lse_on - lse);
       return norm;
     default:
-      norm.q_norm = lse;
+      norm.q_norm = finite_norm(lse);
       return norm;
   }
 }

@@ -201,13 +201,19 @@ void copy_rest(const X* row, const TopkLogitsArgs& args, const TopkScratch<A>& s
   for (int64_t k = 0; k < args.top_k; ++k) out[scratch.ids[k]] = -infinity<A>();
 }
 
+// Returns the least sum of the rest's exponentials relative to the level that is exact enough. The exponent of an
+// element far below the level is rounded, by up to 1e-6 at 32, and at a temperature other than 1 three times.
+SK_INLINE double least_exact_sum(double temperature, int64_t count) {
+  return double(count) * __builtin_exp(temperature == 1 ? -32.0 : -16.0);
+}
+
 // Writes the log-sum-exps of the rest: from the sums relative to the level, or from the row if they are not sound.
 template <class X, class A>
 void sum_rest(const X* row, const TopkLogitsArgs& args, A level, const TopkScratch<A>& scratch, A* rest_lse) {
   bool copied = false;
   for (int64_t m = 0; m < args.num_temperatures; ++m) {
-    // In a smaller sum, exponentials may matter that are 0 because they are too far below the level.
-    const double sum = scratch.below[m] > 1e-20 ? scratch.below[m] : __builtin_nan("");
+    const double least = least_exact_sum(args.temperatures[m], args.vocab_size - args.top_k);
+    const double sum = scratch.below[m] > least ? scratch.below[m] : __builtin_nan("");
     if (!is_sound(sum) && !copied) {
       copy_rest(row, args, scratch);
       copied = true;

@@ -75,8 +75,10 @@ _SETTINGS = {
 }
 
 
-# Options of the user's own questions, and all options for asking questions, which --rescore and --outputs refuse.
+# Options of the user's own questions, of all questions that models answer in their own words, and of everything that
+# --rescore and --outputs do not ask.
 _OWN_QUESTIONS = ("question_field", "reference_field", "choices_field", "answer_kind", "template")
+_ANSWERING = (*("decoders", "seeds", "prompt_style", "batch_questions"), *_SETTINGS, *_OWN_QUESTIONS)
 _ASKING = (
     *("tasks", "data", "store", "decoders", "samples", "seeds", "shots", "num_fewshot", "dtype", "prompt_style"),
     *("tokenizer", "key_env", "batch_size", "batch_questions", *_SETTINGS, *_OWN_QUESTIONS),
@@ -241,6 +243,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--judge rates outputs of --models or --rescore, not those of --outputs")
     if args.models is not None:
         _check_tasks(args)
+        _check_models(args)
     else:
         kept = ("answer_kind",) if args.outputs is not None else ()
         source = "--rescore" if args.rescore else "--outputs"
@@ -259,7 +262,13 @@ def _check_tasks(args: argparse.Namespace) -> None:
     if args.data is None and set(args.tasks) & set(TASKS):
         raise ValueError("--models needs --data: the folder with the questions")
     others = [task for task in args.tasks if task != _HELDOUT and task not in TASKS and "=" not in task]
-    if not any("=" in task for task in args.tasks):
+    is_own = any("=" in task for task in args.tasks)
+    if not is_own and not set(args.tasks) & set(TASKS):
+        refuse(args, ["shots"], "without a task that has worked examples")
+        refuse(args, _ANSWERING, "without questions that the models answer")
+    if not others and args.store is None:
+        refuse(args, ["batch_size"], f"without --tasks {_HELDOUT} or a multiple-choice task")
+    if not is_own:
         refuse(args, _OWN_QUESTIONS, "without questions of your own, --tasks NAME=FILE.jsonl")
     if not set(args.tasks) & set(TASKS):
         refuse(args, ["shots"], "without a task that has worked examples")
@@ -273,6 +282,16 @@ def _check_tasks(args: argparse.Namespace) -> None:
         refuse(args, ["temperature", "top_p", "seeds"], "with --decoders greedy, which draws nothing")
     if not others and not set(args.tasks) & set(TASKS):
         refuse(args, ["data"], "without a task whose questions it holds")
+
+
+def _check_models(args: argparse.Namespace) -> None:
+    from slimkernels.evaluate.models import are_servers
+
+    served = are_servers(args.models)
+    if all(served):
+        refuse(args, ["dtype"], "with servers, which have loaded their models")
+    if not any(served):
+        refuse(args, ["tokenizer", "key_env"], "without a server, http://HOST:PORT/v1#NAME")
 
 
 def _compare(args: argparse.Namespace, bar: Callable[[str], Callable[[int, int | None], None]]) -> str:

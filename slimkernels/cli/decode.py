@@ -185,9 +185,12 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     be_quiet()
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
+    from slimkernels.search.question import count_repeats
+
     asked = read_questions(args)
     finder, tokenizer = _path_finder(args)
-    questions = [_question(item, template, tokenizer, args.prompt_style) for item in asked]
+    # Counted here, so that a run that answers only the questions that are left draws the same.
+    questions = count_repeats([_question(item, template, tokenizer, args.prompt_style) for item in asked])
     if args.plan:
         _print_plan(finder, questions)
     else:
@@ -211,6 +214,8 @@ def _check_options(args: argparse.Namespace) -> None:
         refuse(args, ["repetition_threshold"], "with --no-repetition-check")
     if args.questions is None:
         refuse(args, ["question_field", "reference_field", "samples"], "without --questions FILE")
+    if args.answer_pattern is not None:
+        refuse(args, ["answer_kind"], "with --answer-pattern, which takes its place")
     if args.plan:
         refuse(args, ["out", "trace"], "with --plan, which generates nothing")
     if args.contradiction_threshold is not None and args.nli is None:
@@ -382,5 +387,6 @@ def _solve(
         seconds = time.monotonic() - started
     if todo:
         sys.stderr.write(
-            f"{len(todo)} questions, {tokens} tokens, {seconds:.1f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s\n"
+            f"{len(todo)} question{'s' if len(todo) > 1 else ''}, {tokens} tokens, {seconds:.1f} s, "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s\n"
         )

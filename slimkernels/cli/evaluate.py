@@ -59,6 +59,11 @@ def _add_old_form(parser: Parser) -> None:
             action.help = argparse.SUPPRESS
 
 
+def _old_form(parser: Parser) -> list[str]:
+    """Returns the attributes of the options that are those of ``compare`` alone."""
+    return [action.dest for action in parser._actions if action.help == argparse.SUPPRESS]
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluates the models and prints their metrics."""
     if compare.is_given(args):
@@ -66,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         refuse(args, ["model", "json"], "in a comparison, whose models are --models")
         compare.run(args)
         return
+    refuse(args, _old_form(args.parser), "with eval, whose models are measured on --store: use `slimkernels compare`")
     if args.store is None or args.model is None:
         raise ValueError("eval needs --store DIR, a held-out store, and --model: folders or names of models")
     be_quiet()

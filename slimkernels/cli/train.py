@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  a new small student, which starts from random weights and needs a higher learning rate than the default:
-    slimkernels train --store runs/store --method slim --out runs/student --learning-rate 6e-3 --batch-size 4 \\
+  a new small student, which starts from random weights:
+    slimkernels train --store runs/store --method slim --out runs/student --batch-size 4 \\
         --option lr_scheduler_type=cosine --option warmup_steps=0.1
   your own student, with the teacher's remaining probability as one more outcome of the divergence:
     slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
@@ -67,7 +67,11 @@ _FIELDS: FieldOptions = {
         {"type": positive_int, "metavar": "N"},
         "optimizer steps, in place of --epochs (default: set by --epochs)",
     ),
-    "learning_rate": ("--learning-rate", {"type": float, "metavar": "F"}, "peak learning rate (default: 5e-5)"),
+    "learning_rate": (
+        "--learning-rate",
+        {"type": float, "metavar": "F"},
+        "peak learning rate (default: 5e-5; from random weights 6e-3, less beyond a width of 128)",
+    ),
     "per_device_train_batch_size": (
         "--batch-size",
         {"type": positive_int, "metavar": "N"},
@@ -185,6 +189,7 @@ def run(args: argparse.Namespace) -> None:
     options = _options(args)
     teacher_server = _teacher_server(args)
     _check_stores(args)
+    _refuse_useless(args, options)
     tokenizer, note = train_tokenizer.find_tokenizer(args)
     if is_first and note:
         print(f"slimkernels: {note}", file=sys.stderr)
@@ -200,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
             teacher_model=_teacher(args),
             teacher_server=teacher_server,
             eval_store_path=args.eval_store,
-            printer=_printer(has_bar),
+            printer=_printer(has_bar, "learning_rate" in options),
             **{"report_to": "none", "disable_tqdm": not has_bar} | options,
         )
     finally:
@@ -239,8 +244,11 @@ def _teacher_server(args: argparse.Namespace) -> TeacherServer | None:
     return TeacherServer(args.teacher_server, args.teacher_name, rows, **given)
 
 
-def _printer(has_bar: bool) -> TrainerCallback:
-    """Returns the callback that shows the training's logs, without those of its end, which the table holds."""
+def _printer(has_bar: bool, has_rate: bool) -> TrainerCallback:
+    """Returns the callback that shows the training's logs, without those of its end, which the table holds.
+
+    It begins with the learning rate; ``has_rate`` says whether that was given.
+    """
     from transformers import PrinterCallback
     from transformers.trainer_callback import ProgressCallback
 
@@ -250,6 +258,12 @@ def _printer(has_bar: bool) -> TrainerCallback:
         """The usual callback, which is silent once the training ends."""
 
         has_ended = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            if state.is_world_process_zero:
+                note = "" if has_rate else f", the default ({_FIELDS['learning_rate'][0]} sets another)"
+                print(f"slimkernels: learning rate {args.learning_rate:g}{note}", file=sys.stderr)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             self.has_ended |= "train_runtime" in (logs or ())
@@ -280,6 +294,38 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             )
         options[name] = value
     return options
+
+
+def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Refuses options that the method, or another option, leaves without an effect.
+
+    Raises:
+        ValueError: One of them was given; the message names it.
+    """
+    if args.method == "minillm":
+        return
+    useless: dict[str, Collection[str]] = {}
+    if "max_steps" in options:
+        useless["with --max-steps, which takes its place"] = ["num_train_epochs"]
+    if args.method == "sft":
+        learnt = ("rest", "divergence", "temperature", "token_weight", "detach_weight")
+        useless["with --method sft, which has no teacher"] = learnt
+        if args.teacher is not None:
+            raise ValueError("--teacher has no meaning with --method sft, which has no teacher: omit it")
+    if args.method != "gkd":
+        useless["without --method gkd"] = ("on_policy_fraction", "max_new_tokens", "sampling_temperature")
+    if args.teacher is None:
+        useless["without --teacher"] = ("teacher_top_k", "teacher_top_fraction", "teacher_rounds")
+    divergence = options.get("divergence") or {"jsd": "jsd", "gkd": "jsd"}.get(args.method)
+    for name, user in (("beta", "jsd"), ("alpha", "skew_kl")):
+        if divergence != user:
+            useless[f"without the divergence {user}"] = [name]
+    for reason, names in useless.items():
+        for name in names:
+            if name in options:
+                # The errors of a command show a name with an underscore as its flag, or behind --option.
+                flag = _FIELDS[name][0] if name in _FIELDS else name if "_" in name else f"--option {name}"
+                raise ValueError(f"{flag} has no meaning {reason}: omit it")
 
 
 def _meant(name: str, known: Collection[str]) -> str:

@@ -173,6 +173,11 @@ def _of_server(label: str, server: Server, prompt_style: str, tokenizer_name: st
     return EvaluatedModel(label, identity, lambda: model, known | {"notes": server.engine.notes})
 
 
+def are_servers(names: Sequence[str]) -> list[bool]:
+    """Returns which models, named as for ``find_models``, are those of servers."""
+    return [is_server(name) for _, name in map(_split, names)]
+
+
 def _split(name: str) -> tuple[str | None, str]:
     """Splits NAME=MODEL into label and model; the label of a bare MODEL is None."""
     label, equals, rest = name.partition("=")

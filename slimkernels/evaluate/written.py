@@ -77,7 +77,8 @@ class WrittenCell(Cell):
                 )
                 prompts = [loaded.render(self.task.prompt(sample, self.shots)) for _, sample in batch]
                 questions = [
-                    Question(loaded.encode(prompt), sample.question, sample.choices)
+                    # A sample's answer depends on nothing but the sample and the seed: not on what else is missing.
+                    Question(loaded.encode(prompt), sample.question, sample.choices, repeat=0)
                     for prompt, (_, sample) in zip(prompts, batch, strict=True)
                 ]
                 start = time.perf_counter()

@@ -76,7 +76,7 @@ def import_axolotl(
     README.md ("Target alignment"), chat_template.py (columns, placement, renormalisation), collator.py (padding).
     """
     _checks.check_one_of(alignment, "alignment", ALIGNMENTS)
-    _checks.as_positive(temperature, "temperature")
+    _checks.as_temperature(temperature)
     meaning = Meaning(float(temperature), whole_row=logprobs_field is not None)
 
     def documents() -> Iterator[Document]:

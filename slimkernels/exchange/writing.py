@@ -164,7 +164,7 @@ def write_store(
     """
     from slimkernels.models.fingerprints import tokenizer_fingerprint
 
-    _checks.as_positive(meaning.temperature, "temperature")
+    _checks.as_temperature(meaning.temperature)
     selection = {
         "kind": "imported",
         "format": format_name,

@@ -80,6 +80,20 @@ def make_student(
         return AutoModelForCausalLM.from_config(config_or_path, dtype=dtype).train()
 
 
+def has_new_weights(model: nn.Module) -> bool:
+    """Returns whether a model starts from random weights: every norm is as it was initialised, all 1 or all 0.
+
+    Training changes norms. A model without any, or whose parameters are on other processes, counts as trained.
+    """
+    norms = [
+        parameter
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    ]
+    return bool(norms) and all(p.numel() > 0 and bool((p == 0).all() or (p == 1).all()) for p in norms)
+
+
 def drop_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     """Makes a student of some of a teacher's layers; its embeddings, norms and head are the teacher's.
 

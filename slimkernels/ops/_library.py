@@ -13,7 +13,7 @@ import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch.autograd import forward_ad
 
-from slimkernels._checks import missing_extension
+from slimkernels._checks import RowError, missing_extension
 
 _library = torch.library.Library("slimkernels", "DEF")
 
@@ -162,6 +162,16 @@ def check_kernels(tensor: torch.Tensor, argument: str) -> None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def run_on_rows(operator: Callable, leading_shape: Sequence[int], *arguments):
+    """Runs an operator on flat rows (N, ...) of a leading shape, in which a fault then names its row."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RowError as error:
+        raise error.in_shape(leading_shape) from None
 
 
 def flat_rows(logits: torch.Tensor) -> torch.Tensor:

@@ -42,20 +42,22 @@ def resolve_top_k(value: int | Tensor, logits: Tensor) -> tuple[int, Tensor | No
     return number, per_row
 
 
-def resolve_float(value: float | Tensor, name: str, limits: str, logits: Tensor) -> tuple[float, Tensor | None]:
+def resolve_float(value: float | Tensor, name: str, logits: Tensor) -> tuple[float, Tensor | None]:
     """Checks a float option and returns the pair for the schema; the tensor is contiguous and float64.
 
-    The range of a number is checked here, that of a tensor where its values are read. ``limits`` is a key of
-    ``LIMITS``.
+    The range of a number is checked here, that of a tensor where its values are read.
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}: call {name}.float()")
         _checks.check_no_gradient(value, name)
         return 0.0, _per_row(value, name, logits).double()
-    number = _checks.as_float(value, name)
-    if not 0 <= number <= LIMITS[limits]:
-        raise ValueError(f"{name} must be {limits}, got {value}")
+    if name == "temperature":
+        number = _checks.as_temperature(value, or_zero=True)
+    else:
+        number = _checks.as_float(value, name)
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
     if torch.compiler.is_compiling() and number not in (0.0, 1.0):
         # A compiled graph is specialised on a number, but not on the values of a tensor (see operand_of).
         one = torch.ones((), dtype=torch.float64, device=logits.device)
@@ -63,17 +65,27 @@ def resolve_float(value: float | Tensor, name: str, limits: str, logits: Tensor)
     return number, None
 
 
-LIMITS = {"finite and at least 0": torch.finfo(torch.float64).max, "in [0, 1]": 1.0}
+# The values of each option in a tensor: the smallest besides 0, and the largest.
+_LIMITS = {
+    "temperature": (_checks.LOWEST_TEMPERATURE, _checks.HIGHEST_TEMPERATURE),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
 
 
-def check_values(per_row: Tensor | None, name: str, limits: str) -> None:
+def check_values(per_row: Tensor | None, name: str) -> None:
     """Checks every value of an option tensor (N,). Called inside an operator, where reading values breaks no graph."""
     if per_row is None:
         return
-    wrong = ~((per_row >= 0) & (per_row <= LIMITS.get(limits, math.inf)))
+    low, high = _LIMITS[name]
+    wrong = ~((per_row == 0) | (per_row >= low) & (per_row <= high))
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(f"{name} must be {limits} in every row, got {per_row[row].item()} in row {row}")
+        limits = f"{'0 or ' if low else ''}in [{low:.2g}, {high:.2g}]"
+        raise _checks.RowError(
+            f"{name} must be {limits} in every row, got {per_row[row].item()} in row [{_checks.RowError.INDEX}]", row
+        )
 
 
 def _per_row(value: Tensor, name: str, logits: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def resolve_options(
 
     From ``temperature`` on, the parameters are those of ``slim_loss``.
     """
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     _checks.check_one_of(rest, "rest", _checks.RESTS)
     _checks.check_one_of(divergence, "divergence", DIVERGENCES)
     if divergence in PROPER_DIVERGENCES and rest not in PROPER_RESTS:
@@ -203,6 +203,9 @@ def _resolve_weight(weight: str | Tensor, like: Tensor, like_name: str) -> tuple
     """Returns the name of the weighting, and the token weights where they are given."""
     name = "token_weight"
     if not isinstance(weight, Tensor):
+        if not isinstance(weight, str):
+            choices = ", ".join(map(repr, WEIGHTS))
+            raise TypeError(f"{name} must be one of {choices}, or a torch.Tensor, got {type(weight).__name__}")
         _checks.check_one_of(weight, name, WEIGHTS)
         return weight, None
     _checks.check_no_gradient(weight, name)

@@ -48,6 +48,8 @@ def decode_logits(packed: PackedLogits) -> SparseLogits:
     >>> decode_logits(packed).ids.tolist()
     [[2, 3, 9, 17]]
     """
+    if not isinstance(packed, PackedLogits):
+        raise TypeError(f"packed must be a PackedLogits, as Store.packed returns, got {type(packed).__name__}")
     check_kernels(packed.values, "packed")
     operands = (packed.id_words, packed.values, packed.affine, packed.counts)
     ids, logits = torch.ops.slimkernels.decode_logits(

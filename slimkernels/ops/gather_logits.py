@@ -16,6 +16,7 @@ from slimkernels.ops._library import (
     flat_rows,
     operand_of,
     register_autograd,
+    run_on_rows,
 )
 from slimkernels.sparse_logits import SparseLogits
 
@@ -80,7 +81,9 @@ def gather_logits(
     check_transforms("gather_logits", logits)
     operand = operand_of(temperatures, (1.0,) * len(temperatures))
     given = list(temperatures) if operand is None else [1.0] * len(temperatures)
-    outputs = torch.ops.slimkernels.gather_logits(flat_rows(logits), ids, target, given, operand)
+    outputs = run_on_rows(
+        torch.ops.slimkernels.gather_logits, leading_shape, flat_rows(logits), ids, target, given, operand
+    )
     return sparse_logits_of(ids, outputs, leading_shape, temperatures, has_target=target is not None)
 
 
@@ -91,6 +94,7 @@ def as_kept_ids(ids: Tensor, leading_shape: Sequence[int], vocab_size: int, like
         ValueError: The shape is not that of the rows of ``like``, or the device is another one.
         TypeError: The dtype is neither int32 nor int64.
     """
+    _checks.check_tensor(ids, "ids")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must have dtype torch.int32 or torch.int64, got {ids.dtype}: call ids.to(torch.int32)")
     if ids.ndim < 1 or ids.shape[:-1] != torch.Size(leading_shape) or ids.shape[-1] < 1:

@@ -25,6 +25,7 @@ from slimkernels.ops._library import (
     define,
     keep_for_backward,
     register_autograd,
+    run_on_rows,
 )
 from slimkernels.ops.gather_logits import as_kept_ids
 from slimkernels.ops.scale_gradient import differentiable_once
@@ -97,7 +98,9 @@ def linear_gather_logits(
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     check_transforms("linear_gather_logits", hidden, weight, bias)
-    outputs = torch.ops.slimkernels.linear_gather_logits(
+    outputs = run_on_rows(
+        torch.ops.slimkernels.linear_gather_logits,
+        leading_shape,
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,

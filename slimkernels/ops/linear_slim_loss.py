@@ -19,6 +19,7 @@ from slimkernels.ops._library import (
     define,
     keep_for_backward,
     register_autograd,
+    run_on_rows,
 )
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
 from slimkernels.ops.head_teacher import HEAD_SCHEMA, HeadTeacher, TeacherHead, teacher_head
@@ -176,7 +177,9 @@ def linear_slim_loss(
         options = options.constants
     grad_enabled = torch.is_grad_enabled()
     needs = [grad_enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, stats, *_ = torch.ops.slimkernels.linear_slim_loss_fwd(
+    loss, stats, *_ = run_on_rows(
+        torch.ops.slimkernels.linear_slim_loss_fwd,
+        leading_shape,
         rows,
         weight,
         bias,

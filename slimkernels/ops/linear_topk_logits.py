@@ -17,7 +17,12 @@ from slimkernels.ops._chunks import (
     scaled_and_capped,
 )
 from slimkernels.ops._kept_logits import sparse_logits_of
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    define,
+    run_on_rows,
+)
 from slimkernels.ops.topk_logits import empty_outputs
 from slimkernels.sparse_logits import SparseLogits
 
@@ -92,7 +97,9 @@ def linear_topk_logits(
         target = target.reshape(-1).contiguous()
     check_kernels(hidden, "hidden")
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    values, ids, *sums = torch.ops.slimkernels.linear_topk_logits(
+    values, ids, *sums = run_on_rows(
+        torch.ops.slimkernels.linear_topk_logits,
+        leading_shape,
         rows,
         weight.detach(),
         None if bias is None else bias.detach(),

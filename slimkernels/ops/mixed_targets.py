@@ -74,7 +74,7 @@ def mixed_targets(
     ([0, 1, 2], 1.0)
     """
     _checks.check_vocabulary(logits, "logits", "(..., V)")
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     rows = logits.detach()
     temperatures = (1.0, temperature)
     head = topk_logits(rows, top_k, target=target, temperatures=temperatures)

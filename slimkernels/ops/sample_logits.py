@@ -9,7 +9,13 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops import _sample_options
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    define,
+    flat_rows,
+    run_on_rows,
+)
 
 
 class Sampled(NamedTuple):
@@ -164,23 +170,23 @@ def _sample(logits: Tensor, m: int, seed, position, temperature, top_k, top_p, m
     options = (
         *_sample_options.resolve_seed(seed, logits),
         *_sample_options.resolve_integer(position, "position", logits),
-        *_sample_options.resolve_float(temperature, "temperature", "finite and at least 0", logits),
+        *_sample_options.resolve_float(temperature, "temperature", logits),
         *_sample_options.resolve_top_k(top_k, logits),
-        *_sample_options.resolve_float(top_p, "top_p", "in [0, 1]", logits),
-        *_sample_options.resolve_float(min_p, "min_p", "in [0, 1]", logits),
+        *_sample_options.resolve_float(top_p, "top_p", logits),
+        *_sample_options.resolve_float(min_p, "min_p", logits),
     )
     check_kernels(logits, "logits")
     rows = flat_rows(logits.detach())
-    return torch.ops.slimkernels.sample_logits(rows, m, *options)
+    return run_on_rows(torch.ops.slimkernels.sample_logits, logits.shape[:-1], rows, m, *options)
 
 
 def _sample_logits(logits: Tensor, m: int, *options):
     _, _, _, _, _, temperatures, _, top_ks, _, top_ps, _, min_ps = options
     if logits.device.type == "cpu":  # on CUDA this would need a sync, so the kernel checks instead
-        _sample_options.check_values(temperatures, "temperature", "finite and at least 0")
-        _sample_options.check_values(top_ks, "top_k", "at least 0")
-        _sample_options.check_values(top_ps, "top_p", "in [0, 1]")
-        _sample_options.check_values(min_ps, "min_p", "in [0, 1]")
+        _sample_options.check_values(temperatures, "temperature")
+        _sample_options.check_values(top_ks, "top_k")
+        _sample_options.check_values(top_ps, "top_p")
+        _sample_options.check_values(min_ps, "min_p")
     outputs = _fake(logits, m)
     _checks.raise_fault(torch.ops.slimkernels.sample_logits_rows(logits, m, *options, *outputs))
     return outputs

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from slimkernels import _checks
 from slimkernels.ops import _sample_options
-from slimkernels.ops._library import accumulation_dtype, check_kernels, define, flat_rows, operand_of
+from slimkernels.ops._library import (
+    accumulation_dtype,
+    check_kernels,
+    define,
+    flat_rows,
+    operand_of,
+    run_on_rows,
+)
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -72,7 +79,7 @@ def sample_targets(
     rounds = _checks.as_integer(rounds, "rounds")
     if not 1 <= rounds < 2**31:
         raise ValueError(f"rounds must be at least 1 and below 2**31, got {rounds}")
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     leading_shape = logits.shape[:-1]
     seed, seeds = _sample_options.resolve_seed(seed, logits)
     position, positions = _sample_options.resolve_integer(position, "position", logits)
@@ -83,8 +90,18 @@ def sample_targets(
     rows = flat_rows(logits.detach())
     operand = operand_of([temperature], [1.0])
     given = temperature if operand is None else 1.0
-    ids, log_shares, target_logit = torch.ops.slimkernels.sample_targets(
-        rows, rounds, seed, seeds, position, positions, given, target, operand
+    ids, log_shares, target_logit = run_on_rows(
+        torch.ops.slimkernels.sample_targets,
+        leading_shape,
+        rows,
+        rounds,
+        seed,
+        seeds,
+        position,
+        positions,
+        given,
+        target,
+        operand,
     )
     return SparseLogits(
         ids=ids.reshape(*leading_shape, ids.shape[-1]),

@@ -19,6 +19,7 @@ from slimkernels.ops._library import (
     flat_rows,
     keep_for_backward,
     register_autograd,
+    run_on_rows,
 )
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
 from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
@@ -193,10 +194,14 @@ def slim_loss(
         options = options.constants
     if over_logits:
         gradient = rows.detach()
-        loss, stats = torch.ops.slimkernels.slim_loss_over_logits(gradient, target, scale, operand, *options)
+        loss, stats = run_on_rows(
+            torch.ops.slimkernels.slim_loss_over_logits, leading_shape, gradient, target, scale, operand, *options
+        )
         loss = torch.ops.slimkernels.with_gradient(rows, loss, gradient)
         return pack_result(loss, stats, row_scale, leading_shape)
-    loss, stats, _ = torch.ops.slimkernels.slim_loss_fwd(rows, target, scale, needs_grad, operand, *options)
+    loss, stats, _ = run_on_rows(
+        torch.ops.slimkernels.slim_loss_fwd, leading_shape, rows, target, scale, needs_grad, operand, *options
+    )
     return pack_result(loss, stats, row_scale, leading_shape)
 
 

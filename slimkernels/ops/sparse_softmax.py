@@ -15,6 +15,7 @@ from slimkernels.ops._library import (
     define,
     operand_of,
     register_autograd,
+    run_on_rows,
 )
 from slimkernels.packed_logits import check_sparse_logits
 from slimkernels.sparse_logits import SparseLogits, widen_float8
@@ -83,7 +84,7 @@ def sparse_softmax(
     ([[0.25, 0.25]], 0.5)
     """
     _checks.check_one_of(rest, "rest", _checks.RESTS)
-    temperature = _checks.as_positive(temperature, "temperature")
+    temperature = _checks.as_temperature(temperature)
     if rest == "zero_logit" and vocab_size is None:
         raise ValueError(
             "vocab_size must be given with rest='zero_logit', which counts the unkept logits: pass the teacher's V"
@@ -103,8 +104,17 @@ def sparse_softmax(
     rest_lse = None if rest_lse is None else rest_lse.to(dtype).contiguous()
     operand = operand_of([temperature], [1.0])
     given = temperature if operand is None else 1.0
-    logprobs, tail_logprob = torch.ops.slimkernels.sparse_softmax(
-        flat.ids.contiguous(), logits, lse, rest_lse, given, rest, vocab_size or 2**31 - 1, operand
+    logprobs, tail_logprob = run_on_rows(
+        torch.ops.slimkernels.sparse_softmax,
+        sparse.leading_shape,
+        flat.ids.contiguous(),
+        logits,
+        lse,
+        rest_lse,
+        given,
+        rest,
+        vocab_size or 2**31 - 1,
+        operand,
     )
     return SparseProbs(logprobs.reshape(sparse.ids.shape), tail_logprob.reshape(sparse.leading_shape))
 

@@ -16,6 +16,7 @@ from slimkernels.ops._library import (
     flat_rows,
     operand_of,
     register_autograd,
+    run_on_rows,
 )
 from slimkernels.sparse_logits import SparseLogits
 
@@ -86,7 +87,9 @@ def topk_logits(
     rows = flat_rows(logits)
     operand = operand_of(temperatures, (1.0,) * len(temperatures))
     given = list(temperatures) if operand is None else [1.0] * len(temperatures)
-    values, ids, *sums = torch.ops.slimkernels.topk_logits(rows, top_k, target, given, operand)
+    values, ids, *sums = run_on_rows(
+        torch.ops.slimkernels.topk_logits, leading_shape, rows, top_k, target, given, operand
+    )
     return sparse_logits_of(ids, (values, *sums), leading_shape, temperatures, has_target=target is not None)
 
 

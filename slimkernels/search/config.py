@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from slimkernels import _checks
 from slimkernels.search.answers import ANSWER_KINDS, AnswerKind, extract, finishes
 from slimkernels.search.engine import StepEnd
 
@@ -109,7 +110,8 @@ class PathFinderConfig:
             raise ValueError("step_delimiter must not be empty: give the text that ends a step, or step_end")
         if isinstance(self.end_markers, str) or not all(self.end_markers):
             raise ValueError(f"end_markers must be a sequence of texts that are not empty, got {self.end_markers!r}")
-        for name, low, high in (("temperature", 0, math.inf), ("top_p", 0, 1), ("length_penalty", 0, math.inf)):
+        _checks.as_temperature(self.temperature, or_zero=True)
+        for name, low, high in (("top_p", 0, 1), ("length_penalty", 0, math.inf)):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
@@ -133,7 +135,14 @@ class PathFinderConfig:
         return self.branching_factor[min(depth, len(self.branching_factor) - 1)]
 
     def temperature_at(self, depth: int) -> float:
-        """Returns T_0 * gamma^d."""
+        """Returns T_0 * gamma^d, within the temperatures that the kernels can divide by; below them 0."""
+        if self.temperature == 0:
+            return 0.0
+        log_temperature = math.log(self.temperature) + depth * math.log(self.annealing)
+        if log_temperature < math.log(_checks.LOWEST_TEMPERATURE):
+            return 0.0
+        if log_temperature > math.log(_checks.HIGHEST_TEMPERATURE):
+            return _checks.HIGHEST_TEMPERATURE
         return self.temperature * self.annealing**depth
 
     @property

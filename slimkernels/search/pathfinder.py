@@ -13,7 +13,15 @@ from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step, StepRequest
 from slimkernels.search.plan import Plan, plan
-from slimkernels.search.question import Child, Progress, Question, QuestionError, QuestionSearch, Result, node_seed
+from slimkernels.search.question import (
+    Child,
+    Progress,
+    Question,
+    QuestionError,
+    QuestionSearch,
+    Result,
+    count_repeats,
+)
 from slimkernels.search.selection import Scorer, consensus, select
 from slimkernels.search.trace import Trace, header_of
 from slimkernels.search.tree import ROOT, Status, Tree
@@ -32,7 +40,8 @@ class PathFinder:
     are left.
 
     A node's noise is keyed by the configuration's seed, the prompt, the node's path and the attempt; it does not depend
-    on other questions, batches or pruned branches. Equal prompts have equal trees.
+    on other prompts, batches or pruned branches. A prompt that was asked before in the same call is drawn anew; its
+    number among the equal ones is a part of its key (``Question.repeat``).
 
     Args:
         engine: Language model.
@@ -155,12 +164,12 @@ class PathFinder:
         """
         if isinstance(questions, (str, Question)):
             raise TypeError(f"questions must be a sequence, got one {type(questions).__name__}: give [question]")
-        return [self._check_question(index, question) for index, question in enumerate(questions)]
+        return count_repeats([self._check_question(index, question) for index, question in enumerate(questions)])
 
     def _check_question(self, index: int, question: Prompt | Question) -> Question:
         if not isinstance(question, Question):
             question = self._ask(question)
-        prompt, context, choices = question
+        prompt, context, choices, repeat = question
         if not len(prompt) or (isinstance(prompt, str) and not prompt.strip()):
             raise QuestionError(index, "the prompt must have text in it, got an empty one")
         try:
@@ -169,7 +178,7 @@ class PathFinder:
             raise QuestionError(index, str(error)) from error
         if context is None:
             context = prompt if isinstance(prompt, str) else ""
-        return Question(prompt, context, tuple(choices))
+        return Question(prompt, context, tuple(choices), repeat)
 
     def _ask(self, question: Prompt) -> Question:
         """Returns a question in the chat template of the engine's model, if that has one; else it is continued."""
@@ -276,7 +285,7 @@ class PathFinder:
                 branch=child.search.branch_of[child.parent],
                 path=child.path,
                 attempt=child.attempts,
-                seed=node_seed(config.seed, child.search.question.prompt, child.path, child.attempts),
+                seed=child.search.seed_of(child.path, child.attempts),
                 temperature=config.temperature_at(depth),
                 top_k=config.top_k,
                 top_p=config.top_p,

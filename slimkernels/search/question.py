@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,11 +40,26 @@ class Question(NamedTuple):
         prompt: Everything that the model reads: a text, or its token ids.
         context: The question alone, for the contradiction check and for scorers. None takes the prompt if it is a text.
         choices: Texts that the letters A, B, ... stand for, if the answer is a letter.
+        repeat: Number of earlier questions with the same prompt, from which this one's draws shall be independent; 0
+            draws as if it were asked alone. None counts the questions of the call.
     """
 
     prompt: Prompt
     context: str | None = None
     choices: tuple[str, ...] = ()
+    repeat: int | None = None
+
+
+def count_repeats(questions: Sequence[Question]) -> list[Question]:
+    """Returns the questions with every ``repeat`` of None replaced by the number of earlier ones with its prompt."""
+    seen: collections.Counter[Any] = collections.Counter()
+    counted = []
+    for question in questions:
+        prompt = plain_prompt(question.prompt)
+        key = prompt if isinstance(prompt, str) else tuple(prompt)
+        counted.append(question if question.repeat is not None else question._replace(repeat=seen[key]))
+        seen[key] += 1
+    return counted
 
 
 class Result(NamedTuple):
@@ -175,6 +191,10 @@ class QuestionSearch:
     def is_open(self) -> bool:
         """Whether any leaf may still get children."""
         return bool(self.tree.with_status(Status.OPEN))
+
+    def seed_of(self, path: Sequence[int], attempt: int) -> int:
+        """Returns the int64 that keys the noise of the node at a path."""
+        return node_seed(self.config.seed, self.question.prompt, path, attempt, self.question.repeat or 0)
 
     def start(self, branch: int) -> None:
         """Takes the engine's branch for the prompt."""
@@ -343,10 +363,13 @@ class QuestionSearch:
             self.release(self.branch_of.pop(node))
 
 
-def node_seed(seed: int, prompt: Prompt, path: Sequence[int], attempt: int) -> int:
-    """Returns the int64 that keys a node's noise: a hash of the search's seed, the prompt, the path and the attempt."""
-    key = repr((seed, plain_prompt(prompt), tuple(path), attempt)).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+def node_seed(seed: int, prompt: Prompt, path: Sequence[int], attempt: int, repeat: int = 0) -> int:
+    """Returns the int64 that keys a node's noise: a hash of the search's seed, the prompt, the path and the attempt.
+
+    Of a prompt that is asked again, the number of the ``repeat`` is hashed as well.
+    """
+    key = (seed, plain_prompt(prompt), tuple(path), attempt, *((repeat,) if repeat else ()))
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def plain_prompt(prompt: Prompt) -> str | list[int]:

@@ -14,7 +14,7 @@ from slimkernels.durable import JsonLines, read_json_lines
 from slimkernels.search.checks import Check
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine
-from slimkernels.search.question import Progress, Question, QuestionSearch, Result, plain_prompt
+from slimkernels.search.question import Progress, Question, QuestionSearch, Result, count_repeats, plain_prompt
 from slimkernels.search.tree import Status
 
 _VERSION = 1
@@ -77,6 +77,7 @@ def header_of(
         fields["branching_factor"] = list(config.branching_factor)
     step_end = config.step_end
     fields["step_end"] = None if step_end is None else getattr(step_end, "__qualname__", type(step_end).__qualname__)
+    counted = count_repeats([question._replace(repeat=None) for question in questions])
     return {
         _FIRST_KEY: _VERSION,
         "engine": engine.identity(),
@@ -85,7 +86,8 @@ def header_of(
         "questions": [
             {"prompt": plain_prompt(question.prompt), "context": question.context}
             | ({"choices": list(question.choices)} if question.choices else {})
-            for question in questions
+            | ({"repeat": question.repeat} if question.repeat != usual.repeat else {})
+            for question, usual in zip(questions, counted, strict=True)
         ],
     }
 

@@ -13,6 +13,7 @@ import math
 import re
 from typing import Any
 
+from slimkernels import _checks
 from slimkernels.packed_logits import row_words
 from slimkernels.store.codec import (
     AFFINE_CODECS,
@@ -124,8 +125,8 @@ class StoreSettings:
             raise ValueError(
                 f"temperatures must be 1 to {MAX_TEMPERATURES} numbers and start with 1.0, got {self.temperatures!r}"
             )
-        if not all(t > 0 and math.isfinite(t) for t in temperatures):
-            raise ValueError(f"temperatures must be positive and finite, got {self.temperatures!r}")
+        for temperature in temperatures:
+            _checks.as_temperature(temperature, "temperatures")
         object.__setattr__(self, "temperatures", temperatures)
         if not isinstance(self.codec, str) or self.codec not in VALUE_BITS:
             raise ValueError(f"codec must be one of {sorted(VALUE_BITS)}, got {self.codec!r}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from slimkernels import _checks
 from slimkernels.durable import Journal, write_json
 from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
@@ -149,8 +150,7 @@ class _Options:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {self.top_k}")
-        if not (0 <= self.temperature < math.inf):
-            raise ValueError(f"temperature must be at least 0 and finite, got {self.temperature}")
+        _checks.as_temperature(self.temperature, or_zero=True)
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
 

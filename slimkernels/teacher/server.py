@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels import _checks
 from slimkernels.served_rows.answers import Answer, Request
 from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.asking import ask_by_name, num_token_ids
@@ -306,7 +307,8 @@ def _check_arguments(
     for name, value in counts.items():
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-    limits = {"temperature": (temperature, math.inf), "flush_s": (flush_s, math.inf), "seed": (seed, 2**31)}
+    _checks.as_temperature(temperature, or_zero=True)
+    limits = {"flush_s": (flush_s, math.inf), "seed": (seed, 2**31)}
     for name, (number, most) in (limits | {"max_unmapped_fraction": (max_unmapped_fraction, 1.0)}).items():
         if not (0 <= number <= most and number < math.inf):
             raise ValueError(f"{name} must be in [0, {most:g}], got {number!r}")

@@ -6,7 +6,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+
+from slimkernels import _checks
+from slimkernels.models.make_student import has_new_weights
 
 # Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
 METHODS: dict[str, dict[str, Any]] = {
@@ -118,8 +121,8 @@ class SlimObjective:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not self.sampling_temperature > 0:
-            raise ValueError(f"sampling_temperature must be positive, got {self.sampling_temperature}")
+        for name in ("temperature", "sampling_temperature"):
+            _checks.as_temperature(getattr(self, name), name)
 
     @property
     def needs_teacher(self) -> bool:
@@ -142,14 +145,37 @@ class SlimObjective:
         return options
 
 
+class _DefaultRate(float):
+    """A learning rate that the user did not give; any other trainer reads it as the number."""
+
+
+def learning_rate_of(student: PreTrainedModel, args: TrainingArguments) -> float:
+    """Returns the given learning rate, or the default for a student.
+
+    That of transformers is for pretrained weights. New ones need a higher rate, inversely proportional to their width
+    (Yang et al. 2022, arXiv 2203.03466); at width 128 the demonstration's is 6e-3.
+    """
+    is_given = not isinstance(args.learning_rate, _DefaultRate)
+    # DeepSpeed's configuration was filled with the rate when the arguments were made.
+    if is_given or args.deepspeed or not has_new_weights(student):
+        return float(args.learning_rate)
+    width = student.config.get_text_config(decoder=True).hidden_size
+    return 6e-3 * min(1.0, 128 / width)
+
+
 @dataclasses.dataclass
 class SlimConfig(SlimObjective, TrainingArguments):
     """Fields of ``transformers.TrainingArguments`` and of ``SlimObjective``.
+
+    Attributes:
+        learning_rate: Peak learning rate. If it is not given, ``SlimTrainer`` takes 5e-5 for a pretrained student, and
+            6e-3 * min(1, 128 / hidden size) for one that starts from random weights.
 
     Raises:
         ValueError: As ``SlimObjective``, and for a ``TrainingArguments`` option that would have no effect here.
     """
 
+    learning_rate: float = _DefaultRate(5e-5)
     logging_steps: float = 10
     # Documents are not dictionaries of columns. The NaN filter would hide a loss that is not finite, which is reported
     # here, and would synchronise with the device at every step.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from slimkernels.models.sharding import is_partitioned
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
-from slimkernels.trainer.objective import SlimConfig
+from slimkernels.trainer.objective import SlimConfig, learning_rate_of
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
 from slimkernels.trainer.stored_rows import check_stored_rows, opened_store
 from slimkernels.trainer.teacher_server import TeacherServer
@@ -86,6 +87,8 @@ class SlimTrainer(DistillationMixin, Trainer):
                     f"{name} must be None: SlimTrainer computes the loss and its own metrics, without logits; use "
                     "SlimLossMixin with a transformers.Trainer for metrics of logits"
                 )
+        # A copy, because the default of the learning rate depends on the student.
+        args = copy.copy(args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: opened_store(dataset) for name, dataset in eval_dataset.items()}
         super().__init__(
@@ -97,6 +100,7 @@ class SlimTrainer(DistillationMixin, Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        args.learning_rate = learning_rate_of(self.model, args)
         self._check_layout()
         if not is_partitioned(self.model):
             check_head(self.model)

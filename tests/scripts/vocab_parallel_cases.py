@@ -6,10 +6,12 @@ Run as a script by every rank: ``python vocab_parallel_cases.py FOLDER RANK``.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,10 @@ TOKEN_WEIGHT = torch.linspace(0.1, 1.5, NUM_ROWS)
 
 
 class Case(NamedTuple):
-    """``options`` of the loss; ``top_k`` 0 for no teacher; ``upstream`` of the backward pass."""
+    """``options`` of the loss; ``top_k`` 0 for no teacher; ``upstream`` of the backward pass.
+
+    With ``rows_without_mass`` some rows of the teacher are all -inf.
+    """
 
     options: dict[str, Any]
     linear: bool = False
@@ -40,6 +45,7 @@ class Case(NamedTuple):
     upstream: float = 1.0
     all_ignored: bool = False
     num_rows: int = NUM_ROWS
+    rows_without_mass: bool = False
     sharding: str = "group"  # or "dtensor"
     ours: Mapping[str, Any] = MappingProxyType({})  # options that the reference does not have
 
@@ -57,6 +63,9 @@ def make_cases() -> dict[str, Case]:
             cases[f"{rest}-{divergence}-{weight}"] = Case(options)
         options = {"rest": rest, "divergence": divergence, "temperature": (TEMPERATURE, 1.0)[i % 2]}
         cases[f"linear-{rest}-{divergence}"] = Case(options, linear=True, ours={"chunk_rows": 4})
+        cases[f"without-mass-{rest}-{divergence}"] = Case(options, rows_without_mass=True)
+    whole = {"rest": "zero_logit", "token_weight": "none"}
+    cases["without-mass-whole"] = Case(whole, top_k=VOCAB_SIZE, rows_without_mass=True)
     everything = {"softcap": 5.0, "logit_scale": 0.7, "label_smoothing": 0.1, "z_loss_weight": 0.01, "ce_weight": 0.5}
     for rest in ("renorm", "ghost", "zero_logit"):
         for temperature in (1.0, TEMPERATURE):
@@ -105,7 +114,14 @@ def make_problem(case: Case) -> Problem:
     ids, logits = teacher.ids.clone(), teacher.logits
     if case.top_k == TOP_K:
         ids[7, 5:] = -1
-    teacher = SparseLogits(ids, logits, teacher.lse, teacher.temperatures, teacher.target_logit)
+    rest_lse = None
+    if case.rows_without_mass:
+        rest_lse = cast(Tensor, teacher.rest_lse).clone()
+        for values in (logits, teacher.lse, rest_lse, cast(Tensor, teacher.target_logit)):
+            values[[0, 1, 7, 8]] = -math.inf
+        target[0] = ids[0, 3]
+        rest_lse[8] = math.nan
+    teacher = dataclasses.replace(teacher, ids=ids, rest_lse=rest_lse)
     rows = slice(0, case.num_rows)
     return Problem(problem.logits[rows], target[rows], teacher[rows])
 

@@ -124,7 +124,8 @@ class PathFinderLM(HFLM):
         engine = LimitedEngine(self.engine.ending_at(until), until, options["max_gen_toks"])
         # An engine needs `identity` and `replay` only to resume from a trace, and this search writes none.
         finder = PathFinder(engine, config, checks=self.checks, selector=self.selector)  # pyright: ignore[reportArgumentType]
-        questions = [Question(prompt, context) for prompt, context in zip(prompts, contexts, strict=True)]
+        # lm-eval's repetitions have seeds of their own, and its cache answers equal requests alike.
+        questions = [Question(prompt, context, repeat=0) for prompt, context in zip(prompts, contexts, strict=True)]
         think_end = self.think_end_token if isinstance(self.think_end_token, str) else None
         for index, result in finder.solve_each(questions):
             yield index, postprocess_generated_text(result.text, until, think_end)

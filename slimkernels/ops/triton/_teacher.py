@@ -49,26 +49,30 @@ def teacher_q_norm(lse_on, lse, rest_lse, kept, vocab_size, REST: tl.constexpr):
     A ``rest_lse`` of NaN is unknown. A known one makes the outcomes of "ghost" add up to 1 whatever rounded the logits.
     """
     if REST == "renorm" or REST == "renorm_both":
-        # If every kept logit is -inf, use 0 so that -inf - (-inf) never occurs.
-        q_norm = tl.where(lse_on == float("-inf"), 0.0, lse_on)
+        q_norm = lse_on
     elif REST == "zero_logit":
         unkept = (vocab_size - kept).to(tl.float64)
         q_norm = tl.where(unkept > 0, log_add_exp(lse_on, tl.log(tl.maximum(unkept, 1.0))), lse_on)
     elif REST == "ghost":
-        summed = log_add_exp(lse_on, rest_lse)
-        # A row without any mass takes 0, so that -inf - (-inf) never occurs.
-        summed = tl.where(summed == float("-inf"), 0.0, summed)
-        q_norm = tl.where(rest_lse == rest_lse, summed, lse)
+        q_norm = tl.where(rest_lse == rest_lse, log_add_exp(lse_on, rest_lse), lse)
     else:
         q_norm = lse
-    return q_norm
+    return finite_norm(q_norm)
+
+
+@triton.jit
+def finite_norm(norm):
+    """Replaces -inf, the normaliser of a row without mass, by 0, so that -inf - (-inf) never occurs."""
+    return tl.where(norm == float("-inf"), 0.0, norm)
 
 
 @triton.jit
 def log_q_tail_of(lse_on, lse, rest_lse, q_norm, kept, vocab_size):
-    """Computes log(1 - a), the teacher's mass outside its ids; exactly -inf where the teacher keeps every id.
+    """Computes log(1 - a), the teacher's mass outside its ids; exactly -inf where it keeps every id or has no mass.
 
     A ``rest_lse`` of NaN is unknown; then 1 - a is a difference, which rounding makes worthless below about 1e-5.
     """
     known = rest_lse == rest_lse
-    return tl.where(kept == vocab_size, float("-inf"), tl.where(known, rest_lse - q_norm, log1m_exp(lse_on - lse)))
+    is_whole = (kept == vocab_size) | (lse == float("-inf"))
+    difference = tl.where(is_whole, float("-inf"), log1m_exp(lse_on - q_norm))
+    return tl.where(known, rest_lse - q_norm, difference)

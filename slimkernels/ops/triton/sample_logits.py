@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimkernels import _checks
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton._math import double, order_keys
 from slimkernels.ops.triton._race import (
@@ -35,6 +36,9 @@ from slimkernels.ops.triton._row_softmax import (
     row_softmax,
 )
 from slimkernels.ops.triton._truncation import key_of, truncate
+
+LOWEST_TEMPERATURE = tl.constexpr(_checks.LOWEST_TEMPERATURE)
+HIGHEST_TEMPERATURE = tl.constexpr(_checks.HIGHEST_TEMPERATURE)
 
 # Programs per multiprocessor if programs need scratch. Each reuses its scratch for all of its rows.
 _PROGRAMS_OF_PROCESSOR = 4
@@ -157,9 +161,10 @@ def sample_row(
     X: tl.constexpr = row_ptr.dtype.element_ty
     given_top = tl.load(softmax_ptr + TOP)
     log_kept = tl.load(softmax_ptr + LOG_TEMPERED)
-    sound = in_range(temperature, 1.7976931348623157e308) & in_range(top_p, 1.0) & in_range(min_p, 1.0) & (top_k >= 0)
-    exists = sound & (given_top == given_top)
     greedy = temperature == 0  # the argmax; the other options have no effect
+    divides = (temperature >= LOWEST_TEMPERATURE) & (temperature <= HIGHEST_TEMPERATURE)
+    sound = (greedy | divides) & in_range(top_p, 1.0) & in_range(min_p, 1.0) & (top_k >= 0)
+    exists = sound & (given_top == given_top)
     one_valued = greedy | (given_top == float("inf")) | ~exists
     temperature = tl.where(one_valued, 1.0, temperature)
     top = finite_top(given_top, ACC)

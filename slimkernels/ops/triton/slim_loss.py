@@ -40,7 +40,7 @@ from slimkernels.ops.triton._slim_passes import (
 )
 from slimkernels.ops.triton._slim_statistics import fill_statistics, store_statistics
 from slimkernels.ops.triton._slim_terms import Mode, Options, diverge, student_row, unit_logits, weigh
-from slimkernels.ops.triton._teacher import kept_entries, log_q_tail_of, teacher_q_norm
+from slimkernels.ops.triton._teacher import finite_norm, kept_entries, log_q_tail_of, teacher_q_norm
 
 
 class RowNumbers(NamedTuple):
@@ -314,7 +314,7 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
             known = tl.load(numbers.target_logit_ptr + numbers.n).to(tl.float64)
             log_t_y = tl.where(known == known, known, log_t_y)
         if numbers.teacher_lse_one_ptr is not None:
-            log_t_y -= tl.load(numbers.teacher_lse_one_ptr + numbers.n).to(tl.float64)
+            log_t_y -= finite_norm(tl.load(numbers.teacher_lse_one_ptr + numbers.n).to(tl.float64))
     return TeacherSums(level, lse_on, lse, q_norm, log_q_tail, log_t_y, rest_lse)
 
 
@@ -356,7 +356,7 @@ def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl
         if numbers.token_weight_ptr is not None:
             given = tl.load(numbers.token_weight_ptr + numbers.n).to(tl.float64)
         w, w_slope = weigh(student_sums.log_s_y, teacher_sums.log_t_y, given, MODE)
-        teacher_mass = tl.exp(teacher_sums.lse_on - teacher_sums.lse)
+        teacher_mass = tl.exp(teacher_sums.lse_on - finite_norm(teacher_sums.lse))
         student_mass = tl.exp(student_sums.lse_on - student_sums.lse)
 
         norms = kept_norms(student_sums, teacher_sums, row, options, MODE)
@@ -368,9 +368,11 @@ def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl
             log_p_tail = student_sums.level * row.scale + tl.log(off_e) - student_sums.lse
             share, slope = diverge(teacher_sums.log_q_tail, log_p_tail, options, MODE)
             value += share
-            # The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
+            # The forward slopes add up to exactly -1, or to 0 in a teacher's row of nothing but -inf; rounding their
+            # sum would drown a small (1 - a) - (1 - P).
             if MODE.divergence == "forward_kl" or MODE.divergence == "soft_ce":
-                mean_slope = zero - 1
+                is_empty = (teacher_sums.lse_on == minus_inf) & (teacher_sums.log_q_tail == minus_inf)
+                mean_slope = tl.where(is_empty, zero, -1.0)
             else:
                 mean_slope += slope
             coefficient = slope - tl.exp(log_p_tail) * mean_slope
@@ -382,8 +384,8 @@ def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl
             if MODE.divergence == "forward_kl":
                 expected_z += unkept * teacher_sums.q_norm
             value -= tl.where(unkept > 0, each * expected_z, 0.0)
-            mean_slope = zero - 1
-            off_factor = to_p
+            mean_slope = tl.where((unkept == 0) & (teacher_sums.lse_on == minus_inf), zero, -1.0)
+            off_factor = -mean_slope * to_p
             off_constant = -each
         elif MODE.rest != "renorm_both":
             off_factor = -mean_slope * to_p

@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo
 
 from slimkernels.ops._chunks import resolve_chunk_rows, row_chunks
 from slimkernels.ops._head_gradients import HeadGradients
-from slimkernels.ops._library import check_transforms
+from slimkernels.ops._library import check_transforms, run_on_rows
 from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import SlimLoss, pack_result, scale_in_forward
@@ -49,7 +49,9 @@ def vocab_parallel_loss(
     check_transforms("the vocabulary-parallel loss", *source.inputs)
     rows = VocabRows(source.dtype, target, options, vocab)
     scale = scale_in_forward(row_scale, source.dtype)
-    loss, stats = _VocabParallelLoss.apply(source, rows, scale, torch.is_grad_enabled(), *source.inputs)
+    loss, stats = run_on_rows(
+        _VocabParallelLoss.apply, leading_shape, source, rows, scale, torch.is_grad_enabled(), *source.inputs
+    )
     return pack_result(loss, stats, row_scale, leading_shape)
 
 

@@ -25,6 +25,7 @@ from slimkernels.ops.vocab_parallel.terms import (
     diverge,
     effective,
     entropy_of_parts,
+    finite_norm,
     log1m_exp,
     log_sum_exp,
     slice_log_sum_and_entropy,
@@ -159,26 +160,28 @@ class VocabRows:
             label_logit = torch.where(options.target_logit.isnan(), label_logit, options.target_logit.double())
         num_unkept = vocab_size - (kept.ids >= 0).sum(1)
         lse = torch.full_like(lse_on, math.nan) if options.teacher_lse is None else options.teacher_lse.double()
-        ghost_norm, log_q_tail = lse, log1m_exp(lse_on - lse).masked_fill(num_unkept == 0, -math.inf)
+        is_whole = (num_unkept == 0) | (lse == -math.inf)
+        ghost_norm, log_q_tail = lse, log1m_exp(lse_on - lse).masked_fill(is_whole, -math.inf)
         if options.teacher_rest_lse is not None:
             rest_lse = options.teacher_rest_lse.double()
             summed = torch.logaddexp(lse_on, rest_lse)
-            summed = summed.masked_fill(summed == -math.inf, 0.0)
             is_known = ~rest_lse.isnan()
             ghost_norm = torch.where(is_known, summed, ghost_norm)
-            log_q_tail = torch.where(is_known, rest_lse - summed, log_q_tail)
+            log_q_tail = torch.where(is_known, rest_lse - finite_norm(summed), log_q_tail)
+        ghost_norm = finite_norm(ghost_norm)
         if options.rest in ("renorm", "renorm_both"):
-            # If every kept logit is -inf, use 0 so that -inf - (-inf) never occurs.
-            q_norm = lse_on.masked_fill(lse_on == -math.inf, 0.0)
+            q_norm = lse_on
         elif options.rest == "zero_logit":
             q_norm = torch.logaddexp(lse_on, num_unkept.log())
         else:
             q_norm = ghost_norm if options.rest == "ghost" else lse
-        entropy = lse
+        q_norm, entropy = finite_norm(q_norm), lse
         if self._watches:
             log_masses = torch.stack([lse_on - ghost_norm, log_q_tail])
             entropy = entropy_of_parts(log_masses, torch.stack([inside, torch.zeros_like(inside)]))
-        log_t_y = label_logit if options.teacher_lse_one is None else label_logit - options.teacher_lse_one.double()
+        log_t_y = label_logit
+        if options.teacher_lse_one is not None:
+            log_t_y = label_logit - finite_norm(options.teacher_lse_one.double())
         return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, entropy, num_unkept)
 
     def _statistics(self, student: StudentSums, teacher: TeacherSums | None) -> Tensor:
@@ -215,7 +218,7 @@ class VocabRows:
             kd=kd,
             w=w,
             w_slope=w_slope,
-            teacher_mass=(teacher.lse_on - teacher.lse).exp(),
+            teacher_mass=(teacher.lse_on - finite_norm(teacher.lse)).exp(),
             student_mass=(student.lse_on - student.lse).exp(),
             mean_slope=mean_slope,
             off_factor=off_factor,
@@ -235,13 +238,16 @@ class VocabRows:
         self._vocab.add_up(sums)
         value, mean_slope = sums
         off_level, off_constant = student.lse, torch.zeros_like(value)
+        # The forward slopes add up to exactly -1, or to 0 in a teacher's row of nothing but -inf; rounding their sum
+        # would drown a small (1 - a) - (1 - P).
+        forward_slope = torch.full_like(value, -1.0)
         if self._has_ghost:
             log_p_tail = student.lse_off - student.lse
             share, slope = diverge(teacher.log_q_tail, log_p_tail, options)
             value = value + share
-            # The forward slopes add up to exactly -1; rounding their sum would drown a small (1 - a) - (1 - P).
+            is_empty = (teacher.lse_on == -math.inf) & (teacher.log_q_tail == -math.inf)
             is_forward = options.divergence in ("forward_kl", "soft_ce")
-            mean_slope = torch.full_like(value, -1.0) if is_forward else mean_slope + slope
+            mean_slope = forward_slope.masked_fill(is_empty, 0.0) if is_forward else mean_slope + slope
             off_factor = slope - log_p_tail.exp() * mean_slope
             off_level = student.lse_off
         elif options.rest == "zero_logit":
@@ -250,8 +256,8 @@ class VocabRows:
             if options.divergence == "forward_kl":
                 expected_z = expected_z + teacher.num_unkept * teacher.q_norm
             value = value - (each * expected_z).masked_fill(teacher.num_unkept == 0, 0.0)
-            mean_slope = torch.full_like(value, -1.0)
-            off_factor, off_constant = torch.ones_like(value), -each
+            mean_slope = forward_slope.masked_fill((teacher.num_unkept == 0) & (teacher.lse_on == -math.inf), 0.0)
+            off_factor, off_constant = -mean_slope, -each
         elif options.rest == "renorm_both":
             off_factor = torch.zeros_like(value)
         else:

@@ -87,10 +87,11 @@ class VocabSlice:
                 )
             if not agree.all():
                 row = int((~agree).nonzero()[0])
-                raise ValueError(
-                    f"every rank of group must have the same tokens, got target[{row}] = "
+                raise _checks.RowError(
+                    f"every rank of group must have the same tokens, got target[{_checks.RowError.INDEX}] = "
                     f"{gathered['target'][:, row].long().tolist()}: the ranks that share a vocabulary work on one "
-                    "batch, unlike those of data parallelism or FSDP"
+                    "batch, unlike those of data parallelism or FSDP",
+                    row,
                 )
             for fault, bad in ((1, bad_target), (2, bad_ids)):
                 if bad.any():
@@ -106,10 +107,11 @@ def vocab_slice_of(
     The placement of a DTensor tells its slice; the gradient of a DTensor has the same placement.
 
     Raises:
-        TypeError: ``group`` is not a process group, or ``vocab_start`` is not an integer.
+        TypeError: ``tensor`` is none, ``group`` is not a process group, or ``vocab_start`` is not an integer.
         ValueError: ``vocab_start`` without ``group`` or negative, a rank outside ``group``, a group together with a
             DTensor, or a DTensor with an unsupported placement.
     """
+    _checks.check_tensor(tensor, name)
     if _is_dtensor(tensor):
         if group is not None or vocab_start:
             raise ValueError(f"{name} is a DTensor, whose placement tells its slice: do not pass group and vocab_start")

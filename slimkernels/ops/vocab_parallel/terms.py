@@ -111,6 +111,11 @@ def log_sum_exp(x: Tensor) -> Tensor:
     return (x - shift).exp().sum(-1, dtype=torch.float64).log() + shift.squeeze(-1)
 
 
+def finite_norm(norm: Tensor) -> Tensor:
+    """Replaces -inf, the normaliser of a row without mass, by 0, so that -inf - (-inf) never occurs."""
+    return norm.masked_fill(norm == -math.inf, 0.0)
+
+
 def log1m_exp(x: Tensor) -> Tensor:
     """Computes log(1 - exp(x)) without cancellation; -inf where x >= 0."""
     large = torch.log(-torch.expm1(x))
