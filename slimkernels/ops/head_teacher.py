@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from slimkernels import _checks
 from slimkernels.ops._chunks import head_numbers, read_numbers, scaled_and_capped
 from slimkernels.ops._kept_logits import empty_rows
 from slimkernels.ops._slim_options import SlimOptions
+from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.ops.vocab_parallel.slice import whole
+from slimkernels.sparse_logits import SparseLogits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,6 +87,11 @@ class HeadTeacher:
     def num_kept(self) -> int:
         """K, the number of logits that are kept of every row."""
         return _checks.resolve_top_k(self.top_k, self.top_fraction, self.weight.shape[0])
+
+    def rows(self, target: Tensor | None = None, temperatures: Sequence[float] = (1.0,)) -> SparseLogits:
+        """Returns the rows (..., K) that ``linear_topk_logits`` makes of this teacher, for where they must be held."""
+        head = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return linear_topk_logits(**head, target=target, temperatures=temperatures)
 
 
 class TeacherHead(NamedTuple):

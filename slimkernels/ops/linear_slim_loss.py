@@ -153,7 +153,7 @@ def linear_slim_loss(
         if vocab is not None:
             raise ValueError(
                 "teacher must hold rows where weight is a slice of the vocabulary (group=, or a DTensor), got a "
-                "HeadTeacher: make its rows with linear_topk_logits"
+                "HeadTeacher: pass its rows, teacher.rows(target)"
             )
         head, teacher = teacher_head(teacher, hidden, weight), None
         if kd_weight == 0:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from slimkernels.models.head_loss import TeacherRows
+from slimkernels.ops.head_teacher import HeadTeacher
 from slimkernels.ops.slim_result import SlimLoss
-from slimkernels.sparse_logits import SparseLogits
 
 _TERMS = ("ce", "kd", "weight", "teacher_mass", "student_mass")
 _NEVER = torch.iinfo(torch.int64).max
@@ -37,11 +38,14 @@ class LossLog:
         self._since = time.perf_counter()
         self._has_warned = False
 
-    def add(self, result: SlimLoss, target: Tensor, teacher: SparseLogits | None, step: int) -> None:
+    def add(self, result: SlimLoss, target: Tensor, teacher: TeacherRows | None, step: int) -> None:
         """Adds the rows of one micro-batch of optimizer step ``step``; ignored labels are negative."""
         is_label = target >= 0
         kept = torch.zeros((), device=target.device)
-        if teacher is not None:
+        if isinstance(teacher, HeadTeacher):
+            # Which of the largest logits the loss kept is not known.
+            kept = is_label.sum() if teacher.num_kept == teacher.weight.shape[0] else kept + torch.nan
+        elif teacher is not None:
             kept = ((teacher.ids == target.unsqueeze(-1)).any(-1) & is_label).sum()
         terms = [getattr(result, name).sum() for name in _TERMS]
         self._sums += torch.stack([*terms, kept, is_label.sum()])
@@ -58,7 +62,7 @@ class LossLog:
             ``ce``, ``kd`` (unweighted), ``weight`` (mean w), ``teacher_mass``, ``student_mass`` (mean probability of
             the kept ids), ``label_kept`` (share of labels among the kept ids), ``labels_per_second``; without a
             teacher only ``ce`` and ``labels_per_second``. A mean that is NaN is omitted, such as a mass that the
-            teacher was not captured for.
+            teacher was not captured for, or ``label_kept`` where the loss made the teacher's rows.
         """
         *sums, num_labels = over_processes(self._sums).tolist()
         self._sums.zero_()
