@@ -173,10 +173,10 @@ class DistillationMixin(StopsAtLength):
 
     def _scored(self, hidden: Tensor) -> BatchTeacher:
         """Returns the online teacher of a batch, of which it has the hidden states."""
-        online, is_alone = self.online_teacher, self.objective.support == "teacher"
+        online, needs_student = self.online_teacher, self.objective.support != "teacher"
 
         def rows_of(target: Tensor, student: Student) -> TeacherRows:
-            rows = online.rows(hidden, target.to(hidden.device), None if is_alone else student)
+            rows = online.rows(hidden, target.to(hidden.device), *((student,) if needs_student else ()))
             return rows if isinstance(rows, HeadTeacher) else rows.to(target.device)
 
         return BatchTeacher(rows_of)

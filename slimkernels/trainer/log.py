@@ -43,7 +43,7 @@ class LossLog:
         is_label = target >= 0
         kept = torch.zeros((), device=target.device)
         if isinstance(teacher, HeadTeacher):
-            # Which of the largest logits the loss kept is not known.
+            # The ids that the loss kept are gone.
             kept = is_label.sum() if teacher.num_kept == teacher.weight.shape[0] else kept + torch.nan
         elif teacher is not None:
             kept = ((teacher.ids == target.unsqueeze(-1)).any(-1) & is_label).sum()

@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -189,7 +188,7 @@ class ServedTeacher(StoredTeacher):
         self._start()
         input_ids, ids = inputs["input_ids"].cpu(), ids.cpu()
         wanted, length = places.cpu(), input_ids.shape[1]
-        asked = []
+        asked: list[tuple[Request, Tensor]] = []
         for row, start, stop in documents_of(input_ids, inputs):
             chosen = (wanted >= row * length + start) & (wanted < row * length + stop)
             if chosen.any():
@@ -220,8 +219,8 @@ class ServedTeacher(StoredTeacher):
             given = answer.positions[label - answer.start].given
             if given is None or given.ids.tolist() != list(request.token_ids):
                 raise ServerRequestError(f"{self._url} did not give the scores of the ids that it was asked for")
-            places = np.searchsorted(given.ids, ids[row].numpy())
-            logprobs[row] = torch.from_numpy(given.logprobs[places])
+            places = torch.searchsorted(torch.from_numpy(given.ids), ids[row].long())
+            logprobs[row] = torch.from_numpy(given.logprobs)[places]
         # The server writes no number for a probability of 0.
         logprobs = logprobs.nan_to_num(nan=-torch.inf)
         if support == "union":
