@@ -124,6 +124,61 @@ def gather_logits(
     )
 
 
+def supported_logits(
+    logits: Tensor,
+    student_logits: Tensor,
+    support: str,
+    *,
+    top_k: int,
+    student_top_k: int,
+    target: Tensor | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+) -> SparseLogits:
+    """Keeps a teacher's logits at the ids on which a student is compared with it.
+
+    With T the ids of the teacher's ``top_k`` largest logits and P those of the student's ``student_top_k``, each as
+    ``topk_logits`` chooses them, the kept ids of a row are:
+
+    - ``"teacher"``: T.
+    - ``"student"``: P.
+    - ``"union"``: the ids in T or P, each of them once.
+    - ``"intersection"``: the ids in both, of which there may be none.
+
+    The choice of ids has no gradient.
+
+    Args:
+        logits: (..., V) of the teacher.
+        student_logits: (..., V) of the student.
+        support: Name of the set.
+        top_k: Size of T.
+        student_top_k: Size of P.
+        target: (...) int64 labels, or None; see ``topk_logits``.
+        temperatures: Temperatures of the columns of ``lse`` and ``rest_lse``; 1.0 is always the first.
+
+    Returns:
+        The fields of ``gather_logits`` of ``logits`` at the kept ids, ascending and padded with -1 to ``top_k``,
+        ``student_top_k``, min(``top_k`` + ``student_top_k``, V) or ``top_k`` entries. ``rest_lse`` is that of all other
+        logits, also of those in T that are not kept.
+    """
+    vocab_size = logits.shape[-1]
+
+    def largest(rows: Tensor, count: int) -> Tensor:
+        ids = topk_logits(rows, count).ids.long()
+        return torch.zeros(rows.shape, dtype=torch.bool, device=rows.device).scatter(-1, ids, True)
+
+    of_teacher, of_student = largest(logits, top_k), largest(student_logits, student_top_k)
+    kept, width = {
+        "teacher": (of_teacher, top_k),
+        "student": (of_student, student_top_k),
+        "union": (of_teacher | of_student, min(top_k + student_top_k, vocab_size)),
+        "intersection": (of_teacher & of_student, top_k),
+    }[support]
+    every = torch.arange(vocab_size, device=logits.device).expand(logits.shape)
+    ids = every.masked_fill(~kept, vocab_size).sort(-1).values[..., :width]
+    ids = ids.masked_fill(ids == vocab_size, -1).to(torch.int32)
+    return gather_logits(logits, ids, target=target, temperatures=temperatures)
+
+
 @torch.no_grad()
 def linear_topk_logits(
     hidden: Tensor,

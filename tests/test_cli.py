@@ -174,6 +174,7 @@ def test_train_documents_the_defaults_of_the_configuration() -> None:
     own = {
         "rest": "ghost with reverse_kl, jsd and skew_kl, else renorm",
         "divergence": "set by --method",
+        "support": SlimConfig.support,
         "kd_weight": "1;",
         "learning_rate": "5e-5;",
     }

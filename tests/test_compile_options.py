@@ -131,6 +131,13 @@ def test_a_new_value_of_a_teacher_op_compiles_no_new_graph():
     assert graphs_of(lambda x, t: sk.topk_logits(x, 4, temperatures=(t,)).lse, [(LOGITS, t) for t in values]) <= 2
     capped = [(HIDDEN, cap) for cap in values]
     assert graphs_of(lambda h, cap: sk.linear_topk_logits(h, HEAD, 4, softcap=cap).lse, capped) <= 2
+
+    def taught(h: Tensor, number: float, name: str, target: Tensor, temperature: float) -> Tensor:
+        teacher = sk.HeadTeacher(HIDDEN, HEAD, 4, **{name: number})
+        return sk.linear_slim_loss(h, HEAD, target, teacher, rest="ghost", temperature=temperature).loss
+
+    for name in ("softcap", "logit_scale"):
+        assert graphs_of(taught, [(HIDDEN, value, name, TARGET, value) for value in values]) <= 2
     drawn = [(LOGITS, t) for t in values]
     assert graphs_of(lambda x, t: sk.sample_targets(x, 8, 1, position=2, temperature=t).logits, drawn) <= 2
 

@@ -13,6 +13,7 @@ from support.helpers import (
     largest_allocation,
     opcheck_calls_of,
 )
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import slimkernels as sk
 from bench.ops.case import Work
@@ -46,6 +47,12 @@ def run(student, target, teacher, **options):
     return [*(field.detach() for field in result), *(t.grad for t in leaves if t is not None)]
 
 
+def assert_same_results(actual, expected, *, bitwise):
+    """Compares results of ``run``. Where all logits are kept, a GPU sums them in another order than a selection."""
+    for one, other in zip(actual, expected, strict=True):
+        (assert_same_bits if bitwise else torch.testing.assert_close)(one, other)
+
+
 def rows_of(head, target, temperature=1.0, **options):
     return sk.linear_topk_logits(**head, target=target, temperatures=(1.0, temperature), **options)
 
@@ -59,8 +66,7 @@ def test_head_teacher_has_the_bits_of_the_two_calls(dtype, top_k, reduction):
     options = {"temperature": 1.7, "reduction": reduction, "chunk_rows": 3, "rest": "ghost"}
     expected = run(student, target, teacher, **options)
     head_teacher = sk.HeadTeacher(**head, top_k=top_k, softcap=9.0, logit_scale=1.5)
-    for one, other in zip(run(student, target, head_teacher, **options), expected, strict=True):
-        assert_same_bits(one, other)
+    assert_same_results(run(student, target, head_teacher, **options), expected, bitwise=top_k < V)
 
 
 @pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
@@ -116,6 +122,70 @@ def test_head_teacher_takes_other_dtypes_and_leading_dimensions():
         assert_same_bits(one.reshape(other.shape), other)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_a_teacher_that_keeps_all_is_dense_distillation_and_selects_nothing(temperature, reduction):
+    student, target, head = problem(num_rows=12, dtype=F64)
+    target[[2, 9]] = -100
+    head["hidden"][[2, 9]] = torch.nan
+    teacher = sk.HeadTeacher(**head, top_fraction=1.0, softcap=9.0, logit_scale=1.5)
+    options = {"temperature": temperature, "reduction": reduction, "token_weight": "none", "chunk_rows": 5}
+    with torch.profiler.profile() as profile:
+        loss, *_, dhidden, dweight, dbias = run(student, target, teacher, **options)
+    names = {event.name for event in profile.events()}
+    assert "slimkernels::slim_loss_rows" in names
+    assert "slimkernels::topk_logits_rows" not in names
+    hidden, weight, bias = leaves = [t.detach().requires_grad_() for t in student]
+    counted = target != -100
+    logits = torch.nn.functional.linear(hidden, weight, bias)[counted]
+    product = torch.nn.functional.linear(head["hidden"], head["weight"], head["bias"])[counted]
+    log_q = (9.0 * torch.tanh(1.5 * product / 9.0) / temperature).log_softmax(-1)
+    kl = (log_q.exp() * (log_q - (logits / temperature).log_softmax(-1))).sum(-1) * temperature**2
+    dense = torch.nn.functional.cross_entropy(logits, target[counted], reduction="none") + kl
+    (dense.mean() if reduction == "mean" else dense.sum()).backward()
+    torch.testing.assert_close(loss.sum(), dense.mean() if reduction == "mean" else dense.sum())
+    for one, leaf in zip((dhidden, dweight, dbias), leaves, strict=True):
+        torch.testing.assert_close(one, leaf.grad)
+
+
+@pytest.mark.parametrize("top_fraction", [0.05, 1.0])
+def test_head_teacher_of_a_vocabulary_that_the_students_head_pads(top_fraction):
+    student, target, head = problem(num_rows=12)
+    teacher = {name: None if t is None else t[: V - 7] for name, t in head.items() if name != "hidden"}
+    teacher["hidden"] = head["hidden"]
+    target = target.clamp(max=V - 8)
+    rows = rows_of(teacher, target, top_fraction=top_fraction, chunk_rows=5)
+    options = {"chunk_rows": 5, "rest": "ghost"}
+    expected = run(student, target, rows, **options)
+    actual = run(student, target, sk.HeadTeacher(**teacher, top_fraction=top_fraction), **options)
+    assert_same_results(actual, expected, bitwise=top_fraction < 1)
+    target[7] = V - 7
+    with pytest.raises(ValueError, match=r"target\[7\] must be a token of the teacher's vocabulary, below 196"):
+        run(student, target, sk.HeadTeacher(**teacher, top_fraction=top_fraction), **options)
+
+
+def test_head_teacher_makes_no_rows_without_a_divergence():
+    student, target, head = problem()
+    teacher = sk.HeadTeacher(**head, top_k=5)
+    with torch.profiler.profile() as profile:
+        actual = run(student, target, teacher, kd_weight=0.0)
+    assert not {"slimkernels::linear_topk_logits", "slimkernels::gather_logits_rows"} & {
+        e.name for e in profile.events()
+    }
+    for one, other in zip(actual, run(student, target, None), strict=True):
+        assert_same_bits(one, other)
+
+
+def test_head_teachers_are_not_compared():
+    _, _, head = problem()
+    teacher, other = (sk.HeadTeacher(**head, top_k=5) for _ in range(2))
+    assert teacher == teacher
+    assert teacher != 3
+    assert len({teacher, other}) == 2
+    with pytest.raises(TypeError, match="HeadTeachers have no =="):
+        _ = teacher == other
+
+
 def test_head_teacher_gets_no_gradient():
     student, target, head = problem()
     head = {name: tensor.requires_grad_() for name, tensor in head.items()}
@@ -165,7 +235,7 @@ def test_head_teacher_never_holds_all_rows(reduction):
     ("change", "error", "message"),
     [
         ({"hidden": torch.zeros(6, 16)}, ValueError, "teacher.hidden must hold one row for each row of hidden"),
-        ({"weight": torch.zeros(V + 1, 16), "bias": None}, ValueError, "teacher.weight must have the vocabulary"),
+        ({"weight": torch.zeros(V + 1, 16), "bias": None}, ValueError, "teacher.weight must have at most"),
         ({"weight": torch.zeros(V, 15)}, ValueError, "weight must have shape"),
         ({"top_fraction": 0.5}, ValueError, "exactly one of top_k and top_fraction"),
         ({"top_k": V + 1}, ValueError, "top_k must be an integer in"),
@@ -187,10 +257,19 @@ def test_head_teacher_names_the_row_of_a_wrong_label():
         run(student, target, sk.HeadTeacher(**head, top_k=5), chunk_rows=3)
 
 
-def test_head_teacher_refuses_a_group(tmp_path):
+def test_head_teacher_refuses_slices_of_a_vocabulary(tmp_path):
     student, target, head = problem()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for name in ("hidden", "weight", "bias"):
+            sharded = distribute_tensor(head[name], mesh, [Shard(0)])
+            with pytest.raises(ValueError, match=rf"HeadTeacher.{name} must be whole on every rank, got a DTensor"):
+                sk.HeadTeacher(**{**head, name: sharded}, top_k=5)
+        replicated = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in head.items()}
+        expected = run(student, target, sk.HeadTeacher(**head, top_k=5))
+        for one, other in zip(run(student, target, sk.HeadTeacher(**replicated, top_k=5)), expected, strict=True):
+            assert_same_bits(one, other)
         with pytest.raises(ValueError, match="teacher must hold rows where weight is a slice"):
             run(student, target, sk.HeadTeacher(**head, top_k=5), group=torch.distributed.group.WORLD)
     finally:
@@ -199,14 +278,15 @@ def test_head_teacher_refuses_a_group(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_head_teacher_of_64k_tokens_takes_less_than_2_gb():
+@pytest.mark.parametrize("top_fraction", [0.05, 1.0])
+def test_head_teacher_of_64k_tokens_takes_less_than_2_gb(top_fraction):
     num_rows, vocab_size, width = 65_536, 152_064, 16
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(num_rows, width, generator=generator) for _ in range(2))
     weight, teacher_weight = (torch.randn(vocab_size, width, generator=generator) for _ in range(2))
     target = torch.randint(0, vocab_size, (num_rows,), generator=generator)
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
-    teacher = sk.HeadTeacher(teacher_hidden, teacher_weight, top_fraction=0.05)
+    teacher = sk.HeadTeacher(teacher_hidden, teacher_weight, top_fraction=top_fraction)
     extra = peak_extra_bytes(
         Work({}, lambda *_: None, leaves), lambda: sk.linear_slim_loss(*leaves, target, teacher).loss.backward()
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -24,6 +26,8 @@ from slimkernels import reference
 
 # Error of a gradient relative to its largest entry. The peers round all logits to half precision before the softmax.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+HAS_HEAD_TEACHER = hasattr(sk, "HeadTeacher")
+TWO_CALLS = "linear_topk_logits, linear_slim_loss"
 CHUNKED, TUNED = "F.linear_cross_entropy chunked", "F.linear_cross_entropy tuned"
 
 
@@ -32,7 +36,7 @@ def linear_cases(shrink: int = 1) -> list[Case]:
     float32, bfloat16 = torch.float32, torch.bfloat16
     narrow = (1024 // shrink, 2048 // shrink, 32000 // shrink)
     wide = (512 // shrink, 2048 // shrink, 128256 // shrink)
-    return [
+    cases = [
         linear_topk_case(*narrow, bfloat16),
         linear_slim_loss_case(*narrow, float32, compiled=True),
         linear_slim_loss_case(*narrow, bfloat16, compiled=True, fused=(TUNED, CHUNKED)),
@@ -40,6 +44,9 @@ def linear_cases(shrink: int = 1) -> list[Case]:
         linear_slim_loss_case(*wide, bfloat16, fused=(TUNED,)),
         linear_cross_entropy_case(*wide, bfloat16),
     ]
+    if HAS_HEAD_TEACHER:
+        cases += [head_teacher_case(*narrow, bfloat16, fraction) for fraction in (0.05, 1.0)]
+    return cases
 
 
 def _head(num_rows, hidden_size, vocab_size, dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,6 +149,49 @@ def linear_slim_loss_case(num_rows, hidden_size, vocab_size, dtype, *, compiled=
         floor_flops=3 * 2 * num_rows * hidden_size * vocab_size,
         build=build,
         peers=("torch eager", *extra),
+    )
+
+
+def head_teacher_case(num_rows, hidden_size, vocab_size, dtype, top_fraction) -> Case:
+    """Returns a case from the hidden states of both models to the gradient: a step with an online teacher."""
+    top_k = math.ceil(top_fraction * vocab_size)
+
+    def build() -> Work:
+        target = random_target(num_rows, vocab_size)
+        teacher_hidden = random_rows(num_rows, hidden_size, dtype, 5)
+        hidden, weight = leaves = _head(num_rows, hidden_size, vocab_size, dtype)
+        teacher_weight = weight.flip(0)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        teacher = sk.HeadTeacher(teacher_hidden, teacher_weight, top_k)
+
+        def two_calls():
+            rows = sk.linear_topk_logits(teacher_hidden, teacher_weight, top_k, target=target)
+            return sk.linear_slim_loss(hidden, weight, target, rows).loss
+
+        def exact(copies):
+            rows = reference.linear_topk_logits(teacher_hidden.float(), teacher_weight.float(), top_k, target=target)
+            return reference.linear_slim_loss(*copies, target, rows).loss
+
+        steps = {
+            OURS: lambda: sk.linear_slim_loss(hidden, weight, target, teacher).loss,
+            TWO_CALLS: two_calls,
+            "torch eager": lambda: peers.topk_slim_loss(
+                hidden @ weight.T, target, teacher_hidden @ teacher_weight.T, top_k
+            ),
+        }
+        providers = {name: training_step(leaves, loss) for name, loss in steps.items()}
+        return Work(providers, gradient_check(leaves, exact, torch.float32, TOLERANCE[dtype]), leaves)
+
+    return Case(
+        op="linear_slim_loss (HeadTeacher)",
+        mode="fwd+bwd",
+        dtype=dtype,
+        sizes={"N": num_rows, "D": hidden_size, "V": vocab_size, "K": top_k},
+        floor_bytes=3 * _head_bytes(num_rows, hidden_size, vocab_size, dtype) // 2,
+        floor_flops=4 * 2 * num_rows * hidden_size * vocab_size,
+        build=build,
+        peers=(TWO_CALLS, "torch eager"),
     )
 
 

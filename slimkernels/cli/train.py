@@ -49,6 +49,8 @@ OPTIONS = {
     "max_new_tokens": 128,
     "on_policy_fraction": 0.5,
     "sampling_temperature": 1.0,
+    "student_top_k": None,
+    "teacher_in_chunks": False,
     "teacher_rounds": None,
     "teacher_top_fraction": None,
     "teacher_top_k": None,
@@ -58,6 +60,7 @@ OPTIONS = {
 # Options that are fields of TeacherServer.
 _SERVER_OPTIONS = ("key_env", "top_logprobs", "concurrency", "max_retries", "requests_per_minute")
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
+SUPPORTS = ("teacher", "student", "union", "intersection")
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
 # Options that are fields of SlimConfig.
 _FIELDS: FieldOptions = {
@@ -93,6 +96,12 @@ _FIELDS: FieldOptions = {
         "--divergence",
         {"choices": DIVERGENCES},
         "divergence from the teacher (default: set by --method, mostly forward_kl)",
+    ),
+    "support": (
+        "--support",
+        {"choices": SUPPORTS},
+        "ids on which teacher and student are compared: those of the largest logits of one of them, of either or of "
+        "both (default: teacher)",
     ),
     "temperature": (
         "--temperature",

@@ -81,7 +81,7 @@ def texts_table(results: dict[str, Any]) -> Table:
     texts |= {method.upper(): student["shown"] for method, student in results["students"].items()}
     for name, text in (texts | {"teacher": results["teacher_text"]}).items():
         shown = " ".join(text.removeprefix(results["prompt"]).split())
-        # What a ruined model writes may hold characters that move the cursor.
+        # The text of a ruined model may hold characters that move the cursor.
         table.add_row(name, Text("".join(letter if letter.isprintable() else "?" for letter in shown)))
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from slimkernels.models.head import LanguageModelHead, output_embeddings
 from slimkernels.models.hidden_states import empty_logits, hidden_states
 from slimkernels.models.replaced import replaced
 from slimkernels.models.sharding import uses_fsdp
+from slimkernels.ops.head_teacher import HeadTeacher
 from slimkernels.ops.linear_slim_loss import linear_slim_loss
 from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.ops.vocab_parallel.slice import whole
@@ -21,8 +23,30 @@ from slimkernels.sparse_logits import SparseLogits
 
 IGNORE_INDEX = -100
 
-# Returns the teacher's rows (N, K) of the labels (N,) of a batch, in the order of the labels.
-TeacherOfLabels = Callable[[Tensor], SparseLogits]
+TeacherRows = SparseLogits | HeadTeacher
+# Returns the student's hidden states (N, D) and head, as ``LanguageModelHead.arguments`` does.
+Student = Callable[[], dict[str, Any]]
+
+
+class BatchTeacher:
+    """A teacher that is asked once the student's head has its input.
+
+    Args:
+        rows_of: Function from the labels (N,) of a batch and the student to the teacher's rows (N, K), in the order of
+            the labels.
+
+    Attributes:
+        rows: The rows that were returned last, or None.
+    """
+
+    def __init__(self, rows_of: Callable[[Tensor, Student], TeacherRows]) -> None:
+        self._rows_of = rows_of
+        self.rows: TeacherRows | None = None
+
+    def __call__(self, target: Tensor, student: Student) -> TeacherRows:
+        """Returns the rows."""
+        self.rows = self._rows_of(target, student)
+        return self.rows
 
 
 class HeadLoss:
@@ -33,26 +57,24 @@ class HeadLoss:
     pass: its masks, its auxiliary losses, and the wrappers around it.
 
     Args:
-        teacher: Function from labels to the teacher's rows; None for the cross-entropy of the labels alone. With a
-            teacher, rows without a label are dropped before the products, for which the host waits for a GPU once.
+        teacher: The teacher of the batch; None for the cross-entropy of the labels alone. With a teacher, rows without
+            a label are dropped before the products, for which the host waits for a GPU once.
         num_items: Divisor of the sum over the labels, where the model is not given ``num_items_in_batch``.
         **options: Options of ``linear_slim_loss``.
 
     Attributes:
         result: The ``SlimLoss``, with one row for each row that the head's product has.
         target: Labels (N,) of these rows, int64.
-        rows: The teacher's rows (N, K) of these labels, or None.
     """
 
     def __init__(
-        self, teacher: TeacherOfLabels | None = None, *, num_items: Tensor | int | None = None, **options: Any
+        self, teacher: BatchTeacher | None = None, *, num_items: Tensor | int | None = None, **options: Any
     ) -> None:
         self.teacher = teacher
         self.num_items = num_items
         self.options = options
         self.result: SlimLoss | None = None
         self.target: Tensor | None = None
-        self.rows: SparseLogits | None = None
         self._hidden: Tensor | None = None
         self._model: PreTrainedModel
 
@@ -103,7 +125,6 @@ class HeadLoss:
         if self.teacher is not None:
             labelled = target.ne(ignore_index).nonzero().squeeze(-1)
             hidden, target = hidden.index_select(0, labelled), target[labelled]
-            self.rows = self.teacher(target)
         hidden = _as_autocast(hidden)
         self.target = target
         # FSDP2 still holds the full weight here, and would take another call of the head for a second forward pass of
@@ -113,7 +134,7 @@ class HeadLoss:
             self._model,
             hidden,
             target=target,
-            teacher=self.rows,
+            teacher=self.teacher,
             ignore_index=ignore_index,
             num_items=self.num_items if num_items_in_batch is None else num_items_in_batch,
             **self.options,
@@ -133,7 +154,7 @@ def loss_of_batch(
         model: The student, or an engine's wrapper around it.
         batch: Tensors ``input_ids``, ``attention_mask``, ``rows`` and ``target``.
         student: The model inside the wrapper; None where ``model`` is no wrapper.
-        **arguments: Arguments of ``linear_slim_loss``.
+        **arguments: Arguments of ``linear_slim_loss``, of which ``teacher`` may be a ``BatchTeacher``.
     """
     inner = cast(PreTrainedModel, model) if student is None else student
     results: list[SlimLoss] = []
@@ -173,11 +194,33 @@ def _loss_in_call(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> S
     return results[-1]._replace(loss=loss)
 
 
-def _loss_of_head(model: PreTrainedModel, hidden: Tensor, **arguments: Any) -> SlimLoss:
+def _loss_of_head(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    *,
+    target: Tensor,
+    teacher: TeacherRows | BatchTeacher | None = None,
+    **options: Any,
+) -> SlimLoss:
     """Computes ``linear_slim_loss`` from hidden states (N, D) and the model's head."""
     head = LanguageModelHead.of(model)
     _check_shape(head, hidden, model)
-    return linear_slim_loss(**head.arguments(hidden), **arguments)
+    # Dropout of an adapter of the head is drawn once, and after what a teacher draws.
+    student = functools.cache(lambda: head.arguments(hidden))
+    rows = teacher(target, student) if isinstance(teacher, BatchTeacher) else teacher
+    arguments = student()
+    if isinstance(rows, HeadTeacher) and not _can_make_rows(rows, arguments):
+        made = rows.rows(target.to(rows.hidden.device), (1.0, options.get("temperature", 1.0)))
+        rows = made.to(hidden.device)
+    return linear_slim_loss(**arguments, target=target, teacher=rows, **options)
+
+
+def _can_make_rows(teacher: HeadTeacher, student: dict[str, Any]) -> bool:
+    """Returns whether the loss of a student can make a teacher's rows, and makes them once."""
+    hidden = student["hidden"]
+    # Gradients in float16 are made in the backward pass, and the rows with them once more.
+    is_once = hidden.dtype != torch.float16
+    return is_once and hidden.device == teacher.hidden.device and not hasattr(student["weight"], "full_tensor")
 
 
 def _check_shape(head: LanguageModelHead, hidden: Tensor, model: nn.Module) -> None:

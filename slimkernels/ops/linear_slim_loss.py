@@ -22,7 +22,7 @@ from slimkernels.ops._library import (
     run_on_rows,
 )
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
-from slimkernels.ops.head_teacher import HEAD_SCHEMA, HeadTeacher, TeacherHead, teacher_head
+from slimkernels.ops.head_teacher import HEAD_SCHEMA, ChunkedRows, HeadTeacher, TeacherHead, teacher_head
 from slimkernels.ops.scale_gradient import differentiable_once, scale_gradients
 from slimkernels.ops.slim_result import NUM_STATS, SlimLoss, pack_result, reduction_scale, scale_in_forward
 from slimkernels.ops.vocab_parallel.loss import HeadLogits, vocab_parallel_loss
@@ -156,9 +156,11 @@ def linear_slim_loss(
         if vocab is not None:
             raise ValueError(
                 "teacher must hold rows where weight is a slice of the vocabulary (group=, or a DTensor), got a "
-                "HeadTeacher: make its rows with linear_topk_logits"
+                "HeadTeacher: pass its rows, teacher.rows(target)"
             )
         head, teacher = teacher_head(teacher, hidden, weight), None
+        if kd_weight == 0:
+            head = TeacherHead()
     options = resolve_options(
         hidden, "hidden", teacher,
         temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
@@ -217,12 +219,13 @@ def _linear_slim_loss_fwd(
     ignored = target == options.ignore_index
     needed = (gradient if gradient.numel() else None for gradient in dinputs)
     sums = HeadGradients(*needed, hidden=hidden, weight=weight, ignored=ignored, chunk_rows=chunk_rows)
+    chunks = ChunkedRows(head, options, target, stats.dtype, weight.shape[0], chunk_rows)
     for rows, logits in row_chunks(hidden, weight, bias, chunk_rows):
         chunk_stats = stats.new_empty(stats.shape[0], logits.shape[0])
         scale = None if row_scale is None else row_scale[rows]
         dlogits = logits if with_grad else None
         fault = torch.ops.slimkernels.slim_loss_rows(
-            logits, dlogits, chunk_stats, target[rows], scale, *head.options_of(rows, options, target, stats.dtype)
+            logits, dlogits, chunk_stats, target[rows], scale, *chunks.options_of(rows)
         )
         _checks.raise_fault(fault, first_row=rows.start)
         stats[:, rows] = chunk_stats
@@ -283,7 +286,8 @@ def _backward(ctx, grad_loss: Tensor | None, *_unused):
             gradients = scale_gradients(gradients, grad_loss)
         else:
             hidden, weight, bias, target, *tensors = ctx.saved_tensors
-            head_tensors, operand, tensors = tensors[:3], tensors[3], tensors[4:]
+            num_fields = len(TeacherHead().tensors)
+            head_tensors, operand, tensors = tensors[:num_fields], tensors[num_fields], tensors[num_fields + 1 :]
             sources = [hidden, weight, bias]
             scale = grad_loss.contiguous()
             _, _, *gradients = torch.ops.slimkernels.linear_slim_loss_fwd(

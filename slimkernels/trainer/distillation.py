@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.head_loss import BatchTeacher, Student, TeacherRows
 from slimkernels.models.load import load_model
+from slimkernels.ops.head_teacher import HeadTeacher
 from slimkernels.ops.slim_result import SlimLoss
 from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import Store
 from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.served_teacher import Ahead, ServedTeacher
 from slimkernels.trainer.stored_rows import check_stored_rows, stores_of
+from slimkernels.trainer.support import StudentChoice, intersection
 from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import OnlineTeacher
 
@@ -37,14 +41,14 @@ class Step(NamedTuple):
         loss: Scalar with a gradient.
         terms: Terms of the loss, per row.
         target: Labels (N,) of the rows.
-        teacher: Teacher rows (N, K), or None.
+        teacher: Teacher rows (N, K), the ``HeadTeacher`` that they are made of, or None.
         outputs: Model outputs that ``compute_loss`` returns with the loss.
     """
 
     loss: Tensor
     terms: SlimLoss
     target: Tensor
-    teacher: SparseLogits | None
+    teacher: TeacherRows | None
     outputs: Any
 
 
@@ -94,6 +98,7 @@ class DistillationMixin(StopsAtLength):
         self.served_teacher = None
         if teacher_server is not None:
             self.served_teacher = self._served(objective, teacher_server)
+        self._student_choice: StudentChoice | None = None
         self._ahead: Ahead | None = None
         self.loss_log = self._new_log()
 
@@ -119,11 +124,62 @@ class DistillationMixin(StopsAtLength):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Returns the micro-batches of an optimizer step as the trainer does; a served teacher is asked ahead."""
-        if self.served_teacher is not None and not self._writes:
+        if self.served_teacher is not None and not self._writes and not self._scores_ids:
             if self._ahead is None or self._ahead.batches is not epoch_iterator:
                 self._ahead = Ahead(epoch_iterator, self.served_teacher, self.served_teacher.settings.ahead)
             epoch_iterator = self._ahead
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _set_support(self, stores: Sequence[Store]) -> None:
+        """Prepares the objective's support for rows of the stores, or of a served teacher.
+
+        Raises:
+            ValueError: The rows cannot be on that support.
+        """
+        objective = self.objective
+        if objective.support == "teacher" or self.online_teacher is not None:
+            return
+        if self._scores_ids:
+            self.served_teacher.check_scores_ids(objective.support)
+        elif objective.support != "intersection":
+            raise ValueError(
+                "support must be 'teacher' or 'intersection' with a store, which holds the teacher's logits at its own "
+                f"ids only, got {objective.support!r}: pass a teacher_model, which scores other ids too"
+            )
+        self._student_choice = StudentChoice(stores, objective.student_top_k, self._vocab_size)
+
+    def _on_support(self, inputs: dict[str, Any], places: Tensor, rows: SparseLogits | None) -> BatchTeacher:
+        """Returns the teacher of a batch whose rows were stored or served.
+
+        Args:
+            inputs: The batch.
+            places: Flat indices (N,) of the hidden states that predict the labels.
+            rows: The rows on the teacher's own ids; None where the server is asked for the student's ids.
+        """
+
+        def rows_of(target: Tensor, student: Student) -> TeacherRows:
+            if rows is None:
+                ids = self._student_choice.ids(student)
+                return self.served_teacher.scores(inputs, places, ids, self.objective.support).to(target.device)
+            given = rows.to(target.device)
+            return given if self._student_choice is None else intersection(given, self._student_choice.ids(student))
+
+        return BatchTeacher(rows_of)
+
+    @property
+    def _scores_ids(self) -> bool:
+        """Whether a server scores the student's own ids, which are not known before the step."""
+        return self.served_teacher is not None and self.objective.support in ("student", "union")
+
+    def _scored(self, hidden: Tensor) -> BatchTeacher:
+        """Returns the online teacher of a batch, of which it has the hidden states."""
+        online, needs_student = self.online_teacher, self.objective.support != "teacher"
+
+        def rows_of(target: Tensor, student: Student) -> TeacherRows:
+            rows = online.rows(hidden, target.to(hidden.device), *((student,) if needs_student else ()))
+            return rows if isinstance(rows, HeadTeacher) else rows.to(target.device)
+
+        return BatchTeacher(rows_of)
 
     @property
     def _writes(self) -> bool:
@@ -190,7 +246,7 @@ class DistillationMixin(StopsAtLength):
         if self.served_teacher is not None:
             settings = self.served_teacher.settings
             method["teacher_server"] = {"model": settings.model, "top_logprobs": settings.top_logprobs}
-        return method
+        return method | {"support": [self.objective.support, self.objective.student_top_k]}
 
     def _report_bad_step(self) -> None:
         step = self.loss_log.first_bad_step()

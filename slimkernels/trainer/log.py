@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from slimkernels.models.head_loss import TeacherRows
+from slimkernels.ops.head_teacher import HeadTeacher
 from slimkernels.ops.slim_result import SlimLoss
-from slimkernels.sparse_logits import SparseLogits
 
 # The names in the log and the fields of SlimLoss, without a teacher and in addition with one. A name is TRL's where
 # TRL has one.
@@ -47,11 +48,14 @@ class LossLog:
         self._since = time.perf_counter()
         self._has_warned = False
 
-    def add(self, result: SlimLoss, target: Tensor, teacher: SparseLogits | None, step: int) -> None:
+    def add(self, result: SlimLoss, target: Tensor, teacher: TeacherRows | None, step: int) -> None:
         """Adds the rows of one micro-batch of optimizer step ``step``; ignored labels are negative."""
         is_label = target >= 0
         kept = torch.zeros((), device=target.device)
-        if teacher is not None:
+        if isinstance(teacher, HeadTeacher):
+            # The ids that the loss kept are gone.
+            kept = is_label.sum() if teacher.num_kept == teacher.weight.shape[0] else kept + torch.nan
+        elif teacher is not None:
             kept = ((teacher.ids == target.unsqueeze(-1)).any(-1) & is_label).sum()
         terms = [getattr(result, field).sum() for field in self._terms.values()]
         self._sums += torch.stack([*terms, kept, is_label.sum()])
@@ -71,7 +75,8 @@ class LossLog:
             and of one outcome for all others), ``teacher_surer`` (share of labels that the teacher gives more
             probability), ``argmax_kept`` (share of labels at which the student's first choice is kept), ``label_kept``
             (share of labels among the kept ids) and, where it is computed, ``overlap``. A mean that is NaN is omitted,
-            such as a mass that the teacher was not captured for.
+            such as a mass that the teacher was not captured for, or ``label_kept`` where the loss made the teacher's
+            rows.
         """
         *sums, num_labels = over_processes(self._sums).tolist()
         self._sums.zero_()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.models.head import base_model
-from slimkernels.models.head_loss import IGNORE_INDEX, HeadLoss, TeacherOfLabels, next_labels
+from slimkernels.models.head_loss import IGNORE_INDEX, BatchTeacher, HeadLoss, next_labels
 from slimkernels.models.patch import check_loss, without_logits
 from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, run_identity
@@ -127,6 +127,7 @@ class SlimLossMixin(DistillationMixin):
                 vocab_size=self._vocab_size,
                 tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
             )
+            self._set_support([self.stored_teacher.store])
         self.add_callback(SlimRun(self._settings, lambda: None))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -171,7 +172,7 @@ class SlimLossMixin(DistillationMixin):
                 f"a batch must have labels, got {sorted(inputs)}: use a collator for causal language models"
             )
         inputs = dict(inputs) | {"use_cache": False}
-        teacher = None
+        teacher: BatchTeacher | None = None
         if self.objective.needs_teacher:
             if "shift_labels" not in inputs:
                 # Only a learned prompt puts a hidden state before the first token, and no teacher has such a prompt.
@@ -191,24 +192,23 @@ class SlimLossMixin(DistillationMixin):
                 outputs = model(**inputs)
         else:
             outputs = without_logits(outputs)
+        rows = None if teacher is None else teacher.rows
         if not model.training and self._evaluation_log is not None:
-            self._evaluation_log.add(head.result, head.target, head.rows, self.state.global_step)
+            self._evaluation_log.add(head.result, head.target, rows, self.state.global_step)
         if TrlLog.is_for(self):
             self._trl_log.add("train" if model.training else "eval", head.result, head.target, inputs)
-        return Step(loss, head.result, head.target, head.rows, outputs)
+        return Step(loss, head.result, head.target, rows, outputs)
 
-    def _teacher_of_labels(self, inputs: dict[str, Any]) -> TeacherOfLabels:
-        """Returns the function from a batch's labels to teacher rows, with the teacher's forward pass already done."""
+    def _teacher_of_labels(self, inputs: dict[str, Any]) -> BatchTeacher:
+        """Returns the teacher of a batch's labels, with its forward pass already done."""
         target = inputs.get("shift_labels")
         target = next_labels(inputs["labels"]) if target is None else target
         places = target.flatten().ne(IGNORE_INDEX).nonzero().squeeze(-1)
         if self.stored_teacher is not None:
-            rows = self.stored_teacher.rows(inputs, places)
-            return lambda target: rows.to(target.device)
-        online = self.online_teacher
+            rows = None if self._scores_ids else self.stored_teacher.rows(inputs, places)
+            return self._on_support(inputs, places, rows)
         given = {name: value for name, value in inputs.items() if name not in _FOR_THE_STUDENT}
-        hidden = online.hidden(given, places)
-        return lambda target: online.rows(hidden, target.to(hidden.device)).to(target.device)
+        return self._scored(self.online_teacher.hidden(given, places))
 
 
 def _opened(store: Store | StoreDataset | str | os.PathLike[str]) -> Store:

@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
 _DEFAULTS = {"kd_weight": 1.0, "ce_weight": 1.0, "token_weight": "none", "divergence": "forward_kl"}
 # Divergences that are defined only where teacher and student are both distributions that sum to one.
 _TWO_SIDED = ("reverse_kl", "jsd", "skew_kl")
+# Sets of ids on which teacher and student are compared.
+SUPPORTS = ("teacher", "student", "union", "intersection")
 _LOSS_OPTIONS = (
     *("rest", "divergence", "token_weight", "detach_weight", "kd_weight", "ce_weight", "temperature"),
     *("beta", "alpha", "label_smoothing", "z_loss_weight"),
@@ -70,6 +72,14 @@ class SlimObjective:
         z_loss_weight: Factor of the squared log-sum-exp.
         teacher_top_k: Number of an online teacher's largest logits to keep.
         teacher_top_fraction: Share of the vocabulary to keep of an online teacher's largest logits.
+        teacher_in_chunks: True to make an online teacher's largest logits within the loss, for one chunk of rows after
+            the other, so that they are never held; the logs then lack ``label_kept``. An online teacher of the whole
+            vocabulary always makes them so.
+        support: Ids on which teacher and student are compared: the largest logits of the "teacher" or the "student",
+            the "union" or the "intersection" of both. The others are the rest, of which ``rest`` speaks. A store holds
+            the teacher's logits at its own ids only, which allows "teacher" and "intersection".
+        student_top_k: Number of the student's largest logits with another support than "teacher"; None for as many as
+            the teacher keeps.
         teacher_rounds: Number of draws from an online teacher with method "sampled"; None for 50.
         on_policy_fraction: Probability that the student writes a micro-batch with method "gkd".
         max_new_tokens: Largest number of tokens that the student writes after a prompt.
@@ -95,6 +105,9 @@ class SlimObjective:
     z_loss_weight: float = 0.0
     teacher_top_k: int | None = None
     teacher_top_fraction: float | None = None
+    teacher_in_chunks: bool = False
+    support: str = "teacher"
+    student_top_k: int | None = None
     teacher_rounds: int | None = None
     on_policy_fraction: float = 0.5
     max_new_tokens: int = 128
@@ -117,12 +130,30 @@ class SlimObjective:
                 "teacher_top_k and teacher_top_fraction select an online teacher's largest logits: set one or the "
                 f"other, and not with method 'sft' or 'sampled', got {kept} with method {self.method!r}"
             )
+        self._check_support()
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         for name in ("temperature", "sampling_temperature"):
             _checks.as_temperature(getattr(self, name), name)
+
+    def _check_support(self) -> None:
+        if self.support not in SUPPORTS:
+            raise ValueError(f"support must be one of {SUPPORTS}, got {self.support!r}")
+        if self.support == "teacher":
+            if self.student_top_k is not None:
+                raise ValueError(f"student_top_k must stay None with support 'teacher', got {self.student_top_k}")
+            return
+        if self.method in ("sft", "sampled"):
+            raise ValueError(
+                f"support must stay 'teacher' with method {self.method!r}, which compares no largest logits, got "
+                f"{self.support!r}"
+            )
+        if self.teacher_in_chunks:
+            raise ValueError(f"teacher_in_chunks must be False with support {self.support!r}, whose rows are held")
+        if self.student_top_k is not None and (type(self.student_top_k) is not int or self.student_top_k < 1):
+            raise ValueError(f"student_top_k must be an int of at least 1, got {self.student_top_k!r}")
 
     @property
     def needs_teacher(self) -> bool:

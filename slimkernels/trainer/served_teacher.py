@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocu
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient
 from slimkernels.serving.errors import ServerRequestError
-from slimkernels.sparse_logits import SparseLogits
+from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 from slimkernels.store import Document, Store, StoreWriter
 from slimkernels.store.format import MANIFEST_NAME
+from slimkernels.trainer.support import union_of_logprobs
 from slimkernels.trainer.teacher_server import TeacherServer, check_tokenizer, scoring_server
 from slimkernels.trainer.teachers import StoredTeacher, documents_of
 
@@ -153,6 +154,84 @@ class ServedTeacher(StoredTeacher):
         if time.monotonic() - self._flushed >= self.settings.flush_s:
             self.flush()
         return found
+
+    def check_scores_ids(self, support: str) -> None:
+        """Checks that the server scores given ids.
+
+        Raises:
+            ServerRequestError: It does not.
+        """
+        if self._server.kind != "sglang":
+            raise ServerRequestError(
+                f"support {support!r} needs the teacher's scores of the student's own ids, which SGLang gives "
+                f"(token_ids_logprob), got {self._url} of kind {self._server.kind!r}: use support 'teacher' or "
+                "'intersection', or a teacher_model"
+            )
+
+    def scores(self, inputs: dict[str, Any], places: Tensor, ids: Tensor, support: str) -> SparseLogits:
+        """Asks for the scores of given ids and waits for them; they are not stored, as the ids change with the student.
+
+        A request names all ids of a document, and is answered with the score of each at every label.
+
+        Args:
+            inputs: Tensors of a batch, as for ``rows``.
+            places: Flat indices (N,), as for ``rows``.
+            ids: Ids (N, L) of the labels, ascending.
+            support: "student" for these ids, "union" for those of the server's most probable tokens too.
+
+        Returns:
+            SparseLogits (N, L) or, for "union", (N, K + L).
+
+        Raises:
+            ServerRequestError, ServerUnavailableError: As ``rows``; also where a score is missing.
+        """
+        self._start()
+        input_ids, ids = inputs["input_ids"].cpu(), ids.cpu()
+        wanted, length = places.cpu(), input_ids.shape[1]
+        asked: list[tuple[Request, Tensor]] = []
+        for row, start, stop in documents_of(input_ids, inputs):
+            chosen = (wanted >= row * length + start) & (wanted < row * length + stop)
+            if chosen.any():
+                labels = (wanted[chosen] - (row * length + start) + 1).tolist()
+                named = ids[chosen].unique().tolist()
+                request = Request(
+                    input_ids[row, start:stop].tolist(), number=self._num_asked, labels=labels, token_ids=named
+                )
+                asked.append((request, ids[chosen]))
+                self._num_asked += 1
+                self.check_length(len(request.prompt_ids))
+        began = time.monotonic()
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            parts = list(pool.map(lambda one: self._scores_of(*one, support), asked))
+        self.wait_seconds += time.monotonic() - began
+        return SparseLogits.cat(parts) if parts else self._no_rows()
+
+    def _scores_of(self, request: Request, ids: Tensor, support: str) -> SparseLogits:
+        answer = ask_by_name(self._server.score, request)
+        with self._reading:
+            document = self._reader.scored(request, answer)
+            self._reader.check_unmapped()
+        labels = list(request.labels or ())
+        if isinstance(document, DroppedAnswer) or document.positions != labels:
+            raise ServerRequestError(f"document {request.number}: the server gave no entry for one of its labels")
+        logprobs = torch.empty(ids.shape, dtype=torch.float64)
+        for row, label in enumerate(labels):
+            given = answer.positions[label - answer.start].given
+            if given is None or given.ids.tolist() != list(request.token_ids):
+                raise ServerRequestError(f"{self._url} did not give the scores of the ids that it was asked for")
+            places = torch.searchsorted(torch.from_numpy(given.ids), ids[row].long())
+            logprobs[row] = torch.from_numpy(given.logprobs)[places]
+        # The server writes no number for a probability of 0.
+        logprobs = logprobs.nan_to_num(nan=-torch.inf)
+        if support == "union":
+            ids, logprobs = union_of_logprobs(document.teacher, ids, logprobs)
+        return SparseLogits(
+            ids=ids,
+            logits=logprobs.masked_fill(ids < 0, 0.0).float(),
+            lse=torch.zeros(len(ids), 1),
+            target_logit=document.teacher.target_logit,
+            rest_lse=rest_of_logprobs(logprobs)[:, None].float(),
+        )
 
     def flush(self) -> None:
         """Writes what was answered to the store."""

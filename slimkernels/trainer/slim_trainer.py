@@ -19,15 +19,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from slimkernels.models.batch import SlimCollator, teacher_rows
 from slimkernels.models.evaluation import context_length, evaluation_mode
 from slimkernels.models.head import LanguageModelHead, check_head
-from slimkernels.models.head_loss import IGNORE_INDEX, loss_of_batch
+from slimkernels.models.head_loss import IGNORE_INDEX, BatchTeacher, TeacherRows, loss_of_batch
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.sharding import is_partitioned
-from slimkernels.sparse_logits import SparseLogits
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.objective import SlimConfig, learning_rate_of
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
-from slimkernels.trainer.stored_rows import check_stored_rows, opened_store
+from slimkernels.trainer.stored_rows import check_stored_rows, opened_store, stores_of
 from slimkernels.trainer.teacher_server import TeacherServer
 
 
@@ -117,6 +116,8 @@ class SlimTrainer(DistillationMixin, Trainer):
                 tokenizer=processing_class,
                 max_length=self._max_length(),
             )
+        served = self.served_teacher
+        self._set_support(stores_of(self.train_dataset) if served is None else [served.store])
         if data_collator is None:
             self.data_collator = SlimCollator(
                 pad_token_id=self._pad_token_id(),
@@ -151,7 +152,7 @@ class SlimTrainer(DistillationMixin, Trainer):
         if self.args.method == "gkd":
             given = batches
             batches = [self._maybe_continue(batch, number) for number, batch in enumerate(given)]
-            if self.served_teacher is not None and self._writes:
+            if self.served_teacher is not None and self._writes and not self._scores_ids:
                 for before, batch in zip(given, batches, strict=True):
                     # The student never writes the same text in a later epoch.
                     self.served_teacher.ask(batch, keep=batch is before)
@@ -214,7 +215,7 @@ class SlimTrainer(DistillationMixin, Trainer):
         )
 
     def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
-        teacher = self._teacher_rows(inputs)
+        teacher = self._teacher_of(inputs)
         with self.accelerator.autocast():
             result = loss_of_batch(
                 model,
@@ -225,17 +226,23 @@ class SlimTrainer(DistillationMixin, Trainer):
                 statistics=self.args.statistics,
                 **self.args.loss_options,
             )
-        return Step(result.loss, result, inputs["target"], teacher, result)
+        rows = teacher.rows if isinstance(teacher, BatchTeacher) else teacher
+        return Step(result.loss, result, inputs["target"], rows, result)
 
-    def _teacher_rows(self, inputs: dict[str, Any]) -> SparseLogits | None:
+    def _teacher_of(self, inputs: dict[str, Any]) -> TeacherRows | BatchTeacher | None:
         if not self.args.needs_teacher:
             return None
+        if self._scores_ids:
+            return self._on_support(inputs, inputs["rows"], None)
         if self.served_teacher is not None:
-            return self.served_teacher.rows(inputs, inputs["rows"])
+            return self._on_support(inputs, inputs["rows"], self.served_teacher.rows(inputs, inputs["rows"]))
         if self.online_teacher is None:
-            return teacher_rows(inputs["teacher"])
+            return self._on_support(inputs, inputs["rows"], teacher_rows(inputs["teacher"]))
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return self.online_teacher.rows(self.online_teacher.hidden(given, inputs["rows"]), inputs["target"])
+        hidden = self.online_teacher.hidden(given, inputs["rows"])
+        if self.args.support == "teacher":
+            return self.online_teacher.rows(hidden, inputs["target"])
+        return self._scored(hidden)
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings that must not change between a checkpoint and the run that continues it."""

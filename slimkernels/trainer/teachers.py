@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels import _checks
 from slimkernels.models.head import LanguageModelHead, base_model
+from slimkernels.models.head_loss import Student, TeacherRows
 from slimkernels.models.hidden_states import HeadInput
 from slimkernels.models.sharding import is_partitioned
 from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
+from slimkernels.ops.head_teacher import HeadTeacher
+from slimkernels.ops.linear_gather_logits import linear_gather_logits
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Document, Store
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.stored_rows import LARGEST_PADDING
+from slimkernels.trainer.support import intersection, student_ids, union
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +29,7 @@ logger = logging.getLogger(__name__)
 class OnlineTeacher:
     """A teacher model, not trained, that scores batches and keeps the logits that the objective selects.
 
-    The (N, V) logits never exist, unless all of them are kept: "kd" on the whole vocabulary holds 8 bytes for each of
-    N x V entries while the loss is computed.
+    The (N, V) logits never exist: where all are kept, the loss makes them for one chunk of rows after the other.
 
     Args:
         model: A causal language model; set to evaluation mode.
@@ -34,8 +38,8 @@ class OnlineTeacher:
             rows that both heads have are used, and a warning is logged.
 
     Raises:
-        ValueError: The vocabularies differ by more than padding, the head is not one linear layer, or DeepSpeed ZeRO-3
-            has partitioned the weights.
+        ValueError: The vocabularies differ by more than padding, the head is not one linear layer, DeepSpeed ZeRO-3
+            has partitioned the weights, or the objective's numbers of logits do not fit its support.
     """
 
     def __init__(self, model: nn.Module, objective: SlimObjective, vocab_size: int) -> None:
@@ -60,6 +64,7 @@ class OnlineTeacher:
                 min(rows, vocab_size),
             )
         self.num_rows = min(rows, vocab_size)
+        self._top_k, self._num_of_student = self._sizes()
 
     @torch.no_grad()
     def hidden(self, inputs: dict[str, Any], places: Tensor) -> Tensor:
@@ -71,27 +76,62 @@ class OnlineTeacher:
         return hidden.index_select(0, places.to(hidden.device))
 
     @torch.no_grad()
-    def rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
-        """Computes the kept logits (N, K) of hidden states (N, D) whose next tokens are ``target`` (N,).
+    def rows(self, hidden: Tensor, target: Tensor, student: Student | None = None) -> TeacherRows:
+        """Computes the kept logits (N, K) of hidden states (N, E) whose next tokens are ``target`` (N,).
 
         The products are in the teacher's dtype, also within the student's autocast region.
-        """
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self._rows(hidden, target)
 
-    def _rows(self, hidden: Tensor, target: Tensor) -> SparseLogits:
-        head = self._head()
+        Args:
+            hidden: Hidden states of this teacher.
+            target: Labels, on the device of ``hidden``.
+            student: The student; None where the objective's support is "teacher".
+
+        Returns:
+            The rows, on the device of ``hidden``; a ``HeadTeacher`` where the loss is to make them.
+        """
+        ids = None
+        if student is not None:
+            ids = student_ids(student, self._num_of_student, self.num_rows).to(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = self._head()
+            if self.objective.method == "sampled":
+                return self._draw(head, hidden, target)
+            return self._rows(head.arguments(hidden), target, ids)
+
+    def _rows(self, head: dict[str, Any], target: Tensor, ids: Tensor | None) -> TeacherRows:
+        """Computes the rows on the objective's support, of which ``ids`` (N, L) are the student's largest logits."""
+        temperatures = tuple(dict.fromkeys((1.0, float(self.objective.temperature))))
+        if ids is None and (self._top_k == self.num_rows or self.objective.teacher_in_chunks):
+            return HeadTeacher(top_k=self._top_k, **head)
+        if ids is not None and self.objective.support == "student":
+            return linear_gather_logits(ids=ids, target=target, temperatures=temperatures, **head)
+        rows = linear_topk_logits(top_k=self._top_k, target=target, temperatures=temperatures, **head)
+        if ids is None:
+            return rows
+        if self.objective.support == "intersection":
+            return intersection(rows, ids)
+        both = union(rows.ids, ids, self.num_rows)
+        return linear_gather_logits(ids=both, target=target, temperatures=temperatures, **head)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Returns the numbers of the teacher's and of the student's largest logits that are kept."""
         objective = self.objective
-        if objective.method == "sampled":
-            return self._draw(head, hidden, target)
         top_k, top_fraction = objective.teacher_top_k, objective.teacher_top_fraction
         if top_k is None and top_fraction is None:
             top_fraction = DEFAULT_TOP_FRACTION if objective.method == "slim" else 1.0
-        temperatures = tuple(dict.fromkeys((1.0, float(objective.temperature))))
-        arguments = head.arguments(hidden)
-        return linear_topk_logits(
-            top_k=top_k, top_fraction=top_fraction, target=target, temperatures=temperatures, **arguments
-        )
+        of_teacher = _checks.resolve_top_k(top_k, top_fraction, self.num_rows)
+        of_student = of_teacher if objective.student_top_k is None else objective.student_top_k
+        if objective.support == "teacher":
+            return of_teacher, of_student
+        if of_student > self.num_rows:
+            raise ValueError(f"student_top_k must be at most the vocabulary's {self.num_rows}, got {of_student}")
+        name = "student_top_k" if objective.support == "student" else "teacher_top_k"
+        if (of_student if objective.support == "student" else of_teacher) == self.num_rows:
+            raise ValueError(
+                f"support {objective.support!r} must choose among the {self.num_rows} ids of the vocabulary, got all "
+                f"of them: set {name} or teacher_top_fraction"
+            )
+        return of_teacher, of_student
 
     def _head(self) -> LanguageModelHead:
         head = LanguageModelHead.of(base_model(self.model))

@@ -29,6 +29,11 @@ class ScoringServer(served._Server):
         self.held: set[tuple[int, ...]] = set()
         self.shift = self.answered = 0
 
+    @torch.no_grad()
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """Returns the model's log-probabilities (T, V) after each token."""
+        return self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
     def next_fault(self) -> Any:
         return None
 
@@ -45,8 +50,7 @@ class ScoringServer(served._Server):
             self.gate.wait(30)
         if self.faults:
             return self.faults[0]
-        with torch.no_grad():
-            logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logprobs = self.logprobs(ids)
         positions: list[Any] = [None]
         for row, token in zip(logprobs[:-1], ids[1:], strict=True):
             top = row.topk(body["prompt_logprobs"])
@@ -57,3 +61,45 @@ class ScoringServer(served._Server):
         self.answered += 1
         answer = {"choices": [{"text": "x", "prompt_logprobs": positions, "finish_reason": "length"}]}
         return 200, {}, json.dumps(answer | {"usage": {"prompt_tokens": len(ids), "completion_tokens": 1}})
+
+
+class ScoringSglang(ScoringServer):
+    """The same in the form of SGLang's ``/generate``, which scores given ids too.
+
+    Attributes:
+        named: The ids that each request named.
+        forgets: Whether the answers lack the scores of given ids.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(kind="sglang", **options)
+        self.named: list[list[int]] = []
+        self.forgets = False
+
+    def lacks(self, path: str) -> bool:
+        return super().lacks(path) and path != "/generate"
+
+    def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], str]:
+        if path != "/generate":
+            return super().reply(path, body)
+        ids, start, named = body["input_ids"], body["logprob_start_len"], body.get("token_ids_logprob")
+        self.documents.append(tuple(ids))
+        self.named.append(named or [])
+        logprobs = self.logprobs(ids)
+        tokens, tops, given = [[None, ids[start], None]], [None], [None]
+        for place in range(start + 1, len(ids)):
+            row = logprobs[place - 1]
+            top = row.topk(body["top_logprobs_num"])
+            tokens.append([float(row[ids[place]]), ids[place], None])
+            tops.append([[value, token, None] for value, token in zip(*map(torch.Tensor.tolist, top), strict=True)])
+            given.append([[float(row[token]), token, None] for token in named or ()])
+        meta = {
+            "finish_reason": {"type": "length", "length": 1},
+            "prompt_tokens": len(ids),
+            "completion_tokens": 1,
+            "input_token_logprobs": tokens,
+            "input_top_logprobs": tops,
+        }
+        if named is not None and not self.forgets:
+            meta["input_token_ids_logprobs"] = given
+        return 200, {}, json.dumps({"text": "x", "output_ids": [2], "meta_info": meta})
