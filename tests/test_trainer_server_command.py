@@ -44,7 +44,7 @@ def expected(tokenizer, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 def servers() -> dict:
     replayed = {"vllm": lambda: served.ReplayServer(served.TRAININGS["vllm"])}
-    return replayed | {f"sglang-{form}": lambda form=form: SglangServer(form) for form in ("triples", "flat", "base64")}
+    return replayed | {f"sglang-{form}": lambda form=form: SglangServer(form) for form in ("triples", "base64")}
 
 
 @pytest.mark.parametrize("name", servers())
@@ -80,6 +80,16 @@ def test_a_budget_is_named_by_its_option(documents, tmp_path, capsys) -> None:
         command = served_training.command(server.url, documents, tmp_path / "out", "--token-budget", "25")
         assert main(command) == 2
     assert "slimkernels: --token-budget 25 is spent: 13 tokens were asked for" in capsys.readouterr().err
+
+
+def test_texts_of_another_tokenizer_are_refused(documents, tmp_path, capsys) -> None:
+    """SGLang is asked for the texts of one sentence, and there alone."""
+    with SglangServer() as server:
+        server.texts = {token: f"{text}s" for token, text in server.texts.items()}
+        assert main(served_training.command(server.url, documents, tmp_path / "out")) == 2
+        asked = [seen["body"]["return_text_in_logprobs"] for seen in server.seen if seen["path"] == "/generate"]
+    assert asked == [True]
+    assert "reads token 260 as ' thes', and the student's tokenizer as ' the': give" in capsys.readouterr().err
 
 
 def test_an_error_names_the_server(documents, tmp_path, capsys) -> None:

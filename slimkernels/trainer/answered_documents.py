@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ class AnsweredDocuments:
                         with AnswerJournal(path, self._rows_of) as left:
                             _store(left, writer)
             self._files = _Files(writer, journal, opened.pop_all())
+        # Closes the files of a training that was never begun, or never stopped, with its trainer.
+        weakref.finalize(self, self._files.opened.close).atexit = False
 
     def add(self, document: ServedDocument) -> None:
         """Adds a document, which is on the disk when this returns; does nothing once this is closed."""
