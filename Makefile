@@ -38,7 +38,7 @@ test: $(tested) $(VENV)/.slimkernels-encoder  ## run the default tests, on a CPU
 test-isa: $(tested)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
 
-test-servers: $(tested) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from, search with, and evaluate llama.cpp and vLLM on localhost
+test-servers: $(tested) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from, train from, search with, and evaluate llama.cpp and vLLM on localhost
 	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) VLLM_PYTHON=$(abspath $(VENV)-vllm/bin/python) \
 	  $(py) -m pytest tests/test_teacher_server_real.py -m server
 

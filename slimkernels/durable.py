@@ -194,6 +194,7 @@ class JsonLines:
     Args:
         path: Path of the file, which is created if it does not exist.
         first_key: The first key of the first object, by which a file of this kind is recognised.
+        wait_s: Seconds to wait for another process that has the file open; ``math.inf`` waits without a limit.
 
     Attributes:
         path: Path of the file.
@@ -205,9 +206,9 @@ class JsonLines:
         DamagedLineError: A line other than an unfinished last one is not a JSON object.
     """
 
-    def __init__(self, path: str | os.PathLike[str], first_key: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], first_key: str, wait_s: float = 0.0) -> None:
         self.path = Path(path)
-        self._journal = Journal(path)
+        self._journal = Journal(path, wait_s)
         try:
             self.found = read_json_lines(path, first_key)
         except BaseException:
@@ -217,6 +218,10 @@ class JsonLines:
     def append(self, record: Mapping[str, Any]) -> None:
         """Appends one object, which is on the disk when this returns."""
         self._journal.append(json.dumps(record).encode() + b"\n")
+
+    def clear(self) -> None:
+        """Removes all objects, which are kept elsewhere by now."""
+        self._journal.truncate(0)
 
     def close(self) -> None:
         """Releases the lock, so that other processes can open the file."""

@@ -336,6 +336,21 @@ def test_bench_loader_accounts_for_every_step(tmp_path):
         assert entry["shape"] == {"vocab": 400, "tokens": 16, "batch": 2, "hidden": 32, "layers": 1}
 
 
+def test_bench_served_teacher_trains_on_the_replayed_answers(tmp_path):
+    out = tmp_path / "served.jsonl"
+    sizes = ["--tokens", "16", "--batch", "2", "--top-k", "3", "--hidden", "32", "--layers", "1", "--steps", "3"]
+    command = [sys.executable, "-m", "bench.served_teacher", "--out", str(out), "--ahead", "0", "1", *sizes]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [entry["ahead"] for entry in rows] == [0, 1]
+    for entry in rows:
+        assert 0 < entry["wait_ms"] < entry["step_ms"]
+        assert entry["waiting"] == pytest.approx(entry["wait_ms"] / entry["step_ms"])
+    # An answer that is asked for in its step cannot be there sooner than the server sends it.
+    assert rows[0]["wait_ms"] >= rows[0]["answer_ms"]
+
+
 STEP = argparse.Namespace(vocab=400, hidden=36, batch=2, tokens=12)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from support.served_captures import assert_close_to_local
 from slimkernels.cli import main
 from slimkernels.evaluate.runner import load_run
 from slimkernels.models.gguf import converted_folder, default_cache_dir
+from slimkernels.models.heldout import evaluate_store
+from slimkernels.models.load import load_model
+from slimkernels.models.make_student import make_student
 from slimkernels.search import PathFinder, PathFinderConfig, ServerEngine
 from slimkernels.store import Store, verify
 from slimkernels.teacher import capture, capture_server, shipped_prompts
@@ -164,3 +169,35 @@ def test_vllm_scores_without_the_text_of_the_candidates(smollm2, tmp_path) -> No
     assert all('"decoded_token":null' in answer and '"decoded_token":"' not in answer for answer in answers)
     for document in Store(tmp_path / "store"):
         assert_close_to_local(document, model)
+
+
+def test_training_ends_where_it_does_with_the_teacher_in_process(smollm2, tmp_path, capsys) -> None:
+    """The same weights, dtype, number of entries and seed: the held-out KL of both students is the same within 2 %."""
+    python = os.environ.get("VLLM_PYTHON")
+    if not python:
+        pytest.skip("VLLM_PYTHON does not name a Python with this server: run make test-servers")
+    gguf = teachers.smollm2_gguf()
+    folder = converted_folder(gguf, default_cache_dir())
+    for name, tokens, seed in (("train", 3000, 0), ("heldout", 1000, 1)):
+        command = f"""capture --teacher smollm2-135m-instruct --prompts --tokens {tokens} --max-new-tokens 32
+            --seed {seed} --out {tmp_path / name}"""
+        assert main(command.split()) == 0
+    heldout = Store(tmp_path / "heldout")
+
+    def kl_after(out: str, *teacher: str) -> float:
+        command = f"""train --store {tmp_path / "train"} --tokenizer smollm2-135m-instruct --method reverse_kl
+            --epochs 2 --batch-size 4 --learning-rate 6e-3 --seed 7 --option use_cpu=true --out {tmp_path / out}"""
+        assert main([*command.split(), *teacher]) == 0
+        return evaluate_store(load_model(tmp_path / out), heldout)["kl_ghost"]
+
+    served_by = functools.partial(served.real_server, "vllm", python, folder, gguf, tmp_path / "log")
+    with served_by(dtype="float32") as address:
+        options = ["--teacher-server", f"{address}/v1", "--teacher-name", served.MODEL, "--top-logprobs", "20"]
+        of_server = kl_after("served", *options)
+    in_process = kl_after("local", "--teacher", str(folder), "--option", "teacher_top_k=20")
+    untrained = evaluate_store(make_student(vocab_size=heldout.vocab_size), heldout)["kl_ghost"]
+    with capsys.disabled():
+        kls = {"from the server": of_server, "in process": in_process, "untrained": untrained}
+        sys.stdout.write(f"\nheld-out KL: {kls}\n")
+    assert of_server == pytest.approx(in_process, rel=0.02)
+    assert in_process < 0.8 * untrained

@@ -19,6 +19,7 @@ from support.served_captures import QUICK, assert_same_documents, posts, run
 from transformers.utils import chat_template_utils
 
 from slimkernels import SparseLogits
+from slimkernels.serving.errors import BudgetSpentError
 from slimkernels.store import Store, StoreWriter
 from slimkernels.teacher import ServerCost, ServerRequestError, ServerUnavailableError, capture_server
 
@@ -285,6 +286,24 @@ class TestTroubledServers:
         assert len(times) == 4
         # A slow machine makes requests arrive later, never earlier.
         assert all(at - begin >= 0.2 * number for number, at in enumerate(times))
+
+    def test_a_budget_ends_the_capture_and_keeps_the_answers(self, tokenizer, tmp_path, vllm) -> None:
+        costs = [len(tokenizer(prompt)["input_ids"]) + served.OPTIONS["max_tokens"] for prompt in served.PROMPTS]
+        # A refused request costs nothing, one that was cut off may have cost all of it.
+        vllm.faults = [None, (503, {}, "{}"), "cut"]
+        options = {"concurrency": 1, "token_budget": 2 * costs[0] + costs[1] + costs[2] - 1}
+        spent = rf"token_budget={options['token_budget']} is spent: {2 * costs[0] + costs[1]} tokens were asked for"
+        with pytest.raises(BudgetSpentError, match=spent):
+            run(vllm, tokenizer, tmp_path, **options)
+        assert len(Store(tmp_path)) == 2
+        assert run(vllm, tokenizer, tmp_path, token_budget=costs[2]).documents == 1
+        assert len(Store(tmp_path)) == 3
+
+    @pytest.mark.parametrize("budget", [0, -1, 2.5, True])
+    def test_a_budget_that_is_no_number_of_tokens_is_refused(self, budget, tokenizer, tmp_path, vllm) -> None:
+        with pytest.raises(ValueError, match="token_budget must be an int of at least 1"):
+            run(vllm, tokenizer, tmp_path, token_budget=budget)
+        assert not vllm.seen
 
     def test_a_killed_capture_asks_only_for_the_rest(self, tokenizer, tmp_path, vllm) -> None:
         """SIGKILL while the second answer is awaited: the first is in the store, and never asked for again."""

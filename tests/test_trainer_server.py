@@ -17,7 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import slimkernels as sk
 from slimkernels.models.make_student import make_student
-from slimkernels.serving.errors import ServerRequestError
+from slimkernels.served_rows.journal import AnswerJournal
+from slimkernels.served_rows.rows import ServedDocument
+from slimkernels.serving.errors import BudgetSpentError, ServerRequestError
 from slimkernels.store import Store, StoreWriter
 from slimkernels.teacher import tokenizer_fingerprint
 from slimkernels.trainer import SlimConfig, SlimTrainer, TeacherServer
@@ -144,8 +146,34 @@ def test_the_next_batch_is_asked_for_before_a_step_ends(store, server, tmp_path)
     assert arrived == [4, 6, 8, 8]
 
 
+def test_given_text_is_asked_for_ahead_where_the_student_writes_some(store, server, tmp_path) -> None:
+    """Of batches that the student does not write, the requests leave before the step ahead of theirs ends."""
+    given = {tuple(document.input_ids.tolist()) for document in store}
+    arrived: dict[int, int] = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            step = state.global_step
+            if step < 4 and not trainer._student_writes(step, 0):
+                wanted = 2 * sum(not trainer._student_writes(number, 0) for number in range(step + 1))
+                for _ in range(2000):
+                    if len(given & set(server.documents)) >= wanted:
+                        break
+                    threading.Event().wait(0.005)
+                arrived[step] = len(given & set(server.documents)) - wanted
+
+    options = {"method": "gkd", "on_policy_fraction": 0.5, "max_new_tokens": 4, "seed": 3}
+    trainer = make_trainer(tmp_path, store, server.url, callbacks=[Watch()], server={"ahead": 1}, **options)
+    is_written = [trainer._student_writes(step, 0) for step in range(4)]
+    assert set(is_written) == {True, False}
+    trainer.train()
+    assert set(arrived.values()) == {0}
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == 2 * is_written.count(False)
+
+
 @pytest.mark.parametrize("stops_at", [1, 2])
 def test_a_killed_run_keeps_what_was_paid_for(stops_at, store, server, tmp_path) -> None:
+    """SIGKILL long before the first write to the store: no answer is asked for again, those ahead of it included."""
     code = f"""
 import os, sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -155,15 +183,76 @@ from transformers import TrainerCallback
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == {stops_at}:
+            for future in trainer.served_teacher._asked.values():
+                future.result()
             os.kill(os.getpid(), 9)
-here.make_trainer(here.Path({str(tmp_path)!r}), here.Store({str(store.path)!r}), {server.url!r},
-                  callbacks=[Kill()], server={{"flush_s": 0.0, "ahead": 0}}).train()
+trainer = here.make_trainer(here.Path({str(tmp_path)!r}), here.Store({str(store.path)!r}), {server.url!r},
+                            callbacks=[Kill()], server={{"flush_s": 1e6, "ahead": 1}})
+trainer.train()
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert len(server.documents) == 2 * stops_at
+    assert len(server.documents) == server.answered == 2 * (stops_at + 1)
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == 0
     make_trainer(tmp_path, store, server.url).train()
     assert sorted(server.documents) == sorted(tuple(document.input_ids.tolist()) for document in store)
+
+
+def test_a_training_goes_on_with_the_answers_that_a_kill_left(store, server, tmp_path) -> None:
+    """The rows of a journal, also of a process that a later run does not have, are those of the server."""
+    make_trainer(tmp_path / "whole", store, server.url).train()
+    expected = Store(tmp_path / "whole" / "rows" / "rank-00000")
+    settings = expected.settings
+    rows_of = {"teacher": settings.teacher, "selection": settings.selection}
+    rows_of["tokenizer_fingerprint"] = settings.tokenizer_fingerprint
+    (tmp_path / "rows").mkdir()
+    for rank in (0, 3):
+        with AnswerJournal(tmp_path / "rows" / f"rank-{rank:05d}.journal", rows_of) as journal:
+            for document in list(expected)[rank : rank + 3]:
+                ids, positions = document.input_ids.tolist(), document.positions.tolist()
+                journal.append(ServedDocument(ids, positions, document.teacher))
+    # A line that a kill cut off.
+    with open(tmp_path / "rows" / "rank-00003.journal", "ab") as file:
+        file.write(b'{"rows_of": {"teacher"')
+    server.documents.clear()
+    make_trainer(tmp_path, store, server.url).train()
+    assert len(server.documents) == DOCUMENTS - 6
+    assert_same_documents_in_any_order(Store(tmp_path / "rows" / "rank-00000"), expected)
+    assert [path.stat().st_size for path in sorted((tmp_path / "rows").glob("*.journal"))] == [0, 0]
+
+
+def assert_same_documents_in_any_order(left: Store, right: Store) -> None:
+    assert len(left) == len(right)
+    for document in left:
+        other = right[right.find(document.input_ids)]
+        assert torch.equal(document.positions, other.positions)
+        for name in ("ids", "logits", "lse", "target_logit", "rest_lse"):
+            assert torch.equal(getattr(document.teacher, name), getattr(other.teacher, name)), name
+
+
+def test_answers_of_another_teacher_are_refused(store, server, tmp_path) -> None:
+    (tmp_path / "rows").mkdir()
+    with AnswerJournal(tmp_path / "rows" / "rank-00001.journal", {"teacher": "other"}) as journal:
+        # The rows are not looked at.
+        journal.append(
+            ServedDocument([1, 2], [1], sk.topk_logits(torch.randn(1, 300), top_k=2, target=torch.tensor([2])))
+        )
+    with pytest.raises(ValueError, match=r"rank-00001.journal must hold rows of .*, got rows of {'teacher': 'other'}"):
+        make_trainer(tmp_path, store, server.url)
+
+
+def test_a_budget_ends_the_training_and_keeps_the_answers(store, server, tmp_path) -> None:
+    sample = len(server._sample) + 1
+    lengths = [len(document.input_ids) + 1 for document in store]
+    budget = {"token_budget": sample + sum(lengths[:3]) + 1, "concurrency": 1}
+    options = {"train_sampling_strategy": "sequential"}
+    trainer = make_trainer(tmp_path, store, server.url, server=budget, **options)
+    spent = rf"token_budget={budget['token_budget']} is spent: {sample + sum(lengths[:3])} tokens were asked for"
+    with pytest.raises(BudgetSpentError, match=spent):
+        trainer.train()
+    assert server.answered == len(Store(tmp_path / "rows" / "rank-00000")) == 3
+    make_trainer(tmp_path, store, server.url, server=budget | {"token_budget": sample + sum(lengths[3:])}).train()
+    assert server.answered == DOCUMENTS
 
 
 def test_two_ranks_ask_only_for_their_own_documents(store, server, tmp_path) -> None:
@@ -203,6 +292,21 @@ def test_another_tokenizer_is_refused_before_the_first_step(store, server, tmp_p
         make_trainer(tmp_path, store, server.url)
 
 
+def test_another_tokenizer_is_seen_by_the_texts_of_scored_tokens(store, server, tmp_path) -> None:
+    """A server without /tokenize, which scores the ids that it is sent whatever they stand for."""
+    server.tokenizes = False
+    make_trainer(tmp_path, store, server.url)
+    # Some servers leave out spaces, write nothing, or show characters of several tokens as broken ones.
+    for number, spelling in enumerate(
+        [lambda token: server.tokenizer.decode(token).strip(), lambda _: "", lambda _: "\ufffd"]
+    ):
+        server.spelling = spelling
+        make_trainer(tmp_path / str(number), store, server.url)
+    server.spelling = lambda token: server.tokenizer.decode(token + 1)
+    with pytest.raises(ServerRequestError, match=r"reads token \d+ as '.+', and the student's tokenizer as '.+': give"):
+        make_trainer(tmp_path, store, server.url)
+
+
 def test_a_key_that_is_not_set_is_named(store, server, tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("TEACHER_KEY", raising=False)
     with pytest.raises(ValueError, match="TEACHER_KEY must hold the server's key"):
@@ -210,8 +314,8 @@ def test_a_key_that_is_not_set_is_named(store, server, tmp_path, monkeypatch) ->
 
 
 def test_an_exhausted_budget_reaches_the_training_and_leaves_no_thread(store, server, tmp_path) -> None:
-    server.faults.append((402, {}, '{"error": {"message": "the budget is exhausted"}}'))
     trainer = make_trainer(tmp_path, store, server.url)
+    server.faults.append((402, {}, '{"error": {"message": "the budget is exhausted"}}'))
     with pytest.raises(ServerRequestError, match="the budget is exhausted"):
         trainer.train()
     for thread in [thread for thread in threading.enumerate() if thread.name.startswith("teacher-server")]:

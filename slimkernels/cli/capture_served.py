@@ -6,17 +6,18 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from slimkernels.cli.options import Parser, positive_int, refuse
+from slimkernels.cli.options import SERVER_FIELDS, Parser, add_fields, given_fields, positive_int, refuse
 
 SHIPPED_PROMPTS = "shipped"
 # Options that have no meaning for a teacher that runs here.
-_SERVER_ONLY = ("api", "key_env", "concurrency", "max_retries", "requests_per_minute", "vocab_size", "max_unmapped")
+_SERVER_ONLY = ("api", *SERVER_FIELDS, "vocab_size", "max_unmapped")
 SERVED = ("model", "tokenizer", *_SERVER_ONLY)
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the options of a server and of a file of logits."""
-    add = parser.add_argument_group("options of --server and --logits").add_argument
+    group = parser.add_argument_group("options of --server and --logits")
+    add = group.add_argument
     add("--model", metavar="NAME", help="name of the model on the server; with --logits, name kept in the store")
     add("--tokenizer", metavar="MODEL", help="folder or name of the model's tokenizer")
     add(
@@ -25,16 +26,7 @@ def add_arguments(parser: Parser) -> None:
         default="auto",
         help="endpoint of the server (default: %(default)s)",
     )
-    add("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
-    add(
-        "--concurrency",
-        type=positive_int,
-        default=8,
-        metavar="N",
-        help="requests at the same time (default: %(default)s)",
-    )
-    add("--max-retries", type=int, default=6, metavar="N", help="retries of a failed request (default: %(default)s)")
-    add("--requests-per-minute", type=float, metavar="N", help="highest rate, retries included (default: no limit)")
+    add_fields(group, SERVER_FIELDS)
     add("--vocab-size", type=positive_int, metavar="V", help="rows of the model's head (default: the tokenizer's size)")
     add(
         "--max-unmapped",
@@ -95,15 +87,12 @@ def capture_server(
         vocab_size=args.vocab_size,
         codec=args.codec or "affine8",
         max_unmapped_fraction=args.max_unmapped,
-        key_env=args.key_env,
-        concurrency=args.concurrency,
-        max_retries=args.max_retries,
-        requests_per_minute=args.requests_per_minute,
         announce=lambda cost: say(
             f"{cost.requests} requests: {cost.prompt_tokens} prompt tokens, at most {cost.max_generated_tokens} "
             "generated tokens"
         ),
         progress=progress,
+        **given_fields(args, SERVER_FIELDS),
     )
     return (
         f"added {report.documents} documents, {report.tokens} tokens ({report.generated_tokens} generated); skipped "

@@ -12,9 +12,42 @@ from slimkernels.cli.terminal import warn_deprecated
 DTYPES = ("float32", "bfloat16", "float16")
 CODECS = ("affine8", "affine6", "bfloat16", "float32")
 
+
+def positive_int(text: str) -> int:
+    """Parses a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 # Options that are arguments of a function or fields of a configuration: by their names there, the flag, the keywords of
 # add_argument, and the help. One that is not given is None, so that the default is that of the function.
 FieldOptions = Mapping[str, tuple[str, dict[str, Any], str]]
+
+# Fields that limit the requests to a server.
+SERVER_FIELDS: FieldOptions = {
+    "key_env": (
+        "--key-env",
+        {"metavar": "NAME"},
+        "environment variable with the key (default: OPENAI_API_KEY, if set)",
+    ),
+    "concurrency": (
+        "--concurrency",
+        {"type": positive_int, "metavar": "N"},
+        "requests at the same time (default: 8)",
+    ),
+    "max_retries": ("--max-retries", {"type": int, "metavar": "N"}, "retries of a failed request (default: 6)"),
+    "requests_per_minute": (
+        "--requests-per-minute",
+        {"type": float, "metavar": "N"},
+        "highest rate, retries included (default: no limit)",
+    ),
+    "token_budget": (
+        "--token-budget",
+        {"type": positive_int, "metavar": "N"},
+        "tokens that the server may read and generate, retries included (default: no limit)",
+    ),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,13 +171,6 @@ def add_old_name(parser: Parser, old: str, present: str, const: Any = None) -> N
         help=argparse.SUPPRESS,
         **like,
     )
-
-
-def positive_int(text: str) -> int:
-    """Parses a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.cli import train_tokenizer
-from slimkernels.cli.options import FieldOptions, add_command, add_fields, given_fields, key_value, positive_int, refuse
+from slimkernels.cli.options import (
+    SERVER_FIELDS,
+    FieldOptions,
+    add_command,
+    add_fields,
+    given_fields,
+    key_value,
+    positive_int,
+    refuse,
+)
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 
 if TYPE_CHECKING:
@@ -58,7 +67,14 @@ OPTIONS = {
     "z_loss_weight": 0.0,
 }
 # Options that are fields of TeacherServer.
-_SERVER_OPTIONS = ("key_env", "top_logprobs", "concurrency", "max_retries", "requests_per_minute")
+_SERVER_FIELDS: FieldOptions = {
+    "top_logprobs": (
+        "--top-logprobs",
+        {"type": positive_int, "metavar": "K"},
+        "entries to ask for per token (default: 20)",
+    ),
+    **SERVER_FIELDS,
+}
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
 SUPPORTS = ("teacher", "student", "union", "intersection")
 DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
@@ -168,14 +184,12 @@ def add_parser(commands: Any) -> None:
         help="vLLM or SGLang server that scores the documents during training; its rows are kept in "
         "--teacher-rows (default: none)",
     )
-    server = parser.add_argument_group("options of --teacher-server").add_argument
-    server("--teacher-name", metavar="NAME", help="name of the model on the server (default: none, it must be given)")
-    server("--teacher-rows", metavar="DIR", help="folder of the rows that were scored (default: teacher-rows in --out)")
-    server("--key-env", metavar="NAME", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
-    server("--top-logprobs", type=positive_int, metavar="K", help="entries to ask for per token (default: 20)")
-    server("--concurrency", type=positive_int, metavar="N", help="requests at the same time (default: 8)")
-    server("--max-retries", type=int, metavar="N", help="retries of a failed request (default: 6)")
-    server("--requests-per-minute", type=float, metavar="N", help="highest rate, retries included (default: no limit)")
+    server = parser.add_argument_group("options of --teacher-server")
+    add = server.add_argument
+    add("--teacher-name", metavar="NAME", help="name of the model on the server (default: none, it must be given)")
+    add("--teacher-rows", metavar="DIR", help="folder of the rows that were scored (default: teacher-rows in --out)")
+    add_fields(server, _SERVER_FIELDS)
+    add = parser.add_argument
     add("--eval-store", metavar="DIR", help="held-out store to measure the trained student on (default: none)")
     add_fields(parser, _FIELDS)
     add(
@@ -241,16 +255,14 @@ def _teacher_server(args: argparse.Namespace) -> TeacherServer | None:
     from slimkernels.trainer import TeacherServer
 
     if args.teacher_server is None:
-        refuse(args, ["teacher_name", "teacher_rows", *_SERVER_OPTIONS], "without --teacher-server")
+        refuse(args, ["teacher_name", "teacher_rows", *_SERVER_FIELDS], "without --teacher-server")
         return None
     if args.teacher is not None or args.method == "minillm":
         raise ValueError("--teacher-server takes the place of --teacher, and not with --method minillm: omit it")
     if args.teacher_name is None:
         raise ValueError("--teacher-server needs --teacher-name: NAME of the model on the server")
     rows = args.teacher_rows or os.path.join(args.out, "teacher-rows")
-    given = {name: getattr(args, name) for name in _SERVER_OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    return TeacherServer(args.teacher_server, args.teacher_name, rows, **given)
+    return TeacherServer(args.teacher_server, args.teacher_name, rows, **given_fields(args, _SERVER_FIELDS))
 
 
 def _printer(has_bar: bool, has_rate: bool) -> TrainerCallback:

@@ -23,6 +23,7 @@ class Request(NamedTuple):
         labels: Ascending positions of the tokens that a scored document has rows for; None for all but the first.
         token_ids: Ids whose log-probabilities are wanted at every position of a scored document, whether or not they
             are among the most probable. Only SGLang gives them.
+        spelled: Whether the text of the tokens of a scored document is wanted, which takes the server time.
     """
 
     prompt_ids: list[int]
@@ -31,6 +32,7 @@ class Request(NamedTuple):
     number: int = 0
     labels: Sequence[int] | None = None
     token_ids: Sequence[int] = ()
+    spelled: bool = False
 
 
 class Position(NamedTuple):

@@ -6,6 +6,7 @@ The modules ``openai``, ``llamacpp``, ``vllm`` and ``sglang`` hold the requests 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from slimkernels.served_rows import llamacpp, openai, sglang, vllm
 from slimkernels.served_rows.answers import Answer, Call, Options, Request
@@ -39,32 +40,37 @@ class ServerApi(Options):
         """Lets the server continue a prompt.
 
         Raises:
-            ServerRequestError, UnusableAnswerError, ServerUnavailableError: The same as in ``ServerClient.post``, which
-                asks again for an answer that cannot be read or has a text without log-probabilities.
+            ServerRequestError, UnusableAnswerError, ServerUnavailableError, BudgetSpentError: The same as in
+                ``ServerClient.post``, which asks again for an answer that cannot be read or has a text without
+                log-probabilities.
         """
-        return self.client.post(*_GENERATION[self.api](self, request))
+        call: Call = _GENERATION[self.api](self, request)
+        return self.client.post(*call, tokens=len(request.prompt_ids) + self.max_tokens)
 
     def score(self, request: Request) -> Answer:
         """Asks for the log-probabilities of the tokens of a document, at least of those that are labels.
 
         Raises:
-            ServerRequestError, UnusableAnswerError, ServerUnavailableError: The same as in ``ServerClient.post``, which
-                asks again for an answer that cannot be read or lacks tokens; also for a server that cannot score text.
+            ServerRequestError, UnusableAnswerError, ServerUnavailableError, BudgetSpentError: The same as in
+                ``ServerClient.post``, which asks again for an answer that cannot be read or lacks tokens; also for a
+                server that cannot score text.
         """
+        # The server generates one token.
+        post = functools.partial(self.client.post, tokens=len(request.prompt_ids) + 1)
         call: Call = _SCORING[self.kind](self, request, self.client.url)
-        if self.kind != "vllm":
-            return self.client.post(*call)
+        if self.kind != "vllm" or request.spelled:
+            return post(*call)
         tried = vllm.scores_without_text(self, request, self.client.url)
         known = self._answers.get(tried.path)
         if known is False:
-            return self.client.post(*call)
+            return post(*call)
         try:
-            answer = self.client.post(*tried)
+            answer = post(*tried)
         except (ServerRequestError, ServerUnavailableError):
             if known:
                 raise
             # The server has no such path, which a proxy may say in any way, or does not take the document either.
-            answer = self.client.post(*call)
+            answer = post(*call)
             known = False
         self._answers[tried.path] = known is None or known
         return answer

@@ -58,7 +58,10 @@ def scores(options: Options, request: Request, url: str) -> Call:
     """
     ids = request.prompt_ids
     start = max(1, request.labels[0]) if request.labels else 1
-    payload = _payload(options, ids, {"max_new_tokens": 1, "temperature": 0.0}) | {"logprob_start_len": start - 1}
+    payload = _payload(options, ids, {"max_new_tokens": 1, "temperature": 0.0}) | {
+        "logprob_start_len": start - 1,
+        "return_text_in_logprobs": request.spelled,
+    }
     if request.token_ids:
         payload["token_ids_logprob"] = list(request.token_ids)
 
@@ -146,11 +149,9 @@ def _positions(meta: dict[str, Any], side: str) -> list[Position]:
             f"{len(chosen)} {side} tokens have logprobs, but {len(tops)} have top logprobs and {len(given)} have those "
             "of given ids"
         )
-    tokens = zip(chosen.ids.tolist(), chosen.logprobs.tolist(), strict=True)
-    return [
-        Position(ServerToken(f"token_id:{token}", logprob, None, token), top, of_ids)
-        for (token, logprob), top, of_ids in zip(tokens, tops, given, strict=True)
-    ]
+    texts = [text for _, _, text in meta[f"{side}_token_logprobs"] or ()]
+    tokens = map(ServerToken.numbered, chosen.ids.tolist(), chosen.logprobs.tolist(), texts)
+    return [Position(*position) for position in zip(tokens, tops, given, strict=True)]
 
 
 def _tops(positions: list[Any]) -> list[NumberedTokens]:

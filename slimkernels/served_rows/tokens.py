@@ -53,6 +53,16 @@ class ServerToken(NamedTuple):
         # The first token of a text has no log-probability.
         return cls(text, float("nan") if logprob is None else float(logprob), raw, token)
 
+    @classmethod
+    def numbered(cls, token: int, logprob: float, text: Any = None):
+        """Makes a token from its id and, where the server gives it, its text."""
+        return cls(text if isinstance(text, str) else f"{_ID_PREFIX}{token}", logprob, None, token)
+
+    @property
+    def is_spelled(self) -> bool:
+        """Whether ``text`` is that of the token itself, all of which is shown."""
+        return not self.text.startswith(_ID_PREFIX) and bool(self.text) and _REPLACEMENT.decode() not in self.text
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NumberedTokens:

@@ -84,4 +84,5 @@ def _position(entries: dict[str, Any] | None) -> Position:
         raise ValueError(f"tokens must be named by their ids, got {next(iter(entries))!r}")
     top = NumberedTokens(ids, arrays.floats(map(itemgetter("logprob"), entries.values())))
     token = int(ids[0])
-    return Position(ServerToken(f"token_id:{token}", float(top.logprobs[0]), None, token), top)
+    text = next(iter(entries.values())).get("decoded_token")
+    return Position(ServerToken.numbered(token, float(top.logprobs[0]), text), top)

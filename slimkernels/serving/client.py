@@ -11,13 +11,56 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from slimkernels.serving.base_client import BaseClient, Content, as_it_is
-from slimkernels.serving.errors import NotFoundError
+from slimkernels.serving.errors import BudgetSpentError, NotFoundError
 
 # Requests per worker that may be in flight, or answered and waiting for an earlier one.
 _WINDOW = 4
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class TokenBudget:
+    """A limit on the tokens that requests may cost, for all threads and clients that share it.
+
+    Args:
+        limit: Largest number of tokens, read and generated, at least 1; None for no limit.
+
+    Attributes:
+        spent: Tokens of the requests that were sent and not refused.
+
+    Raises:
+        ValueError: ``limit`` is out of range.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ValueError(f"token_budget must be an int of at least 1, or None for no limit, got {limit!r}")
+        self.limit, self.spent = limit, 0
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def spend(self, tokens: int) -> None:
+        """Counts a request before it is sent; after one that the limit does not allow, none is allowed.
+
+        Raises:
+            BudgetSpentError: The limit does not allow the request.
+        """
+        with self._lock:
+            if tokens and self.limit is not None:
+                self._is_closed |= self.spent + tokens > self.limit
+                if self._is_closed:
+                    raise BudgetSpentError(
+                        f"token_budget={self.limit} is spent: {self.spent} tokens were asked for, and the next request "
+                        f"takes {tokens}; what was answered is stored, so a new call with a new budget asks for the "
+                        "rest"
+                    )
+            self.spent += tokens
+
+    def refund(self, tokens: int) -> None:
+        """Takes back a request that the server refused."""
+        with self._lock:
+            self.spent -= tokens
 
 
 class ServerClient(BaseClient):
@@ -39,6 +82,7 @@ class ServerClient(BaseClient):
         requests_per_minute: Limit on the requests started, repetitions included, at even intervals; None: no limit.
         timeout_s: Seconds without a response after which a request counts as failed.
         backoff_s: Seconds before the first repetition.
+        budget: Limit on the tokens of the requests; None for no limit.
 
     Attributes:
         url: Base URL without user name and password.
@@ -58,12 +102,14 @@ class ServerClient(BaseClient):
         requests_per_minute: float | None = None,
         timeout_s: float = 600.0,
         backoff_s: float = 1.0,
+        budget: TokenBudget | None = None,
     ) -> None:
         limits = {"requests_per_minute": requests_per_minute, "timeout_s": timeout_s, "backoff_s": backoff_s}
         super().__init__(url, key_env, limits, {"concurrency": concurrency, "max_retries": max_retries})
         import httpx2
 
         self._concurrency = concurrency
+        self._budget = budget or TokenBudget()
         self._http = httpx2.Client(**self._http_options)
         self._stop = threading.Event()
         self._failures: list[BaseException] = []
@@ -73,11 +119,18 @@ class ServerClient(BaseClient):
         """Returns the JSON object at ``url + path``, or None if the server has none there (404, 405)."""
         try:
             # One retry only: this is the first request, and a mistyped URL should fail fast.
-            return self._ask("GET", path, None, min(self._max_retries, 1), as_it_is)
+            return self._ask("GET", path, None, min(self._max_retries, 1), as_it_is, 0)
         except NotFoundError:
             return None
 
-    def post(self, path: str, payload: dict[str, Any], read: Callable[[dict[str, Any]], Result] = as_it_is) -> Result:
+    def post(
+        self,
+        path: str,
+        payload: dict[str, Any],
+        read: Callable[[dict[str, Any]], Result] = as_it_is,
+        *,
+        tokens: int = 0,
+    ) -> Result:
         """Sends a JSON object and returns the JSON object in the answer, or what a function reads in it.
 
         Args:
@@ -86,13 +139,16 @@ class ServerClient(BaseClient):
             read: Function that reads the answer. The server is asked again for an answer for which it raises
                 ``UnusableAnswerError``, or KeyError, IndexError, TypeError, ValueError or AttributeError because the
                 answer does not have the expected form.
+            tokens: Tokens that the server reads and, at most, generates. Every repetition counts to the budget as well,
+                unless the attempt before it was answered with an error status.
 
         Raises:
+            BudgetSpentError: The budget does not allow the request.
             ServerRequestError: The server refused the request.
             UnusableAnswerError: The server answered every attempt with something that cannot be used.
             ServerUnavailableError: Every attempt failed.
         """
-        return self._ask("POST", path, payload, self._max_retries, read)
+        return self._ask("POST", path, payload, self._max_retries, read, tokens)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yields each item with its result, in order; ``concurrency`` of them are computed at the same time.
@@ -146,14 +202,18 @@ class ServerClient(BaseClient):
         payload: dict[str, Any] | None,
         max_retries: int,
         read: Callable[[dict[str, Any]], Any],
+        tokens: int,
     ) -> Any:
         url = self._url_of(path)
         for attempts in itertools.count(1):
             self._turns.wait()
+            self._budget.spend(tokens)
             try:
                 response = self._http.request(method, url, json=payload)
             except self._request_errors as error:
                 response = error
+            if not isinstance(response, Exception) and not response.is_success:
+                self._budget.refund(tokens)
             outcome = self._outcome(f"{method} {url}", response, attempts, max_retries, read)
             if isinstance(outcome, Content):
                 return outcome.value

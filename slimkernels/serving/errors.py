@@ -11,6 +11,10 @@ class UnusableAnswerError(ServerRequestError):
     """An answer with a good status that cannot be used; every repetition of the request got such an answer too."""
 
 
+class BudgetSpentError(ValueError):
+    """The next request would cost more tokens than the budget allows."""
+
+
 class ServerUnavailableError(OSError):
     """The server did not answer any of the attempts."""
 

@@ -20,7 +20,7 @@ from slimkernels.served_rows.asking import ask_by_name, num_token_ids
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer
 from slimkernels.served_rows.sglang import adapter_of
 from slimkernels.served_rows.tokens import TokenMap
-from slimkernels.serving.client import ServerClient
+from slimkernels.serving.client import ServerClient, TokenBudget
 from slimkernels.serving.errors import UnusableAnswerError
 from slimkernels.serving.kinds import Kind, identify
 from slimkernels.store import Store, StoreWriter
@@ -80,6 +80,7 @@ def capture_server(
     concurrency: int = 8,
     max_retries: int = 6,
     requests_per_minute: float | None = None,
+    token_budget: int | None = None,
     timeout_s: float = 600.0,
     backoff_s: float = 1.0,
     flush_s: float = 60.0,
@@ -140,6 +141,8 @@ def capture_server(
         max_retries: Repetitions of a request after status 408, 409, 425, 429 or 5xx, a lost connection, a timeout or an
             answer that cannot be used.
         requests_per_minute: Limit on requests, repetitions included.
+        token_budget: Limit on the tokens that the server reads and, at most, generates, repetitions included. Before
+            it is exceeded the capture ends with an error; what was answered is stored.
         timeout_s: Seconds without a response after which a request counts as failed.
         backoff_s: Seconds before the first repetition, doubled each time. ``Retry-After`` is obeyed.
         flush_s: Longest time in seconds between two writes to the store; each write makes a shard.
@@ -158,6 +161,7 @@ def capture_server(
             gave eight answers in a row that cannot be used, or read other tokens than it was sent because it adds
             special tokens, has another chat template or another tokenizer.
         ServerUnavailableError: The server did not answer.
+        BudgetSpentError: The next request would exceed ``token_budget``.
         UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
         SettingsMismatchError: The store was made with another model, tokenizer, selection or codec.
     """
@@ -177,6 +181,7 @@ def capture_server(
         requests_per_minute=requests_per_minute,
         timeout_s=timeout_s,
         backoff_s=backoff_s,
+        budget=TokenBudget(token_budget),
     )
     with client:
         kind, listing = identify(client)

@@ -124,9 +124,14 @@ class DistillationMixin(StopsAtLength):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Returns the micro-batches of an optimizer step as the trainer does; a served teacher is asked ahead."""
-        if self.served_teacher is not None and not self._writes and not self._scores_ids:
+        if self.served_teacher is not None and not self._scores_ids:
             if self._ahead is None or self._ahead.batches is not epoch_iterator:
-                self._ahead = Ahead(epoch_iterator, self.served_teacher, self.served_teacher.settings.ahead)
+                first, per_step = self.state.global_step, self.args.gradient_accumulation_steps
+
+                def is_known(number: int) -> bool:
+                    return not self._student_writes(first + number // per_step, number % per_step)
+
+                self._ahead = Ahead(epoch_iterator, self.served_teacher, self.served_teacher.settings.ahead, is_known)
             epoch_iterator = self._ahead
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -181,10 +186,9 @@ class DistillationMixin(StopsAtLength):
 
         return BatchTeacher(rows_of)
 
-    @property
-    def _writes(self) -> bool:
-        """Whether the student writes some of the batches, for which a served teacher cannot be asked ahead."""
-        return self.objective.method == "gkd" and self.objective.on_policy_fraction > 0
+    def _student_writes(self, step: int, number: int) -> bool:
+        """Returns whether the student writes micro-batch ``number`` of a step, so that only then its text is known."""
+        return False
 
     @contextlib.contextmanager
     def _teacher_stopped_after(self) -> Iterator[None]:

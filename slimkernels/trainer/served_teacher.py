@@ -8,12 +8,11 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,13 +21,13 @@ from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.asking import ask_by_name, num_token_ids, selection_of
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.served_rows.tokens import TokenMap
-from slimkernels.serving.client import ServerClient
+from slimkernels.serving.client import ServerClient, TokenBudget
 from slimkernels.serving.errors import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
-from slimkernels.store import Document, Store, StoreWriter
-from slimkernels.store.format import MANIFEST_NAME
+from slimkernels.store import Document, Store
+from slimkernels.trainer.answered_documents import AnsweredDocuments, as_stored, key_of
 from slimkernels.trainer.support import union_of_logprobs
-from slimkernels.trainer.teacher_server import TeacherServer, check_tokenizer, scoring_server
+from slimkernels.trainer.teacher_server import TeacherServer, check_spelling, check_tokenizer, scoring_server
 from slimkernels.trainer.teachers import StoredTeacher, documents_of
 
 
@@ -52,6 +51,7 @@ class ServedTeacher(StoredTeacher):
         ValueError: The variable of the key is not set, or there is no tokenizer.
         ServerRequestError: The server is of a kind that cannot score text, or its tokenizer is another one.
         ServerUnavailableError: The server does not answer.
+        BudgetSpentError: ``token_budget`` does not allow the one text that is scored here.
         SettingsMismatchError: The store was made with another model, tokenizer, number of entries or codec.
     """
 
@@ -63,36 +63,36 @@ class ServedTeacher(StoredTeacher):
                 "teacher_server needs the tokenizer of its model, got none: pass it as the trainer's processing_class"
             )
         self.settings = settings
-        self._queue: queue.SimpleQueue[tuple[Request, Future[ServedDocument]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
-        self._asked: dict[bytes, _Asked] = {}
-        # Documents that were answered since the last write to the store, or belong to no later epoch.
-        self._fresh: dict[bytes, Document] = {}
-        self._stores: dict[Path, tuple[int, Store]] = {}
+        self._asked: dict[bytes, Future[Document]] = {}
+        # Documents of the batch whose rows are wanted.
+        self._taken: dict[bytes, Document] = {}
         self._reading = threading.Lock()
         self._num_asked = 0
         self.wait_seconds = 0.0
+        self._budget = TokenBudget(settings.token_budget)
         # Closed with every ``stop``.
         self._client: ServerClient | None = None
+        vocab_size = min(num_token_ids(tokenizer), vocab_size)
+        tokens = TokenMap(tokenizer, vocab_size)
         with self._new_client() as client:
             self._server, self._context = scoring_server(client, settings)
             check_tokenizer(client, self._server.model, tokenizer)
+            check_spelling(self._server, tokens, tokenizer)
             self._url = client.url
-        vocab_size = min(num_token_ids(tokenizer), vocab_size)
-        self._reader = AnswerReader(self._server, TokenMap(tokenizer, vocab_size), settings.max_unmapped_fraction)
-        self._folder = Path(settings.store)
-        self._writer_options: dict[str, Any] = {
-            "path": self._folder / f"rank-{rank:05d}",
-            "vocab_size": vocab_size,
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-            "teacher": {"name": settings.model, "kind": self._server.kind},
-            "selection": selection_of(self._server),
-            "codec": settings.codec,
-        }
-        self._writer: StoreWriter | None = None
+        self._reader = AnswerReader(self._server, tokens, settings.max_unmapped_fraction)
+        self._answers = AnsweredDocuments(
+            Path(settings.store),
+            rank,
+            vocab_size=vocab_size,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            teacher={"name": settings.model, "kind": self._server.kind},
+            selection=selection_of(self._server),
+            codec=settings.codec,
+        )
         self._flushed = time.monotonic()
-        self._opened_writer()
-        super().__init__(Store(self._writer_options["path"]))
+        super().__init__(Store(self._answers.path))
 
     def check_length(self, longest: int) -> None:
         """Checks that the server's context holds a document of ``longest`` tokens and the one that it generates.
@@ -115,14 +115,14 @@ class ServedTeacher(StoredTeacher):
             keep: Whether the rows are written to the store; False for text that no later epoch repeats.
         """
         for ids in self._documents(inputs):
-            key = _key(ids)
+            key = key_of(ids)
             if len(ids) < 2 or key in self._asked or self._find(ids) is not None:
                 continue
             self.check_length(len(ids))
             self._start()
-            future: Future[ServedDocument] = Future()
-            self._asked[key] = _Asked(future, keep)
-            self._queue.put((Request(ids.tolist(), number=self._num_asked), future))
+            asked = _Asked(Request(ids.tolist(), number=self._num_asked), keep, Future())
+            self._asked[key] = asked.future
+            self._queue.put(asked)
             self._num_asked += 1
 
     def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:
@@ -138,19 +138,15 @@ class ServedTeacher(StoredTeacher):
         Raises:
             ServerRequestError, ServerUnavailableError: The server refused a document or did not answer.
             UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
+            BudgetSpentError: ``token_budget`` does not allow to ask for all documents of the batch.
         """
         self.ask(inputs)
-        keys = [_key(ids) for ids in self._documents(inputs)]
-        once = [key for key in keys if key in self._asked and not self._asked[key].keep]
         began = time.monotonic()
-        for key in keys:
-            if key in self._asked:
-                self._take(key)
+        keys = [key_of(ids) for ids in self._documents(inputs)]
+        self._taken = {key: self._asked.pop(key).result() for key in keys if key in self._asked}
         self.wait_seconds += time.monotonic() - began
         found = super().rows(inputs, places)
-        for key in once:
-            self._fresh.pop(key, None)
-        self._take_finished()
+        self._taken = {}
         if time.monotonic() - self._flushed >= self.settings.flush_s:
             self.flush()
         return found
@@ -234,10 +230,9 @@ class ServedTeacher(StoredTeacher):
         )
 
     def flush(self) -> None:
-        """Writes what was answered to the store."""
-        self._opened_writer().flush()
+        """Writes what was answered to the store, where other processes find it."""
+        self._answers.flush()
         self._flushed = time.monotonic()
-        self._fresh.clear()
 
     def stop(self, *, wait: bool = True) -> None:
         """Abandons the requests that were not sent yet, stores the answers and unlocks the store; ``ask`` reopens it.
@@ -245,8 +240,8 @@ class ServedTeacher(StoredTeacher):
         Args:
             wait: Whether to wait for the requests that were sent, which the server may charge for.
         """
-        for asked in self._asked.values():
-            asked.future.cancel()
+        for future in self._asked.values():
+            future.cancel()
         for _ in self._workers:
             self._queue.put(None)
         if wait:
@@ -257,16 +252,13 @@ class ServedTeacher(StoredTeacher):
         if self._client is not None:
             self._client.close()
             self._client = None
-        self._take_finished()
         self._asked.clear()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        self._fresh.clear()
+        self._answers.close()
 
     def _new_client(self) -> ServerClient:
         names = ("key_env", "concurrency", "max_retries", "requests_per_minute", "timeout_s", "backoff_s")
-        return ServerClient(self.settings.url, **{name: getattr(self.settings, name) for name in names})
+        options = {name: getattr(self.settings, name) for name in names}
+        return ServerClient(self.settings.url, budget=self._budget, **options)
 
     def _documents(self, inputs: dict[str, Any]) -> list[Tensor]:
         input_ids = inputs["input_ids"].cpu()
@@ -275,6 +267,7 @@ class ServedTeacher(StoredTeacher):
     def _start(self) -> None:
         """Starts the threads that ask. They are daemons, so that none keeps an interrupted process alive."""
         if not self._workers:
+            self._answers.open()
             self._client = self._new_client()
             self._server = dataclasses.replace(self._server, client=self._client)
             work = functools.partial(self._work, self._queue)
@@ -285,14 +278,16 @@ class ServedTeacher(StoredTeacher):
             for worker in self._workers:
                 worker.start()
 
-    def _work(self, waiting: queue.SimpleQueue[tuple[Request, Future[ServedDocument]] | None]) -> None:
-        while (item := waiting.get()) is not None:
-            request, future = item
-            if future.set_running_or_notify_cancel():
+    def _work(self, waiting: queue.SimpleQueue[_Asked | None]) -> None:
+        while (asked := waiting.get()) is not None:
+            if asked.future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(self._answer(request))
+                    document = self._answer(asked.request)
+                    if asked.keep:
+                        self._answers.add(document)
+                    asked.future.set_result(as_stored(document))
                 except BaseException as error:
-                    future.set_exception(error)
+                    asked.future.set_exception(error)
 
     def _answer(self, request: Request) -> ServedDocument:
         answer = ask_by_name(self._server.score, request)
@@ -304,49 +299,10 @@ class ServedTeacher(StoredTeacher):
             raise ServerRequestError(f"document {request.number}: {document.reason}")
         return document
 
-    def _take(self, key: bytes) -> None:
-        """Waits for a document and adds it to the store's buffer."""
-        asked = self._asked[key]
-        document = asked.future.result()
-        del self._asked[key]
-        positions = torch.tensor(document.positions)
-        self._fresh[key] = Document(torch.tensor(document.input_ids), positions, document.teacher)
-        writer = self._opened_writer()
-        if asked.keep and document.input_ids not in writer:
-            writer.add(*document)
-
-    def _take_finished(self) -> None:
-        """Adds the documents that were answered ahead of their step, so that a kill does not lose them."""
-        for key, asked in list(self._asked.items()):
-            if asked.keep and asked.future.done() and not asked.future.cancelled() and not asked.future.exception():
-                self._take(key)
-
-    def _opened_writer(self) -> StoreWriter:
-        if self._writer is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = StoreWriter(**self._writer_options)
-        return self._writer
-
     def _find(self, input_ids: Tensor) -> Document | None:
-        """Returns a document that was just answered, or one in the store of any process."""
-        if (fresh := self._fresh.get(_key(input_ids))) is not None:
-            return fresh
-        for path in sorted(self._folder.glob("rank-*")):
-            store = self._store_at(path)
-            if store is not None and (index := store.find(input_ids)) is not None:
-                return store[index]
-        return None
-
-    def _store_at(self, path: Path) -> Store | None:
-        """Returns the store of a process as it is now, opened again only after it was written to."""
-        try:
-            written = (path / MANIFEST_NAME).stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
-        known = self._stores.get(path)
-        if known is None or known[0] != written:
-            known = self._stores[path] = written, Store(path)
-        return known[1]
+        """Returns a document of this batch, one that was just answered, or one in the store of any process."""
+        taken = self._taken.get(key_of(input_ids))
+        return self._answers.find(input_ids) if taken is None else taken
 
 
 class Ahead:
@@ -356,12 +312,21 @@ class Ahead:
         batches: Iterator over the micro-batches of an epoch.
         teacher: The teacher.
         number: Micro-batches to be ahead.
+        is_known: Function that says of the micro-batch with a number, counted from 0, whether its text is the one that
+            is trained on, so that it can be asked for.
     """
 
-    def __init__(self, batches: Iterator[dict[str, Any]], teacher: ServedTeacher, number: int) -> None:
+    def __init__(
+        self,
+        batches: Iterator[dict[str, Any]],
+        teacher: ServedTeacher,
+        number: int,
+        is_known: Callable[[int], bool] = lambda _: True,
+    ) -> None:
         self.batches = batches
-        self._teacher, self._number = teacher, number
+        self._teacher, self._number, self._is_known = teacher, number, is_known
         self._read: collections.deque[dict[str, Any]] = collections.deque()
+        self._num_read = 0
 
     def __iter__(self) -> Ahead:
         return self
@@ -371,17 +336,16 @@ class Ahead:
             batch = next(self.batches, None)
             if batch is None:
                 break
-            self._teacher.ask(batch)
+            if self._is_known(self._num_read):
+                self._teacher.ask(batch)
             self._read.append(batch)
+            self._num_read += 1
         if not self._read:
             raise StopIteration
         return self._read.popleft()
 
 
 class _Asked(NamedTuple):
-    future: Future[ServedDocument]
+    request: Request
     keep: bool
-
-
-def _key(input_ids: Tensor) -> bytes:
-    return input_ids.to(torch.int64).numpy().tobytes()
+    future: Future[Document]

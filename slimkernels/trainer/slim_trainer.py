@@ -149,27 +149,36 @@ class SlimTrainer(DistillationMixin, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        if self.args.method == "gkd":
-            given = batches
-            batches = [self._maybe_continue(batch, number) for number, batch in enumerate(given)]
-            if self.served_teacher is not None and self._writes and not self._scores_ids:
-                for before, batch in zip(given, batches, strict=True):
-                    # The student never writes the same text in a later epoch.
-                    self.served_teacher.ask(batch, keep=batch is before)
+        for number, given in enumerate(batches):
+            if self._student_writes(self.state.global_step, number):
+                batches[number] = self._continued(given, number)
+                if self.served_teacher is not None and not self._scores_ids:
+                    # The server scores it while the student writes the next one, which it never does twice alike.
+                    self.served_teacher.ask(batches[number], keep=batches[number] is given)
         num_items = sum(batch["target"].ne(IGNORE_INDEX).sum() for batch in batches).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
         return batches, num_items
 
-    def _maybe_continue(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
-        """Returns a batch, or with probability ``on_policy_fraction`` the student's continuations of its prompts."""
+    def _student_writes(self, step: int, number: int) -> bool:
+        """Returns whether the student writes micro-batch ``number`` of a step, as it does ``on_policy_fraction``."""
+        if self.args.method != "gkd":
+            return False
+        draw = torch.rand((), generator=torch.Generator().manual_seed(self._seed_of_text(step, number)))
+        return float(draw) < self.args.on_policy_fraction
+
+    def _seed_of_text(self, step: int, number: int) -> int:
+        # The place in the run, as a resumed run restores the global generator only after it has its batches.
+        place = f"{self.args.seed} {step} {self.args.process_index} {number}"
+        return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big")
+
+    def _continued(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """Returns the student's continuations of the prompts of micro-batch ``number`` of the current step."""
         args = self.args
-        # Seeded by the place in the run, as a resumed run restores the global generator only after it has its batches.
-        place = f"{args.seed} {self.state.global_step} {args.process_index} {number}"
         with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big"))
-            if float(torch.rand(())) >= args.on_policy_fraction:
-                return batch
+            torch.manual_seed(self._seed_of_text(self.state.global_step, number))
+            # The number that says whether the student writes.
+            torch.rand(())
             return continue_prompts(
                 self.model,
                 batch,

@@ -7,15 +7,18 @@ import os
 
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.sglang import adapter_of
+from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient
 from slimkernels.serving.errors import NotFoundError, ServerRequestError
 from slimkernels.serving.kinds import identify, listed_models, model_facts
 
 # Kinds of servers that score given text.
 _SCORING = ("vllm", "sglang")
-_SAMPLE = "When the rain stopped, Anna put on 2 boots."
+# The text by which tokenizers are compared.
+SAMPLE = "When the rain stopped, Anna put on 2 boots."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,12 @@ class TeacherServer:
         concurrency: Largest number of requests in flight, per process.
         max_retries: Repetitions of a request that failed.
         requests_per_minute: Limit on requests per process, repetitions included; None for no limit.
+        token_budget: Limit on the tokens that the server reads and generates for one run and process, repetitions
+            included; None for no limit. A training that needs more ends with an error at the first such document.
         timeout_s: Seconds without a response after which a request counts as failed.
         backoff_s: Seconds before the first repetition, doubled each time.
-        flush_s: Longest time in seconds between two writes to the store; each makes a shard, and a kill loses what was
-            answered since the last.
+        flush_s: Longest time in seconds between two writes to the store, each of which makes a shard. Until then
+            answers are kept in a journal beside the store, so that a kill loses none.
         codec: Codec of the store: "float32", with which later epochs read the rows of the first, or "affine8",
             "affine6" or "bfloat16".
         max_unmapped_fraction: Largest allowed share of entries whose token has no id.
@@ -51,6 +56,7 @@ class TeacherServer:
     concurrency: int = 8
     max_retries: int = 6
     requests_per_minute: float | None = None
+    token_budget: int | None = None
     timeout_s: float = 600.0
     backoff_s: float = 1.0
     flush_s: float = 10.0
@@ -89,7 +95,7 @@ def scoring_server(client: ServerClient, settings: TeacherServer) -> tuple[Serve
 
 def check_tokenizer(client: ServerClient, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compares the server's tokens of a text with the tokenizer's, where the server has ``/tokenize``."""
-    ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
     text = tokenizer.decode(ids)
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     payload = {"model": model, "prompt": text, "add_special_tokens": False}
@@ -102,3 +108,20 @@ def check_tokenizer(client: ServerClient, model: str, tokenizer: PreTrainedToken
             f"the server {client.url} reads {text!r} as the tokens {read[:20]}, and the student's tokenizer as "
             f"{expected[:20]}: give the student the tokenizer of the model {model!r}"
         )
+
+
+def check_spelling(server: ServerApi, tokens: TokenMap, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets the server score one text, and compares its texts of the tokens, where it gives them, with the tokenizer's.
+
+    The ids that a server is sent are the ones that it scores, so that only their texts show another tokenizer.
+    """
+    ids = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    answer = server.score(Request(ids, spelled=True))
+    for place, position in enumerate(answer.positions, answer.start):
+        own = tokens.text_of([ids[place]]).decode(errors="replace")
+        # Many servers leave out the space before a word.
+        if position.chosen.is_spelled and position.chosen.text.strip() != own.strip():
+            raise ServerRequestError(
+                f"the server {server.client.url} reads token {ids[place]} as {position.chosen.text!r}, and the "
+                f"student's tokenizer as {own!r}: give the student the tokenizer of the model {server.model!r}"
+            )

@@ -4,6 +4,7 @@
     python tests/support/served.py vllm PYTHON             records tests/data/served_vllm.jsonl
     python tests/support/served.py vllm-tokens PYTHON      records tests/data/served_vllm_tokens.jsonl
     ... PYTHON search                              records what a search asks, tests/data/searched_*.jsonl
+    ... PYTHON training                            records what a training asks, tests/data/trained_*.jsonl
 
 PYTHON is the interpreter of an environment that has xllamacpp or vLLM; `make test-servers` makes both.
 """
@@ -41,6 +42,7 @@ PROMPTS = ["The capital of France is", "Once upon a time", "The café serves"]
 # The answers contain characters of several tokens, and an end of text.
 QUESTIONS = ["Write one emoji", "Say hi"]
 TEXTS = ["When the rain stopped, Anna put on her boots.", "A black cat 🐈 was sleeping on the bench."]
+TRAININGS = {"vllm": DATA / "trained_vllm.jsonl"}
 SEARCHES = {"llama.cpp": DATA / "searched_llamacpp.jsonl", "vllm": DATA / "searched_vllm.jsonl"}
 # The steps begin with the delimiter, end with the end of text, or reach their limit.
 SEARCHED = [
@@ -251,8 +253,10 @@ threading.Event().wait()
 
 
 @contextlib.contextmanager
-def real_server(kind: str, python: str, model: Path, gguf: Path, log: Path) -> Iterator[str]:
-    """Starts llama.cpp or vLLM with SmolLM2, and yields its address, without /v1, when it answers."""
+def real_server(
+    kind: str, python: str, model: Path, gguf: Path, log: Path, *, dtype: str = "bfloat16"
+) -> Iterator[str]:
+    """Starts llama.cpp, or vLLM in a dtype, with SmolLM2, and yields its address, without /v1, when it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -263,7 +267,7 @@ def real_server(kind: str, python: str, model: Path, gguf: Path, log: Path) -> I
     else:
         folder = Path(python).parent
         environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
-        serve = "--dtype bfloat16 --max-model-len 1024 --enforce-eager --max-logprobs 50 --host 127.0.0.1"
+        serve = f"--dtype {dtype} --max-model-len 1024 --enforce-eager --max-logprobs 50 --host 127.0.0.1"
         options = [*serve.split(), "--port", str(port), "--served-model-name", MODEL]
         if kind == "vllm-tokens":
             options.append("--enable-scale-out")
@@ -340,6 +344,20 @@ def record_search(kind: str, python: str, model: Path, gguf: Path, log: Path) ->
             file.write(json.dumps(exchange | {"answer": json.dumps(answer)}, ensure_ascii=False) + "\n")
 
 
+def record_training(kind: str, python: str, model: Path, gguf: Path, work: Path) -> None:
+    """Records the requests of a training to the real server, and its answers."""
+    from support import served_training
+
+    from slimkernels.cli import main as slimkernels
+
+    with real_server(kind, python, model, gguf, work / "log") as address, RecordingServer(address) as server:
+        store = served_training.make_documents(work / "store")
+        if slimkernels(served_training.command(server.url, store, work / "out")):
+            raise RuntimeError("the training failed")
+        with open(TRAININGS[kind], "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(exchange, ensure_ascii=False) + "\n" for exchange in server.exchanges)
+
+
 def main() -> None:
     from support.teachers import smollm2_gguf
 
@@ -352,6 +370,9 @@ def main() -> None:
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     gguf = smollm2_gguf()
     work = Path(tempfile.mkdtemp())
+    if what == ["training"]:
+        record_training(kind, python, converted_folder(gguf, default_cache_dir()), gguf, work)
+        return
     if what == ["search"]:
         record_search(kind, python, converted_folder(gguf, default_cache_dir()), gguf, work / "log")
         return

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from support import served, teachers
 
+from slimkernels.trainer.teacher_server import SAMPLE
+
 
 class ScoringServer(served._Server):
     """Serves ``teachers.make_teacher`` in the form of vLLM's ``/completions`` with ``prompt_logprobs``.
 
     Attributes:
-        documents: Token ids of every document that was asked for.
+        documents: Token ids of every document that was asked for, without the sample before a training.
         held: Documents whose answers wait for ``gate``.
         answered: Number of documents that were answered.
         shift: Number that is added to the ids of ``/tokenize``, as if the tokenizer were another one.
+        tokenizes: Whether the server has ``/tokenize``.
+        spelling: Function from the id of a scored token to its text.
     """
 
     def __init__(self, *, kind: str = "vllm", max_model_len: int = 512, model=None) -> None:
@@ -28,6 +32,8 @@ class ScoringServer(served._Server):
         self.gate = threading.Event()
         self.held: set[tuple[int, ...]] = set()
         self.shift = self.answered = 0
+        self.tokenizes, self.spelling = True, self.tokenizer.decode
+        self._sample = self.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def logprobs(self, ids: list[int]) -> torch.Tensor:
@@ -41,11 +47,14 @@ class ScoringServer(served._Server):
         if path == "/v1/models":
             entry = {"id": served.MODEL, "owned_by": self.kind, "max_model_len": self.max_model_len}
             return 200, {}, json.dumps({"data": [entry]})
+        if path == "/tokenize" and not self.tokenizes:
+            return 404, {}, "{}"
         if path == "/tokenize":
             ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
             return 200, {}, json.dumps({"tokens": [token + self.shift for token in ids]})
         ids = body["prompt"]
-        self.documents.append(tuple(ids))
+        if ids != self._sample:
+            self.documents.append(tuple(ids))
         if tuple(ids) in self.held:
             self.gate.wait(30)
         if self.faults:
@@ -54,11 +63,11 @@ class ScoringServer(served._Server):
         positions: list[Any] = [None]
         for row, token in zip(logprobs[:-1], ids[1:], strict=True):
             top = row.topk(body["prompt_logprobs"])
-            entries = {str(token): {"logprob": float(row[token])}}
+            entries = {str(token): {"logprob": float(row[token]), "decoded_token": self.spelling(token)}}
             for value, other in zip(top.values.tolist(), top.indices.tolist(), strict=True):
                 entries.setdefault(str(other), {"logprob": value})
             positions.append(entries)
-        self.answered += 1
+        self.answered += ids != self._sample
         answer = {"choices": [{"text": "x", "prompt_logprobs": positions, "finish_reason": "length"}]}
         return 200, {}, json.dumps(answer | {"usage": {"prompt_tokens": len(ids), "completion_tokens": 1}})
 

@@ -36,15 +36,27 @@ FORMS = ("triples", "flat", "base64")
 Entries = list[tuple[int, float]]
 
 
+def prompts_of_vllm() -> dict[tuple[int, ...], list[dict[str, Any] | None]]:
+    """Returns vLLM's ``prompt_logprobs`` by scored tokens."""
+    found = {}
+    for recording in (served.TRAININGS["vllm"], served.RECORDINGS["vllm"]):
+        for line in recording.read_text(encoding="utf-8").splitlines():
+            exchange = json.loads(line)
+            if "prompt_logprobs" in (exchange["request"] or {}):
+                (choice,) = json.loads(exchange["answer"])["choices"]
+                found[tuple(exchange["request"]["prompt"])] = choice["prompt_logprobs"]
+    return found
+
+
 def scored_by_vllm() -> dict[tuple[int, ...], list[tuple[float, Entries] | None]]:
     """Returns vLLM's log-probability of the token of the text and its five most probable ones, by scored tokens."""
-    found = {}
-    for line in served.RECORDINGS["vllm"].read_text(encoding="utf-8").splitlines():
-        exchange = json.loads(line)
-        if "prompt_logprobs" in (exchange["request"] or {}):
-            (choice,) = json.loads(exchange["answer"])["choices"]
-            found[tuple(exchange["request"]["prompt"])] = list(map(_of_vllm, choice["prompt_logprobs"]))
-    return found
+    return {ids: list(map(_of_vllm, positions)) for ids, positions in prompts_of_vllm().items()}
+
+
+def texts_of_vllm() -> dict[int, str]:
+    """Returns the texts of the tokens that vLLM scored, by id."""
+    positions = (position for found in prompts_of_vllm().values() for position in found if position)
+    return {int(token): entry["decoded_token"] for position in positions for token, entry in position.items()}
 
 
 def _of_vllm(position: dict[str, dict[str, Any]] | None) -> tuple[float, Entries] | None:
@@ -106,7 +118,7 @@ class SglangServer(served._Server):
     def __init__(self, form: str = "base64", owner: str | None = "sglang", vocab_size: int = 49152) -> None:
         super().__init__()
         self.form, self.owner, self.vocab_size = form, owner, vocab_size
-        self.scored, self.generated = scored_by_vllm(), generated_by_vllm()
+        self.scored, self.generated, self.texts = scored_by_vllm(), generated_by_vllm(), texts_of_vllm()
 
     def lacks(self, path: str) -> bool:
         return super().lacks(path) and path != "/get_model_info"
@@ -128,7 +140,8 @@ class SglangServer(served._Server):
             message = f"The input ({len(ids)} tokens) is longer than the model's context length (1000 tokens)."
             return 400, {}, json.dumps({"error": {"message": message}})
         if start >= 0:
-            return 200, {}, json.dumps(self.score(ids, start, body.get("token_ids_logprob")))
+            is_spelled = body["return_text_in_logprobs"]
+            return 200, {}, json.dumps(self.score(ids, start, body.get("token_ids_logprob"), is_spelled))
         text, token_ids, values = self.generated[tuple(ids), body["sampling_params"]["sampling_seed"]]
         meta = {
             "finish_reason": {"type": "length", "length": len(token_ids)},
@@ -141,8 +154,10 @@ class SglangServer(served._Server):
         }
         return 200, {}, json.dumps({"text": text, "output_ids": token_ids, "meta_info": meta})
 
-    def score(self, ids: list[int], start: int, token_ids: list[int] | None = None) -> dict[str, Any]:
-        """Returns the answer for scored tokens from the one at ``start`` on."""
+    def score(
+        self, ids: list[int], start: int, token_ids: list[int] | None = None, is_spelled: bool = False
+    ) -> dict[str, Any]:
+        """Returns the answer for scored tokens from the one at ``start`` on, with the texts of the tokens or null."""
         values = self.scored[tuple(ids)][start:]
         # The server does not know the probability of its first token, wherever it starts.
         values[0] = None
@@ -155,7 +170,8 @@ class SglangServer(served._Server):
             "completion_tokens": 1,
             "cached_tokens": 0,
             "input_token_logprobs": [
-                [value and value[0], token, None] for token, value in zip(shown, values, strict=True)
+                [value and value[0], token, self.texts.get(token) if is_spelled else None]
+                for token, value in zip(shown, values, strict=True)
             ],
             "output_token_logprobs": [[-1.1083, 2306, None]],
             **top_fields("input", [value and value[1] for value in values], self.form),
