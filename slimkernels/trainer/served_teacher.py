@@ -199,7 +199,7 @@ class ServedTeacher(StoredTeacher):
                 self.check_length(len(request.prompt_ids))
         began = time.monotonic()
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            parts = list(pool.map(lambda one: self._scores_of(*one, support), asked))
+            parts = list(pool.map(lambda one: self._scores_of(one[0], one[1], support), asked))
         self.wait_seconds += time.monotonic() - began
         return SparseLogits.cat(parts) if parts else self._no_rows()
 
