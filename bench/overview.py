@@ -191,8 +191,9 @@ def _demo_sentence(results: Results) -> str:
     elif change is not None:
         over_seeds = f" Over {seeds} seeds and {sizes} sizes of text SLIM's perplexity differs by {change.mean:+.1f} %."
     return (
-        f"`make demo` takes half of SmolLM2-135M's layers (held-out perplexity {row['curve'][0]['perplexity']:,.0f} "
-        f"after {row['teacher_perplexity']:.1f}) and heals it on {row['train_rows']:,} tokens: to {reached['sft']} by "
+        f"`make demo` takes away half of SmolLM2-135M's layers, which raises its held-out perplexity from "
+        f"{row['teacher_perplexity']:.1f} to {row['curve'][0]['perplexity']:,.0f}, and heals it on "
+        f"{row['train_rows']:,} tokens: to {reached['sft']} by "
         f"labels alone, {reached['kd']} by KD, {reached['slim']} by SLIM.{over_seeds} More: "
         "[docs/reproduced.md](docs/reproduced.md)."
     )
