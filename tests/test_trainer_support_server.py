@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import test_trainer_server
 import torch
 from support import served
 from support.served_scores import ScoringServer, ScoringSglang
@@ -46,6 +47,26 @@ def test_losses_are_those_of_the_teacher_in_process(support, store, server, tmp_
         assert any("teacher_wait_seconds" in entry for entry in remote.state.log_history)
     # What is scored for the student's ids is of no use to another epoch.
     assert len(Store(remote.served_teacher.store.path)) == (len(store) if support == "intersection" else 0)
+
+
+@pytest.mark.parametrize("support", ["teacher", "student", "union", "intersection"])
+def test_a_head_that_is_padded_beyond_the_tokenizer_learns_from_a_server(support, store, tmp_path, monkeypatch):
+    def padded(model):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(331, mean_resizing=False)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[300:] *= 50
+        return model
+
+    monkeypatch.setattr(test_trainer_server, "make_student_model", lambda: padded(make_student_model()))
+    options = OPTIONS | {"support": support}
+    if support == "teacher":
+        del options["student_top_k"]
+    with ScoringSglang() as server:
+        local = make_trainer(tmp_path, store, teacher_model=server.model, teacher_top_k=TOP_K, **options)
+        remote = make_trainer(tmp_path, store, server.url, **options)
+        assert losses(remote) == pytest.approx(losses(local), rel=1e-4)
+        assert all(max(named, default=0) < 300 for named in server.named)
 
 
 def test_the_mixin_asks_for_the_students_ids(store, server, tmp_path):

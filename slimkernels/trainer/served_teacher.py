@@ -219,7 +219,7 @@ class ServedTeacher(StoredTeacher):
             places = torch.searchsorted(torch.from_numpy(given.ids), ids[row].long())
             logprobs[row] = torch.from_numpy(given.logprobs)[places]
         # The server writes no number for a probability of 0.
-        logprobs = logprobs.nan_to_num(nan=-torch.inf)
+        logprobs = logprobs.masked_fill(logprobs.isnan(), -torch.inf)
         if support == "union":
             ids, logprobs = union_of_logprobs(document.teacher, ids, logprobs)
         return SparseLogits(
