@@ -133,9 +133,13 @@ def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
         is_packed = isinstance(source, StoreDataset) and source.packed
         # The 8-bit and the 6-bit codec are unpacked to the same codes.
         codec = store.settings.codec.rstrip("68") if is_packed else "none"
-        kinds.add((store.temperatures, is_packed, codec, store.vocab_size if is_packed else 0))
+        vocab_size = store.vocab_size if is_packed else 0
+        # Packed hidden states share a head, and are made into rows of one K.
+        hidden = store.settings.hidden if is_packed else None
+        head = None if hidden is None else (hidden.head_checksum, hidden.top_k)
+        kinds.add((store.temperatures, is_packed, codec, vocab_size, head))
     for name, values in zip(
-        ("temperatures", "packed", "codec", "vocab_size"), map(set, zip(*kinds, strict=True)), strict=False
+        ("temperatures", "packed", "codec", "vocab_size", "head"), map(set, zip(*kinds, strict=True)), strict=False
     ):
         if len(values) > 1:
             advice = (
