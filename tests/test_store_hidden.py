@@ -400,14 +400,15 @@ def test_a_shard_is_what_the_format_says(tmp_path):
 def test_info_says_which_codec_is_the_smallest(tmp_path):
     write(tmp_path, codec="hidden8", documents=list(make_documents(200)))
     found = info(tmp_path)
-    sizes = found["bytes_per_token_by_codec"]
-    assert found["smallest_codec"] == min(sizes, key=sizes.get)
+    sizes = {codec: found[f"bytes_per_token_{codec}"] for codec in ("affine8", *CODECS)}
+    heads = {"affine8": 0.0} | dict.fromkeys(CODECS, found["head_bytes"] / found["tokens"])
+    assert found["smallest_codec"] == min(sizes, key=lambda codec: sizes[codec] + heads[codec])
+    assert found["head_bytes"] == (tmp_path / "head.safetensors").stat().st_size
     assert found["rest_lse_rows"] == found["rows"] == Store(tmp_path).num_rows
     assert found["entries"] == K * found["rows"]
     # All but manifest, headers and the index of documents.
-    assert sizes["hidden8"] == pytest.approx(found["bytes_per_token"], rel=0.2)
+    assert sizes["hidden8"] + heads["hidden8"] == pytest.approx(found["bytes_per_token"], rel=0.2)
     json.dumps(found)
-    # A head of V D numbers is spread over the tokens of the store.
     assert sizes["hidden16"] - sizes["hidden8"] == pytest.approx((D - 4) * found["rows"] / found["tokens"])
 
 

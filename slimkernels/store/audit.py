@@ -31,6 +31,7 @@ from slimkernels.store.format import (
     part_of,
     shard_name,
 )
+from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.store.manifest import load_manifest
 from slimkernels.store.prompts import prompts_name
 from slimkernels.store.quantisation import quantisation_error
@@ -183,9 +184,10 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         ``quantisation_kl_nats``, ``quantisation_gradient`` and ``quantisation_log_mass`` are the cost of rounding the
         kept logits; :func:`slimkernels.store.quantisation.quantisation_error` estimates it from some of the rows.
         The entries of a store of hidden states are those of the rows that are made of them, which have no such bound.
-        ``bytes_per_token_by_codec`` is the size of a store of the same documents and rows with codec "affine8",
-        "hidden8" and "hidden16", the teacher's head in the latter two included, and ``smallest_codec`` the least of
-        them; both only where the size of the teacher's hidden states is known.
+        ``bytes_per_token_affine8``, ``bytes_per_token_hidden8`` and ``bytes_per_token_hidden16`` are the sizes of the
+        same documents and rows with these codecs, without ``head_bytes``, the teacher's head, which a store of hidden
+        states holds once. ``smallest_codec`` is the smallest of them for these documents, head included. All of this
+        only where the size of the teacher's hidden states is known.
 
     Raises:
         StoreError: The store cannot be opened, or a row that is read is damaged.
@@ -221,10 +223,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "selection": settings.selection,
         "tokenizer_fingerprint": settings.tokenizer_fingerprint,
     }
-    sizes = _bytes_by_codec(store, entries)
-    if sizes:
-        found["bytes_per_token_by_codec"] = {codec: size / tokens for codec, size in sizes.items()}
-        found["smallest_codec"] = min(sizes, key=lambda codec: sizes[codec])
+    found |= _sizes_by_codec(store, entries)
     return found
 
 
@@ -242,11 +241,11 @@ def _entropy_bound(store: Store, entries: int) -> float:
     return bits / entries + VALUE_BITS[settings.codec]
 
 
-def _bytes_by_codec(store: Store, entries: int) -> dict[str, int]:
-    """Returns the bytes of these documents and rows as logits and as hidden states, without manifests and headers.
+def _sizes_by_codec(store: Store, entries: int) -> dict[str, Any]:
+    """Returns what these documents and rows take as logits and as hidden states, without manifests and headers.
 
-    The head counts with the hidden states. The size of a teacher's hidden states is not known of every store of logits;
-    without it, or without rows, nothing is returned.
+    The size of a teacher's hidden states is not known of every store of logits; without it, or without rows, nothing is
+    returned.
     """
     settings, rows = store.settings, store.num_rows
     size = settings.teacher.get("hidden_size") if settings.hidden is None else settings.hidden.hidden_size
@@ -256,14 +255,15 @@ def _bytes_by_codec(store: Store, entries: int) -> dict[str, int]:
         head = settings.vocab_size * size * (4 if settings.teacher.get("dtype") == "float32" else 2)
     else:
         head = settings.hidden.head_bytes
-    # Every row has a checksum and a position; one of affine8 also scale, zero, label's logit, two sums per temperature.
-    common = 4 * sum(entry.tokens for entry in store.shards) + 12 * rows
+    tokens = sum(entry.tokens for entry in store.shards)
     top_k = max(1, entries // rows)
+    # Every row has a checksum and a position; one of affine8 also scale, zero, label's logit, two sums per temperature.
     logits = top_k + 4 * row_words(settings.vocab_size, top_k) + 12 + 8 * len(settings.temperatures)
     row_bytes = {"affine8": logits, "hidden8": size + 4, "hidden16": 2 * size}
-    return {
-        codec: common + rows * count + (head if codec.startswith("hidden") else 0) for codec, count in row_bytes.items()
-    }
+    sizes = {codec: 4 * tokens + rows * (12 + count) for codec, count in row_bytes.items()}
+    whole = {codec: size + (head if codec in HIDDEN_BITS else 0) for codec, size in sizes.items()}
+    per_token = {f"bytes_per_token_{codec}": size / tokens for codec, size in sizes.items()}
+    return per_token | {"head_bytes": head, "smallest_codec": min(whole, key=lambda codec: whole[codec])}
 
 
 def _log2_choose(n: int, k: int) -> float:
