@@ -27,6 +27,8 @@ from slimkernels.store.codec import document_hash
 from slimkernels.store.format import seal_manifest, unseal_manifest
 from slimkernels.store.hidden import decode_hidden, encode_hidden
 from slimkernels.teacher import capture
+from slimkernels.trainer import SlimConfig, SlimTrainer, train
+from slimkernels.trainer.teachers import StoredTeacher
 
 V, D, K = 97, 24, 9
 CODECS = ("hidden8", "hidden16")
@@ -565,6 +567,39 @@ def test_a_student_is_evaluated_on_hidden_states(tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-2)
     # The teacher itself differs from its rows by their rounding alone.
     assert evaluate_store(model, Store(tmp_path / "hidden16"))["kl_ghost"] < 1e-3
+
+
+def test_batches_of_any_collator_find_their_hidden_states(tmp_path):
+    documents = write(tmp_path)
+    teacher = StoredTeacher(Store(tmp_path))
+    for ids, positions, hidden in documents:
+        found = teacher.rows({"input_ids": ids[None]}, positions - 1)
+        assert_same_rows(found, rows_of(make_head(), hidden.bfloat16(), ids, positions))
+    assert len(teacher.rows({"input_ids": documents[0][0][None]}, torch.zeros(0, dtype=torch.int64))) == 0
+
+
+def test_hidden_states_train_like_the_logits_that_are_made_of_them(tmp_path):
+    """At a temperature that the store was not captured with."""
+    model, documents = families.make_family("llama"), [[5, 3, 8, 1, 9], [4, 4, 2], [7, 8, 9, 10]]
+    losses = []
+    for codec, temperatures in (("hidden16", (1.0,)), ("float32", (1.0, 2.0))):
+        capture(model, None, documents, tmp_path / codec, top_k=K, codec=codec, temperatures=temperatures)
+        student = families.make_family("llama", seed=4)
+        options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "temperature": 2.0}
+        metrics = train(
+            tmp_path / codec, student, "kd", tmp_path / f"{codec}-out", rest="ghost", save_strategy="no", **options
+        )
+        losses.append(metrics["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_trainer_says_how_to_open_hidden_states_at_a_temperature(tmp_path):
+    model = families.make_family("llama")
+    capture(model, None, [[5, 3, 8, 1, 9]], tmp_path / "store", top_k=K, codec="hidden8")
+    args = SlimConfig(output_dir=str(tmp_path), method="kd", temperature=3.0, rest="ghost", use_cpu=True)
+    with pytest.raises(ValueError, match=r"open it as a Store with temperatures=\(1\.0, 3\.0\)"):
+        SlimTrainer(model, args, train_dataset=StoreDataset(tmp_path / "store"))
+    SlimTrainer(model, args, train_dataset=StoreDataset(Store(tmp_path / "store", temperatures=(1.0, 3.0))))
 
 
 def test_settings_without_hidden_states_hash_as_before(tmp_path):

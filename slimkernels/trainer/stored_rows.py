@@ -115,13 +115,15 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
             "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
         )
+    # Rows of hidden states are made for any temperature.
+    advice = "capture the teacher with " if store.settings.hidden is None else "open it as a Store with "
     if options["rest"] in ("zero", "ghost") and not any(
         math.isclose(temperature, objective.temperature, rel_tol=1e-6) for temperature in store.temperatures
     ):
         raise ValueError(
             f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
-            f"{store.path}, which rest={options['rest']!r} reads; capture the teacher with "
-            f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
+            f"{store.path}, which rest={options['rest']!r} reads; {advice}temperatures=(1.0, {objective.temperature}), "
+            "or use rest='renorm'"
         )
 
 
