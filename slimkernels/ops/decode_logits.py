@@ -57,7 +57,9 @@ def decode_logits(packed: PackedLogits | PackedHidden) -> SparseLogits:
     if isinstance(packed, PackedHidden):
         return _rows_of_hidden(packed)
     if not isinstance(packed, PackedLogits):
-        raise TypeError(f"packed must be a PackedLogits or PackedHidden, as Store.packed returns, got {type(packed).__name__}")
+        raise TypeError(
+            f"packed must be a PackedLogits or PackedHidden, as Store.packed returns, got {type(packed).__name__}"
+        )
     check_kernels(packed.values, "packed")
     operands = (packed.id_words, packed.values, packed.affine, packed.counts)
     ids, logits = torch.ops.slimkernels.decode_logits(
