@@ -1,10 +1,10 @@
-"""``PackedLogits``: rows of kept logits in the store's encoding, about 14 bits per entry, decoded on demand."""
+"""Rows of a teacher in the store's encoding, decoded on demand: ``PackedLogits`` and ``PackedHidden``."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,52 @@ def row_words(vocab_size: int, top_k: int) -> int:
     return (top_k * low_bits + 31) // 32 + (top_k + buckets + 31) // 32
 
 
+_Rows = TypeVar("_Rows", bound="RowFields")
+
+
+class RowFields:
+    """The common part of records whose tensors have a row for each of N rows of a teacher."""
+
+    values: Tensor
+
+    def to(self: _Rows, device: torch.device | str | int, *, non_blocking: bool = False) -> _Rows:
+        """Moves every field to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: _Rows, device: torch.device | str | None = None) -> _Rows:
+        """Copies every field to pinned memory, from which a copy to a GPU can be asynchronous."""
+        return self._map(lambda tensor: tensor.pin_memory(device))
+
+    def __getitem__(self: _Rows, index) -> _Rows:
+        """Selects rows by a slice, a mask, or a tensor or list of indices."""
+        if isinstance(index, (int, tuple)) or index is None or index is Ellipsis:
+            raise TypeError(f"rows are selected by a slice, a mask or a list of indices, got {index!r}")
+        return self._map(lambda tensor: tensor[index])
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of every field."""
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all fields, which a copy to another device moves."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: field for name, field in vars(self).items() if isinstance(field, Tensor)}
+
+    def _map(self: _Rows, function) -> _Rows:
+        return cast(Any, dataclasses.replace)(
+            self, **{name: function(tensor) for name, tensor in self._tensors().items()}
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedLogits:
+class PackedLogits(RowFields):
     """The content of ``SparseLogits`` for N flat rows, packed. :func:`slimkernels.decode_logits` unpacks it.
 
     Attributes:
@@ -87,33 +131,6 @@ class PackedLogits:
         """K, the number of entries a row can keep."""
         return self.values.shape[1]
 
-    @property
-    def device(self) -> torch.device:
-        """The device of every field."""
-        return self.values.device
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all fields, which a copy to another device moves."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
-
-    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedLogits:
-        """Moves every field to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self, device: torch.device | str | None = None) -> PackedLogits:
-        """Copies every field to pinned memory, from which a copy to a GPU can be asynchronous."""
-        return self._map(lambda tensor: tensor.pin_memory(device))
-
-    def __getitem__(self, index) -> PackedLogits:
-        """Selects rows by a slice, a mask, or a tensor or list of indices."""
-        if isinstance(index, (int, tuple)) or index is None or index is Ellipsis:
-            raise TypeError(f"rows are selected by a slice, a mask or a list of indices, got {index!r}")
-        return self._map(lambda tensor: tensor[index])
-
-    def __len__(self) -> int:
-        return self.values.shape[0]
-
     @staticmethod
     def cat(parts: Sequence[PackedLogits]) -> PackedLogits:
         """Concatenates rows. The result has ``counts`` if the parts keep different numbers of entries.
@@ -155,20 +172,105 @@ class PackedLogits:
             **{field: join(field) for field in ("id_words", "values", "affine", "lse", "target_logit")},
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: field for name, field in fields.items() if isinstance(field, Tensor)}
 
-    def _map(self, function) -> PackedLogits:
-        return dataclasses.replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+class HeadWeights(NamedTuple):
+    """A teacher's head, as ``linear_topk_logits`` takes it.
+
+    Attributes:
+        weight: (V, D) float32, bfloat16 or float16.
+        bias: (V,) of the same dtype, or None.
+        softcap: Positive limit of the logits, or None.
+        logit_scale: Positive factor on the logits, applied before the softcap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class HeadSource(Protocol):
+    """A place that a teacher's head is read from, small enough to be sent with every batch; equal to itself alone."""
+
+    def on(self, device: torch.device) -> HeadWeights:
+        """Returns the head on a device, where it stays for the next call."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedHidden(RowFields):
+    """N hidden states of a teacher, and the head from which :func:`slimkernels.decode_logits` makes their rows.
+
+    Attributes:
+        values: (N, D) bfloat16, the hidden states; or int8, with hidden state = scale * value.
+        target: (N,) int64. The label of every row, whose logit is kept.
+        head: Source of the teacher's head, over V ids.
+        vocab_size: V.
+        top_k: K, 1 to V. Number of logits that are kept of a row.
+        scale: (N,) float32 with int8 values, else None.
+        temperatures: Temperatures of the log-sum-exp of a row. The first is 1.0.
+
+    Raises:
+        TypeError: A field has another dtype.
+        ValueError: Shapes or devices of the fields do not match, or K is not in [1, V].
+    """
+
+    values: Tensor
+    target: Tensor
+    head: HeadSource
+    vocab_size: int
+    top_k: int
+    scale: Tensor | None = None
+    temperatures: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", as_temperatures(self.temperatures))
+        if self.values.dtype not in (torch.int8, torch.bfloat16):
+            raise TypeError(f"values must be int8 or bfloat16, got {self.values.dtype}")
+        if self.values.ndim != 2 or not 1 <= self.top_k <= self.vocab_size < 2**31:
+            raise ValueError(
+                f"values must have shape (N, D), and 1 <= top_k <= vocab_size < 2^31, got {tuple(self.values.shape)}, "
+                f"top_k={self.top_k} and vocab_size={self.vocab_size}"
+            )
+        if (self.scale is None) != (self.values.dtype != torch.int8):
+            raise ValueError("scale must be given if values are int8, and only then")
+        _check(self.scale, "scale", torch.float32, self.values.shape[:1])
+        _check(self.target, "target", torch.int64, self.values.shape[:1])
+        for name, tensor in self._tensors().items():
+            if tensor.device != self.values.device:
+                raise ValueError(f"{name} must be on {self.values.device} like values, got {tensor.device}")
+
+    @staticmethod
+    def cat(parts: Sequence[PackedHidden]) -> PackedHidden:
+        """Concatenates rows.
+
+        Raises:
+            ValueError: There are no parts, or they have another head, codec, K or temperatures.
+        """
+        if not parts:
+            raise ValueError("parts must hold at least one PackedHidden, got none")
+        first = parts[0]
+        for name in ("vocab_size", "top_k", "temperatures", "head"):
+            if any(getattr(part, name) != getattr(first, name) for part in parts):
+                raise ValueError(f"parts must share {name}, got {[getattr(part, name) for part in parts]}")
+        if len(dtypes := {part.values.dtype for part in parts}) > 1:
+            raise ValueError(f"parts must share the dtype of their values, got {sorted(map(str, dtypes))}")
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in first._tensors()}
+        return dataclasses.replace(first, **tensors)
+
+    def hidden(self, dtype: torch.dtype) -> Tensor:
+        """Returns the hidden states (N, D) in a dtype; those of 8 bits are computed in float32."""
+        if self.scale is None:
+            return self.values.to(dtype)
+        return (self.scale[:, None] * self.values.float()).to(dtype)
 
 
 def check_sparse_logits(value: Any, name: str) -> None:
     """Raises TypeError unless ``value`` is a SparseLogits; packed rows are told how to become one."""
-    if isinstance(value, PackedLogits):
+    if isinstance(value, PackedLogits | PackedHidden):
         raise TypeError(
-            f"{name} must be a SparseLogits, got PackedLogits: decode it with slimkernels.decode_logits({name}), or "
-            "open the data set with packed=False"
+            f"{name} must be a SparseLogits, got {type(value).__name__}: decode it with "
+            f"slimkernels.decode_logits({name}), or open the data set with packed=False"
         )
     if not isinstance(value, SparseLogits):
         raise TypeError(

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 CORPUS = ["When the rain stopped, Anna put on her boots.", "The apple trees were still wet.", "A black cat slept."]
 QUICK = ["--batch-size", "2", "--option", "use_cpu=true"]
 # Flags that mean different things in different commands, or accept more in one of them.
-DIFFERENT = {"--out", "--model", "--teacher", "--samples", "--answer-kind"}
+DIFFERENT = {"--out", "--model", "--teacher", "--samples", "--answer-kind", "--codec"}
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,7 @@ def set_top(**fields):
         (set_top(extra=1), errors.ManifestFieldError),
         (lambda content: content.pop("teacher") and None, errors.ManifestFieldError),
         (lambda content: content.pop("version") and None, errors.UnsupportedVersionError),
-        *[(set_top(version=value), errors.UnsupportedVersionError) for value in (0, 3, True, 1.0, 2.0, "2", None)],
+        *[(set_top(version=value), errors.UnsupportedVersionError) for value in (0, 4, True, 1.0, 2.0, "2", None)],
         *[(set_top(format=value), errors.ManifestFieldError) for value in ("other", None, 1)],
         *[
             (set_top(vocab_size=value), errors.ManifestFieldError)
@@ -322,9 +322,9 @@ def test_store_hostile_manifest_text(small, change, error):
 
 
 def test_store_of_a_newer_version_is_named_as_such_whatever_else_it_holds(small):
-    change_manifest(small, lambda content: {"version": 3, "format": content["format"], "shards_of_another_form": {}})
+    change_manifest(small, lambda content: {"version": 4, "format": content["format"], "shards_of_another_form": {}})
     for use in (verify, Store, info, lambda path: StoreWriter(path, **SETTINGS)):
-        with pytest.raises(errors.UnsupportedVersionError, match="got 3: a newer release of slimkernels wrote"):
+        with pytest.raises(errors.UnsupportedVersionError, match="got 4: a newer release of slimkernels wrote"):
             use(small)
 
 

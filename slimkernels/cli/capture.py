@@ -1,4 +1,4 @@
-"""``slimkernels capture``: the logits of a teacher model, of a server or of a file into a store."""
+"""``slimkernels capture``: the logits of a teacher model, of a server or of files into a store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from slimkernels.cli import capture_served
+from slimkernels.cli import capture_hidden, capture_served
 from slimkernels.cli.capture_served import SHIPPED_PROMPTS, given_documents, read_prompts
 from slimkernels.cli.errors import named
 from slimkernels.cli.options import (
     CODECS,
+    HIDDEN_CODECS,
     Parser,
     add_command,
     add_corpus_options,
@@ -43,6 +44,8 @@ examples:
         --out runs/store
   logits in a file, (N, V) for the concatenated tokens of all documents:
     slimkernels capture --logits logits.npy --model NAME --tokenizer ./my-model --text documents.jsonl --out runs/store
+  hidden states that vLLM wrote into a folder, with the head of the model that it served:
+    slimkernels capture --hidden hidden/ --head ./my-model --out runs/store
 Estimated time on two idle CPU cores: a few minutes for 20,000 tokens that smollm2-135m-instruct writes.
 A stopped capture is continued by the same command, also with another number of processes. Train on a store that was
 captured from a server with --rest ghost.
@@ -78,6 +81,7 @@ def add_parser(commands: Any) -> None:
     _add_teacher_arguments(parser)
     _add_text_arguments(parser)
     capture_served.add_arguments(parser)
+    capture_hidden.add_arguments(parser)
     _add_selection_arguments(parser)
     _add_process_arguments(parser)
 
@@ -87,13 +91,14 @@ def _add_teacher_arguments(parser: Parser) -> None:
     add("--teacher", metavar="MODEL", help="folder, .gguf file, smollm2-135m-instruct, or name on the hub")
     add("--server", metavar="URL", help="address of an OpenAI-compatible server, such as http://localhost:8000/v1")
     add("--logits", metavar="FILE", help=".npy or .safetensors file with the logits of the documents in --text")
+    add("--hidden", metavar="DIR", help="folder of the hidden states that vLLM wrote, a .safetensors file per request")
     add_model_options(parser, "the teacher")
     parser.add_argument("--out", required=True, metavar="DIR", help="store; an existing one is appended to")
 
 
 def _add_text_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("text: your own (--text), or written by the teacher (--prompts)")
-    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add = group.add_mutually_exclusive_group().add_argument
     add("--text", metavar="FILE", help=".jsonl, .json, .parquet, or .txt with blank lines between documents")
     add(
         "--prompts",
@@ -163,7 +168,11 @@ def _add_selection_arguments(parser: Parser) -> None:
         metavar="T",
         help="temperatures at which students may train (default: 1)",
     )
-    add("--codec", choices=CODECS, help="encoding of the logits (default: affine8; float32 for draws)")
+    add(
+        "--codec",
+        choices=(*CODECS, *HIDDEN_CODECS),
+        help="encoding of the logits (default: affine8; float32 for draws), or 8 or 16 bits of hidden states",
+    )
     add(
         "--batch-tokens",
         type=positive_int,
@@ -211,16 +220,26 @@ def run(args: argparse.Namespace) -> None:
     if args.teacher is not None:
         _capture_model(args)
         return
-    capture_served.check(args)
+    if args.hidden is None:
+        capture_served.check(args)
     be_quiet()
     with progress_bars() as progress:
-        capture = capture_served.capture_server if args.logits is None else capture_served.capture_logits
+        if args.hidden is not None:
+            capture = capture_hidden.capture
+        else:
+            capture = capture_served.capture_server if args.logits is None else capture_served.capture_logits
         report = capture(args, progress.console.print, progress_task(progress, "documents"))
     _print_report(report, args.out)
 
 
 def _refuse_useless(args: argparse.Namespace) -> None:
     """Refuses the options that the source of the logits or that of the text does not use."""
+    if args.hidden is not None:
+        capture_hidden.check(args)
+        return
+    if args.text is None and args.prompts is None:
+        args.parser.error("one of the arguments --text --prompts is required")
+    refuse(args, capture_hidden.HIDDEN_ONLY, "without --hidden")
     if args.teacher is not None:
         refuse(args, capture_served.SERVED, "with --teacher, which runs here and has its own tokenizer")
         if args.select == "top-k":
@@ -228,6 +247,8 @@ def _refuse_useless(args: argparse.Namespace) -> None:
     else:
         source = "--server" if args.logits is None else "--logits"
         refuse(args, _TEACHER_ONLY, f"with {source}")
+        if args.codec in HIDDEN_CODECS:
+            raise ValueError(f"--codec {args.codec} needs a teacher's hidden states, which {source} does not give")
     if args.text is not None:
         draws = args.teacher is not None and args.select != "top-k"
         refuse(args, _SAMPLING if draws else (*_SAMPLING, "seed"), "with --text, which is not generated")

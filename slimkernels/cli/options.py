@@ -11,6 +11,7 @@ from slimkernels.cli.terminal import warn_deprecated
 
 DTYPES = ("float32", "bfloat16", "float16")
 CODECS = ("affine8", "affine6", "bfloat16", "float32")
+HIDDEN_CODECS = ("hidden8", "hidden16")
 
 
 def positive_int(text: str) -> int:

@@ -29,6 +29,10 @@ before and after rounding:
   quantisation_kl_nats    mean KL divergence of the rounded from the unrounded row
   quantisation_gradient   mean Euclidean error of the loss's gradient by the student's logits (at most 1.41)
   quantisation_log_mass   mean change of the logarithm of the kept probability
+In a store of hidden states the noise is added to these, and the rows are made of them before and after.
+Where the size of the teacher's hidden states is known, bytes_per_token_affine8, _hidden8 and _hidden16 are what the
+same rows take as logits and as hidden states, without the head_bytes of the teacher's head, which is kept once;
+smallest_codec is the smallest for these documents with the head.
 """
 _VERIFY_EXAMPLES = """\
 examples:

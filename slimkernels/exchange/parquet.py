@@ -73,7 +73,11 @@ def export_parquet(store: Store | str | os.PathLike[str], path: str | os.PathLik
     lists = {np.dtype(np.int32): pyarrow.list_(pyarrow.int32()), np.dtype(np.float32): pyarrow.list_(pyarrow.float32())}
     ints, floats = lists.values()
     types = (ints, ints, pyarrow.list_(ints), pyarrow.list_(floats), pyarrow.list_(floats), floats)
-    metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(store.settings))}
+    settings = store.settings
+    if settings.hidden is not None:
+        # The file holds the rows that are made of the hidden states.
+        settings = dataclasses.replace(settings, codec="float32", hidden=None)
+    metadata = {_METADATA_KEY: json.dumps(settings.content())}
     fields: list[tuple[str, Any]] = list(zip(_COLUMNS, types, strict=True))
     if any((store.path / prompts_name(entry.file)).exists() for entry in store.shards):
         fields.append((_PROMPT_LENGTH, pyarrow.int32()))
@@ -265,6 +269,6 @@ def _stored_settings(source: Any) -> dict[str, Any]:
             metadata = pyarrow.ipc.open_stream(path).schema.metadata or {}
         if _METADATA_KEY not in metadata:
             return {}
-        return dataclasses.asdict(StoreSettings(**json.loads(metadata[_METADATA_KEY])))
+        return StoreSettings(**json.loads(metadata[_METADATA_KEY])).content()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from slimkernels.ops.decode_logits import decode_logits
-from slimkernels.packed_logits import PackedLogits
+from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Document, PackedDocument, collate_documents
 
@@ -45,7 +45,7 @@ class SlimCollator:
             )
         batch = collate_documents(documents, pad_token_id=self.pad_token_id, with_teacher=self.with_teacher)
         self._check_ids("input_ids", batch["input_ids"].amax())
-        if isinstance(batch["teacher"], PackedLogits):
+        if isinstance(batch["teacher"], PackedLogits | PackedHidden):
             # Reading a packed row has checked its ids against the store's vocabulary size.
             self._check_ids("teacher.ids", batch["teacher"].vocab_size - 1)
         elif batch["teacher"] is not None:
@@ -60,6 +60,6 @@ class SlimCollator:
             )
 
 
-def teacher_rows(teacher: SparseLogits | PackedLogits) -> SparseLogits:
+def teacher_rows(teacher: SparseLogits | PackedLogits | PackedHidden) -> SparseLogits:
     """Returns the teacher rows of a batch, decoding packed ones on the device that they are on."""
-    return decode_logits(teacher) if isinstance(teacher, PackedLogits) else teacher
+    return teacher if isinstance(teacher, SparseLogits) else decode_logits(teacher)

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimkernels.models.evaluation import evaluation_mode
 from slimkernels.models.sharding import full_tensor
+from slimkernels.packed_logits import HeadWeights
 
 # Description of the first result of ``decoded``, for ``check_logits``.
 DECODED = "its decoder's last hidden state"
@@ -100,6 +101,19 @@ class LanguageModelHead:
         """Returns the head with its full weight and bias, which all processes that share them must ask for together."""
         bias = None if self.bias is None else full_tensor(self.bias)
         return dataclasses.replace(self, weight=full_tensor(self.weight), bias=bias)
+
+    def weights(self) -> HeadWeights:
+        """Returns the head as a store of hidden states keeps it.
+
+        Raises:
+            ValueError: There are adapters on the head.
+        """
+        if self.adapters:
+            raise ValueError(
+                "a store of hidden states keeps a head without adapters, got LoRA adapters on the head: merge them "
+                "(model.merge_and_unload()) or choose another codec"
+            )
+        return HeadWeights(self.weight.detach(), self.bias, self.softcap, self.logit_scale)
 
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """Returns ``hidden`` (N, D) and the head as arguments of ``linear_slim_loss``, in the dtype of ``hidden``."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from slimkernels.ops._library import check_kernels, define
-from slimkernels.packed_logits import PackedLogits
+from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 
 
-def decode_logits(packed: PackedLogits) -> SparseLogits:
+def decode_logits(packed: PackedLogits | PackedHidden) -> SparseLogits:
     """Decodes ``ids`` from Elias-Fano words and ``logits = zero + scale * values``, exactly as the store does.
+
+    Rows that are hidden states are ``linear_topk_logits`` of them and of the teacher's head, in the head's dtype; all
+    that follows is about packed logits.
 
     Equivalent for every row, with bitmap and low fields as in slimkernels/store/FORMAT.md, to::
 
@@ -48,14 +54,33 @@ def decode_logits(packed: PackedLogits) -> SparseLogits:
     >>> decode_logits(packed).ids.tolist()
     [[2, 3, 9, 17]]
     """
+    if isinstance(packed, PackedHidden):
+        return _rows_of_hidden(packed)
     if not isinstance(packed, PackedLogits):
-        raise TypeError(f"packed must be a PackedLogits, as Store.packed returns, got {type(packed).__name__}")
+        raise TypeError(
+            f"packed must be a PackedLogits or PackedHidden, as Store.packed returns, got {type(packed).__name__}"
+        )
     check_kernels(packed.values, "packed")
     operands = (packed.id_words, packed.values, packed.affine, packed.counts)
     ids, logits = torch.ops.slimkernels.decode_logits(
         *(None if operand is None else operand.contiguous() for operand in operands), packed.vocab_size
     )
     return SparseLogits(ids, logits, packed.lse, packed.temperatures, packed.target_logit, packed.rest_lse)
+
+
+def _rows_of_hidden(packed: PackedHidden) -> SparseLogits:
+    head = packed.head.on(packed.device)
+    rows = linear_topk_logits(
+        packed.hidden(head.weight.dtype),
+        head.weight,
+        packed.top_k,
+        bias=head.bias,
+        target=packed.target,
+        temperatures=packed.temperatures,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
+    return dataclasses.replace(rows, logits=rows.logits.float())
 
 
 def _decode_logits(id_words: Tensor, values: Tensor, affine: Tensor | None, counts: Tensor | None, vocab_size: int):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.packed_logits import row_words
 from slimkernels.store.codec import VALUE_BITS, document_hash
 from slimkernels.store.errors import (
     DuplicateDocumentError,
@@ -21,6 +22,7 @@ from slimkernels.store.errors import (
     UnexpectedFileError,
 )
 from slimkernels.store.format import (
+    HEAD_NAME,
     LOCK_NAME,
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
@@ -29,12 +31,12 @@ from slimkernels.store.format import (
     part_of,
     shard_name,
 )
+from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.store.manifest import load_manifest
 from slimkernels.store.prompts import prompts_name
 from slimkernels.store.quantisation import quantisation_error
 from slimkernels.store.reader import Store, tokens_as_int32
 
-_ROWS_AT_ONCE = 256
 _READ_BYTES = 1 << 20
 
 
@@ -52,13 +54,16 @@ def verify(path: str | os.PathLike[str]) -> None:
         StoreError: The first fault found; its ``file``, ``document`` and ``row`` say where.
     """
     directory = Path(path)
-    num_parts = Store(directory).num_parts
+    store = Store(directory)
+    num_parts = store.num_parts
+    if store.head is not None:
+        store.head.read()
     seen: dict[bytes, int] = {}
     if num_parts is None:
         _verify_shards(directory, seen)
         return
     parts = [part_name(part) for part in range(num_parts)]
-    _check_names(directory, set(os.listdir(directory)), {MANIFEST_NAME, *parts}, set())
+    _check_names(directory, set(os.listdir(directory)), {MANIFEST_NAME, *_head_files(store), *parts}, set())
     for part, name in enumerate(parts):
         try:
             for digest, document in _verify_shards(directory / name, seen).items():
@@ -124,8 +129,7 @@ def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
             seen[digest] = found[digest] = index
             shard.tokens(document, index)
             start, stop = shard.rows_of(document)
-            for first in range(start, stop, _ROWS_AT_ONCE):
-                shard.teacher(first, min(stop, first + _ROWS_AT_ONCE), index)
+            shard.check_rows(start, stop, index)
             index += 1
         whole = new_digest()
         with open(directory / entry.file, "rb") as file:
@@ -142,7 +146,12 @@ def _check_files(store: Store, names: set[str]) -> None:
     if MANIFEST_NAME + TEMPORARY_SUFFIX in names:
         leftovers.add(next_shard)
     shards = [entry.file for entry in store.shards]
-    _check_names(store.path, names, {MANIFEST_NAME, *shards, *map(prompts_name, shards)}, leftovers)
+    expected = {MANIFEST_NAME, *_head_files(store), *shards, *map(prompts_name, shards)}
+    _check_names(store.path, names, expected, leftovers)
+
+
+def _head_files(store: Store) -> list[str]:
+    return [] if store.head is None else [HEAD_NAME]
 
 
 def _check_names(directory: Path, names: set[str], expected: set[str], leftovers: set[str]) -> None:
@@ -174,40 +183,39 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         for the ids, plus the bits of one stored value. It counts nothing else of a row.
         ``quantisation_kl_nats``, ``quantisation_gradient`` and ``quantisation_log_mass`` are the cost of rounding the
         kept logits; :func:`slimkernels.store.quantisation.quantisation_error` estimates it from some of the rows.
+        The entries of a store of hidden states are those of the rows that are made of them, which have no such bound.
+        ``bytes_per_token_affine8``, ``bytes_per_token_hidden8`` and ``bytes_per_token_hidden16`` are the sizes of the
+        same documents and rows with these codecs, without ``head_bytes``, the teacher's head, which a store of hidden
+        states holds once. ``smallest_codec`` is the smallest of them for these documents, head included. All of this
+        only where the size of the teacher's hidden states is known.
 
     Raises:
         StoreError: The store cannot be opened, or a row that is read is damaged.
     """
     store = Store(path)
     settings, shards = store.settings, store.shards
-    entries = sum(entry.entries for entry in shards)
+    hidden = settings.hidden
+    entries = sum(entry.entries for entry in shards) if hidden is None else store.num_rows * hidden.top_k
     tokens = sum(entry.tokens for entry in shards)
     folders = [store.path, *(store.path / part_name(part) for part in range(store.num_parts or 0))]
     prompts = [store.path / prompts_name(entry.file) for entry in shards]
     files = [*(folder / MANIFEST_NAME for folder in folders), *(path for path in prompts if path.exists())]
     total = sum(path.stat().st_size for path in files) + sum(entry.bytes for entry in shards)
-    id_bits = 0.0
-    for number, entry in enumerate(shards):
-        if entry.top_k is not None:
-            id_bits += entry.rows * _log2_choose(settings.vocab_size, entry.top_k)
-        else:
-            counts = np.diff(store.shard(number).arrays["entry_offsets"])
-            for count, rows in zip(*np.unique(counts, return_counts=True), strict=True):
-                id_bits += int(rows) * _log2_choose(settings.vocab_size, int(count))
-    value_bits = VALUE_BITS[settings.codec]
-    return {
+    if hidden is not None:
+        total += hidden.head_bytes
+    found: dict[str, Any] = {
         "vocab_size": settings.vocab_size,
         "documents": len(store),
         "tokens": tokens,
         "rows": store.num_rows,
-        "rest_lse_rows": sum(entry.rows for entry in shards if entry.rest_lse),
+        "rest_lse_rows": sum(entry.rows for entry in shards if entry.rest_lse or hidden is not None),
         "entries": entries,
         "shards": len(shards),
         "parts": store.num_parts or 1,
         "bytes": total,
         "bits_per_entry": 8 * total / entries if entries else 0.0,
         "bytes_per_token": total / tokens if tokens else 0.0,
-        "entropy_bound_bits_per_entry": id_bits / entries + value_bits if entries else 0.0,
+        "entropy_bound_bits_per_entry": _entropy_bound(store, entries) if entries and hidden is None else 0.0,
         **quantisation_error(store),
         "codec": settings.codec,
         "temperatures": list(settings.temperatures),
@@ -215,6 +223,47 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "selection": settings.selection,
         "tokenizer_fingerprint": settings.tokenizer_fingerprint,
     }
+    found |= _sizes_by_codec(store, entries)
+    return found
+
+
+def _entropy_bound(store: Store, entries: int) -> float:
+    """Returns the least number of bits that any coder needs for an entry of a store of logits."""
+    settings = store.settings
+    bits = 0.0
+    for number, entry in enumerate(store.shards):
+        if entry.top_k is not None:
+            bits += entry.rows * _log2_choose(settings.vocab_size, entry.top_k)
+        else:
+            counts = np.diff(store.shard(number).arrays["entry_offsets"])
+            for count, rows in zip(*np.unique(counts, return_counts=True), strict=True):
+                bits += int(rows) * _log2_choose(settings.vocab_size, int(count))
+    return bits / entries + VALUE_BITS[settings.codec]
+
+
+def _sizes_by_codec(store: Store, entries: int) -> dict[str, Any]:
+    """Returns what these documents and rows take as logits and as hidden states, without manifests and headers.
+
+    The size of a teacher's hidden states is not known of every store of logits; without it, or without rows, nothing is
+    returned.
+    """
+    settings, rows = store.settings, store.num_rows
+    size = settings.teacher.get("hidden_size") if settings.hidden is None else settings.hidden.hidden_size
+    if type(size) is not int or size < 1 or not rows:
+        return {}
+    if settings.hidden is None:
+        head = settings.vocab_size * size * (4 if settings.teacher.get("dtype") == "float32" else 2)
+    else:
+        head = settings.hidden.head_bytes
+    tokens = sum(entry.tokens for entry in store.shards)
+    top_k = max(1, entries // rows)
+    # Every row has a checksum and a position; one of affine8 also scale, zero, label's logit, two sums per temperature.
+    logits = top_k + 4 * row_words(settings.vocab_size, top_k) + 12 + 8 * len(settings.temperatures)
+    row_bytes = {"affine8": logits, "hidden8": size + 4, "hidden16": 2 * size}
+    sizes = {codec: 4 * tokens + rows * (12 + count) for codec, count in row_bytes.items()}
+    whole = {codec: size + (head if codec in HIDDEN_BITS else 0) for codec, size in sizes.items()}
+    per_token = {f"bytes_per_token_{codec}": size / tokens for codec, size in sizes.items()}
+    return per_token | {"head_bytes": head, "smallest_codec": min(whole, key=lambda codec: whole[codec])}
 
 
 def _log2_choose(n: int, k: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from slimkernels.packed_logits import PackedLogits
+from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.order import DocumentOrder, OrderIterator
 from slimkernels.store.reader import Document, PackedDocument, Store
@@ -25,7 +25,8 @@ class StoreDataset(Dataset):
     Args:
         store: A ``Store``, or the directory of one.
         packed: Whether rows come as ``PackedLogits``, a third of the bytes to send between processes and to a GPU,
-            where ``slimkernels.decode_logits`` decodes them; otherwise they come as ``SparseLogits``.
+            where ``slimkernels.decode_logits`` decodes them, or as ``PackedHidden`` from a store of hidden states;
+            otherwise they come as ``SparseLogits``.
 
     Raises:
         StoreError: The store cannot be opened.
@@ -85,7 +86,7 @@ class StoreIterableDataset(IterableDataset):
 
     Args:
         store: A ``Store``, or the directory of one.
-        packed: Whether rows come as ``PackedLogits`` or as ``SparseLogits``.
+        packed: Whether rows come packed, as in ``StoreDataset``, or as ``SparseLogits``.
         batch_size: Batch size of the ``DataLoader``. Workers take this many documents in turn, so that the batches and
             their order do not depend on the number of workers.
         shuffle: Whether to shuffle; False reads documents in stored order.
@@ -159,7 +160,7 @@ class DocumentIterator(OrderIterator):
 
 
 # Libraries also put descriptions of these into a batch, which have no rows to count.
-_ROWS = (torch.Tensor, SparseLogits, PackedLogits)
+_ROWS = (torch.Tensor, SparseLogits, PackedLogits, PackedHidden)
 
 
 class DocumentBatch(dict[str, Any]):
@@ -200,7 +201,7 @@ def collate_documents(
         ``input_ids`` (B, T) int64; ``attention_mask`` (B, T) int64; ``rows`` (N,) int64, the index in B * T of the
         hidden state that predicts each label; ``target`` (N,) int64; ``prompt_lengths`` (B,) int64, the number of
         tokens of each document's prompt, or those before its first label where that is not known; ``teacher``
-        PackedLogits or SparseLogits of N rows, or None.
+        PackedLogits, PackedHidden or SparseLogits of N rows, or None.
 
     Raises:
         ValueError: There are no documents, or a position is outside [1, T).
@@ -221,7 +222,7 @@ def collate_documents(
         attention_mask[index, : len(tokens)] = 1
         rows.append(index * length + positions - 1)
         targets.append(tokens[positions])
-    kind: Any = PackedLogits if isinstance(documents[0].teacher, PackedLogits) else SparseLogits
+    kind: Any = type(documents[0].teacher)
     return DocumentBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slimkernels.durable import FileInUseError, lock_file, sync_directory
 from slimkernels.store.errors import NotAStoreError, StoreLockedError
-from slimkernels.store.format import LOCK_NAME, MANIFEST_NAME, TEMPORARY_SUFFIX
+from slimkernels.store.format import HEAD_NAME, LOCK_NAME, MANIFEST_NAME, TEMPORARY_SUFFIX
 
 
 def make_directory(path: Path, parts: Iterable[str] = ()) -> None:
@@ -27,7 +27,8 @@ def make_directory(path: Path, parts: Iterable[str] = ()) -> None:
         names = set(os.listdir(path))
     except (FileExistsError, NotADirectoryError) as error:
         raise NotAStoreError(f"{path} is not a directory: choose another path for the store") from error
-    foreign = names - {LOCK_NAME, MANIFEST_NAME + TEMPORARY_SUFFIX, *parts}
+    own = {LOCK_NAME, MANIFEST_NAME + TEMPORARY_SUFFIX, HEAD_NAME, HEAD_NAME + TEMPORARY_SUFFIX}
+    foreign = names - {*own, *parts}
     if MANIFEST_NAME not in names and foreign:
         raise NotAStoreError(
             f"{path} holds {sorted(foreign)[:3]} but no {MANIFEST_NAME}: choose an empty or new directory"

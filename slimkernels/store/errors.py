@@ -89,6 +89,10 @@ class PromptLengthsError(StoreError):
     """The prompt lengths next to a shard are damaged, or belong to another shard."""
 
 
+class HeadError(StoreError):
+    """The teacher's head in a store of hidden states is missing, damaged, or another one."""
+
+
 class DocumentDamagedError(StoreError):
     """The token ids of a document do not match its hash, or lie outside the vocabulary."""
 

@@ -29,12 +29,15 @@ from slimkernels.store.errors import (
     ShardNameError,
     UnsupportedVersionError,
 )
+from slimkernels.store.hidden import HIDDEN_BITS
 
 FORMAT = "slimkernels-store"
-# Version of a new store. Stores of every version of VERSIONS are read and appended to; a store keeps its own.
-VERSION = 2
-VERSIONS = (1, VERSION)
+# Versions of a new store of logits, and of hidden states. Stores of every version of VERSIONS are read and appended to;
+# a store keeps its own.
+VERSION, HIDDEN_VERSION = 2, 3
+VERSIONS = (1, VERSION, HIDDEN_VERSION)
 MANIFEST_NAME = "manifest.json"
+HEAD_NAME = "head.safetensors"
 LOCK_NAME = "writer.lock"
 TEMPORARY_SUFFIX = ".tmp"
 CHECKSUM_BYTES = 16
@@ -47,7 +50,7 @@ _MAX_COUNT = 1 << 48
 _CHECKSUM_PREFIX = b'{\n "checksum": "'
 _CHECKSUM_HOLE = b"0" * (2 * CHECKSUM_BYTES)
 _HEX = re.compile(f"[0-9a-f]{{{2 * CHECKSUM_BYTES}}}")
-_ITEM_BYTES = {"U8": 1, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8}
+_ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8}
 _VALUE_DTYPES = {"affine8": "U8", "affine6": "U8", "bfloat16": "BF16", "float32": "F32"}
 # The tensors that head_checksum covers; they come first.
 _HEAD_TENSORS = frozenset(
@@ -84,6 +87,43 @@ def new_digest() -> hashlib.blake2b:
 
 
 @dataclasses.dataclass(frozen=True)
+class HiddenSettings:
+    """Settings of a store that keeps hidden states in place of logits.
+
+    Attributes:
+        hidden_size: D, in [1, 2^31).
+        top_k: K, in [1, V]. Number of logits of the rows that are made of the hidden states.
+        head_bytes: Size of the file of the teacher's head.
+        head_checksum: Checksum of this file.
+    """
+
+    hidden_size: int
+    top_k: int
+    head_bytes: int
+    head_checksum: str
+
+    @classmethod
+    def parse(cls, content: Any, vocab_size: int) -> HiddenSettings:
+        """Checks every field.
+
+        Raises:
+            ValueError: A field is missing, unknown, of the wrong type or out of range.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(content, dict) or content.keys() != set(names):
+            raise ValueError(f"hidden must be an object with the keys {names}, got {content!r}")
+        for name, largest in (("hidden_size", (1 << 31) - 1), ("top_k", vocab_size), ("head_bytes", _MAX_COUNT - 1)):
+            if type(content[name]) is not int or not 1 <= content[name] <= largest:
+                raise ValueError(f"hidden.{name} must be an int in [1, {largest}], got {content[name]!r}")
+        if not isinstance(content["head_checksum"], str) or not _HEX.fullmatch(content["head_checksum"]):
+            raise ValueError(
+                f"hidden.head_checksum must be {2 * CHECKSUM_BYTES} hexadecimal digits, got "
+                f"{content['head_checksum']!r}"
+            )
+        return cls(**content)
+
+
+@dataclasses.dataclass(frozen=True)
 class StoreSettings:
     """Settings shared by all documents of a store; a writer that appends to it must be given the same.
 
@@ -93,7 +133,8 @@ class StoreSettings:
         teacher: JSON object that describes the teacher (name, revision, dtype, ...).
         selection: JSON object that describes how the kept ids were chosen.
         temperatures: Temperatures of the stored lse; the first is 1.0.
-        codec: "affine8", "affine6", "bfloat16" or "float32".
+        codec: "affine8", "affine6", "bfloat16" or "float32"; "hidden8" or "hidden16" for hidden states.
+        hidden: Settings of a store of hidden states; None for one of logits.
     """
 
     vocab_size: int
@@ -102,6 +143,14 @@ class StoreSettings:
     selection: dict[str, Any]
     temperatures: tuple[float, ...]
     codec: str
+    hidden: HiddenSettings | None = None
+
+    def content(self) -> dict[str, Any]:
+        """Returns the settings as a JSON object; those of logits have no key ``hidden``."""
+        content = dataclasses.asdict(self)
+        if self.hidden is None:
+            del content["hidden"]
+        return content
 
     def __post_init__(self) -> None:
         if type(self.vocab_size) is not int or not 1 <= self.vocab_size < 1 << 31:
@@ -128,8 +177,13 @@ class StoreSettings:
         for temperature in temperatures:
             _checks.as_temperature(temperature, "temperatures")
         object.__setattr__(self, "temperatures", temperatures)
-        if not isinstance(self.codec, str) or self.codec not in VALUE_BITS:
-            raise ValueError(f"codec must be one of {sorted(VALUE_BITS)}, got {self.codec!r}")
+        if not isinstance(self.codec, str) or self.codec not in VALUE_BITS.keys() | HIDDEN_BITS.keys():
+            raise ValueError(f"codec must be one of {[*VALUE_BITS, *HIDDEN_BITS]}, got {self.codec!r}")
+        if (self.hidden is not None) != (self.codec in HIDDEN_BITS):
+            raise ValueError(f"hidden must be given with the codecs {list(HIDDEN_BITS)} alone, got {self.codec!r}")
+        if self.hidden is not None:
+            hidden = dataclasses.asdict(self.hidden) if isinstance(self.hidden, HiddenSettings) else self.hidden
+            object.__setattr__(self, "hidden", HiddenSettings.parse(hidden, self.vocab_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,36 +242,25 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
         ("document_row_offsets", "I64", (documents + 1,)),
         ("document_token_offsets", "I64", (documents + 1,)),
     ]
-    if top_k is None:
+    if top_k is None and settings.hidden is None:
         tensors += [("entry_offsets", "I64", (rows + 1,)), ("id_word_offsets", "I64", (rows + 1,))]
     tensors += [
         ("row_checksums", "U64", (rows,)),
         ("document_hashes", "U8", (documents, HASH_BYTES)),
         ("positions", "I32", (rows,)),
         ("input_ids", "I32", (entry.tokens,)),
-        ("lse", "F32", (rows, len(settings.temperatures))),
     ]
-    if entry.rest_lse:
-        tensors += [("rest_lse", "F32", (rows, len(settings.temperatures)))]
-    tensors += [("target_logit", "F32", (rows,))]
-    if settings.codec in AFFINE_CODECS:
-        tensors += [("affine", "F32", (rows, 2))]
-    id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
-    # The shape counts elements of the dtype; those of affine6 are bytes.
-    item_bytes = _ITEM_BYTES[value_dtype := _VALUE_DTYPES[settings.codec]]
-    if top_k is None:
-        value_shape = (ragged_value_offset(settings.codec, rows, entry.entries) // item_bytes,)
+    if settings.hidden is None:
+        tensors += _logits_tensors(settings, entry)
     else:
-        value_shape = (rows, value_bytes(settings.codec, top_k) // item_bytes)
-    tensors += [("id_words", "U32", id_shape), ("values", value_dtype, value_shape)]
+        tensors += _hidden_tensors(settings.codec, rows, settings.hidden.hidden_size)
 
     metadata = {
         "format": FORMAT,
-        # A shard without rest_lse is one of version 1, byte for byte.
-        "version": "2" if entry.rest_lse else "1",
+        "version": _shard_version(settings, entry),
         "vocab_size": str(settings.vocab_size),
         "codec": settings.codec,
-        "top_k": "ragged" if top_k is None else str(top_k),
+        **({} if settings.hidden else {"top_k": "ragged" if top_k is None else str(top_k)}),
     }
     header: dict[str, Any] = {"__metadata__": metadata}
     ends, offset = [], 0
@@ -238,6 +281,41 @@ def shard_layout(settings: StoreSettings, entry: ShardEntry) -> ShardLayout:
         head_bytes=max(spec.stop for spec in specs if spec.name in _HEAD_TENSORS),
         total_bytes=base + offset,
     )
+
+
+def _shard_version(settings: StoreSettings, entry: ShardEntry) -> str:
+    if settings.hidden is not None:
+        return str(HIDDEN_VERSION)
+    # A shard without rest_lse is one of version 1, byte for byte.
+    return "2" if entry.rest_lse else "1"
+
+
+def _logits_tensors(settings: StoreSettings, entry: ShardEntry) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Returns the tensors of the rows of a store of logits."""
+    rows, top_k = entry.rows, entry.top_k
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [("lse", "F32", (rows, len(settings.temperatures)))]
+    if entry.rest_lse:
+        tensors += [("rest_lse", "F32", (rows, len(settings.temperatures)))]
+    tensors += [("target_logit", "F32", (rows,))]
+    if settings.codec in AFFINE_CODECS:
+        tensors += [("affine", "F32", (rows, 2))]
+    id_shape = (entry.id_words,) if top_k is None else (rows, row_words(settings.vocab_size, top_k))
+    # The shape counts elements of the dtype; those of affine6 are bytes.
+    item_bytes = _ITEM_BYTES[value_dtype := _VALUE_DTYPES[settings.codec]]
+    if top_k is None:
+        value_shape = (ragged_value_offset(settings.codec, rows, entry.entries) // item_bytes,)
+    else:
+        value_shape = (rows, value_bytes(settings.codec, top_k) // item_bytes)
+    tensors += [("id_words", "U32", id_shape), ("values", value_dtype, value_shape)]
+    return tensors
+
+
+def _hidden_tensors(codec: str, rows: int, hidden_size: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Returns the tensors of the rows of a store of hidden states."""
+    shape = (rows, hidden_size)
+    if codec == "hidden16":
+        return [("hidden", "BF16", shape)]
+    return [("scale", "F32", (rows,)), ("hidden", "I8", shape)]
 
 
 def seal_manifest(content: dict[str, Any]) -> bytes:
@@ -278,12 +356,20 @@ def unseal_manifest(data: bytes) -> dict[str, Any]:
     return content
 
 
-def manifest_content(settings: StoreSettings, shards: tuple[ShardEntry, ...], version: int = VERSION) -> dict[str, Any]:
-    """Returns the manifest as a JSON object, without its checksum."""
+def version_of(settings: StoreSettings) -> int:
+    """Returns the version of a new store with these settings."""
+    return VERSION if settings.hidden is None else HIDDEN_VERSION
+
+
+def manifest_content(
+    settings: StoreSettings, shards: tuple[ShardEntry, ...], version: int | None = None
+) -> dict[str, Any]:
+    """Returns the manifest as a JSON object, without its checksum; of a new store where no version is given."""
+    version = version_of(settings) if version is None else version
     return {
         "format": FORMAT,
         "version": version,
-        **dataclasses.asdict(settings),
+        **settings.content(),
         "shards": [{name: getattr(entry, name) for name in _entry_keys(version)} for entry in shards],
     }
 
@@ -296,7 +382,7 @@ def _entry_keys(version: int) -> list[str]:
 
 def parts_content(settings: StoreSettings, num_parts: int) -> dict[str, Any]:
     """Returns the manifest of a store of parts as a JSON object, without its checksum."""
-    return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(settings), "parts": num_parts}
+    return {"format": FORMAT, "version": version_of(settings), **settings.content(), "parts": num_parts}
 
 
 def parse_manifest(content: dict[str, Any]) -> tuple[StoreSettings, tuple[ShardEntry, ...]]:
@@ -332,16 +418,20 @@ def _parse_settings(content: dict[str, Any], last_key: str) -> StoreSettings:
         raise ManifestFieldError(f"format must be {FORMAT!r}, got {content.get('format')!r}", file=MANIFEST_NAME)
     version = content.get("version")
     # Checked before any other key, because a newer version may have others.
-    if type(version) is int and version > VERSION:
+    if type(version) is int and version > VERSIONS[-1]:
         raise UnsupportedVersionError(
-            f"version must be at most {VERSION}, got {version}: a newer release of slimkernels wrote the store, update "
-            "slimkernels to read it",
+            f"version must be at most {VERSIONS[-1]}, got {version}: a newer release of slimkernels wrote the store, "
+            "update slimkernels to read it",
             file=MANIFEST_NAME,
         )
     if type(version) is not int or version not in VERSIONS:
         raise UnsupportedVersionError(f"version must be one of {VERSIONS}, got {version!r}", file=MANIFEST_NAME)
     settings_names = [field.name for field in dataclasses.fields(StoreSettings)]
+    if version != HIDDEN_VERSION:
+        settings_names.remove("hidden")
     _require_keys(content, ["checksum", "format", "version", *settings_names, last_key], "the manifest")
+    if "hidden" in settings_names and content["hidden"] is None:
+        raise ManifestFieldError("hidden must be an object, got null", file=MANIFEST_NAME)
     temperatures = content["temperatures"]
     if not isinstance(temperatures, list) or any(type(t) not in (int, float) for t in temperatures):
         raise ManifestFieldError(f"temperatures must be a list of numbers, got {temperatures!r}", file=MANIFEST_NAME)
@@ -383,7 +473,10 @@ def _parse_entry(settings: StoreSettings, index: int, content: Any, keys: list[s
 def _contradiction(settings: StoreSettings, entry: ShardEntry) -> str | None:
     if not 1 <= entry.documents <= entry.tokens - entry.rows:
         return "it must have a document, a token per document, and a token before the first row of each document"
-    if entry.top_k is None:
+    if settings.hidden is not None:
+        if (entry.entries, entry.id_words, entry.top_k, entry.rest_lse) != (0, 0, None, False):
+            return "a shard of hidden states has no entries, id_words, top_k and rest_lse"
+    elif entry.top_k is None:
         if not entry.rows <= entry.entries <= entry.rows * settings.vocab_size:
             return f"{entry.rows} rows cannot hold {entry.entries} entries"
     elif not 1 <= entry.top_k <= settings.vocab_size or entry.rows == 0:

@@ -50,7 +50,7 @@ def rows_fingerprint(settings: StoreSettings, shards: Sequence[ShardEntry]) -> s
     Returns:
         32 hexadecimal digits.
     """
-    content = dataclasses.asdict(settings) | {"teacher": teacher_identity(settings.teacher)}
+    content = settings.content() | {"teacher": teacher_identity(settings.teacher)}
     digest = new_digest()
     digest.update(json.dumps(content, sort_keys=True).encode())
     for shard in shards:

@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from slimkernels.durable import write_atomically
+from slimkernels.packed_logits import HeadWeights
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import document_hash
 from slimkernels.store.directory import lock_directory, make_directory
@@ -21,9 +24,10 @@ from slimkernels.store.format import (
     parts_content,
     seal_manifest,
 )
+from slimkernels.store.head import write_head
 from slimkernels.store.manifest import load_manifest
 from slimkernels.store.reader import tokens_as_int32
-from slimkernels.store.writer import StoreWriter
+from slimkernels.store.writer import StoreWriter, hidden_settings
 
 # The lock of a killed rank may outlive it for a moment, and longer on a network file system.
 _LOCK_WAIT_S = 30.0
@@ -69,11 +73,15 @@ class RankWriter:
             raise ValueError(f"num_parts must be an int in [1, {MAX_PARTS}], or None, got {num_parts!r}")
         self.path = Path(path)
         self.vocab_size: int = options["vocab_size"]
+        head = options.pop("head", None)
         if num_ranks > 1:
             options["lock_wait_s"] = _LOCK_WAIT_S
         stored = self._stored_parts()
+        if head is not None:
+            # Parts have no head of their own: it is in the store's directory.
+            options["hidden"] = hidden_settings(head, options.pop("top_k", None), self.vocab_size)
         if stored is None and (num_parts or num_ranks) > 1:
-            self._make_parts(num_parts or num_ranks, options)
+            self._make_parts(num_parts or num_ranks, options, head)
             # Another rank may have made the store in the meantime.
             stored = self._stored_parts()
         if stored is not None and num_parts not in (None, stored):
@@ -86,8 +94,9 @@ class RankWriter:
         with contextlib.ExitStack() as stack:
             for part in range(rank, self.num_parts, num_ranks):
                 folder = self.path if self.num_parts == 1 else self.path / part_name(part)
+                written: dict[str, Any] = {"head": head} if self.num_parts == 1 else {}
                 try:
-                    self._writers[part] = stack.enter_context(StoreWriter(folder, **options))
+                    self._writers[part] = stack.enter_context(StoreWriter(folder, **options, **written))
                 except StoreError as error:
                     raise error if error.file is None else error.within(folder.name) from error
             self._stack = stack.pop_all()
@@ -104,7 +113,7 @@ class RankWriter:
             part = part_of(document_hash(tokens_as_int32(input_ids, self.vocab_size)), self.num_parts)
         return part if part in self._writers else None
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits, *, prompt_length: int = 0) -> None:
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits | Tensor, *, prompt_length: int = 0) -> None:
         """Buffers one document as ``StoreWriter.add`` does; raises ValueError for a document of another rank."""
         part = self.part_of(input_ids)
         if part is None:
@@ -142,7 +151,7 @@ class RankWriter:
         content = load_manifest(self.path)[1]
         return parse_parts(content)[1] if "parts" in content else 1
 
-    def _make_parts(self, num_parts: int, options: dict[str, Any]) -> None:
+    def _make_parts(self, num_parts: int, options: dict[str, Any], head: HeadWeights | None) -> None:
         """Makes the parts and then the manifest, so that a manifest implies that all parts exist."""
         names = [part_name(part) for part in range(num_parts)]
         make_directory(self.path, parts=names)
@@ -157,6 +166,8 @@ class RankWriter:
                             f"{self.path / name} holds documents, but {self.path} has lost its {MANIFEST_NAME}: put it "
                             "back, or use another directory"
                         )
+            if head is not None:
+                write_head(self.path, head)
             write_atomically(self.path / MANIFEST_NAME, seal_manifest(parts_content(writer.settings, num_parts)))
         finally:
             os.close(descriptor)

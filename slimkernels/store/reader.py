@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimkernels.packed_logits import PackedLogits
+from slimkernels import _checks
+from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
     AFFINE_CODECS,
@@ -33,12 +34,23 @@ from slimkernels.store.errors import (
     ShardIndexError,
     ShardSizeError,
 )
-from slimkernels.store.format import ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
+from slimkernels.store.format import HiddenSettings, ShardEntry, ShardLayout, StoreSettings, new_digest, shard_layout
+from slimkernels.store.head import StoredHead
+from slimkernels.store.hidden import decode_hidden
 from slimkernels.store.identity import is_same_tokenizer, prompts_fingerprint, rows_fingerprint, store_fingerprint
 from slimkernels.store.manifest import load_manifest, load_shards
 from slimkernels.store.prompts import prompts_name, read_prompt_lengths
 
-_DTYPES = {"I32": np.int32, "U32": np.uint32, "F32": np.float32, "I64": np.int64, "U64": np.uint64}
+# bfloat16 is read as uint16.
+_DTYPES = {
+    "I8": np.int8,
+    "BF16": np.uint16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "F32": np.float32,
+    "I64": np.int64,
+    "U64": np.uint64,
+}
 _VALUE_DTYPES = {"affine8": torch.uint8, "affine6": torch.uint8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CHECKED_ROWS = 64
 # Each mapped shard holds a file descriptor; systems commonly allow 1024.
@@ -54,7 +66,8 @@ class Document:
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
         teacher: SparseLogits (R, K): ids int32, logits, lse, target_logit and rest_lse float32. K is the number of
             entries of the largest row (at least 1); smaller rows are padded with id -1 and logit 0. ``rest_lse`` is
-            NaN in rows that were stored without it, and None if the store has it for no row.
+            NaN in rows that were stored without it, and None if the store has it for no row. Those of a store of
+            hidden states are ``linear_topk_logits`` of them and of the teacher's head.
         prompt_length: Number of tokens at the beginning that are a prompt; 0 where the store does not know.
     """
 
@@ -66,11 +79,11 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedDocument:
-    """A document with undecoded rows: PackedLogits of R rows, for :func:`slimkernels.decode_logits`."""
+    """A document with undecoded rows, R of PackedLogits or PackedHidden, for :func:`slimkernels.decode_logits`."""
 
     input_ids: Tensor
     positions: Tensor
-    teacher: PackedLogits
+    teacher: PackedLogits | PackedHidden
     prompt_length: int = 0
 
 
@@ -104,6 +117,7 @@ class Shard:
     def __init__(self, path: Path, settings: StoreSettings, entry: ShardEntry, *, has_rest_lse: bool = False) -> None:
         self.settings = settings
         self.entry = entry
+        self._path = path
         self._has_rest_lse = has_rest_lse
         layout = shard_layout(settings, entry)
         with open_shard(path, entry, layout) as file:
@@ -128,7 +142,7 @@ class Shard:
         rows, tokens = arrays["document_row_offsets"], arrays["document_token_offsets"]
         self._check_offsets("document_row_offsets", entry.rows, 0)
         self._check_offsets("document_token_offsets", entry.tokens, 1)
-        if entry.top_k is None:
+        if "entry_offsets" in arrays:
             self._check_offsets("entry_offsets", entry.entries, 1)
             self._check_offsets("id_word_offsets", entry.id_words, 1)
         positions = arrays["positions"]
@@ -171,6 +185,11 @@ class Shard:
 
     def teacher(self, start: int, stop: int, index: int) -> SparseLogits:
         """Decodes rows [start, stop), which belong to document ``index`` of the store."""
+        if (hidden := self.settings.hidden) is not None:
+            # The op's kernels are loaded only here, as no other code of a store needs them.
+            from slimkernels.ops.decode_logits import decode_logits
+
+            return decode_logits(self.packed_hidden(hidden, start, stop, index))
         self._require_size()
         top_k = self.entry.top_k
         if top_k is None:
@@ -183,11 +202,20 @@ class Shard:
             **self._scalars(start, stop),
         )
 
-    def packed(self, start: int, stop: int, index: int) -> PackedLogits:
-        """Returns rows [start, stop) without decoding them; they are decoded once to check them."""
+    def check_rows(self, start: int, stop: int, index: int) -> None:
+        """Checks every byte of rows [start, stop), which belong to document ``index`` of the store."""
+        if (hidden := self.settings.hidden) is not None:
+            self.packed_hidden(hidden, start, stop, index)
+            return
         # A few rows at a time, so that the decoded values stay in the caches.
         for begin in range(start, stop, _CHECKED_ROWS):
             self.teacher(begin, min(begin + _CHECKED_ROWS, stop), index)
+
+    def packed(self, start: int, stop: int, index: int) -> PackedLogits | PackedHidden:
+        """Returns rows [start, stop) without decoding them; every byte of them is checked."""
+        if (hidden := self.settings.hidden) is not None:
+            return self.packed_hidden(hidden, start, stop, index)
+        self.check_rows(start, stop, index)
         rows = packed_rows(**self._rows(start, stop))
         affine = self.arrays["affine"][start:stop].copy() if self.settings.codec in AFFINE_CODECS else None
         return PackedLogits(
@@ -198,6 +226,30 @@ class Shard:
             vocab_size=self.settings.vocab_size,
             temperatures=self.settings.temperatures,
             **self._scalars(start, stop),
+        )
+
+    def packed_hidden(self, hidden: HiddenSettings, start: int, stop: int, index: int) -> PackedHidden:
+        """Returns rows [start, stop) of a store of hidden states, after checking every byte of them."""
+        settings, arrays = self.settings, self.arrays
+        self._require_size()
+        values, scale = decode_hidden(
+            arrays["hidden"][start:stop],
+            arrays["scale"][start:stop] if "scale" in arrays else np.empty(0, np.float32),
+            arrays["row_checksums"][start:stop],
+            first_row=start,
+            file=self.entry.file,
+            document=index,
+        )
+        document = int(np.searchsorted(arrays["document_row_offsets"], start, side="right")) - 1
+        labels = self.tokens(document, index)[arrays["positions"][start:stop]] if start < stop else np.empty(0)
+        return PackedHidden(
+            values=values,
+            scale=scale,
+            target=torch.from_numpy(labels.astype(np.int64)),
+            head=StoredHead.of(hidden, settings.vocab_size, self._path),
+            vocab_size=settings.vocab_size,
+            top_k=hidden.top_k,
+            temperatures=settings.temperatures,
         )
 
     def _rows(self, start: int, stop: int) -> dict[str, Any]:
@@ -221,6 +273,22 @@ class Shard:
         # Touching a page past the end of a file that shrank after it was mapped would kill the process.
         if self._map.size() != self.entry.bytes:
             raise ShardSizeError(f"holds {self._map.size()} bytes now, not {self.entry.bytes}", file=self.entry.file)
+
+
+def _with_rows(
+    settings: StoreSettings, top_k: int | None, top_fraction: float | None, temperatures: Sequence[float] | None
+) -> StoreSettings:
+    """Returns the settings of a store of hidden states whose readers make other rows."""
+    if settings.hidden is None:
+        raise ValueError(
+            "top_k, top_fraction and temperatures must be None for a store of logits, whose rows are fixed, got "
+            f"{top_k}, {top_fraction} and {temperatures}"
+        )
+    hidden = settings.hidden
+    if (top_k, top_fraction) != (None, None):
+        hidden = dataclasses.replace(hidden, top_k=_checks.resolve_top_k(top_k, top_fraction, settings.vocab_size))
+    resolved = settings.temperatures if temperatures is None else _checks.resolve_temperatures(temperatures)
+    return dataclasses.replace(settings, hidden=hidden, temperatures=resolved)
 
 
 def open_shard(path: Path, entry: ShardEntry, layout: ShardLayout) -> BinaryIO:
@@ -257,20 +325,33 @@ class Store(Sequence[Document]):
         path: Directory of the store.
         vocab_size: V expected by the caller, or None for any.
         tokenizer_fingerprint: Tokenizer expected by the caller, or None for any.
+        top_k: K of the rows that are made of stored hidden states; None, with ``top_fraction``, for the K of the store.
+        top_fraction: K as a share of the vocabulary.
+        temperatures: Temperatures of the log-sum-exp of these rows, 1.0 the first; None for those of the store.
 
     Raises:
+        ValueError: ``top_k``, ``top_fraction`` or ``temperatures`` is out of range, or given for a store of logits.
         NotAStoreError: There is no manifest.
         SettingsMismatchError: The store is for another vocabulary or tokenizer.
         StoreError: The store is damaged; the subclass says how.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, vocab_size: int | None = None, tokenizer_fingerprint: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        vocab_size: int | None = None,
+        tokenizer_fingerprint: str | None = None,
+        top_k: int | None = None,
+        top_fraction: float | None = None,
+        temperatures: Sequence[float] | None = None,
     ) -> None:
         require_little_endian()
         self.path = Path(path)
         self._manifest = load_manifest(self.path)[1]
         self.settings, self.num_parts, self.shards = load_shards(self.path, self._manifest)
+        if (top_k, top_fraction, temperatures) != (None, None, None):
+            self.settings = _with_rows(self.settings, top_k, top_fraction, temperatures)
         asked: dict[str, tuple[Any, Callable[[Any, Any], bool]]] = {
             "vocab_size": (vocab_size, operator.eq),
             "tokenizer_fingerprint": (tokenizer_fingerprint, is_same_tokenizer),
@@ -326,7 +407,7 @@ class Store(Sequence[Document]):
     @property
     def has_rest_lse(self) -> bool:
         """Whether the rows of all documents have a ``rest_lse``, which is NaN where it is not known."""
-        return any(entry.rest_lse for entry in self.shards)
+        return self.settings.hidden is not None or any(entry.rest_lse for entry in self.shards)
 
     def longest_document(self) -> int:
         """Returns the number of tokens of the longest document, from 8 bytes of the index for each document."""
@@ -339,6 +420,12 @@ class Store(Sequence[Document]):
                 offsets = np.frombuffer(file.read(spec.stop - spec.start), _DTYPES[spec.dtype])
             longest = max(longest, int(np.diff(offsets).max(initial=0)))
         return longest
+
+    @property
+    def head(self) -> StoredHead | None:
+        """The teacher's head of a store of hidden states; None for one of logits."""
+        hidden = self.settings.hidden
+        return None if hidden is None else StoredHead.of(hidden, self.vocab_size, self.path)
 
     @property
     def num_rows(self) -> int:

@@ -11,8 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slimkernels.durable import sync_directory, write_atomically, write_durably
+from slimkernels.packed_logits import HeadWeights
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
     FAR_NATS,
@@ -29,7 +31,7 @@ from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchErr
 from slimkernels.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
-    VERSION,
+    HiddenSettings,
     ShardEntry,
     StoreSettings,
     manifest_content,
@@ -37,7 +39,10 @@ from slimkernels.store.format import (
     seal_manifest,
     shard_layout,
     shard_name,
+    version_of,
 )
+from slimkernels.store.head import head_settings, write_head
+from slimkernels.store.hidden import HIDDEN_BITS, EncodedHidden, encode_hidden
 from slimkernels.store.identity import changed_settings
 from slimkernels.store.prompts import prompts_content, prompts_name
 from slimkernels.store.reader import Store, tokens_as_int32
@@ -50,7 +55,7 @@ class _Pending:
     input_ids: np.ndarray
     digest: bytes
     positions: np.ndarray
-    rows: EncodedRows
+    rows: EncodedRows | EncodedHidden
     prompt_length: int
 
 
@@ -74,11 +79,18 @@ class StoreWriter:
         selection: JSON object that describes how the kept ids were chosen.
         temperatures: Temperatures of every teacher's lse; the first is 1.0.
         codec: Encoding of the logits: "affine8" (8 bits; an error of at most half a step of (max - min) / 255, the
-            kept probability of a row preserved), "affine6" (the same with 6 bits), "bfloat16" or "float32".
+            kept probability of a row preserved), "affine6" (the same with 6 bits), "bfloat16" or "float32". Or that of
+            the teacher's final hidden states, from which readers make the rows: "hidden16" (bfloat16) or "hidden8"
+            (8 bits and a scale per row).
+        head: The teacher's head over the V ids, which a store of hidden states keeps; None for one of logits.
+        top_k: K, the number of logits of the rows that readers of a store of hidden states make, unless they ask for
+            another one; None for a store of logits.
         shard_rows: Number of rows at which a shard is full; None means about 64 MiB.
         lock_wait_s: Seconds to wait for another writer to finish.
+        hidden: Settings of a part of a store of hidden states, whose head is in the store's directory.
 
     Raises:
+        ValueError: A setting is out of range, or ``head`` and ``top_k`` are not those of a store of hidden states.
         SettingsMismatchError: The store exists with other settings, or is a store of parts.
         StoreLockedError: Another writer holds the store.
         NotAStoreError: The path holds other files.
@@ -95,11 +107,21 @@ class StoreWriter:
         selection: dict[str, Any],
         temperatures: Sequence[float] = (1.0,),
         codec: str = "affine8",
+        head: HeadWeights | None = None,
+        top_k: int | None = None,
         shard_rows: int | None = None,
         lock_wait_s: float = 0.0,
+        hidden: HiddenSettings | None = None,
     ) -> None:
         require_little_endian()
         self.path = Path(path)
+        if (head is None and hidden is None) == (codec in HIDDEN_BITS):
+            raise ValueError(
+                f"head must be given with the codecs {list(HIDDEN_BITS)} and no other, got codec={codec!r} "
+                f"{'without' if head is None else 'with'} a head"
+            )
+        if head is not None and hidden is None:
+            hidden = hidden_settings(head, top_k, vocab_size)
         self.settings = StoreSettings(
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint,
@@ -108,11 +130,13 @@ class StoreWriter:
             # StoreSettings converts it to a tuple and checks it.
             temperatures=cast(tuple[float, ...], temperatures),
             codec=codec,
+            hidden=hidden,
         )
+        self._head = head
         if shard_rows is not None and (type(shard_rows) is not int or shard_rows < 1):
             raise ValueError(f"shard_rows must be an int of at least 1, or None for about 64 MiB, got {shard_rows!r}")
         self._shard_rows = shard_rows
-        self._version = VERSION
+        self._version = version_of(self.settings)
         self._pending: list[_Pending] = []
         self._pending_rows = self._pending_bytes = 0
         make_directory(self.path)
@@ -124,7 +148,7 @@ class StoreWriter:
             self._release()
             raise
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits, *, prompt_length: int = 0) -> None:
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits | Tensor, *, prompt_length: int = 0) -> None:
         """Buffers one document.
 
         Args:
@@ -135,7 +159,8 @@ class StoreWriter:
                 temperature below its maximum, because one such entry would make the steps of all others coarse.
                 Their mass is added to ``rest_lse``. Rows with and without ``rest_lse`` can be in one store.
                 A NaN ``target_logit`` means that the teacher's logit of the label is not known. Without a
-                ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept.
+                ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept. In a store
+                of hidden states, the hidden states (R, D) that the head is given for these rows.
             prompt_length: Number of tokens at the beginning that are a prompt, in [0, T]; 0 if that is not known.
 
         Raises:
@@ -154,7 +179,10 @@ class StoreWriter:
             raise ValueError(
                 f"prompt_length must lie in [0, {len(ids)}], the number of input_ids, got {prompt_length!r}"
             )
-        rows = self._encode(ids, at, teacher)
+        if self.settings.hidden is None:
+            rows = self._encode(ids, at, teacher)
+        else:
+            rows = self._encode_hidden(at, teacher, self.settings.hidden.hidden_size)
         self._pending.append(_Pending(ids, digest, at, rows, int(prompt_length)))
         self._stored.add(digest)
         self._pending_rows += len(rows)
@@ -220,6 +248,9 @@ class StoreWriter:
     def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
         manifest = self.path / MANIFEST_NAME
         if not manifest.exists():
+            # Before the manifest, so that a store always has its head.
+            if self._head is not None:
+                write_head(self.path, self._head)
             write_atomically(manifest, seal_manifest(manifest_content(self.settings, (), self._version)))
             return (), set()
         store = Store(self.path)
@@ -243,7 +274,22 @@ class StoreWriter:
             (self.path / leftover).unlink(missing_ok=True)
         return store.shards, {digest for i in range(len(store.shards)) for digest in store.shard(i).hashes()}
 
-    def _encode(self, ids: np.ndarray, positions: np.ndarray, teacher: SparseLogits) -> EncodedRows:
+    def _encode_hidden(self, positions: np.ndarray, hidden: Any, hidden_size: int) -> EncodedHidden:
+        codec = self.settings.codec
+        if not isinstance(hidden, Tensor) or hidden.shape[:1] != (len(positions),):
+            found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValueError(
+                f"teacher must be the hidden states of {len(positions)} positions with codec={codec!r}, shape "
+                f"({len(positions)}, {hidden_size}), got {found}"
+            )
+        return encode_hidden(hidden, hidden_size=hidden_size, codec=codec, first_row=self._pending_rows)
+
+    def _encode(self, ids: np.ndarray, positions: np.ndarray, teacher: Any) -> EncodedRows:
+        if not isinstance(teacher, SparseLogits):
+            raise ValueError(
+                f"teacher must be SparseLogits with codec={self.settings.codec!r}, got {type(teacher).__name__}: "
+                f"hidden states need one of the codecs {list(HIDDEN_BITS)}"
+            )
         if teacher.temperatures != self.settings.temperatures:
             raise ValueError(
                 f"teacher must have the store's temperatures={self.settings.temperatures}, got {teacher.temperatures}"
@@ -282,42 +328,52 @@ class StoreWriter:
             first_row=self._pending_rows,
         )
 
-    def _write_shard(self, path: Path, name: str) -> ShardEntry:
-        documents = self._pending
-        counts = np.concatenate([document.rows.counts for document in documents])
+    def _logits_tensors(self, rows: list[EncodedRows]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
+        """Returns the tensors of the rows of a shard of logits, and the counts of its entry."""
+        counts = np.concatenate([document.counts for document in rows])
         top_k = int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
-        has_rest = any(document.rows.rest_lse is not None and len(document.rows) for document in documents)
-        tensors: dict[str, list[np.ndarray]] = {
-            "document_row_offsets": [offsets_of(np.array([len(document.rows) for document in documents]))],
-            "document_token_offsets": [offsets_of(np.array([len(document.input_ids) for document in documents]))],
-            "row_checksums": [
-                document.rows.checksums_with_rest() if has_rest else document.rows.checksums for document in documents
-            ],
-            "document_hashes": [np.frombuffer(document.digest, np.uint8) for document in documents],
-            "positions": [document.positions for document in documents],
-            "input_ids": [document.input_ids for document in documents],
-            "lse": [document.rows.lse for document in documents],
-            "target_logit": [document.rows.target_logit for document in documents],
-            "affine": [document.rows.affine for document in documents],
-            "id_words": [document.rows.id_words for document in documents],
-            "values": [document.rows.values for document in documents],
+        has_rest = any(document.rest_lse is not None and len(document) for document in rows)
+        tensors = {
+            "row_checksums": [document.checksums_with_rest() if has_rest else document.checksums for document in rows],
+            "lse": [document.lse for document in rows],
+            "target_logit": [document.target_logit for document in rows],
+            "affine": [document.affine for document in rows],
+            "id_words": [document.id_words for document in rows],
+            "values": [document.values for document in rows],
         }
         if has_rest:
-            tensors["rest_lse"] = [document.rows.rest_or_unknown() for document in documents]
+            tensors["rest_lse"] = [document.rest_or_unknown() for document in rows]
         if top_k is None:
             tensors["entry_offsets"] = [offsets_of(counts)]
             tensors["id_word_offsets"] = [offsets_of(words_of(self.settings.vocab_size, counts))]
             tensors["values"] = [ragged_values(self.settings.codec, counts, np.concatenate(tensors["values"]))]
+        sizes = {
+            "entries": int(counts.sum()),
+            "id_words": sum(len(document.id_words) for document in rows),
+            "top_k": top_k,
+            "rest_lse": has_rest,
+        }
+        return tensors, sizes
+
+    def _write_shard(self, path: Path, name: str) -> ShardEntry:
+        documents = self._pending
+        tensors: dict[str, list[np.ndarray]] = {
+            "document_row_offsets": [offsets_of(np.array([len(document.rows) for document in documents]))],
+            "document_token_offsets": [offsets_of(np.array([len(document.input_ids) for document in documents]))],
+            "document_hashes": [np.frombuffer(document.digest, np.uint8) for document in documents],
+            "positions": [document.positions for document in documents],
+            "input_ids": [document.input_ids for document in documents],
+        }
+        rows: list[Any] = [document.rows for document in documents]
+        row_tensors, counts = self._logits_tensors(rows) if self.settings.hidden is None else _hidden_tensors(rows)
+        tensors |= row_tensors
         entry = ShardEntry(
             file=name,
             bytes=0,
             documents=len(documents),
             tokens=sum(len(document.input_ids) for document in documents),
-            rows=len(counts),
-            entries=int(counts.sum()),
-            id_words=sum(len(document.rows.id_words) for document in documents),
-            top_k=top_k,
-            rest_lse=has_rest,
+            rows=sum(map(len, rows)),
+            **counts,
         )
         layout = shard_layout(self.settings, entry)
         head, whole = new_digest(), new_digest()
@@ -335,6 +391,31 @@ class StoreWriter:
         return dataclasses.replace(
             entry, bytes=layout.total_bytes, head_checksum=head.hexdigest(), checksum=whole.hexdigest()
         )
+
+
+def hidden_settings(head: HeadWeights, top_k: int | None, vocab_size: int) -> HiddenSettings:
+    """Returns the settings of a store of hidden states, for the arguments of ``StoreWriter``.
+
+    Raises:
+        ValueError: The head has another number of rows, or ``top_k`` is not given or out of range.
+    """
+    if head.weight.shape[0] != vocab_size:
+        raise ValueError(
+            f"head must have vocab_size={vocab_size} rows, got {head.weight.shape[0]}: leave out the rows that pad it"
+        )
+    if type(top_k) is not int or not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be an int in [1, {vocab_size}] with a head, got {top_k!r}")
+    return head_settings(head, top_k)
+
+
+def _hidden_tensors(rows: list[EncodedHidden]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
+    """Returns the tensors of the rows of a shard of hidden states, and the counts of its entry."""
+    tensors = {
+        "row_checksums": [document.checksums for document in rows],
+        "scale": [document.scale for document in rows],
+        "hidden": [document.values for document in rows],
+    }
+    return tensors, {"entries": 0, "id_words": 0, "top_k": None}
 
 
 def _without_far_entries(

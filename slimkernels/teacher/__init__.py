@@ -3,6 +3,7 @@
 Each step is a module; this one exports the public names.
 """
 
+from slimkernels.models.final_layers import load_final_layers
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.models.load import (
     EMBEDDED_TEACHERS,
@@ -24,6 +25,7 @@ from slimkernels.teacher.corpus import (
     shipped_prompts,
 )
 from slimkernels.teacher.generation import GeneratedCorpus, generate_documents
+from slimkernels.teacher.hidden_files import HiddenReport, capture_hidden
 from slimkernels.teacher.logits import capture_logits
 from slimkernels.teacher.ranks import Ranks
 from slimkernels.teacher.server import ServerReport, capture_server
@@ -36,6 +38,7 @@ __all__ = [
     "EMBEDDED_TEACHERS",
     "CaptureReport",
     "GeneratedCorpus",
+    "HiddenReport",
     "ModelNotFoundError",
     "Ranks",
     "ServerCost",
@@ -47,11 +50,13 @@ __all__ = [
     "TokenizedDocument",
     "UnmappedTokensError",
     "capture",
+    "capture_hidden",
     "capture_logits",
     "capture_server",
     "check_corpus_file",
     "check_teacher_sanity",
     "generate_documents",
+    "load_final_layers",
     "load_model",
     "load_teacher",
     "load_tokenizer",

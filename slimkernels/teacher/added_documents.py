@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import Tensor
+
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter, StoreWriter
 from slimkernels.teacher.corpus import TokenizedDocument
@@ -36,7 +38,7 @@ class AddedDocuments:
         self._writer, self._progress = writer, progress
         self._added = self._tokens = self._skipped = self._done_tokens = 0
 
-    def add(self, ids: TokenizedDocument, rows: SparseLogits | None) -> None:
+    def add(self, ids: TokenizedDocument, rows: SparseLogits | Tensor | None) -> None:
         """Adds a document with the rows of its labels, which may be None if the store has it.
 
         A document that occurs twice is skipped the second time.

@@ -17,10 +17,11 @@ from slimkernels.models.head import DECODED, LanguageModelHead, check_logits, de
 from slimkernels.models.sparse_targets import check_finite
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
+from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.teacher.added_documents import AddedDocuments, CaptureReport
 from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.ranks import TeacherProcesses
-from slimkernels.teacher.selection import default_codec, resolve_selection
+from slimkernels.teacher.selection import check_keeps_hidden, default_codec, resolve_selection
 from slimkernels.teacher.vocabulary import captured_vocabulary
 
 # Longest document of a batch over its shortest one; bounds the padding.
@@ -92,7 +93,8 @@ def capture(
         temperatures: Temperatures at which the log-sum-exp of the whole row is kept; 1.0 is always the first, and with
             draws the only one.
         codec: Codec of the store: "affine8", "affine6", "bfloat16" or "float32". The default is "affine8", and
-            "float32" with draws, which keeps their shares to seven digits.
+            "float32" with draws, which keeps their shares to seven digits. "hidden16" and "hidden8" keep the hidden
+            states that the head is given, and the head, from which readers make the K largest logits.
         batch_tokens: Tokens of a batch, padding included; a longer document is a batch of its own.
         window: Number of documents that are sorted together.
         shard_rows: Rows at which a shard is full, the same as in ``StoreWriter``; a kill loses an unfinished shard.
@@ -127,6 +129,7 @@ def capture(
         rounds=rounds,
         seed=seed,
         temperatures=temperatures,
+        codec=default_codec(select) if codec is None else codec,
     )
     if not teacher.processes.is_first:
         teacher.follow()
@@ -141,8 +144,8 @@ def capture(
         teacher=teacher.description,
         selection=teacher.selection.description,
         temperatures=teacher.selection.temperatures,
-        codec=default_codec(select) if codec is None else codec,
         shard_rows=shard_rows,
+        **teacher.encoding,
     ) as writer:
         added = AddedDocuments(writer, progress)
         for batch in _batches(teacher.checked(documents), window, batch_tokens, writer.part_of):
@@ -161,17 +164,22 @@ def capture(
 class _Teacher:
     """Turns batches of documents into kept logits."""
 
-    def __init__(self, model, tokenizer, store_path, *, select, **options) -> None:
+    def __init__(self, model, tokenizer, store_path, *, select, codec, **options) -> None:
         self.model = model
         self.processes = TeacherProcesses.of(model)
         self._whole_head = LanguageModelHead.of(model).gathered()
         self.vocabulary = captured_vocabulary(tokenizer, self._whole_head.vocab_size, store_path)
         self.head = self._whole_head.first_rows(self.vocabulary.size)
         self.selection = resolve_selection(select, self.vocabulary.size, **options)
+        self.keeps_hidden = codec in HIDDEN_BITS
+        self.encoding: dict[str, Any] = {"codec": codec}
+        if self.keeps_hidden:
+            check_keeps_hidden(self.selection, codec)
+            self.encoding |= {"head": self.head.weights(), "top_k": self.selection.top_k}
         self.max_length = context_length(model.config)
         self.short = self.labelled = 0
         # Computed here, because all processes of the teacher must take part.
-        self.description = _describe(model)
+        self.description = describe(model, self.head.weight.shape[1])
         self._is_checked = False
 
     def checked(self, documents: Iterable[Sequence[int]]) -> Iterator[TokenizedDocument]:
@@ -190,8 +198,8 @@ class _Teacher:
             self.labelled += 1
             yield ids
 
-    def __call__(self, batch: list[TokenizedDocument]) -> list[SparseLogits]:
-        """Returns the kept logits (R_i, K) of the labels of each document, on the CPU."""
+    def __call__(self, batch: list[TokenizedDocument]) -> list[SparseLogits] | list[Tensor]:
+        """Returns the kept logits (R_i, K), or the hidden states (R_i, D), of each document's labels, on the CPU."""
         self.processes.share(batch)
         return self._kept(batch)
 
@@ -205,7 +213,7 @@ class _Teacher:
         self.processes.share(None)
 
     @torch.inference_mode()
-    def _kept(self, batch: list[TokenizedDocument]) -> list[SparseLogits]:
+    def _kept(self, batch: list[TokenizedDocument]) -> list[Any]:
         device = self.model.device
         lengths = [len(ids) for ids in batch]
         padded = torch.zeros((len(batch), max(lengths)), dtype=torch.int64)
@@ -219,10 +227,13 @@ class _Teacher:
         labels = [torch.tensor(ids.labels) for ids in batch]
         document = torch.repeat_interleave(torch.tensor([len(of_one) for of_one in labels])).to(device)
         position = torch.cat(labels).to(device)
-        kept = self.selection(
-            self.head, hidden[document, position - 1], padded[document, position], list(zip(batch, labels, strict=True))
-        )
-        check_finite(kept.lse, self.model.dtype)
+        hidden = hidden[document, position - 1]
+        if self.keeps_hidden:
+            check_finite(hidden.amax(-1), self.model.dtype)
+            kept = hidden.to("cpu")
+        else:
+            kept = self.selection(self.head, hidden, padded[document, position], list(zip(batch, labels, strict=True)))
+            check_finite(kept.lse, self.model.dtype)
         ends = list(itertools.accumulate(map(len, labels)))
         return [kept[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
@@ -242,13 +253,15 @@ class _Teacher:
         self._is_checked = True
 
 
-def _describe(model: PreTrainedModel) -> dict[str, Any]:
+def describe(model: PreTrainedModel, hidden_size: int) -> dict[str, Any]:
+    """Returns the description of a teacher whose head reads hidden states of this size, for its store."""
     return {
         "name": str(model.name_or_path),
         "revision": getattr(model.config, "_commit_hash", None),
         "model_type": model.config.model_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": weights_fingerprint(model),
+        "hidden_size": hidden_size,
     }
 
 

@@ -162,6 +162,18 @@ def resolve_selection(
     return Selection(select, top_k, None, rounds, seed, temperatures, description)
 
 
+def check_keeps_hidden(selection: Selection, codec: str) -> None:
+    """Checks that readers can make the selection from hidden states.
+
+    Raises:
+        ValueError: It is none of the largest logits alone.
+    """
+    if selection.select != "top_k":
+        raise ValueError(f"select must be 'top_k' with codec={codec!r}, got {selection.select!r}")
+    if selection.top_p is not None:
+        raise ValueError(f"top_p must be None with codec={codec!r}, got {selection.top_p}")
+
+
 def default_codec(select: str) -> str:
     """Returns the default codec of the store."""
     return _DEFAULT_CODECS[select]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, Print
 from transformers.trainer_callback import ProgressCallback
 
 from slimkernels.models.make_student import make_student
-from slimkernels.store import StoreDataset
+from slimkernels.store import Store, StoreDataset
 from slimkernels.trainer.objective import SlimConfig
 from slimkernels.trainer.slim_trainer import SlimTrainer
 from slimkernels.trainer.teacher_server import TeacherServer
@@ -41,6 +41,14 @@ def trainer_of(method: str) -> tuple[Any, Any]:
     from slimkernels.trainer.minillm import MiniLLMConfig, MiniLLMTrainer
 
     return MiniLLMTrainer, MiniLLMConfig
+
+
+def _opened(path: str | os.PathLike, temperature: float) -> Store:
+    """Opens a store; the rows of hidden states are made with the log-sum-exp at the training's temperature too."""
+    store = Store(path)
+    if store.settings.hidden is None or temperature in store.temperatures:
+        return store
+    return Store(path, temperatures=(*store.temperatures, temperature))
 
 
 def train(
@@ -86,7 +94,7 @@ def train(
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
         ImportError: The method is "minillm", and the extra of that name is not installed.
     """
-    store = StoreDataset(store_path)
+    store = StoreDataset(_opened(store_path, options.get("temperature", 1.0)))
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     # A student with adapters is a model of PEFT, which is none of transformers.

@@ -115,13 +115,15 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
             "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
         )
+    # Rows of hidden states are made for any temperature.
+    advice = "capture the teacher with " if store.settings.hidden is None else "open it as a Store with "
     if options["rest"] in ("zero", "ghost") and not any(
         math.isclose(temperature, objective.temperature, rel_tol=1e-6) for temperature in store.temperatures
     ):
         raise ValueError(
             f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
-            f"{store.path}, which rest={options['rest']!r} reads; capture the teacher with "
-            f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
+            f"{store.path}, which rest={options['rest']!r} reads; {advice}temperatures=(1.0, {objective.temperature}), "
+            "or use rest='renorm'"
         )
 
 
@@ -133,9 +135,13 @@ def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
         is_packed = isinstance(source, StoreDataset) and source.packed
         # The 8-bit and the 6-bit codec are unpacked to the same codes.
         codec = store.settings.codec.rstrip("68") if is_packed else "none"
-        kinds.add((store.temperatures, is_packed, codec, store.vocab_size if is_packed else 0))
+        vocab_size = store.vocab_size if is_packed else 0
+        # Packed hidden states share a head, and are made into rows of one K.
+        hidden = store.settings.hidden if is_packed else None
+        head = None if hidden is None else (hidden.head_checksum, hidden.top_k)
+        kinds.add((store.temperatures, is_packed, codec, vocab_size, head))
     for name, values in zip(
-        ("temperatures", "packed", "codec", "vocab_size"), map(set, zip(*kinds, strict=True)), strict=False
+        ("temperatures", "packed", "codec", "vocab_size", "head"), map(set, zip(*kinds, strict=True)), strict=False
     ):
         if len(values) > 1:
             advice = (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import _checks
+from slimkernels.models.batch import teacher_rows
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.head_loss import Student, TeacherRows
 from slimkernels.models.hidden_states import HeadInput
@@ -17,8 +18,9 @@ from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTI
 from slimkernels.ops.head_teacher import HeadTeacher
 from slimkernels.ops.linear_gather_logits import linear_gather_logits
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import Document, Store
+from slimkernels.store import Document, PackedDocument, Store
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.stored_rows import LARGEST_PADDING
 from slimkernels.trainer.support import intersection, student_ids, union
@@ -178,14 +180,16 @@ class StoredTeacher:
             first = row * length + start
             asked = wanted[(wanted >= first) & (wanted < row * length + stop)] - first + 1
             if len(asked):
-                parts.append(self._document(input_ids[row, start:stop], asked))
+                rows = self._document(input_ids[row, start:stop], asked)
+                # Decoded where they are used.
+                parts.append(teacher_rows(rows.to(places.device)))
         found = SparseLogits.cat(parts) if parts else None
         if found is None or found.leading_shape != (len(wanted),):
             count = 0 if found is None else found.leading_shape[0]
             raise ValueError(
                 f"every label must lie in a document of the batch, got {len(wanted)} labels, {count} of which do"
             )
-        return found.to(places.device)
+        return found
 
     def _no_rows(self) -> SparseLogits:
         temperatures = self.store.temperatures
@@ -198,11 +202,11 @@ class StoredTeacher:
             rest_lse=torch.zeros(0, len(temperatures)) if self.store.has_rest_lse else None,
         )
 
-    def _find(self, input_ids: Tensor) -> Document | None:
+    def _find(self, input_ids: Tensor) -> Document | PackedDocument | None:
         index = self.store.find(input_ids)
-        return None if index is None else self.store[index]
+        return None if index is None else self.store.packed(index)
 
-    def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits:
+    def _document(self, input_ids: Tensor, positions: Tensor) -> SparseLogits | PackedLogits | PackedHidden:
         document = self._find(input_ids)
         if document is None:
             raise ValueError(

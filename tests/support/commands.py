@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from support import evaluation, teachers
 from support.exchange_cases import make_cases
-from transformers import AutoTokenizer
+from support.hidden_states import write_files
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimkernels.cli.parser import make_parser
 from slimkernels.teacher import capture
@@ -193,6 +194,10 @@ class Files:
             self.corpus(args.text)
         if args.prompts not in (None, "shipped"):
             self._write(args.prompts, "\n".join(teachers.PROMPTS) + "\n")
+        if args.hidden is not None:
+            self._models(args.head)
+            documents = [teachers.make_tokenizer()(text).input_ids for text in _CORPUS]
+            write_files(self._at(args.hidden), AutoModelForCausalLM.from_pretrained(self._at(args.head)), documents)
         if args.logits is not None:
             tokenizer = teachers.make_tokenizer()
             rows = sum(len(tokenizer(text).input_ids) for text in _CORPUS)
