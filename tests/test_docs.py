@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
 DOCUMENTS = [*PAGES, "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 # Shown in a script of the reader's own, whose model, arguments and data set it uses.
-THREE_LINES = "class Distiller("
+THREE_LINES = "import slimkernels as sk\nfrom trl import SFTTrainer"
 CONVERSATIONS = "chats = load_dataset("
 # Shown with a server of the reader's own.
 SERVED = "from slimkernels.teacher import capture_server"
