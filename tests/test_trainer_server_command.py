@@ -77,9 +77,9 @@ def test_rows_are_in_the_output_folder_by_default(documents, tmp_path) -> None:
 
 def test_a_budget_is_named_by_its_option(documents, tmp_path, capsys) -> None:
     with served.ReplayServer(served.TRAININGS["vllm"]) as server:
-        command = served_training.command(server.url, documents, tmp_path / "out", "--token-budget", "25")
+        command = served_training.command(server.url, documents, tmp_path / "out", "--token-budget", "20")
         assert main(command) == 2
-    assert "slimkernels: --token-budget 25 is spent: 13 tokens were asked for" in capsys.readouterr().err
+    assert "slimkernels: --token-budget 20 is spent: 13 tokens were asked for" in capsys.readouterr().err
 
 
 def test_texts_of_another_tokenizer_are_refused(documents, tmp_path, capsys) -> None:

@@ -184,9 +184,13 @@ class ServerClient(BaseClient):
                     self._stop.set()
                     pool.shutdown(wait=False, cancel_futures=True)
 
+    def stop(self) -> None:
+        """Ends all waits; requests that were sent are not aborted."""
+        self._stop.set()
+
     def close(self) -> None:
         """Ends all waits and closes the connections."""
-        self._stop.set()
+        self.stop()
         self._http.close()
 
     def __enter__(self) -> ServerClient:

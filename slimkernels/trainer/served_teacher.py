@@ -245,14 +245,17 @@ class ServedTeacher(StoredTeacher):
             future.cancel()
         for _ in self._workers:
             self._queue.put(None)
-        if wait:
-            for worker in self._workers:
-                worker.join()
+        if self._client is not None:
+            if not wait:
+                self._client.stop()
+            close = functools.partial(_close_after, self._workers, self._client)
+            closing = threading.Thread(target=close, name="teacher-server-close", daemon=True)
+            closing.start()
+            if wait:
+                closing.join()
+            self._client = None
         self._workers = []
         self._queue = queue.SimpleQueue()
-        if self._client is not None:
-            self._client.close()
-            self._client = None
         self._asked.clear()
         self._answers.close()
 
@@ -344,6 +347,13 @@ class Ahead:
         if not self._read:
             raise StopIteration
         return self._read.popleft()
+
+
+def _close_after(workers: list[threading.Thread], client: ServerClient) -> None:
+    """Closes a client when its last request has ended, as a connection in use would stay open."""
+    for worker in workers:
+        worker.join()
+    client.close()
 
 
 class _Asked(NamedTuple):
