@@ -76,7 +76,7 @@ class ScoringSglang(ScoringServer):
     """The same in the form of SGLang's ``/generate``, which scores given ids too.
 
     Attributes:
-        named: The ids that each request named.
+        named: The ids that each request for a document named.
         forgets: Whether the answers lack the scores of given ids.
     """
 
@@ -92,8 +92,9 @@ class ScoringSglang(ScoringServer):
         if path != "/generate":
             return super().reply(path, body)
         ids, start, named = body["input_ids"], body["logprob_start_len"], body.get("token_ids_logprob")
-        self.documents.append(tuple(ids))
-        self.named.append(named or [])
+        if ids != self._sample:
+            self.documents.append(tuple(ids))
+            self.named.append(named or [])
         logprobs = self.logprobs(ids)
         tokens, tops, given = [[None, ids[start], None]], [None], [None]
         for place in range(start + 1, len(ids)):
