@@ -129,6 +129,9 @@ def smaller(args: argparse.Namespace, words: list[str]) -> list[str]:
         amount = ["--tokens", "60"] if args.tokens is not None else ["--documents", "3"]
         return [*words, *amount, "--max-new-tokens", "8"]
     if args.command == "train":
+        if "--epochs" in words:  # has no meaning with --max-steps
+            at = words.index("--epochs")
+            words = words[:at] + words[at + 2 :]
         short = [*words, "--max-steps", "1", "--batch-size", "2", "--option", "use_cpu=true"]
         # The tiny models have two layers.
         return [*short, "--layers", "0,1"] if args.layers is not None else short
