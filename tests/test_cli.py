@@ -294,9 +294,9 @@ def test_train_takes_the_folder_of_a_tokenizer(store, tmp_path, capsys) -> None:
 
 
 def test_train_with_a_teacher_beside_the_student(store, teacher, tmp_path, capsys) -> None:
-    for method in ("gkd", "kd"):
+    for method, writing in (("gkd", ["--option", "max_new_tokens=4"]), ("kd", [])):
         arguments = ["train", "--store", store, "--method", method, "--out", str(tmp_path / method)]
-        options = ["--option", "use_cpu=true", "--option", "max_new_tokens=4", "--max-steps", "2", "--batch-size", "2"]
+        options = ["--option", "use_cpu=true", *writing, "--max-steps", "2", "--batch-size", "2"]
         assert main([*arguments, "--teacher", teacher, *options]) == 0
         assert "student saved in" in capsys.readouterr().out
     assert main([*arguments[:3], "--method", "gkd", "--out", str(tmp_path / "alone")]) == 2

@@ -23,7 +23,8 @@ def test_autocast_does_not_reach_the_op(reduction, region, dtype):
     def run(enabled: bool):
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
         with torch.autocast("cpu", region, enabled=enabled):
-            out = sk.linear_slim_loss(*leaves, target, teacher, reduction=reduction, chunk_rows=8)
+            options = {"reduction": reduction, "chunk_rows": 8, "statistics": True}
+            out = sk.linear_slim_loss(*leaves, target, teacher, **options)
             out.loss.sum().mul(1e-6 * 65536).backward()
             kept = sk.linear_topk_logits(hidden, head, 5, softcap=9.0)
             probs = sk.sparse_softmax(kept, rest="ghost")

@@ -136,14 +136,7 @@ def capture_hidden(
     vocabulary = captured_vocabulary(tokenizer, head.vocab_size, store_path)
     head = head.first_rows(vocabulary.size)
     selection = resolve_selection(
-        "top_k",
-        vocabulary.size,
-        top_k=top_k,
-        top_fraction=top_fraction,
-        top_p=None,
-        rounds=None,
-        seed=0,
-        temperatures=temperatures,
+        "top_k", vocabulary.size, temperatures=temperatures, top_k=top_k, top_fraction=top_fraction
     )
     kept: dict[str, Any] = {}
     if codec in HIDDEN_BITS:

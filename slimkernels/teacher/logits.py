@@ -95,14 +95,7 @@ def capture_logits(
         raise ValueError("logits must hold the logits of at least one document, got none")
     vocabulary = captured_vocabulary(tokenizer, first.vocab_size, store_path, "the logits have")
     selection = resolve_selection(
-        "top_k",
-        vocabulary.size,
-        top_k=top_k,
-        top_fraction=top_fraction,
-        top_p=None,
-        rounds=None,
-        seed=0,
-        temperatures=temperatures,
+        "top_k", vocabulary.size, temperatures=temperatures, top_k=top_k, top_fraction=top_fraction
     )
     with StoreWriter(
         store_path,

@@ -111,12 +111,12 @@ def resolve_selection(
     select: str,
     vocab_size: int,
     *,
-    top_k: int | None,
-    top_fraction: float | None,
-    top_p: float | None,
-    rounds: int | None,
-    seed: int,
     temperatures: Sequence[float],
+    top_k: int | None = None,
+    top_fraction: float | None = None,
+    top_p: float | None = None,
+    rounds: int | None = None,
+    seed: int = 0,
 ) -> Selection:
     """Checks the arguments of ``capture`` for the selection, and fills in defaults.
 
@@ -175,7 +175,12 @@ def check_keeps_hidden(selection: Selection, codec: str) -> None:
 
 
 def default_codec(select: str) -> str:
-    """Returns the default codec of the store."""
+    """Returns the default codec of the store.
+
+    Raises:
+        ValueError: ``select`` is unknown.
+    """
+    _checks.check_one_of(select, "select", SELECTS)
     return _DEFAULT_CODECS[select]
 
 
