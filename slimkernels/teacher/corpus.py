@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -135,7 +136,8 @@ def read_documents(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The suffix is not one of the four, a number is out of range, the field is missing, a value is none
-            of the three, there is text but no tokenizer, the file is in another encoding, or no document has 2 tokens.
+            of the three, text holds half of a surrogate pair, there is text but no tokenizer, the file is in another
+            encoding, or no document has 2 tokens.
             The first two are raised at once, the others by the iterator.
     """
     check_corpus_file(path)
@@ -219,12 +221,26 @@ def _values(path: Path, what: str, fields: Sequence[str]) -> Iterator[_Value]:
                 f"the field {name!r} must be text, a list of token ids or a list of messages, got "
                 f"{type(value).__name__} in record {number} of {path}"
             )
+        if not _is_token_ids(value) and not _is_unicode(value):
+            raise ValueError(
+                f"the field {name!r} holds half of a surrogate pair, which is no character, in record {number} of "
+                f"{path}: remove it from the text"
+            )
         prompt = record.get("prompt")
         yield _Value(value, prompt if isinstance(prompt, str) else "")
 
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _is_unicode(value: Any) -> bool:
+    """Returns whether UTF-8 has every character of a JSON value; JSON can also spell one half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _records(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
