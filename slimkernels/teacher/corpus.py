@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels.teacher.chat import assistant_tokens, is_conversation
-from slimkernels.text_files import read_json_records, read_lines
+from slimkernels.text_files import check_characters, read_json_records, read_lines
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _PROMPT_FIELDS = ("prompt", "text")
@@ -221,26 +220,14 @@ def _values(path: Path, what: str, fields: Sequence[str]) -> Iterator[_Value]:
                 f"the field {name!r} must be text, a list of token ids or a list of messages, got "
                 f"{type(value).__name__} in record {number} of {path}"
             )
-        if not _is_token_ids(value) and not _is_unicode(value):
-            raise ValueError(
-                f"the field {name!r} holds half of a surrogate pair, which is no character, in record {number} of "
-                f"{path}: remove it from the text"
-            )
+        if not _is_token_ids(value):
+            check_characters(value, f"the field {name!r} in record {number} of {path}")
         prompt = record.get("prompt")
         yield _Value(value, prompt if isinstance(prompt, str) else "")
 
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _is_unicode(value: Any) -> bool:
-    """Returns whether UTF-8 has every character of a JSON value; JSON can also spell one half of a surrogate pair."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _records(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
