@@ -56,6 +56,24 @@ def read_json_records(path: str | os.PathLike[str]) -> Iterator[Any]:
             raise ValueError(f"{path}, line {number}: is not JSON: {error}") from error
 
 
+def check_characters(value: Any, name: str) -> None:
+    """Checks that UTF-8 has every character of a JSON value, which no tokenizer reads otherwise.
+
+    JSON can also spell one half of a surrogate pair, as in a text that was cut within an emoji.
+
+    Args:
+        value: JSON value.
+        name: Name of the value, for the message.
+
+    Raises:
+        ValueError: The value holds half of a surrogate pair.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character: remove it") from error
+
+
 def _array(path: str | os.PathLike[str], text: str) -> list[Any]:
     try:
         return json.loads(text)

@@ -101,6 +101,15 @@ def test_decode_reads_lines_of_json_with_separators_in_strings(tmp_path, mark, s
     assert [item.text for item in decode_results.read_questions(args)] == asked
 
 
+def test_decode_names_the_line_with_half_of_a_surrogate_pair(decode, model, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "whole \\ud83d\\ude00?"}\n{"question": "cut \\ud83d"}\n')
+    code, _, errors = decode("--questions", path)
+    assert code == 2
+    assert "the field 'question' in line 2 of" in errors
+    assert "holds half of a surrogate pair" in errors
+
+
 def test_decode_writes_every_prediction(decode, model, questions, tmp_path):
     out, trace = tmp_path / "out.jsonl", tmp_path / "trace.jsonl"
     code, output, errors = decode(

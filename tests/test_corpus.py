@@ -116,6 +116,15 @@ class TestCorpora:
         with pytest.raises(ValueError, match=rf"a.{kind} must be text in UTF-8"):
             list(read_documents(path, tokenizer))
 
+    @pytest.mark.parametrize("text", ["cut \ud83d", [{"role": "user", "content": "\ude00"}]])
+    def test_with_half_of_a_surrogate_pair_name_the_record(self, tmp_path, tokenizer, text) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps({"text": "whole \U0001f600", "note": "\ud83d"}) + "\n" + json.dumps({"text": text}))
+        with pytest.raises(ValueError, match=r"'text' in record 2 of .*a.jsonl holds half of a surrogate pair"):
+            list(read_documents(path, tokenizer))
+        with pytest.raises(ValueError, match=r"'text' in record 2 of .*a.jsonl holds half of a surrogate pair"):
+            read_prompts(path)
+
     def test_of_text_end_at_lines_of_white_space(self, tmp_path, tokenizer) -> None:
         path = tmp_path / "a.txt"
         path.write_text(f"one\ntwo\n \nthree\n\t\n\n\nfour\r\n\r\n{ODD}")

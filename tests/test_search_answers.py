@@ -111,6 +111,19 @@ def test_question_of_the_models_own_finishes_a_branch_that_has_an_answer():
     assert (result.finished, result.answer) == (True, "4")
 
 
+@pytest.mark.parametrize("kind", ["number", "any"])
+@pytest.mark.parametrize(
+    "loop",
+    ["Q: a\n" * 10_000, "the answer is not " * 10_000, "\\boxed{" * 20_000, "\n" * 200_000],
+    ids=lambda loop: loop[:14],
+)
+def test_text_of_a_model_in_a_loop_is_read(kind, loop):
+    # Reading them took hours where the time grew with the square or the cube of the length.
+    assert extract(loop, kind).strict is None
+    assert not finishes(loop, kind)
+    assert extract(f"{loop}\nThe answer is 18.", kind).strict == "18"
+
+
 @pytest.mark.parametrize("quotes", ['""', "''", "\u201c\u201d", "\u2018\u2019"])
 @pytest.mark.parametrize("answer", ["3", "3.5", "3 legs", "Paris"])
 def test_quotes_around_an_answer_are_no_part_of_it(quotes, answer):

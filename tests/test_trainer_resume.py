@@ -95,6 +95,9 @@ def test_a_run_is_another_with_another_student_of_the_same_shape(run, store_path
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type='constant' there, 'linear' here"),
         ({"warmup_steps": 3, "learning_rate": 0.1}, "learning_rate=.*; warmup_steps=0 there, 3 here"),
         ({"per_device_train_batch_size": 2}, "documents_per_step=4 there, 2 here"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=None there, 5.0 here"),
+        ({"train_sampling_strategy": "random"}, "train_sampling_strategy='sequential' there, 'random' here"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=False there, True here"),
     ],
 )
 def test_a_run_is_another_with_another_optimizer_or_schedule(run, store_path, options, message):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slimkernels.cli.search_options import DEFAULT_REFERENCE_FIELD
+from slimkernels.text_files import check_characters
 
 if TYPE_CHECKING:
     from slimkernels.durable import JsonLines
@@ -66,6 +67,7 @@ def _read_question(args: argparse.Namespace, line: str, where: str) -> Asked:
     text = record[args.question_field]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"the field {args.question_field!r} must be text in {where}, got {text!r}")
+    check_characters(text, f"the field {args.question_field!r} in {where}")
     return Asked(text, record)
 
 

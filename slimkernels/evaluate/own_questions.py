@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from slimkernels.evaluate.answers import AnswerKind, canonical, extract
 from slimkernels.evaluate.tasks import TASKS, TEXT, Sample, Task, check_num_samples, read_task
+from slimkernels.text_files import check_characters
 
 _NAME = re.compile(r"[\w.-]+")
 _BARE_NUMBER = re.compile(r"[-+$\u20ac\u00a3\u2212]*\s?[\d,]*\.?\d+(?:/\d+)?\s?%?")
@@ -82,6 +83,7 @@ def own_sample(row: Mapping[str, Any], question_field: str, reference_field: str
     question, choices = row[question_field], row.get(choices_field) or ()
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the field {question_field!r} must be text, got {question!r}")
+    check_characters(question, f"the field {question_field!r}")
     if not isinstance(choices, (list, tuple)) or len(choices) > 26:
         raise ValueError(f"the field {choices_field!r} must be a list of at most 26 texts, got {choices!r}")
     reference = _reference(row[reference_field])

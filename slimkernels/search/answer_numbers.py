@@ -74,7 +74,7 @@ _NO_LEAD = frozenset(
 _MORE = re.compile(r"\s*(?:[*/=]|[-+]\s?(?=\())\s?\(")  # an expression that goes on with a bracket is not read
 _VARIABLE = re.compile(r"[A-Za-z]\w?\s*=\s*")
 _OPENING = re.compile(r"(?:[\s:*\"'\u2018\u201c({\[$=>\u2022]|-\s)*")
-_STEP_LABEL = re.compile(r"(?:^|(?<=\n))\W*(?:step|part|case)\s+\d+\b(?=\W*(?:[:.)\u2014-]|\n|$))", re.IGNORECASE)
+_STEP_LABEL = re.compile(r"(?:^|(?<=\n))[^\w\n]*(?:step|part|case)\s+\d+\b(?=\W*(?:[:.)\u2014-]|\n|$))", re.IGNORECASE)
 _CLOSING = r"[\s*$\"'\u2019\u201d})\]]*"
 _UNIT_ONLY = re.compile(rf"{_UNIT}{_CLOSING}[.!]?{_CLOSING}$")
 _REMARK = re.compile(rf"{_UNIT}{_CLOSING}(?:[,;(]|\.\s|(?:{_CONNECTIVE})\b)")

@@ -165,7 +165,12 @@ def _own_text(text: str, reader: _Reader, choices: Sequence[str]) -> str:
 
 def _before_next_question(text: str, reader: _Reader, choices: Sequence[str]) -> str:
     """Cuts a text at its first question after a possible answer; a question before any answer repeats the prompt's."""
+    end = 0
     for found in _QUESTION.finditer(text):
+        is_repeated = not text[end : found.start()].strip()
+        end = found.end()
+        if is_repeated:  # only text can hold an answer, and a loop of the model may hold hundreds of questions
+            continue
         before = text[: found.start()]
         own = _without_questions(before)
         if _complete(own, reader, choices) is not None or reader.anywhere(own, choices) is not None:
@@ -189,6 +194,7 @@ _MARKER = re.compile(
 _NOT_ANNOUNCED = re.compile(
     r"\b(?:what|whatever|whether|if|once|until|unless|when|how|why)\s+(?:[a-z]+\s+){0,3}$", re.IGNORECASE
 )
+_MAX_CONDITION_LENGTH = 100  # characters before "the answer is" in which it is looked for
 
 
 def _announcements(text: str) -> Iterator[_Announcement]:
@@ -203,7 +209,7 @@ def _announcements(text: str) -> Iterator[_Announcement]:
             content = _braced(after)
             if content is not None:
                 yield _Announcement("boxed", content)
-        elif _NOT_ANNOUNCED.search(text[: found.start()]) is None:
+        elif not _NOT_ANNOUNCED.search(text, max(0, found.start() - _MAX_CONDITION_LENGTH), found.start()):
             yield _Announcement("is", after)
 
 
@@ -213,6 +219,8 @@ def _braced(text: str) -> str | None:
     if not text.startswith("{"):
         found = re.match(r"[^\s$]+", text)
         return None if found is None else found[0]
+    if "}" not in text:
+        return None
     depth = 0
     for index, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -223,8 +231,11 @@ def _braced(text: str) -> str | None:
 
 def _complete(text: str, reader: _Reader, choices: Sequence[str]) -> str | None:
     """Returns the answer of the last complete announcement."""
-    answers = [reader.complete(announcement, choices) for announcement in _announcements(text)]
-    return next((answer for answer in reversed(answers) if answer is not None), None)
+    for announcement in reversed(list(_announcements(text))):
+        answer = reader.complete(announcement, choices)
+        if answer is not None:
+            return answer
+    return None
 
 
 def _of_solution(text: str, reader: _Reader, choices: Sequence[str]) -> str | None:
@@ -315,7 +326,7 @@ _LETTER_REASON = re.compile(r"\s+(?:is|because|since)\b")
 _MARKED_LETTER = re.compile(
     r"(?<!\w)\(([A-Za-z])\)|\[([A-Z])\]|\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Za-z])\b"
     r"|\b([A-Z])\b(?=\s*(?:[).:,]|\n|$)|\s+[\u2013\u2014-]\s)"
-    r"|(?:^|(?<=\n))\s*([a-z])(?=[).:](?:\s|$)|\s*(?:\n|$))"
+    r"|(?:^|(?<=\n))[^\S\n]*([a-z])(?=[).:](?:\s|$)|\s*(?:\n|$))"
 )
 
 

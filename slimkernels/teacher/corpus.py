@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels.teacher.chat import assistant_tokens, is_conversation
-from slimkernels.text_files import read_json_records, read_lines
+from slimkernels.text_files import check_characters, read_json_records, read_lines
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _PROMPT_FIELDS = ("prompt", "text")
@@ -135,7 +135,8 @@ def read_documents(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The suffix is not one of the four, a number is out of range, the field is missing, a value is none
-            of the three, there is text but no tokenizer, the file is in another encoding, or no document has 2 tokens.
+            of the three, text holds half of a surrogate pair, there is text but no tokenizer, the file is in another
+            encoding, or no document has 2 tokens.
             The first two are raised at once, the others by the iterator.
     """
     check_corpus_file(path)
@@ -219,6 +220,8 @@ def _values(path: Path, what: str, fields: Sequence[str]) -> Iterator[_Value]:
                 f"the field {name!r} must be text, a list of token ids or a list of messages, got "
                 f"{type(value).__name__} in record {number} of {path}"
             )
+        if not _is_token_ids(value):
+            check_characters(value, f"the field {name!r} in record {number} of {path}")
         prompt = record.get("prompt")
         yield _Value(value, prompt if isinstance(prompt, str) else "")
 

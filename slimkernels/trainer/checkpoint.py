@@ -27,6 +27,7 @@ SETTINGS_NAME = "slim_run.json"
 _OPTIMISER = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16", "fp16"),
+    *("optim_target_modules", "neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last"),
 )
 # The learning rates of a schedule do not depend on the number of steps that are still to come.
 _ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
