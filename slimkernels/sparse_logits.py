@@ -168,6 +168,7 @@ class SparseLogits:
 
         Raises:
             ValueError: There are no parts, their temperatures differ, or only some have a target_logit.
+            TypeError: Some are in float8 and others in another dtype.
         """
         return _join(parts, torch.cat)
 
@@ -223,6 +224,9 @@ def _join(parts: Sequence[SparseLogits], join: Callable[[list[Tensor]], Tensor])
     first = parts[0]
     if any(part.temperatures != first.temperatures for part in parts):
         raise ValueError(f"parts must share temperatures, got {sorted({p.temperatures for p in parts})}")
+    dtypes = {part.logits.dtype for part in parts}
+    if len(dtypes) > 1 and any(dtype.itemsize == 1 for dtype in dtypes):
+        raise TypeError(f"parts must share a dtype where one is float8, got {sorted(map(str, dtypes))}: convert them")
     targets = [part.target_logit for part in parts if part.target_logit is not None]
     if targets and len(targets) != len(parts):
         raise ValueError("either all parts or no part must have a target_logit")

@@ -83,5 +83,8 @@ def _array(path: str | os.PathLike[str], text: str) -> list[Any]:
 
 def _encoding(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
-        start = file.read(2)
-    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        start = file.read(4)
+    # Tried first, because the mark of UTF-32 may begin with that of UTF-16.
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        raise ValueError(f"{path} must be text in UTF-8, but is in UTF-32: convert it with `iconv -f utf-32 -t utf-8`")
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"

@@ -96,7 +96,7 @@ def test_own_questions_are_scored_by_the_kind_of_their_answers(rows, kind, refer
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"question": "cut \ud83d", "answer": 1}], {}, "line 1: .*the field .question. holds half of a surrogate pair"),
+        ([{"question": "cut \ud83d", "answer": 1}], {}, "line 1: .*field .question. holds half of a surrogate pair"),
         ([{"question": "q"}], {}, r"line 1: not a sample of own \(there is no field 'answer', only \['question'\]\)"),
         ([{"q": "q", "answer": 1}], {}, "there is no field 'question'"),
         ([{"question": " ", "answer": 1}], {}, "must be text"),

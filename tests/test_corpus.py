@@ -112,9 +112,10 @@ class TestCorpora:
     @pytest.mark.parametrize("kind", ["jsonl", "txt"])
     def test_in_another_encoding_name_the_file(self, tmp_path, tokenizer, kind) -> None:
         path = tmp_path / f"a.{kind}"
-        path.write_bytes(b'{"text": "caf\xe9"}\n')
-        with pytest.raises(ValueError, match=rf"a.{kind} must be text in UTF-8"):
-            list(read_documents(path, tokenizer))
+        for content in (b'{"text": "caf\xe9"}\n', '{"text": "Anna"}\n'.encode("utf-32")):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"a.{kind} must be text in UTF-8"):
+                list(read_documents(path, tokenizer))
 
     @pytest.mark.parametrize("text", ["cut \ud83d", [{"role": "user", "content": "\ude00"}]])
     def test_with_half_of_a_surrogate_pair_name_the_record(self, tmp_path, tokenizer, text) -> None:

@@ -172,3 +172,40 @@ def test_configuration_refuses_an_unknown_kind():
         PathFinderConfig(answer_kind="colour")
     _, [result] = find({"": [("Answer: 18\n", -1.0)]}, branching_factor=1, answer_kind=None, max_depth=1)
     assert (result.finished, result.answer) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "strict"),
+    [
+        (r"\boxed{10^5}", "number", "100000"),
+        (r"\boxed{2^{10}}", "number", "1024"),
+        ("The answer is 10^12.", "number", "1000000000000"),
+        (r"The answer is $45^\circ$", "number", "45"),
+        (r"\boxed{\frac{3}{4}}", "number", "0.75"),
+        ("The answer is 1,234.50", "number", "1234.5"),
+        # A part of what is written is not its value.
+        (r"\boxed{\sqrt{16}}", "number", None),
+        (r"\boxed{3\pi}", "number", None),
+        (r"The answer is $3\pi$", "number", None),
+        (r"\boxed{\frac{a}{4}}", "number", None),
+        ("The answer is 12,34,567", "number", None),
+        ("The answer is 1,23", "number", None),
+        ("The answer is 1_000_000", "number", None),
+        ("The answer is 0x10", "number", None),
+        ("The answer is 1.234,50", "number", None),
+        ("The answer is 9^99999", "number", None),
+        ("The answer is 12:30", "any", "12:30"),
+        ("The answer is 192.168.0.1", "any", "192.168.0.1"),
+        ("The answer is 3 hours and 20 minutes", "any", "3 hours and 20 minutes"),
+        ("The answer is neither yes nor no", "yes_no", None),
+    ],
+)
+def test_a_number_that_goes_on_is_read_whole_or_not_at_all(text, kind, strict):
+    assert extract(text, kind).strict == strict
+    assert finishes(text, kind) == (strict is not None)
+
+
+def test_a_choice_of_one_letter_is_not_found_in_words():
+    assert extract("Answer: I don't know", "letter", tuple("ABCDEFGHIJ")).strict is None
+    assert extract("Answer: B", "letter", tuple("ABCDEFGHIJ")).strict == "B"
+    assert extract("Answer: 5", "letter", ("3", "5")).strict == "B"

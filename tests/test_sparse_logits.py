@@ -83,6 +83,10 @@ def test_sparse_logits_cat_refuses_parts_that_do_not_fit():
         SparseLogits.cat([record(), record(temperatures=(1.0,))])
     with pytest.raises(ValueError, match="target_logit"):
         SparseLogits.cat([record(), record(with_target_logit=False)])
+    narrow = dataclasses.replace(record(), logits=record().logits.to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match="must share a dtype where one is float8"):
+        SparseLogits.cat([record(), narrow])
+    assert SparseLogits.cat([narrow, narrow]).logits.dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(

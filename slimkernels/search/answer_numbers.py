@@ -50,7 +50,8 @@ _NUMBER = re.compile(
     r"|(?P<top_digit>\d)\s*(?P<bottom_digit>\d))"
     r"|(?P<whole>\d+)\s+(?P<mixed_top>\d+)/(?P<mixed_bottom>\d+)(?![\d/])"
     rf"|(?P<first>{_DECIMAL})"
-    r"(?:[eE](?P<power>[-+]?\d{1,3})(?!\w)|\s?\*\s?10\^(?:(?P<digit_power>\d)|\{(?P<braced_power>-?\d{1,3})\}))?"
+    r"(?:[eE](?P<power>[-+]?\d{1,3})(?!\w)|\s?\*\s?10\^(?:(?P<digit_power>\d)|\{(?P<braced_power>-?\d{1,3})\})"
+    r"|\^(?:(?P<exponent>\d{1,3})(?!\d)|\{(?P<braced_exponent>-?\d{1,3})\}))?"
     rf"(?:\s?/\s?(?P<second>{_DECIMAL}))?)"
 )
 # Words that go on after a number, and are not its unit.
@@ -72,6 +73,11 @@ _NO_LEAD = frozenset(
     )
 )
 _MORE = re.compile(r"\s*(?:[*/=]|[-+]\s?(?=\())\s?\(")  # an expression that goes on with a bracket is not read
+# A number that goes on in a form that is not read: 1,23, 1_000, 12:30, 1.2.3, 0x10, 3\\pi, 3 hours and 20 minutes.
+_UNREAD_SYMBOL = r"\\(?:pi|sqrt|frac|binom|log|ln|sin|cos|tan|infty)(?![A-Za-z])"
+_GOES_ON = re.compile(
+    rf"[,_:.]\d|[xX][0-9a-fA-F]+\b|\s?{_UNREAD_SYMBOL}|\^(?!\{{?\\circ)|\s+[A-Za-z]+,?\s+and\s+\d+(?:\.\d+)?\s+[A-Za-z]"
+)
 _VARIABLE = re.compile(r"[A-Za-z]\w?\s*=\s*")
 _OPENING = re.compile(r"(?:[\s:*\"'\u2018\u201c({\[$=>\u2022]|-\s)*")
 _STEP_LABEL = re.compile(r"(?:^|(?<=\n))[^\w\n]*(?:step|part|case)\s+\d+\b(?=\W*(?:[:.)\u2014-]|\n|$))", re.IGNORECASE)
@@ -115,6 +121,11 @@ def first_number(text: str) -> Fraction | None:
     """Returns the exact value of the first number of a plain text; None without one, or if it is too long."""
     found = _NUMBER.search(text)
     return None if found is None else _value(found)
+
+
+def is_read_whole(text: str) -> bool:
+    """Returns whether nothing of a plain formula but its numbers makes up its value, as a root or pi would."""
+    return re.search(_UNREAD_SYMBOL, _NUMBER.sub("", text)) is None
 
 
 def last_number(text: str) -> Fraction | None:
@@ -162,7 +173,7 @@ def leading_number(line: str, *, after_words: bool = False) -> LeadingNumber | N
         if operator[1] == "=":
             sides.append([])
         end = operator.end()
-    if _MORE.match(line, end):
+    if _MORE.match(line, end) or _GOES_ON.match(line, end):
         return None
     results = [side[0] for side in sides if len(side) == 1 and side[0] is not None]
     return LeadingNumber(results[-1], len(sides) > 1, line[end:]) if results else None
@@ -195,6 +206,11 @@ def _value(found: re.Match[str]) -> Fraction | None:
     top = found["top"] or found["top_digit"] or found["mixed_top"] or found["first"]
     bottom = found["bottom"] or found["bottom_digit"] or found["mixed_bottom"] or found["second"]
     value = Fraction(re.sub(r"[,\s]", "", top))
+    exponent = found["exponent"] or found["braced_exponent"]
+    if exponent:
+        if abs(int(exponent)) * len(top) > _MAX_NUMBER_LENGTH or (value == 0 and int(exponent) < 0):
+            return None
+        value **= int(exponent)
     power = found["power"] or found["digit_power"] or found["braced_power"]
     if power:
         value *= Fraction(10) ** int(power)

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from slimkernels.search.answer_numbers import first_number, last_number, last_result, leading_number, plain, spell
+from slimkernels.search.answer_numbers import (
+    first_number,
+    is_read_whole,
+    last_number,
+    last_result,
+    leading_number,
+    plain,
+    spell,
+)
 
 AnswerKind = Literal["number", "yes_no", "letter", "any"]
 ANSWER_KINDS: tuple[AnswerKind, ...] = ("any", "number", "yes_no", "letter")
@@ -250,7 +258,10 @@ def _spelled(value: Fraction | None) -> str | None:
 
 def _complete_number(announcement: _Announcement, _: Sequence[str]) -> str | None:
     if announcement.marker == "boxed":
-        value = first_number(announcement.text.rpartition("=")[2])
+        result = announcement.text.rpartition("=")[2]
+        if not is_read_whole(result):
+            return None
+        value = first_number(result)
         return _spelled(first_number(announcement.text) if value is None else value)
     # The announcement of a box is the box.
     if re.match(r"[\s$({]*\\(?:boxed|fbox)", announcement.line):
@@ -287,7 +298,9 @@ _LEADING_YES_NO = re.compile(
     + _YES_NO,
     re.IGNORECASE,
 )
-_UNDECIDED = re.compile(r"\b(?:unclear|unknown|uncertain|undecided|undetermined|depends|not\s+(?:known|clear|sure))\b")
+_UNDECIDED = re.compile(
+    r"\b(?:neither|unclear|unknown|uncertain|undecided|undetermined|depends|not\s+(?:known|clear|sure))\b"
+)
 
 
 def _yes_no(found: re.Match[str]) -> str:
@@ -375,7 +388,9 @@ def _named_choice(text: str, choices: Sequence[str]) -> str | None:
     named = [
         index
         for index, choice in enumerate(choices)
-        if re.search(rf"(?<!\w){re.escape(choice.strip())}(?!\w)", text, re.IGNORECASE)
+        # A choice that is a letter, as where the texts are elsewhere, would be found in words: the I of "I think".
+        if not re.fullmatch(r"[A-Za-z]", choice.strip())
+        and re.search(rf"(?<!\w){re.escape(choice.strip())}(?!\w)", text, re.IGNORECASE)
     ]
     return chr(ord("A") + named[0]) if len(named) == 1 else None
 
