@@ -23,8 +23,8 @@ from slimkernels import SparseLogits
 from slimkernels.cli import main
 from slimkernels.store import Document, Store, StoreDataset, verify
 from slimkernels.store.errors import SettingsMismatchError
-from slimkernels.store.format import seal_manifest, unseal_manifest
 from slimkernels.store.identity import is_same_tokenizer
+from slimkernels.store.manifest import seal_manifest, unseal_manifest
 from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
 from slimkernels.teacher.capture import _batches
 from slimkernels.teacher.selection import cut_top_p

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from support.store_fuzz import KINDS, fuzz
 
-from slimkernels.store import reader
+from slimkernels.store import shard
 
 # What must have been among the outcomes of each kind for it to have been tried at all.
 EXPECTED = {
@@ -41,7 +41,7 @@ class AnyHash:
 
 
 def test_store_fuzz_notices_a_reader_that_checks_less(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "document_hash", lambda input_ids: AnyHash())
+    monkeypatch.setattr(shard, "document_hash", lambda input_ids: AnyHash())
     with pytest.raises(AssertionError, match=r"case \d+ .*is not what was stored"):
         fuzz(tmp_path, 3000, seed=0)
 

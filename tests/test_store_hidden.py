@@ -24,8 +24,8 @@ from slimkernels.models.heldout import evaluate_store
 from slimkernels.packed_logits import HeadWeights, PackedHidden
 from slimkernels.store import RankWriter, Store, StoreDataset, StoreWriter, collate_documents, errors, info, verify
 from slimkernels.store.codec import document_hash
-from slimkernels.store.format import seal_manifest, unseal_manifest
 from slimkernels.store.hidden import decode_hidden, encode_hidden
+from slimkernels.store.manifest import seal_manifest, unseal_manifest
 from slimkernels.teacher import capture
 from slimkernels.trainer import SlimConfig, SlimTrainer, train
 from slimkernels.trainer.teachers import StoredTeacher

@@ -15,8 +15,8 @@ from support.store_cases import SETTINGS, Case, assert_stored, random_case, writ
 
 from slimkernels.store import RankWriter, Store, StoreWriter, errors, info, rank_writer, verify, verify_complete
 from slimkernels.store.codec import document_hash
-from slimkernels.store.format import part_name, part_of, parts_content, seal_manifest
-from slimkernels.store.manifest import load_manifest
+from slimkernels.store.format import part_name, part_of
+from slimkernels.store.manifest import load_manifest, parts_content, seal_manifest
 
 MANIFEST = "manifest.json"
 

@@ -22,7 +22,8 @@ from support import store_oracle as oracle
 from support.store_cases import SETTINGS, assert_stored, random_case, write_store
 
 from slimkernels.store import Store, StoreError, StoreWriter, errors, info, verify
-from slimkernels.store.format import seal_manifest, shard_layout, unseal_manifest
+from slimkernels.store.format import shard_layout
+from slimkernels.store.manifest import seal_manifest, unseal_manifest
 
 MANIFEST = "manifest.json"
 SHARDS = ("shard-000000.safetensors", "shard-000001.safetensors")

@@ -11,14 +11,8 @@ import torch
 from support.store_cases import SETTINGS, random_case, random_teacher, write_store
 
 from slimkernels.store import Store, StoreWriter, info
-from slimkernels.store.format import (
-    ShardEntry,
-    StoreSettings,
-    manifest_content,
-    seal_manifest,
-    shard_layout,
-    shard_name,
-)
+from slimkernels.store.format import ShardEntry, StoreSettings, shard_layout, shard_name
+from slimkernels.store.manifest import manifest_content, seal_manifest
 
 
 def test_store_info(tmp_path, generator):

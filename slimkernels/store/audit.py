@@ -35,7 +35,8 @@ from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.store.manifest import load_manifest
 from slimkernels.store.prompts import prompts_name
 from slimkernels.store.quantisation import quantisation_error
-from slimkernels.store.reader import Store, tokens_as_int32
+from slimkernels.store.reader import Store
+from slimkernels.store.shard import tokens_as_int32
 
 _READ_BYTES = 1 << 20
 

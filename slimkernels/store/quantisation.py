@@ -12,7 +12,8 @@ from slimkernels.packed_logits import HeadWeights, PackedHidden
 from slimkernels.store.codec import AFFINE_CODECS, EncodedRows, decode_rows, encode_rows
 from slimkernels.store.format import HiddenSettings
 from slimkernels.store.hidden import decode_hidden, encode_hidden
-from slimkernels.store.reader import Shard, Store
+from slimkernels.store.reader import Store
+from slimkernels.store.shard import Shard
 
 _ROWS, _ENTRIES = 256, 1 << 22
 _WEIGHT_ROWS = 1 << 14

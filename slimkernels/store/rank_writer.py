@@ -15,18 +15,10 @@ from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import document_hash
 from slimkernels.store.directory import lock_directory, make_directory
 from slimkernels.store.errors import NotAStoreError, SettingsMismatchError, StoreError
-from slimkernels.store.format import (
-    MANIFEST_NAME,
-    MAX_PARTS,
-    parse_parts,
-    part_name,
-    part_of,
-    parts_content,
-    seal_manifest,
-)
+from slimkernels.store.format import MANIFEST_NAME, MAX_PARTS, part_name, part_of
 from slimkernels.store.head import write_head
-from slimkernels.store.manifest import load_manifest
-from slimkernels.store.reader import tokens_as_int32
+from slimkernels.store.manifest import load_manifest, parse_parts, parts_content, seal_manifest
+from slimkernels.store.shard import tokens_as_int32
 from slimkernels.store.writer import StoreWriter, hidden_settings
 
 # The lock of a killed rank may outlive it for a moment, and longer on a network file system.

@@ -34,18 +34,17 @@ from slimkernels.store.format import (
     HiddenSettings,
     ShardEntry,
     StoreSettings,
-    manifest_content,
     new_digest,
-    seal_manifest,
     shard_layout,
     shard_name,
-    version_of,
 )
 from slimkernels.store.head import head_settings, write_head
 from slimkernels.store.hidden import HIDDEN_BITS, EncodedHidden, encode_hidden
 from slimkernels.store.identity import changed_settings
+from slimkernels.store.manifest import manifest_content, seal_manifest, version_of
 from slimkernels.store.prompts import prompts_content, prompts_name
-from slimkernels.store.reader import Store, tokens_as_int32
+from slimkernels.store.reader import Store
+from slimkernels.store.shard import tokens_as_int32
 
 _SHARD_BYTES = 64 << 20
 

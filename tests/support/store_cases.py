@@ -10,7 +10,8 @@ from torch import Tensor
 
 from slimkernels import SparseLogits
 from slimkernels.store import Document, StoreWriter
-from slimkernels.store.format import StoreSettings, manifest_content, seal_manifest
+from slimkernels.store.format import StoreSettings
+from slimkernels.store.manifest import manifest_content, seal_manifest
 
 SETTINGS = {
     "vocab_size": 97,

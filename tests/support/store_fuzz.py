@@ -19,7 +19,8 @@ from support.store_cases import begin_store, random_case, write_store
 
 from slimkernels.store import Store, StoreError, verify
 from slimkernels.store.codec import VALUE_BITS, document_hash
-from slimkernels.store.format import ShardEntry, seal_manifest, shard_layout, unseal_manifest
+from slimkernels.store.format import ShardEntry, shard_layout
+from slimkernels.store.manifest import seal_manifest, unseal_manifest
 
 MANIFEST = "manifest.json"
 SHARDS = ("shard-000000.safetensors", "shard-000001.safetensors")
