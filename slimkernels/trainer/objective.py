@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from slimkernels import _checks
 from slimkernels.models.make_student import has_new_weights
+from slimkernels.ops.slim_loss import slim_loss
+from slimkernels.trainer.schedules import Schedule, parse_schedule
 
 # Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
 METHODS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,8 @@ _LOSS_OPTIONS = (
     *("rest", "divergence", "token_weight", "detach_weight", "kd_weight", "ce_weight", "temperature"),
     *("beta", "alpha", "label_smoothing", "z_loss_weight"),
 )
+# Numbers of the loss that mean something without a teacher.
+_OF_THE_LABELS = ("ce_weight", "label_smoothing", "z_loss_weight")
 
 
 @dataclasses.dataclass
@@ -86,6 +90,10 @@ class SlimObjective:
         sampling_temperature: Sampling temperature of the student, > 0.
         log_overlap: True to log ``overlap`` too, the share of the teacher's K kept ids that are among the student's K
             largest logits. It costs a selection of K logits for every label.
+        schedules: Schedules of options of the loss that are numbers, by name, in place of one value for the whole
+            training: "linear:FROM:TO", "cosine:FROM:TO" or "taid:FROM:TO", from the first to the last optimizer step,
+            or a number. The last follows TAID's rule (arXiv 2501.16937): the faster the divergence falls, the
+            faster the value grows. None for none.
 
     Raises:
         ValueError: The method is unknown, or an option has no effect with the method.
@@ -113,6 +121,7 @@ class SlimObjective:
     max_new_tokens: int = 128
     sampling_temperature: float = 1.0
     log_overlap: bool = False
+    schedules: dict[str, str | float] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -137,6 +146,37 @@ class SlimObjective:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         for name in ("temperature", "sampling_temperature"):
             _checks.as_temperature(getattr(self, name), name)
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(SlimObjective)}
+        for name, schedule in self.parsed_schedules.items():
+            if name not in SCHEDULED:
+                raise ValueError(f"schedules must name numbers of the loss, {', '.join(SCHEDULED)}, got {name!r}")
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} must not be given with a schedule of it, got {getattr(self, name)} and "
+                    f"{(self.schedules or {})[name]!r}: leave it out"
+                )
+            if not self.needs_teacher and (name not in _OF_THE_LABELS or schedule.kind == "taid"):
+                raise ValueError(
+                    f"schedules must be of {', '.join(_OF_THE_LABELS)} and not 'taid' with method {self.method!r}, "
+                    f"which has no teacher, got {name!r}: {(self.schedules or {})[name]!r}"
+                )
+
+    def check_schedule_ends(self) -> None:
+        """Computes a loss at both ends of every schedule.
+
+        Raises:
+            ValueError: A schedule leaves the range of its option.
+        """
+        logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+        for name, schedule in self.parsed_schedules.items():
+            for value in (schedule.start, schedule.end):
+                try:
+                    slim_loss(logits, target, **self.loss_options | {name: value})
+                except ValueError as error:
+                    raise ValueError(f"the schedule of {name} leaves its range: {error}") from error
 
     def _check_support(self) -> None:
         if self.support not in SUPPORTS:
@@ -161,6 +201,11 @@ class SlimObjective:
         return self.loss_options["kd_weight"] != 0
 
     @property
+    def parsed_schedules(self) -> dict[str, Schedule]:
+        """The schedules by the names of their options."""
+        return {name: parse_schedule(text, name) for name, text in (self.schedules or {}).items()}
+
+    @property
     def statistics(self) -> bool | str:
         """The argument ``statistics`` of ``linear_slim_loss``, for what the logs say."""
         return True if self.log_overlap and self.needs_teacher else "without_overlap"
@@ -174,6 +219,14 @@ class SlimObjective:
         if options["rest"] is None:
             options["rest"] = "ghost" if options["divergence"] in _TWO_SIDED else "renorm"
         return options
+
+
+# Options that can have a schedule: the numbers among those of the loss.
+SCHEDULED = tuple(
+    field.name
+    for field in dataclasses.fields(SlimObjective)
+    if field.name in _LOSS_OPTIONS and str(field.type).startswith("float")
+)
 
 
 class _DefaultRate(float):

@@ -223,7 +223,9 @@ class SlimTrainer(DistillationMixin, Trainer):
             "slimkernels.store.verify"
         )
 
-    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
+    def _step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
+    ) -> Step:
         teacher = self._teacher_of(inputs)
         with self.accelerator.autocast():
             result = loss_of_batch(
@@ -233,7 +235,7 @@ class SlimTrainer(DistillationMixin, Trainer):
                 teacher=teacher,
                 num_items=num_items,
                 statistics=self.args.statistics,
-                **self.args.loss_options,
+                **options,
             )
         rows = teacher.rows if isinstance(teacher, BatchTeacher) else teacher
         return Step(result.loss, result, inputs["target"], rows, result)
