@@ -19,6 +19,7 @@ from slimkernels.store.errors import StoreError
 from slimkernels.store.order import DocumentOrder
 from slimkernels.store.rank_writer import RankWriter
 from slimkernels.store.reader import Document, PackedDocument, Store
+from slimkernels.store.stats import document_entropies, stats
 from slimkernels.store.writer import StoreWriter
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "StoreIterableDataset",
     "StoreWriter",
     "collate_documents",
+    "document_entropies",
     "errors",
     "info",
+    "stats",
     "verify",
     "verify_complete",
 ]

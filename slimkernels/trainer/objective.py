@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from slimkernels import _checks
 from slimkernels.models.make_student import has_new_weights
 from slimkernels.ops.slim_loss import slim_loss
+from slimkernels.trainer.document_order import ORDERS
 from slimkernels.trainer.schedules import Schedule, parse_schedule
 
 # Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
@@ -173,8 +174,9 @@ class SlimObjective:
         logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
         for name, schedule in self.parsed_schedules.items():
             for value in (schedule.start, schedule.end):
+                options: dict[str, Any] = self.loss_options | {name: value}
                 try:
-                    slim_loss(logits, target, **self.loss_options | {name: value})
+                    slim_loss(logits, target, **options)
                 except ValueError as error:
                     raise ValueError(f"the schedule of {name} leaves its range: {error}") from error
 
@@ -254,12 +256,15 @@ class SlimConfig(SlimObjective, TrainingArguments):
     Attributes:
         learning_rate: Peak learning rate. If it is not given, ``SlimTrainer`` takes 5e-5 for a pretrained student, and
             6e-3 * min(1, 128 / hidden size) for one that starts from random weights.
+        document_order: Order of the documents in every epoch, "random" or "easy-first": in ten buckets of the teacher's
+            mean entropy, from the lowest to the highest, and random within each.
 
     Raises:
         ValueError: As ``SlimObjective``, and for a ``TrainingArguments`` option that would have no effect here.
     """
 
     learning_rate: float = _DefaultRate(5e-5)
+    document_order: str = "random"
     logging_steps: float = 10
     # Documents are not dictionaries of columns. The NaN filter would hide a loss that is not finite, which is reported
     # here, and would synchronise with the device at every step.
@@ -270,6 +275,12 @@ class SlimConfig(SlimObjective, TrainingArguments):
     def __post_init__(self) -> None:
         SlimObjective.__post_init__(self)
         check_training_arguments(self)
+        _checks.check_one_of(self.document_order, "document_order", ORDERS)
+        if self.document_order != "random" and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"document_order and train_sampling_strategy must not both be given, got {self.document_order!r} and "
+                f"{self.train_sampling_strategy!r}: leave one of them out"
+            )
         TrainingArguments.__post_init__(self)
 
 

@@ -22,8 +22,10 @@ from slimkernels.models.head import LanguageModelHead, check_head
 from slimkernels.models.head_loss import IGNORE_INDEX, BatchTeacher, TeacherRows, loss_of_batch
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.sharding import is_partitioned
+from slimkernels.store import DocumentOrder
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
+from slimkernels.trainer.document_order import easy_first
 from slimkernels.trainer.objective import SlimConfig, learning_rate_of
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
 from slimkernels.trainer.stored_rows import check_stored_rows, opened_store, stores_of
@@ -125,6 +127,9 @@ class SlimTrainer(DistillationMixin, Trainer):
                 max_length=self._max_length(),
                 with_teacher=args.needs_teacher and not self._scores_batches,
             )
+        self._order: DocumentOrder | None = None
+        if args.document_order == "easy-first":
+            self._order = easy_first(self.train_dataset, args.seed if args.data_seed is None else args.data_seed)
         self._student = model_identity(self.model)
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
@@ -143,6 +148,15 @@ class SlimTrainer(DistillationMixin, Trainer):
         )
         with self._teacher_stopped_after():
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
+
+    def _run_epoch(self, **options: Any) -> None:
+        # accelerate does not, where several processes resume within an epoch.
+        if self._order is not None:
+            self._order.set_epoch(options["epoch"])
+        super()._run_epoch(**options)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Returns the micro-batches of an optimizer step, and the number of labels in all of them (0-dim tensor)."""
@@ -257,7 +271,8 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings that must not change between a checkpoint and the run that continues it."""
-        return run_identity(self.args, self._method() | {"student": self._student}, self.train_dataset)
+        own = {"student": self._student, "document_order": self.args.document_order}
+        return run_identity(self.args, self._method() | own, self.train_dataset)
 
     def _check_layout(self) -> None:
         asks_for_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
