@@ -91,6 +91,7 @@ class DistillationMixin(StopsAtLength):
         check_can_be_saved(self.model)
         objective.check_schedule_ends()
         self.objective = objective
+        self._options = objective.loss_options
         self.schedules = Schedules(objective.parsed_schedules)
         self._adapt: AdaptSchedules | None = None
         if self.schedules.adapt:
@@ -219,7 +220,7 @@ class DistillationMixin(StopsAtLength):
 
     def _loss_options(self, scheduled: dict[str, float]) -> dict[str, Any]:
         """Returns the keyword arguments of ``linear_slim_loss``, with the scheduled ones of the current step."""
-        options = self.objective.loss_options | scheduled
+        options = self._options | scheduled
         if scheduled.get("kd_weight") == 0:
             options["kd_weight"] = _NO_WEIGHT
         if self.online_teacher is not None:

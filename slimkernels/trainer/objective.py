@@ -150,19 +150,21 @@ class SlimObjective:
         self._check_schedules()
 
     def _check_schedules(self) -> None:
+        given = self.schedules or {}
+        for name in given.keys() - set(SCHEDULED):
+            raise ValueError(f"schedules must name numbers of the loss, {', '.join(SCHEDULED)}, got {name!r}")
         defaults = {field.name: field.default for field in dataclasses.fields(SlimObjective)}
         for name, schedule in self.parsed_schedules.items():
-            if name not in SCHEDULED:
-                raise ValueError(f"schedules must name numbers of the loss, {', '.join(SCHEDULED)}, got {name!r}")
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
-                    f"{name} must not be given with a schedule of it, got {getattr(self, name)} and "
-                    f"{(self.schedules or {})[name]!r}: leave it out"
+                    f"{name} must not be given with a schedule of it, got {getattr(self, name)} and {given[name]!r}: "
+                    "leave it out"
                 )
-            if not self.needs_teacher and (name not in _OF_THE_LABELS or schedule.kind == "taid"):
+            is_of_teacher = name not in _OF_THE_LABELS or schedule.kind == "taid"
+            if is_of_teacher and (self.method == "sft" or not self.needs_teacher):
                 raise ValueError(
                     f"schedules must be of {', '.join(_OF_THE_LABELS)} and not 'taid' with method {self.method!r}, "
-                    f"which has no teacher, got {name!r}: {(self.schedules or {})[name]!r}"
+                    f"which has no teacher, got {name!r}: {given[name]!r}"
                 )
 
     def check_schedule_ends(self) -> None:
@@ -171,10 +173,10 @@ class SlimObjective:
         Raises:
             ValueError: A schedule leaves the range of its option.
         """
-        logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+        logits, target, common = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), self.loss_options
         for name, schedule in self.parsed_schedules.items():
             for value in (schedule.start, schedule.end):
-                options: dict[str, Any] = self.loss_options | {name: value}
+                options: dict[str, Any] = common | {name: value}
                 try:
                     slim_loss(logits, target, **options)
                 except ValueError as error:
@@ -200,7 +202,7 @@ class SlimObjective:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss reads the teacher's logits."""
-        return self.loss_options["kd_weight"] != 0
+        return any(options["kd_weight"] != 0 for options in self._options_at_ends())
 
     @property
     def parsed_schedules(self) -> dict[str, Schedule]:
@@ -214,7 +216,23 @@ class SlimObjective:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``linear_slim_loss``, with the method's defaults filled in."""
+        """Keyword arguments of ``linear_slim_loss``, with the method's defaults, and the first values of schedules."""
+        first, last = self._options_at_ends()
+        # One treatment of the rest for the whole training: that of the end which needs another than the default.
+        return first | {"rest": last["rest"] if first["rest"] == "renorm" else first["rest"]}
+
+    def _options_at_ends(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the loss options with the first and with the last values of the schedules."""
+        schedules = self.parsed_schedules
+        if not schedules:
+            options = self._fixed_options()
+            return options, options
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimObjective)}
+        ends = ({name: getattr(one, end) for name, one in schedules.items()} for end in ("start", "end"))
+        first, last = (SlimObjective(**given | {"schedules": None} | values)._fixed_options() for values in ends)
+        return first, last
+
+    def _fixed_options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _LOSS_OPTIONS}
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
