@@ -227,9 +227,10 @@ class SlimObjective:
         if not schedules:
             options = self._fixed_options()
             return options, options
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimObjective)}
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimObjective)}
         ends = ({name: getattr(one, end) for name, one in schedules.items()} for end in ("start", "end"))
-        first, last = (SlimObjective(**given | {"schedules": None} | values)._fixed_options() for values in ends)
+        given["schedules"] = None
+        first, last = (SlimObjective(**given | values)._fixed_options() for values in ends)
         return first, last
 
     def _fixed_options(self) -> dict[str, Any]:
