@@ -332,6 +332,7 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     """
     if args.method == "minillm":
         return
+    scheduled = options.get("schedules", {})
     useless: dict[str, Collection[str]] = {}
     if "max_steps" in options:
         useless["with --max-steps, which takes its place"] = ["num_train_epochs"]
@@ -348,7 +349,6 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     for name, user in (("beta", "jsd"), ("alpha", "skew_kl")):
         if divergence != user:
             useless[f"without the divergence {user}"] = [name]
-    scheduled = options.get("schedules", {})
     for reason, names in useless.items():
         for name in names:
             if name in scheduled:
