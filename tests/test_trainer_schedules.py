@@ -15,6 +15,7 @@ from test_trainer_methods import make_teacher, online
 from test_trainer_mixin import Distiller, make_plain
 
 import slimkernels as sk
+from slimkernels.cli import main
 from slimkernels.store import Store
 from slimkernels.trainer.objective import SCHEDULED
 from slimkernels.trainer.schedules import Schedules, parse_schedule
@@ -183,3 +184,27 @@ def test_every_number_of_the_loss_can_have_a_schedule():
 def test_a_wrong_schedule_is_one_sentence(tmp_path, store, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, store, **{"method": "jsd"} | options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--schedule kd_weight", "must be NAME=SCHEDULE, as in kd_weight=linear:0:1, got 'kd_weight'"),
+        ("--schedule beta=0.1 --schedule beta=0.2", "--schedule must name an option once, got 'beta' twice"),
+        ("--schedule beta=linear:0.1:0.9", "--schedule beta has no meaning without the divergence jsd"),
+        ("--schedule kd_weight=linear:0:x", "the schedule of kd_weight must be a number, 'linear:FROM:TO'"),
+        (
+            "--schedule kd_weight=linear:0:1 --kd-weight 2",
+            "--kd-weight must not be given with a schedule of it, got 2.0",
+        ),
+        ("--order hard-first", "--order: invalid choice: 'hard-first'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(tmp_path, store, capsys, words, message):
+    command = ["train", "--store", str(store.path), "--method", "kd", "--out", str(tmp_path), *words.split()]
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
