@@ -192,11 +192,8 @@ def test_a_wrong_schedule_is_one_sentence(tmp_path, store, options, message):
         ("--schedule kd_weight", "must be NAME=SCHEDULE, as in kd_weight=linear:0:1, got 'kd_weight'"),
         ("--schedule beta=0.1 --schedule beta=0.2", "--schedule must name an option once, got 'beta' twice"),
         ("--schedule beta=linear:0.1:0.9", "--schedule beta has no meaning without the divergence jsd"),
-        ("--schedule kd_weight=linear:0:x", "the schedule of kd_weight must be a number, 'linear:FROM:TO'"),
-        (
-            "--schedule kd_weight=linear:0:1 --kd-weight 2",
-            "--kd-weight must not be given with a schedule of it, got 2.0",
-        ),
+        ("--schedule kd_weight=linear:0:x", "the schedule of --kd-weight must be a number, 'linear:FROM:TO'"),
+        ("--schedule kd_weight=linear:0:1 --kd-weight 2", "--kd-weight must not be given with a schedule of it"),
         ("--order hard-first", "--order: invalid choice: 'hard-first'"),
     ],
 )
