@@ -78,6 +78,27 @@ SK_INLINE VecD tanh(VecD x) {
   return x;
 }
 
+// log of a normal number x > 0; anything else gives an arbitrary number. The error is below a unit in the last place.
+SK_INLINE VecF log(VecF x) {
+  const VecI bits = bitcast<VecI>(x);
+  const VecI exponent = (bits - 0x3f3504f3) >> 23;  // of sqrt(1/2), so that the significand is within a factor of it
+  const VecF f = bitcast<VecF>(bits - (exponent << 23)) - 1.0f;
+  const VecF k = __builtin_convertvector(exponent, VecF);
+  const VecF s = f / (f + 2.0f);
+  const VecF z = s * s;
+  const VecF w = z * z;  // musl logf
+  const VecF r = z * (w * 0.28498786688f + 0.66666662693f) + w * (w * 0.24279078841f + 0.40000972152f);
+  const VecF half_square = f * f * 0.5f;
+  return s * (half_square + r) + k * 9.0580006145e-6f - half_square + f + k * 6.9313812256e-1f;
+}
+
+SK_INLINE VecD log(VecD x) {
+  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_log(x[lane]);
+  return x;
+}
+
+SK_INLINE double log(double x) { return __builtin_log(x); }
+
 // log(1 + x) for x in [0, 1], the range that log_add_exp needs.
 SK_INLINE VecF log1p_unit(VecF x) {
   const VecF y = x + 1.0f;
