@@ -49,16 +49,20 @@ VALUE is JSON, or else a text.
 """
 # Fields of SlimConfig that have no flag, with their defaults. A list because the help must not load transformers.
 OPTIONS = {
-    "alpha": 0.1,
-    "beta": 0.5,
+    "alpha": None,
+    "beta": None,
     "ce_weight": None,
     "detach_weight": True,
+    "entropy_threshold": 0.8,
+    "forward_weight": 1.0,
     "label_smoothing": 0.0,
     "log_overlap": False,
     "max_new_tokens": 128,
     "on_policy_fraction": 0.5,
     "sampling_temperature": 1.0,
     "student_top_k": None,
+    "tail_weight": 1.0,
+    "teacher_blend": 1.0,
     "teacher_in_chunks": False,
     "teacher_rounds": None,
     "teacher_top_fraction": None,
@@ -77,7 +81,14 @@ _SERVER_FIELDS: FieldOptions = {
 }
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
 SUPPORTS = ("teacher", "student", "union", "intersection")
-DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "ab", "gated")
+# Divergences that each of their options has an effect in.
+_DIVERGENCES_WITH = {
+    "alpha": ("skew_kl", "skew_reverse_kl", "ab"),
+    "beta": ("jsd", "ab"),
+    "entropy_threshold": ("gated",),
+    "forward_weight": ("gated",),
+}
 # Options that are fields of SlimConfig.
 _FIELDS: FieldOptions = {
     "num_train_epochs": ("--epochs", {"type": float, "metavar": "F"}, "passes over the store (default: 3)"),
@@ -105,8 +116,8 @@ _FIELDS: FieldOptions = {
     "rest": (
         "--rest",
         {"choices": RESTS},
-        "treatment of the teacher's probability outside the kept ids (default: ghost with reverse_kl, jsd and skew_kl, "
-        "else renorm)",
+        "treatment of the teacher's probability outside the kept ids (default: renorm with forward_kl and soft_ce, "
+        "else ghost)",
     ),
     "divergence": (
         "--divergence",
@@ -329,7 +340,7 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     if "max_steps" in options:
         useless["with --max-steps, which takes its place"] = ["num_train_epochs"]
     if args.method == "sft":
-        learnt = ("rest", "divergence", "temperature", "token_weight", "detach_weight")
+        learnt = ("rest", "divergence", "temperature", "token_weight", "detach_weight", "teacher_blend", "tail_weight")
         useless["with --method sft, which has no teacher"] = learnt
         if args.teacher is not None:
             raise ValueError("--teacher has no meaning with --method sft, which has no teacher: omit it")
@@ -338,9 +349,10 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     if args.teacher is None:
         useless["without --teacher"] = ("teacher_top_k", "teacher_top_fraction", "teacher_rounds")
     divergence = options.get("divergence") or {"jsd": "jsd", "gkd": "jsd"}.get(args.method)
-    for name, user in (("beta", "jsd"), ("alpha", "skew_kl")):
-        if divergence != user:
-            useless[f"without the divergence {user}"] = [name]
+    for name, users in _DIVERGENCES_WITH.items():
+        if divergence not in users:
+            reason = f"without the divergence {' or '.join(users)}"
+            useless[reason] = [*useless.get(reason, ()), name]
     for reason, names in useless.items():
         for name in names:
             if name in options:
