@@ -61,10 +61,12 @@ struct Mixture {
   V m, log_m;
 
   Mixture(V log_a, V log_b, V a, V b, double share) : m(a * A(share) + b * A(1 - share)) {
-    // Where m is not a normal number, its larger part is as good.
+    log_m = log(m);
+    // An m that is not a normal number matters only where one part is negligible, and then it is the other part.
+    if (share > 1e-6 && share < 1 - 1e-6) return;
     const V log_of_a = log_a + A(__builtin_log(share)), log_of_b = log_b + A(__builtin_log1p(-share));
-    const V zero = V{}, least = zero + (sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__));
-    log_m = m < least ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log(m);
+    const V least = V{} + (sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__));
+    log_m = m < least ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log_m;
   }
 };
 
