@@ -476,14 +476,17 @@ struct SlimRow {
     const double p_norm = this->p_norm(student), q_norm = teacher.norm.q_norm;
     const A inv_temperature = A(1 / args.temperature);
     const A e_to_q = A(teacher.on.scale(q_norm)), e_to_p = A(student.on.scale(p_norm));
+    const double gate = teacher.gate;
 
+    // A copy, because the compiler would load the options again after every vector that is stored.
+    const SlimLossArgs options = args;
     Vec share_sum = {}, slope_sum = {};
     for (int64_t k = 0; k < kept; k += kWidth) {
       const Vec log_q = load(teacher_z + k) - A(q_norm);
       const Vec log_p = load(kept_z + k) * inv_temperature - A(p_norm);
       const Vec q = load(teacher_e + k) * e_to_q, p = load(kept_e + k) * e_to_p;
       Vec share, slope;
-      diverge(args, teacher.gate, log_q, log_p, q, p, &share, &slope);
+      diverge(options, gate, log_q, log_p, q, p, &share, &slope);
       share_sum += share;
       slope_sum += slope;
       store(kept_slope + k, slope);
@@ -504,11 +507,11 @@ struct SlimRow {
     if (args.rest == kGhost) {
       const double q_tail = __builtin_exp(log_q_tail);
       double share, slope;
-      diverge(args, teacher.gate, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
+      diverge(args, gate, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
       if (args.tail_weight != 0) d.value += args.tail_weight * share;
       d.mean_slope = forward ? forward_slope : d.mean_slope + slope;
       if (args.tail_weight != 1) {
-        const double change = (args.tail_weight - 1) * (slope + missing_slope(args, teacher.gate) * p_tail);
+        const double change = (args.tail_weight - 1) * (slope + missing_slope(args, gate) * p_tail);
         slope += change;
         d.mean_slope += change;
       }
