@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -228,6 +229,66 @@ def assert_same_documents_in_any_order(left: Store, right: Store) -> None:
         assert torch.equal(document.positions, other.positions)
         for name in ("ids", "logits", "lse", "target_logit", "rest_lse"):
             assert torch.equal(getattr(document.teacher, name), getattr(other.teacher, name)), name
+
+
+def test_an_answer_without_one_of_its_rows_is_not_kept(store, server, tmp_path, monkeypatch) -> None:
+    """A label without a row ends the run, and the next one asks for that document again."""
+    whole, is_broken = server.reply, True
+
+    def reply(path, body):
+        status, headers, data = whole(path, body)
+        if is_broken and path == "/v1/completions" and body["prompt"] != server._sample:
+            answer = json.loads(data)
+            answer["choices"][0]["prompt_logprobs"][4] = None
+            data = json.dumps(answer)
+        return status, headers, data
+
+    monkeypatch.setattr(server, "reply", reply)
+    with pytest.raises(
+        ServerRequestError, match=r"gave no log-probability .* for the label at position 4 of a document"
+    ):
+        make_trainer(tmp_path, store, server.url).train()
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == 0
+    is_broken = False
+    make_trainer(tmp_path, store, server.url).train()
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"store": None}, TypeError, "store must be the path of a folder, got None"),
+        ({"model": None}, TypeError, "model must be a str, got None"),
+        ({"codec": "hidden8"}, ValueError, "codec must be one of 'float32', .*, got 'hidden8'"),
+        ({"flush_s": -1}, ValueError, "flush_s must be finite and at least 0, got -1"),
+        ({"flush_s": "x"}, TypeError, "flush_s must be a number"),
+        ({"max_unmapped_fraction": 2}, ValueError, r"max_unmapped_fraction must be in \[0, 1\], got 2"),
+        ({"ahead": -1}, ValueError, "ahead must be an int of at least 0, got -1"),
+    ],
+)
+def test_settings_that_make_no_teacher_are_named(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        TeacherServer(**{"url": "http://localhost:8000/v1", "model": "m", "store": "rows"} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 2.0}, "a server tells its rows at temperature 1 alone, so set temperature=1, or rest="),
+        (
+            {"teacher_in_chunks": True},
+            "got {'teacher_in_chunks': True} without one: set top_logprobs of the teacher_server",
+        ),
+        ({"teacher_top_k": 3}, "got {'teacher_top_k': 3} without one: set top_logprobs of the teacher_server"),
+        (
+            {"support": "intersection", "student_top_k": 301},
+            "student_top_k must be at most the vocabulary's 300, got 301",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_a_served_teacher_are_refused(options, message, store, server, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, store, server.url, **options)
 
 
 def test_answers_of_another_teacher_are_refused(store, server, tmp_path) -> None:

@@ -60,9 +60,7 @@ class ServedTeacher(StoredTeacher):
         self, settings: TeacherServer, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, rank: int = 0
     ) -> None:
         if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
-            raise ValueError(
-                "teacher_server needs the tokenizer of its model, got none: pass it as the trainer's processing_class"
-            )
+            raise ValueError("teacher_server needs the tokenizer of its model, got none: give processing_class")
         self.settings = settings
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
@@ -287,7 +285,8 @@ class ServedTeacher(StoredTeacher):
             if asked.future.set_running_or_notify_cancel():
                 try:
                     document = self._answer(asked.request)
-                    if asked.keep:
+                    # One that lacks a row is asked for again by a later epoch or run, which may need that row.
+                    if asked.keep and len(document.positions) == len(document.input_ids) - 1:
                         self._answers.add(document)
                     asked.future.set_result(as_stored(document))
                 except BaseException as error:
@@ -302,6 +301,12 @@ class ServedTeacher(StoredTeacher):
         if isinstance(document, DroppedAnswer):
             raise ServerRequestError(f"document {request.number}: {document.reason}")
         return document
+
+    def _lacks_row(self, position: int, num_tokens: int) -> Exception:
+        return ServerRequestError(
+            f"{self._url} gave no log-probability of a token with an id for the label at position {position} of a "
+            f"document of {num_tokens} tokens; the answer is not kept, so the next run asks for it again"
+        )
 
     def _find(self, input_ids: Tensor) -> Document | None:
         """Returns a document of this batch, one that was just answered, or one in the store of any process."""

@@ -115,15 +115,20 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
             "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
         )
-    # Rows of hidden states are made for any temperature.
-    advice = "capture the teacher with " if store.settings.hidden is None else "open it as a Store with "
+    wanted = f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
+    if kind == "top_logprobs":
+        advice = "a server tells its rows at temperature 1 alone, so set temperature=1, or rest='renorm_both'"
+    elif store.settings.hidden is None:
+        advice = f"capture the teacher with {wanted}"
+    else:
+        # Rows of hidden states are made for any temperature.
+        advice = f"open it as a Store with {wanted}"
     if options["rest"] in ("zero", "ghost") and not any(
         math.isclose(temperature, objective.temperature, rel_tol=1e-6) for temperature in store.temperatures
     ):
         raise ValueError(
             f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
-            f"{store.path}, which rest={options['rest']!r} reads; {advice}temperatures=(1.0, {objective.temperature}), "
-            "or use rest='renorm'"
+            f"{store.path}, which rest={options['rest']!r} reads; {advice}"
         )
 
 
