@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.asking import ask_by_name, num_token_ids, selection_of
-from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument, check_mass
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient, TokenBudget
 from slimkernels.serving.errors import ServerRequestError
@@ -178,7 +178,8 @@ class ServedTeacher(StoredTeacher):
             SparseLogits (N, L) or, for "union", (N, K + L).
 
         Raises:
-            ServerRequestError, ServerUnavailableError: As ``rows``; also where a score is missing.
+            ServerRequestError, ServerUnavailableError: As ``rows``; also where a score is missing, or the probabilities
+                of a label's ids sum to more than 1.
         """
         self._start()
         input_ids, ids = inputs["input_ids"].cpu(), ids.cpu()
@@ -220,6 +221,8 @@ class ServedTeacher(StoredTeacher):
         logprobs = logprobs.masked_fill(logprobs.isnan(), -torch.inf)
         if support == "union":
             ids, logprobs = union_of_logprobs(document.teacher, ids, logprobs)
+        for row in logprobs.numpy():
+            check_mass(self._url, row)
         return SparseLogits(
             ids=ids,
             logits=logprobs.masked_fill(ids < 0, 0.0).float(),
