@@ -36,11 +36,10 @@ class StudentChoice:
                 "student_top_k must be given where the teacher's rows do not say how many of its largest logits they "
                 f"keep, or differ in that, got None and {sorted(kept)}"
             )
+        self._top_k = next(iter(kept)) if student_top_k is None else student_top_k
         self._vocab_size = min([vocab_size, *(store.vocab_size for store in stores)])
-        if student_top_k is None:
-            student_top_k = min(*kept, self._vocab_size)
-        check_student_top_k(student_top_k, self._vocab_size)
-        self._top_k = student_top_k
+        if student_top_k is not None:
+            check_student_top_k(student_top_k, self._vocab_size)
 
     def ids(self, student: Student) -> Tensor:
         """Returns ``student_ids``."""
