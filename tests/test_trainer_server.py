@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from support import served, teachers
 from support.served_scores import ScoringServer
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -405,14 +406,15 @@ class Distiller(sk.SlimLossMixin, Trainer):
     pass
 
 
+def collate(batch):
+    longest = max(len(row["input_ids"]) for row in batch)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
 def test_the_mixin_learns_the_same_from_a_server(store, server, tmp_path) -> None:
     rows = [{"input_ids": document.input_ids.tolist()} for document in store]
-
-    def collate(batch):
-        longest = max(len(row["input_ids"]) for row in batch)
-        ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
     def trained(name, **teacher):
         trainer = Distiller(
@@ -431,3 +433,30 @@ def test_the_mixin_learns_the_same_from_a_server(store, server, tmp_path) -> Non
     expected = trained("local", teacher_model=server.model, objective=objective)
     assert trained("served", teacher_server=connection, objective="reverse_kl") == pytest.approx(expected, rel=1e-4)
     assert len(server.documents) == DOCUMENTS
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mixin_refuses_a_short_context_before_the_first_step(packed, store, server, tmp_path) -> None:
+    """Rows of a data set are documents, unless they say how long the documents in them are."""
+    rows = [{"input_ids": document.input_ids.tolist()} for document in store]
+    if packed:
+        ids = [token for row in rows for token in row["input_ids"]]
+        rows = [{"input_ids": ids, "seq_lengths": [len(row["input_ids"]) for row in rows]}]
+
+    def made() -> Distiller:
+        return Distiller(
+            model=make_student_model(),
+            args=TrainingArguments(output_dir=str(tmp_path), **RECIPE, remove_unused_columns=False),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=collate,
+            processing_class=teachers.make_tokenizer(),
+            objective="reverse_kl",
+            teacher_server=TeacherServer(server.url, served.MODEL, tmp_path / "rows", top_logprobs=TOP_K),
+        )
+
+    server.max_model_len = 13
+    with pytest.raises(ValueError, match=r"documents must have at most 12 tokens .* got one of 13"):
+        made()
+    server.max_model_len = 14
+    made()
+    assert not server.documents

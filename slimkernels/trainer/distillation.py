@@ -26,7 +26,7 @@ from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.served_teacher import Ahead, ServedTeacher
-from slimkernels.trainer.stored_rows import check_stored_rows, stores_of
+from slimkernels.trainer.stored_rows import check_stored_rows, longest_document
 from slimkernels.trainer.support import StudentChoice, intersection
 from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import OnlineTeacher
@@ -111,8 +111,7 @@ class DistillationMixin(StopsAtLength):
         teacher = ServedTeacher(server, tokenizer, self._vocab_size, self.args.process_index)
         try:
             check_stored_rows(teacher.store, objective, vocab_size=self._vocab_size)
-            for store in stores_of(self.train_dataset):
-                teacher.check_length(store.longest_document())
+            teacher.check_length(longest_document(self.train_dataset))
         except BaseException:
             teacher.stop()
             raise

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +40,26 @@ def sources_of(dataset: Any) -> list[Store | StoreDataset]:
 def stores_of(dataset: Any) -> list[Store]:
     """Returns the stores under a data set, as ``sources_of`` finds them."""
     return [source.store if isinstance(source, StoreDataset) else source for source in sources_of(dataset)]
+
+
+def longest_document(dataset: Any) -> int:
+    """Returns the number of tokens of the longest document of a data set, 0 where that is not known before it is read.
+
+    It is known of stores, and of a ``datasets.Dataset`` with a column ``input_ids`` and without ``position_ids``, whose
+    rows are documents unless ``seq_lengths``, as TRL's packing writes it, says how long the documents of a row are.
+    """
+    longest = max([store.longest_document() for store in stores_of(dataset)], default=0)
+    if not isinstance(dataset, Dataset) or "position_ids" in dataset.column_names:
+        return longest
+    is_packed = "seq_lengths" in dataset.column_names
+    name = "seq_lengths" if is_packed else "input_ids"
+    if name not in dataset.column_names:
+        return longest
+    for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=1000):
+        for chunk in table[name].chunks:
+            lengths = chunk.flatten() if is_packed else chunk.value_lengths()
+            longest = max(longest, *lengths.to_pylist(), 0)
+    return longest
 
 
 def check_stored_rows(
