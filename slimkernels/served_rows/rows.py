@@ -85,7 +85,7 @@ class AnswerReader:
         Raises:
             ServerRequestError: The server read other tokens, or its numbers are not log-probabilities.
         """
-        self._check_prompt(request, answer)
+        self._check_prompt(request, answer, "give its own tokenizer, or use api='completions'")
         reported = [position.chosen for position in answer.positions]
         if not reported:
             reason = "" if answer.finish_reason is None else f" (finish reason {answer.finish_reason!r})"
@@ -212,8 +212,8 @@ class AnswerReader:
             self.tokens.count_unmapped(ServerToken(f"token_id:{token}", logprob, None, token))
         return ids[is_first], logprobs[is_first]
 
-    def _check_prompt(self, request: Request, answer: Answer) -> None:
-        """Raises ServerRequestError if the server says that it read other tokens than it was sent."""
+    def _check_prompt(self, request: Request, answer: Answer, advice: str = "give its own tokenizer") -> None:
+        """Raises ServerRequestError, which ends in ``advice``, if the server says that it read other tokens."""
         ids, length = answer.prompt_ids, answer.prompt_tokens
         asked = len(request.prompt_ids)
         if (ids is None or ids == request.prompt_ids) and length in (None, asked):
@@ -222,7 +222,7 @@ class AnswerReader:
         sent = f"{asked} tokens" if ids is None else f"{request.prompt_ids}"
         raise ServerRequestError(
             f"{self._url} read {read[:200]} where the tokenizer makes {sent[:200]}: the server adds special tokens, or "
-            "has another chat template or another tokenizer; give its own tokenizer, or use api='completions'"
+            f"has another chat template or another tokenizer; {advice}"
         )
 
 
