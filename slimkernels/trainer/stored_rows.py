@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -55,10 +56,12 @@ def longest_document(dataset: Any) -> int:
     name = "seq_lengths" if is_packed else "input_ids"
     if name not in dataset.column_names:
         return longest
-    for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=1000):
+    # Tables of Arrow, which count tokens without making a Python number of each.
+    tables: Iterator[Any] = dataset.select_columns(name).with_format("arrow").iter(batch_size=1000)
+    for table in tables:
         for chunk in table[name].chunks:
             lengths = chunk.flatten() if is_packed else chunk.value_lengths()
-            longest = max(longest, *lengths.to_pylist(), 0)
+            longest = max(longest, *lengths.drop_null().to_pylist(), 0)
     return longest
 
 
