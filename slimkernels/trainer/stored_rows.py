@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from torch.utils.data import IterableDataset
@@ -50,17 +49,14 @@ def longest_document(dataset: Any) -> int:
     rows are documents unless ``seq_lengths``, as TRL's packing writes it, says how long the documents of a row are.
     """
     longest = max([store.longest_document() for store in stores_of(dataset)], default=0)
-    if not isinstance(dataset, Dataset) or "position_ids" in dataset.column_names:
+    columns = dataset.column_names if isinstance(dataset, Dataset) else []
+    name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+    if name is None or "position_ids" in columns:
         return longest
-    is_packed = "seq_lengths" in dataset.column_names
-    name = "seq_lengths" if is_packed else "input_ids"
-    if name not in dataset.column_names:
-        return longest
-    # Tables of Arrow, which count tokens without making a Python number of each.
-    tables: Iterator[Any] = dataset.select_columns(name).with_format("arrow").iter(batch_size=1000)
-    for table in tables:
+    # Tables of Arrow count tokens without making a Python number of each.
+    for table in cast(Any, dataset).select_columns(name).with_format("arrow").iter(batch_size=1000):
         for chunk in table[name].chunks:
-            lengths = chunk.flatten() if is_packed else chunk.value_lengths()
+            lengths = chunk.flatten() if name == "seq_lengths" else chunk.value_lengths()
             longest = max(longest, *lengths.drop_null().to_pylist(), 0)
     return longest
 
