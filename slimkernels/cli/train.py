@@ -144,6 +144,7 @@ _API_NAMES = {name: f"--option {name}" for name in (*OPTIONS, "max_grad_norm", "
     "teacher_model": "--teacher",
     "train_dataset": "--store",
     "eval_dataset": "--eval-store",
+    "processing_class": "--tokenizer",
     # In the errors these are the models and the content of the store themselves.
     "student": "",
     "teacher": "",

@@ -298,11 +298,6 @@ class SlimTrainer(DistillationMixin, Trainer):
             )
         if online is not None and args.method == "gkd" and args.on_policy_fraction > 0:
             warn_of_other_ends(self.model, online.model)
-        if online is None and (args.teacher_top_k, args.teacher_top_fraction, args.teacher_rounds) != (None,) * 3:
-            raise ValueError(
-                "teacher_top_k, teacher_top_fraction and teacher_rounds select logits of a teacher_model, got none: "
-                "the logits of a store were selected when it was captured"
-            )
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
+from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +40,25 @@ def sources_of(dataset: Any) -> list[Store | StoreDataset]:
 def stores_of(dataset: Any) -> list[Store]:
     """Returns the stores under a data set, as ``sources_of`` finds them."""
     return [source.store if isinstance(source, StoreDataset) else source for source in sources_of(dataset)]
+
+
+def longest_document(dataset: Any) -> int:
+    """Returns the number of tokens of the longest document of a data set, 0 where that is not known before it is read.
+
+    It is known of stores, and of a ``datasets.Dataset`` with a column ``input_ids`` and without ``position_ids``, whose
+    rows are documents unless ``seq_lengths``, as TRL's packing writes it, says how long the documents of a row are.
+    """
+    longest = max([store.longest_document() for store in stores_of(dataset)], default=0)
+    columns = dataset.column_names if isinstance(dataset, Dataset) else []
+    name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+    if name is None or "position_ids" in columns:
+        return longest
+    # Tables of Arrow count tokens without making a Python number of each.
+    for table in cast(Any, dataset).select_columns(name).with_format("arrow").iter(batch_size=1000):
+        for chunk in table[name].chunks:
+            lengths = chunk.flatten() if name == "seq_lengths" else chunk.value_lengths()
+            longest = max(longest, *lengths.drop_null().to_pylist(), 0)
+    return longest
 
 
 def check_stored_rows(
@@ -115,15 +135,20 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
             "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
         )
-    # Rows of hidden states are made for any temperature.
-    advice = "capture the teacher with " if store.settings.hidden is None else "open it as a Store with "
+    wanted = f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
+    if kind == "top_logprobs":
+        advice = "a server tells its rows at temperature 1 alone, so set temperature=1, or rest='renorm_both'"
+    elif store.settings.hidden is None:
+        advice = f"capture the teacher with {wanted}"
+    else:
+        # Rows of hidden states are made for any temperature.
+        advice = f"open it as a Store with {wanted}"
     if options["rest"] in ("zero", "ghost") and not any(
         math.isclose(temperature, objective.temperature, rel_tol=1e-6) for temperature in store.temperatures
     ):
         raise ValueError(
             f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
-            f"{store.path}, which rest={options['rest']!r} reads; {advice}temperatures=(1.0, {objective.temperature}), "
-            "or use rest='renorm'"
+            f"{store.path}, which rest={options['rest']!r} reads; {advice}"
         )
 
 

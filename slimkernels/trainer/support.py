@@ -25,7 +25,8 @@ class StudentChoice:
         vocab_size: Number of rows of the student's head.
 
     Raises:
-        ValueError: The number is not given, and the stores do not keep one number of logits.
+        ValueError: The number is not given, and the stores do not keep one number of logits; or it is larger than the
+            vocabulary.
     """
 
     def __init__(self, stores: Sequence[Store], student_top_k: int | None, vocab_size: int) -> None:
@@ -37,10 +38,22 @@ class StudentChoice:
             )
         self._top_k = next(iter(kept)) if student_top_k is None else student_top_k
         self._vocab_size = min([vocab_size, *(store.vocab_size for store in stores)])
+        if student_top_k is not None:
+            check_student_top_k(student_top_k, self._vocab_size)
 
     def ids(self, student: Student) -> Tensor:
         """Returns ``student_ids``."""
         return student_ids(student, self._top_k, self._vocab_size)
+
+
+def check_student_top_k(top_k: int, vocab_size: int) -> None:
+    """Checks that a student has as many logits as it is to choose.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if top_k > vocab_size:
+        raise ValueError(f"student_top_k must be at most the vocabulary's {vocab_size}, got {top_k}")
 
 
 def student_ids(student: Student, top_k: int, vocab_size: int) -> Tensor:
