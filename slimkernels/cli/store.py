@@ -1,4 +1,4 @@
-"""``slimkernels store``: look into a store, check it, convert it from and to the files of other projects, translate it."""
+"""``slimkernels store``: look into a store, check it, import and export it, turn it into one of another tokenizer."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ class Aligner:
         ends_in_word: list[np.ndarray] = []
         size = 0
         edges = [-1, *np.flatnonzero(is_special).tolist(), len(input_ids)]
-        for before, after in zip(edges[:-1], edges[1:], strict=True):
+        for before, after in itertools.pairwise(edges):
             if before >= 0:
                 counterpart = self._special(int(input_ids[before]), before)
                 if counterpart is not None:

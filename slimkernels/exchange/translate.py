@@ -15,8 +15,8 @@ from slimkernels.exchange.alignment import AlignedDocument, Aligner, Untranslata
 from slimkernels.exchange.token_bytes import TokenMap
 from slimkernels.exchange.writing import Document, write_documents
 from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
-from slimkernels.store import Store
 from slimkernels.store import Document as StoredDocument
+from slimkernels.store import Store
 from slimkernels.store.identity import is_same_tokenizer
 
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)

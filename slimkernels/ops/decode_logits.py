@@ -33,7 +33,8 @@ def decode_logits(packed: PackedLogits | PackedHidden) -> SparseLogits:
 
     Returns:
         SparseLogits with ids (N, K) int32 and logits (N, K) float32. Rows of fewer than K entries are padded with id
-        -1 and logit 0, and rows that were stored without entries consist of it. The other fields are those of ``packed``.
+        -1 and logit 0; those that were stored without entries consist of padding. The other fields are those of
+        ``packed``.
 
     Raises:
         ValueError: On cpu, a damaged row: it does not fit into its words, has a bit too many or too few, or its ids do
