@@ -69,8 +69,10 @@ def _teacher_tokenizer(store: Store, given: str | None) -> PreTrainedTokenizerBa
     from slimkernels.cli.train_tokenizer import is_here
     from slimkernels.teacher import load_tokenizer
 
-    name = given or store.settings.teacher.get("name")
-    if given is None and (not name or not is_here(name)):
+    if given is not None:
+        return load_tokenizer(given)
+    name = store.settings.teacher.get("name")
+    if not name or not is_here(name):
         raise ValueError(
             f"--teacher-tokenizer must be given for {store.path}: the tokenizer of its teacher, {name!r}, is not on "
             "this machine under this name"

@@ -93,6 +93,8 @@ class Aligner:
         """
         is_special = self._is_special[input_ids]
         lengths = np.where(is_special, 1, self.teacher.lengths[input_ids])
+        # A token that begins with a space which is not in the text is no token of the text.
+        is_whole = np.ones(len(input_ids), bool)
         # Ids, first bytes and sizes of the student's tokens, part by part.
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         ends_in_word: list[np.ndarray] = []
@@ -112,6 +114,7 @@ class Aligner:
             if data[:1] == b" " and (self._space_at_start if before < 1 else self._space_after_special):
                 data = data[1:]
                 lengths[before + 1] -= 1
+                is_whole[before + 1] = False
             text, skipped = _whole_characters(data)
             if text:
                 ids, starts, sizes = self._encode(text)
@@ -130,7 +133,7 @@ class Aligner:
         return AlignedDocument(
             input_ids=ids,
             place=place,
-            is_aligned=(begins[place] == starts) & (sizes > 0),
+            is_aligned=(begins[place] == starts) & (sizes > 0) & is_whole[place],
             begins_word=~np.concatenate([[False], *ends_in_word])[starts],
             prompt_length=int((starts < ends[prompt_length - 1]).sum()) if prompt_length else 0,
         )
@@ -146,7 +149,7 @@ class Aligner:
         )
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Encodes a text by the student's tokenizer; returns ids, and the byte at which each begins and its size."""
+        """Encodes a text by the student's tokenizer; returns ids, first bytes and sizes, 0 for no part of it."""
         # Text that reads like a special token is text, as it was for the teacher.
         encoded = self._student_tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
@@ -156,9 +159,12 @@ class Aligner:
         joined = self.student.joined(ids)
         if joined in (data, b" " + data):
             sizes = self.student.lengths[ids]
+            starts = np.cumsum(sizes) - sizes
             if joined != data:
-                sizes[0] -= 1
-            return ids, np.cumsum(sizes) - sizes, sizes
+                # The space before the text is not in it, so the first token is no token of the text.
+                starts[1:] -= 1
+                sizes[0] = 0
+            return ids, starts, sizes
         ends = _byte_offsets(text)[np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)[:, 1]]
         # Offsets of a normaliser may go back.
         ends = np.maximum.accumulate(ends)

@@ -56,20 +56,18 @@ def read_pieces(tokenizer: Any, role: str) -> Pieces:
         ValueError: The tokenizer is of another kind than the three of ``Pieces``.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = {} if backend is None else json.loads(backend.to_str())
-    kind = _kind_of(content)
+    kind = None if backend is None else _kind_of(backend)
     if kind is None:
+        decoder = None if backend is None else type(backend.decoder).__name__
         raise ValueError(
             f"the {role}'s tokenizer must be byte-level BPE, SentencePiece or WordPiece in the form of a "
-            f"tokenizer.json, got {type(tokenizer).__name__} with the decoder {content.get('decoder')}: the bytes of "
-            "its tokens are not known"
+            f"tokenizer.json, got {type(tokenizer).__name__} with the decoder {decoder}: the bytes of its tokens are "
+            "not known"
         )
     vocab: dict[str, int] = tokenizer.get_vocab()
     size = max(vocab.values(), default=-1) + 1
-    literal = {token["id"] for token in content["added_tokens"]}
-    special_ids = {token["id"] for token in content["added_tokens"] if token["special"]} | set(
-        tokenizer.all_special_ids
-    )
+    literal = backend.get_added_tokens_decoder()
+    special_ids = {number for number, token in literal.items() if token.special} | set(tokenizer.all_special_ids)
     texts: list[bytes | None] = [None] * size
     names: list[str | None] = [None] * size
     for name, number in vocab.items():
@@ -85,14 +83,15 @@ def read_pieces(tokenizer: Any, role: str) -> Pieces:
     )
 
 
-def _kind_of(content: dict[str, Any]) -> str | None:
-    """Returns the ``kind`` of ``Pieces`` of a tokenizer.json, None for another one."""
-    decoder = json.dumps(content.get("decoder"), ensure_ascii=False)
-    if content.get("model", {}).get("type") == "WordPiece":
+def _kind_of(backend: Any) -> str | None:
+    """Returns the ``kind`` of ``Pieces`` of a tokenizer of the package tokenizers, None for another one."""
+    if type(backend.model).__name__ == "WordPiece":
         return "wordpiece"
+    # A decoder is pickled as the part of tokenizer.json that describes it.
+    decoder = "" if backend.decoder is None else json.dumps(json.loads(backend.decoder.__getstate__()))
     if '"ByteLevel"' in decoder:
         return "byte-level"
-    return "sentencepiece" if _SPACE in decoder else None
+    return "sentencepiece" if json.dumps(_SPACE).strip('"') in decoder else None
 
 
 def _bytes_of(name: str, kind: str) -> bytes | None:
@@ -163,7 +162,7 @@ def map_tokens(teacher: Pieces, student: Pieces, roles: dict[int, int], student_
 def _wordpiece_ids(teacher: Pieces, student: Pieces, tokenizer: Any) -> np.ndarray:
     """Returns the (2, V) WordPiece ids of the teacher's tokens, within a word and where one may begin."""
     backend = tokenizer.backend_tokenizer
-    prefix = json.loads(backend.to_str())["model"]["continuing_subword_prefix"]
+    prefix = backend.model.continuing_subword_prefix
     ordinary = set(student.specials.values())
     vocab = {name: number for number, name in enumerate(student.names) if name and number not in ordinary}
     ids = np.full((2, len(teacher.texts)), -1, np.int32)

@@ -13,8 +13,9 @@ import torch
 
 from slimkernels.exchange.alignment import AlignedDocument, Aligner, UntranslatableError
 from slimkernels.exchange.token_bytes import TokenMap
+from slimkernels.exchange.translated_rows import TranslatedRows, translate_rows
 from slimkernels.exchange.writing import Document, write_documents
-from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
+from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Document as StoredDocument
 from slimkernels.store import Store
 from slimkernels.store.identity import is_same_tokenizer
@@ -158,15 +159,13 @@ def _documents(store: Store, aligner: Aligner, count: _Count) -> Iterator[Docume
             count.skipped[str(error)] += 1
             continue
         seen.add(key)
-        rows = _rows(document, aligned, positions, aligner.map)
+        rows, found, same_token = _rows(document, aligned, positions, aligner.map)
         count.documents += 1
         count.labels += len(positions)
-        count.same_token += rows.same_token
-        count.mass_kept.append(rows.mass_kept)
-        count.mass_before += float(rows.mass_before.sum())
-        yield Document(
-            f"{store.path}: document {index}", aligned.input_ids, positions, rows.teacher, aligned.prompt_length
-        )
+        count.same_token += same_token
+        count.mass_kept.append(found.mass_kept)
+        count.mass_before += float(found.mass_before.sum())
+        yield Document(f"{store.path}: document {index}", aligned.input_ids, positions, rows, aligned.prompt_length)
     if not count.documents:
         reasons = ", ".join(f"{number} because {reason}" for reason, number in count.skipped.items())
         raise ValueError(f"{store.path} holds no document that can be translated, of {len(store)}: {reasons}")
@@ -182,147 +181,40 @@ def _labels(document: StoredDocument, aligned: AlignedDocument) -> np.ndarray:
     return np.flatnonzero(found)
 
 
-class _Rows(NamedTuple):
-    """Rows (R,) of the student's labels, and the teacher's mass of the A aligned ones."""
-
-    teacher: SparseLogits
-    mass_kept: np.ndarray
-    mass_before: np.ndarray
-    same_token: int
-
-
-def _rows(document: StoredDocument, aligned: AlignedDocument, positions: np.ndarray, tokens: TokenMap) -> _Rows:
-    """Makes the rows of the student's labels at ``positions``; those that are not aligned keep nothing."""
-    at = np.flatnonzero(aligned.is_aligned[positions])
-    place = aligned.place[positions[at]]
-    begins_word = aligned.begins_word[positions[at]].astype(np.int64)
-    # Every label of the student lies in one of the teacher, which has a row.
-    teacher = document.teacher[np.searchsorted(document.positions.numpy(), place)]
-    label = document.input_ids.numpy()[place]
-    mapped = tokens.ids[begins_word[:, None], teacher.ids.numpy()]
-    new_label = aligned.input_ids[positions[at]]
-    is_same = tokens.ids[begins_word, label] == new_label
-    found = translate_rows(teacher, mapped, label, np.where(is_same, new_label, -1), is_injective=tokens.is_injective)
-    rows, width = len(positions), found.teacher.top_k
-    temperatures = document.teacher.temperatures
-    ids = torch.full((rows, width), -1, dtype=torch.int32)
-    logits = torch.zeros(rows, width, dtype=torch.float64)
-    lse, rest_lse = torch.zeros(2, rows, len(temperatures), dtype=torch.float64)
-    target_logit = torch.full((rows,), math.nan, dtype=torch.float64)
-    for whole, part in (
-        (ids, found.teacher.ids),
-        (logits, found.teacher.logits),
-        (lse, found.teacher.lse),
-        (rest_lse, found.teacher.rest_lse),
-        (target_logit, found.teacher.target_logit),
-    ):
-        whole[torch.from_numpy(at)] = part
-    # In float32 here, so that the rest of an empty row is its lse.
-    teacher = SparseLogits(ids, logits.float(), lse.float(), temperatures, target_logit.float(), rest_lse.float())
-    return _Rows(teacher, found.mass_kept, found.mass_before, int(is_same.sum()))
-
-
-class TranslatedRows(NamedTuple):
-    """Rows over the student's ids in float64, and the teacher's mass (R,) on ids with a student id and on all kept."""
-
-    teacher: SparseLogits
-    mass_kept: np.ndarray
-    mass_before: np.ndarray
-
-
-def translate_rows(
-    teacher: SparseLogits,
-    mapped: np.ndarray,
-    label: np.ndarray,
-    new_label: np.ndarray,
-    *,
-    is_injective: bool = False,
-) -> TranslatedRows:
-    """Gives rows the ids of another vocabulary; what has none goes into the rest, what becomes one id is added.
-
-    With p_i the probability of the kept id i and u(i) its new id, the row keeps exp(logit_u) = sum of exp(logit_i) over
-    u(i) = u, and its rest is the old rest plus the exp(logit_i) of all i without u(i). At another temperature T the
-    exponents are logit / T, and lse changes by as much as adding the probabilities changes the sum over u.
-
-    Args:
-        teacher: Rows (R, K) with ``target_logit``. A ``rest_lse`` that is not known is what the kept entries leave of
-            1, NaN below 1e-5.
-        mapped: (R, K) integers, the new id of every entry; -1 where there is none, also for padding.
-        label: (R,) integers, the old ids of the labels, which ``target_logit`` is of.
-        new_label: (R,) integers, the new ids of the labels; -1 where the new label is another token, whose
-            ``target_logit`` is NaN.
-        is_injective: Whether no two entries of a row have one new id, which makes it faster.
+def _rows(
+    document: StoredDocument, aligned: AlignedDocument, positions: np.ndarray, tokens: TokenMap
+) -> tuple[SparseLogits, TranslatedRows, int]:
+    """Makes the rows of the student's labels at ``positions``, of which those that are not aligned keep nothing.
 
     Returns:
-        Rows (R, L) in float64, L at least 1.
+        The rows, those of the aligned labels alone, and the number of these that are the teacher's token.
     """
-    old_ids, lse = teacher.ids.numpy(), teacher.lse.double().numpy()
-    is_mapped = mapped >= 0
-    logits = np.where(old_ids >= 0, teacher.logits.double().numpy(), -np.inf)
-    by_row, ids, sums = _added(mapped, logits, is_mapped, is_injective)
-    counts = np.bincount(by_row, minlength=len(mapped))
-    column = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    shape = (len(mapped), int(counts.max(initial=1)))
-    new_ids, new_logits = np.full(shape, -1, np.int32), np.full(shape, -np.inf)
-    new_ids[by_row, column], new_logits[by_row, column] = ids, sums
-    new_lse, new_rest = np.empty_like(lse), np.empty_like(lse)
-    old_rest = np.full_like(lse, np.nan) if teacher.rest_lse is None else teacher.rest_lse.double().numpy()
-    masses: list[np.ndarray] = []
-    for column, temperature in enumerate(teacher.temperatures):
-        level, rest = lse[:, column], old_rest[:, column]
-        kept, dropped, added = (
-            np.exp(values / temperature - level[:, None]).sum(-1)
-            for values in (
-                np.where(is_mapped, logits, -np.inf),
-                np.where(is_mapped, -np.inf, logits),
-                new_logits,
-            )
-        )
-        new_lse[:, column] = level + np.log1p(added - kept)
-        unknown = np.isnan(rest)
-        left = rest_of_logprobs(torch.from_numpy(new_logits / temperature - new_lse[:, column, None])).numpy()
-        with np.errstate(divide="ignore"):
-            known = level + np.log(np.exp(rest - level) + dropped)
-            new_rest[:, column] = np.where(unknown, left + new_lse[:, column], known)
-        if column == 0:
-            whole = np.where(unknown, 1.0, kept + dropped + np.exp(rest - level))
-            masses = [kept / whole, (kept + dropped) / whole]
-    is_empty = counts == 0
-    # All of such a row's mass is in the rest, whatever rounding the sums have.
-    new_rest[is_empty] = new_lse[is_empty]
-    rows = SparseLogits(
-        ids=torch.from_numpy(new_ids),
-        logits=torch.from_numpy(np.where(new_ids >= 0, new_logits, 0.0)),
-        lse=torch.from_numpy(new_lse),
-        temperatures=teacher.temperatures,
-        target_logit=torch.from_numpy(_target_logits(teacher, mapped, logits, label, new_label)),
-        rest_lse=torch.from_numpy(new_rest),
+    at = np.flatnonzero(aligned.is_aligned[positions])
+    place = aligned.place[positions[at]]
+    within = aligned.begins_word[positions[at]].astype(np.int64)
+    # Every label of the student lies in one of the teacher, which has a row.
+    teacher = document.teacher[np.searchsorted(document.positions.numpy(), place)]
+    label, new_label = document.input_ids.numpy()[place], aligned.input_ids[positions[at]]
+    is_same = tokens.ids[within, label] == new_label
+    found = translate_rows(
+        teacher,
+        tokens.ids[within[:, None], teacher.ids.numpy()],
+        label,
+        np.where(is_same, new_label, -1),
+        is_injective=tokens.is_injective,
     )
-    return TranslatedRows(rows, *masses)
-
-
-def _added(
-    mapped: np.ndarray, logits: np.ndarray, is_mapped: np.ndarray, is_injective: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns rows, ids and logits of the mapped entries, by row and ascending in ids, with equal ids added."""
-    by_row, _ = np.nonzero(is_mapped)
-    ids, values = mapped[is_mapped].astype(np.int64), logits[is_mapped]
-    order = np.argsort(by_row << 32 | ids, kind="stable")
-    ids, values = ids[order], values[order]
-    if is_injective or not len(ids):
-        return by_row, ids, values
-    is_first = np.ones(len(ids), bool)
-    is_first[1:] = (np.diff(ids) != 0) | (np.diff(by_row) != 0)
-    starts = np.flatnonzero(is_first)
-    return by_row[starts], ids[starts], np.logaddexp.reduceat(values, starts)
-
-
-def _target_logits(
-    teacher: SparseLogits, mapped: np.ndarray, logits: np.ndarray, label: np.ndarray, new_label: np.ndarray
-) -> np.ndarray:
-    """Returns the (R,) logits of the labels, to which those of the other kept ids that become the label are added."""
-    if teacher.target_logit is None:
-        raise ValueError("teacher must have a target_logit, as rows of a store have, got None")
-    is_other = (mapped == new_label[:, None]) & (mapped >= 0) & (teacher.ids.numpy() != label[:, None])
-    others = np.logaddexp.reduce(np.where(is_other, logits, -np.inf), -1)
-    return np.where(new_label >= 0, np.logaddexp(teacher.target_logit.double().numpy(), others), np.nan)
+    # The rest of a row that keeps nothing is its lse.
+    sums = torch.zeros(2, len(positions), len(teacher.temperatures))
+    ids = torch.full((len(positions), found.ids.shape[1]), -1, dtype=torch.int32)
+    logits, target_logit = torch.zeros(ids.shape), torch.full((len(positions),), math.nan)
+    index = torch.from_numpy(at)
+    for whole, part in (
+        (ids, found.ids),
+        (logits, found.logits),
+        (sums[0], found.lse),
+        (sums[1], found.rest_lse),
+        (target_logit, found.target_logit),
+    ):
+        whole[index] = torch.from_numpy(part).to(whole.dtype)
+    rows = SparseLogits(ids, logits, sums[0], teacher.temperatures, target_logit, sums[1])
+    return rows, found, int(is_same.sum())
