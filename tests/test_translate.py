@@ -1,4 +1,4 @@
-"""``translate_store``: alignment by bytes, ids by exact token, masses against dense rows, and what cannot be translated."""
+"""``translate_store``: places by bytes, ids by exact token, masses against dense rows, and what is refused."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_places_are_aligned_by_bytes():
         found = aligner(ids)
         assert found.input_ids.tolist() == tokens_of(student, text).tolist()
         expected = brute_force_places(teacher, ids, student, found.input_ids)
-        assert [place if is_aligned else None for place, is_aligned in zip(found.place, found.is_aligned)] == expected
+        assert np.where(found.is_aligned, found.place, None).tolist() == expected
     assert 0.2 < found.is_aligned.mean() < 0.9
 
 
@@ -118,14 +118,15 @@ def test_places_of_a_tokenizer_that_changes_the_text():
     found = aligner_of(kinds.smollm2, kinds.minilm)(ids)
     names = student.convert_ids_to_tokens(found.input_ids.tolist())
     assert names == ["naive", "cafes", "—", "un", "##ha", "##pp", "##iness", ",", "日", "本"]
-    begins = [teacher.decode(ids[: place + 1][-1:]) for place in found.place]
-    aligned = dict(zip(names, zip(begins, found.is_aligned.tolist(), found.begins_word.tolist())))
+    begins = teacher.convert_ids_to_tokens(ids[found.place].tolist())
+    rows = list(zip(begins, found.is_aligned.tolist(), found.begins_word.tolist(), strict=True))
+    of = dict(zip(names, rows, strict=True))
     # Two spaces before it: the first is a token of the teacher.
-    assert aligned["cafes"] == (" ", True, False)
-    assert aligned["—"][1:] == (True, False)
-    assert aligned["un"][1:] == (True, True)
-    assert aligned[","] == (",", True, False)
-    assert aligned["本"][1:] == (True, True)
+    assert of["cafes"] == ("Ġ", True, False)
+    assert of["—"][1:] == (True, False)
+    assert of["un"][1:] == (True, True)
+    assert of[","] == (",", True, False)
+    assert of["本"][1:] == (True, True)
 
 
 def test_spaces_before_a_text_are_no_part_of_it():
@@ -192,9 +193,8 @@ def test_rows_are_those_of_the_dense_teacher():
     dense = torch.zeros(40, 30, dtype=torch.float64)
     dense.index_add_(-1, ids[:-1].clamp(min=0), probs.where(is_mapped, 0))
     ours = torch.zeros(40, 31, dtype=torch.float64)
-    ours.scatter_(
-        -1, torch.from_numpy(found.ids).long() % 31, torch.from_numpy(np.exp(found.logits - found.lse[:, :1]))
-    )
+    kept_probs = torch.from_numpy(np.exp(found.logits - found.lse[:, :1]))
+    ours.scatter_(-1, torch.from_numpy(found.ids).long() % 31, kept_probs)
     torch.testing.assert_close(ours[:, :30], dense, rtol=1e-9, atol=1e-15)
     rest = torch.from_numpy(np.exp(found.rest_lse - found.lse))
     torch.testing.assert_close(rest[:, 0], 1 - dense.sum(-1), rtol=1e-6, atol=1e-12)
