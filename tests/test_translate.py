@@ -178,8 +178,9 @@ def dense_case(temperatures, *, num_rows=40, vocab_size=60, new_size=30, top_k=1
     logits = 3 * torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64)
     label = torch.randint(vocab_size, (num_rows,), generator=generator)
     teacher = sk.topk_logits(logits, top_k=top_k, target=label, temperatures=temperatures)
-    ids = torch.randint(-1, new_size, (vocab_size + 1,), generator=generator)
-    ids[-1] = -1
+    ids = torch.randint(new_size, (vocab_size + 1,), generator=generator)
+    # Every third, and what padding reaches.
+    ids[::3] = -1
     return logits, label, teacher, ids
 
 
