@@ -18,7 +18,7 @@ def paragraphs(path, count):
     """Returns the longest paragraphs of a file of WikiText-2, with its spaces around punctuation taken away."""
     lines = [line.strip() for line in path.read_text().splitlines()]
     texts = [re.sub(r" @(.)@ ", r"\1", line) for line in lines if line and not line.startswith("=")]
-    texts = [re.sub(r" ([.,;:!?)'’%])", r"\1", text).replace("( ", "(") for text in texts]
+    texts = [re.sub(r" ([.,;:!?)'\u2019%])", r"\1", text).replace("( ", "(") for text in texts]
     return sorted(texts, key=len, reverse=True)[:count]
 
 
