@@ -57,7 +57,7 @@ def read_pieces(tokenizer: Any, role: str) -> Pieces:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = None if backend is None else _kind_of(backend)
-    if kind is None:
+    if backend is None or kind is None:
         decoder = None if backend is None else type(backend.decoder).__name__
         raise ValueError(
             f"the {role}'s tokenizer must be byte-level BPE, SentencePiece or WordPiece in the form of a "
