@@ -42,7 +42,8 @@ class Document:
         input_ids: (T,) int64.
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
         teacher: SparseLogits (R, K): ids int32, logits, lse, target_logit and rest_lse float32. K is the number of
-            entries of the largest row (at least 1); smaller rows are padded with id -1 and logit 0. ``rest_lse`` is
+            entries of the largest row (at least 1); smaller rows are padded with id -1 and logit 0, and so is the
+            whole row where the teacher's distribution over these ids is not known at all. ``rest_lse`` is
             NaN in rows that were stored without it, and None if the store has it for no row. Those of a store of
             hidden states are ``linear_topk_logits`` of them and of the teacher's head.
         prompt_length: Number of tokens at the beginning that are a prompt; 0 where the store does not know.

@@ -118,16 +118,18 @@ def _check_vocabulary(store: Store, rows: int) -> None:
 
 
 def _check_selection(store: Store, objective: SlimObjective) -> None:
-    kind = store.settings.selection.get("kind")
+    selection = store.settings.selection
+    kind = selection.get("kind")
     options = objective.loss_options
     if objective.method == "sampled" and kind not in _DRAWS:
         raise ValueError(
             f"method 'sampled' needs a store of draws, captured with select='sample' or 'mixed', got one of "
             f"{kind!r}: use method 'kd', or pass a teacher_model"
         )
-    if kind in _DRAWS and objective.temperature != 1:
+    drawn = selection.get("source", {}).get("kind") if kind == "translated" else kind
+    if drawn in _DRAWS and objective.temperature != 1:
         raise ValueError(
-            f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
+            f"temperature must be 1 with a store of select={drawn!r}, whose rows are shares of draws at temperature "
             f"1, got {objective.temperature}; capture the largest logits to train at another temperature"
         )
     if kind == "top_logprobs" and objective.rest is None and options["rest"] == "renorm":
@@ -135,6 +137,8 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
             "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
         )
+    if kind == "translated":
+        _check_rest_of_translated(store, objective)
     wanted = f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
     if kind == "top_logprobs":
         advice = "a server tells its rows at temperature 1 alone, so set temperature=1, or rest='renorm_both'"
@@ -150,6 +154,18 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
             f"{store.path}, which rest={options['rest']!r} reads; {advice}"
         )
+
+
+def _check_rest_of_translated(store: Store, objective: SlimObjective) -> None:
+    """Refuses a rest that a translated store gives no meaning to, and warns of one that is seldom meant."""
+    rest = objective.loss_options["rest"]
+    if rest == "ghost":
+        return
+    lost = f"the teacher's mass on tokens that the student does not have is in the rest of every row of {store.path}"
+    if objective.rest is None or rest == "zero_logit":
+        got = "None" if objective.rest is None else f"{rest!r}"
+        raise ValueError(f"rest must be 'ghost' with a translated store, got {got}: {lost}")
+    logger.warning("rest=%r ignores a part of the teacher, rest='ghost' does not: %s", rest, lost)
 
 
 def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
