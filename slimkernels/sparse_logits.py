@@ -218,8 +218,8 @@ class SparseLogits:
             or +inf, and where the weights on another device than the CPU are out of range. There is no gradient.
 
         Raises:
-            ValueError: There are no parts, their leading shapes or devices differ, or the weights are not as many as the
-                parts, of another shape, or out of range.
+            ValueError: There are no parts, their leading shapes or devices differ, or the weights are not as many as
+                the parts, of another shape, or out of range.
             TypeError: A part is not a SparseLogits, or a weight neither a number nor a floating-point tensor.
 
         >>> rows = [SparseLogits(torch.tensor([[i]]).int(), torch.zeros(1, 1), torch.zeros(1, 1)) for i in (3, 1)]

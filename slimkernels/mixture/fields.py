@@ -20,7 +20,7 @@ _WEIGHT_ERROR = 1e-4
 Rows: TypeAlias = Any
 
 
-def mixed_fields(parts: Sequence[Rows], weights: Sequence[float | Tensor]) -> dict[str, Tensor | None]:
+def mixed_fields(parts: Sequence[Rows], weights: Sequence[float | Tensor]) -> dict[str, Any]:
     """Returns the fields of the ``SparseLogits`` that ``SparseLogits.mix`` makes of its arguments."""
     _check_parts(parts, weights)
     # A number 0 drops its input; whether a tensor is 0 everywhere is not known without waiting for its device.
