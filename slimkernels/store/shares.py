@@ -19,13 +19,13 @@ class ShareOrder(DocumentOrder):
         passes = concatenate([permutation(seed, store, number) for number in range(infinity)])
         part = passes[epoch * count : (epoch + 1) * count]
 
-    So a store continues in every epoch where it stopped in the one before, and none of its documents is read once more
-    than another before all of them were. An epoch has as many documents as there are in all stores together; those of
+    So a store continues in every epoch where it stopped in the one before, and reads all of its documents before it
+    reads one of them again. An epoch has as many documents as there are in all stores together; those of
     the stores are in random places of it. Everything depends on (seed, epoch) alone, so the order is split by rank,
     resumed and repeated as that of ``DocumentOrder`` is.
 
     Args:
-        stores: For each store its documents, (D,) indices in [0, ``num_documents``); two stores may share some.
+        stores: Documents of each store, (D,) indices in [0, ``num_documents``); two stores may share some.
         shares: A positive number for each store; an epoch's documents are in these proportions, to one document.
         num_documents: Number of documents of all stores together.
         **options: ``shuffle``, ``seed``, ``rank``, ``world_size`` and ``even`` of ``DocumentOrder``. Without
