@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from support.tiny import TOP_K, VOCAB_SIZE, make_model, make_store
 from test_trainer import make_trainer, training_logs
 from test_trainer_rows import Distiller, collate
 from torch.utils.data import ConcatDataset, DataLoader, Subset
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import slimkernels as sk
 from slimkernels.cli import main
@@ -106,18 +106,25 @@ def test_shares_are_resumed_within_an_epoch(paths, tmp_path):
             recording(tmp_path / "stopped", changed, **options).train(resume_from_checkpoint=True)
 
 
-def test_two_ranks_share_the_batches_of_one(paths, tmp_path):
-    """accelerate splits the trainer's order over the processes, as it does in the training itself."""
+def test_two_ranks_share_the_batches_of_one(paths, tmp_path, monkeypatch):
+    """accelerate splits the trainer's order over the processes, and skips what was read, as in the training itself."""
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **options: None)
     trainer = recording(tmp_path, MixedStores(paths, weights=[1, 1], shares=[1, 1]), per_device_train_batch_size=1)
 
-    def documents(num_processes: int, rank: int) -> list[int]:
+    def documents(num_processes: int, rank: int, skipped: int = 0) -> list[int]:
+        trainer._order.set_epoch(0)  # as in a process that was just started
         loader = DataLoader(range(len(trainer.train_dataset)), batch_size=1, sampler=trainer._get_train_sampler())
         shard = prepare_data_loader(loader, num_processes=num_processes, process_index=rank, put_on_device=False)
-        trainer._order.set_epoch(1)
+        shard = skip_first_batches(shard, skipped) if skipped else shard
+        shard.set_epoch(1)
+        trainer._run_epoch(epoch=1)
         return [int(index) for batch in shard for index in batch]
 
     whole, ranks = documents(1, 0), [documents(2, rank) for rank in range(2)]
-    assert len(whole) == 8
+    order = trainer.train_dataset.order(seed=42, rank=0, world_size=1)
+    order.set_epoch(1)
+    assert whole == list(order)
+    assert documents(2, 1, skipped=2) == ranks[1][2:]
     assert [index for pair in zip(*ranks, strict=True) for index in pair] == whole
 
 
