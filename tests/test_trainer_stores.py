@@ -189,6 +189,7 @@ def test_the_command_trains_on_several_stores(paths, tmp_path, capsys):
         ([*stores, "--store-shares", "1"], "--store-shares must be as many as the stores, 2, got 1"),
         ([*stores, "--store-weights", "1", "0"], "--store-weights must be positive and finite, got 0.0"),
         ([*stores, "--store-weights", "1", "1", "--method", "sft"], "--store-weights has no meaning with --method sft"),
+        ([*stores, "--store-shares", "1000", "1"], "--store-shares must give each store a document of the 8"),
         ([*stores, "--store", "nowhere"], "nowhere"),
     ):
         assert main(["train", "--method", "slim", "--out", str(tmp_path / "no"), *given]) == 2

@@ -147,6 +147,8 @@ _API_NAMES = {name: f"--option {name}" for name in (*OPTIONS, "max_grad_norm", "
     "teacher_model": "--teacher",
     "train_dataset": "--store",
     "eval_dataset": "--eval-store",
+    "weights": "--store-weights",
+    "shares": "--store-shares",
     # In the errors these are the models and the content of the store themselves.
     "student": "",
     "teacher": "",

@@ -73,15 +73,11 @@ class MixedStores(Dataset):
             for dataset in self.datasets:
                 dataset.temperatures = (1.0,)
         self._index_by_hash: dict[bytes, int] = {}
-        found = [
-            (self._index_by_hash.setdefault(digest, len(self._index_by_hash)), number, place)
-            for number, store in enumerate(opened)
-            for place, digest in enumerate(store.hashes())
-        ]
+        indices = [np.fromiter(map(self._index_of, store.hashes()), np.int64, len(store)) for store in opened]
         # The index of every document in every store, (documents, stores), -1 where the store lacks it.
         self._places = np.full((len(self._index_by_hash), len(opened)), -1, np.int64)
-        for index, number, place in found:
-            self._places[index, number] = place
+        for number, documents in enumerate(indices):
+            self._places[documents, number] = np.arange(len(documents))
         num_shared = int(((self._places >= 0).sum(1) > 1).sum())
         if num_shared and weights is None:
             logger.warning(
@@ -128,6 +124,10 @@ class MixedStores(Dataset):
     def find(self, input_ids: Any) -> int | None:
         """Returns the index of the document with these token ids, or None if no store holds it."""
         return self._index_by_hash.get(document_hash(tokens_as_int32(input_ids, self.vocab_size)))
+
+    def _index_of(self, digest: bytes) -> int:
+        """Returns the index of a document by its hash, the next free one for a document that is new."""
+        return self._index_by_hash.setdefault(digest, len(self._index_by_hash))
 
     def __len__(self) -> int:
         return len(self._places)
