@@ -26,7 +26,8 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
 
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer), ""
-    store = Store(args.store)
+    # The stores have one tokenizer.
+    store = Store(args.store[0])
     stored = store.tokenizer_fingerprint
     own = args.student if args.student is not None and not args.student.endswith(".json") else None
     for name in (own, args.teacher, store.settings.teacher.get("name")):

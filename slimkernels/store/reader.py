@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -245,14 +245,15 @@ class Store(Sequence[Document]):
             raise KeyError(f"document {index} has no row at position {position}")
         return shard.teacher(at, at + 1, index)
 
+    def hashes(self) -> Iterator[bytes]:
+        """Yields the hash of the tokens of every document, in order."""
+        for number in range(len(self.shards)):
+            yield from self.shard(number).hashes()
+
     def find(self, input_ids: Any) -> int | None:
         """Returns the index of the document with these token ids, or None if it is not in the store."""
         if self._index_by_hash is None:
-            self._index_by_hash = {
-                digest: first + i
-                for number, first in enumerate(self._first_documents[:-1].tolist())
-                for i, digest in enumerate(self.shard(number).hashes())
-            }
+            self._index_by_hash = {digest: index for index, digest in enumerate(self.hashes())}
         return self._index_by_hash.get(document_hash(tokens_as_int32(input_ids, self.vocab_size)))
 
     def __contains__(self, input_ids: object) -> bool:

@@ -98,6 +98,12 @@ class DistillationMixin(StopsAtLength):
             self.online_teacher = OnlineTeacher(teacher_model, objective, self._vocab_size)
             self._teacher_weights = model_identity(teacher_model)
         self.served_teacher = None
+        if not isinstance(teacher_server, TeacherServer | None):
+            raise TypeError(
+                f"teacher_server must be one TeacherServer, got {type(teacher_server).__name__}: documents have no "
+                "field that chooses among several; capture from each server into a store of its own, and train on "
+                "MixedStores of them"
+            )
         if teacher_server is not None:
             self.served_teacher = self._served(objective, teacher_server)
         self._student_choice: StudentChoice | None = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels.mixture.unions import first_values
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.asking import ask_by_name, num_token_ids, selection_of
@@ -27,7 +28,6 @@ from slimkernels.serving.errors import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 from slimkernels.store import Document, Store
 from slimkernels.trainer.answered_documents import AnsweredDocuments, as_stored, key_of
-from slimkernels.trainer.support import union_of_logprobs
 from slimkernels.trainer.teacher_server import TeacherServer, check_spelling, check_tokenizer, scoring_server
 from slimkernels.trainer.teachers import StoredTeacher, documents_of
 
@@ -220,7 +220,7 @@ class ServedTeacher(StoredTeacher):
         # The server writes no number for a probability of 0.
         logprobs = logprobs.masked_fill(logprobs.isnan(), -torch.inf)
         if support == "union":
-            ids, logprobs = union_of_logprobs(document.teacher, ids, logprobs)
+            ids, logprobs = first_values([document.teacher.ids, ids], [document.teacher.logits.double(), logprobs])
         for row in logprobs.numpy():
             check_mass(self._url, row)
         return SparseLogits(

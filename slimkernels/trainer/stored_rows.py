@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels.models.fingerprints import check_tokenizer
-from slimkernels.store import Store, StoreDataset, StoreIterableDataset
+from slimkernels.store import MixedStores, Store, StoreDataset, StoreIterableDataset
+from slimkernels.store.dataset import packed_kind
 from slimkernels.trainer.objective import SlimObjective
 
 # Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
@@ -61,6 +62,24 @@ def longest_document(dataset: Any) -> int:
     return longest
 
 
+def mixture_of(dataset: Any) -> MixedStores | None:
+    """Returns the mixture of stores that a data set is, or the first one inside of it, or None.
+
+    Raises:
+        ValueError: A mixture with shares lies inside of another data set, whose order would not follow them.
+    """
+    if isinstance(dataset, MixedStores):
+        return dataset
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    found = [mixture for one in inner if one is not None and (mixture := mixture_of(one)) is not None]
+    if any(mixture.shares is not None for mixture in found):
+        raise ValueError(
+            "shares of the stores must be those of the whole data set, got MixedStores with shares inside of a "
+            f"{type(dataset).__name__}: pass the MixedStores itself"
+        )
+    return found[0] if found else None
+
+
 def check_stored_rows(
     dataset: Any,
     objective: SlimObjective | None,
@@ -88,6 +107,8 @@ def check_stored_rows(
             "the documents of a trainer must have an order that it can shuffle, split and resume, got a stream, "
             f"{type(dataset).__name__}, which does that itself: pass a StoreDataset"
         )
+    if objective is not None and objective.needs_teacher:
+        _check_mixture(mixture_of(dataset), objective)
     for store in stores_of(dataset):
         _check_vocabulary(store, vocab_size)
         check_tokenizer(store, tokenizer)
@@ -99,6 +120,16 @@ def check_stored_rows(
         if objective is not None and objective.needs_teacher:
             _check_selection(store, objective)
     _check_one_batch(sources)
+
+
+def _check_mixture(mixture: MixedStores | None, objective: SlimObjective) -> None:
+    rest = objective.loss_options["rest"]
+    is_mixed = mixture is not None and mixture.weights is not None
+    if is_mixed and rest in ("zero", "ghost") and objective.temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 with rest={rest!r} and weights of the stores, whose mixture has no other, got "
+            f"{objective.temperature}: omit the weights, or use rest='renorm'"
+        )
 
 
 def _check_vocabulary(store: Store, rows: int) -> None:
@@ -174,13 +205,7 @@ def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
     for source in sources:
         store = source.store if isinstance(source, StoreDataset) else source
         is_packed = isinstance(source, StoreDataset) and source.packed
-        # The 8-bit and the 6-bit codec are unpacked to the same codes.
-        codec = store.settings.codec.rstrip("68") if is_packed else "none"
-        vocab_size = store.vocab_size if is_packed else 0
-        # Packed hidden states share a head, and are made into rows of one K.
-        hidden = store.settings.hidden if is_packed else None
-        head = None if hidden is None else (hidden.head_checksum, hidden.top_k)
-        kinds.add((store.temperatures, is_packed, codec, vocab_size, head))
+        kinds.add((source.temperatures, is_packed, *(packed_kind(store) if is_packed else ("none", 0, None))))
     for name, values in zip(
         ("temperatures", "packed", "codec", "vocab_size", "head"), map(set, zip(*kinds, strict=True)), strict=False
     ):

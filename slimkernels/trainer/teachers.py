@@ -20,7 +20,7 @@ from slimkernels.ops.linear_gather_logits import linear_gather_logits
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import Document, PackedDocument, Store
+from slimkernels.store import Document, MixedStores, PackedDocument, Store
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.stored_rows import LARGEST_PADDING
 from slimkernels.trainer.support import check_student_top_k, intersection, student_ids, union
@@ -149,10 +149,11 @@ class StoredTeacher:
     """A store in which the rows of a batch's documents are found by their tokens, for batches of any collator.
 
     Args:
-        store: Store of the documents, tokenised as in the batches, which may pack them with ``position_ids``.
+        store: Store of the documents, or a mixture of several, tokenised as in the batches, which may pack them with
+            ``position_ids``.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store | MixedStores) -> None:
         self.store = store
 
     def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:

@@ -209,7 +209,7 @@ class Files:
 
     def _train(self, args: argparse.Namespace) -> None:
         self._models(args.student, args.tokenizer, args.teacher)
-        for path in filter(None, (args.store, args.eval_store)):
+        for path in filter(None, (*args.store, args.eval_store)):
             self.store(path)
 
     def _eval(self, args: argparse.Namespace) -> None:
