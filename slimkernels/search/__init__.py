@@ -11,10 +11,11 @@ from slimkernels.durable import DamagedLineError, FileInUseError, ForeignFileErr
 from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, ContradictionCheck, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
+from slimkernels.search.outcome import Result
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.plan import Plan
 from slimkernels.search.presets import DEFAULT_CHAINS, best_of_n, greedy, self_consistency
-from slimkernels.search.question import Question, QuestionError, Result
+from slimkernels.search.question import Question, QuestionError
 from slimkernels.search.selection import (
     Candidate,
     TrigramConsensus,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step, StepRequest
+from slimkernels.search.outcome import Result, select_result
 from slimkernels.search.plan import Plan, plan
 from slimkernels.search.question import (
     Child,
@@ -19,12 +20,11 @@ from slimkernels.search.question import (
     Question,
     QuestionError,
     QuestionSearch,
-    Result,
     count_repeats,
 )
-from slimkernels.search.selection import Scorer, consensus, select
+from slimkernels.search.selection import Scorer, consensus
 from slimkernels.search.trace import Trace, header_of
-from slimkernels.search.tree import ROOT, Status, Tree
+from slimkernels.search.tree import Tree
 
 # Called with a question's index and its tree whenever a depth is complete.
 OnDepth = Callable[[int, Tree], None]
@@ -221,7 +221,8 @@ class PathFinder:
         finally:
             for search in searches:
                 search.close()
-        results = [self._select(search) for search in searches]
+        engine_notes = getattr(self.engine, "notes", ())
+        results = [select_result(search, self.selector, self.checks, engine_notes) for search in searches]
         if trace is not None:
             for search, result in zip(searches, results, strict=True):
                 trace.write_result(search, result)
@@ -320,48 +321,6 @@ class PathFinder:
                 )
             for child, fails in zip(passing, failed, strict=True):
                 child.failure = check.name if fails else ""
-
-    def _select(self, search: QuestionSearch) -> Result:
-        """Selects one of the finished branches, or else of those that a limit ended, or else of those that were cut."""
-        tree = search.tree
-        nodes = tree.with_status(Status.FINISHED)
-        finished = bool(nodes)
-        if not finished:
-            nodes = [node for node in tree.with_status(Status.ENDED) if node != ROOT]
-        if not nodes:
-            partial = tree.partial_branches()
-            nodes = sorted(tree.best(partial, self.config.buffer_size, self.config.length_penalty))
-        candidates = [search.candidate(node) for node in nodes]
-        scores = [float(score) for score in self.selector(candidates)] if candidates else []
-        best = candidates[select(candidates, scores)] if candidates else None
-        checks = tuple(check.name for check in self.checks)
-        # A search without any checks did not ask for this one.
-        off = checks and "contradiction" not in checks
-        notes = ("the contradiction check was off: no NLI model was given",) if off else ()
-        saved_tokens, agreed = search.saved()
-        notes += (*getattr(self.engine, "notes", ()), *search.notes(), *agreed)
-        if not finished:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tree.count_reasons().items()))
-            if best is None:
-                notes += (f"no branch was left: {reasons}",)
-            elif tree.status[best.node] == Status.ENDED:
-                notes += (f"no branch came to its own end: {reasons}; this is the best of those that a limit ended",)
-            else:
-                notes += (f"no branch was left: {reasons}; this is the best partial one",)
-        return Result(
-            text=best.text if best else "",
-            answer=best.answer if best else None,
-            finished=finished,
-            node=best.node if best else None,
-            candidates=candidates,
-            scores=scores,
-            num_tokens=search.progress.num_tokens,
-            tree=tree,
-            checks=checks,
-            notes=notes,
-            seconds=search.progress.seconds,
-            saved_tokens=saved_tokens,
-        )
 
 
 def _affordable(children: Sequence[Child]) -> list[Child]:

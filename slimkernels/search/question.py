@@ -1,4 +1,4 @@
-"""The search of one question: ``Question``, ``QuestionSearch`` and ``Child`` while its tree grows, ``Result``."""
+"""The search of one question: ``Question``, ``QuestionSearch`` and ``Child`` while its tree grows."""
 
 from __future__ import annotations
 
@@ -60,47 +60,6 @@ def count_repeats(questions: Sequence[Question]) -> list[Question]:
         counted.append(question if question.repeat is not None else question._replace(repeat=seen[key]))
         seen[key] += 1
     return counted
-
-
-class Result(NamedTuple):
-    """The outcome of one question.
-
-    Attributes:
-        text: Text of the selected branch, without the prompt. If no branch is left, that of the best partial one; empty
-            if the model wrote nothing.
-        answer: Answer that the text announces, by the configuration's ``answer_kind`` or ``answer_pattern``, or None.
-        finished: Whether the selected branch came to its own end. False if a limit ended all branches that are left, or
-            if none is left.
-        node: Selected node of ``tree``; None if the model wrote nothing.
-        candidates: Hypotheses given to the selector: the finished ones; if none is finished, those that a limit ended;
-            if all were cut, what is left of them.
-        scores: The selector's score of each candidate.
-        num_tokens: Tokens generated for this question, those of cut and pruned nodes included.
-        tree: Tree of all nodes, with the reason why each ended.
-        checks: Names of the checks that ran. A step without text fails even if there are no checks.
-        notes: Remarks that a reader of the result should know, such as a check that is off.
-        seconds: Time from the start of the question's batch to the question's own end, without interruptions.
-        saved_tokens: Most tokens that the search would still have generated, if ``stop_when_agreed`` stopped it; else
-            0.
-    """
-
-    text: str
-    answer: str | None
-    finished: bool
-    node: int | None
-    candidates: list[Candidate]
-    scores: list[float]
-    num_tokens: int
-    tree: Tree
-    checks: tuple[str, ...]
-    notes: tuple[str, ...]
-    seconds: float = 0.0
-    saved_tokens: int = 0
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Number of nodes that ended for each reason."""
-        return self.tree.count_reasons()
 
 
 @dataclasses.dataclass
@@ -230,7 +189,7 @@ class QuestionSearch:
         If the token budget does not allow all of them, every leaf gets one child before any gets a second, best leaf
         first. Leaves without children are ended.
         """
-        leaves = self._ranked(self.tree.with_status(Status.OPEN))
+        leaves = self.ranked(self.tree.with_status(Status.OPEN))
         affordable = [(leaf, ordinal) for ordinal in range(factor) for leaf in leaves][: self.affordable_steps()]
         for leaf in leaves[len(affordable) :]:
             self._close_leaf(leaf, Status.ENDED, "budget")
@@ -290,9 +249,9 @@ class QuestionSearch:
 
     def prune(self) -> None:
         """Prunes all but the best ``beam`` open leaves, then all but the best ``buffer_size`` hypotheses."""
-        for leaf in self._ranked(self.tree.with_status(Status.OPEN))[self.config.beam :]:
+        for leaf in self.ranked(self.tree.with_status(Status.OPEN))[self.config.beam :]:
             self._close_leaf(leaf, Status.PRUNED, "pruned")
-        for node in self._ranked(self.tree.hypotheses())[self.config.buffer_size :]:
+        for node in self.ranked(self.tree.hypotheses())[self.config.buffer_size :]:
             self._close_leaf(node, Status.PRUNED, "pruned")
 
     def stop_if_agreed(self) -> None:
@@ -327,6 +286,10 @@ class QuestionSearch:
         for leaf in self.tree.with_status(Status.OPEN):
             self._close_leaf(leaf, Status.ENDED, reason)
 
+    def ranked(self, nodes: Sequence[int]) -> list[int]:
+        """Returns nodes by their pruning scores, best first."""
+        return self.tree.best(nodes, len(nodes), self.config.length_penalty)
+
     def candidate(self, node: int) -> Candidate:
         """Returns a node as selectors see it."""
         text = self.tree.text(node)
@@ -352,9 +315,6 @@ class QuestionSearch:
         """Frees all branches of the engine."""
         for branch in sorted(self._held):
             self.release(branch)
-
-    def _ranked(self, nodes: Sequence[int]) -> list[int]:
-        return self.tree.best(nodes, len(nodes), self.config.length_penalty)
 
     def _close_leaf(self, node: int, status: Status, reason: str = "") -> None:
         """Marks a node that gets no more children, and frees its branch."""

@@ -14,7 +14,8 @@ from slimkernels.durable import JsonLines, read_json_lines
 from slimkernels.search.checks import Check
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine
-from slimkernels.search.question import Progress, Question, QuestionSearch, Result, count_repeats, plain_prompt
+from slimkernels.search.outcome import Result
+from slimkernels.search.question import Progress, Question, QuestionSearch, count_repeats, plain_prompt
 from slimkernels.search.tree import Status
 
 _VERSION = 1
