@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support import teachers
+from transformers import AutoConfig, LlamaForTokenClassification
 
 from slimkernels.cli import decode_results, main
 from slimkernels.cli.decode import SEARCH_FIELDS
@@ -59,7 +60,10 @@ def without_time(records: list[dict]) -> list[dict]:
 
 
 def test_decode_documents_the_defaults_of_the_configuration():
-    fields = {field.name: field.default for field in dataclasses.fields(PathFinderConfig) if field.name != "step_end"}
+    # Functions, which have options of their own or none.
+    functions = ("step_end", "score_steps")
+    fields = {field.name: field.default for field in dataclasses.fields(PathFinderConfig)}
+    fields = {name: default for name, default in fields.items() if name not in functions}
     assert set(fields) == set(SEARCH_FIELDS)
     own = {
         "max_tokens": "no limit",
@@ -205,6 +209,27 @@ def test_decode_by_other_decoders_within_the_same_budget(decode, model, tmp_path
     assert [entry["score"] for entry in record["candidates"]] == (votes if decoder == "self-consistency" else sums)
 
 
+def test_decode_prunes_by_a_scorer_of_steps(decode, model, tmp_path):
+    classifier = teachers.save_teacher(tmp_path / "classifier")
+    scorer = LlamaForTokenClassification(AutoConfig.from_pretrained(classifier))
+    scorer.save_pretrained(classifier)
+    found = []
+    for name in (model, classifier):
+        trace, out = tmp_path / f"{len(found)}.jsonl", tmp_path / f"{len(found)}-out.jsonl"
+        options = ["--score-steps", name, "--score-weight", "0.5", "--score-reduction", "min"]
+        options += ["--selector", "step-score", "--trace", trace, "--out", out]
+        code, _, errors = decode(*options, "Anna")
+        assert code == 0, errors
+        header = read_trace(trace).header["config"]
+        found.append(header["score_steps"]["name"])
+        assert (header["score_weight"], header["score_reduction"]) == (0.5, "min")
+        [record] = records_of(out)
+        assert all(0 < entry["score"] < 1 for entry in record["candidates"])
+    assert found == ["StepVerifier", "ProcessRewardModel"]
+    command = ["decode", "--model", model, "--decoder", "best-of-n", "--score-steps", model, "Anna"]
+    assert main(command) == 2
+
+
 def test_decode_takes_a_question_from_standard_input(decode, monkeypatch, tmp_path):
     direct, piped, records = (tmp_path / name for name in ("direct.jsonl", "piped.jsonl", "records.jsonl"))
     assert decode("--out", direct, "Anna\nwas")[0] == 0
@@ -276,6 +301,10 @@ def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
         (["--contradiction-threshold", "0.4", "Anna"], "needs --nli"),
         (["--no-repetition-check", "--repetition-threshold", "0.4", "Anna"], "has no meaning"),
         (["--repetition-threshold", "2", "Anna"], r"threshold must be in \[0, 1\]"),
+        (["--score-weight", "0.5", "Anna"], "--score-weight has no meaning without --score-steps MODEL"),
+        (["--selector", "step-score", "Anna"], "--selector step-score needs --score-steps MODEL"),
+        (["--score-steps", "http://127.0.0.1:9/v1", "Anna"], "--score-steps must name a model of the server"),
+        (["--score-steps", "x", "--score-weight", "2", "Anna"], "--score-weight must be finite and in"),
         (["--branching-factor", "2,0", "Anna"], "--branching-factor must be at least 1"),
         (["--temperature", "-1", "Anna"], "temperature must be"),
         (["--answer-pattern", "(", "Anna"], "--answer-pattern must be"),

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from slimkernels.cli.decode_judges import (
+    add_judge_arguments,
+    check_judge_options,
+    device_of,
+    make_checks,
+    make_selector,
+    make_step_scorer,
+    not_loaded,
+)
 from slimkernels.cli.decode_results import (
     Asked,
     answered_questions,
@@ -39,13 +49,11 @@ from slimkernels.cli.search_options import (
 from slimkernels.cli.terminal import be_quiet, warn_deprecated
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimkernels.search import Engine, PathFinder, Question, Scorer
+    from slimkernels.search import Engine, PathFinder, Question
 
 _DECODERS = ("pathfinder", "self-consistency", "best-of-n", "greedy")
-_SELECTORS = ("consensus", "majority-vote", "log-probability", "verifier")
 _EXAMPLES = """\
 examples:
   slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
@@ -79,7 +87,6 @@ _SET_BY = {
 }
 # Options by the names that the functions of ``slimkernels.search`` have for them.
 _API_NAMES = {"num_chains": "--chains", "token_budget": "--max-tokens"}
-_CHECK_OPTIONS = ("repetition_threshold", "no_repetition_check", "nli", "contradiction_threshold")
 
 
 def add_parser(commands: Any) -> None:
@@ -89,7 +96,7 @@ def add_parser(commands: Any) -> None:
     )
     _add_model_arguments(parser)
     _add_question_arguments(parser)
-    _add_judge_arguments(parser)
+    add_judge_arguments(parser)
     add_fields(parser.add_argument_group("search"), SEARCH_FIELDS)
     _add_old_names(parser)
 
@@ -145,31 +152,6 @@ def _add_question_arguments(parser: Parser) -> None:
     )
 
 
-def _add_judge_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("checks of steps, and selection of the answer").add_argument
-    add(
-        "--repetition-threshold",
-        type=float,
-        metavar="F",
-        help="similarity from which a step repeats an earlier one (default: 0.98)",
-    )
-    add("--no-repetition-check", action="store_true", help="accept steps that repeat earlier ones")
-    add("--nli", metavar="MODEL", help="entailment model, which turns the contradiction check on")
-    add(
-        "--contradiction-threshold",
-        type=float,
-        metavar="F",
-        help="probability from which two steps contradict each other (default: 0.5)",
-    )
-    add(
-        "--selector",
-        choices=_SELECTORS,
-        help="rule that chooses the answer (default: consensus; majority-vote with self-consistency, log-probability "
-        "with best-of-n)",
-    )
-    add("--verifier", metavar="MODEL", help="model that judges with --selector verifier (default: the model itself)")
-
-
 def _add_old_names(parser: Parser) -> None:
     add_old_name(parser, "--token-budget", "--max-tokens")
     add_old_name(parser, "--limit", "--samples")
@@ -203,23 +185,14 @@ def _check_options(args: argparse.Namespace) -> None:
     refused = list(_SET_BY[args.decoder])
     if args.decoder not in ("self-consistency", "best-of-n"):
         refused += ["chains"]
-    if args.decoder != "pathfinder":
-        refused += _CHECK_OPTIONS
-    if args.decoder == "greedy":
-        refused += ["selector"]
     refuse(args, refused, f"with --decoder {args.decoder}")
-    if args.selector != "verifier":
-        refuse(args, ["verifier"], "without --selector verifier")
-    if args.no_repetition_check:
-        refuse(args, ["repetition_threshold"], "with --no-repetition-check")
+    check_judge_options(args)
     if args.questions is None:
         refuse(args, ["question_field", "reference_field", "samples"], "without --questions FILE")
     if args.answer_pattern is not None:
         refuse(args, ["answer_kind"], "with --answer-pattern, which takes its place")
     if args.plan:
         refuse(args, ["out", "trace"], "with --plan, which generates nothing")
-    if args.contradiction_threshold is not None and args.nli is None:
-        raise ValueError("--contradiction-threshold needs --nli MODEL, which turns the check on")
 
 
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
@@ -227,10 +200,12 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     from slimkernels.evaluate.served import is_server
 
     # Made before the model is loaded, so that a bad value fails at once.
-    config = search.PathFinderConfig(**given_fields(args, SEARCH_FIELDS))
-    checks = _checks(args)
+    score_steps = None if args.score_steps is None else not_loaded
+    config = search.PathFinderConfig(**given_fields(args, SEARCH_FIELDS), score_steps=score_steps)
+    checks = make_checks(args)
     engine, model, tokenizer = _served(args) if is_server(args.model) else _embedded(args)
-    selector = _selector(args, model, tokenizer)
+    config = dataclasses.replace(config, score_steps=make_step_scorer(args, model, tokenizer))
+    selector = make_selector(args, model, tokenizer)
     selection = {} if selector is None else {"selector": selector}
     if args.decoder == "pathfinder":
         return search.PathFinder(engine, config, checks=checks, **selection), tokenizer
@@ -241,40 +216,23 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     return preset(engine, chains, config, **selection), tokenizer
 
 
-def _checks(args: argparse.Namespace) -> list[Any]:
-    from slimkernels import search
-
-    checks: list[Any] = []
-    if not args.no_repetition_check:
-        threshold = args.repetition_threshold
-        checks.append(search.RepetitionCheck() if threshold is None else search.RepetitionCheck(threshold))
-    if args.nli is not None:
-        threshold = 0.5 if args.contradiction_threshold is None else args.contradiction_threshold
-        checks.append(search.ContradictionCheck(search.NLIModel.from_pretrained(args.nli), threshold))
-    return checks
-
-
 def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
     from slimkernels import search, teacher
+    from slimkernels.evaluate.served import is_server
 
     refuse(args, ["tokenizer"], "with a model that runs here and has its own")
-    refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
+    if args.score_steps is None or not is_server(args.score_steps):
+        refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
     model, tokenizer = teacher.load_teacher(
         args.model,
         gguf_file=args.gguf_file,
         revision=args.revision,
         dtype=getattr(torch, args.dtype),
-        device=_device(args),
+        device=device_of(args),
     )
     return search.TransformersEngine(model, tokenizer), model, tokenizer
-
-
-def _device(args: argparse.Namespace) -> torch.device | None:
-    import torch
-
-    return None if args.device is None else torch.device(args.device)
 
 
 def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizerBase | None]:
@@ -286,28 +244,6 @@ def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizer
         raise ValueError("--selector verifier needs --verifier MODEL with a server: the verifier runs here")
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
     return find_server(args.model, key_env=args.key_env).engine, None, tokenizer
-
-
-def _selector(
-    args: argparse.Namespace, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
-) -> Scorer | None:
-    """Returns the scorer of --selector; None for the decoder's own."""
-    from slimkernels import search
-
-    if args.selector is None:
-        return None
-    if args.selector != "verifier":
-        scorers: dict[str, Scorer] = {
-            "consensus": search.consensus(),
-            "majority-vote": search.majority_vote,
-            "log-probability": search.log_probability,
-        }
-        return scorers[args.selector]
-    if args.verifier is None:
-        return search.Verifier(*cast(Any, (model, tokenizer)))  # with a server, _served has refused this
-    from slimkernels import teacher
-
-    return search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
 
 
 def _question(item: Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
@@ -375,7 +311,7 @@ def _solve(
         todo = [index for index in range(len(asked)) if args.trace is not None or index not in answered]
         if answered:
             sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
-        on_depth = stack.enter_context(watch(asked, todo))
+        on_depth = stack.enter_context(watch(asked, todo, finder.config.pruning_score))
         started, tokens, known_notes = time.monotonic(), 0, set[str]()
         stack.enter_context(_numbered(todo))
         for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=on_depth):

@@ -16,7 +16,7 @@ from slimkernels.text_files import check_characters
 
 if TYPE_CHECKING:
     from slimkernels.durable import JsonLines
-    from slimkernels.search import PathFinder, Result, Tree
+    from slimkernels.search import PathFinder, PruningScore, Result, Tree
 
 
 class Asked(NamedTuple):
@@ -144,7 +144,7 @@ def summary_of(index: int, total: int, result: Result, known_notes: set[str]) ->
 
 
 @contextlib.contextmanager
-def watch(asked: Sequence[Asked], todo: Sequence[int]) -> Iterator[Callable[[int, Tree], None]]:
+def watch(asked: Sequence[Asked], todo: Sequence[int], score: PruningScore) -> Iterator[Callable[[int, Tree], None]]:
     """Yields the function that shows a finished depth: the tree in a terminal, a line elsewhere."""
     from rich.console import Console
 
@@ -162,5 +162,5 @@ def watch(asked: Sequence[Asked], todo: Sequence[int]) -> Iterator[Callable[[int
 
     with Live(console=console, transient=True, auto_refresh=False) as live:
         yield lambda place, tree: live.update(
-            render_tree(asked[todo[place]].text, tree, console.height - 2), refresh=True
+            render_tree(asked[todo[place]].text, tree, console.height - 2, score), refresh=True
         )

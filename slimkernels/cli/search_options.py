@@ -101,6 +101,17 @@ SEARCH_FIELDS: FieldOptions = {
         {"type": float, "metavar": "F"},
         "exponent in the score, sum of log-probabilities / (number of tokens)^F (default: 1.0)",
     ),
+    "score_weight": (
+        "--score-weight",
+        {"type": float, "metavar": "F"},
+        "share of the scores of --score-steps in pruning, beside that of the log-probabilities; 1 is all (default: "
+        "1.0)",
+    ),
+    "score_reduction": (
+        "--score-reduction",
+        {"choices": ("last", "min", "mean", "product")},
+        "combination of the scores of a branch's steps into one (default: last)",
+    ),
     "max_attempts": (
         "--max-attempts",
         {"type": int, "metavar": "N"},

@@ -22,7 +22,8 @@ from slimkernels.search.question import (
     QuestionSearch,
     count_repeats,
 )
-from slimkernels.search.selection import Scorer, consensus
+from slimkernels.search.selection import Scorer, consensus, step_score
+from slimkernels.search.step_scores import score_new_steps
 from slimkernels.search.trace import Trace, header_of
 from slimkernels.search.tree import Tree
 
@@ -55,6 +56,7 @@ class PathFinder:
 
     Raises:
         TypeError: A check or the selector does not follow its protocol; the message says what it lacks.
+        ValueError: The selector is ``step_score``, and the configuration has no ``score_steps``.
 
     References: Golovneva et al. 2023, "PathFinder: Guided search over multi-step reasoning paths", arXiv 2312.05180.
     """
@@ -84,6 +86,9 @@ class PathFinder:
                 "selector must be a function from candidates to scores, such as slimkernels.search.consensus(), got "
                 f"{self.selector!r}"
             )
+
+        if self.selector is step_score and self.config.score_steps is None:
+            raise ValueError("selector step_score needs scores of steps: give the configuration score_steps")
 
     def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
         """Returns upper bounds of the tokens and bytes that ``solve`` takes, without generating any tokens.
@@ -127,6 +132,8 @@ class PathFinder:
             ValueError: A question is empty, or the engine cannot take it. All questions are checked before the first is
                 searched.
             FloatingPointError: The model returned NaN logits.
+            StepScoreError: ``score_steps`` raised an error or returned something other than one finite number for each
+                branch. The trace holds the depths before.
             TraceMismatchError: The trace is of another search: other questions, checks, model or configuration.
             TraceDamagedError, DamagedLineError, FileInUseError, ForeignFileError: As in ``Trace``.
         """
@@ -277,6 +284,8 @@ class PathFinder:
             self._check_steps(pending, depth)
         for child in children:
             child.search.add(child)
+        if self.config.score_steps is not None:
+            score_new_steps(self.config.score_steps, searches, depth + 1)
 
     def _generate(self, children: Sequence[Child], depth: int) -> None:
         """Generates the steps of children in one batch."""

@@ -286,9 +286,14 @@ class QuestionSearch:
         for leaf in self.tree.with_status(Status.OPEN):
             self._close_leaf(leaf, Status.ENDED, reason)
 
+    def new_hypotheses(self, depth: int) -> list[int]:
+        """Returns the nodes of a depth that are still hypotheses and whose own steps have text."""
+        tree = self.tree
+        return [node for node in tree.hypotheses() if tree.depth[node] == depth and tree.steps[node].strip()]
+
     def ranked(self, nodes: Sequence[int]) -> list[int]:
         """Returns nodes by their pruning scores, best first."""
-        return self.tree.best(nodes, len(nodes), self.config.length_penalty)
+        return self.config.pruning_score.ranked(self.tree, nodes)
 
     def candidate(self, node: int) -> Candidate:
         """Returns a node as selectors see it."""
@@ -300,6 +305,7 @@ class QuestionSearch:
             sum_logprob=float(self.tree.sum_logprob[node]),
             num_tokens=int(self.tree.num_tokens[node]),
             context=self.question.context or "",
+            step_score=self.config.pruning_score.reduce(self.tree.branch_step_scores(node)),
         )
 
     def hold(self, branch: int) -> None:

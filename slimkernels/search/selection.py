@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ class Candidate(NamedTuple):
         sum_logprob: Sum of the log-probabilities of the branch's tokens, in nats.
         num_tokens: Number of tokens of the branch.
         context: Context of the question.
+        step_score: Combined score of the branch's steps, by ``score_steps`` and ``score_reduction``; NaN without any.
     """
 
     node: int
@@ -36,6 +38,7 @@ class Candidate(NamedTuple):
     sum_logprob: float
     num_tokens: int
     context: str = ""
+    step_score: float = math.nan
 
 
 # Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected:
@@ -61,6 +64,11 @@ def select(candidates: Sequence[Candidate], scores: Sequence[float]) -> int:
 def log_probability(candidates: Sequence[Candidate]) -> list[float]:
     """Scores each candidate by the sum of its tokens' log-probabilities."""
     return [candidate.sum_logprob for candidate in candidates]
+
+
+def step_score(candidates: Sequence[Candidate]) -> list[float]:
+    """Scores each candidate by the combined score of its steps, for searches with ``score_steps``; -inf without one."""
+    return [-math.inf if math.isnan(candidate.step_score) else candidate.step_score for candidate in candidates]
 
 
 def majority_vote(candidates: Sequence[Candidate]) -> list[float]:

@@ -21,7 +21,8 @@ from slimkernels.search.tree import Status
 _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
 _NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
-_NEW_OPTIONS = ("stop_when_agreed",)  # likewise, and a search without them is the same as before
+_NEW_OPTIONS = ("stop_when_agreed", "score_steps")  # likewise, and a search without them is the same as before
+_OF_SCORES = ("score_weight", "score_reduction")  # which mean nothing without ``score_steps``
 
 
 class TraceMismatchError(ValueError):
@@ -64,8 +65,8 @@ def header_of(
 ) -> dict[str, Any]:
     """Returns everything that must be equal for a search to resume, as JSON values.
 
-    ``step_end`` and the checks are identified by their names, and a check also by its ``settings`` if it has any. The
-    number of questions that are searched at the same time may differ.
+    ``step_end``, ``score_steps`` and the checks are identified by their names, and the last two also by their
+    ``settings`` if they have any. The number of questions that are searched at the same time may differ.
     """
     fields = {
         field.name: getattr(config, field.name)
@@ -77,7 +78,11 @@ def header_of(
     if not isinstance(config.branching_factor, int):
         fields["branching_factor"] = list(config.branching_factor)
     step_end = config.step_end
-    fields["step_end"] = None if step_end is None else getattr(step_end, "__qualname__", type(step_end).__qualname__)
+    fields["step_end"] = None if step_end is None else _name(step_end)
+    if config.score_steps is None:
+        fields = {name: value for name, value in fields.items() if name not in _OF_SCORES}
+    else:
+        fields["score_steps"] = {"name": _name(config.score_steps), **getattr(config.score_steps, "settings", {})}
     counted = count_repeats([question._replace(repeat=None) for question in questions])
     return {
         _FIRST_KEY: _VERSION,
@@ -91,6 +96,10 @@ def header_of(
             for question, usual in zip(questions, counted, strict=True)
         ],
     }
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 class Trace:

@@ -7,6 +7,7 @@ from collections import Counter
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
+from slimkernels.search.pruning import PruningScore
 from slimkernels.search.tree import ROOT, Status, Tree
 
 _STYLES = {Status.OPEN: "bold", Status.FINISHED: "green", Status.ENDED: "yellow", Status.EXPANDED: ""}
@@ -24,17 +25,18 @@ def progress_line(index: int, tree: Tree) -> str:
     return f"question {index + 1}, depth {int(tree.depth.max())}: {named}"
 
 
-def render_tree(title: str, tree: Tree, max_lines: int) -> RichTree:
+def render_tree(title: str, tree: Tree, max_lines: int, score: PruningScore) -> RichTree:
     """Returns the best hypotheses with the steps before them, as many as fit.
 
     Args:
         title: Title of the drawing.
         tree: Tree of any size.
         max_lines: Largest number of lines, at least 3.
+        score: Score of a branch, which stands before its last step.
     """
     hypotheses = [node for node in tree.hypotheses() if node != ROOT]
     shown: set[int] = set()
-    for leaf in tree.best(hypotheses, len(hypotheses), 1.0):
+    for leaf in score.ranked(tree, hypotheses):
         branch = set(tree.branch(leaf)) - shown
         if shown and len(shown) + len(branch) > max_lines - 2:
             break
@@ -42,7 +44,7 @@ def render_tree(title: str, tree: Tree, max_lines: int) -> RichTree:
     rendered = RichTree(_one_line(title, "bold"))
     rendered_nodes = {ROOT: rendered}
     for node in sorted(shown):
-        label = Text(f"{tree.scores([node], 1.0)[0]:.2f} ", style="cyan")
+        label = Text(f"{score(tree, [node])[0]:.2f} ", style="cyan")
         label.append_text(_one_line(tree.steps[node], _STYLES[Status(tree.status[node])]))
         rendered_nodes[node] = rendered_nodes[int(tree.parent[node])].add(label)
     if len(tree) - 1 > len(shown):
