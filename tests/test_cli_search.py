@@ -61,13 +61,14 @@ def without_time(records: list[dict]) -> list[dict]:
 
 def test_decode_documents_the_defaults_of_the_configuration():
     # Functions, which have options of their own or none.
-    functions = ("step_end", "score_steps")
+    functions = ("step_end", "score_steps", "merge_embed")
     fields = {field.name: field.default for field in dataclasses.fields(PathFinderConfig)}
     fields = {name: default for name, default in fields.items() if name not in functions}
     assert set(fields) == set(SEARCH_FIELDS)
     own = {
         "max_tokens": "no limit",
         "stop_when_agreed": "no early stop",
+        "merge_siblings": "no merging",
         "time_limit_s": "no limit",
         "step_delimiter": r"\n",
         "answer_pattern": "the rule of --answer-kind",
@@ -305,6 +306,7 @@ def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
         (["--selector", "step-score", "Anna"], "--selector step-score needs --score-steps MODEL"),
         (["--score-steps", "http://127.0.0.1:9/v1", "Anna"], "--score-steps must name a model of the server"),
         (["--score-steps", "x", "--score-weight", "2", "Anna"], "--score-weight must be finite and in"),
+        (["--merge-siblings", "2", "Anna"], r"--merge-siblings must be in \[0, 1\]"),
         (["--branching-factor", "2,0", "Anna"], "--branching-factor must be at least 1"),
         (["--temperature", "-1", "Anna"], "temperature must be"),
         (["--answer-pattern", "(", "Anna"], "--answer-pattern must be"),

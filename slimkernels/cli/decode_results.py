@@ -110,6 +110,7 @@ def record_of(
                 "score": score,
                 "sum_logprob": candidate.sum_logprob,
                 "num_tokens": candidate.num_tokens,
+                "weight": candidate.weight,
             }
             for candidate, score in zip(result.candidates, result.scores, strict=True)
         ],

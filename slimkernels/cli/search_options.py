@@ -112,6 +112,12 @@ SEARCH_FIELDS: FieldOptions = {
         {"choices": ("last", "min", "mean", "product")},
         "combination of the scores of a branch's steps into one (default: last)",
     ),
+    "merge_siblings": (
+        "--merge-siblings",
+        {"type": float, "metavar": "F"},
+        "similarity from which children of one leaf are merged, and their votes added; 1 merges equal steps alone "
+        "(default: no merging)",
+    ),
     "max_attempts": (
         "--max-attempts",
         {"type": int, "metavar": "N"},

@@ -10,6 +10,7 @@ from typing import Any
 
 from slimkernels import _checks
 from slimkernels.search.answers import ANSWER_KINDS, AnswerKind, extract, finishes
+from slimkernels.search.checks import Embed
 from slimkernels.search.engine import StepEnd
 from slimkernels.search.pruning import REDUCTIONS, PruningScore, Reduction, StepScorer
 
@@ -51,6 +52,11 @@ class PathFinderConfig:
         score_weight: Share of the step scores in the pruning score, in [0, 1], ``PruningScore``: 1 prunes by them
             alone.
         score_reduction: Combination of the scores of a branch's steps into one: "last" | "min" | "mean" | "product".
+        merge_siblings: Similarity in [0, 1] from which children of one leaf are merged into the first of them, which
+            then has all their weight in votes and selection, and gets children once: 1 merges steps of equal words,
+            less also those whose embeddings are as similar and that have the same numbers. None merges none.
+        merge_embed: Function from n texts to embeddings (n, d), such as a ``SentenceEncoder``, for a ``merge_siblings``
+            below 1. None uses the engine's embeddings.
         max_attempts: Number of times to generate a child that fails its checks before it is cut.
         seed: Seed of all noise.
         batch_questions: Questions to search at the same time. Changes speed and memory, not results.
@@ -81,6 +87,8 @@ class PathFinderConfig:
     score_steps: StepScorer | None = None
     score_weight: float = 1.0
     score_reduction: Reduction = "last"
+    merge_siblings: float | None = None
+    merge_embed: Embed | None = None
     max_attempts: int = 2
     seed: int = 0
     batch_questions: int = 8
@@ -126,6 +134,7 @@ class PathFinderConfig:
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
         self._check_step_scores()
+        self._check_merging()
         if not (math.isfinite(self.annealing) and self.annealing > 0):
             raise ValueError(f"annealing must be finite and above 0, got {self.annealing}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
@@ -152,6 +161,15 @@ class PathFinderConfig:
         for name, default in (("score_weight", 1.0), ("score_reduction", "last")):
             if self.score_steps is None and getattr(self, name) != default:
                 raise ValueError(f"{name} has no meaning without score_steps, whose scores it is about: omit it")
+
+    def _check_merging(self) -> None:
+        similarity = self.merge_siblings
+        if similarity is not None and not (isinstance(similarity, (int, float)) and 0 <= similarity <= 1):
+            raise ValueError(f"merge_siblings must be in [0, 1], or None, got {similarity!r}")
+        if self.merge_embed is not None and (similarity is None or similarity == 1):
+            raise ValueError(
+                "merge_embed has no meaning without a merge_siblings below 1, which compares embeddings: omit it"
+            )
 
     @property
     def pruning_score(self) -> PruningScore:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step, StepRequest
+from slimkernels.search.merging import merge_new_siblings
 from slimkernels.search.outcome import Result, select_result
 from slimkernels.search.plan import Plan, plan
 from slimkernels.search.question import (
@@ -266,7 +267,9 @@ class PathFinder:
 
     @property
     def _embeds(self) -> bool:
-        return any(getattr(check, "needs_embeddings", False) for check in self.checks)
+        similarity = self.config.merge_siblings
+        merges = similarity is not None and similarity < 1 and self.config.merge_embed is None
+        return merges or any(getattr(check, "needs_embeddings", False) for check in self.checks)
 
     def _expand(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
         """Gives every open leaf its children: generates all in one batch, then those that fail in further batches."""
@@ -284,6 +287,8 @@ class PathFinder:
             self._check_steps(pending, depth)
         for child in children:
             child.search.add(child)
+        if self.config.merge_siblings is not None:
+            merge_new_siblings(searches, depth + 1, self.config.merge_siblings, self.config.merge_embed)
         if self.config.score_steps is not None:
             score_new_steps(self.config.score_steps, searches, depth + 1)
 

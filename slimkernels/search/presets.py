@@ -79,6 +79,8 @@ def _chains(
         beam=num_chains,
         buffer_size=num_chains,
         max_attempts=1,
+        merge_siblings=None,
+        merge_embed=None,
         **changes,
     )
     return PathFinder(engine, chains, checks=(), selector=selector, chat=chat)

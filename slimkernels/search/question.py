@@ -196,7 +196,14 @@ class QuestionSearch:
         return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(affordable)]
 
     def notes(self) -> tuple[str, ...]:
-        """Returns what the token budget changed, for the notes of the result."""
+        """Returns what merging and the token budget changed, for the notes of the result."""
+        return (*self._merged_note(), *self._budget_note())
+
+    def _merged_note(self) -> tuple[str, ...]:
+        count = len(self.tree.with_status(Status.MERGED))
+        return (f"{count} of {len(self.tree) - 1} steps were merged into a sibling like them",) if count else ()
+
+    def _budget_note(self) -> tuple[str, ...]:
         tree, depths = self.tree, []
         if self.config.max_tokens is None:
             return ()
@@ -263,7 +270,8 @@ class QuestionSearch:
             self.end(AGREED)
 
     def _agreement(self) -> Agreement:
-        return agreement([self.candidate(node).answer for node in self.tree.with_status(Status.FINISHED)])
+        candidates = [self.candidate(node) for node in self.tree.with_status(Status.FINISHED)]
+        return agreement([c.answer for c in candidates], [c.weight for c in candidates])
 
     def _remainder(self, num_leaves: int) -> Remainder:
         return remainder(self.config, self.progress.depth, num_leaves, self.affordable_steps())
@@ -274,10 +282,12 @@ class QuestionSearch:
         if num_leaves == 0:
             return 0, ()
         found, left = self._agreement(), self._remainder(num_leaves)
-        could = "could not have" if found.others + left.branches < found.votes else "could have"
+        # A branch that siblings are merged into has more than one vote.
+        is_certain = self.config.merge_siblings is None and found.others + left.branches < found.votes
+        could = "could not have" if is_certain else "could have"
         branches = f"{left.branches} branch{'' if left.branches == 1 else 'es'}"
         return left.tokens, (
-            f"stopped where {found.votes} finished branches agreed on {found.answer!r}: at most {branches} more, of "
+            f"stopped where {found.votes:g} finished branches agreed on {found.answer!r}: at most {branches} more, of "
             f"{left.tokens} tokens, were left, which {could} outvoted it",
         )
 
@@ -287,9 +297,17 @@ class QuestionSearch:
             self._close_leaf(leaf, Status.ENDED, reason)
 
     def new_hypotheses(self, depth: int) -> list[int]:
-        """Returns the nodes of a depth that are still hypotheses and whose own steps have text."""
-        tree = self.tree
-        return [node for node in tree.hypotheses() if tree.depth[node] == depth and tree.steps[node].strip()]
+        """Returns the nodes of a depth that are still hypotheses."""
+        return [node for node in self.tree.hypotheses() if self.tree.depth[node] == depth]
+
+    def embedding(self, node: int) -> np.ndarray | None:
+        """Returns the embedding of a node's step, as its checks saw it; None if the engine gave none."""
+        return self._checked[node].embedding
+
+    def merge(self, node: int, into: int) -> None:
+        """Merges a node into a sibling, and frees its branch."""
+        self.tree.merge(node, into)
+        self._close_leaf(node, Status.MERGED, "merged")
 
     def ranked(self, nodes: Sequence[int]) -> list[int]:
         """Returns nodes by their pruning scores, best first."""
@@ -305,6 +323,7 @@ class QuestionSearch:
             sum_logprob=float(self.tree.sum_logprob[node]),
             num_tokens=int(self.tree.num_tokens[node]),
             context=self.question.context or "",
+            weight=float(self.tree.weight[node]),
             step_score=self.config.pruning_score.reduce(self.tree.branch_step_scores(node)),
         )
 

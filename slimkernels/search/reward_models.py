@@ -120,7 +120,7 @@ class ProcessRewardModel:
 
     def _begin(self, text: str) -> list[int]:
         if not self.chat:
-            bos = self.tokenizer.bos_token_id
+            bos: Any = self.tokenizer.bos_token_id
             token_ids = _plain_ids(self.tokenizer, text)
             return token_ids if bos is None else [bos, *token_ids]
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -27,7 +27,8 @@ def score_new_steps(scorer: StepScorer, searches: Sequence[QuestionSearch], dept
     Raises:
         StepScoreError: The scorer raised an error other than OSError, or returned something else than finite numbers.
     """
-    asked = [(search, node) for search in searches for node in search.new_hypotheses(depth)]
+    new = [(search, node) for search in searches for node in search.new_hypotheses(depth)]
+    asked = [(search, node) for search, node in new if search.tree.steps[node].strip()]
     if not asked:
         return
     texts = [tuple(step for step in search.tree.step_texts(node) if step.strip()) for search, node in asked]

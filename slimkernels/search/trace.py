@@ -21,7 +21,8 @@ from slimkernels.search.tree import Status
 _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
 _NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
-_NEW_OPTIONS = ("stop_when_agreed", "score_steps")  # likewise, and a search without them is the same as before
+# Options that these do not name either: a search without them is the same as before.
+_NEW_OPTIONS = ("stop_when_agreed", "score_steps", "merge_siblings", "merge_embed")
 _OF_SCORES = ("score_weight", "score_reduction")  # which mean nothing without ``score_steps``
 
 
@@ -65,8 +66,8 @@ def header_of(
 ) -> dict[str, Any]:
     """Returns everything that must be equal for a search to resume, as JSON values.
 
-    ``step_end``, ``score_steps`` and the checks are identified by their names, and the last two also by their
-    ``settings`` if they have any. The number of questions that are searched at the same time may differ.
+    Functions and checks are identified by their names, ``score_steps`` and checks also by their ``settings`` if they
+    have any. The number of questions that are searched at the same time may differ.
     """
     fields = {
         field.name: getattr(config, field.name)
@@ -79,6 +80,8 @@ def header_of(
         fields["branching_factor"] = list(config.branching_factor)
     step_end = config.step_end
     fields["step_end"] = None if step_end is None else _name(step_end)
+    if config.merge_embed is not None:
+        fields["merge_embed"] = _name(config.merge_embed)
     if config.score_steps is None:
         fields = {name: value for name, value in fields.items() if name not in _OF_SCORES}
     else:

@@ -22,6 +22,7 @@ class Status(enum.IntEnum):
     ENDED = 3  # a hypothesis that a limit ended
     PRUNED = 4  # a hypothesis with a lower score than those kept
     CUT = 5  # a step that failed its checks at every attempt
+    MERGED = 6  # a step that another child of its parent stands for
 
 
 _NODE = np.dtype(
@@ -33,12 +34,14 @@ _NODE = np.dtype(
         ("num_tokens", np.int32),
         ("sum_logprob", np.float64),
         ("step_score", np.float64),
+        ("weight", np.float64),
+        ("merged_into", np.int32),
         ("first_token", np.int64),  # the step's range in the flat array of token ids
         ("end_token", np.int64),
         ("status", np.int8),
     ]
 )
-_ARRAYS = ("parent", "depth", "ordinal", "attempts", "num_tokens", "sum_logprob", "step_score", "status")
+_ARRAYS = tuple(name for name in _NODE.names or () if name not in ("first_token", "end_token"))
 
 
 class Tree:
@@ -54,6 +57,9 @@ class Tree:
         num_tokens: (M,) int32, generated tokens from the root to the node.
         sum_logprob: (M,) float64, sum of these tokens' log-probabilities under the model, in nats.
         step_score: (M,) float64, score of the node's own step by ``score_steps``; NaN for a step without one.
+        weight: (M,) float64, number of drawn branches that the node stands for: its parent's, and those of the siblings
+            that were merged into it; 1 without merging.
+        merged_into: (M,) int32, the sibling into which a node was merged; ``NO_PARENT`` for all others.
         status: (M,) int8, a ``Status``.
         steps: M strings, text of each step; "" for the root.
         replaces: M integers, how many characters at the end of the parent's text each step replaces; mostly 0.
@@ -68,7 +74,8 @@ class Tree:
         self.replaces: list[int] = [0]
         self.reasons: list[str] = [""]
         self._nodes[ROOT]["parent"] = NO_PARENT
-        self._nodes[ROOT]["step_score"] = np.nan
+        self._nodes[ROOT]["merged_into"] = NO_PARENT
+        self._nodes[ROOT]["step_score"], self._nodes[ROOT]["weight"] = np.nan, 1
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -119,6 +126,8 @@ class Tree:
             above["num_tokens"] + len(token_ids),
             above["sum_logprob"] + sum_logprob,
             np.nan,
+            above["weight"],
+            NO_PARENT,
             self._num_tokens,
             end,
             Status.OPEN,
@@ -138,6 +147,17 @@ class Tree:
         """Sets the score of the node's own step."""
         self._nodes[node]["step_score"] = score
 
+    def merge(self, node: int, into: int) -> None:
+        """Merges a node into a sibling, which gets its weight.
+
+        Raises:
+            ValueError: The other node is no earlier child of the same parent.
+        """
+        if not 0 <= into < node or self.parent[into] != self.parent[node]:
+            raise ValueError(f"node {node} must be merged into an earlier child of its parent, got {into}")
+        self._nodes[into]["weight"] += self._nodes[node]["weight"]
+        self._nodes[node]["merged_into"] = into
+
     def record(self, node: int) -> dict[str, Any]:
         """Returns a node as JSON values; ``sum_logprob`` is that of the branch, as in the array."""
         record: dict[str, Any] = {
@@ -155,6 +175,8 @@ class Tree:
             record["replaces"] = self.replaces[node]
         if not np.isnan(self.step_score[node]):
             record["step_score"] = float(self.step_score[node])
+        if self.merged_into[node] != NO_PARENT:
+            record["merged_into"] = int(self.merged_into[node])
         return record
 
     def restore(self, record: Mapping[str, Any]) -> None:
@@ -177,6 +199,8 @@ class Tree:
         # Set rather than summed up again, so that it is bit-equal.
         self._nodes[node]["sum_logprob"] = record["sum_logprob"]
         self.set_step_score(node, record.get("step_score", np.nan))
+        if "merged_into" in record:
+            self.merge(node, record["merged_into"])
         self.mark(node, Status[record["status"].upper()], record["reason"])
 
     def with_status(self, *statuses: Status) -> list[int]:

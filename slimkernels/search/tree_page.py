@@ -117,6 +117,10 @@ def _node(tree: Tree, node: int, score: float, on_branch: bool, is_chosen: bool,
     facts.append(f"{count} token" + ("s" if count != 1 else ""))
     if selected is not None:
         facts.append(f"selector {selected:.3g}")
+    if tree.weight[node] != tree.weight[tree.parent[node]]:
+        facts.append(f"stands for {tree.weight[node]:g} branches")
+    if status == "merged":
+        facts.append(f"into child {tree.ordinal[tree.merged_into[node]] + 1} of its parent")
     if tree.attempts[node] > 1:
         facts.append(f"{int(tree.attempts[node])} attempts")
     text = escape(tree.steps[node].strip()) or "<i>no text</i>"
@@ -141,7 +145,7 @@ _PAGE = """\
 <body>
 <header><h1>Search trees</h1><p class="facts">{count}. {meaning} The chosen branch is framed.</p>
 <p class="tools" hidden><label><input type="checkbox" id="only"> show only the chosen branch</label>
-<label><input type="checkbox" id="kept"> hide steps that were cut or pruned</label></p></header>
+<label><input type="checkbox" id="kept"> hide steps that were cut, pruned or merged</label></p></header>
 <main>
 {sections}
 </main>
@@ -171,13 +175,13 @@ li { margin: .35rem 0; }
 .step { white-space: pre-wrap; padding: .2rem .45rem; border-radius: .3rem; background: var(--back);
   border: 1px solid transparent; }
 li.branch > .step { border-color: var(--choice); box-shadow: inset 3px 0 var(--choice); }
-li.cut > .step, li.pruned > .step { color: var(--dim); }
+li.cut > .step, li.pruned > .step, li.merged > .step { color: var(--dim); }
 .label { font-weight: 600; color: var(--dim); }
 .finished > .facts .label { color: var(--good); }
 .cut > .facts .label { color: var(--bad); }
 .ended > .facts .label { color: var(--warn); }
 li.branch > .facts .label { color: var(--choice); }
-.only li:not(.branch), .kept li.cut, .kept li.pruned { display: none; }
+.only li:not(.branch), .kept li.cut, .kept li.pruned, .kept li.merged { display: none; }
 pre { white-space: pre-wrap; font-size: .8rem; }
 label { margin-right: 1rem; }
 """
