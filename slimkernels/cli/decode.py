@@ -78,7 +78,15 @@ template is
     Think step by step, one step on each line. The last line is "Answer:" and the answer alone.
 """
 # Fields of the configuration that a decoder sets on its own.
-_SET_BY_CHAINS = ("branching_factor", "beam", "buffer_size", "annealing", "max_attempts", "merge_siblings")
+_SET_BY_CHAINS = (
+    "branching_factor",
+    "branching_temperature",
+    "beam",
+    "buffer_size",
+    "annealing",
+    "max_attempts",
+    "merge_siblings",
+)
 _SET_BY = {
     "pathfinder": (),
     "self-consistency": _SET_BY_CHAINS,

@@ -31,6 +31,12 @@ SEARCH_FIELDS: FieldOptions = {
         {"type": _numbers, "metavar": "N[,N...]"},
         "children per open leaf; several numbers apply to depth 0, 1, ..., the last to all deeper ones (default: 3)",
     ),
+    "branching_temperature": (
+        "--branching-temperature",
+        {"type": float, "metavar": "F"},
+        "difference of scores that changes a leaf's share of the children of a depth by a factor of e (default: equal "
+        "shares)",
+    ),
     "beam": ("--beam", {"type": int, "metavar": "N"}, "open leaves kept at every depth (default: 3)"),
     "buffer_size": ("--buffer-size", {"type": int, "metavar": "N"}, "hypotheses kept at every depth (default: 128)"),
     "max_depth": ("--max-depth", {"type": int, "metavar": "N"}, "maximum number of steps in a branch (default: 12)"),

@@ -22,6 +22,9 @@ class PathFinderConfig:
     Attributes:
         branching_factor: Children of every open leaf; or one number per depth, the last of which applies to all deeper
             ones.
+        branching_temperature: Temperature at which the children of a depth are shared out among a question's leaves by
+            their pruning scores (``share_children``): leaves with close scores get as many, one that leads gets more,
+            all together as many as without it. None gives each leaf ``branching_factor`` children.
         beam: Open leaves to keep for each question after every depth, those with the best scores.
         buffer_size: Hypotheses to keep for each question after every depth, finished ones included, those with the best
             scores.
@@ -68,6 +71,7 @@ class PathFinderConfig:
     """
 
     branching_factor: int | Sequence[int] = 3
+    branching_temperature: float | None = None
     beam: int = 3
     buffer_size: int = 128
     max_depth: int = 12
@@ -133,6 +137,7 @@ class PathFinderConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
+        self._check_branching()
         self._check_step_scores()
         self._check_merging()
         if not (math.isfinite(self.annealing) and self.annealing > 0):
@@ -147,6 +152,19 @@ class PathFinderConfig:
                 re.compile(self.answer_pattern)
             except re.error as error:
                 raise ValueError(f"answer_pattern must be a regular expression, got {self.answer_pattern!r}") from error
+
+    def _check_branching(self) -> None:
+        temperature = self.branching_temperature
+        if temperature is None:
+            return
+        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"branching_temperature must be finite and above 0, or None, got {temperature!r}")
+        factors = [self.branching_at(depth) for depth in range(1, self.max_depth)]
+        if self.beam == 1 or max(factors, default=1) == 1:
+            raise ValueError(
+                "branching_temperature has no meaning where no depth but the first has more than one child for each of "
+                "several leaves: omit it, or give a beam, a max_depth and a branching_factor above 1"
+            )
 
     def _check_step_scores(self) -> None:
         if self.score_steps is not None and not callable(self.score_steps):

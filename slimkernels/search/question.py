@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slimkernels.search.agreement import Agreement, Remainder, agreement, is_settled, remainder
+from slimkernels.search.branching import share_children
 from slimkernels.search.checks import CheckedBranch, CheckedStep
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step
@@ -184,13 +185,23 @@ class QuestionSearch:
         return max(0, self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
 
     def new_children(self, factor: int) -> list[Child]:
-        """Returns ``factor`` children for each open leaf, in the order of their leaves.
+        """Returns ``factor`` children for each open leaf, or as many in all, in the order of their leaves.
 
         If the token budget does not allow all of them, every leaf gets one child before any gets a second, best leaf
         first. Leaves without children are ended.
         """
         leaves = self.ranked(self.tree.with_status(Status.OPEN))
-        affordable = [(leaf, ordinal) for ordinal in range(factor) for leaf in leaves][: self.affordable_steps()]
+        counts = [factor] * len(leaves)
+        if self.config.branching_temperature is not None:
+            scores = self.config.pruning_score(self.tree, leaves)
+            counts = share_children(scores, factor, self.config.branching_temperature)
+        wanted = [
+            (leaf, ordinal)
+            for ordinal in range(max(counts))
+            for leaf, count in zip(leaves, counts, strict=True)
+            if ordinal < count
+        ]
+        affordable = wanted[: self.affordable_steps()]
         for leaf in leaves[len(affordable) :]:
             self._close_leaf(leaf, Status.ENDED, "budget")
         return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(affordable)]

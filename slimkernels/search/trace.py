@@ -22,7 +22,7 @@ _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
 _NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
 # Options that these do not name either: a search without them is the same as before.
-_NEW_OPTIONS = ("stop_when_agreed", "score_steps", "merge_siblings", "merge_embed")
+_NEW_OPTIONS = ("stop_when_agreed", "branching_temperature", "score_steps", "merge_siblings", "merge_embed")
 _OF_SCORES = ("score_weight", "score_reduction")  # which mean nothing without ``score_steps``
 
 
