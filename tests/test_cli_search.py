@@ -14,7 +14,7 @@ import pytest
 from support import teachers
 from transformers import AutoConfig, LlamaForTokenClassification
 
-from slimkernels.cli import decode_results, main
+from slimkernels.cli import decode_results, decode_watch, main
 from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
@@ -31,6 +31,12 @@ OPTIONS = [option for field, value in FIELDS.items() for option in (SEARCH_FIELD
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return str(teachers.save_teacher(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _silence(monkeypatch):
+    """A slow machine writes no line about the loading of a model before an error."""
+    monkeypatch.setattr(decode_watch, "SILENCE_S", 1e9)
 
 
 @pytest.fixture

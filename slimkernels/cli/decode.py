@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import re
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +26,8 @@ from slimkernels.cli.decode_results import (
     record_of,
     settings_of,
     summary_of,
-    watch,
 )
+from slimkernels.cli.decode_watch import Watch, watch_of
 from slimkernels.cli.options import (
     Parser,
     add_command,
@@ -64,6 +62,8 @@ examples:
         --decoder self-consistency --chains 16
   the highest cost of that, without generating anything:
     slimkernels decode --model ./my-model --questions test.jsonl --plan
+  progress and answers for another program:
+    slimkernels decode --model ./my-model --questions test.jsonl --json > lines.jsonl
   a search that can be stopped and continued, and a page that shows its trees:
     slimkernels decode --model ./my-model --questions test.jsonl --trace trace.jsonl
     slimkernels tree trace.jsonl -o tree.html
@@ -124,6 +124,11 @@ def _add_model_arguments(parser: Parser) -> None:
     add("--device", metavar="DEVICE", help="device of the model, such as cuda (default: the CPU)")
     add("--decoder", choices=_DECODERS, default=_DECODERS[0], help="search algorithm (default: %(default)s)")
     add_chains_option(parser, "self-consistency and best-of-n")
+    add(
+        "--json",
+        action="store_true",
+        help='print progress and results as JSON, an object on each line with its kind as "event"',
+    )
     add("--plan", action="store_true", help="print the highest possible number of tokens and bytes, and stop")
     add(
         "--out",
@@ -168,23 +173,25 @@ def _add_old_names(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers the questions: answers to standard output, progress to standard error."""
+    """Answers the questions: answers to standard output, progress to standard error; with --json all to the first."""
     if args.server is not None:
         warn_deprecated("--server URL --model NAME is now --model URL#NAME")
         args.model = f"{args.server}#{args.model}"
     _check_options(args)
-    be_quiet()
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
-    from slimkernels.search.question import count_repeats
-
     asked = read_questions(args)
-    finder, tokenizer = _path_finder(args)
-    # Counted here, so that a run that answers only the questions that are left draws the same.
-    questions = count_repeats([_question(item, template, tokenizer, args.prompt_style) for item in asked])
+    with watch_of(args) as watch:
+        watch.stage(f"loading {args.model}")
+        be_quiet()
+        from slimkernels.search.question import count_repeats
+
+        finder, tokenizer = _path_finder(args)
+        # Counted here, so that a run that answers only the questions that are left draws the same.
+        questions = count_repeats([_question(item, template, tokenizer, args.prompt_style) for item in asked])
+        if not args.plan:
+            _solve(args, watch, finder, asked, questions, template)
     if args.plan:
         _print_plan(finder, questions)
-    else:
-        _solve(args, finder, asked, questions, template)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -200,7 +207,7 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.answer_pattern is not None:
         refuse(args, ["answer_kind"], "with --answer-pattern, which takes its place")
     if args.plan:
-        refuse(args, ["out", "trace"], "with --plan, which generates nothing")
+        refuse(args, ["out", "trace", "json"], "with --plan, which generates nothing")
 
 
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
@@ -301,6 +308,7 @@ def _print_plan(finder: PathFinder, questions: Sequence[Question]) -> None:
 
 def _solve(
     args: argparse.Namespace,
+    watch: Watch,
     finder: PathFinder,
     asked: Sequence[Asked],
     questions: Sequence[Question],
@@ -318,19 +326,19 @@ def _solve(
         # A trace belongs to all questions of a run, and records which of them are done.
         todo = [index for index in range(len(asked)) if args.trace is not None or index not in answered]
         if answered:
-            sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
-        on_depth = stack.enter_context(watch(asked, todo, finder.config.pruning_score))
-        started, tokens, known_notes = time.monotonic(), 0, set[str]()
+            watch.note(f"{len(answered)} of {len(asked)} questions are answered in {args.out}")
+        if not todo:
+            return
+        watch.search([index + 1 for index in todo], [asked[index].text for index in todo], finder.config)
+        tokens, known_notes = 0, set[str]()
         stack.enter_context(_numbered(todo))
-        for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=on_depth):
+        prompts = [questions[index] for index in todo]
+        found = finder.solve_each(prompts, trace=args.trace, on_progress=watch.depth, on_tokens=watch.tokens)
+        for place, result in found:
             index = todo[place]
             tokens += result.num_tokens
-            print(summary_of(index, len(asked), result, known_notes))
+            record = record_of(args, index, asked[index], finder, result, settings)
+            watch.result(place, record, summary_of(index, len(asked), result, known_notes))
             if results is not None and index not in answered:
-                results.append(record_of(args, index, asked[index], finder, result, settings))
-        seconds = time.monotonic() - started
-    if todo:
-        sys.stderr.write(
-            f"{len(todo)} question{'s' if len(todo) > 1 else ''}, {tokens} tokens, {seconds:.1f} s, "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s\n"
-        )
+                results.append(record)
+        watch.end(tokens)

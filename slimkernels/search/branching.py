@@ -24,8 +24,8 @@ def share_children(scores: Sequence[float] | np.ndarray, factor: int, temperatur
     Returns:
         The number of children of each leaf, L * factor in all.
 
-    References: Wu et al. 2024, "Inference Scaling Laws", arXiv 2408.00724: the widths of REBASE are a softmax of rewards
-    too, rounded one by one, and 0 for some leaves; here pruning alone ends leaves.
+    References: Wu et al. 2024, "Inference Scaling Laws", arXiv 2408.00724: the widths of REBASE are a softmax of
+    rewards too, rounded one by one, and 0 for some leaves; here pruning alone ends leaves.
     """
     values = np.asarray(scores, np.float64)
     extra = len(values) * (factor - 1)

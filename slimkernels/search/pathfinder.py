@@ -28,8 +28,11 @@ from slimkernels.search.step_scores import score_new_steps
 from slimkernels.search.trace import Trace, header_of
 from slimkernels.search.tree import Tree
 
-# Called with a question's index and its tree whenever a depth is complete.
+# Called with a question's index and its tree, or its state, whenever a depth is complete.
 OnDepth = Callable[[int, Tree], None]
+OnProgress = Callable[[int, Progress], None]
+# Called with the number of tokens drawn since the last call; negative where an estimate was too high.
+OnTokens = Callable[[int], None]
 
 
 class PathFinder:
@@ -146,9 +149,26 @@ class PathFinder:
         *,
         trace: str | os.PathLike[str] | None = None,
         on_depth: OnDepth | None = None,
+        on_progress: OnProgress | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Iterator[tuple[int, Result]]:
-        """Yields the index and result of each question as soon as its batch of questions is complete. See ``solve``."""
+        """Yields the index and result of each question as soon as its batch of questions is complete.
+
+        Args:
+            questions: As in ``solve``.
+            trace: As in ``solve``.
+            on_depth: As in ``solve``.
+            on_progress: Function called with a question's index and its state whenever a depth of it is complete.
+            on_tokens: Function called with the number of tokens drawn since its last call: after every token of an
+                engine in this process, and after every answer of a server.
+
+        Raises:
+            As in ``solve``.
+        """
         checked = self._check_questions(questions)
+        watchers = [] if on_progress is None else [on_progress]
+        if on_depth is not None:
+            watchers.append(lambda index, progress: on_depth(index, progress.tree))
         batch_size = self.config.batch_questions
         with contextlib.ExitStack() as stack:
             written, progress = None, lambda _: Progress()
@@ -161,7 +181,7 @@ class PathFinder:
                     QuestionSearch(self.engine, self.config, index, question, progress(index))
                     for index, question in enumerate(checked[first : first + batch_size], first)
                 ]
-                yield from enumerate(self._search_batch(searches, written, on_depth), first)
+                yield from enumerate(self._search_batch(searches, written, watchers, on_tokens), first)
 
     def _check_questions(self, questions: Sequence[Prompt | Question]) -> list[Question]:
         """Returns all questions with their contexts.
@@ -197,7 +217,11 @@ class PathFinder:
         return Question(question) if prompt is None else Question(prompt, question)
 
     def _search_batch(
-        self, searches: Sequence[QuestionSearch], trace: Trace | None, on_depth: OnDepth | None
+        self,
+        searches: Sequence[QuestionSearch],
+        trace: Trace | None,
+        watchers: Sequence[OnProgress],
+        on_tokens: OnTokens | None,
     ) -> list[Result]:
         """Grows the trees of a batch of questions depth by depth, and selects their results."""
         config = self.config
@@ -214,7 +238,7 @@ class PathFinder:
                     break
                 # In a resumed search some questions may have completed this depth before the interruption.
                 growing = [search for search in searches if search.is_open and search.progress.depth == depth]
-                self._expand(growing, depth, deadline)
+                self._expand(growing, depth, deadline, on_tokens)
                 for search in growing:
                     search.prune()
                     search.progress.depth = depth + 1
@@ -222,8 +246,8 @@ class PathFinder:
                     search.progress.seconds = time.monotonic() - started
                     if trace is not None:
                         trace.write_depth(search)
-                    if on_depth is not None:
-                        on_depth(search.index, search.tree)
+                    for watcher in watchers:
+                        watcher(search.index, search.progress)
             for search in searches:
                 search.end(limit)
         finally:
@@ -271,7 +295,9 @@ class PathFinder:
         merges = similarity is not None and similarity < 1 and self.config.merge_embed is None
         return merges or any(getattr(check, "needs_embeddings", False) for check in self.checks)
 
-    def _expand(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
+    def _expand(
+        self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None, on_tokens: OnTokens | None
+    ) -> None:
         """Gives every open leaf its children: generates all in one batch, then those that fail in further batches."""
         children = [child for search in searches for child in search.new_children(self.config.branching_at(depth))]
         pending = children
@@ -283,7 +309,7 @@ class PathFinder:
                     child.discard()
             if not pending:
                 break
-            self._generate(pending, depth)
+            self._generate(pending, depth, on_tokens)
             self._check_steps(pending, depth)
         for child in children:
             child.search.add(child)
@@ -292,7 +318,7 @@ class PathFinder:
         if self.config.score_steps is not None:
             score_new_steps(self.config.score_steps, searches, depth + 1)
 
-    def _generate(self, children: Sequence[Child], depth: int) -> None:
+    def _generate(self, children: Sequence[Child], depth: int, on_tokens: OnTokens | None) -> None:
         """Generates the steps of children in one batch."""
         config = self.config
         requests = [
@@ -309,9 +335,21 @@ class PathFinder:
             )
             for child in children
         ]
-        steps = self.engine.extend(requests, config.is_step, embed=self._embeds)
+        counted = 0
+
+        def is_step(text: str) -> bool:
+            # Engines ask about every token but those that end a step by themselves.
+            nonlocal counted
+            counted += 1
+            if on_tokens is not None:
+                on_tokens(1)
+            return config.is_step(text)
+
+        steps = self.engine.extend(requests, is_step, embed=self._embeds)
         for child, step in zip(children, steps, strict=True):
             child.receive(step)
+        if on_tokens is not None:
+            on_tokens(sum(len(step.token_ids) for step in steps) - counted)
 
     def _check_steps(self, children: Sequence[Child], depth: int) -> None:
         """Sets every child's ``failure`` to the first check that its step fails, or to the empty string."""

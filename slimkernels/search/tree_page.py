@@ -23,7 +23,7 @@ def tree_page(content: TraceContent, indices: Sequence[int] | None = None) -> st
     """
     config: Mapping[str, Any] = content.header["config"]
     shown = range(len(content.questions)) if indices is None else indices
-    sections = [_question(index, content.questions[index], config, len(shown) == 1) for index in shown]
+    sections = [_question(index, content.questions[index], config, place == 0) for place, index in enumerate(shown)]
     settings = {"engine": content.header["engine"], "checks": content.header["checks"], "config": config}
     return _PAGE.format(
         style=_STYLE,

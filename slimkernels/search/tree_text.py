@@ -13,6 +13,12 @@ from slimkernels.search.tree import ROOT, Status, Tree
 _STYLES = {Status.OPEN: "bold", Status.FINISHED: "green", Status.ENDED: "yellow", Status.EXPANDED: ""}
 
 
+def count_statuses(tree: Tree) -> dict[str, int]:
+    """Returns the number of nodes below the root by their status, in lower case, for those that there are."""
+    counts = Counter(tree.status[1:].tolist())
+    return {status.name.lower(): counts[status] for status in Status if counts[status]}
+
+
 def progress_line(index: int, tree: Tree) -> str:
     """Returns one line with the depth of a question's tree and its number of nodes by status.
 
@@ -20,8 +26,7 @@ def progress_line(index: int, tree: Tree) -> str:
         index: Index of the question, from 0; the line counts from 1.
         tree: Tree of the question.
     """
-    counts = Counter(tree.status[1:].tolist())
-    named = ", ".join(f"{counts[status]} {status.name.lower()}" for status in Status if counts[status])
+    named = ", ".join(f"{count} {name}" for name, count in count_statuses(tree).items())
     return f"question {index + 1}, depth {int(tree.depth.max())}: {named}"
 
 
