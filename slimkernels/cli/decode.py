@@ -63,7 +63,7 @@ examples:
   the highest cost of that, without generating anything:
     slimkernels decode --model ./my-model --questions test.jsonl --plan
   progress and answers for another program:
-    slimkernels decode --model ./my-model --questions test.jsonl --json > lines.jsonl
+    slimkernels decode --model ./my-model --questions test.jsonl --json
   a search that can be stopped and continued, and a page that shows its trees:
     slimkernels decode --model ./my-model --questions test.jsonl --trace trace.jsonl
     slimkernels tree trace.jsonl -o tree.html

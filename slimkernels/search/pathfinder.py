@@ -155,15 +155,15 @@ class PathFinder:
         """Yields the index and result of each question as soon as its batch of questions is complete.
 
         Args:
-            questions: As in ``solve``.
-            trace: As in ``solve``.
-            on_depth: As in ``solve``.
+            questions: Questions in any form that ``solve`` takes.
+            trace: File to record the search in, or to resume it from.
+            on_depth: Function called with a question's index and its tree whenever a depth of it is complete.
             on_progress: Function called with a question's index and its state whenever a depth of it is complete.
             on_tokens: Function called with the number of tokens drawn since its last call: after every token of an
                 engine in this process, and after every answer of a server.
 
         Raises:
-            As in ``solve``.
+            ValueError, FloatingPointError, StepScoreError, TraceMismatchError, ...: The same as in ``solve``.
         """
         checked = self._check_questions(questions)
         watchers = [] if on_progress is None else [on_progress]
