@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.served import _Server
+from support.served import RECORDINGS, _Server
 from support.teachers import END, make_teacher, make_tokenizer, save_teacher, smollm2
 from support.toy_engines import CharacterEngine, find, nodes_of
 from transformers import LlamaConfig, LlamaForTokenClassification
@@ -356,6 +356,25 @@ def test_served_step_verifier_asks_for_all_branches_of_a_depth():
         config = PathFinderConfig(branching_factor=2, beam=1, max_depth=2, max_step_tokens=4, score_steps=scorer)
         with pytest.raises(OSError, match="/v1/chat/completions"):
             PathFinder(CharacterEngine(), config, checks=()).solve(["p"])
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "vllm"])
+def test_served_step_verifier_reads_what_real_servers_answered(kind):
+    pytest.importorskip("httpx2", reason="needs the extra server")
+    recorded = [json.loads(line) for line in RECORDINGS[kind].read_text(encoding="utf-8").splitlines()]
+    answers = [json.loads(e["answer"]) for e in recorded if e["path"] == "/v1/chat/completions" and e["status"] == 200]
+    # Some requests asked for ids or for emojis, whose answers begin with no words.
+    read = 0
+    for answer in answers:
+        likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        words = [entry for entry in likeliest if entry["token"].strip().isalpha()][:2]
+        if len(words) < 2:
+            continue
+        read += 1
+        scorer = ServedStepVerifier("http://localhost:1/v1", "m", yes=words[0]["token"], no=words[1]["token"])
+        yes, no = (math.exp(entry["logprob"]) for entry in words)
+        assert scorer._read(answer) == pytest.approx(yes / (yes + no), rel=1e-6)
+    assert read >= 2
 
 
 def test_step_scores_of_a_real_model_decide_who_is_kept(tmp_path):

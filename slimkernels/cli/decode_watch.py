@@ -216,6 +216,7 @@ class TerminalWatch(Watch):
     def result(self, place: int, record: Mapping[str, Any], summary: str) -> None:
         """Prints the result above the drawing, which the question leaves."""
         self._shown.pop(place, None)
+        self._refresh()
         print(summary)
 
     def _drawing(self) -> RenderableType:

@@ -39,7 +39,8 @@ class PathFinder:
     """A search that grows a tree of reasoning steps for every question, keeps the best branches, and selects one.
 
     At every depth each open leaf gets ``branching_factor`` children; those of all leaves and questions are generated in
-    one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. Then the
+    one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. With
+    ``merge_siblings`` those that are alike become one, and with ``score_steps`` the others are scored in one call. The
     best ``beam`` open leaves and the best ``buffer_size`` hypotheses of each question are kept. At the end, or with
     ``stop_when_agreed`` where enough finished branches have one answer, the selector chooses among the hypotheses that
     are left.
