@@ -236,6 +236,12 @@ def test_decode_prunes_by_a_scorer_of_steps(decode, model, tmp_path):
     assert found == ["StepVerifier", "ProcessRewardModel"]
     command = ["decode", "--model", model, "--decoder", "best-of-n", "--score-steps", model, "Anna"]
     assert main(command) == 2
+    config = json.loads((classifier / "config.json").read_text())
+    config["architectures"] = ["Qwen2ForProcessRewardModel"]
+    (classifier / "config.json").write_text(json.dumps(config))
+    code, _, errors = decode("--score-steps", classifier, "Anna")
+    assert code == 2
+    assert "is a Qwen2ForProcessRewardModel, whose code comes with its weights and is not run" in errors
 
 
 def test_decode_takes_a_question_from_standard_input(decode, monkeypatch, tmp_path):

@@ -303,7 +303,7 @@ def test_process_reward_model_refuses(tmp_path):
         with pytest.raises(ValueError, match=message):
             ProcessRewardModel(model, tokenizer, **options)
     folder = save_teacher(tmp_path / "causal")
-    with pytest.raises(ValueError, match=r"has no weights for score.*: give a language model to StepVerifier"):
+    with pytest.raises(ValueError, match=r"has no weights for score.*: give a language model to StepVerifier, and"):
         ProcessRewardModel.from_pretrained(str(folder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from slimkernels.cli.options import Parser, refuse
@@ -119,14 +120,24 @@ def make_step_scorer(
 
 
 def _classifies_tokens(name: str) -> bool:
-    """Returns whether the configuration of a model says that it classifies tokens."""
+    """Returns whether the configuration of a model says that it classifies tokens.
+
+    Raises:
+        ValueError: The model is a reward model of a class that transformers does not have.
+    """
     from transformers import AutoConfig
 
     from slimkernels.teacher import EMBEDDED_TEACHERS
 
     if name in EMBEDDED_TEACHERS or name.endswith(".gguf"):
         return False
-    architectures = AutoConfig.from_pretrained(name).architectures or ()
+    architectures: Sequence[str] = AutoConfig.from_pretrained(name).architectures or ()
+    for architecture in architectures:
+        if architecture.endswith("RewardModel"):
+            raise ValueError(
+                f"--score-steps {name} is a {architecture}, whose code comes with its weights and is not run by a "
+                "command: load it with ProcessRewardModel.from_pretrained(..., load={'trust_remote_code': True})"
+            )
     return any(architecture.endswith("ForTokenClassification") for architecture in architectures)
 
 

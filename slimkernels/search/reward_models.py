@@ -92,9 +92,11 @@ class ProcessRewardModel:
         auto = AutoModel if load.get("trust_remote_code") else AutoModelForTokenClassification
         model, info = auto.from_pretrained(name_or_path, output_loading_info=True, **load)
         if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"]))
             raise ValueError(
                 f"{name_or_path} must be a process-reward model for token classification, but has no weights for "
-                f"{', '.join(sorted(info['missing_keys']))}: give a language model to StepVerifier instead"
+                f"{missing}: give a language model to StepVerifier, and a model with code of its own "
+                "load={'trust_remote_code': True}"
             )
         return cls(model, AutoTokenizer.from_pretrained(name_or_path), **options)
 
