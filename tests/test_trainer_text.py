@@ -13,7 +13,7 @@ from support import tiny
 import slimkernels as sk
 from slimkernels.cli import main
 from slimkernels.store import Store, StoreDataset
-from slimkernels.teacher.corpus import TokenizedDocument
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 from slimkernels.trainer import UnscoredDocuments
 
 

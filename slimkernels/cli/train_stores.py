@@ -101,7 +101,7 @@ def check_stores(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_text(args: argparse.Namespace) -> None:
-    from slimkernels.teacher.corpus import check_corpus_file
+    from slimkernels.teacher.corpus_files import check_corpus_file
 
     refuse(args, ["store", "store_weights", "store_shares"], "with --text, whose documents are in no store")
     check_corpus_file(args.text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import weakref
 from collections.abc import Sequence
@@ -17,14 +16,8 @@ from slimkernels.durable import sync_directory, write_atomically, write_durably
 from slimkernels.packed_logits import HeadWeights
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store.codec import (
-    FAR_NATS,
-    EncodedRows,
     document_hash,
-    encode_rows,
-    offsets_of,
-    ragged_values,
     require_little_endian,
-    words_of,
 )
 from slimkernels.store.contexts import NO_CONTEXT, context_hash, contexts_content, contexts_name
 from slimkernels.store.directory import lock_directory, make_directory
@@ -35,29 +28,19 @@ from slimkernels.store.format import (
     HiddenSettings,
     ShardEntry,
     StoreSettings,
-    new_digest,
-    shard_layout,
     shard_name,
 )
 from slimkernels.store.head import head_settings, write_head
-from slimkernels.store.hidden import HIDDEN_BITS, EncodedHidden, encode_hidden
+from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.store.identity import changed_settings
 from slimkernels.store.manifest import manifest_content, seal_manifest, version_of
 from slimkernels.store.prompts import prompts_content, prompts_name
 from slimkernels.store.reader import Store
 from slimkernels.store.shard import tokens_as_int32
+from slimkernels.store.shard_writing import PendingDocument, write_shard
+from slimkernels.store.teacher_rows import encode_teacher
 
 _SHARD_BYTES = 64 << 20
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Pending:
-    input_ids: np.ndarray
-    digest: bytes
-    positions: np.ndarray
-    rows: EncodedRows | EncodedHidden
-    prompt_length: int
-    context: bytes
 
 
 class StoreWriter:
@@ -138,7 +121,7 @@ class StoreWriter:
             raise ValueError(f"shard_rows must be an int of at least 1, or None for about 64 MiB, got {shard_rows!r}")
         self._shard_rows = shard_rows
         self._version = version_of(self.settings)
-        self._pending: list[_Pending] = []
+        self._pending: list[PendingDocument] = []
         self._pending_rows = self._pending_bytes = 0
         make_directory(self.path)
         # Closes the lock's descriptor, which releases the lock, also if the writer is dropped without close().
@@ -193,11 +176,9 @@ class StoreWriter:
             raise ValueError(
                 f"prompt_length must lie in [0, {len(ids)}], the number of input_ids, got {prompt_length!r}"
             )
-        if self.settings.hidden is None:
-            rows = self._encode(ids, at, teacher)
-        else:
-            rows = self._encode_hidden(at, teacher, self.settings.hidden.hidden_size)
-        self._pending.append(_Pending(ids, digest, at, rows, int(prompt_length), context))
+        first_row, with_rest = self._pending_rows, self._version > 1
+        rows = encode_teacher(self.settings, ids, at, teacher, first_row=first_row, with_rest=with_rest)
+        self._pending.append(PendingDocument(ids, digest, at, rows, int(prompt_length), context))
         self._stored[digest] = context
         self._pending_rows += len(rows)
         self._pending_bytes += ids.nbytes + at.nbytes + rows.nbytes
@@ -216,7 +197,7 @@ class StoreWriter:
         name = shard_name(len(self._shards))
         shard_temporary = self.path / (name + TEMPORARY_SUFFIX)
         manifest_temporary = self.path / (MANIFEST_NAME + TEMPORARY_SUFFIX)
-        entry = self._write_shard(shard_temporary, name)
+        entry = write_shard(self.settings, self._pending, shard_temporary, name)
         lengths = np.array([document.prompt_length for document in self._pending])
         if lengths.any():
             # Read only with the shard that it names, so that it needs no temporary name.
@@ -324,124 +305,6 @@ class StoreWriter:
             for digest, context in zip(shard.hashes(), shard.context_hashes(), strict=True)
         }
 
-    def _encode_hidden(self, positions: np.ndarray, hidden: Any, hidden_size: int) -> EncodedHidden:
-        codec = self.settings.codec
-        if not isinstance(hidden, Tensor) or hidden.shape[:1] != (len(positions),):
-            found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise ValueError(
-                f"teacher must be the hidden states of {len(positions)} positions with codec={codec!r}, shape "
-                f"({len(positions)}, {hidden_size}), got {found}"
-            )
-        return encode_hidden(hidden, hidden_size=hidden_size, codec=codec, first_row=self._pending_rows)
-
-    def _encode(self, ids: np.ndarray, positions: np.ndarray, teacher: Any) -> EncodedRows:
-        if not isinstance(teacher, SparseLogits):
-            raise ValueError(
-                f"teacher must be SparseLogits with codec={self.settings.codec!r}, got {type(teacher).__name__}: "
-                f"hidden states need one of the codecs {list(HIDDEN_BITS)}"
-            )
-        if teacher.temperatures != self.settings.temperatures:
-            raise ValueError(
-                f"teacher must have the store's temperatures={self.settings.temperatures}, got {teacher.temperatures}"
-            )
-        if teacher.leading_shape != (len(positions),):
-            raise ValueError(
-                f"teacher must have a row for each of {len(positions)} positions, shape ({len(positions)}, K), "
-                f"got leading shape {teacher.leading_shape}"
-            )
-        kept, logits = _as_array(teacher.ids, torch.int32), _as_array(teacher.logits, torch.float32)
-        if teacher.target_logit is None:
-            is_label = kept == ids[positions][:, None]
-            target_logit = np.where(is_label, logits, -np.inf).max(-1, initial=-np.inf).astype(np.float32)
-        else:
-            target_logit = _as_array(teacher.target_logit, torch.float32)
-        rest_lse = None
-        if teacher.rest_lse is not None and self._version > 1:
-            rest_lse = _as_array(teacher.rest_lse, torch.float64)
-        if self.settings.codec in FAR_NATS:
-            kept, logits, rest_lse = _without_far_entries(
-                kept,
-                logits,
-                rest_lse,
-                span=FAR_NATS[self.settings.codec] * max(self.settings.temperatures),
-                temperatures=self.settings.temperatures,
-            )
-        return encode_rows(
-            kept,
-            logits,
-            # Copied, because the caller may use the memory for something else before the rows are written.
-            _as_array(teacher.lse, torch.float32).copy(),
-            target_logit.copy(),
-            rest_lse=None if rest_lse is None else rest_lse.astype(np.float32),
-            vocab_size=self.settings.vocab_size,
-            codec=self.settings.codec,
-            first_row=self._pending_rows,
-        )
-
-    def _logits_tensors(self, rows: list[EncodedRows]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
-        """Returns the tensors of the rows of a shard of logits, and the counts of its entry."""
-        counts = np.concatenate([document.counts for document in rows])
-        top_k = int(counts[0]) if len(counts) and (counts == counts[0]).all() else None
-        has_rest = any(document.rest_lse is not None and len(document) for document in rows)
-        tensors = {
-            "row_checksums": [document.checksums_with_rest() if has_rest else document.checksums for document in rows],
-            "lse": [document.lse for document in rows],
-            "target_logit": [document.target_logit for document in rows],
-            "affine": [document.affine for document in rows],
-            "id_words": [document.id_words for document in rows],
-            "values": [document.values for document in rows],
-        }
-        if has_rest:
-            tensors["rest_lse"] = [document.rest_or_unknown() for document in rows]
-        if top_k is None:
-            tensors["entry_offsets"] = [offsets_of(counts)]
-            tensors["id_word_offsets"] = [offsets_of(words_of(self.settings.vocab_size, counts))]
-            tensors["values"] = [ragged_values(self.settings.codec, counts, np.concatenate(tensors["values"]))]
-        sizes = {
-            "entries": int(counts.sum()),
-            "id_words": sum(len(document.id_words) for document in rows),
-            "top_k": top_k,
-            "rest_lse": has_rest,
-        }
-        return tensors, sizes
-
-    def _write_shard(self, path: Path, name: str) -> ShardEntry:
-        documents = self._pending
-        tensors: dict[str, list[np.ndarray]] = {
-            "document_row_offsets": [offsets_of(np.array([len(document.rows) for document in documents]))],
-            "document_token_offsets": [offsets_of(np.array([len(document.input_ids) for document in documents]))],
-            "document_hashes": [np.frombuffer(document.digest, np.uint8) for document in documents],
-            "positions": [document.positions for document in documents],
-            "input_ids": [document.input_ids for document in documents],
-        }
-        rows: list[Any] = [document.rows for document in documents]
-        row_tensors, counts = self._logits_tensors(rows) if self.settings.hidden is None else _hidden_tensors(rows)
-        tensors |= row_tensors
-        entry = ShardEntry(
-            file=name,
-            bytes=0,
-            documents=len(documents),
-            tokens=sum(len(document.input_ids) for document in documents),
-            rows=sum(map(len, rows)),
-            **counts,
-        )
-        layout = shard_layout(self.settings, entry)
-        head, whole = new_digest(), new_digest()
-        chunks: list[Any] = [layout.header]
-        head.update(layout.header)
-        for spec in layout.tensors:
-            for array in tensors[spec.name]:
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                if spec.stop <= layout.head_bytes:
-                    head.update(data)
-                chunks.append(data)
-        for chunk in chunks:
-            whole.update(chunk)
-        write_durably(path, chunks)
-        return dataclasses.replace(
-            entry, bytes=layout.total_bytes, head_checksum=head.hexdigest(), checksum=whole.hexdigest()
-        )
-
 
 def hidden_settings(head: HeadWeights, top_k: int | None, vocab_size: int) -> HiddenSettings:
     """Returns the settings of a store of hidden states, for the arguments of ``StoreWriter``.
@@ -456,52 +319,6 @@ def hidden_settings(head: HeadWeights, top_k: int | None, vocab_size: int) -> Hi
     if type(top_k) is not int or not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be an int in [1, {vocab_size}] with a head, got {top_k!r}")
     return head_settings(head, top_k)
-
-
-def _hidden_tensors(rows: list[EncodedHidden]) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]]:
-    """Returns the tensors of the rows of a shard of hidden states, and the counts of its entry."""
-    tensors = {
-        "row_checksums": [document.checksums for document in rows],
-        "scale": [document.scale for document in rows],
-        "hidden": [document.values for document in rows],
-    }
-    return tensors, {"entries": 0, "id_words": 0, "top_k": None}
-
-
-def _without_far_entries(
-    ids: np.ndarray, logits: np.ndarray, rest_lse: np.ndarray | None, *, span: float, temperatures: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Drops the finite logits (R, K) that lie more than ``span`` below the maximum of their row.
-
-    The probability of a dropped entry is at most exp(-span) of the largest one and counts with the entries that are
-    not kept: it is added to ``rest_lse`` (R, M) float64. Rows without such an entry are returned as they are.
-    """
-    is_entry = ids != -1
-    largest = np.where(is_entry, logits, -np.inf).max(-1, keepdims=True, initial=-np.inf)
-    # An infinite logit, which no row may have, is left for the encoder to refuse.
-    is_far = is_entry & np.isfinite(logits) & (logits < largest - np.float32(span)) & np.isfinite(largest)
-    if not is_far.any():
-        return ids, logits, rest_lse
-    order = np.argsort(is_far, axis=-1, kind="stable")
-    gone = np.take_along_axis(is_far, order, -1)
-    if rest_lse is not None:
-        rows = is_far.any(-1)
-        far = np.where(is_far[rows], logits[rows].astype(np.float64), -np.inf)
-        dropped = np.stack([np.logaddexp.reduce(far / temperature, -1) for temperature in temperatures], -1)
-        # A rest of NaN, which is not known, stays NaN.
-        with np.errstate(invalid="ignore"):
-            together = np.logaddexp(rest_lse[rows], dropped)
-        rest_lse = np.array(rest_lse)
-        rest_lse[rows] = together
-    return (
-        np.where(gone, np.int32(-1), np.take_along_axis(ids, order, -1)),
-        np.where(gone, np.float32(0), np.take_along_axis(logits, order, -1)),
-        rest_lse,
-    )
-
-
-def _as_array(tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
-    return tensor.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def _positions_as_int32(positions: Any, num_tokens: int) -> np.ndarray:

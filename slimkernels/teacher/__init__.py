@@ -17,19 +17,15 @@ from slimkernels.served_rows.rows import UnmappedTokensError
 from slimkernels.serving.errors import ServerRequestError, ServerUnavailableError
 from slimkernels.teacher.added_documents import CaptureReport
 from slimkernels.teacher.capture import capture
-from slimkernels.teacher.corpus import (
-    TokenizedDocument,
-    check_corpus_file,
-    read_documents,
-    read_prompts,
-    shipped_prompts,
-)
+from slimkernels.teacher.corpus import read_documents, read_prompts, shipped_prompts
+from slimkernels.teacher.corpus_files import check_corpus_file
 from slimkernels.teacher.generation import GeneratedCorpus, generate_documents
 from slimkernels.teacher.hidden_files import HiddenReport, capture_hidden
 from slimkernels.teacher.logits import capture_logits
 from slimkernels.teacher.ranks import Ranks
 from slimkernels.teacher.server import ServerReport, capture_server
 from slimkernels.teacher.server_documents import ServerCost
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 
 # The name of the last releases, which read as if only teachers were meant.
 TeacherNotFoundError = ModelNotFoundError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter, StoreWriter
-from slimkernels.teacher.corpus import TokenizedDocument
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 
 
 class CaptureReport(NamedTuple):

@@ -19,9 +19,9 @@ from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import RankWriter
 from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.teacher.added_documents import AddedDocuments, CaptureReport
-from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.ranks import TeacherProcesses
 from slimkernels.teacher.selection import check_keeps_hidden, default_codec, resolve_selection
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 from slimkernels.teacher.vocabulary import captured_vocabulary
 
 # Longest document of a batch over its shortest one; bounds the padding.

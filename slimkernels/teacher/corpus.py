@@ -5,92 +5,26 @@ from __future__ import annotations
 import importlib.resources
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels.teacher.chat import assistant_tokens, is_conversation, with_system
-from slimkernels.text_files import check_characters, read_json_records, read_lines
+from slimkernels.teacher.corpus_files import (
+    SUFFIXES,
+    CorpusValue,
+    check_corpus_file,
+    corpus_values,
+    is_token_ids,
+    require_file,
+)
+from slimkernels.teacher.tokenized_document import TokenizedDocument
+from slimkernels.text_files import read_lines
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 _PROMPT_FIELDS = ("prompt", "text")
 _TEXTS_AT_ONCE = 64
-
-
-class TokenizedDocument(list[int]):
-    """The token ids of a document, with what is known about them; it equals the list of its ids.
-
-    Attributes:
-        positions: Ascending positions in [1, T) of the tokens that are labels; None for every token but the first.
-        prompt_length: Number of tokens at the beginning that are a prompt; 0 if that is not known.
-        teacher_ids: Token ids that the teacher reads in place of the document, such as the document behind a prefix
-            that the student does not see; they end in the document's tokens from its first label on. None for the
-            document itself.
-
-    Raises:
-        ValueError: ``teacher_ids`` end in other tokens, or have none before the first label.
-    """
-
-    def __init__(
-        self,
-        input_ids: Iterable[int],
-        *,
-        positions: Sequence[int] | None = None,
-        prompt_length: int = 0,
-        teacher_ids: Iterable[int] | None = None,
-    ) -> None:
-        super().__init__(input_ids)
-        self.positions = None if positions is None else list(positions)
-        self.prompt_length = prompt_length
-        self.teacher_ids = None if teacher_ids is None else list(teacher_ids)
-        if self.teacher_ids == list(self) or not self.labels:
-            self.teacher_ids = None
-        if self.teacher_ids is not None:
-            end = self[self.labels[0] :]
-            if len(self.teacher_ids) <= len(end) or self.teacher_ids[-len(end) :] != end:
-                raise ValueError(
-                    f"teacher_ids must end in the document's {len(end)} tokens from its first label on, after at least "
-                    f"one other token, got {len(self.teacher_ids)} that end in {self.teacher_ids[-8:]}: put the prefix "
-                    "before the document's tokens"
-                )
-
-    @property
-    def read_ids(self) -> list[int]:
-        """The token ids that the teacher reads."""
-        return self if self.teacher_ids is None else self.teacher_ids
-
-    @property
-    def shift(self) -> int:
-        """The number of places by which a label is further along in ``read_ids`` than in the document."""
-        return len(self.read_ids) - len(self)
-
-    @classmethod
-    def of(cls, input_ids: Sequence[int]) -> TokenizedDocument:
-        """Returns a document as it is, or a list of token ids as one whose labels are every token but the first."""
-        return input_ids if isinstance(input_ids, cls) else cls(input_ids)
-
-    @property
-    def labels(self) -> list[int]:
-        """The positions of the labels."""
-        return list(range(1, len(self))) if self.positions is None else self.positions
-
-    def part(self, start: int, stop: int, begin: Sequence[int] = ()) -> TokenizedDocument:
-        """Returns the tokens [start, stop) after the tokens ``begin``, with their labels.
-
-        A part after the first of a document with ``teacher_ids`` has none, as the teacher did not read it so.
-        """
-        positions, shift = self.positions, len(begin) - start
-        if positions is not None:
-            positions = [p + shift for p in positions if max(start, 1 - shift) <= p < stop]
-        prompt_length = 0 if start else min(self.prompt_length, stop)
-        teacher_ids = None
-        if self.teacher_ids is not None and not start:
-            teacher_ids = self.teacher_ids[: len(self.teacher_ids) - max(0, len(self) - stop)]
-        return TokenizedDocument(
-            [*begin, *self[start:stop]], positions=positions, prompt_length=prompt_length, teacher_ids=teacher_ids
-        )
 
 
 def shipped_prompts() -> list[str]:
@@ -111,14 +45,14 @@ def read_prompts(path: str | os.PathLike[str], *, text_field: str | None = None)
         ValueError: The file has no prompt that is not blank, a record lacks the field or holds something else than
             text there, or the file is not in UTF-8.
     """
-    _require_file(path, "prompts")
+    require_file(path, "prompts")
     path = Path(path)
-    if path.suffix.lower() not in _SUFFIXES or path.suffix.lower() == ".txt":
+    if path.suffix.lower() not in SUFFIXES or path.suffix.lower() == ".txt":
         prompts = _not_blank(read_lines(path))
     else:
         fields = _PROMPT_FIELDS if text_field is None else (text_field,)
         prompts = []
-        for number, value in enumerate(_values(path, "prompt file", fields), 1):
+        for number, value in enumerate(corpus_values(path, "prompt file", fields), 1):
             if not isinstance(value.content, str):
                 raise ValueError(f"a prompt must be text, got a list in record {number} of {path}")
             if value.content.strip():
@@ -202,27 +136,8 @@ def read_documents(
     for name, value, least in (("num_documents", num_documents, 1), ("num_tokens", num_tokens, 2)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    values = _values(Path(path), "corpus", (text_field,), teacher_prefix_field)
+    values = corpus_values(Path(path), "corpus", (text_field,), teacher_prefix_field)
     return _capped(_documents(values, Path(path), tokenizer, max_length), num_documents, num_tokens)
-
-
-def check_corpus_file(path: str | os.PathLike[str]) -> None:
-    """Checks that a file exists and has a suffix that ``read_documents`` reads, before a teacher is loaded for it.
-
-    Raises:
-        FileNotFoundError, ValueError: The same as in ``read_documents``.
-    """
-    _require_file(path, "corpus")
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"the corpus file must end in one of {', '.join(_SUFFIXES)}, got {path}")
-
-
-class _Value(NamedTuple):
-    """The field of a record, the prompt that the record names, or "", and the teacher's prefix, or an empty one."""
-
-    content: str | list[Any]
-    prompt: str = ""
-    prefix: str | list[int] = ""
 
 
 def _capped(
@@ -240,7 +155,7 @@ def _capped(
 
 
 def _documents(
-    values: Iterator[_Value], path: Path, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    values: Iterator[CorpusValue], path: Path, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> Iterator[TokenizedDocument]:
     found = False
     start = None if tokenizer is None else tokenizer.bos_token_id
@@ -294,87 +209,11 @@ def _split(document: TokenizedDocument, max_length: int, start: Any) -> Iterator
         yield document.part(first, min(first + step, len(document)), begin)
 
 
-def _values(path: Path, what: str, fields: Sequence[str], prefix_field: str | None = None) -> Iterator[_Value]:
-    """Yields the first of the fields that each record has, and the prefix where its field is named."""
-    for number, record in enumerate(_records(path, what, fields, prefix_field), 1):
-        name = next((name for name in fields if name in record), None)
-        if name is None:
-            raise ValueError(
-                f"the {what} {path} has no field {' or '.join(map(repr, fields))} in record {number}, only "
-                f"{sorted(record)}: name one of them as text_field"
-            )
-        value = record[name]
-        if not isinstance(value, str) and not _is_token_ids(value) and not is_conversation(value):
-            raise ValueError(
-                f"the field {name!r} must be text, a list of token ids or a list of messages, got "
-                f"{type(value).__name__} in record {number} of {path}"
-            )
-        if not _is_token_ids(value):
-            check_characters(value, f"the field {name!r} in record {number} of {path}")
-        prompt = record.get("prompt")
-        prefix: Any = "" if prefix_field is None else record.get(prefix_field)
-        if not isinstance(prefix, str) and not _is_token_ids(prefix):
-            raise ValueError(
-                f"the teacher's prefix must be text or a list of token ids in every record, empty for none, got "
-                f"{type(prefix).__name__} in the field {prefix_field!r} of record {number} of {path}"
-            )
-        if isinstance(prefix, str):
-            check_characters(prefix, f"the field {prefix_field!r} in record {number} of {path}")
-        elif prefix and is_conversation(value):
-            raise ValueError(
-                f"the teacher's prefix of a conversation must be text, got a list in record {number} of {path}"
-            )
-        yield _Value(value, prompt if isinstance(prompt, str) else "", prefix)
-
-
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _records(path: Path, what: str, fields: Sequence[str], prefix_field: str | None) -> Iterator[dict[str, Any]]:
-    kind = path.suffix.lower()
-    if kind == ".txt":
-        yield from ({fields[0]: text} for text in _paragraphs(path))
-    elif kind == ".parquet":
-        yield from _rows(path, what, fields, ("prompt", *([] if prefix_field is None else [prefix_field])))
-    else:
-        try:
-            for number, record in enumerate(read_json_records(path), 1):
-                if not isinstance(record, dict):
-                    raise ValueError(f"record {number} must be an object, got {type(record).__name__}")
-                yield record
-        except ValueError as error:
-            raise ValueError(f"the {what} {path} cannot be read as {kind[1:]}: {error}") from error
-
-
-def _rows(path: Path, what: str, fields: Sequence[str], others: Sequence[str]) -> Iterator[dict[str, Any]]:
-    # Heavy, and only needed for these files.
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in dict.fromkeys((*fields, *others)) if name in names]
-            if not set(fields) & set(columns):
-                # The error names all columns, which are not read.
-                yield dict.fromkeys(names)
-            for batch in file.iter_batches(_TEXTS_AT_ONCE, columns=columns):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"the {what} {path} cannot be read as parquet: {error}") from error
-
-
-def _paragraphs(path: Path) -> Iterator[str]:
-    """Yields the runs of lines of a text file between blank ones."""
-    for is_text, lines in itertools.groupby(read_lines(path), key=lambda line: bool(line.strip())):
-        if is_text:
-            yield "\n".join(lines)
-
-
-def _encode(batch: list[_Value], tokenizer: PreTrainedTokenizerBase | None, path: Path) -> Iterator[TokenizedDocument]:
+def _encode(
+    batch: list[CorpusValue], tokenizer: PreTrainedTokenizerBase | None, path: Path
+) -> Iterator[TokenizedDocument]:
     encoded: Iterator[list[int]] = iter(())
-    if tokenizer is None and not all(_is_token_ids(value.content) for value in batch):
+    if tokenizer is None and not all(is_token_ids(value.content) for value in batch):
         raise ValueError("the corpus holds text: give the tokenizer it was captured with")
     if tokenizer is not None and (texts := [value.content for value in batch if isinstance(value.content, str)]):
         encoded = iter(tokenizer(texts)["input_ids"])
@@ -402,11 +241,6 @@ def _prompt_length(ids: list[int], prompt: str, tokenizer: PreTrainedTokenizerBa
         return 0
     begin = without_end(list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token_id)
     return len(begin) if ids[: len(begin)] == begin else 0
-
-
-def _require_file(path: str | os.PathLike[str], what: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{what} file not found: there is no file {path}")
 
 
 def _not_blank(lines: Iterable[str]) -> list[str]:

@@ -22,9 +22,9 @@ from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store, StoreWriter
 from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.teacher.added_documents import AddedDocuments
-from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.selection import Selection, check_keeps_hidden, resolve_selection
 from slimkernels.teacher.server import capture_server
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 from slimkernels.teacher.vocabulary import CapturedVocabulary, captured_vocabulary
 
 # Names of the tensors that vLLM's ExampleHiddenStatesConnector writes.

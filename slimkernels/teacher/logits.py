@@ -19,8 +19,8 @@ from slimkernels.ops.topk_logits import topk_logits
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import StoreWriter
 from slimkernels.teacher.added_documents import AddedDocuments, CaptureReport
-from slimkernels.teacher.corpus import TokenizedDocument
 from slimkernels.teacher.selection import Selection, resolve_selection
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 from slimkernels.teacher.vocabulary import CapturedVocabulary, captured_vocabulary
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from slimkernels.teacher.corpus import TokenizedDocument
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 
 
 @dataclasses.dataclass(frozen=True)

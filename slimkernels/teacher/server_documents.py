@@ -17,7 +17,8 @@ from slimkernels.served_rows.asking import selection_of
 from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
 from slimkernels.store import Store, StoreWriter
 from slimkernels.teacher.chat import around_date
-from slimkernels.teacher.corpus import TokenizedDocument, without_end
+from slimkernels.teacher.corpus import without_end
+from slimkernels.teacher.tokenized_document import TokenizedDocument
 
 # Characters that a date in a chat template may take.
 _DATE_LENGTHS = range(4, 41)
