@@ -54,19 +54,22 @@ SK_INLINE V kl_share(V log_ratio, V a, V b) {
   return a == V{} ? b : share;
 }
 
-// The mixture share * a + (1 - share) * b of two probabilities.
+// The mixture share * a + (1 - share) * b of two probabilities, at least the least normal number.
 template <class V>
 struct Mixture {
   using A = ElementOf<V>;
   V m, log_m;
 
   Mixture(V log_a, V log_b, V a, V b, double share) : m(a * A(share) + b * A(1 - share)) {
+    const V least = V{} + (sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__));
+    const auto is_tiny = m < least;
+    // Of less, neither the quotient by m nor its logarithm is a number that can be used.
+    m = is_tiny ? least : m;
     log_m = log(m);
-    // An m that is not a normal number matters only where one part is negligible, and then it is the other part.
+    // A tiny mixture of probabilities that are not matters only where one of the shares is, and is the other part.
     if (share > 1e-6 && share < 1 - 1e-6) return;
     const V log_of_a = log_a + A(__builtin_log(share)), log_of_b = log_b + A(__builtin_log1p(-share));
-    const V least = V{} + (sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__));
-    log_m = m < least ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log_m;
+    log_m = is_tiny ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log_m;
   }
 };
 
