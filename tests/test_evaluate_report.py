@@ -230,6 +230,8 @@ def test_a_report_begins_with_the_scores_and_ends_with_what_was_run(records, tmp
     assert differences.count("<li>") == 1
     assert "<table>" not in differences
     assert "Slices" in rest
+    # The filter of the outputs stays at the top of the window as long as there are outputs.
+    assert re.search(r'<div id="outputs">\s*<form .*</section>\s*</div>\s*<h2 id="section-4">', page, re.DOTALL)
     assert page.index("The answer is 11.") < page.index("Scores: gsm8k") < page.index("abc123")
 
 

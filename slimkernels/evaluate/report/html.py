@@ -135,7 +135,8 @@ def _cell(cell: Cell | str) -> str:
 
 
 def _outputs(records: Records) -> str:
-    parts = [_filter(records)]
+    # The box ends the stay of the filter at the top of the window.
+    parts = ['<div id="outputs">', _filter(records)]
     for task in records.tasks:
         metric = records.metrics(task)[0]
         by_sample: dict[str, list[Record]] = {}
@@ -143,7 +144,7 @@ def _outputs(records: Records) -> str:
             for record in records.of(arm, task):
                 by_sample.setdefault(record.sample, []).append(record)
         parts += [_sample(task, metric, own) for own in by_sample.values()]
-    return "\n".join(parts)
+    return "\n".join([*parts, "</div>"])
 
 
 def _filter(records: Records) -> str:
