@@ -83,6 +83,8 @@ def test_compare_asks_own_questions_and_reports_them_by_their_name(model, tmp_pa
         ([{"answer": True}, {"answer": "no"}], "yes_no", {"yes", "no"}),
         ([{"answer": "Paris"}, {"answer": "The answer is Rome."}], "any", {"Paris", "Rome"}),
         ([{"answer": "b", "choices": ["x", "y"]}, {"answer": "x", "choices": ["x", "y"]}], "letter", {"B", "A"}),
+        ([{"answer": "7", "kind": "any"}, {"answer": "8", "kind": "any"}], "any", {"7", "8"}),
+        ([{"answer": "7", "kind": "text"}, {"answer": "A whole sentence."}], None, {"7", "A whole sentence."}),
     ],
 )
 def test_own_questions_are_scored_by_the_kind_of_their_answers(rows, kind, references, tmp_path):
@@ -103,12 +105,29 @@ def test_own_questions_are_scored_by_the_kind_of_their_answers(rows, kind, refer
         ([{"question": "q", "answer": None}], {}, "must be a text, a number, true or false, got null"),
         ([{"question": "q", "answer": "z", "choices": ["x", "y"]}], {}, "one of the choices or its letter, got 'z'"),
         ([{"question": "q", "answer": "many"}], {"kind": "number"}, "'many' is not an answer of kind 'number'"),
+        ([{"question": "q", "answer": "many", "kind": "number"}], {}, "'many' is not an answer of kind 'number'"),
+        (
+            [{"question": "q", "answer": 1, "kind": "sums"}],
+            {},
+            "line 1: .*yes_no, letter, text, got .sums",
+        ),
+        ([{"question": "q", "answer": 1, "kind": ["any"]}], {}, r"'kind' must be one of .* got \[.any.\]"),
+        (
+            [{"question": q, "answer": 1, "kind": kind} for q, kind in (("a", "number"), ("b", "any"))],
+            {},
+            "must hold answers of one kind, got any and number in its field 'kind': put the questions",
+        ),
         ([], {}, "must hold samples of own, got none"),
     ],
 )
 def test_own_questions_refuse_bad_files(rows, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(tmp_path, rows, **options)
+
+
+def test_a_given_kind_takes_the_place_of_the_stated_one(tmp_path):
+    rows = [{"question": "q", "answer": 1, "kind": "sums"}, {"question": "r", "answer": 2, "kind": "number"}]
+    assert load(tmp_path, rows, kind="any").kind == "any"
 
 
 def test_own_questions_need_a_name_of_their_own(tmp_path, model, capsys):

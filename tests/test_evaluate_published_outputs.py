@@ -110,8 +110,7 @@ def test_headline_compares_the_common_rule_where_strict_follows_two(tmp_path):
         ["last_number", 'strict by "Answer:"']
     ]
     page = write_report(records, tmp_path / "out", describe_outputs(files)).read_text()
-    assert "No difference shown between" in page
-    assert "last number, samples: 3" in page
+    assert "<strong>svamp (outputs), last number</strong>: No difference shown between" in page
     assert "follow another rule, so the last number is compared" in page
     alike = [read_outputs(paths[0])]
     assert comparable(alike) == alike[0].records

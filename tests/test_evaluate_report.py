@@ -15,6 +15,7 @@ from test_evaluate_published_outputs import ROWS, write
 from slimkernels.evaluate.published_outputs import read_outputs
 from slimkernels.evaluate.records import read_records
 from slimkernels.evaluate.report import describe_outputs, write_report
+from slimkernels.evaluate.report.blocks import mark_best
 from slimkernels.evaluate.score_units import metric
 from slimkernels.evaluate.summary import (
     Arm,
@@ -164,9 +165,8 @@ def test_page_tells_what_was_run_and_whether_a_difference_is_real(records, tmp_p
             "% within 40 tokens", "% within 2 s", "1 to 4", "25.0 [8.9, 53.2]",
         ):  # fmt: skip
             assert said in text, said
-    assert '<td class="best number">100.0</td>' in page
-    assert '<td class="second number">91.7</td>' in page
-    assert "| **100.0** | 25.0 | *91.7* | 12 |" in (tmp_path / "report" / "report.md").read_text()
+    assert '<td class="best number">100.0 [75.8, 100.0]</td>' in page
+    assert '<td class="second number">91.7 [64.6, 98.5]</td>' in page
     assert page.count("<svg") == 2
     assert "votes: 5 \u00d73, 99 \u00d71" in page
     assert read_records(tmp_path / "report" / "records.jsonl") == records
@@ -183,7 +183,8 @@ def test_nothing_on_the_page_is_live(tmp_path):
     assert "alert(1)</script>" not in page
     assert "default-src 'none'" in page
     names = {name for _, name, _ in parsed.attributes}
-    assert not names & {"href", "src", "onclick", "onload", "srcset"}
+    assert not names & {"src", "onclick", "onload", "srcset"}
+    assert all(re.fullmatch(r"#section-\d", value) for _, name, value in parsed.attributes if name == "href")
     assert not re.search(r"https?://|url\(|@import", page)
     assert "<script>" not in (tmp_path / "report.md").read_text().replace("\\<script\\>", "")
 
@@ -207,24 +208,155 @@ def test_report_of_published_outputs(tmp_path):
     assert "There is only one model and decoder" in page
 
 
+DESCRIBED = {"models": [{"model": "good", "identity": "abc123"}]}
+SECTIONS = ["Overall", "Which differences are real", "Slices", "Outputs side by side", "Scores in detail"]
+BELOW = ["All differences", "What was run", "Outputs from elsewhere, scored again"]
+
+
+def test_a_report_begins_with_the_scores_and_ends_with_what_was_run(records, tmp_path):
+    described = DESCRIBED | {"outputs": [{"explained": "Scored again.", "published": []}]}
+    page = write_report(records, tmp_path, described).read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == SECTIONS + BELOW
+    assert re.findall(r"^## (.*)", text, re.MULTILINE) == SECTIONS + BELOW
+    assert re.findall('<a href="#(.*?)">', page) == re.findall('<h2 id="(.*?)">', page)
+    # Only headings and links stand before the scores, then one chart, and the list of real differences.
+    first, differences, rest = page.partition("<body>")[2].split("<h2 ")[1:4]
+    assert re.match(r"[^>]*>Overall</h2>\s*<div class=\"scroll\"><table>", first)
+    assert first.count("<table>") == first.count("<svg") == 1
+    assert "<p>" not in page.partition("<body>")[2].partition("<table>")[0]
+    assert "| model · decoder | gsm8k, flexible % |" in text.partition("## Which")[0]
+    assert "| good · greedy | **100.0 \\[75.8, 100.0\\]** |" in text.partition("## Which")[0]
+    assert differences.count("<li>") == 1
+    assert "<table>" not in differences
+    assert "Slices" in rest
+    # The filter of the outputs stays at the top of the window as long as there are outputs.
+    assert re.search(r'<div id="outputs">\s*<form .*</section>\s*</div>\s*<h2 id="section-4">', page, re.DOTALL)
+    assert page.index("The answer is 11.") < page.index("Scores: gsm8k") < page.index("abc123")
+
+
+@pytest.mark.parametrize(
+    ("cells", "values", "marks"),
+    [
+        (["1.0 [0, 2]", "2.0 [1, 3]", "3.0 [2, 4]"], [1.0, 2.0, 3.0], ["", "second", "best"]),
+        (["3.0 [2, 4]", "3.0 [1, 9]", "1.0 [0, 2]"], [3.0, 3.0, 1.0], ["best", "best", "second"]),
+        (["3.0", "2.0", "2.0"], [3.0, 2.0, 2.0], ["best", "second", "second"]),
+        # A reader sees no difference between values that are printed alike.
+        (["3.0", "3.0", "2.0"], [3.01, 2.99, 2.0], ["best", "best", "second"]),
+        (["3.0", "3.0"], [3.01, 2.99], ["", ""]),
+        (["3.0", "unknown"], [3.0, None], ["", ""]),
+        (["2.0", "unknown", "1.0"], [2.0, None, 1.0], ["best", "", "second"]),
+    ],
+)
+def test_equal_values_have_equal_marks(cells, values, marks):
+    assert [cell.mark for cell in mark_best(cells, values)] == marks
+    swapped = {"best": "second", "second": "best", "": ""}
+    if len({text for text, value in zip(cells, values, strict=True) if value is not None}) == 2:
+        lower = [cell.mark for cell in mark_best(cells, values, lower_is_better=True)]
+        assert lower == [swapped[mark] for mark in marks]
+
+
+def markdown(records, folder: Path) -> str:
+    write_report(records, folder)
+    return (folder / "report.md").read_text().replace("\\", "")
+
+
+def test_one_model_has_scores_without_marks_and_no_differences(tmp_path):
+    text = markdown([make_record(n, "The answer is 1.", model="only") for n in range(3)], tmp_path)
+    assert "| only · greedy | 100.0 [43.9, 100.0] |\n| samples | 3 |" in text
+    assert "There is only one model and decoder, so nothing is compared." in text
+    assert "Bold marks" not in text
+    assert "## All differences" not in text
+    assert "## What was run" not in text  # nothing is known of the run
+    apart = [make_record(n, "The answer is 1.", model=f"m{n}") for n in range(2)]
+    assert "No two models or decoders share a sample, so nothing is compared." in markdown(apart, tmp_path)
+
+
+def test_tasks_go_down_the_page_if_they_are_more_than_models(tmp_path):
+    tasks = ("gsm8k", "svamp", "asdiv")
+    records = [
+        make_record(n, f"The answer is {int(model == 'a' or n)}.", model=model, task=task, kind="number")
+        for model in "ab"
+        for task in tasks
+        for n in range(2)
+    ]
+    text = markdown(records, tmp_path)
+    assert "| task, score | a · greedy | b · greedy | samples |" in text
+    assert text.count("flexible % | **100.0 [34.2, 100.0]** | *50.0 [9.5, 90.5]* | 2 |") == 3
+    # What is said of several tasks is said once.
+    nothing = "- **gsm8k, flexible; svamp, flexible; asdiv, flexible**: No difference shown between a · greedy and b"
+    assert nothing in text
+
+
+def test_many_differences_are_a_short_list_and_a_long_table(tmp_path):
+    records = [
+        make_record(n, f"The answer is {int(n < 4 * k)}.", model=f"m{k}", question=f"q{n}")
+        for k in range(7)
+        for n in range(24)
+    ]
+    page = write_report(records, tmp_path).read_text()
+    shown = [entry for entry in compare(Records(records)) if entry.metric == "flexible" and entry.difference.is_shown]
+    listed = page.partition("<ul>")[2].partition("</ul>")[0]
+    assert len(shown) > 6
+    assert listed.count("points [") == 6
+    assert "m6 · greedy is higher than m0 · greedy by 100.0 points" in listed
+    assert f"Smaller real differences, in the table of all: {len(shown) - 6}." in listed
+    assert f"No difference shown for the other {21 - len(shown)} of 21 pairs." in listed
+    assert page.partition("All differences</h2>")[2].count("<tr>") == 1 + 2 * 21
+
+
+def test_the_page_has_nothing_wider_than_a_phone(records, tmp_path):
+    long = "runs/experiments/a-name-that-is-far-too-long-for-a-line-of-the-chart"
+    page = write_report(
+        [*records, *(make_record(n, "1", model=long) for n in range(2))], tmp_path, DESCRIBED
+    ).read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table>") == page.count('<div class="scroll"><table>') > 5
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", style)
+    assert "@media (max-width: 40rem)" in style
+    wide = [
+        rule for rule in re.findall(r"(?<![-\w])((?:min-)?width: *[\d.]+(?:rem|px|em))", style)
+        if float(re.search(r"[\d.]+", rule)[0]) * (1 if rule.endswith("px") else 16) > 360
+    ]  # fmt: skip
+    assert wide == []
+    assert not [
+        name for tag, name, _ in Page(page).attributes if tag in ("table", "svg", "td", "div") and name == "width"
+    ]
+    # Names longer than the chart keep their end.
+    assert f"\u2026{long[-40:]} · greedy</text>" in page
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth,
+document.getElementById("shown").textContent, document.querySelector("table").getBoundingClientRect().top,
+document.querySelector("svg").getBoundingClientRect().width].join(), "*");</script></body>"""
+FRAMES = """<script>addEventListener("message", event => document.body.append(`[${event.data}]`));</script><body>
+<iframe src="report.html" width="360" height="800"></iframe>
+<iframe src="report.html" width="1280" height="800"></iframe>
+"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to draw the page")
 def test_page_is_drawn_by_a_browser_and_its_filter_works(records, tmp_path):
-    page = write_report(records, tmp_path).resolve()
-    # The page fits the width of a phone if only the boxes of tables scroll sideways.
-    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, "
-    probe += "document.getElementById('shown').textContent].join();</script></body>"
-    Path(page).write_text(page.read_text().replace("</body>", probe))
+    page = write_report(records, tmp_path)
+    page.write_text(page.read_text().replace("</body>", PROBE))
+    frames = tmp_path / "frames.html"
+    frames.write_text(FRAMES)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    size, shot = "--window-size=500,900", tmp_path / "shot.png"
+    shot = tmp_path / "shot.png"
+    # Frames, because a window cannot be as narrow as a phone.
+    flags += ["--virtual-time-budget=5000", f"--screenshot={shot}", "--dump-dom"]
     drawn = subprocess.run(
-        [CHROMIUM, *flags, size, f"--screenshot={shot}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(\d+),(\d+),(.*?)</title>", drawn.stdout)
-    assert title is not None, drawn.stderr[-500:]
-    assert int(title[1]) <= int(title[2])
-    assert title[3] == "12 of 12"
+        [CHROMIUM, *flags, frames.resolve().as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
+    found = {int(width): said.split(",") for width, said in re.findall(r"\[(\d+),(.*?)\]", drawn.stdout)}
+    assert set(found) == {360, 1280}, drawn.stderr[-500:]
+    for width, (scroll_width, shown, top, chart) in found.items():
+        # Only the boxes of tables and charts scroll sideways.
+        assert int(scroll_width) <= width
+        assert shown == "12 of 12"
+        # The first table is seen without scrolling.
+        assert float(top) < 200
+        assert 250 < float(chart) <= 544
     assert shot.read_bytes()[:4] == b"\x89PNG"

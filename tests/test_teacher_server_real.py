@@ -134,7 +134,7 @@ def test_side_by_side(server, style, smollm2, tmp_path) -> None:
     assert regret.mean() < 0.05
     page = (tmp_path / "out" / "report.html").read_text()
     assert url in page
-    assert "neither the weights nor their precision are seen" in page
+    assert "A server shows neither the weights of a model nor their precision." in page
     assert main(command) == 0
     assert load_run(tmp_path / "out")[1] == records
 

@@ -58,7 +58,8 @@ A server is named URL#MODEL, or URL where it lists one model. It is asked in pla
 template, which works with llama.cpp and vLLM. Tasks that need probabilities of given texts, heldout and multiple
 choice, are refused for servers.
 A file of your own has one JSON object per line. The choices are a list of texts, and the answer is a letter or one of
-them. Questions are asked by --template, without worked examples.
+them. A field "kind" states the kind of the answers, like --answer-kind, and is the same in the whole file. Questions
+are asked by --template, without worked examples.
 --data DIR holds gsm8k/test.jsonl, strategyqa/dev.json, commonsenseqa/dev_rand_split.jsonl, ... as published.
 """
 _HELDOUT = "heldout"
@@ -201,8 +202,8 @@ def _add_own_question_arguments(parser: Parser) -> None:
     add(
         "--answer-kind",
         choices=(*ANSWER_KINDS, "text"),
-        help="kind of the answers; text: scored by Rouge-L (default: letter where there are choices, else number or "
-        "yes_no if all correct answers are, else any)",
+        help="kind of the answers; text: scored by Rouge-L (default: the file's field kind, else letter where all have "
+        "choices, else number or yes_no if all correct answers are, else any)",
     )
     add(
         "--template",

@@ -1,6 +1,7 @@
 """The answers of outputs, read by the same rule with which the search finishes branches and votes."""
 
 from slimkernels.search.answers import (
+    ANSWER_KINDS,
     AnswerKind,
     Extraction,
     before_next_question,
@@ -11,6 +12,7 @@ from slimkernels.search.answers import (
 )
 
 __all__ = [
+    "ANSWER_KINDS",
     "AnswerKind",
     "Extraction",
     "before_next_question",

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from slimkernels.evaluate.answers import AnswerKind, canonical, extract
+from slimkernels.evaluate.answers import ANSWER_KINDS, AnswerKind, canonical, extract
 from slimkernels.evaluate.tasks import TASKS, TEXT, Sample, Task, check_num_samples, read_task
 from slimkernels.text_files import check_characters
 
+_KIND_FIELD = "kind"
+_KINDS = (*ANSWER_KINDS, TEXT)
 _NAME = re.compile(r"[\w.-]+")
 _BARE_NUMBER = re.compile(r"[-+$\u20ac\u00a3\u2212]*\s?[\d,]*\.?\d+(?:/\d+)?\s?%?")
 
@@ -32,8 +34,8 @@ def load_questions(
 
     Args:
         name: Name of the task in the report; no name of a task that the package has.
-        path: .jsonl file with an object per line, or .json file with a list of objects. A field ``id`` names the
-            question, if there is one.
+        path: .jsonl file with an object per line, or .json file with a list of objects. If there are fields ``id``
+            and ``kind``, they name the question and the kind of its answer, which is the same in the whole file.
         num_samples: Number of samples to take, at least 1, from the start of a shuffled order that is the same for all
             runs; None takes all.
         template: Prompt, with ``{question}`` where the question and its choices go.
@@ -42,8 +44,9 @@ def load_questions(
             in front of an announced answer, as in GSM8K.
         choices_field: Field with the list of the choices' texts; the correct answer is then a letter or one of them.
             It may be missing.
-        kind: Kind of the answers, "number", "yes_no", "letter", "any" or "text" (scored by Rouge-L). None is "letter"
-            where there are choices, else "number" or "yes_no" if all correct answers are, else "any".
+        kind: Kind of the answers, "number", "yes_no", "letter", "any" or "text" (scored by Rouge-L). None is the kind
+            that the file states, else "letter" where there are choices, else "number" or "yes_no" if all correct
+            answers are, else "any".
 
     Raises:
         FileNotFoundError: The file does not exist.
@@ -64,9 +67,21 @@ def load_questions(
     def read(row: Mapping[str, Any]) -> Sample:
         return own_sample(row, question_field, reference_field, choices_field)
 
+    stated: set[str] = set()
+
+    def read_with_kind(row: Mapping[str, Any]) -> Sample:
+        if kind is None and _KIND_FIELD in row:
+            stated.add(_kind(row[_KIND_FIELD]))
+        return read(row)
+
     # The kind depends on all answers, so the file is read a second time, by its kind.
-    samples = read_task(name, None, path, path.name, read, None, template).samples
-    found = kind or kind_of_answers(samples)
+    samples = read_task(name, None, path, path.name, read_with_kind, None, template).samples
+    if len(stated) > 1:
+        raise ValueError(
+            f"{path} must hold answers of one kind, got {' and '.join(sorted(stated))} in its field {_KIND_FIELD!r}: "
+            "put the questions of each kind into a file of their own, and give each file as a task"
+        )
+    found = kind or next(iter(stated), None) or kind_of_answers(samples)
     answers = cast("AnswerKind | None", None if found == TEXT else found)
     return read_task(name, answers, path, path.name, lambda row: asked(read(row), answers), num_samples, template)
 
@@ -88,6 +103,16 @@ def own_sample(row: Mapping[str, Any], question_field: str, reference_field: str
         raise ValueError(f"the field {choices_field!r} must be a list of at most 26 texts, got {choices!r}")
     reference = _reference(row[reference_field])
     return Sample(str(row.get("id", "")), question.strip(), reference, tuple(map(str, choices)))
+
+
+def _kind(value: Any) -> str:
+    """Returns the kind that a record states."""
+    if value not in _KINDS:
+        raise ValueError(
+            f"the field {_KIND_FIELD!r} must be one of {', '.join(_KINDS)}, got {json.dumps(value)}; rename a field "
+            "that means something else"
+        )
+    return value
 
 
 def _reference(answer: Any) -> str:

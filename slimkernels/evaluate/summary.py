@@ -152,12 +152,6 @@ class Records:
         """Returns the weight of every sample in a mean: its number of labels for a document, 1 for a question."""
         return {record.sample: record.labels or 1 for record in self.of(arm, task)}
 
-    def mean(self, arm: Arm, task: str, metric: str) -> float | None:
-        """Returns the weighted mean score over samples; None if no sample has this metric."""
-        scores, weights = self.scores(arm, task, metric), self.weights(arm, task)
-        total = sum(weights[sample] for sample in scores)
-        return sum(score * weights[sample] for sample, score in scores.items()) / total if total else None
-
 
 def overall(records: Records, arm: Arm, task: str, budgets: Sequence[Budget] = ()) -> Overall:
     """Summarises an arm on a task of which it has records."""

@@ -1,4 +1,4 @@
-"""Building blocks of a report, independent of its format: headings, paragraphs, tables and charts."""
+"""Building blocks of a report, independent of its format: headings, paragraphs, lists, tables and charts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ class Paragraph:
 
 
 @dataclasses.dataclass(frozen=True)
+class Items:
+    """A list, each entry of which is a subject and what is said of it."""
+
+    entries: Sequence[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """Rows under a head; the first cell of a row is its name."""
 
@@ -37,26 +44,41 @@ class Table:
     rows: Sequence[Sequence[Cell | str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """An SVG element with a caption."""
 
     svg: str
     caption: str
 
 
-Block = Heading | Paragraph | Table | Chart
+@dataclasses.dataclass(frozen=True)
+class Charts:
+    """Charts next to each other, or below each other where the page is narrow."""
+
+    charts: Sequence[Chart]
+
+
+@dataclasses.dataclass(frozen=True)
+class AllOutputs:
+    """The place of the outputs side by side, which a format takes from the records."""
+
+
+Block = Heading | Paragraph | Items | Table | Charts | AllOutputs
 
 
 def mark_best(cells: Sequence[str], values: Sequence[float | None], *, lower_is_better: bool = False) -> list[Cell]:
-    """Makes the cells of a column and marks its best and second best values.
+    """Makes the cells of a score and marks its best and second best values.
 
-    Equal values have equal marks. If all values are equal, none is marked.
+    The first word of a cell is its value as it is printed. Values that are printed alike have equal marks; if all are,
+    none is marked.
     """
-    ranked = sorted({value for value in values if value is not None}, reverse=not lower_is_better)
-    marks: dict[float, Literal["best", "second"]] = {}
+    printed = [text.split()[0] for text in cells]
+    known = [(value, text) for value, text in zip(values, printed, strict=True) if value is not None]
+    ranked = list(dict.fromkeys(text for _, text in sorted(known, reverse=not lower_is_better)))
+    marks: dict[str, Literal["best", "second"]] = {}
     if len(ranked) > 1:
         marks = {ranked[0]: "best", ranked[1]: "second"}
     return [
-        Cell(text, "" if value is None else marks.get(value, "")) for text, value in zip(cells, values, strict=True)
+        Cell(text, "" if value is None else marks.get(word, ""))
+        for text, word, value in zip(cells, printed, values, strict=True)
     ]

@@ -12,7 +12,9 @@ from slimkernels.evaluate.statistics import Interval
 
 _WIDTH = 440
 _LEFT = 30
-_ROW = 46
+_ROW = 38
+# About as many characters of a name as fit the width.
+_MAX_NAME = 50
 # Series differ in shape as well as in colour (the page defines the classes .s0 to .s5).
 NUM_STYLES = 6
 
@@ -49,7 +51,7 @@ class Axis(NamedTuple):
 
 def dot_chart(labels: Sequence[str], intervals: Sequence[Interval], metric: Metric, title: str) -> str:
     """Draws one row for each label: its name, a dot at its value, and a line over its interval."""
-    height = _ROW * len(labels) + 30
+    height = _ROW * len(labels) + 34
     axis = Axis.of([end for interval in intervals for end in interval], metric)
 
     def across(value: float) -> float:
@@ -58,7 +60,7 @@ def dot_chart(labels: Sequence[str], intervals: Sequence[Interval], metric: Metr
     parts = [_draw(axis, height - 24, 8)]
     for row, (label, interval) in enumerate(zip(labels, intervals, strict=True)):
         y = _ROW * row + 34
-        parts.append(f'<text x="{_LEFT}" y="{y - 13}">{html.escape(label)}</text>')
+        parts.append(f'<text x="{_LEFT}" y="{y - 11}">{_name(label)}</text>')
         parts.append(
             f'<path class="s{row % NUM_STYLES} whisker" d="M{across(interval.low):.1f} {y}H{across(interval.high):.1f}'
             f'M{across(interval.low):.1f} {y - 5}v10M{across(interval.high):.1f} {y - 5}v10"/>'
@@ -100,9 +102,14 @@ def line_chart(
         parts += [_marker(row, x, y) for x, y in points]
         parts += [
             _marker(row, _LEFT + 6, 12 + 20 * row),
-            f'<text x="{_LEFT + 18}" y="{17 + 20 * row}">{html.escape(name)}</text>',
+            f'<text x="{_LEFT + 18}" y="{17 + 20 * row}">{_name(name)}</text>',
         ]
     return _svg(bottom + 30, title, parts)
+
+
+def _name(text: str) -> str:
+    """Escapes a name, of which a long one keeps its end."""
+    return html.escape(text if len(text) <= _MAX_NAME else f"\u2026{text[1 - _MAX_NAME :]}")
 
 
 def _across(share: float) -> float:

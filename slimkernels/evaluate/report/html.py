@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from slimkernels.evaluate.judge import Rating, ratings_of
 from slimkernels.evaluate.records import Record
-from slimkernels.evaluate.report.blocks import Block, Cell, Heading, Paragraph, Table
+from slimkernels.evaluate.report.blocks import AllOutputs, Block, Cell, Charts, Heading, Items, Paragraph, Table
 from slimkernels.evaluate.score_units import metric as written
 from slimkernels.evaluate.scoring import vote
 from slimkernels.evaluate.summary import Arm, Records
@@ -23,14 +23,18 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--page); overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--rule); } h3 { margin-bottom: .3rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h3 { margin-bottom: .3rem; }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--rule); } nav + h2 { margin-top: 1.2rem; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .9rem; } nav a { color: var(--c0); }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 th { background: var(--soft); } td.number { white-space: nowrap; }
-td:first-child { min-width: 9rem; } td.best { font-weight: 700; } td.second { font-style: italic; }
+td:first-child { min-width: 9rem; } td:first-child, th:first-child { position: sticky; left: 0; }
+td:first-child { background: var(--page); } td.best { font-weight: 700; } td.second { font-style: italic; }
 td.warning { color: var(--bad); font-weight: 700; }
-svg { width: 100%; max-width: 34rem; height: auto; display: block; }
+.charts { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+svg { width: 100%; max-width: 34rem; height: auto; display: block; } li { margin: .4rem 0; padding: 0; }
 svg text { font: 14px system-ui, sans-serif; fill: var(--ink); } svg .small { font-size: 12px; fill: var(--faint); }
 .grid { stroke: var(--rule); fill: none; } .whisker, .line { fill: none; stroke-width: 2; }
 .s0 { stroke: var(--c0); } .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
@@ -48,6 +52,13 @@ figure { margin: 1rem 0; } figcaption, .note { color: var(--faint); font-size: .
 .output { background: var(--soft); border-radius: .3rem; padding: .5rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: .85rem/1.4 ui-monospace, monospace; }
 .right { color: var(--good); } .wrong { color: var(--bad); }
+@media (max-width: 40rem) { body { padding: .8rem; } h1 { font-size: 1.35rem; } h2 { font-size: 1.2rem; }
+  th, td { padding: .3rem .4rem; } td:first-child { min-width: 6rem; }
+  th:first-child, td:first-child { max-width: 8.5rem; overflow-wrap: break-word; }
+  nav { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; padding-bottom: .4rem; }
+  .charts { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: minmax(88%, 1fr);
+  overflow-x: auto; }
+  figcaption { overflow-wrap: break-word; } ul { padding-left: 1.1rem; } #filter { position: static; } }
 """
 
 # The script only searches and filters samples. Without it, all samples are shown.
@@ -73,8 +84,16 @@ filter();
 
 
 def to_html(title: str, blocks: Sequence[Block], records: Records) -> str:
-    """Writes the whole page: the blocks, then the outputs side by side for every sample."""
-    body = [f"<h1>{_text(title)}</h1>", *map(_block, blocks), _outputs(records)]
+    """Writes the whole page, with a line of links to its sections, and all outputs where the blocks place them."""
+    sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
+    body = [f"<h1>{_text(title)}</h1>", _links(sections)]
+    for block in blocks:
+        if isinstance(block, AllOutputs):
+            body.append(_outputs(records))
+        elif isinstance(block, Heading) and block.level == 2:
+            body.append(f'<h2 id="section-{sections.index(block.text)}">{_text(block.text)}</h2>')
+        else:
+            body.append(_block(block))
     # The policy forbids all requests, so that even a flaw in the escaping could load nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
@@ -87,7 +106,12 @@ def to_html(title: str, blocks: Sequence[Block], records: Records) -> str:
     )
 
 
-def _block(block: Block) -> str:
+def _links(sections: Sequence[str]) -> str:
+    links = (f'<a href="#section-{index}">{_text(text)}</a>' for index, text in enumerate(sections))
+    return f"<nav>{' '.join(links)}</nav>"
+
+
+def _block(block: Heading | Paragraph | Items | Table | Charts) -> str:
     if isinstance(block, Heading):
         return f"<h{block.level}>{_text(block.text)}</h{block.level}>"
     if isinstance(block, Paragraph):
@@ -96,7 +120,11 @@ def _block(block: Block) -> str:
         head = "".join(f'<th scope="col">{_text(name)}</th>' for name in block.head)
         rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in block.rows)
         return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<figure>{block.svg}<figcaption>{_text(block.caption)}</figcaption></figure>"
+    if isinstance(block, Items):
+        entries = (f"<li><strong>{_text(subject)}</strong>: {_text(said)}</li>" for subject, said in block.entries)
+        return f"<ul>{''.join(entries)}</ul>"
+    charts = (f"<figure><figcaption>{_text(chart.caption)}</figcaption>{chart.svg}</figure>" for chart in block.charts)
+    return f'<div class="charts">{"".join(charts)}</div>'
 
 
 def _cell(cell: Cell | str) -> str:
@@ -107,7 +135,8 @@ def _cell(cell: Cell | str) -> str:
 
 
 def _outputs(records: Records) -> str:
-    parts = ["<h2>Outputs side by side</h2>", _filter(records)]
+    # The box ends the stay of the filter at the top of the window.
+    parts = ['<div id="outputs">', _filter(records)]
     for task in records.tasks:
         metric = records.metrics(task)[0]
         by_sample: dict[str, list[Record]] = {}
@@ -115,7 +144,7 @@ def _outputs(records: Records) -> str:
             for record in records.of(arm, task):
                 by_sample.setdefault(record.sample, []).append(record)
         parts += [_sample(task, metric, own) for own in by_sample.values()]
-    return "\n".join(parts)
+    return "\n".join([*parts, "</div>"])
 
 
 def _filter(records: Records) -> str:

@@ -1,10 +1,10 @@
-"""A report's blocks as Markdown, without its charts."""
+"""A report's blocks as Markdown, without its charts and outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slimkernels.evaluate.report.blocks import Block, Cell, Chart, Heading, Paragraph, Table
+from slimkernels.evaluate.report.blocks import AllOutputs, Block, Cell, Heading, Items, Paragraph, Table
 
 _MARKS = {"": "{}", "best": "**{}**", "second": "*{}*", "warning": "{} (!)"}
 
@@ -20,8 +20,10 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
         elif isinstance(block, Table):
             lines = [_row(block.head), _row(["---"] * len(block.head)), *map(_row, block.rows)]
             parts.append("\n".join(lines))
-        elif isinstance(block, Chart):
-            continue
+        elif isinstance(block, Items):
+            parts.append("\n".join(f"- **{_escape(subject)}**: {_escape(said)}" for subject, said in block.entries))
+        elif isinstance(block, AllOutputs):
+            parts.append("In `records.jsonl`, and on the page.")
     return "\n\n".join(parts) + "\n"
 
 
