@@ -120,7 +120,8 @@ class Corpus:
         starts = map(len, self.teacher[1]([line["prompt"] for line in lines])["input_ids"])
         found = {tuple(line["input_ids"]): start for line, start in zip(lines, starts, strict=True)}
         return [
-            TokenizedDocument(ids, positions=range(start, len(ids)), prompt_length=start) for ids, start in found.items()
+            TokenizedDocument(ids, positions=range(start, len(ids)), prompt_length=start)
+            for ids, start in found.items()
         ]
 
     def _captured(self, part: str, kind: str, documents: list[TokenizedDocument]) -> Path:

@@ -105,8 +105,8 @@ def trials(method: Method, learning_rate: float, loss_of: Callable[[Options], fl
     """Yields the options of a method's trials, a search along one option at a time.
 
     From the first values on, each trial changes one option of the best one so far, in turn: the divergence's weight
-    times 3, the learning rate times 2 and by 2, the method's own options, the divergence's weight by 3, the learning
-    rate times and by the square root of 2, and again from the beginning; values that were tried are left out. The
+    times 3, or by 3 if that did not lower the loss; the learning rate times 2, or by 2; the method's own options; the
+    learning rate times the square root of 2, or by it; and again from the beginning. What was tried is left out. The
     search is a function of the losses, so it can be continued from those that a file has.
 
     Args:
@@ -120,28 +120,27 @@ def trials(method: Method, learning_rate: float, loss_of: Callable[[Options], fl
     moved = True
     while moved:
         moved = False
-        for move in _moves(method):
-            options = best | move(best)
-            if options in tried:
-                continue
-            moved = True
-            tried.append(options)
-            yield options
-            if loss_of(options) < loss_of(best):
-                best = options
+        for alternatives in _moves(method):
+            for change in alternatives:
+                options = best | change(best)
+                if options in tried:
+                    continue
+                moved = True
+                tried.append(options)
+                yield options
+                if loss_of(options) < loss_of(best):
+                    best = options
+                    break
 
 
-def _moves(method: Method) -> Iterator[Callable[[Options], Options]]:
-    """Yields functions that take options and return those that they change."""
-    weights = _times("kd_weight", 3), _times("kd_weight", 1 / 3)
-    yield from weights[:1] if method.weighs else ()
-    yield _times("learning_rate", 2)
-    yield _times("learning_rate", 1 / 2)
+def _moves(method: Method) -> Iterator[tuple[Callable[[Options], Options], ...]]:
+    """Yields groups of functions that take options and return those that they change."""
+    if method.weighs:
+        yield _times("kd_weight", 3), _times("kd_weight", 1 / 3)
+    yield _times("learning_rate", 2), _times("learning_rate", 1 / 2)
     for name, values in method.values.items():
-        yield from (lambda _, name=name, value=value: {name: value} for value in values)
-    yield from weights[1:] if method.weighs else ()
-    yield _times("learning_rate", 2**0.5)
-    yield _times("learning_rate", 2**-0.5)
+        yield tuple(lambda _, name=name, value=value: {name: value} for value in values)
+    yield _times("learning_rate", 2**0.5), _times("learning_rate", 2**-0.5)
 
 
 def _times(name: str, factor: float) -> Callable[[Options], Options]:

@@ -170,7 +170,9 @@ def verdicts(results: Results, labels: int) -> list[str]:
     for (name, _), change in zip(found.items(), holm(list(found.values())), strict=True):
         percent = _interval([100 * math.expm1(value) for value in change[:3]], 1)
         effect = ("helps" if change.value < 0 else "hurts") if change.is_shown else "makes no difference that is shown"
-        said.append(f"The adaptive weight {effect}, compared with {name}: perplexity {percent} %, p {change.p_value:.3f}.")
+        said.append(
+            f"The adaptive weight {effect}, compared with {name}: perplexity {percent} %, p {change.p_value:.3f}."
+        )
     return [f"With {labels:,} labels. {' '.join(said)}"] if said else []
 
 
@@ -198,8 +200,8 @@ def _conditions(results: Results) -> str:
     start = f"{len(kind['layers'])} of its layers" if kind["layers"] else f"{kind['num_layers']} new layers"
     commits = ", ".join(dict.fromkeys(row["commit"] for row in results.rows))
     return (
-        f"Teacher: {text['teacher']}, perplexity {measured['teacher_perplexity']:.2f}, which wrote all text, so that SFT "
-        f"on it is sequence-level distillation. Student: {start}, {measured['parameters']:,} parameters; "
+        f"Teacher: {text['teacher']}, perplexity {measured['teacher_perplexity']:.2f}, which wrote all text, so that "
+        f"SFT on it is sequence-level distillation. Student: {start}, {measured['parameters']:,} parameters; "
         f"{kind['passes']} pass{'es' * (kind['passes'] > 1)} over the documents, {kind['batch_size']} per step, in "
         f"bfloat16 autocast. Options were chosen by the loss on {_heldout(results, 'trial')} labels of the development "
         f"part. Brackets hold 95 % bootstrap intervals over the test's documents, paired, each the mean over seeds "
