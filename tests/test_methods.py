@@ -59,6 +59,8 @@ def text(tmp_path_factory) -> Text:
 @pytest.fixture
 def comparison(tmp_path, text, monkeypatch) -> Comparison:
     monkeypatch.setitem(STUDENTS, "random", TINY)
+    # The lock of benchmarks, which one that runs on this machine may hold.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return Comparison(tmp_path / "rows.jsonl", tmp_path / "work", text)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from transformers.utils import logging
 
 from bench import records
-from bench.machine import installed_version, machine
+from bench.machine import installed_version, machine, one_at_a_time
 from bench.reproduce.methods_corpus import Corpus, Text
 from bench.reproduce.methods_plan import (
     BUDGETS,
@@ -95,10 +95,14 @@ class Comparison:
         return len(missing[:most])
 
     def _run(self, unit: Unit) -> dict[str, Any]:
-        print(unit.name, flush=True)
-        row = dataclasses.asdict(unit) | run_unit(unit, self.corpus) | {"settings": self._settings(unit.student)}
-        print(f"  perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}, {row['seconds']:.0f} s", flush=True)
-        return self._append(row)
+        with one_at_a_time():
+            # Another run may have finished it in the meantime.
+            if done := self.rows(unit.student).of(unit):
+                return done
+            print(unit.name, flush=True)
+            row = dataclasses.asdict(unit) | run_unit(unit, self.corpus) | {"settings": self._settings(unit.student)}
+            print(f"  perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}, {row['seconds']:.0f} s", flush=True)
+            return self._append(row)
 
     def _append(self, row: dict[str, Any]) -> dict[str, Any]:
         row = row | {"transformers": installed_version("transformers"), **machine()}
