@@ -84,8 +84,8 @@ class Corpus:
             kind: Rows of the store: "top", the teacher's largest logits, or "draws".
         """
         part = f"training-{seed}"
-        # Prompts have no labels, so the text is longer than its labels, and is extended until there are enough.
-        for tokens in itertools.count(labels, max(1, labels // 50)):
+        # Prompts, a fifteenth of the text, have no labels; the text is extended until there are enough.
+        for tokens in itertools.count(labels + labels // 12, 1 + labels // 100):
             documents = self._written(part, self._training_prompts, seed=seed, num_tokens=tokens)
             totals = list(itertools.accumulate(len(document.labels) for document in documents))
             if totals[-1] >= labels:
