@@ -81,7 +81,7 @@ class Comparison:
                     run += 1
                 units.append(unit)
             if units:
-                self._append(chosen(rows, units) | {"settings": rows.settings})
+                self._append(chosen(rows, units) | {"settings": rows.settings} | machine())
         return run
 
     def test(
@@ -100,12 +100,14 @@ class Comparison:
             if done := self.rows(unit.student).of(unit):
                 return done
             print(unit.name, flush=True)
-            row = dataclasses.asdict(unit) | run_unit(unit, self.corpus) | {"settings": self._settings(unit.student)}
+            # The commit is that of the code that runs, also if another is checked out before the end.
+            row = dataclasses.asdict(unit) | {"settings": self._settings(unit.student)} | machine()
+            row |= run_unit(unit, self.corpus)
             print(f"  perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}, {row['seconds']:.0f} s", flush=True)
             return self._append(row)
 
     def _append(self, row: dict[str, Any]) -> dict[str, Any]:
-        row = row | {"transformers": installed_version("transformers"), **machine()}
+        row = row | {"transformers": installed_version("transformers")}
         # The file is only held for as long as a row takes, so that several runs can share it.
         with Journal(self.out, wait_s=60) as journal:
             journal.append(json.dumps(row).encode() + b"\n")
