@@ -61,14 +61,16 @@ def comparison(tmp_path, text, monkeypatch) -> Comparison:
     monkeypatch.setitem(STUDENTS, "random", TINY)
     # The lock of benchmarks, which one that runs on this machine may hold.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return Comparison(tmp_path / "rows.jsonl", tmp_path / "work", text)
+    english = tmp_path / "english.txt"
+    english.write_text(f"= A heading =\n{'A house stood by the river for many years. ' * 6}\n")
+    return Comparison(tmp_path / "rows.jsonl", tmp_path / "work", text, english)
 
 
 def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
     read, trained = [], []
     heldout, run_unit = comparison.corpus.heldout, methods.run_unit
     monkeypatch.setattr(comparison.corpus, "heldout", lambda part: read.append(part) or heldout(part))
-    monkeypatch.setattr(methods, "run_unit", lambda unit, corpus: trained.append(unit.name) or run_unit(unit, corpus))
+    monkeypatch.setattr(methods, "run_unit", lambda unit, *args: trained.append(unit.name) or run_unit(unit, *args))
     monkeypatch.setattr(methods_plan, "TRIALS", 2)
     monkeypatch.setitem(methods_plan.BUDGETS, 60, ("slim", "kd_mean"))
     names = ["kd_mean", "slim"]
@@ -100,6 +102,8 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
             row["loss"], abs=1e-3
         )
         assert {"commit", "device", "transformers", "date", "alone", "seconds", "kl", "tokens"} <= set(row)
+        # One paragraph, cut off, of which the first token is no label.
+        assert (row["english"]["file"], row["english"]["heldout_labels"]) == ("english.txt", 9)
     assert len({row["loss"] for row in rows[-4:]}) == 4
 
 
@@ -183,11 +187,11 @@ def test_methods_holm_by_hand():
 
 def test_methods_block_by_hand():
     rows = [row_of("trial", "kd", 2.0 + rate, options={"method": "kd", "learning_rate": rate}) for rate in (0.5, 1.0)]
-    rows += rows_tested({"kd": 2.0, "slim": 1.9, "kd_mean": 2.0})
+    rows += rows_tested({"slim": 1.9}, english={"loss": math.log(3)}) + rows_tested({"kd": 2.0, "kd_mean": 2.0})
     block = methods_block(rows)
     lines = block.splitlines()
-    assert "| SLIM | 6.69 | -9.5 [-9.5, -9.5] | 1.0000 | 0.950 | -0.050 [-0.050, -0.050] | 10 |" in lines
-    assert "| KD | 7.39 |  |  | 1.000 |  | 10 |" in lines
+    assert "| SLIM | 6.69 | -9.5 [-9.5, -9.5] | 1.0000 | 0.950 | -0.050 [-0.050, -0.050] | 3.00 | 10 |" in lines
+    assert "| KD | 7.39 |  |  | 1.000 |  |  | 10 |" in lines
     total = 3 * len(METHODS)
     assert f"Test with 25,000 labels: 9 of {total} trainings run." in lines
     assert "Test with 400,000 labels: 0 of 9 trainings run." in lines

@@ -1,13 +1,14 @@
 """Compares methods of distillation that were all tuned alike, in two steps that can be stopped and continued.
 
 python -m bench.reproduce.methods tune --out bench/results/methods.jsonl [--student half] [--methods kd slim]
-python -m bench.reproduce.methods test --out bench/results/methods.jsonl [--labels 25000] [--seeds 1 2 3]
+python -m bench.reproduce.methods test --out bench/results/methods.jsonl [--labels 25000] [--english FILE]
 python -m bench.reproduce.methods table --out bench/results/methods.jsonl
 
 A teacher writes text, and its largest logits are stored. ``tune`` trains a student six times by each method, with other
 learning rates, weights of the divergence and values of the method's own options, and measures it on a development part
 of the text. The best trial's options are written down as the method's choice. ``test`` trains by the chosen options
-from three other seeds, each with a text of its own, and measures on a test part that nothing else reads. ``table``
+from three other seeds, each with a text of its own, and measures on a test part that nothing else reads, and on plain
+English, such as WikiText-2's test.txt, where a file is given. ``table``
 prints what the documentation shows. A student is half of the teacher's layers, which has to be healed ("half"), or
 starts from random weights ("random").
 
@@ -55,10 +56,11 @@ class Comparison:
         out: JSONL file of rows.
         work: Folder for text and stores.
         text: The teacher, and how it writes.
+        english: File of plain English that the test measures on too.
     """
 
-    def __init__(self, out: Path, work: Path, text: Text | None = None) -> None:
-        self.out, self.corpus = out, Corpus(work, text or Text())
+    def __init__(self, out: Path, work: Path, text: Text | None = None, english: Path | None = None) -> None:
+        self.out, self.corpus, self.english = out, Corpus(work, text or Text()), english
 
     def rows(self, student: str) -> Rows:
         """Reads the rows of a kind of student."""
@@ -102,7 +104,7 @@ class Comparison:
             print(unit.name, flush=True)
             # The commit is that of the code that runs, also if another is checked out before the end.
             row = dataclasses.asdict(unit) | {"settings": self._settings(unit.student)} | machine()
-            row |= run_unit(unit, self.corpus)
+            row |= run_unit(unit, self.corpus, self.english if unit.op == "test" else None)
             print(f"  perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}, {row['seconds']:.0f} s", flush=True)
             return self._append(row)
 
@@ -132,16 +134,21 @@ def main() -> None:
         command.add_argument("--runs", type=int, metavar="N", help="maximum number of trainings to run")
     test.add_argument("--labels", type=int, nargs="+", choices=BUDGETS, default=[TUNING_LABELS], help="to learn from")
     test.add_argument("--seeds", type=int, nargs="+", default=list(TEST_SEEDS))
+    test.add_argument("--english", type=Path, help="plain English to measure on too, one paragraph a line")
     args = parser.parse_args()
     if args.command == "table":
         print(methods_block(records.read(args.out)))
         return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    comparison = Comparison(args.out, args.work)
     if args.command == "tune":
-        run = comparison.tune(args.student, args.methods, most=args.runs)
+        run = Comparison(args.out, args.work).tune(args.student, args.methods, most=args.runs)
     else:
+        if args.english is None:
+            print("plain English is not measured on: pass a file, such as WikiText-2's test.txt, as --english")
+        elif not args.english.is_file():
+            parser.error(f"--english must be a text file, got {args.english}, which is not a file")
+        comparison = Comparison(args.out, args.work, english=args.english)
         if TUNING_SEED in args.seeds:
             parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
         for name in args.methods:

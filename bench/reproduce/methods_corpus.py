@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.reproduce.sample_efficiency_corpus import first_tokens, paragraphs
 from slimkernels.store import Store, StoreDataset
 from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
 from slimkernels.teacher.corpus import TokenizedDocument
@@ -74,6 +75,11 @@ class Corpus:
         prompts = self._heldout_prompts[part]
         documents = self._written(part, prompts, seed=0, num_documents=len(prompts))
         return Store(self._captured(part, "top", documents))
+
+    def english(self, path: Path, tokens: int = 3000) -> Store:
+        """Returns the store of the first paragraphs of a file of plain English, one a line."""
+        documents = first_tokens(paragraphs(path, self.teacher[1], self.text.max_new_tokens), tokens)
+        return Store(self._captured(f"english-{path.stem}", "top", list(map(TokenizedDocument, documents))))
 
     def training(self, seed: int, labels: int, kind: str) -> Subset:
         """Returns the first documents of a seed's own text that have ``labels`` labels, from a store of this kind.

@@ -117,12 +117,10 @@ def _student_part(results: Results) -> list[str]:
 def test_table(results: Results, labels: int) -> str:
     """Tabulates the methods that were tested with a budget of labels."""
     differences, divergences = results.differences(labels), results.differences(labels, "KL")
-    lines = [
-        f"| {labels:,} labels | perplexity | to KD, % | p | KL to the teacher | to KD, nats | seconds |",
-        f"|---|{'---:|' * 6}",
-    ]
     tested = {name: results.tested(name, labels) for name in METHODS}
     order = sorted((found.mean("perplexity"), name) for name, found in tested.items() if found is not None)
+    heads = "perplexity", "to KD, %", "p", "KL to the teacher", "to KD, nats", "perplexity, plain English", "seconds"
+    lines = [_line(f"{labels:,} labels", *heads), f"|---|{'---:|' * len(heads)}"]
     for loss, name in order:
         found = tested[name]
         change, kl = differences.get(name), divergences.get(name)
@@ -134,6 +132,7 @@ def test_table(results: Results, labels: int) -> str:
                 f"{change.p_value:.4f}" if change else "",
                 f"{found.mean('KL'):.3f}",
                 _interval(kl[:3], 3) if kl else "",
+                _english(found.rows),
                 _seconds(found.rows),
             )
         )
@@ -178,6 +177,12 @@ def verdicts(results: Results, labels: int) -> list[str]:
 
 def _options(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if name not in _NOT_CHOSEN)
+
+
+def _english(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the mean perplexity on plain English, if all seeds were measured on it."""
+    losses = [row["english"]["loss"] for row in rows if "english" in row]
+    return f"{perplexity(statistics.fmean(losses)):.2f}" if len(losses) == len(rows) else ""
 
 
 def _seconds(rows: Iterable[dict[str, Any]]) -> str:

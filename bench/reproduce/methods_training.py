@@ -25,7 +25,7 @@ from slimkernels.trainer import SlimConfig, SlimTrainer
 _NOT_ALONE = 0.05
 
 
-def run_unit(unit: Unit, corpus: Corpus) -> dict[str, Any]:
+def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[str, Any]:
     """Trains a student, measures it, and returns the fields of its row.
 
     Text and stores that are missing are made before the clock starts. The test part is opened by a test only.
@@ -33,6 +33,7 @@ def run_unit(unit: Unit, corpus: Corpus) -> dict[str, Any]:
     Args:
         unit: The training.
         corpus: Text and stores.
+        english: File of plain English to measure on too.
     """
     kind, method = STUDENTS[unit.student], METHODS[unit.method]
     documents = corpus.training(unit.seed, unit.labels, "draws" if method.teacher == "draws" else "top")
@@ -52,7 +53,10 @@ def run_unit(unit: Unit, corpus: Corpus) -> dict[str, Any]:
         "seconds": round(clock.seconds, 1),
         "alone": clock.alone,
     }
-    return row | measure(student, heldout, documents=unit.op == "test")
+    row |= measure(student, heldout, documents=unit.op == "test")
+    if english is not None:
+        row["english"] = {"file": english.name} | measure(student, corpus.english(english))
+    return row
 
 
 def start(kind: Student, corpus: Corpus, seed: int) -> PreTrainedModel:
