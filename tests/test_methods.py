@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import pytest
 from support.teachers import save_teacher
 
 from bench import records
+from bench.machine import one_at_a_time
 from bench.reproduce import methods, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Text
 from bench.reproduce.methods_plan import METHODS, STUDENTS, Method, Rows, Student, Unit, chosen, trials, tuning_units
 from bench.reproduce.methods_results import Results, methods_block
+from slimkernels.durable import FileInUseError, lock_file
 
 TINY = Student(passes=2, learning_rate=1e-2, hidden_size=16, num_layers=1, num_heads=2)
 
@@ -114,6 +115,7 @@ def test_methods_train_from_every_kind_of_teacher(comparison, name):
     unit = Unit("trial", "random", name, 60, 0, options)
     row = methods_training.run_unit(unit, comparison.corpus)
     assert row["perplexity"] < 400
+    assert row["loss_options"].items() >= {"ce_weight": 0.0 if name == "gkd" else 1.0, "kd_weight": 1.0}.items()
     assert row["steps"] == 2 * math.ceil(row["documents"] / TINY.batch_size)
 
 
@@ -122,6 +124,25 @@ def test_methods_half_student_has_the_teachers_layers(comparison):
     assert half.config.num_hidden_layers == 1
     whole = comparison.corpus.teacher[0].state_dict()
     assert half.state_dict()["model.layers.0.mlp.up_proj.weight"].equal(whole["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_methods_seconds_count_where_the_machine_was_free(monkeypatch):
+    # Processor seconds of all processes and of this one.
+    for readings, alone in (([(100, 10), (120, 30)], True), ([(100, 10), (120, 20)], False), ([None, None], None)):
+        monkeypatch.setattr(methods_training, "_processor_seconds", iter(readings).__next__)
+        clock = methods_training._Clock()
+        clock.stop()
+        assert clock.alone is alone
+
+
+def test_methods_benchmarks_take_turns(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with one_at_a_time():
+        (path,) = tmp_path.iterdir()
+        with path.open("ab") as other, pytest.raises(FileInUseError):
+            lock_file(other, path)
+    with path.open("ab") as other:
+        lock_file(other, path)
 
 
 def row_of(op: str, name: str, loss: float, seed: int = 0, labels: int = 25_000, counts=(1, 3), **fields) -> dict:
@@ -193,8 +214,8 @@ def test_methods_block_by_hand():
     assert "| SLIM | 6.69 | -9.5 [-9.5, -9.5] | 1.0000 | 0.950 | -0.050 [-0.050, -0.050] | 3.00 | 10 |" in lines
     assert "| KD | 7.39 |  |  | 1.000 |  |  | 10 |" in lines
     total = 3 * len(METHODS)
-    assert f"Test with 25,000 labels: 9 of {total} trainings run." in lines
-    assert "Test with 400,000 labels: 0 of 9 trainings run." in lines
+    left = f"9 of {total} with 25,000 labels, 0 of 18 with 100,000 labels, 0 of 9 with 400,000 labels"
+    assert f"Not finished: of the test's trainings, {left} were run." in lines
     assert "| KD | learning_rate 0.5 | 12.18 | 1.250 | 2 of 6 |" in lines
     assert "With 25,000 labels. The adaptive weight makes no difference that is shown, compared with KD" in block
     # Without a seed of SLIM's nothing is said of it.
@@ -203,5 +224,4 @@ def test_methods_block_by_hand():
     block = methods_block(rows)
     assert "The adaptive weight" not in block
     assert "| SLIM |" not in block.partition("<details>")[0]
-    assert f"Test with 25,000 labels: 8 of {total} trainings run." in block
-    json.dumps(rows)
+    assert f"trainings, 8 of {total} with" in block

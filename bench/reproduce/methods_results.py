@@ -104,12 +104,15 @@ def methods_block(rows: Sequence[dict[str, Any]]) -> str:
 
 def _student_part(results: Results) -> list[str]:
     parts = [f"**{STUDENT_NAMES[results.student]}.**"]
-    for labels in BUDGETS:
-        run, all_units = results.progress(labels)
+    progress = {labels: results.progress(labels) for labels in BUDGETS}
+    for labels, (run, _) in progress.items():
         if run:
             parts += [test_table(results, labels), *verdicts(results, labels)]
-        if run < all_units:
-            parts.append(f"Test with {labels:,} labels: {run} of {all_units} trainings run.")
+    missing = [
+        f"{run} of {planned} with {labels:,} labels" for labels, (run, planned) in progress.items() if run < planned
+    ]
+    if missing:
+        parts.append(f"Not finished: of the test's trainings, {', '.join(missing)} were run.")
     folded = "<details><summary>How the options were chosen, on the development part</summary>"
     return [*parts, folded, tuning_table(results), "</details>", _conditions(results)]
 
@@ -153,7 +156,7 @@ def tuning_table(results: Results) -> str:
         lines.append(_line(METHODS[name].title, shown, f"{best['perplexity']:.2f}", f"{best['kl']:.3f}", counted))
     missing = [METHODS[name].title for name, trials in results.trials.items() if not trials]
     if missing:
-        lines += ["", f"Not begun: {', '.join(missing)}."]
+        lines += ["", f"Not begun: {'; '.join(missing)}."]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback
 
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus
@@ -40,10 +41,11 @@ def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[st
     heldout = corpus.heldout(TEST if unit.op == "test" else DEVELOPMENT)
     student = start(kind, corpus, unit.seed)
     clock = _Clock()
-    logs = _train(student, kind, unit, documents, corpus)
+    logs, loss_options = _train(student, kind, unit, documents, corpus)
     clock.stop()
     weights = [entry["weight"] for entry in logs if "weight" in entry]
     row = {
+        "loss_options": loss_options,
         "parameters": student.num_parameters(),
         "documents": len(documents),
         "tokens": sum(len(documents[index].input_ids) for index in range(len(documents))),
@@ -98,8 +100,10 @@ def measure(student: PreTrainedModel, heldout: Store, *, documents: bool = False
     return row
 
 
-def _train(student: PreTrainedModel, kind: Student, unit: Unit, documents, corpus: Corpus) -> list[dict[str, float]]:
-    """Trains a student and returns the trainer's log of each step."""
+def _train(
+    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Trains a student and returns the trainer's log of each step, and all options of the loss."""
     with tempfile.TemporaryDirectory() as folder:
         config = SlimConfig(
             output_dir=folder,
@@ -125,7 +129,7 @@ def _train(student: PreTrainedModel, kind: Student, unit: Unit, documents, corpu
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry], config.loss_options
 
 
 class _Clock:
