@@ -129,10 +129,17 @@ def main() -> None:
         command.add_argument("--out", type=Path, required=True, help="JSONL file of the rows")
     for command in (tune, test):
         command.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder for text and stores")
-        command.add_argument("--student", choices=STUDENTS, default="half", help="what is trained")
+        command.add_argument("--student", choices=STUDENTS, default="half", help="kind of student")
         command.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
         command.add_argument("--runs", type=int, metavar="N", help="maximum number of trainings to run")
-    test.add_argument("--labels", type=int, nargs="+", choices=BUDGETS, default=[TUNING_LABELS], help="to learn from")
+    test.add_argument(
+        "--labels",
+        type=int,
+        nargs="+",
+        choices=BUDGETS,
+        default=[TUNING_LABELS],
+        help="numbers of labels to learn from",
+    )
     test.add_argument("--seeds", type=int, nargs="+", default=list(TEST_SEEDS))
     test.add_argument("--english", type=Path, help="plain English to measure on too, one paragraph a line")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the comparison of methods runs: the methods, how each is tuned, and what a file of rows still lacks."""
+"""The plan of the comparison of methods: its methods, how each is tuned, and which trainings a file still lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the comparison of methods found: paired differences with intervals, tables and sentences for the docs."""
+"""The findings of the comparison of methods: paired differences with intervals, tables, and sentences for the docs."""
 
 from __future__ import annotations
 
