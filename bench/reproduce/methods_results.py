@@ -105,8 +105,8 @@ def methods_block(rows: Sequence[dict[str, Any]]) -> str:
 def _student_part(results: Results) -> list[str]:
     parts = [f"**{STUDENT_NAMES[results.student]}.**"]
     progress = {labels: results.progress(labels) for labels in BUDGETS}
-    for labels, (run, _) in progress.items():
-        if run:
+    for labels in BUDGETS:
+        if any(results.tested(name, labels) for name in METHODS):
             parts += [test_table(results, labels), *verdicts(results, labels)]
     missing = [
         f"{run} of {planned} with {labels:,} labels" for labels, (run, planned) in progress.items() if run < planned
