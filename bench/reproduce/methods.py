@@ -116,7 +116,9 @@ class Comparison:
         return row
 
     def _settings(self, student: str) -> dict[str, Any]:
-        return {"text": dataclasses.asdict(self.corpus.text), "student": dataclasses.asdict(STUDENTS[student])}
+        settings = {"text": dataclasses.asdict(self.corpus.text), "student": dataclasses.asdict(STUDENTS[student])}
+        # As they are read back from a file, where a tuple is a list.
+        return json.loads(json.dumps(settings))
 
 
 def main() -> None:

@@ -191,7 +191,7 @@ class Rows:
     def __init__(self, rows: Iterable[dict[str, Any]], settings: dict[str, Any]) -> None:
         self._found: dict[str, dict[str, Any]] = {}
         self._choices: dict[tuple[str, str], dict[str, Any]] = {}
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = settings
         for row in rows:
             self.add(row)
 
