@@ -67,6 +67,26 @@ def codec_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def divergence_table(rows: list[dict]) -> str:
+    """Returns the time of each divergence as a multiple of that of forward KL."""
+    newest = _newest(rows, ("commit",))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in newest))
+    ratios = {(row["options"], row["dtype"]): row["ratio"] for row in newest}
+    lines = [f"| loss with | {' | '.join(dtypes)} |", "|---|" + "---:|" * len(dtypes)]
+    for options in dict.fromkeys(row["options"] for row in newest):
+        figures = " | ".join(f"{ratios[options, dtype]:.2f}" for dtype in dtypes)
+        lines.append(f"| {', '.join(f'`{name}`' for name in options.split(', '))} | {figures} |")
+    row = newest[-1]
+    shape = row["shape"]
+    lines += [
+        "",
+        f"Time of `slim_loss` and its gradient over that with `forward_kl`, under `ghost`, with {shape['top_k']:,} of "
+        f"{shape['vocab']:,} logits kept. {row['device']} ({row['isa']}), {row['threads']} thread, commit "
+        f"{row['commit']}, {row['date'][:10]}; `python -m bench.divergences --out bench/results/divergences.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
 def loader_table(rows: list[dict]) -> str:
     """Returns the share of a training step that is spent waiting for its batch."""
     latest = {(row["shape"]["vocab"], row["workers"]): row for row in rows}
@@ -226,6 +246,7 @@ def repetition_table(rows: list[dict]) -> str:
 BLOCKS = {
     "demo": demo_table,
     "codecs": codec_table,
+    "divergences": divergence_table,
     "loader": loader_table,
     "training_step": training_step_table,
     "search": search_table,

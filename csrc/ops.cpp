@@ -67,7 +67,11 @@ Divergence divergence_of(const std::string& name) {
                                {"soft_ce", kSoftCe},
                                {"reverse_kl", kReverseKl},
                                {"jsd", kJsd},
-                               {"skew_kl", kSkewKl}});
+                               {"skew_kl", kSkewKl},
+                               {"skew_reverse_kl", kSkewReverseKl},
+                               {"tvd", kTvd},
+                               {"ab", kAb},
+                               {"gated", kGated}});
 }
 
 Weighting weighting_of(const std::string& name) {
@@ -183,8 +187,9 @@ int64_t gather_logits_rows_cpu(Tensor logits, Tensor ids, OptionalTensor target,
   return run(checked_kernels().gather_logits, args, num_rows);
 }
 
-int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, OptionalTensor rest_lse, double temperature,
-                                std::string rest, int64_t vocab_size, Tensor logprobs, Tensor tail_logprob) {
+int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, OptionalTensor rest_lse,
+                                double temperature, std::string rest, int64_t vocab_size, Tensor logprobs,
+                                Tensor tail_logprob) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0), top_k = logits.size(1);
   if (num_rows == 0) return kOk;
@@ -209,10 +214,11 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, O
 int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
                            OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
                            OptionalTensor teacher_lse_one, OptionalTensor teacher_rest_lse, OptionalTensor target_logit,
-                           OptionalTensor token_weight, double temperature, std::string rest, std::string divergence, std::string weighting,
-                           bool detach_weight, double beta, double alpha, double ce_weight, double kd_weight,
-                           double label_smoothing, double z_loss_weight, double softcap, double logit_scale,
-                           int64_t ignore_index, std::string statistics) {
+                           OptionalTensor token_weight, double temperature, std::string rest, std::string divergence,
+                           std::string weighting, bool detach_weight, double beta, double alpha, double forward_weight,
+                           double entropy_threshold, double teacher_blend, double tail_weight, double ce_weight,
+                           double kd_weight, double label_smoothing, double z_loss_weight, double softcap,
+                           double logit_scale, int64_t ignore_index, std::string statistics) {
   check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0);
   if (num_rows == 0) return kOk;
@@ -252,6 +258,7 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
     args.token_weight = data_of(token_weight, acc, num_rows, "token_weight");
     STD_TORCH_CHECK(args.teacher_lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest,
                     "' needs teacher_lse");
+    STD_TORCH_CHECK(args.teacher_lse != nullptr || args.divergence != kGated, "divergence 'gated' needs teacher_lse");
     const bool compares = args.weighting == kTeacherOverStudent || args.weighting == kStudentOverTeacher;
     STD_TORCH_CHECK(args.teacher_lse_one != nullptr || !compares, "weighting '", weighting, "' needs teacher_lse_one");
     STD_TORCH_CHECK(args.token_weight != nullptr || args.weighting != kWeightTensor,
@@ -261,6 +268,10 @@ int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, 
   args.detach_weight = detach_weight;
   args.beta = beta;
   args.alpha = alpha;
+  args.forward_weight = forward_weight;
+  args.entropy_threshold = entropy_threshold;
+  args.teacher_blend = teacher_blend;
+  args.tail_weight = tail_weight;
   args.ce_weight = ce_weight;
   args.kd_weight = kd_weight;
   args.label_smoothing = label_smoothing;
@@ -314,7 +325,8 @@ RowFloats option_of(const OptionalTensor& values, const double& value, int64_t n
   return {static_cast<const double*>(data_of(values, ScalarType::Double, num_rows, name)), 1};
 }
 
-// Returns the seeds of the rows: the tensor (N,) if it is given, else one value, also as a tensor (), for a kernel to spread.
+// Returns the seeds of the rows: the tensor (N,) if it is given, else one value, also as a tensor (), for a kernel to
+// spread.
 RowInts seed_of(const OptionalTensor& seeds, const int64_t& seed, int64_t num_rows) {
   if (!seeds.has_value() || seeds.value().dim() > 0) return option_of(seeds, seed, num_rows, "seed");
   return {static_cast<const int64_t*>(data_of(seeds, ScalarType::Long, 1, "seed")), 0};

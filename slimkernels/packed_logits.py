@@ -14,6 +14,8 @@ from slimkernels.sparse_logits import SparseLogits, as_temperatures, check_norma
 
 # uint8 values are quantised logits; the others are logits.
 VALUE_DTYPES = (torch.uint8, torch.bfloat16, torch.float32)
+# Logit of the one entry by which a row without entries is encoded. Every codec holds it exactly.
+EMPTY_ROW_LOGIT = -(2.0**127)
 
 
 def row_words(vocab_size: int, top_k: int) -> int:
@@ -21,6 +23,15 @@ def row_words(vocab_size: int, top_k: int) -> int:
     low_bits = (vocab_size // top_k).bit_length() - 1
     buckets = ((vocab_size - 1) >> low_bits) + 1
     return (top_k * low_bits + 31) // 32 + (top_k + buckets + 31) // 32
+
+
+def clear_empty_rows(ids: Tensor, logits: Tensor) -> None:
+    """Gives decoded rows (N, K) that consist of the entry of an empty row the id -1 and the logit 0, in place."""
+    is_empty = logits[:, :1] == EMPTY_ROW_LOGIT
+    if ids.shape[1] > 1:
+        is_empty &= ids[:, 1:2] == -1
+    ids[:, :1].masked_fill_(is_empty, -1)
+    logits[:, :1].masked_fill_(is_empty, 0.0)
 
 
 _Rows = TypeVar("_Rows", bound="RowFields")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from slimkernels.sparse_logits import SparseLogits
 
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
-DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "ab", "gated")
 WEIGHTS = ("teacher_over_student", "student_over_teacher", "none")
 
 
@@ -252,6 +253,72 @@ def sparse_softmax(
     return SparseProbs(logprobs, tail)
 
 
+def mix(parts: Sequence[SparseLogits], weights: Sequence[float | Tensor]) -> SparseLogits:
+    """Mixes the distributions of several teachers: p = sum of w_m q_m, q_m that of ``sparse_softmax`` with "ghost".
+
+    The outcomes are the ids that any input keeps, and one bucket of all others. Where an input does not keep an id, its
+    probability of that id is in its bucket and stays in the mixture's. So the log-probabilities are exact where every
+    input keeps the union of ids; elsewhere those at the ids are lower bounds, and the bucket an upper one, of the
+    mixture of the whole rows. All outcomes sum to 1.
+
+    An input of weight 0 counts for nothing in its row, as if it were not given: neither its ids nor a NaN. Nor does a
+    row without any mass, whose lse is -inf, add anything to the mixture.
+
+    Args:
+        parts: Rows of each teacher, of one leading shape (...); only temperature 1 is read.
+        weights: Weight of each teacher, a number or (...); at least 0, and 1 in sum. A number 0 drops its teacher.
+
+    Returns:
+        Log-probabilities at temperature 1, lse 0. ids and logits (..., sum K_m), ids ascending and padded with -1.
+        ``rest_lse`` is the log-probability of the bucket; NaN where that of one input is not known, None without any
+        known one. ``target_logit`` is the log of the sum of w_m exp(target_logit_m - lse_m), None unless all have it. A
+        row of which an input's lse is NaN or +inf has lse NaN.
+    """
+    used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if isinstance(weight, Tensor) or weight]
+    dtype = torch.float64 if any(part.lse.dtype == torch.float64 for part, _ in used) else torch.float32
+    every, kept, tails, labels, bad = [], [], [], [], []
+    for given, weight in used:
+        part = _constant(given, dtype)
+        share = torch.as_tensor(weight, dtype=dtype, device=part.device).expand(part.leading_shape)
+        every.append(part.ids.masked_fill((share == 0).unsqueeze(-1), -1))
+        lse = part.lse_at(1.0)
+        counts = (share > 0) & (lse != -math.inf)
+        bad.append(counts & ~(lse < math.inf))
+        q = sparse_softmax(part, rest="ghost")
+        rest_lse = part.rest_lse_at(1.0)
+        unknown = torch.ones_like(counts) if rest_lse is None else rest_lse.isnan()
+        kept.append((q.logprobs + share.log().unsqueeze(-1)).masked_fill(~counts.unsqueeze(-1), -math.inf))
+        tails.append((q.tail_logprob + share.log()).masked_fill(unknown, math.nan).masked_fill(~counts, -math.inf))
+        if part.target_logit is not None:
+            labels.append((part.target_logit - lse + share.log()).masked_fill(~counts, -math.inf))
+
+    ids = _distinct(torch.cat(every, dim=-1))
+    logprobs = torch.full(ids.shape, -math.inf, dtype=dtype, device=ids.device)
+    for own, values in zip(every, kept, strict=True):
+        is_same = (ids.unsqueeze(-1) == own.unsqueeze(-2)) & (ids >= 0).unsqueeze(-1)
+        logprobs = torch.logaddexp(logprobs, values.unsqueeze(-2).where(is_same, -math.inf).amax(-1))
+    lse = torch.zeros_like(tails[0]).masked_fill(torch.stack(bad).any(0), math.nan)
+    return SparseLogits(
+        ids=ids,
+        logits=logprobs.masked_fill(ids < 0, 0.0),
+        lse=lse.unsqueeze(-1),
+        target_logit=_logsumexp(torch.stack(labels, dim=-1)) if len(labels) == len(used) else None,
+        rest_lse=None
+        if all(part.rest_lse is None for part, _ in used)
+        else _logsumexp(torch.stack(tails, dim=-1)).unsqueeze(-1),
+    )
+
+
+def _distinct(ids: Tensor) -> Tensor:
+    """Returns the ids (..., L) of every row, each once, ascending and padded with -1."""
+    none = torch.iinfo(torch.int32).max
+    ids = ids.masked_fill(ids < 0, none).sort(-1).values
+    is_repeated = torch.zeros_like(ids, dtype=torch.bool)
+    is_repeated[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    ids = ids.masked_fill(is_repeated, none).sort(-1).values
+    return ids.masked_fill(ids == none, -1)
+
+
 def slim_loss(
     logits: Tensor,
     target: Tensor,
@@ -262,8 +329,12 @@ def slim_loss(
     divergence: str = "forward_kl",
     token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float | None = None,
+    alpha: float | None = None,
+    forward_weight: float = 1.0,
+    entropy_threshold: float = 0.8,
+    teacher_blend: float = 1.0,
+    tail_weight: float = 1.0,
     ce_weight: float = 1.0,
     kd_weight: float = 1.0,
     label_smoothing: float = 0.0,
@@ -286,7 +357,9 @@ def slim_loss(
       ids whose ``target_logit`` is not known has t_y = 0, so that w is 0 (first form) or 1 (second form).
     - D = divergence(Q, P), where Q is ``sparse_softmax(teacher)`` and P the student on the same outcomes: the kept
       ids, plus one bucket of mass 1 - sum_S p (``"ghost"``), or every id (``"zero_logit"``). P is renormalised
-      on the kept ids with ``"renorm_both"`` only.
+      on the kept ids with ``"renorm_both"`` only. With ``teacher_blend`` t below 1, softmax(t log Q + (1 - t) log P)
+      over the outcomes, a constant to the gradient, takes the place of Q in D alone. ``tail_weight`` multiplies the
+      bucket's share of D. ``_shares`` has the divergences.
 
     ``logits`` are (..., V); ``target`` (...) int64 holds labels or ``ignore_index``; ``teacher`` has rows (..., K), or
     is None for CE and z-loss alone (kd, weight and masses are then 0). All fields of the result are float32 (float64
@@ -295,7 +368,10 @@ def slim_loss(
     ``statistics`` "without_overlap" adds the entropy of s, the entropy of the teacher's outcomes, and as 0 or 1 whether
     the student's argmax is kept, whether it is the label, and whether t_y > s_y; True adds the overlap too.
     """
+    alpha = {"ab": 0.2}.get(divergence, 0.1) if alpha is None else alpha
+    beta = {"ab": 0.7}.get(divergence, 0.5) if beta is None else beta
     _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items)
+    _check_divergence_options(rest, divergence, forward_weight, entropy_threshold, teacher_blend, tail_weight)
     if not (isinstance(statistics, bool) or statistics == "without_overlap"):
         raise ValueError(f"statistics must be False, 'without_overlap' or True, got {statistics!r}")
     leading_shape, vocab_size = tuple(target.shape), logits.shape[-1]
@@ -330,9 +406,20 @@ def slim_loss(
         rows = _constant(teacher.reshape(labels.numel())[active], z.dtype)
         student_sums = _sum_student(z / temperature, rows.ids, rest)
         teacher_sums = _sum_teacher(rows, label, temperature, rest, vocab_size)
-        is_proper = rest in ("ghost", "renorm_both")
-        divergence_of = _divergence(teacher_sums.log_q, student_sums.log_p, divergence, beta, alpha, is_proper)
-        kd = divergence_of * temperature**2
+        log_q, log_p = teacher_sums.log_q, student_sums.log_p
+        if divergence == "gated":
+            is_uncertain = _teacher_entropy(rows, temperature, vocab_size) > entropy_threshold
+            gate = forward_weight * is_uncertain.to(z.dtype).unsqueeze(-1)
+        else:
+            gate = torch.zeros_like(ce).unsqueeze(-1)
+        if teacher_blend != 1:
+            log_q = _blend(log_q, log_p.detach(), teacher_blend)
+        shares = _shares(log_q, log_p, divergence, beta, alpha, gate, is_proper=rest in ("ghost", "renorm_both"))
+        if tail_weight != 1:
+            # A weight of 0 drops the bucket, even where its share is infinite.
+            tail = shares[:, -1:] * tail_weight if tail_weight else torch.zeros_like(shares[:, -1:])
+            shares = torch.cat([shares[:, :-1], tail], dim=-1)
+        kd = shares.sum(-1) * temperature**2
         if isinstance(token_weight, Tensor):
             w = token_weight.detach().reshape(-1)[active].to(z.dtype)
         else:
@@ -386,8 +473,7 @@ def _statistics(
     if rows is not None and log_t_y is not None:
         teacher_entropy = torch.full_like(none, math.nan)
         if any(math.isclose(temperature, captured, rel_tol=1e-6) for captured in rows.temperatures):
-            ghost = sparse_softmax(rows, temperature=temperature, rest="ghost", vocab_size=logits.shape[-1])
-            teacher_entropy = _entropy(torch.cat([ghost.logprobs, ghost.tail_logprob.unsqueeze(-1)], dim=-1))
+            teacher_entropy = _teacher_entropy(rows, temperature, logits.shape[-1])
         kept_argmax = (rows.ids == argmax).any(-1).to(none.dtype)
         surer = (log_t_y > log_s_y).to(none.dtype)
         num_kept = (rows.ids >= 0).sum(-1, keepdim=True)
@@ -398,9 +484,15 @@ def _statistics(
     return [field.masked_fill(lse.isnan(), math.nan) for field in fields[: None if statistics is True else -1]]
 
 
+def _teacher_entropy(rows: SparseLogits, temperature: float, vocab_size: int) -> Tensor:
+    """Computes the entropy (N,) of the outcomes of ``"ghost"``."""
+    ghost = sparse_softmax(rows, temperature=temperature, rest="ghost", vocab_size=vocab_size)
+    return _entropy(torch.cat([ghost.logprobs, ghost.tail_logprob.unsqueeze(-1)], dim=-1))
+
+
 def _entropy(logprobs: Tensor) -> Tensor:
     """Computes the entropy (N,) of outcomes with log-probabilities (N, K), which rounding cannot make negative."""
-    return _expectation(logprobs, -logprobs).clamp(min=0)
+    return _weighted(logprobs, -logprobs).sum(-1).clamp(min=0)
 
 
 class _StudentSums(NamedTuple):
@@ -473,27 +565,60 @@ def _teacher_mass(teacher: SparseLogits, temperature: float) -> Tensor:
     return (teacher.logits / temperature - lse.unsqueeze(-1)).exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float, is_proper: bool) -> Tensor:
-    """Computes divergence(Q, P) of every row (N, outcomes), part of stage 3; ``is_proper`` if both sum to 1."""
+def _blend(log_q: Tensor, log_p: Tensor, t: float) -> Tensor:
+    """Computes log softmax(t log q + (1 - t) log p) of every row (N, outcomes), t < 1; of no mass where all are -inf.
+
+    An outcome that either excludes is excluded. TAID (arXiv 2501.16937) blends the logits of whole rows.
+    """
+    blended = t * log_q + (1 - t) * log_p
+    norm = _finite(_logsumexp(blended)).unsqueeze(-1)
+    return (blended - norm).masked_fill(blended == -math.inf, -math.inf)
+
+
+def _shares(
+    log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float, gate: Tensor, is_proper: bool
+) -> Tensor:
+    """Computes the shares (N, outcomes) of divergence(Q, P), part of stage 3; ``is_proper`` if both sum to 1.
+
+    - ``"forward_kl"``: KL(Q || P); ``"soft_ce"``: the same without the teacher's entropy.
+    - ``"reverse_kl"``: KL(P || Q), without the outcomes that the teacher excludes, which would make it infinite.
+    - ``"jsd"``: beta KL(Q || M) + (1 - beta) KL(P || M) with M = beta Q + (1 - beta) P (arXiv 2306.13649).
+    - ``"skew_kl"``: KL(Q || alpha Q + (1 - alpha) P); ``"skew_reverse_kl"``: KL(P || alpha P + (1 - alpha) Q)
+      (arXiv 2402.03898).
+    - ``"tvd"``: the total variation distance, half the sum of |q - p|; the gradient of an outcome with q = p is 0.
+    - ``"ab"``: the alpha-beta divergence (arXiv 2505.04560), -1 / (alpha beta) times the sum of
+      q^alpha p^beta - alpha / (alpha + beta) q^(alpha + beta) - beta / (alpha + beta) p^(alpha + beta). Its limits
+      (1, 0) and (0, 1) are the forward and the reverse KL.
+    - ``"gated"``: KL(P || Q) + gate KL(Q || P), ``gate`` (N, 1) (arXiv 2603.07079).
+    """
     if divergence == "soft_ce":
-        return _expectation(log_q, -log_p)
-    if divergence == "forward_kl":
-        return _kl(log_q, log_p) if is_proper else _expectation(log_q, log_q - log_p)
-    if divergence == "reverse_kl":
-        # An outcome with q = 0 contributes 0, because its true term is infinite.
-        return _kl(log_p.masked_fill(log_q == -math.inf, -math.inf), log_q)
-    share = beta if divergence == "jsd" else alpha
-    log_share, log_rest = log_q.new_tensor([share, 1 - share]).log()
-    log_m = _logsumexp(torch.stack([log_q + log_share, log_p + log_rest], dim=-1))
+        return _weighted(log_q, -log_p)
+    if divergence == "forward_kl" or (divergence == "ab" and (alpha, beta) == (1, 0)):
+        return _kl_shares(log_q, log_p) if is_proper else _weighted(log_q, log_q - log_p)
+    if divergence in ("reverse_kl", "gated") or (divergence == "ab" and (alpha, beta) == (0, 1)):
+        reverse = _kl_shares(log_p.masked_fill(log_q == -math.inf, -math.inf), log_q)
+        # A gate of 0 drops the forward KL, even where it is infinite.
+        return reverse + gate * _kl_shares(log_q.masked_fill(gate == 0, -math.inf), log_p)
+    if divergence == "tvd":
+        return 0.5 * (log_q.exp() - log_p.exp()).abs()
+    if divergence == "ab":
+        both = alpha + beta
+        product = (alpha * log_q + beta * log_p).exp()
+        powers = alpha / both * (both * log_q).exp() + beta / both * (both * log_p).exp()
+        return (powers - product) / (alpha * beta)
+    of_teacher = {"jsd": beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}[divergence]
+    log_of_teacher, log_of_student = log_q.new_tensor([of_teacher, 1 - of_teacher]).log()
+    log_m = _logsumexp(torch.stack([log_q + log_of_teacher, log_p + log_of_student], dim=-1))
     if divergence == "skew_kl":
-        return _kl(log_q, log_m)
-    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+        return _kl_shares(log_q, log_m)
+    of_p = _kl_shares(log_p.masked_fill(log_m == -math.inf, -math.inf), log_m)
+    return of_p if divergence == "skew_reverse_kl" else beta * _kl_shares(log_q, log_m) + (1 - beta) * of_p
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Computes KL(A || B) of distributions that sum to 1, as the sum of a log(a / b) - a + b, all of them positive."""
+def _kl_shares(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Computes a log(a / b) - a + b, no less than 0: the shares of KL(A || B) of distributions that sum to 1."""
     a, b = log_a.exp(), log_b.exp()
-    return (a * (log_a - log_b).masked_fill(a == 0, 0.0) - a + b).sum(-1)
+    return a * (log_a - log_b).masked_fill(a == 0, 0.0) - a + b
 
 
 def _token_weight(kind: str, log_t_y: Tensor, log_s_y: Tensor) -> Tensor:
@@ -541,10 +666,10 @@ def _effective_logits(logits: Tensor, softcap: float | None, logit_scale: float)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
-    """Computes the sum of exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
+def _weighted(log_weight: Tensor, value: Tensor) -> Tensor:
+    """Computes exp(log_weight) * value; an outcome of weight 0 contributes 0 whatever its value."""
     weight = log_weight.exp()
-    return (weight * value.masked_fill(weight == 0, 0.0)).sum(-1)
+    return weight * value.masked_fill(weight == 0, 0.0)
 
 
 def _logsumexp(x: Tensor) -> Tensor:
@@ -583,21 +708,38 @@ def _resolve_top_k(top_k: int | None, top_fraction: float | None, vocab_size: in
     return top_k
 
 
-def _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items) -> None:
-    def require(legal: bool, name: str, expected: str, got) -> None:
-        if not legal:
-            raise ValueError(f"{name} must be {expected}, got {got!r}")
+def _require(legal: bool, name: str, expected: str, got) -> None:
+    if not legal:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")
 
-    require(temperature > 0 and math.isfinite(temperature), "temperature", "positive and finite", temperature)
-    require(rest in RESTS, "rest", f"one of {RESTS}", rest)
-    require(divergence in DIVERGENCES, "divergence", f"one of {DIVERGENCES}", divergence)
-    if divergence in ("reverse_kl", "jsd", "skew_kl"):
+
+def _check_options(temperature, rest, divergence, token_weight, beta, alpha, softcap, reduction, num_items) -> None:
+    _require(temperature > 0 and math.isfinite(temperature), "temperature", "positive and finite", temperature)
+    _require(rest in RESTS, "rest", f"one of {RESTS}", rest)
+    _require(divergence in DIVERGENCES, "divergence", f"one of {DIVERGENCES}", divergence)
+    if divergence not in ("forward_kl", "soft_ce"):
         # These divergences weigh with the student, so it must sum to 1 over the outcomes as well.
-        require(rest in ("ghost", "renorm_both"), "rest", f"'ghost' or 'renorm_both' with {divergence!r}", rest)
+        _require(rest in ("ghost", "renorm_both"), "rest", f"'ghost' or 'renorm_both' with {divergence!r}", rest)
     is_known = isinstance(token_weight, Tensor) or token_weight in WEIGHTS
-    require(is_known, "token_weight", f"one of {WEIGHTS} or a tensor", token_weight)
-    require(0 < beta < 1, "beta", "in (0, 1)", beta)
-    require(0 <= alpha < 1, "alpha", "in [0, 1)", alpha)
-    require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
-    require(reduction in ("mean", "sum", "none"), "reduction", "'mean', 'sum' or 'none'", reduction)
-    require(num_items is None or reduction == "mean", "num_items", "None unless reduction='mean'", num_items)
+    _require(is_known, "token_weight", f"one of {WEIGHTS} or a tensor", token_weight)
+    if divergence == "ab":
+        is_legal = (alpha, beta) in ((1, 0), (0, 1)) or (alpha >= 0.05 and beta >= 0.05)
+        _require(is_legal, "(alpha, beta)", "(1, 0), (0, 1) or both at least 0.05 with 'ab'", (alpha, beta))
+    else:
+        _require(0 < beta < 1, "beta", "in (0, 1)", beta)
+        _require(0 <= alpha < 1, "alpha", "in [0, 1)", alpha)
+    _require(softcap is None or softcap > 0, "softcap", "positive or None", softcap)
+    _require(reduction in ("mean", "sum", "none"), "reduction", "'mean', 'sum' or 'none'", reduction)
+    _require(num_items is None or reduction == "mean", "num_items", "None unless reduction='mean'", num_items)
+
+
+def _check_divergence_options(rest, divergence, forward_weight, entropy_threshold, teacher_blend, tail_weight) -> None:
+    _require(forward_weight >= 0, "forward_weight", "at least 0", forward_weight)
+    _require(entropy_threshold >= 0, "entropy_threshold", "at least 0", entropy_threshold)
+    _require(0 < teacher_blend <= 1, "teacher_blend", "in (0, 1]", teacher_blend)
+    is_proper = rest in ("ghost", "renorm_both")
+    _require(teacher_blend == 1 or is_proper, "rest", "'ghost' or 'renorm_both' with a teacher_blend below 1", rest)
+    _require(tail_weight >= 0, "tail_weight", "at least 0", tail_weight)
+    is_kl = divergence not in ("soft_ce", "jsd", "tvd", "ab")
+    _require(tail_weight == 1 or rest == "ghost", "rest", "'ghost' with a tail_weight other than 1", rest)
+    _require(tail_weight == 1 or is_kl, "divergence", "a KL with a tail_weight other than 1", divergence)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from slimkernels import _checks
+from slimkernels.mixture.fields import mixed_fields
 
 # Smallest share of a row that 1 minus the printed probabilities of the others resolves.
 _LEAST_REST = 1e-5
@@ -186,6 +187,50 @@ class SparseLogits:
         if len(shapes) > 1:
             raise ValueError(f"parts must share their leading shape, got {sorted(shapes)}: pad them, or use cat")
         return _join(parts, torch.stack)
+
+    @staticmethod
+    def mix(parts: Sequence[SparseLogits], weights: Sequence[float | Tensor]) -> SparseLogits:
+        """Mixes the distributions of several teachers, p = sum of w_m q_m, on the union of the ids that they keep.
+
+        Equivalent to, for teachers of M whole rows of logits and ids that all of them keep::
+
+            p = sum(weight * torch.softmax(logits, -1) for weight, logits in zip(weights, logits_of_teachers))
+            SparseLogits(ids, p.gather(-1, ids).log(), lse=zeros, rest_lse=(p outside the ids).sum(-1).log())
+
+        Where an input does not keep an id, its probability of that id is unknown and stays in the bucket of all other
+        ids, ``rest_lse``. So the log-probabilities are exact where every input keeps the union of ids, as rows of
+        ``gather_logits`` do; elsewhere those at the ids are lower bounds, and the bucket an upper one. All outcomes sum
+        to 1. An input is normalised as ``sparse_softmax`` does with rest "ghost".
+
+        The memory is O(N * sum K_i); nothing of size (N, V) is made, and the device is not waited for.
+
+        Args:
+            parts: Rows (..., K_i) of each teacher, all of one leading shape and on one device. Only temperature 1 is
+                read.
+            weights: Weight of each teacher, a number or a tensor (...); at least 0, and 1 in sum to within 1e-4. An
+                input counts for nothing in rows of weight 0, neither its ids nor a NaN; a number 0 drops it entirely.
+
+        Returns:
+            Log-probabilities (..., sum K_i), float32 (float64 if a part has a float64 ``lse``), ids padded with ``-1``;
+            temperatures (1.0,), ``lse`` 0. ``rest_lse`` is NaN in rows where that of an input is not known, and None if
+            it is known for no input. ``target_logit`` is the label's log-probability, None unless all inputs have it. A
+            row without any mass, whose lse is -inf, adds nothing. ``lse`` is NaN in rows where that of an input is NaN
+            or +inf, and where the weights on another device than the CPU are out of range. There is no gradient.
+
+        Raises:
+            ValueError: There are no parts, their leading shapes or devices differ, or the weights are not as many as
+                the parts, of another shape, or out of range.
+            TypeError: A part is not a SparseLogits, or a weight neither a number nor a floating-point tensor.
+
+        >>> rows = [SparseLogits(torch.tensor([[i]]).int(), torch.zeros(1, 1), torch.zeros(1, 1)) for i in (3, 1)]
+        >>> mixed = SparseLogits.mix(rows, [0.75, 0.25])
+        >>> mixed.ids.tolist(), mixed.logits.exp().tolist()
+        ([[1, 3]], [[0.25, 0.75]])
+        """
+        for part in parts:
+            if not isinstance(part, SparseLogits):
+                raise TypeError(f"parts must be SparseLogits, got {type(part).__name__}: decode packed rows first")
+        return SparseLogits(**mixed_fields(parts, weights))
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Checks every row for what the kernels rely on.

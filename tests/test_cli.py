@@ -172,7 +172,7 @@ def test_version_is_printed_without_torch() -> None:
 def test_train_documents_the_defaults_of_the_configuration() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(SlimConfig)}
     own = {
-        "rest": "ghost with reverse_kl, jsd and skew_kl, else renorm",
+        "rest": "renorm with forward_kl and soft_ce, else ghost",
         "divergence": "set by --method",
         "support": SlimConfig.support,
         "kd_weight": "1;",

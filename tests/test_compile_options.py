@@ -80,14 +80,19 @@ OPTIONS = {
     "label_smoothing": (0.1, 0.2, 0.3),
     "beta": (0.2, 0.3, 0.9),
     "alpha": (0.2, 0.3, 0.9),
+    "forward_weight": (0.5, 0.7, 2.0),
+    "entropy_threshold": (0.5, 0.7, 2.0),
+    "teacher_blend": (0.2, 0.3, 0.9),
+    "tail_weight": (0.5, 0.7, 2.0),
 }
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("linear", [False, True])
 def test_a_new_value_of_a_float_option_compiles_no_new_graph(name, linear):
-    divergence = {"beta": "jsd", "alpha": "skew_kl"}.get(name, "forward_kl")
-    fixed = {"divergence": divergence, "rest": "renorm_both"}
+    users = {"beta": "jsd", "alpha": "skew_kl", "forward_weight": "gated", "entropy_threshold": "gated"}
+    rest = "ghost" if name == "tail_weight" else "renorm_both"
+    fixed = {"divergence": users.get(name, "forward_kl"), "rest": rest}
 
     def loss(x: Tensor, value: float, *fields: Tensor) -> Tensor:
         target, teacher = fields[0], record(*fields[1:])

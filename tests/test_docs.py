@@ -58,13 +58,13 @@ def snippet(page: str, start: str) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with what the documents name: models, of which one stands in for the shipped one, and two stores."""
+    """A folder with what the documents name: models, of which one stands in for the shipped one, and stores."""
     folder = tmp_path_factory.mktemp("reader")
     for seed, name in enumerate(("smollm2-135m-instruct", "teacher", "student")):
         save_teacher(folder / name, seed)
     model, tokenizer = make_teacher(), make_tokenizer()
     texts = ("When the rain stopped, Anna went home.", "A black cat was sleeping on the old wall.", "She thought so.")
-    for name, chosen in (("store", texts), ("heldout", texts[:1])):
+    for name, chosen in (("store", texts), ("heldout", texts[:1]), ("math", texts), ("code", texts[:2])):
         capture(model, tokenizer, [tokenizer(text)["input_ids"] for text in chosen], folder / "runs" / name)
     return folder
 

@@ -130,6 +130,18 @@ def test_a_killed_capture_is_continued(tmp_path):
     assert sorted(document.input_ids.tolist() for document in Store(tmp_path / "store")) == sorted(documents)
 
 
+@pytest.mark.parametrize("layers", [slice(2, 3), [0, 0, 1, 2]], ids=["fewer", "more"])
+def test_a_file_with_another_number_of_layers_is_refused(tmp_path, layers):
+    model = teachers.make_teacher()
+    folder = write_files(tmp_path / "hidden", model, make_documents(300))
+    file = folder / "cmpl-02-0.safetensors"
+    content = safetensors.torch.load_file(file)
+    content["hidden_states"] = content["hidden_states"][:, layers].contiguous()
+    safetensors.torch.save_file(content, file)
+    with pytest.raises(ValueError, match=r"cmpl-02-0.safetensors must have 3 layers, .*, got [14]: capture the files"):
+        capture_hidden(folder, model, None, tmp_path / "store", top_k=K)
+
+
 def write(folder: Path, content) -> Path:
     folder.mkdir(exist_ok=True)
     safetensors.torch.save_file(content, folder / "a.safetensors")

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "slimkernels"
-FOUNDATION = ("_checks", "durable", "packed_logits", "sparse_logits")
+FOUNDATION = ("_checks", "durable", "mixture", "packed_logits", "sparse_logits")
 NUM_ROWS_BELOW_FOUNDATION = 4
 EVERYTHING = "everything"
 

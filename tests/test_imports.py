@@ -79,7 +79,7 @@ result = {"new": sorted(set(sys.modules) - before), "cuda": torch.cuda.is_initia
     result = in_fresh_process(code)
     assert {name.partition(".")[0] for name in result["new"]} - set(sys.stdlib_module_names) == {PACKAGE}
     rooms = {name.split(".")[1] for name in result["new"] if name.startswith(f"{PACKAGE}.")}
-    assert rooms <= {"_C", "_checks", "ops", "packed_logits", "sparse_logits"}
+    assert rooms <= {"_C", "_checks", "mixture", "ops", "packed_logits", "sparse_logits"}
     assert not result["cuda"]
 
 
@@ -104,7 +104,8 @@ sys.modules["slimkernels"] = package
 import slimkernels.reference, slimkernels.reference_sampling
 result = sorted(m for m in sys.modules if m.startswith("slimkernels."))
 """
-    names = ("_checks", "reference", "reference_sampling", "sparse_logits")
+    mixture = ("mixture", "mixture.fields", "mixture.unions")
+    names = ("_checks", *mixture, "reference", "reference_sampling", "sparse_logits")
     assert in_fresh_process(code) == [f"slimkernels.{name}" for name in names]
 
 

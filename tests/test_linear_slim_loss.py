@@ -109,6 +109,7 @@ OPTIONS = {
     "softcap and scale": {"softcap": 7.0, "logit_scale": 1.5},
     "beta": {"divergence": "jsd", "beta": 0.9},
     "alpha": {"divergence": "skew_kl", "alpha": 0.6},
+    "teacher_blend": {"divergence": "gated", "teacher_blend": 0.4, "tail_weight": 2.0},
     "ignore_index": {"ignore_index": 5},
     "num_items": {"num_items": 20},
     "num_items tensor": {"num_items": torch.tensor(20.0)},

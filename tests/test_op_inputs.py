@@ -18,6 +18,7 @@ from slimkernels.search import PathFinderConfig
 from slimkernels.store.format import StoreSettings
 from slimkernels.teacher.generation import _Options
 
+DIVERGENCE_OPTIONS = ("beta", "alpha", "forward_weight", "entropy_threshold", "teacher_blend", "tail_weight")
 NUMBERS = ("temperature", "logit_scale", "softcap", "ce_weight", "kd_weight", "z_loss_weight", "label_smoothing")
 
 
@@ -32,10 +33,11 @@ def losses(**options):
     )
 
 
-@pytest.mark.parametrize("name", [*NUMBERS, "beta", "alpha"])
+@pytest.mark.parametrize("name", [*NUMBERS, *DIVERGENCE_OPTIONS])
 def test_an_option_that_requires_a_gradient_is_refused_by_name(name):
     parameter = torch.nn.Parameter(torch.tensor(0.5))
-    for loss in losses(**{name: parameter}):
+    rest = "ghost" if name == "tail_weight" else "renorm_both"
+    for loss in losses(rest=rest, **{name: parameter}):
         with pytest.raises(ValueError, match=f"^{name} requires a gradient"):
             loss()
         with torch.no_grad():

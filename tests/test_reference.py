@@ -527,6 +527,14 @@ def test_slim_loss_half_types_are_computed_in_float32():
         ("softcap", {"softcap": -1.0}),
         ("beta", {"beta": 1.5}),
         ("alpha", {"alpha": -0.5}),
+        ("alpha, beta", {"rest": "ghost", "divergence": "ab", "beta": 0.0}),
+        ("forward_weight", {"forward_weight": -0.5}),
+        ("entropy_threshold", {"entropy_threshold": -0.5}),
+        ("teacher_blend", {"rest": "ghost", "teacher_blend": 0.0}),
+        ("rest", {"teacher_blend": 0.5}),
+        ("tail_weight", {"rest": "ghost", "tail_weight": -0.5}),
+        ("rest", {"tail_weight": 0.5}),
+        ("divergence", {"rest": "ghost", "divergence": "ab", "tail_weight": 0.5}),
         ("num_items", {"num_items": 3, "reduction": "sum"}),
         *(
             ("rest", {"rest": rest, "divergence": divergence})

@@ -92,6 +92,16 @@ OPTIONS = {
     "beta": {"divergence": "jsd", "beta": 0.9},
     "alpha": {"divergence": "skew_kl", "alpha": 0.6},
     "alpha of 0": {"divergence": "skew_kl", "alpha": 0.0},
+    "alpha of 0, reverse": {"divergence": "skew_reverse_kl", "alpha": 0.0},
+    "ab": {"divergence": "ab", "alpha": 0.9, "beta": 0.3, "temperature": 1.7},
+    "smallest ab": {"divergence": "ab", "alpha": 0.05, "beta": 0.05},
+    "forward_weight": {"divergence": "gated", "forward_weight": 0.3, "entropy_threshold": 0.0},
+    "entropy_threshold": {"divergence": "gated", "entropy_threshold": 1.2, "temperature": 1.7},
+    "teacher_blend": {"divergence": "jsd", "teacher_blend": 0.4, "temperature": 1.7},
+    "teacher_blend of a part": {"rest": "renorm_both", "teacher_blend": 0.3},
+    "tail_weight": {"divergence": "skew_kl", "tail_weight": 2.5},
+    "tail_weight of 0": {"divergence": "reverse_kl", "tail_weight": 0.0},
+    "tail_weight, blended": {"divergence": "gated", "tail_weight": 0.3, "teacher_blend": 0.8},
     "ignore_index": {"ignore_index": 5},
     "num_items": {"num_items": 20},
     "num_items tensor": {"num_items": torch.tensor(20)},
@@ -278,13 +288,17 @@ def test_slim_loss_scales_a_student_with_infinite_logits(temperature):
     assert_slim_loss_of_rows(logits, target, teacher, rest="ghost", temperature=temperature, logit_scale=0.7)
 
 
+# Divergences that are infinite where the student rules out what the teacher allows, "gated" where its gate is open.
+WEIGH_WITH_THE_TEACHER = ("forward_kl", "soft_ce", "gated")
+
+
 def test_slim_loss_of_a_student_without_anything_off_the_support():
     logits, _, teacher = random_problem(3, 45, 6)
     outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids.long(), False)
     logits, target = logits.masked_fill(outside, -INF), teacher.ids[:, 1].long()
     for rest, divergence in RESTS_AND_DIVERGENCES:
-        options = {"rest": rest, "divergence": divergence}
-        if rest == "zero_logit" or (rest == "ghost" and divergence in ("forward_kl", "soft_ce")):
+        options = {"rest": rest, "divergence": divergence, "entropy_threshold": 0.0}
+        if rest == "zero_logit" or (rest == "ghost" and divergence in WEIGH_WITH_THE_TEACHER):
             # The teacher expects something there.
             assert (sk.slim_loss(logits, target, teacher, **options).kd == INF).all()
             continue
@@ -300,10 +314,10 @@ def test_slim_loss_of_infinite_student_logits_on_the_support():
     target = teacher.ids[:, 0].long()
     logits[0, teacher.ids[0, 3].item()] = -INF
     for rest, divergence in RESTS_AND_DIVERGENCES:
-        options = {"rest": rest, "divergence": divergence}
+        options = {"rest": rest, "divergence": divergence, "entropy_threshold": 0.0}
         out, truth = (f(logits, target, teacher, **options) for f in (sk.slim_loss, reference.slim_loss))
         assert_as_accurate(out.kd, truth.kd, truth.kd.double())
-        assert out.kd.isinf().tolist() == [divergence in ("forward_kl", "soft_ce"), False]
+        assert out.kd.isinf().tolist() == [divergence in WEIGH_WITH_THE_TEACHER, False]
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 80.0, 3e4])

@@ -255,3 +255,41 @@ def test_rows_can_be_changed_by_the_caller_once_they_are_added(tmp_path, generat
             getattr(teacher, name).fill_(7.0)
     verify(tmp_path)
     assert_stored(Store(tmp_path)[0], case)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_store_keeps_rows_whose_mass_is_all_in_the_rest(codec, generator, tmp_path):
+    """They come back without entries, decoded by the store and by the op, next to others and alone."""
+    case = random_case(9, 4, generator)
+    is_empty = torch.tensor([True, False, True, False])
+    lse = case.teacher.lse.masked_fill(is_empty[:, None], 0.5)
+    rows = dataclasses.replace(
+        case.teacher,
+        ids=case.teacher.ids.masked_fill(is_empty[:, None], -1),
+        lse=lse,
+        rest_lse=torch.where(is_empty[:, None], lse, case.teacher.rest_lse),
+    )
+    with StoreWriter(tmp_path, **SETTINGS, codec=codec) as writer:
+        writer.add(case.input_ids, case.positions, rows)
+        writer.add(case.input_ids.flip(0), case.positions[is_empty], rows[is_empty])
+    verify(tmp_path)
+    assert info(tmp_path)["quantisation_log_mass"] < 0.01
+    store = Store(tmp_path)
+    assert_stored(store[0], case._replace(teacher=rows), codec)
+    assert store[1].teacher.ids.tolist() == [[-1], [-1]]
+    assert torch.equal(store[1].teacher.rest_lse, store[1].teacher.lse)
+    for index in (0, 1):
+        packed = decode_logits(store.packed(index).teacher)
+        assert torch.equal(packed.ids, store[index].teacher.ids)
+        assert torch.equal(packed.logits, store[index].teacher.logits)
+    # On the disk such a row is the entry of id 0 that the format page names.
+    _, [first, second, *_] = oracle.read_store(tmp_path)[0]
+    assert (first.ids.tolist(), first.logits.tolist()) == ([0], [-(2.0**127)])
+    assert len(second.ids) == 6
+
+
+def test_store_refuses_a_row_without_entries_whose_mass_is_elsewhere(generator, tmp_path):
+    case = random_case(9, 2, generator)
+    rows = dataclasses.replace(case.teacher, ids=torch.full_like(case.teacher.ids, -1))
+    with StoreWriter(tmp_path, **SETTINGS) as writer, pytest.raises(ValueError, match=r"row 0 .* keeps no entry"):
+        writer.add(case.input_ids, case.positions, rows)

@@ -332,7 +332,7 @@ def test_observability_of_every_step(tmp_path, store):
     ("fields", "message"),
     [
         ({"method": "gkd"}, "'gkd' needs a teacher_model"),
-        ({"method": "kd", "teacher_top_k": 4}, "select logits of a teacher_model, got none"),
+        ({"method": "kd", "teacher_top_k": 4}, "teacher_model, got {'teacher_top_k': 4} without one"),
     ],
 )
 def test_a_method_without_its_teacher_is_refused(tmp_path, store, fields, message):

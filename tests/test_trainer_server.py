@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from support import served, teachers
 from support.served_scores import ScoringServer
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -230,6 +232,66 @@ def assert_same_documents_in_any_order(left: Store, right: Store) -> None:
             assert torch.equal(getattr(document.teacher, name), getattr(other.teacher, name)), name
 
 
+def test_an_answer_without_one_of_its_rows_is_not_kept(store, server, tmp_path, monkeypatch) -> None:
+    """A label without a row ends the run, and the next one asks for that document again."""
+    whole, is_broken = server.reply, True
+
+    def reply(path, body):
+        status, headers, data = whole(path, body)
+        if is_broken and path == "/v1/completions" and body["prompt"] != server._sample:
+            answer = json.loads(data)
+            answer["choices"][0]["prompt_logprobs"][4] = None
+            data = json.dumps(answer)
+        return status, headers, data
+
+    monkeypatch.setattr(server, "reply", reply)
+    with pytest.raises(
+        ServerRequestError, match=r"gave no log-probability .* for the label at position 4 of a document"
+    ):
+        make_trainer(tmp_path, store, server.url).train()
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == 0
+    is_broken = False
+    make_trainer(tmp_path, store, server.url).train()
+    assert len(Store(tmp_path / "rows" / "rank-00000")) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"store": None}, TypeError, "store must be the path of a folder, got None"),
+        ({"model": None}, TypeError, "model must be a str, got None"),
+        ({"codec": "hidden8"}, ValueError, "codec must be one of 'float32', .*, got 'hidden8'"),
+        ({"flush_s": -1}, ValueError, "flush_s must be finite and at least 0, got -1"),
+        ({"flush_s": "x"}, TypeError, "flush_s must be a number"),
+        ({"max_unmapped_fraction": 2}, ValueError, r"max_unmapped_fraction must be in \[0, 1\], got 2"),
+        ({"ahead": -1}, ValueError, "ahead must be an int of at least 0, got -1"),
+    ],
+)
+def test_settings_that_make_no_teacher_are_named(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        TeacherServer(**{"url": "http://localhost:8000/v1", "model": "m", "store": "rows"} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 2.0}, "a server tells its rows at temperature 1 alone, so set temperature=1, or rest="),
+        (
+            {"teacher_in_chunks": True},
+            "got {'teacher_in_chunks': True} without one: set top_logprobs of the teacher_server",
+        ),
+        ({"teacher_top_k": 3}, "got {'teacher_top_k': 3} without one: set top_logprobs of the teacher_server"),
+        (
+            {"support": "intersection", "student_top_k": 301},
+            "student_top_k must be at most the vocabulary's 300, got 301",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_a_served_teacher_are_refused(options, message, store, server, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, store, server.url, **options)
+
+
 def test_answers_of_another_teacher_are_refused(store, server, tmp_path) -> None:
     (tmp_path / "rows").mkdir()
     with AnswerJournal(tmp_path / "rows" / "rank-00001.journal", {"teacher": "other"}) as journal:
@@ -344,14 +406,15 @@ class Distiller(sk.SlimLossMixin, Trainer):
     pass
 
 
+def collate(batch):
+    longest = max(len(row["input_ids"]) for row in batch)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
 def test_the_mixin_learns_the_same_from_a_server(store, server, tmp_path) -> None:
     rows = [{"input_ids": document.input_ids.tolist()} for document in store]
-
-    def collate(batch):
-        longest = max(len(row["input_ids"]) for row in batch)
-        ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch])
-        mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch])
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
     def trained(name, **teacher):
         trainer = Distiller(
@@ -370,3 +433,30 @@ def test_the_mixin_learns_the_same_from_a_server(store, server, tmp_path) -> Non
     expected = trained("local", teacher_model=server.model, objective=objective)
     assert trained("served", teacher_server=connection, objective="reverse_kl") == pytest.approx(expected, rel=1e-4)
     assert len(server.documents) == DOCUMENTS
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mixin_refuses_a_short_context_before_the_first_step(packed, store, server, tmp_path) -> None:
+    """Rows of a data set are documents, unless they say how long the documents in them are."""
+    rows = [{"input_ids": document.input_ids.tolist()} for document in store]
+    if packed:
+        ids = [token for row in rows for token in row["input_ids"]]
+        rows = [{"input_ids": ids, "seq_lengths": [len(row["input_ids"]) for row in rows]}]
+
+    def made() -> Distiller:
+        return Distiller(
+            model=make_student_model(),
+            args=TrainingArguments(output_dir=str(tmp_path), **RECIPE, remove_unused_columns=False),
+            train_dataset=Dataset.from_list(rows),
+            data_collator=collate,
+            processing_class=teachers.make_tokenizer(),
+            objective="reverse_kl",
+            teacher_server=TeacherServer(server.url, served.MODEL, tmp_path / "rows", top_logprobs=TOP_K),
+        )
+
+    server.max_model_len = 13
+    with pytest.raises(ValueError, match=r"documents must have at most 12 tokens .* got one of 13"):
+        made()
+    server.max_model_len = 14
+    made()
+    assert not server.documents

@@ -82,6 +82,14 @@ def test_a_budget_is_named_by_its_option(documents, tmp_path, capsys) -> None:
     assert "slimkernels: --token-budget 20 is spent: 13 tokens were asked for" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_is_not_found_is_asked_for_by_its_option(documents, tmp_path, capsys) -> None:
+    with served.ReplayServer(served.TRAININGS["vllm"]) as server:
+        command = served_training.command(server.url, documents, tmp_path / "out")
+        place = command.index("--tokenizer")
+        assert main(command[:place] + command[place + 2 :]) == 2
+    assert "--teacher-server needs the tokenizer of its model, got none: give --tokenizer\n" in capsys.readouterr().err
+
+
 def test_texts_of_another_tokenizer_are_refused(documents, tmp_path, capsys) -> None:
     """SGLang is asked for the texts of one sentence, and there alone."""
     with SglangServer() as server:

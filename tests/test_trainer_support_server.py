@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import test_trainer_server
 import torch
@@ -114,4 +116,27 @@ def test_scores_that_are_missing_end_the_training(store, server, tmp_path):
     server.forgets = True
     trainer = make_trainer(tmp_path, store, server.url, support="student", student_top_k=5)
     with pytest.raises(ServerRequestError, match="did not give the scores of the ids"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("support", ["student", "union"])
+def test_scores_that_are_no_log_probabilities_end_the_training(support, store, server, tmp_path, monkeypatch):
+    """The most probable tokens are as they should be, and the given ids are named by logits."""
+    whole = server.reply
+
+    def reply(path, body):
+        status, headers, data = whole(path, body)
+        if path == "/generate" and body.get("token_ids_logprob"):
+            answer = json.loads(data)
+            for position in answer["meta_info"]["input_token_ids_logprobs"][1:]:
+                for entry in position:
+                    entry[0] += 6.0
+            data = json.dumps(answer)
+        return status, headers, data
+
+    monkeypatch.setattr(server, "reply", reply)
+    trainer = make_trainer(tmp_path, store, server.url, support=support, student_top_k=60)
+    with pytest.raises(
+        ServerRequestError, match=r"gave entries with a probability of .* together, at most 1 is possible"
+    ):
         trainer.train()

@@ -12,7 +12,7 @@ namespace slimkernels {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
 enum Rest : int { kRenorm, kZero, kGhost, kZeroLogit, kRenormBoth };
-enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl };
+enum Divergence : int { kForwardKl, kSoftCe, kReverseKl, kJsd, kSkewKl, kSkewReverseKl, kTvd, kAb, kGated };
 enum Weighting : int { kTeacherOverStudent, kStudentOverTeacher, kWeightOne, kWeightTensor };
 enum Statistics : int { kNone, kWithoutOverlap, kAll };
 
@@ -101,6 +101,10 @@ struct SlimLossArgs {
   bool detach_weight;
   double beta;
   double alpha;
+  double forward_weight;
+  double entropy_threshold;
+  double teacher_blend;
+  double tail_weight;
   double ce_weight;
   double kd_weight;
   double label_smoothing;

@@ -45,7 +45,8 @@ struct TeacherSums {
   double lse = 0;    // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
   TeacherNorm norm;  // q on S and off S
   double log_t_y = 0;
-  double entropy = 0;  // of the ids in S and of one outcome for all others, only with statistics
+  double entropy = 0;  // of the ids in S and of one outcome for all others, only with statistics or "gated"
+  double gate = 0;     // factor of the forward KL in "gated"
 
   double log_mass() const { return on.log() - finite_norm(lse); }  // log a
 };
@@ -382,7 +383,10 @@ struct SlimRow {
     if (known == known) label_logit = known;
     teacher.log_t_y = label_logit;
     if (args.teacher_lse_one != nullptr) teacher.log_t_y -= finite_norm(static_cast<const A*>(args.teacher_lse_one)[n]);
-    if (args.statistics != kNone) teacher.entropy = teacher_entropy(teacher.on, teacher.lse, rest_lse);
+    if (args.statistics != kNone || args.divergence == kGated) {
+      teacher.entropy = teacher_entropy(teacher.on, teacher.lse, rest_lse);
+    }
+    if (args.divergence == kGated && teacher.entropy > args.entropy_threshold) teacher.gate = args.forward_weight;
     return teacher;
   }
 
@@ -404,7 +408,7 @@ struct SlimRow {
     double teacher_mass = 0, student_mass = 0;
     if (ids != nullptr) {
       m.w = weigh<A>(n, student.log_s_y, teacher.log_t_y, args);
-      m.d = diverge_from_teacher(student, teacher);
+      m.d = diverge_from_teacher(student, args.teacher_blend == 1 ? teacher : blended(student, teacher));
       m.kd = m.d.value * args.temperature * args.temperature;
       teacher_mass = __builtin_exp(teacher.log_mass());
       student_mass = __builtin_exp(student.on.log() - student.lse);
@@ -448,21 +452,41 @@ struct SlimRow {
   }
 
   // The norm of the student on S: log p = z / T - p_norm.
-  double p_norm(const StudentSums& student) const { return args.rest == kRenormBoth ? student.on.log() : student.lse; }
+  double p_norm(const StudentSums& student) const {
+    return args.rest == kRenormBoth ? finite_norm(student.on.log()) : student.lse;
+  }
+
+  // Turns the teacher into softmax(t log q + (1 - t) log p) over the outcomes, and overwrites teacher_z and teacher_e.
+  SK_NOINLINE TeacherSums blended(const StudentSums& student, TeacherSums teacher) const {
+    const double t = args.teacher_blend, q_norm = teacher.norm.q_norm, p_norm = this->p_norm(student);
+    const A from_student = A((1 - t) / args.temperature), offset = A(t * q_norm + (1 - t) * p_norm);
+    for (int64_t k = 0; k < kept; k += kWidth) {
+      store(teacher_z + k, load(teacher_z + k) * A(t) + load(kept_z + k) * from_student - offset);
+    }
+    teacher.on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e);
+    double tail = -infinity<double>();
+    if (args.rest == kGhost) tail = t * teacher.norm.log_q_tail + (1 - t) * (student.off.lse - student.lse);
+    teacher.norm.q_norm = finite_norm(log_add_exp(teacher.on.log(), tail));
+    teacher.norm.log_q_tail = tail - teacher.norm.q_norm;
+    return teacher;
+  }
 
   // Computes D, and fills kept_p and kept_slope.
   DivergenceSums diverge_from_teacher(const StudentSums& student, const TeacherSums& teacher) {
     const double p_norm = this->p_norm(student), q_norm = teacher.norm.q_norm;
     const A inv_temperature = A(1 / args.temperature);
     const A e_to_q = A(teacher.on.scale(q_norm)), e_to_p = A(student.on.scale(p_norm));
+    const double gate = teacher.gate;
 
+    // A copy, because the compiler would load the options again after every vector that is stored.
+    const SlimLossArgs options = args;
     Vec share_sum = {}, slope_sum = {};
     for (int64_t k = 0; k < kept; k += kWidth) {
       const Vec log_q = load(teacher_z + k) - A(q_norm);
       const Vec log_p = load(kept_z + k) * inv_temperature - A(p_norm);
       const Vec q = load(teacher_e + k) * e_to_q, p = load(kept_e + k) * e_to_p;
       Vec share, slope;
-      diverge(args, log_q, log_p, q, p, &share, &slope);
+      diverge(options, gate, log_q, log_p, q, p, &share, &slope);
       share_sum += share;
       slope_sum += slope;
       store(kept_slope + k, slope);
@@ -483,9 +507,14 @@ struct SlimRow {
     if (args.rest == kGhost) {
       const double q_tail = __builtin_exp(log_q_tail);
       double share, slope;
-      diverge(args, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
-      d.value += share;
+      diverge(args, gate, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
+      if (args.tail_weight != 0) d.value += args.tail_weight * share;
       d.mean_slope = forward ? forward_slope : d.mean_slope + slope;
+      if (args.tail_weight != 1) {
+        const double change = (args.tail_weight - 1) * (slope + missing_slope(args, gate) * p_tail);
+        slope += change;
+        d.mean_slope += change;
+      }
       d.off_factor = slope - p_tail * d.mean_slope;
     } else if (args.rest == kZeroLogit) {
       const double unkept = double(args.vocab_size - kept);

@@ -27,26 +27,72 @@ SK_INLINE V transform_slope(V z, const Args& args) {
   return (V{} + A(1) - capped * capped) * A(args.logit_scale);
 }
 
-// Computes a log(a / b) - a + b, which is at least 0, from log_ratio = log(a / b): a share of KL(a || b) whose outcomes
-// sum to 1 on both sides. Near a = b its terms would cancel, and a series takes their place.
+// Computes exp(x) - 1 - x for |x| < 1/2, where its terms would cancel, by a series.
 template <class V>
-SK_INLINE V kl_share(V log_ratio, V a, V b) {
+SK_INLINE V exp_remainder(V x) {
   using A = ElementOf<V>;
-  const V zero = V{};
-  // exp(-x) - 1 + x = x^2 / 2 * (1 - x / 3 * (1 - x / 4 * (1 - ...))). The terms suffice for |x| < 1/2.
+  // x^2 / 2 * (1 + x / 3 * (1 + x / 4 * (1 + ...)))
   constexpr int kTerms = sizeof(A) == sizeof(float) ? 8 : 15;
-  V series = zero + A(1);
-  for (int i = kTerms; i >= 3; --i) series = zero + A(1) - log_ratio * A(1.0 / i) * series;
-  const V near = a * log_ratio * log_ratio * A(0.5) * series;
-  const V far = a * log_ratio - a + b;
-  const V share = (log_ratio < zero + A(0.5)) & (log_ratio > zero - A(0.5)) ? near : far;
-  return a == zero ? b : share;
+  V series = V{} + A(1);
+  for (int i = kTerms; i >= 3; --i) series = V{} + A(1) + x * A(1.0 / i) * series;
+  return x * x * A(0.5) * series;
 }
 
-// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles. The slopes
-// of forward KL and skew KL are those of the divergence without - q + p: where p sums to 1, this is the same gradient.
 template <class V>
-SK_INLINE void diverge(const SlimLossArgs& args, V log_q, V log_p, V q, V p, V* share, V* slope) {
+SK_INLINE auto is_small(V x) {
+  using A = ElementOf<V>;
+  return (x < V{} + A(0.5)) & (x > V{} - A(0.5));
+}
+
+// Computes a log(a / b) - a + b, which is at least 0, from log_ratio = log(a / b): a share of KL(a || b) whose outcomes
+// sum to 1 on both sides. Near a = b its terms would cancel.
+template <class V>
+SK_INLINE V kl_share(V log_ratio, V a, V b) {
+  const V near = a * exp_remainder(-log_ratio);
+  const V far = a * log_ratio - a + b;
+  const V share = is_small(log_ratio) ? near : far;
+  return a == V{} ? b : share;
+}
+
+// The mixture share * a + (1 - share) * b of two probabilities.
+template <class V>
+struct Mixture {
+  using A = ElementOf<V>;
+  V m, log_m;
+
+  Mixture(V log_a, V log_b, V a, V b, double share) : m(a * A(share) + b * A(1 - share)) {
+    log_m = log(m);
+    // An m that is not a normal number matters only where one part is negligible, and then it is the other part.
+    if (share > 1e-6 && share < 1 - 1e-6) return;
+    const V log_of_a = log_a + A(__builtin_log(share)), log_of_b = log_b + A(__builtin_log1p(-share));
+    const V least = V{} + (sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__));
+    log_m = m < least ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log_m;
+  }
+};
+
+// Computes an outcome's share of the alpha-beta divergence, and p * dD/dp. With x = log(q / p) and r = alpha + beta it
+// is p^r / (alpha beta) times alpha / r (exp(r x) - 1 - r x) - (exp(alpha x) - 1 - alpha x).
+template <class V>
+SK_INLINE void diverge_alpha_beta(double alpha, double beta, V log_q, V log_p, V* share, V* slope) {
+  using A = ElementOf<V>;
+  const double both = alpha + beta;
+  const V log_ratio = log_q - log_p;
+  const auto near = is_small(log_ratio * A(both));
+  const V p_power = exp(log_p * A(both)), q_power = exp(log_q * A(both));
+  const V product = exp(log_q * A(alpha) + log_p * A(beta));
+  const V remainder = exp_remainder(log_ratio * A(alpha));
+  const V near_share = p_power * (exp_remainder(log_ratio * A(both)) * A(alpha / both) - remainder);
+  const V far_share = q_power * A(alpha / both) + p_power * A(beta / both) - product;
+  *share = (near ? near_share : far_share) * A(1 / (alpha * beta));
+  const V near_slope = -p_power * (remainder + log_ratio * A(alpha));
+  *slope = (near ? near_slope : p_power - product) * A(1 / alpha);
+}
+
+// Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles. `gate` is
+// the factor of the row's forward KL in "gated". The slopes of forward KL and skew KL are those of the divergence
+// without - q + p, see `missing_slope`: where p sums to 1, this is the same gradient.
+template <class V>
+SK_INLINE void diverge(const SlimLossArgs& args, double gate, V log_q, V log_p, V q, V p, V* share, V* slope) {
   using A = ElementOf<V>;
   const V zero = V{};
   switch (args.divergence) {
@@ -62,27 +108,61 @@ SK_INLINE void diverge(const SlimLossArgs& args, V log_q, V log_p, V q, V p, V* 
       *share = q == zero ? zero : -q * log_p;
       *slope = -q;
       return;
-    case kReverseKl: {
+    case kReverseKl:
+    case kGated: {
       // An outcome that the teacher excludes is skipped, because it would make D infinite.
       const auto excluded = log_q == zero - infinity<A>();
       *share = excluded ? zero : kl_share(log_p - log_q, p, q);
       *slope = (p == zero) | excluded ? zero : p * (log_p - log_q);
+      if (gate == 0) return;
+      *share += kl_share(log_q - log_p, q, p) * A(gate);
+      *slope -= q * A(gate);
       return;
     }
     case kJsd: {
-      const V log_m = log_add_exp(log_q + A(__builtin_log(args.beta)), log_p + A(__builtin_log1p(-args.beta)));
-      const V m = q * A(args.beta) + p * A(1 - args.beta);
+      const auto [m, log_m] = Mixture<V>(log_q, log_p, q, p, args.beta);
       *share = kl_share(log_q - log_m, q, m) * A(args.beta) + kl_share(log_p - log_m, p, m) * A(1 - args.beta);
       *slope = p == zero ? zero : p * (log_p - log_m) * A(1 - args.beta);
       return;
     }
-    default: {
-      const V log_m = log_add_exp(log_q + A(__builtin_log(args.alpha)), log_p + A(__builtin_log1p(-args.alpha)));
-      *share = kl_share(log_q - log_m, q, q * A(args.alpha) + p * A(1 - args.alpha));
-      const V both = exp(log_p + log_q - log_m) * A(args.alpha - 1);
-      *slope = (q == zero) | (p == zero) ? zero : both;
+    case kSkewKl: {
+      const auto [m, log_m] = Mixture<V>(log_q, log_p, q, p, args.alpha);
+      *share = kl_share(log_q - log_m, q, m);
+      *slope = (q == zero) | (p == zero) ? zero : p * (q / m) * A(args.alpha - 1);
       return;
     }
+    case kSkewReverseKl: {
+      const auto [m, log_m] = Mixture<V>(log_p, log_q, p, q, args.alpha);
+      const auto excluded = log_m == zero - infinity<A>();
+      *share = excluded ? zero : kl_share(log_p - log_m, p, m);
+      const V ratio = args.alpha == 0 ? zero : p / m * A(args.alpha * (1 - args.alpha));
+      *slope = (p == zero) | excluded ? zero : p * (log_p - log_m) + (q - p) * ratio;
+      return;
+    }
+    case kTvd: {
+      const V difference = q - p;
+      *share = (difference < zero ? -difference : difference) * A(0.5);
+      *slope = difference == zero ? zero : difference < zero ? p * A(0.5) : p * A(-0.5);
+      return;
+    }
+    default:
+      diverge_alpha_beta(args.alpha, args.beta, log_q, log_p, share, slope);
+      return;
+  }
+}
+
+// The factor c of the slopes c * p that `diverge` leaves out.
+SK_INLINE double missing_slope(const SlimLossArgs& args, double gate) {
+  switch (args.divergence) {
+    case kForwardKl:
+    case kSoftCe:
+      return 1;
+    case kSkewKl:
+      return 1 - args.alpha;
+    case kGated:
+      return gate;
+    default:
+      return 0;
   }
 }
 

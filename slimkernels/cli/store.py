@@ -1,4 +1,4 @@
-"""``slimkernels store``: look into a store, check it, and convert it from and to the files of other projects."""
+"""``slimkernels store``: look into a store, check it, import and export it, turn it into one of another tokenizer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from slimkernels.cli.options import (
     positive_int,
     refuse,
 )
+from slimkernels.cli.store_translate import add_translate
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 
 _INFO_EXPLAINED = """\
@@ -111,14 +112,15 @@ _IMPORT_OPTIONS: FieldOptions = {
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the commands ``store info``, ``store verify``, ``store import`` and ``store export``."""
-    summary = "look into a store, check it, import and export it"
+    """Adds the commands ``store info``, ``verify``, ``import``, ``export`` and ``translate``."""
+    summary = "look into a store, check it, import, export and translate it"
     parser = commands.add_parser("store", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_info(actions)
     _add_verify(actions)
     _add_import(actions)
     _add_export(actions)
+    add_translate(actions)
 
 
 def _add_info(actions: Any) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimkernels.cli import train_tokenizer
@@ -24,6 +23,8 @@ from slimkernels.cli.options import (
     refuse,
 )
 from slimkernels.cli.terminal import be_quiet, print_table, shown
+from slimkernels.cli.train_stores import add_store_options, check_stores
+from slimkernels.cli.train_student import add_student_options, student_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -40,6 +41,8 @@ examples:
   some of the teacher's layers, which learn to do without the others:
     slimkernels train --store runs/store --student ./teacher --layers 0,1,2,4,6,8 --method slim \\
         --out runs/healed --learning-rate 5e-4
+  two teachers, each of whose documents are a store, with three documents of one for each of the other:
+    slimkernels train --store runs/math --store runs/code --store-shares 3 1 --method slim --out runs/both
 A stopped training is continued from its newest checkpoint by the same command; a finished one is not trained on.
 Estimated time on two idle CPU cores: a minute for 100,000 tokens that the new small student reads.
 --option takes these fields of SlimConfig (docs/training.md explains them), with their defaults:
@@ -49,16 +52,20 @@ VALUE is JSON, or else a text.
 """
 # Fields of SlimConfig that have no flag, with their defaults. A list because the help must not load transformers.
 OPTIONS = {
-    "alpha": 0.1,
-    "beta": 0.5,
+    "alpha": None,
+    "beta": None,
     "ce_weight": None,
     "detach_weight": True,
+    "entropy_threshold": 0.8,
+    "forward_weight": 1.0,
     "label_smoothing": 0.0,
     "log_overlap": False,
     "max_new_tokens": 128,
     "on_policy_fraction": 0.5,
     "sampling_temperature": 1.0,
     "student_top_k": None,
+    "tail_weight": 1.0,
+    "teacher_blend": 1.0,
     "teacher_in_chunks": False,
     "teacher_rounds": None,
     "teacher_top_fraction": None,
@@ -77,7 +84,14 @@ _SERVER_FIELDS: FieldOptions = {
 }
 RESTS = ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
 SUPPORTS = ("teacher", "student", "union", "intersection")
-DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "ab", "gated")
+# Divergences that each of their options has an effect in.
+_DIVERGENCES_WITH = {
+    "alpha": ("skew_kl", "skew_reverse_kl", "ab"),
+    "beta": ("jsd", "ab"),
+    "entropy_threshold": ("gated",),
+    "forward_weight": ("gated",),
+}
 # Options that are fields of SlimConfig.
 _FIELDS: FieldOptions = {
     "num_train_epochs": ("--epochs", {"type": float, "metavar": "F"}, "passes over the store (default: 3)"),
@@ -105,8 +119,8 @@ _FIELDS: FieldOptions = {
     "rest": (
         "--rest",
         {"choices": RESTS},
-        "treatment of the teacher's probability outside the kept ids (default: ghost with reverse_kl, jsd and skew_kl, "
-        "else renorm)",
+        "treatment of the teacher's probability outside the kept ids (default: renorm with forward_kl and soft_ce, "
+        "else ghost)",
     ),
     "divergence": (
         "--divergence",
@@ -133,6 +147,9 @@ _API_NAMES = {name: f"--option {name}" for name in (*OPTIONS, "max_grad_norm", "
     "teacher_model": "--teacher",
     "train_dataset": "--store",
     "eval_dataset": "--eval-store",
+    "processing_class": "--tokenizer",
+    "weights": "--store-weights",
+    "shares": "--store-shares",
     # In the errors these are the models and the content of the store themselves.
     "student": "",
     "teacher": "",
@@ -146,7 +163,7 @@ def add_parser(commands: Any) -> None:
     epilog = _EXAMPLES.replace("{options}", options)
     parser = add_command(commands, "train", run, "train a student on a store", epilog, _API_NAMES)
     add = parser.add_argument
-    add("--store", required=True, metavar="DIR", help="store of the documents and the teacher's logits")
+    add_store_options(parser)
     add(
         "--method",
         required=True,
@@ -156,17 +173,7 @@ def add_parser(commands: Any) -> None:
         "student's own text (gkd, minillm)",
     )
     add("--out", required=True, metavar="DIR", help="folder for the checkpoints and the trained student")
-    add(
-        "--student",
-        metavar="MODEL",
-        help="folder or name of a model, or a .json configuration of a new one (default: a new small Llama)",
-    )
-    add(
-        "--layers",
-        type=_layers,
-        metavar="N,N,...",
-        help="layers of --student to keep, by their indices from 0 (default: all)",
-    )
+    add_student_options(parser)
     add(
         "--tokenizer",
         metavar="MODEL",
@@ -211,12 +218,12 @@ def run(args: argparse.Namespace) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     options = _options(args)
     teacher_server = _teacher_server(args)
-    _check_stores(args)
+    stores = check_stores(args)
     _refuse_useless(args, options)
     tokenizer, note = train_tokenizer.find_tokenizer(args)
     if is_first and note:
         print(f"slimkernels: {note}", file=sys.stderr)
-    student = _student(args)
+    student = student_of(args)
     has_bar = sys.stderr.isatty()
     try:
         metrics = train(
@@ -228,6 +235,7 @@ def run(args: argparse.Namespace) -> None:
             teacher_model=_teacher(args),
             teacher_server=teacher_server,
             eval_store_path=args.eval_store,
+            **stores,
             printer=_printer(has_bar, "learning_rate" in options),
             **{"report_to": "none", "disable_tqdm": not has_bar} | options,
         )
@@ -329,7 +337,7 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     if "max_steps" in options:
         useless["with --max-steps, which takes its place"] = ["num_train_epochs"]
     if args.method == "sft":
-        learnt = ("rest", "divergence", "temperature", "token_weight", "detach_weight")
+        learnt = ("rest", "divergence", "temperature", "token_weight", "detach_weight", "teacher_blend", "tail_weight")
         useless["with --method sft, which has no teacher"] = learnt
         if args.teacher is not None:
             raise ValueError("--teacher has no meaning with --method sft, which has no teacher: omit it")
@@ -338,9 +346,10 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     if args.teacher is None:
         useless["without --teacher"] = ("teacher_top_k", "teacher_top_fraction", "teacher_rounds")
     divergence = options.get("divergence") or {"jsd": "jsd", "gkd": "jsd"}.get(args.method)
-    for name, user in (("beta", "jsd"), ("alpha", "skew_kl")):
-        if divergence != user:
-            useless[f"without the divergence {user}"] = [name]
+    for name, users in _DIVERGENCES_WITH.items():
+        if divergence not in users:
+            reason = f"without the divergence {' or '.join(users)}"
+            useless[reason] = [*useless.get(reason, ()), name]
     for reason, names in useless.items():
         for name in names:
             if name in options:
@@ -352,57 +361,3 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
 def _meant(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f": did you mean {close[0]}?" if close else "; `slimkernels train --help` lists them"
-
-
-def _check_stores(args: argparse.Namespace) -> None:
-    """Opens the stores, so that a wrong path fails before the student is loaded."""
-    from slimkernels.store import Store
-
-    for path in filter(None, (args.store, args.eval_store)):
-        Store(path)
-
-
-def _student(args: argparse.Namespace) -> Any:
-    """Returns the student as ``train`` takes it: a model, a configuration, or None for a new small one."""
-    if args.student is None or args.student.endswith(".json"):
-        refuse(args, ["layers"], "without --student MODEL, whose layers they are")
-    if args.student is None:
-        if args.tokenizer is not None:
-            return None
-        # A tokenizer that was found must not change the weights that the student starts from.
-        from slimkernels.models.make_student import make_student
-        from slimkernels.store import Store
-
-        return make_student(vocab_size=Store(args.store).vocab_size)
-    if not args.student.endswith(".json"):
-        from slimkernels import teacher
-
-        return _with_layers(teacher.load_model(args.student), args)
-    from transformers import AutoConfig
-
-    if not Path(args.student).is_file():
-        raise FileNotFoundError(f"student not found: there is no configuration file {args.student}")
-    return AutoConfig.from_pretrained(args.student)
-
-
-def _with_layers(model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
-    """Returns the model, or a new one of the layers in ``args.layers``."""
-    from transformers import PreTrainedModel
-
-    from slimkernels.models.make_student import drop_layers
-
-    if args.layers is None:
-        return model
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"--layers needs the folder of a whole model, got that of an adapter, {args.student}: merge it"
-        )
-    return drop_layers(model, args.layers)
-
-
-def _layers(text: str) -> list[int]:
-    """Reads the indices of layers."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected indices such as 0,1,2,4, got {text!r}") from None

@@ -26,11 +26,12 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
 
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer), ""
-    store = Store(args.store)
+    # The stores have one tokenizer.
+    store = Store(args.store[0])
     stored = store.tokenizer_fingerprint
     own = args.student if args.student is not None and not args.student.endswith(".json") else None
     for name in (own, args.teacher, store.settings.teacher.get("name")):
-        if not name or not _is_here(name):
+        if not name or not is_here(name):
             continue
         tokenizer = load_tokenizer(name)
         if is_same_tokenizer(stored, tokenizer_fingerprint(tokenizer)) if stored else name == own:
@@ -43,7 +44,7 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
     return None, f"the student is saved without a tokenizer; {_NEEDED}"
 
 
-def _is_here(name: str) -> bool:
+def is_here(name: str) -> bool:
     """Returns whether a tokenizer of this name can be loaded without asking a hub."""
     from slimkernels.models.load import EMBEDDED_TEACHERS, ModelNotFoundError, model_origin
 

@@ -1,4 +1,6 @@
-"""Imports teacher files of other projects into stores, and exports stores as parquet files.
+"""Imports teacher files of other projects into stores, exports stores as parquet files, and translates stores.
+
+``translate_store`` turns a store into one of another tokenizer. All that follows is about files of other projects.
 
 Each importer streams its source into a store; its docstring defines the source. Apart from the columns, five
 properties of a format decide whether it is read correctly:
@@ -27,6 +29,7 @@ from slimkernels.exchange.axolotl import import_axolotl
 from slimkernels.exchange.distillkit import import_distillkit
 from slimkernels.exchange.megatron import import_megatron
 from slimkernels.exchange.parquet import export_parquet, import_parquet
+from slimkernels.exchange.translate import TranslationReport, translate_store
 from slimkernels.exchange.writing import ImportReport
 
 IMPORTERS = {
@@ -39,9 +42,11 @@ IMPORTERS = {
 __all__ = [
     "IMPORTERS",
     "ImportReport",
+    "TranslationReport",
     "export_parquet",
     "import_axolotl",
     "import_distillkit",
     "import_megatron",
     "import_parquet",
+    "translate_store",
 ]

@@ -6,6 +6,7 @@ Triton launcher and the C++ function to its names and order.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple, get_type_hints
 
@@ -17,12 +18,17 @@ from slimkernels.ops._library import accumulation_dtype, operand_of
 from slimkernels.packed_logits import check_sparse_logits
 from slimkernels.sparse_logits import SparseLogits, widen_float8
 
-DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+DIVERGENCES = ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "ab", "gated")
 ADAPTIVE_WEIGHTS = ("teacher_over_student", "student_over_teacher")
 WEIGHTS = (*ADAPTIVE_WEIGHTS, "none")
 # The divergences in which the student weighs the outcomes too, and the rests under which both sides sum to 1.
-PROPER_DIVERGENCES = ("reverse_kl", "jsd", "skew_kl")
+PROPER_DIVERGENCES = DIVERGENCES[2:]
 PROPER_RESTS = ("ghost", "renorm_both")
+# The divergences that are sums of KL(q || p) and KL(p || q), with or without skew.
+KL_DIVERGENCES = ("forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "gated")
+# The exponents of "ab" that make it one of the two KLs, and the smallest of any others.
+_AB_LIMITS = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}
+_AB_LOWEST = 0.05
 
 
 class SlimOptions(NamedTuple):
@@ -42,8 +48,12 @@ class SlimOptions(NamedTuple):
         divergence: Name of the divergence.
         weighting: Name of the token weight: one of ``WEIGHTS``, or "tensor" for a given ``token_weight``.
         detach_weight: Whether the token weight is a constant to the gradient.
-        beta: Mixture weight of "jsd".
-        alpha: Mixture weight of "skew_kl".
+        beta: Mixture weight of "jsd", or exponent of the student in "ab".
+        alpha: Mixture weight of "skew_kl" and "skew_reverse_kl", or exponent of the teacher in "ab".
+        forward_weight: Factor of the forward KL in "gated".
+        entropy_threshold: Entropy of the teacher's outcomes above which "gated" has the forward KL.
+        teacher_blend: Exponent of the teacher in its geometric mixture with the student, 1 for the teacher alone.
+        tail_weight: Factor of the ghost outcome's share of the divergence.
         ce_weight: Factor of the cross entropy.
         kd_weight: Factor of the weighted divergence.
         label_smoothing: Share of the uniform distribution in the cross entropy's target.
@@ -68,6 +78,10 @@ class SlimOptions(NamedTuple):
     detach_weight: bool
     beta: float
     alpha: float
+    forward_weight: float
+    entropy_threshold: float
+    teacher_blend: float
+    tail_weight: float
     ce_weight: float
     kd_weight: float
     label_smoothing: float
@@ -113,6 +127,10 @@ _FLOAT_DEFAULTS = {
     "temperature": 1.0,
     "beta": 0.5,
     "alpha": 0.1,
+    "forward_weight": 1.0,
+    "entropy_threshold": 0.8,
+    "teacher_blend": 1.0,
+    "tail_weight": 1.0,
     "ce_weight": 1.0,
     "kd_weight": 1.0,
     "label_smoothing": 0.0,
@@ -133,8 +151,12 @@ def resolve_options(
     divergence: str,
     token_weight: str | Tensor,
     detach_weight: bool,
-    beta: float,
-    alpha: float,
+    beta: float | None,
+    alpha: float | None,
+    forward_weight: float,
+    entropy_threshold: float,
+    teacher_blend: float,
+    tail_weight: float,
     ce_weight: float,
     kd_weight: float,
     label_smoothing: float,
@@ -151,17 +173,14 @@ def resolve_options(
     temperature = _checks.as_temperature(temperature)
     _checks.check_one_of(rest, "rest", _checks.RESTS)
     _checks.check_one_of(divergence, "divergence", DIVERGENCES)
-    if divergence in PROPER_DIVERGENCES and rest not in PROPER_RESTS:
-        raise ValueError(
-            f"divergence={divergence!r} needs a proper distribution on both sides: rest must be 'ghost' or "
-            f"'renorm_both', got {rest!r}"
-        )
-    beta = _checks.as_float(beta, "beta")
-    if not 0 < beta < 1:
-        raise ValueError(f"beta must be in (0, 1), got {beta}")
-    alpha = _checks.as_float(alpha, "alpha")
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha must be in [0, 1), got {alpha}")
+    teacher_blend = _checks.as_float(teacher_blend, "teacher_blend")
+    if not 0 < teacher_blend <= 1:
+        raise ValueError(f"teacher_blend must be in (0, 1], got {teacher_blend}")
+    tail_weight = _checks.as_at_least_zero(tail_weight, "tail_weight")
+    _check_rest(rest, divergence, teacher_blend, tail_weight)
+    divergence, beta, alpha = _resolve_divergence(divergence, beta, alpha)
+    forward_weight = _checks.as_at_least_zero(forward_weight, "forward_weight")
+    entropy_threshold = _checks.as_at_least_zero(entropy_threshold, "entropy_threshold")
     label_smoothing = _checks.as_float(label_smoothing, "label_smoothing")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -188,15 +207,54 @@ def resolve_options(
             _warn_of_unknown_labels(teacher, weighting, stacklevel=5 if like_name == "hidden" else 4)
         ids = teacher.ids.reshape(-1, teacher.top_k).contiguous()
         teacher_logits = widen_float8(teacher.logits.detach().reshape(-1, teacher.top_k)).contiguous()
-        teacher_lse = per_row(_lse_or_none(teacher, rest, temperature))
+        teacher_lse = per_row(_lse_or_none(teacher, rest, divergence, temperature))
         teacher_lse_one = per_row(teacher.lse[..., 0])
         teacher_rest_lse = per_row(teacher.rest_lse_at(temperature))
         target_logit = per_row(teacher.target_logit)
     return SlimOptions(
         ids, teacher_logits, teacher_lse, teacher_lse_one, teacher_rest_lse, target_logit, per_row(given_weight),
-        temperature, rest, divergence, weighting, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, cap, logit_scale, ignore_index, statistics
+        temperature, rest, divergence, weighting, detach_weight, beta, alpha, forward_weight, entropy_threshold,
+        teacher_blend, tail_weight, ce_weight, kd_weight, label_smoothing, z_loss_weight, cap, logit_scale,
+        ignore_index, statistics
     )  # fmt: skip
+
+
+def _check_rest(rest: str, divergence: str, teacher_blend: float, tail_weight: float) -> None:
+    """Checks that the rest allows the divergence and its options."""
+    if rest not in PROPER_RESTS:
+        user = f"divergence={divergence!r}" if divergence in PROPER_DIVERGENCES else None
+        user = f"teacher_blend={teacher_blend}" if user is None and teacher_blend != 1 else user
+        if user is not None:
+            raise ValueError(
+                f"{user} needs a proper distribution on both sides: rest must be 'ghost' or 'renorm_both', got {rest!r}"
+            )
+    if tail_weight != 1 and (rest != "ghost" or divergence not in KL_DIVERGENCES):
+        raise ValueError(
+            f"tail_weight is a factor of the bucket's share of a KL: rest must be 'ghost' and divergence one of "
+            f"{KL_DIVERGENCES}, got {rest!r} and {divergence!r}; or leave it at 1"
+        )
+
+
+def _resolve_divergence(divergence: str, beta: float | None, alpha: float | None) -> tuple[str, float, float]:
+    """Checks beta and alpha, fills in the defaults, and returns the KL that "ab" is at its limits by its own name."""
+    is_ab = divergence == "ab"
+    beta = _checks.as_float((0.7 if is_ab else 0.5) if beta is None else beta, "beta")
+    alpha = _checks.as_float((0.2 if is_ab else 0.1) if alpha is None else alpha, "alpha")
+    if not is_ab:
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must be in (0, 1), got {beta}")
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha must be in [0, 1), got {alpha}")
+        return divergence, beta, alpha
+    if (alpha, beta) in _AB_LIMITS:
+        # They are out of range for the others, so the defaults take their places.
+        return _AB_LIMITS[alpha, beta], _FLOAT_DEFAULTS["beta"], _FLOAT_DEFAULTS["alpha"]
+    if not (math.isfinite(alpha + beta) and min(alpha, beta) >= _AB_LOWEST):
+        raise ValueError(
+            f"alpha and beta must be at least {_AB_LOWEST} with divergence='ab', or (1, 0), its forward KL, or (0, 1), "
+            f"its reverse KL; got alpha={alpha} and beta={beta}"
+        )
+    return divergence, beta, alpha
 
 
 def _resolve_weight(weight: str | Tensor, like: Tensor, like_name: str) -> tuple[str, Tensor | None]:
@@ -238,8 +296,14 @@ def _check_teacher(teacher: SparseLogits, like: Tensor, like_name: str) -> None:
     _checks.check_same_device(teacher.ids, "teacher", like, like_name)
 
 
-def _lse_or_none(teacher: SparseLogits, rest: str, temperature: float) -> Tensor | None:
-    # The other rests need it for the reported teacher_mass alone, which becomes NaN.
-    if rest not in _checks.RESTS_WITH_LSE and teacher.column_of(temperature) is None:
+def _lse_or_none(teacher: SparseLogits, rest: str, divergence: str, temperature: float) -> Tensor | None:
+    is_known = teacher.column_of(temperature) is not None
+    if divergence == "gated" and not is_known:
+        raise ValueError(
+            f"divergence='gated' takes the teacher's entropy at temperature={temperature}, which is not among its "
+            f"temperatures={teacher.temperatures}: capture the teacher with temperatures=(1.0, {temperature})"
+        )
+    # Other rests need it for the reported teacher_mass alone, which becomes NaN.
+    if rest not in _checks.RESTS_WITH_LSE and not is_known:
         return None
     return teacher.lse_at(temperature)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimkernels.ops._library import check_kernels, define
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
-from slimkernels.packed_logits import PackedHidden, PackedLogits
+from slimkernels.packed_logits import PackedHidden, PackedLogits, clear_empty_rows
 from slimkernels.sparse_logits import SparseLogits
 
 
@@ -33,7 +33,8 @@ def decode_logits(packed: PackedLogits | PackedHidden) -> SparseLogits:
 
     Returns:
         SparseLogits with ids (N, K) int32 and logits (N, K) float32. Rows of fewer than K entries are padded with id
-        -1 and logit 0. The other fields are those of ``packed``.
+        -1 and logit 0; those that were stored without entries consist of padding. The other fields are those of
+        ``packed``.
 
     Raises:
         ValueError: On cpu, a damaged row: it does not fit into its words, has a bit too many or too few, or its ids do
@@ -65,6 +66,7 @@ def decode_logits(packed: PackedLogits | PackedHidden) -> SparseLogits:
     ids, logits = torch.ops.slimkernels.decode_logits(
         *(None if operand is None else operand.contiguous() for operand in operands), packed.vocab_size
     )
+    clear_empty_rows(ids, logits)
     return SparseLogits(ids, logits, packed.lse, packed.temperatures, packed.target_logit, packed.rest_lse)
 
 

@@ -57,8 +57,12 @@ def linear_slim_loss(
     divergence: str = "forward_kl",
     token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float | None = None,
+    alpha: float | None = None,
+    forward_weight: float = 1.0,
+    entropy_threshold: float = 0.8,
+    teacher_blend: float = 1.0,
+    tail_weight: float = 1.0,
     ce_weight: float = 1.0,
     kd_weight: float = 1.0,
     label_smoothing: float = 0.0,
@@ -99,6 +103,10 @@ def linear_slim_loss(
         detach_weight: See ``slim_loss``.
         beta: See ``slim_loss``.
         alpha: See ``slim_loss``.
+        forward_weight: See ``slim_loss``.
+        entropy_threshold: See ``slim_loss``.
+        teacher_blend: See ``slim_loss``.
+        tail_weight: See ``slim_loss``.
         ce_weight: See ``slim_loss``.
         kd_weight: See ``slim_loss``.
         label_smoothing: See ``slim_loss``.
@@ -163,8 +171,9 @@ def linear_slim_loss(
             head = TeacherHead()
     options = resolve_options(
         hidden, "hidden", teacher,
-        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, softcap, logit_scale, ignore_index, statistics
+        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, forward_weight,
+        entropy_threshold, teacher_blend, tail_weight, ce_weight, kd_weight, label_smoothing, z_loss_weight, softcap,
+        logit_scale, ignore_index, statistics
     )  # fmt: skip
     check_kernels(hidden, "hidden")
     check_transforms("linear_slim_loss", hidden, weight, bias)

@@ -39,8 +39,12 @@ def slim_loss(
     divergence: str = "forward_kl",
     token_weight: str | Tensor = "teacher_over_student",
     detach_weight: bool = True,
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float | None = None,
+    alpha: float | None = None,
+    forward_weight: float = 1.0,
+    entropy_threshold: float = 0.8,
+    teacher_blend: float = 1.0,
+    tail_weight: float = 1.0,
     ce_weight: float = 1.0,
     kd_weight: float = 1.0,
     label_smoothing: float = 0.0,
@@ -88,16 +92,35 @@ def slim_loss(
         rest: Meaning of the teacher's mass outside its kept ids: "renorm", "zero", "ghost", "zero_logit" or
             "renorm_both" (see ``sparse_softmax``). Under "ghost", rows with a known ``rest_lse`` have the exact mass.
         divergence: "forward_kl", "soft_ce" (forward KL without the teacher's entropy) and, with rest "ghost" or
-            "renorm_both", also "reverse_kl" KL(p || q), "jsd" and "skew_kl". "reverse_kl" skips outcomes that the
-            teacher excludes (log q = -inf), where it would be infinite, and no outcome whose probability is only tiny.
+            "renorm_both", also
+
+            - "reverse_kl": KL(p || q). It skips outcomes that the teacher excludes (log q = -inf), where it would be
+              infinite, and no outcome whose probability is only tiny.
+            - "jsd": beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p.
+            - "skew_kl": KL(q || alpha q + (1 - alpha) p).
+            - "skew_reverse_kl": KL(p || alpha p + (1 - alpha) q).
+            - "tvd": the total variation distance, half the sum of |q - p|; the gradient at q = p is 0.
+            - "ab": the alpha-beta divergence, -1 / (alpha beta) times the sum of q^alpha p^beta
+              - alpha / (alpha + beta) q^(alpha + beta) - beta / (alpha + beta) p^(alpha + beta).
+            - "gated": KL(p || q), plus ``forward_weight`` KL(q || p) where the entropy of the teacher's outcomes under
+              "ghost" is above ``entropy_threshold``. The teacher's lse at the temperature must be known.
         token_weight: "teacher_over_student" for the w above, as the paper's text describes it: w -> 1 where the teacher
             is the more confident. "student_over_teacher" for the paper's printed equation, 1 - exp(-s_y / t_y). "none"
             for w = 1. A (...) tensor for given weights. A label that is not kept has t_y = 0 where its
             ``target_logit`` is absent, which warns, or NaN.
         detach_weight: Whether w is a constant to the gradient.
-        beta: Share of the teacher in (0, 1): jsd = beta KL(q || m) + (1 - beta) KL(p || m) with
-            m = beta q + (1 - beta) p.
-        alpha: Share of the teacher in [0, 1): skew_kl = KL(q || alpha q + (1 - alpha) p).
+        beta: Share of the teacher in "jsd", in (0, 1), None for 0.5; or the student's exponent in "ab", None for 0.7.
+        alpha: Share of its first argument in the mixture of "skew_kl" or "skew_reverse_kl", in [0, 1), None for 0.1; or
+            the teacher's exponent in "ab", None for 0.2. The exponents of "ab" are both at least 0.05, or
+            (alpha, beta) = (1, 0), which is "forward_kl", or (0, 1), which is "reverse_kl".
+        forward_weight: Factor of the forward KL in "gated", at least 0.
+        entropy_threshold: Entropy in nats above which "gated" has the forward KL, at least 0.
+        teacher_blend: Exponent t in (0, 1] of the teacher in softmax(t log q + (1 - t) log p) over the outcomes, which
+            takes the place of q in the divergence and is a constant to the gradient; 1 for the teacher alone. Below 1
+            it needs rest "ghost" or "renorm_both". Blending whole rows before the bucket is made gives other numbers.
+            w, the masses and the statistics are those of the teacher alone.
+        tail_weight: Factor of the bucket's share of the divergence, at least 0, for the divergences that are sums of
+            KLs under "ghost".
         ce_weight: Factor of CE, at least 0.
         kd_weight: Factor of the weighted divergence, at least 0.
         label_smoothing: Label smoothing in [0, 1), as in ``torch.nn.functional.cross_entropy``; w uses the unsmoothed
@@ -121,9 +144,9 @@ def slim_loss(
             hold all of it. With a group, ``logits`` (..., V_local) are the columns [vocab_start, vocab_start + V_local)
             of (..., V), in slices of any sizes, and so is their gradient. ``target`` and ``teacher``, whose ids count
             in the whole vocabulary, must be the same on every rank, and so is the result. The op makes two small
-            collectives, of 10 and 2 numbers per row, and with ``statistics`` of 13 and 2. Logits that are a DTensor
-            with placement Shard(-1) on a mesh of one dimension need neither group nor start, because their placement
-            tells both.
+            collectives, of 10 and 2 numbers per row, with ``statistics`` of 13 and 2, and one more, of 1 number, with a
+            ``teacher_blend`` below 1. Logits that are a DTensor with placement Shard(-1) on a mesh of one dimension
+            need neither group nor start, because their placement tells both.
         vocab_start: First id of this rank's slice.
         weight: Deprecated name of ``token_weight``.
 
@@ -151,7 +174,8 @@ def slim_loss(
     share of a KL divergence is q log(q / p) - q + p, so the divergence is never negative, whatever was rounded.
 
     References: Raman et al. 2023, "For Distillation, Tokens Are Not All You Need"; jsd as in arXiv 2306.13649;
-    skew_kl as in arXiv 2402.03898.
+    skew_kl and skew_reverse_kl as in arXiv 2402.03898; ab as in arXiv 2505.04560, whose defaults are those of its
+    authors' code; gated as in arXiv 2603.07079; teacher_blend after arXiv 2501.16937.
 
     >>> from slimkernels import topk_logits
     >>> target = torch.tensor([1])
@@ -170,8 +194,9 @@ def slim_loss(
     _checks.check_target(target, leading_shape, logits, "logits")
     options = resolve_options(
         logits, "logits", teacher,
-        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, ce_weight, kd_weight, label_smoothing,
-        z_loss_weight, softcap, logit_scale, ignore_index, statistics
+        temperature, rest, divergence, token_weight, detach_weight, beta, alpha, forward_weight,
+        entropy_threshold, teacher_blend, tail_weight, ce_weight, kd_weight, label_smoothing, z_loss_weight, softcap,
+        logit_scale, ignore_index, statistics
     )  # fmt: skip
     check_kernels(logits, "logits")
     check_transforms("slim_loss", logits)

@@ -85,7 +85,7 @@ class AnswerReader:
         Raises:
             ServerRequestError: The server read other tokens, or its numbers are not log-probabilities.
         """
-        self._check_prompt(request, answer)
+        self._check_prompt(request, answer, "give its own tokenizer, or use api='completions'")
         reported = [position.chosen for position in answer.positions]
         if not reported:
             reason = "" if answer.finish_reason is None else f" (finish reason {answer.finish_reason!r})"
@@ -182,13 +182,7 @@ class AnswerReader:
         if (ids[1:] == ids[:-1]).any():
             ids, logprobs = self._without_repeated(ids, logprobs)
         # The token of the text need not be among the entries.
-        most = max(float(logprobs.max(initial=-math.inf)), position.chosen.logprob)
-        mass = max(float(np.exp(logprobs).sum()), math.exp(most)) if most < 1.0 else math.inf
-        if mass > _MAX_MASS:
-            raise ServerRequestError(
-                f"{self._url} gave entries with a probability of {mass:.4g} together, at most 1 is "
-                "possible: it must report log-probabilities (vLLM: --logprobs-mode raw_logprobs), not logits"
-            )
+        check_mass(self._url, logprobs, position.chosen.logprob)
         return ids, logprobs
 
     def _entries(self, position: Position) -> tuple[np.ndarray, np.ndarray]:
@@ -218,8 +212,8 @@ class AnswerReader:
             self.tokens.count_unmapped(ServerToken(f"token_id:{token}", logprob, None, token))
         return ids[is_first], logprobs[is_first]
 
-    def _check_prompt(self, request: Request, answer: Answer) -> None:
-        """Raises ServerRequestError if the server says that it read other tokens than it was sent."""
+    def _check_prompt(self, request: Request, answer: Answer, advice: str = "give its own tokenizer") -> None:
+        """Raises ServerRequestError, which ends in ``advice``, if the server says that it read other tokens."""
         ids, length = answer.prompt_ids, answer.prompt_tokens
         asked = len(request.prompt_ids)
         if (ids is None or ids == request.prompt_ids) and length in (None, asked):
@@ -228,7 +222,27 @@ class AnswerReader:
         sent = f"{asked} tokens" if ids is None else f"{request.prompt_ids}"
         raise ServerRequestError(
             f"{self._url} read {read[:200]} where the tokenizer makes {sent[:200]}: the server adds special tokens, or "
-            "has another chat template or another tokenizer; give its own tokenizer, or use api='completions'"
+            f"has another chat template or another tokenizer; {advice}"
+        )
+
+
+def check_mass(url: str, logprobs: np.ndarray, chosen: float = -math.inf) -> None:
+    """Checks that the entries (K,) of one position are log-probabilities.
+
+    Args:
+        url: Address of the server, for the error.
+        logprobs: Log-probabilities of different tokens.
+        chosen: That of the token of the text, which may be one of them; NaN where it is not known.
+
+    Raises:
+        ServerRequestError: The probabilities sum to more than 1.
+    """
+    most = max(float(logprobs.max(initial=-math.inf)), chosen)
+    mass = max(float(np.exp(logprobs).sum()), math.exp(most)) if most < 1.0 else math.inf
+    if mass > _MAX_MASS:
+        raise ServerRequestError(
+            f"{url} gave entries with a probability of {mass:.4g} together, at most 1 is possible: it must report "
+            "log-probabilities (vLLM: --logprobs-mode raw_logprobs), not logits"
         )
 
 

@@ -16,16 +16,20 @@ from slimkernels.store import errors
 from slimkernels.store.audit import info, verify, verify_complete
 from slimkernels.store.dataset import StoreDataset, StoreIterableDataset, collate_documents
 from slimkernels.store.errors import StoreError
+from slimkernels.store.mixed_stores import MixedStores
 from slimkernels.store.order import DocumentOrder
 from slimkernels.store.rank_writer import RankWriter
 from slimkernels.store.reader import Document, PackedDocument, Store
+from slimkernels.store.shares import ShareOrder
 from slimkernels.store.writer import StoreWriter
 
 __all__ = [
     "Document",
     "DocumentOrder",
+    "MixedStores",
     "PackedDocument",
     "RankWriter",
+    "ShareOrder",
     "Store",
     "StoreDataset",
     "StoreError",

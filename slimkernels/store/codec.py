@@ -8,10 +8,10 @@ import sys
 from typing import Any
 
 import numpy as np
-import torch  # noqa: F401 -- loads the libraries that _C is linked to
+import torch  # also loads the libraries that _C is linked to
 
 from slimkernels._checks import missing_extension
-from slimkernels.packed_logits import row_words
+from slimkernels.packed_logits import EMPTY_ROW_LOGIT, clear_empty_rows, row_words
 from slimkernels.store.errors import (
     ByteOrderError,
     RowChecksumError,
@@ -177,7 +177,8 @@ def encode_rows(
     """Encodes rows as rows ``first_row``, ``first_row + 1``, ... of a shard.
 
     Args:
-        ids: (R, K) int32, C-contiguous, ascending, ``-1`` padding at the end.
+        ids: (R, K) int32, C-contiguous, ascending, ``-1`` padding at the end. A row may consist of padding if its
+            ``rest_lse`` is its ``lse``.
         logits: (R, K) float32, C-contiguous; the values at padding are not read.
         lse: (R, M) float32, C-contiguous.
         target_logit: (R,) float32.
@@ -192,6 +193,7 @@ def encode_rows(
     Raises:
         ValueError: A row cannot be stored; the message names the first one and the reason.
     """
+    ids, logits = _with_entry_of_empty_rows(ids, logits, lse, rest_lse)
     counts = np.minimum((ids != -1).sum(-1, dtype=np.int64), vocab_size)
     entry_offsets, id_word_offsets = offsets_of(counts), offsets_of(words_of(vocab_size, counts))
     rows = len(counts)
@@ -227,6 +229,20 @@ def encode_rows(
     return encoded
 
 
+def _with_entry_of_empty_rows(
+    ids: np.ndarray, logits: np.ndarray, lse: np.ndarray, rest_lse: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gives the rows that keep nothing, because all of their mass is in the rest, the entry that stands for that."""
+    if rest_lse is None or not ids.shape[1]:
+        return ids, logits
+    is_empty = (ids[:, 0] == -1) & (rest_lse == lse).all(-1)
+    if not is_empty.any():
+        return ids, logits
+    ids, logits = ids.copy(), logits.copy()
+    ids[is_empty, 0], logits[is_empty, 0] = 0, EMPTY_ROW_LOGIT
+    return ids, logits
+
+
 def decode_rows(
     *,
     vocab_size: int,
@@ -253,7 +269,8 @@ def decode_rows(
         document: Index of the document in the store, for errors.
 
     Returns:
-        ids (R, width) int32, padded with -1, and logits (R, width) float32, padded with 0.
+        ids (R, width) int32, padded with -1, and logits (R, width) float32, padded with 0. Rows that were encoded
+        without entries consist of padding.
 
     Raises:
         RowChecksumError: The bytes of a row are not those that were written.
@@ -286,6 +303,7 @@ def decode_rows(
         )
         reason = _FAULTS[fault].format(vocab_size=vocab_size, codec=codec)
         raise kind(reason, file=file, document=document, row=first_row + bad)
+    clear_empty_rows(torch.from_numpy(ids), torch.from_numpy(logits))
     return ids, logits
 
 

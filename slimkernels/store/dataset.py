@@ -28,6 +28,9 @@ class StoreDataset(Dataset):
             where ``slimkernels.decode_logits`` decodes them, or as ``PackedHidden`` from a store of hidden states;
             otherwise they come as ``SparseLogits``.
 
+    Attributes:
+        temperatures: Temperatures of the rows that are trained on.
+
     Raises:
         StoreError: The store cannot be opened.
 
@@ -48,6 +51,7 @@ class StoreDataset(Dataset):
     def __init__(self, store: Store | str | os.PathLike[str], *, packed: bool = True) -> None:
         self.store = store if isinstance(store, Store) else Store(store)
         self.packed = packed
+        self.temperatures = self.store.temperatures
 
     @property
     def vocab_size(self) -> int:
@@ -65,6 +69,15 @@ class StoreDataset(Dataset):
     def __getitem__(self, index: int) -> PackedDocument | Document:
         """Reads one document and checks every byte of it."""
         return self.store.packed(index) if self.packed else self.store[index]
+
+
+def packed_kind(store: Store) -> tuple[Any, ...]:
+    """Returns what the packed rows of two stores have in common if they can be in one batch: codec, V and head."""
+    hidden = store.settings.hidden
+    # Packed hidden states share a head, and are made into rows of one K.
+    head = None if hidden is None else (hidden.head_checksum, hidden.top_k)
+    # The 8-bit and the 6-bit codec are unpacked to the same codes.
+    return store.settings.codec.rstrip("68"), store.vocab_size, head
 
 
 class StoreIterableDataset(IterableDataset):

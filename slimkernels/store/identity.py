@@ -74,6 +74,17 @@ def prompts_fingerprint(lengths: Iterable[np.ndarray]) -> str | None:
     return digest.hexdigest() if is_known else None
 
 
+def joined_fingerprint(rows: Sequence[str], weights: Sequence[float] | None) -> str:
+    """Hashes the ``rows_fingerprint`` of stores that are read together, and the weights with which they are mixed.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = new_digest()
+    digest.update(json.dumps([list(rows), weights]).encode())
+    return digest.hexdigest()
+
+
 def store_fingerprint(rows: str, prompts: str | None) -> str:
     """Joins ``rows_fingerprint`` and ``prompts_fingerprint``: all that a reader sees of a store.
 

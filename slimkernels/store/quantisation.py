@@ -63,6 +63,9 @@ def quantisation_error(store: Store) -> dict[str, float]:
 def _row_error(store: Store, row: int, noise: np.random.Generator) -> tuple[float, float, float]:
     """Returns the three errors of one row; ``row`` is its index among the rows of all shards."""
     ids, logits, step = _stored_row(store, row)
+    if ids[0, 0] == -1:
+        # A row without entries has nothing to round.
+        return 0.0, 0.0, 0.0
     moved = logits + step * noise.uniform(-0.5, 0.5, logits.shape)
     # Clipped to the range of the stored logits, so that the largest ones stay finite.
     before = moved.clip(logits.min(), logits.max()).astype(np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -42,7 +42,8 @@ class Document:
         input_ids: (T,) int64.
         positions: (R,) int64, ascending in [1, T). Row r of ``teacher`` predicts ``input_ids[positions[r]]``.
         teacher: SparseLogits (R, K): ids int32, logits, lse, target_logit and rest_lse float32. K is the number of
-            entries of the largest row (at least 1); smaller rows are padded with id -1 and logit 0. ``rest_lse`` is
+            entries of the largest row (at least 1); smaller rows are padded with id -1 and logit 0, and so is the
+            whole row where the teacher's distribution over these ids is not known at all. ``rest_lse`` is
             NaN in rows that were stored without it, and None if the store has it for no row. Those of a store of
             hidden states are ``linear_topk_logits`` of them and of the teacher's head.
         prompt_length: Number of tokens at the beginning that are a prompt; 0 where the store does not know.
@@ -244,14 +245,15 @@ class Store(Sequence[Document]):
             raise KeyError(f"document {index} has no row at position {position}")
         return shard.teacher(at, at + 1, index)
 
+    def hashes(self) -> Iterator[bytes]:
+        """Yields the hash of the tokens of every document, in order."""
+        for number in range(len(self.shards)):
+            yield from self.shard(number).hashes()
+
     def find(self, input_ids: Any) -> int | None:
         """Returns the index of the document with these token ids, or None if it is not in the store."""
         if self._index_by_hash is None:
-            self._index_by_hash = {
-                digest: first + i
-                for number, first in enumerate(self._first_documents[:-1].tolist())
-                for i, digest in enumerate(self.shard(number).hashes())
-            }
+            self._index_by_hash = {digest: index for index, digest in enumerate(self.hashes())}
         return self._index_by_hash.get(document_hash(tokens_as_int32(input_ids, self.vocab_size)))
 
     def __contains__(self, input_ids: object) -> bool:

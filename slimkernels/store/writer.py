@@ -153,7 +153,9 @@ class StoreWriter:
         Args:
             input_ids: (T,) integers in [0, V), T >= 1, as a tensor, an array or a list.
             positions: (R,) integers, ascending in [1, T). Row r predicts ``input_ids[positions[r]]``.
-            teacher: SparseLogits (R, K) for V ids. Every row keeps at least one entry; kept logits are finite.
+            teacher: SparseLogits (R, K) for V ids. Kept logits are finite. A row that keeps no
+                entry must have its ``lse`` as its ``rest_lse``: nothing is known of its distribution, and under
+                ``rest="ghost"`` its label is trained on by the cross entropy alone.
                 The affine codecs drop the entries of a row that lie more than ``FAR_NATS[codec]`` times the largest
                 temperature below its maximum, because one such entry would make the steps of all others coarse.
                 Their mass is added to ``rest_lse``. Rows with and without ``rest_lse`` can be in one store.

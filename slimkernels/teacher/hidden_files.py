@@ -58,6 +58,7 @@ class _HeadInput(NamedTuple):
     """The way from the layers of a file to the input of the head."""
 
     layer: int
+    num_layers: int
     norm: nn.Module | None
 
     @torch.inference_mode()
@@ -168,6 +169,12 @@ def capture_hidden(
                     if head_input is None:
                         expected = _expected(ids, model, vocabulary, tokenizer, server, server_model)
                         head_input = _find_head_input(layers, head, norm, expected, file)
+                    if layers.shape[1] != head_input.num_layers:
+                        raise ValueError(
+                            f"{_HIDDEN} in {file} must have {head_input.num_layers} layers, as in the file in which "
+                            f"the input of the head was found, got {layers.shape[1]}: capture the files of another "
+                            "configuration of the server from a folder of their own"
+                        )
                     hidden = head_input(layers, head.weight)[:-1]
                     if not torch.isfinite(hidden).all():
                         raise FloatingPointError(f"the hidden states in {file} are not finite")
@@ -288,7 +295,9 @@ def _find_head_input(
     layers = layers[: len(expected)]
     # The last layer is the likeliest, as it is written; of equally good ways the first is taken.
     ways = [
-        _HeadInput(layer, used) for layer in reversed(range(layers.shape[1])) for used in dict.fromkeys((norm, None))
+        _HeadInput(layer, layers.shape[1], used)
+        for layer in reversed(range(layers.shape[1]))
+        for used in dict.fromkeys((norm, None))
     ]
     with torch.inference_mode():
         found = [_divergence(expected, head.logits(way(layers, head.weight)).float().cpu()) for way in ways]

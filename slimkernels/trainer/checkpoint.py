@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from slimkernels.durable import write_json
 from slimkernels.models.fingerprints import weights_fingerprint
 from slimkernels.models.sharding import is_partitioned
-from slimkernels.trainer.stored_rows import stores_of
+from slimkernels.trainer.stored_rows import mixture_of, stores_of
 
 SETTINGS_NAME = "slim_run.json"
 
@@ -47,7 +47,7 @@ def run_identity(args: TrainingArguments, method: dict[str, Any], train_dataset:
         JSON values by name. A length that the schedule does not depend on is not among them, so that such a run can be
         made longer.
     """
-    stores = stores_of(train_dataset)
+    stores, mixture = stores_of(train_dataset), mixture_of(train_dataset)
     identity = method | {
         "documents": len(train_dataset) if isinstance(train_dataset, Sized) else None,
         "documents_per_step": documents_per_step(args),
@@ -55,6 +55,8 @@ def run_identity(args: TrainingArguments, method: dict[str, Any], train_dataset:
         "data_seed": args.data_seed,
         # Both parts of the fingerprint: checkpoints of version 0.1.0 hold the first only, and it is compared alone.
         "store": " ".join(store.rows_fingerprint for store in stores) or None,
+        "store_weights": None if mixture is None else mixture.weights,
+        "store_shares": None if mixture is None else mixture.shares,
         "prompt_lengths": " ".join(store.prompts_fingerprint or "unknown" for store in stores) or None,
     }
     identity |= {name: _plain(getattr(args, name)) for name in _OPTIMISER}

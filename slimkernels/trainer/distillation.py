@@ -26,7 +26,7 @@ from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.served_teacher import Ahead, ServedTeacher
-from slimkernels.trainer.stored_rows import check_stored_rows, stores_of
+from slimkernels.trainer.stored_rows import check_stored_rows, longest_document
 from slimkernels.trainer.support import StudentChoice, intersection
 from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import OnlineTeacher
@@ -84,6 +84,8 @@ class DistillationMixin(StopsAtLength):
             )
         check_can_be_saved(self.model)
         self.objective = objective
+        if teacher_model is None:
+            _check_selects_nothing(objective, teacher_server)
         # compute_loss divides by num_items_in_batch itself, so Trainer must not divide by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.online_teacher = None
@@ -96,6 +98,12 @@ class DistillationMixin(StopsAtLength):
             self.online_teacher = OnlineTeacher(teacher_model, objective, self._vocab_size)
             self._teacher_weights = model_identity(teacher_model)
         self.served_teacher = None
+        if not isinstance(teacher_server, TeacherServer | None):
+            raise TypeError(
+                f"teacher_server must be one TeacherServer, got {type(teacher_server).__name__}: documents have no "
+                "field that chooses among several; capture from each server into a store of its own, and train on "
+                "MixedStores of them"
+            )
         if teacher_server is not None:
             self.served_teacher = self._served(objective, teacher_server)
         self._student_choice: StudentChoice | None = None
@@ -105,17 +113,11 @@ class DistillationMixin(StopsAtLength):
     def _served(self, objective: SlimObjective, server: TeacherServer) -> ServedTeacher:
         if objective.method not in SERVED_METHODS:
             raise ValueError(f"teacher_server needs a method of {SERVED_METHODS}, got {objective.method!r}")
-        if (objective.teacher_top_k, objective.teacher_top_fraction) != (None, None):
-            raise ValueError(
-                "teacher_top_k and teacher_top_fraction select logits of a teacher_model, got a teacher_server: set "
-                "its top_logprobs"
-            )
         tokenizer = getattr(self, "processing_class", None)
         teacher = ServedTeacher(server, tokenizer, self._vocab_size, self.args.process_index)
         try:
             check_stored_rows(teacher.store, objective, vocab_size=self._vocab_size)
-            for store in stores_of(self.train_dataset):
-                teacher.check_length(store.longest_document())
+            teacher.check_length(longest_document(self.train_dataset))
         except BaseException:
             teacher.stop()
             raise
@@ -203,7 +205,10 @@ class DistillationMixin(StopsAtLength):
             self.served_teacher.stop()
 
     def _new_log(self) -> LossLog:
-        return LossLog(self.args.device, self.objective.needs_teacher, self.objective.log_overlap)
+        objective = self.objective
+        # A student that is not trained yet keeps few of the labels, whatever teacher it has.
+        keeps_labels = objective.support in ("teacher", "union")
+        return LossLog(self.args.device, objective.needs_teacher, objective.log_overlap, keeps_labels)
 
     @property
     def _vocab_size(self) -> int:
@@ -276,6 +281,19 @@ class _FlushEachEpoch(TrainerCallback):
         """Writes the rows, and waits until every process has."""
         self._teacher.flush()
         self._wait_for_everyone()
+
+
+def _check_selects_nothing(objective: SlimObjective, teacher_server: TeacherServer | None) -> None:
+    """Refuses the options that select logits of a teacher model where there is none."""
+    names = ("teacher_top_k", "teacher_top_fraction", "teacher_rounds", "teacher_in_chunks")
+    given = {name: value for name in names if (value := getattr(objective, name)) not in (None, False)}
+    if given:
+        instead = (
+            "the logits of a store were selected when it was captured"
+            if teacher_server is None
+            else "set top_logprobs of the teacher_server"
+        )
+        raise ValueError(f"{', '.join(names)} select logits of a teacher_model, got {given} without one: {instead}")
 
 
 def check_can_be_saved(model: nn.Module) -> None:

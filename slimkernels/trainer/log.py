@@ -36,9 +36,12 @@ class LossLog:
         device: Device of the losses.
         with_teacher: True if there is a divergence to report.
         with_overlap: True if the overlap with the teacher's ids is computed and reported.
+        keeps_labels: True if most labels are expected to be among the kept ids, so that few of them give a warning.
     """
 
-    def __init__(self, device: torch.device, with_teacher: bool, with_overlap: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, with_teacher: bool, with_overlap: bool = False, keeps_labels: bool = True
+    ) -> None:
         self.with_teacher = with_teacher
         self._terms = _STUDENT_TERMS | (_TEACHER_TERMS if with_teacher else {})
         if with_teacher and with_overlap:
@@ -46,7 +49,7 @@ class LossLog:
         self._sums = torch.zeros(len(self._terms) + 2, device=device)
         self._bad_step = torch.full((), _NEVER, device=device)
         self._since = time.perf_counter()
-        self._has_warned = False
+        self._warns = keeps_labels
 
     def add(self, result: SlimLoss, target: Tensor, teacher: TeacherRows | None, step: int) -> None:
         """Adds the rows of one micro-batch of optimizer step ``step``; ignored labels are negative."""
@@ -86,8 +89,8 @@ class LossLog:
         means: dict[str, float] = {n: total / max(num_labels, 1.0) for n, total in zip(names, sums, strict=True)}
         if not self.with_teacher:
             del means["label_kept"]
-        elif num_labels and means["label_kept"] < _FEW_KEPT and not self._has_warned:
-            self._has_warned = True
+        elif num_labels and means["label_kept"] < _FEW_KEPT and self._warns:
+            self._warns = False
             logger.warning(
                 "only %.1f %% of the labels are among the ids that the teacher's rows keep: unless they keep very few "
                 "ids, the rows belong to other tokens or to another tokenizer",

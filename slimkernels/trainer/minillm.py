@@ -18,7 +18,7 @@ from slimkernels.models.evaluation import context_length
 from slimkernels.models.fingerprints import check_tokenizer
 from slimkernels.models.head import LanguageModelHead, base_model
 from slimkernels.models.heldout import evaluate_store
-from slimkernels.store import Store, StoreDataset
+from slimkernels.store import MixedStores, Store, StoreDataset
 from slimkernels.trainer.checkpoint import (
     SlimRun,
     StopsAtLength,
@@ -91,7 +91,7 @@ class MiniLLMTrainer(StopsAtLength, _MiniLLMTrainer):
     Args:
         model: The student.
         args: A ``MiniLLMConfig``.
-        train_dataset: A ``Store`` or ``StoreDataset``; documents without a label are skipped.
+        train_dataset: A ``Store``, ``StoreDataset`` or ``MixedStores``; documents without a label are skipped.
         eval_dataset: Held-out store, evaluated as ``SlimTrainer`` does.
         processing_class: Tokenizer of student and store.
         teacher_model: A model with as many tokens as the student.
@@ -106,7 +106,7 @@ class MiniLLMTrainer(StopsAtLength, _MiniLLMTrainer):
         self,
         model: PreTrainedModel,
         args: MiniLLMConfig,
-        train_dataset: Store | StoreDataset,
+        train_dataset: Store | StoreDataset | MixedStores,
         eval_dataset: Store | StoreDataset | None = None,
         processing_class=None,
         teacher_model: PreTrainedModel | None = None,
@@ -216,7 +216,7 @@ class MiniLLMTrainer(StopsAtLength, _MiniLLMTrainer):
         return run_identity(self.args, method | self._identity, self._store)
 
 
-def _prompts(dataset: Store | StoreDataset) -> list[list[int]]:
+def _prompts(dataset: Store | StoreDataset | MixedStores) -> list[list[int]]:
     documents = (dataset[index] for index in range(len(dataset)))
     return [
         doc.input_ids[: doc.prompt_length or int(doc.positions[0])].tolist() for doc in documents if len(doc.positions)

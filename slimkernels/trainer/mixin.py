@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from slimkernels.models.head import base_model
 from slimkernels.models.head_loss import IGNORE_INDEX, BatchTeacher, HeadLoss, next_labels
 from slimkernels.models.patch import check_loss, without_logits
-from slimkernels.store import Store, StoreDataset
+from slimkernels.store import MixedStores, Store, StoreDataset
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective, check_training_arguments
-from slimkernels.trainer.stored_rows import check_stored_rows
+from slimkernels.trainer.stored_rows import check_stored_rows, stores_of
 from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import StoredTeacher
 from slimkernels.trainer.trl_log import TrlLog
@@ -59,7 +59,8 @@ class SlimLossMixin(DistillationMixin):
         objective: Training objective, or the name of its method; None for "slim" where there is a teacher, else "sft",
             which is then logged as a warning.
         teacher_model: A causal language model with the same vocabulary, or its folder or name; set to evaluation mode.
-        teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches, or its path.
+        teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches, its path, or a
+            ``MixedStores`` of several, without shares.
         teacher_server: ``TeacherServer`` that scores the documents, with the tokenizer of ``processing_class``.
         **kwargs: Arguments of the trainer.
 
@@ -75,7 +76,7 @@ class SlimLossMixin(DistillationMixin):
         *args,
         objective: SlimObjective | str | None = None,
         teacher_model: nn.Module | str | os.PathLike[str] | None = None,
-        teacher_store: Store | StoreDataset | str | os.PathLike[str] | None = None,
+        teacher_store: Store | StoreDataset | MixedStores | str | os.PathLike[str] | None = None,
         teacher_server: TeacherServer | None = None,
         **kwargs,
     ) -> None:
@@ -127,7 +128,7 @@ class SlimLossMixin(DistillationMixin):
                 vocab_size=self._vocab_size,
                 tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
             )
-            self._set_support([self.stored_teacher.store])
+            self._set_support(stores_of(self.stored_teacher.store))
         self.add_callback(SlimRun(self._settings, lambda: None))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -211,11 +212,16 @@ class SlimLossMixin(DistillationMixin):
         return self._scored(self.online_teacher.hidden(given, places))
 
 
-def _opened(store: Store | StoreDataset | str | os.PathLike[str]) -> Store:
+def _opened(store: Store | StoreDataset | MixedStores | str | os.PathLike[str]) -> Store | MixedStores:
     if isinstance(store, str | os.PathLike):
         return Store(store)
     if isinstance(store, StoreDataset):
         return store.store
-    if not isinstance(store, Store):
+    if isinstance(store, MixedStores) and store.shares is not None:
+        raise ValueError(
+            "teacher_store must have no shares, as the trainer's own data set decides which documents are read, got "
+            f"shares={store.shares}: omit them"
+        )
+    if not isinstance(store, Store | MixedStores):
         raise TypeError(f"teacher_store must be a Store or the path of one, got {type(store).__name__}")
     return store

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from slimkernels import _checks
 from slimkernels.models.make_student import has_new_weights
+from slimkernels.ops._slim_options import PROPER_DIVERGENCES
 
 # Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
 METHODS: dict[str, dict[str, Any]] = {
@@ -22,13 +23,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "gkd": {"divergence": "jsd", "ce_weight": 0.0},
 }
 _DEFAULTS = {"kd_weight": 1.0, "ce_weight": 1.0, "token_weight": "none", "divergence": "forward_kl"}
-# Divergences that are defined only where teacher and student are both distributions that sum to one.
-_TWO_SIDED = ("reverse_kl", "jsd", "skew_kl")
 # Sets of ids on which teacher and student are compared.
 SUPPORTS = ("teacher", "student", "union", "intersection")
 _LOSS_OPTIONS = (
     *("rest", "divergence", "token_weight", "detach_weight", "kd_weight", "ce_weight", "temperature"),
-    *("beta", "alpha", "label_smoothing", "z_loss_weight"),
+    *("beta", "alpha", "forward_weight", "entropy_threshold", "teacher_blend", "tail_weight"),
+    *("label_smoothing", "z_loss_weight"),
 )
 
 
@@ -55,10 +55,11 @@ class SlimObjective:
     Attributes:
         method: Name of the method, "sft" | "kd" | "slim" | "sampled" | "reverse_kl" | "jsd" | "gkd".
         rest: Treatment of the teacher's mass outside its kept ids, "renorm" | "zero" | "ghost" | "zero_logit" |
-            "renorm_both"; None for "ghost" with the divergences that need it, "reverse_kl", "jsd" and "skew_kl", else
-            "renorm".
-        divergence: Divergence, "forward_kl" | "soft_ce" | "reverse_kl" | "jsd" | "skew_kl", of which the last three
-            need rest "ghost" or "renorm_both"; None for the method's.
+            "renorm_both"; None for "ghost" with an option that needs it, which is any divergence but the first two, a
+            teacher_blend or a tail_weight, else "renorm".
+        divergence: Divergence, "forward_kl" | "soft_ce" | "reverse_kl" | "jsd" | "skew_kl" | "skew_reverse_kl" |
+            "tvd" | "ab" | "gated", of which all but the first two need rest "ghost" or "renorm_both"; None for the
+            method's.
         token_weight: Weight of each token's divergence, "teacher_over_student" | "student_over_teacher" | "none"; None
             for the method's.
         detach_weight: False to let the gradient through w.
@@ -66,8 +67,13 @@ class SlimObjective:
         ce_weight: Factor of the cross-entropy, >= 0; None for the method's.
         temperature: Temperature of the divergence, > 0; with rest "zero" or "ghost", a store must have been captured
             at this temperature.
-        beta: Share of the teacher in "jsd".
-        alpha: Share of the teacher in "skew_kl".
+        beta: Share of the teacher in "jsd", None for 0.5; or the student's exponent in "ab", None for 0.7.
+        alpha: Share of the first distribution in "skew_kl" or "skew_reverse_kl", None for 0.1; or the teacher's
+            exponent in "ab", None for 0.2.
+        forward_weight: Factor of the forward KL in "gated".
+        entropy_threshold: Entropy of the teacher, in nats, above which "gated" has the forward KL.
+        teacher_blend: Exponent in (0, 1] of the teacher in its mixture with the student that the student learns from.
+        tail_weight: Factor of the share that all ids outside the kept ones have in a KL divergence.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1); replaces ``label_smoothing_factor``.
         z_loss_weight: Factor of the squared log-sum-exp.
         teacher_top_k: Number of an online teacher's largest logits to keep.
@@ -99,8 +105,12 @@ class SlimObjective:
     kd_weight: float | None = None
     ce_weight: float | None = None
     temperature: float = 1.0
-    beta: float = 0.5
-    alpha: float = 0.1
+    beta: float | None = None
+    alpha: float | None = None
+    forward_weight: float = 1.0
+    entropy_threshold: float = 0.8
+    teacher_blend: float = 1.0
+    tail_weight: float = 1.0
     label_smoothing: float = 0.0
     z_loss_weight: float = 0.0
     teacher_top_k: int | None = None
@@ -172,7 +182,10 @@ class SlimObjective:
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
         if options["rest"] is None:
-            options["rest"] = "ghost" if options["divergence"] in _TWO_SIDED else "renorm"
+            needs_ghost = (
+                options["divergence"] in PROPER_DIVERGENCES or self.teacher_blend != 1 or self.tail_weight != 1
+            )
+            options["rest"] = "ghost" if needs_ghost else "renorm"
         return options
 
 

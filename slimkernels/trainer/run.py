@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, Print
 from transformers.trainer_callback import ProgressCallback
 
 from slimkernels.models.make_student import make_student
-from slimkernels.store import Store, StoreDataset
+from slimkernels.store import MixedStores, Store, StoreDataset
 from slimkernels.trainer.objective import SlimConfig
 from slimkernels.trainer.slim_trainer import SlimTrainer
 from slimkernels.trainer.teacher_server import TeacherServer
@@ -52,11 +53,13 @@ def _opened(path: str | os.PathLike, temperature: float) -> Store:
 
 
 def train(
-    store_path: str | os.PathLike,
+    store_path: str | os.PathLike | Sequence[str | os.PathLike],
     student: PreTrainedModel | PreTrainedConfig | str | None,
     method: str,
     output_dir: str | os.PathLike,
     *,
+    store_weights: Sequence[float] | None = None,
+    store_shares: Sequence[float] | None = None,
     tokenizer=None,
     teacher_model: PreTrainedModel | None = None,
     teacher_server: TeacherServer | None = None,
@@ -70,13 +73,16 @@ def train(
     A run that is finished is not trained any further, which a warning says; its student is saved again.
 
     Args:
-        store_path: Store to learn from.
+        store_path: Store to learn from, or several.
         student: A model, its folder or name or the folder of an adapter of PEFT, a configuration of a new model, which
             is initialised at random, or None for the small new one of ``make_student`` with the store's vocabulary
             size.
         method: Method of ``SlimObjective``, or "minillm" for TRL's ``MiniLLMTrainer`` on the prompts of the store's
             documents.
         output_dir: Folder of the checkpoints and, at the end, the student; a run of the same settings is continued.
+        store_weights: Weight of each store where several hold a document, as in ``MixedStores``; None reads the first.
+        store_shares: Share of each store in the documents of an epoch, as in ``MixedStores``; None reads all once. Not
+            with method "minillm".
         tokenizer: The student's tokenizer, or its folder; checked against the store and saved with the student.
         teacher_model: Model that scores the store's documents in place of its rows; methods "gkd" and "minillm" need
             one.
@@ -94,7 +100,16 @@ def train(
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
         ImportError: The method is "minillm", and the extra of that name is not installed.
     """
-    store = StoreDataset(_opened(store_path, options.get("temperature", 1.0)))
+    paths = [store_path] if isinstance(store_path, str | os.PathLike) else store_path
+    stores = [_opened(path, options.get("temperature", 1.0)) for path in paths]
+    if (store_weights, store_shares) != (None, None) and (method == "minillm" or len(stores) == 1):
+        raise ValueError(
+            "store_weights and store_shares must be None with one store, and with method 'minillm', which reads "
+            f"prompts in its own order, got {store_weights} and {store_shares} with {len(stores)} stores and {method!r}"
+        )
+    store = StoreDataset(stores[0])
+    if len(stores) > 1:
+        store = MixedStores(stores, weights=store_weights, shares=store_shares)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     # A student with adapters is a model of PEFT, which is none of transformers.

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels.mixture.unions import first_values
 from slimkernels.models.fingerprints import tokenizer_fingerprint
 from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.asking import ask_by_name, num_token_ids, selection_of
-from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument
+from slimkernels.served_rows.rows import AnswerReader, DroppedAnswer, ServedDocument, check_mass
 from slimkernels.served_rows.tokens import TokenMap
 from slimkernels.serving.client import ServerClient, TokenBudget
 from slimkernels.serving.errors import ServerRequestError
 from slimkernels.sparse_logits import SparseLogits, rest_of_logprobs
 from slimkernels.store import Document, Store
 from slimkernels.trainer.answered_documents import AnsweredDocuments, as_stored, key_of
-from slimkernels.trainer.support import union_of_logprobs
 from slimkernels.trainer.teacher_server import TeacherServer, check_spelling, check_tokenizer, scoring_server
 from slimkernels.trainer.teachers import StoredTeacher, documents_of
 
@@ -60,9 +60,7 @@ class ServedTeacher(StoredTeacher):
         self, settings: TeacherServer, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, rank: int = 0
     ) -> None:
         if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
-            raise ValueError(
-                "teacher_server needs the tokenizer of its model, got none: pass it as the trainer's processing_class"
-            )
+            raise ValueError("teacher_server needs the tokenizer of its model, got none: give processing_class")
         self.settings = settings
         self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._workers: list[threading.Thread] = []
@@ -180,7 +178,8 @@ class ServedTeacher(StoredTeacher):
             SparseLogits (N, L) or, for "union", (N, K + L).
 
         Raises:
-            ServerRequestError, ServerUnavailableError: As ``rows``; also where a score is missing.
+            ServerRequestError, ServerUnavailableError: As ``rows``; also where a score is missing, or the probabilities
+                of a label's ids sum to more than 1.
         """
         self._start()
         input_ids, ids = inputs["input_ids"].cpu(), ids.cpu()
@@ -221,7 +220,9 @@ class ServedTeacher(StoredTeacher):
         # The server writes no number for a probability of 0.
         logprobs = logprobs.masked_fill(logprobs.isnan(), -torch.inf)
         if support == "union":
-            ids, logprobs = union_of_logprobs(document.teacher, ids, logprobs)
+            ids, logprobs = first_values([document.teacher.ids, ids], [document.teacher.logits.double(), logprobs])
+        for row in logprobs.numpy():
+            check_mass(self._url, row)
         return SparseLogits(
             ids=ids,
             logits=logprobs.masked_fill(ids < 0, 0.0).float(),
@@ -287,7 +288,8 @@ class ServedTeacher(StoredTeacher):
             if asked.future.set_running_or_notify_cancel():
                 try:
                     document = self._answer(asked.request)
-                    if asked.keep:
+                    # One that lacks a row is asked for again by a later epoch or run, which may need that row.
+                    if asked.keep and len(document.positions) == len(document.input_ids) - 1:
                         self._answers.add(document)
                     asked.future.set_result(as_stored(document))
                 except BaseException as error:
@@ -302,6 +304,12 @@ class ServedTeacher(StoredTeacher):
         if isinstance(document, DroppedAnswer):
             raise ServerRequestError(f"document {request.number}: {document.reason}")
         return document
+
+    def _lacks_row(self, position: int, num_tokens: int) -> Exception:
+        return ServerRequestError(
+            f"{self._url} gave no log-probability of a token with an id for the label at position {position} of a "
+            f"document of {num_tokens} tokens; the answer is not kept, so the next run asks for it again"
+        )
 
     def _find(self, input_ids: Tensor) -> Document | None:
         """Returns a document of this batch, one that was just answered, or one in the store of any process."""

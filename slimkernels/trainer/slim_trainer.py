@@ -22,11 +22,12 @@ from slimkernels.models.head import LanguageModelHead, check_head
 from slimkernels.models.head_loss import IGNORE_INDEX, BatchTeacher, TeacherRows, loss_of_batch
 from slimkernels.models.heldout import evaluate_store
 from slimkernels.models.sharding import is_partitioned
+from slimkernels.store import DocumentOrder, MixedStores
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.objective import SlimConfig, learning_rate_of
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
-from slimkernels.trainer.stored_rows import check_stored_rows, opened_store, stores_of
+from slimkernels.trainer.stored_rows import check_stored_rows, mixture_of, opened_store, stores_of
 from slimkernels.trainer.teacher_server import TeacherServer
 
 
@@ -48,7 +49,8 @@ class SlimTrainer(DistillationMixin, Trainer):
         model: A causal language model whose head is one linear layer, with the softcap or scale of its configuration.
         args: A ``SlimConfig``.
         data_collator: Collator of store documents; None for a ``SlimCollator`` for this model and method.
-        train_dataset: A ``StoreDataset`` or ``Store``, the path of one, or any data set of their documents.
+        train_dataset: A ``StoreDataset`` or ``Store``, the path of one, a ``MixedStores`` of several, whose shares set
+            the order, or any data set of their documents.
         eval_dataset: Held-out data set of the same kind.
         processing_class: The student's tokenizer, which is checked against the store's and saved with checkpoints.
         teacher_model: Model that scores every batch in place of the store's rows, which are then not read.
@@ -125,6 +127,9 @@ class SlimTrainer(DistillationMixin, Trainer):
                 max_length=self._max_length(),
                 with_teacher=args.needs_teacher and not self._scores_batches,
             )
+        self._order: DocumentOrder | None = None
+        if (mixture := mixture_of(self.train_dataset)) is not None and mixture.shares is not None:
+            self._order = self._order_of(mixture)
         self._student = model_identity(self.model)
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
@@ -143,6 +148,25 @@ class SlimTrainer(DistillationMixin, Trainer):
         )
         with self._teacher_stopped_after():
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _order_of(self, mixture: MixedStores) -> DocumentOrder:
+        args = self.args
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy must be 'random' with shares of the stores, which set the order, got "
+                f"{args.train_sampling_strategy!r}: omit one of them"
+            )
+        # accelerate splits the batches over the processes.
+        return mixture.order(seed=args.seed if args.data_seed is None else args.data_seed, rank=0, world_size=1)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
+
+    def _run_epoch(self, **options: Any) -> None:
+        # The loader of a resumed epoch, which skips batches, does not pass the epoch on.
+        if self._order is not None:
+            self._order.set_epoch(options["epoch"])
+        super()._run_epoch(**options)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Returns the micro-batches of an optimizer step, and the number of labels in all of them (0-dim tensor)."""
@@ -298,11 +322,6 @@ class SlimTrainer(DistillationMixin, Trainer):
             )
         if online is not None and args.method == "gkd" and args.on_policy_fraction > 0:
             warn_of_other_ends(self.model, online.model)
-        if online is None and (args.teacher_top_k, args.teacher_top_fraction, args.teacher_rounds) != (None,) * 3:
-            raise ValueError(
-                "teacher_top_k, teacher_top_fraction and teacher_rounds select logits of a teacher_model, got none: "
-                "the logits of a store were selected when it was captured"
-            )
 
 
 @torch.no_grad()

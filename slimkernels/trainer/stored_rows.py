@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
+from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from slimkernels.models.fingerprints import check_tokenizer
-from slimkernels.store import Store, StoreDataset, StoreIterableDataset
+from slimkernels.store import MixedStores, Store, StoreDataset, StoreIterableDataset
+from slimkernels.store.dataset import packed_kind
 from slimkernels.trainer.objective import SlimObjective
 
 # Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
@@ -41,6 +43,43 @@ def stores_of(dataset: Any) -> list[Store]:
     return [source.store if isinstance(source, StoreDataset) else source for source in sources_of(dataset)]
 
 
+def longest_document(dataset: Any) -> int:
+    """Returns the number of tokens of the longest document of a data set, 0 where that is not known before it is read.
+
+    It is known of stores, and of a ``datasets.Dataset`` with a column ``input_ids`` and without ``position_ids``, whose
+    rows are documents unless ``seq_lengths``, as TRL's packing writes it, says how long the documents of a row are.
+    """
+    longest = max([store.longest_document() for store in stores_of(dataset)], default=0)
+    columns = dataset.column_names if isinstance(dataset, Dataset) else []
+    name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+    if name is None or "position_ids" in columns:
+        return longest
+    # Tables of Arrow count tokens without making a Python number of each.
+    for table in cast(Any, dataset).select_columns(name).with_format("arrow").iter(batch_size=1000):
+        for chunk in table[name].chunks:
+            lengths = chunk.flatten() if name == "seq_lengths" else chunk.value_lengths()
+            longest = max(longest, *lengths.drop_null().to_pylist(), 0)
+    return longest
+
+
+def mixture_of(dataset: Any) -> MixedStores | None:
+    """Returns the mixture of stores that a data set is, or the first one inside of it, or None.
+
+    Raises:
+        ValueError: A mixture with shares lies inside of another data set, whose order would not follow them.
+    """
+    if isinstance(dataset, MixedStores):
+        return dataset
+    inner = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    found = [mixture for one in inner if one is not None and (mixture := mixture_of(one)) is not None]
+    if any(mixture.shares is not None for mixture in found):
+        raise ValueError(
+            "shares of the stores must be those of the whole data set, got MixedStores with shares inside of a "
+            f"{type(dataset).__name__}: pass the MixedStores itself"
+        )
+    return found[0] if found else None
+
+
 def check_stored_rows(
     dataset: Any,
     objective: SlimObjective | None,
@@ -68,6 +107,8 @@ def check_stored_rows(
             "the documents of a trainer must have an order that it can shuffle, split and resume, got a stream, "
             f"{type(dataset).__name__}, which does that itself: pass a StoreDataset"
         )
+    if objective is not None and objective.needs_teacher:
+        _check_mixture(mixture_of(dataset), objective)
     for store in stores_of(dataset):
         _check_vocabulary(store, vocab_size)
         check_tokenizer(store, tokenizer)
@@ -79,6 +120,16 @@ def check_stored_rows(
         if objective is not None and objective.needs_teacher:
             _check_selection(store, objective)
     _check_one_batch(sources)
+
+
+def _check_mixture(mixture: MixedStores | None, objective: SlimObjective) -> None:
+    rest = objective.loss_options["rest"]
+    is_mixed = mixture is not None and mixture.weights is not None
+    if is_mixed and rest in ("zero", "ghost") and objective.temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 with rest={rest!r} and weights of the stores, whose mixture has no other, got "
+            f"{objective.temperature}: omit the weights, or use rest='renorm'"
+        )
 
 
 def _check_vocabulary(store: Store, rows: int) -> None:
@@ -98,16 +149,18 @@ def _check_vocabulary(store: Store, rows: int) -> None:
 
 
 def _check_selection(store: Store, objective: SlimObjective) -> None:
-    kind = store.settings.selection.get("kind")
+    selection = store.settings.selection
+    kind = selection.get("kind")
     options = objective.loss_options
     if objective.method == "sampled" and kind not in _DRAWS:
         raise ValueError(
             f"method 'sampled' needs a store of draws, captured with select='sample' or 'mixed', got one of "
             f"{kind!r}: use method 'kd', or pass a teacher_model"
         )
-    if kind in _DRAWS and objective.temperature != 1:
+    drawn = selection.get("source", {}).get("kind") if kind == "translated" else kind
+    if drawn in _DRAWS and objective.temperature != 1:
         raise ValueError(
-            f"temperature must be 1 with a store of select={kind!r}, whose rows are shares of draws at temperature "
+            f"temperature must be 1 with a store of select={drawn!r}, whose rows are shares of draws at temperature "
             f"1, got {objective.temperature}; capture the largest logits to train at another temperature"
         )
     if kind == "top_logprobs" and objective.rest is None and options["rest"] == "renorm":
@@ -115,16 +168,35 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
             "rest must be chosen with a store of a server's answers, whose few kept ids would be all that the teacher "
             "allows under the default 'renorm', got None: set rest='ghost', or 'renorm' if that is meant"
         )
-    # Rows of hidden states are made for any temperature.
-    advice = "capture the teacher with " if store.settings.hidden is None else "open it as a Store with "
+    if kind == "translated":
+        _check_rest_of_translated(store, objective)
+    wanted = f"temperatures=(1.0, {objective.temperature}), or use rest='renorm'"
+    if kind == "top_logprobs":
+        advice = "a server tells its rows at temperature 1 alone, so set temperature=1, or rest='renorm_both'"
+    elif store.settings.hidden is None:
+        advice = f"capture the teacher with {wanted}"
+    else:
+        # Rows of hidden states are made for any temperature.
+        advice = f"open it as a Store with {wanted}"
     if options["rest"] in ("zero", "ghost") and not any(
         math.isclose(temperature, objective.temperature, rel_tol=1e-6) for temperature in store.temperatures
     ):
         raise ValueError(
             f"temperature={objective.temperature} is not among the teacher's temperatures={store.temperatures} of "
-            f"{store.path}, which rest={options['rest']!r} reads; {advice}temperatures=(1.0, {objective.temperature}), "
-            "or use rest='renorm'"
+            f"{store.path}, which rest={options['rest']!r} reads; {advice}"
         )
+
+
+def _check_rest_of_translated(store: Store, objective: SlimObjective) -> None:
+    """Refuses a rest that a translated store gives no meaning to, and warns of one that is seldom meant."""
+    rest = objective.loss_options["rest"]
+    if rest == "ghost":
+        return
+    lost = f"the teacher's mass on tokens that the student does not have is in the rest of every row of {store.path}"
+    if objective.rest is None or rest == "zero_logit":
+        got = "None" if objective.rest is None else f"{rest!r}"
+        raise ValueError(f"rest must be 'ghost' with a translated store, got {got}: {lost}")
+    logger.warning("rest=%r ignores a part of the teacher, rest='ghost' does not: %s", rest, lost)
 
 
 def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
@@ -133,13 +205,7 @@ def _check_one_batch(sources: list[Store | StoreDataset]) -> None:
     for source in sources:
         store = source.store if isinstance(source, StoreDataset) else source
         is_packed = isinstance(source, StoreDataset) and source.packed
-        # The 8-bit and the 6-bit codec are unpacked to the same codes.
-        codec = store.settings.codec.rstrip("68") if is_packed else "none"
-        vocab_size = store.vocab_size if is_packed else 0
-        # Packed hidden states share a head, and are made into rows of one K.
-        hidden = store.settings.hidden if is_packed else None
-        head = None if hidden is None else (hidden.head_checksum, hidden.top_k)
-        kinds.add((store.temperatures, is_packed, codec, vocab_size, head))
+        kinds.add((source.temperatures, is_packed, *(packed_kind(store) if is_packed else ("none", 0, None))))
     for name, values in zip(
         ("temperatures", "packed", "codec", "vocab_size", "head"), map(set, zip(*kinds, strict=True)), strict=False
     ):

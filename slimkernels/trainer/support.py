@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from slimkernels.mixture.unions import union_of_ids
 from slimkernels.models.head_loss import Student
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.sparse_logits import SparseLogits
@@ -25,7 +26,8 @@ class StudentChoice:
         vocab_size: Number of rows of the student's head.
 
     Raises:
-        ValueError: The number is not given, and the stores do not keep one number of logits.
+        ValueError: The number is not given, and the stores do not keep one number of logits; or it is larger than the
+            vocabulary.
     """
 
     def __init__(self, stores: Sequence[Store], student_top_k: int | None, vocab_size: int) -> None:
@@ -37,10 +39,22 @@ class StudentChoice:
             )
         self._top_k = next(iter(kept)) if student_top_k is None else student_top_k
         self._vocab_size = min([vocab_size, *(store.vocab_size for store in stores)])
+        if student_top_k is not None:
+            check_student_top_k(student_top_k, self._vocab_size)
 
     def ids(self, student: Student) -> Tensor:
         """Returns ``student_ids``."""
         return student_ids(student, self._top_k, self._vocab_size)
+
+
+def check_student_top_k(top_k: int, vocab_size: int) -> None:
+    """Checks that a student has as many logits as it is to choose.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if top_k > vocab_size:
+        raise ValueError(f"student_top_k must be at most the vocabulary's {vocab_size}, got {top_k}")
 
 
 def student_ids(student: Student, top_k: int, vocab_size: int) -> Tensor:
@@ -67,30 +81,7 @@ def student_ids(student: Student, top_k: int, vocab_size: int) -> Tensor:
 
 def union(ids: Tensor, others: Tensor, vocab_size: int) -> Tensor:
     """Returns the ids of both (N, K) and (N, L), each once, ascending and padded with -1 to min(K + L, V)."""
-    joined = torch.cat([ids, others], -1)
-    joined = joined.masked_fill(joined < 0, _NO_ID).sort(-1).values
-    is_repeated = torch.zeros_like(joined, dtype=torch.bool)
-    is_repeated[:, 1:] = joined[:, 1:] == joined[:, :-1]
-    joined = joined.masked_fill(is_repeated, _NO_ID).sort(-1).values[:, :vocab_size]
-    return joined.masked_fill(joined == _NO_ID, -1)
-
-
-def union_of_logprobs(rows: SparseLogits, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the ids (N, K + L) of log-probabilities from two sources, each once, and their log-probabilities.
-
-    Args:
-        rows: Rows (N, K) of log-probabilities.
-        ids: Other ids (N, L).
-        logprobs: Their log-probabilities (N, L), float64, -inf at padding.
-    """
-    joined = torch.cat([rows.ids, ids], -1)
-    joined, order = joined.masked_fill(joined < 0, _NO_ID).sort(stable=True, dim=-1)
-    values = torch.cat([rows.logits.double(), logprobs], -1).gather(-1, order)
-    is_repeated = torch.zeros_like(joined, dtype=torch.bool)
-    is_repeated[:, 1:] = joined[:, 1:] == joined[:, :-1]
-    joined, order = joined.masked_fill(is_repeated, _NO_ID).sort(-1)
-    is_padding = joined == _NO_ID
-    return joined.masked_fill(is_padding, -1), values.gather(-1, order).masked_fill(is_padding, -torch.inf)
+    return union_of_ids([ids, others])[:, :vocab_size]
 
 
 def intersection(rows: SparseLogits, others: Tensor) -> SparseLogits:

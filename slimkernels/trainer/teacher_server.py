@@ -7,6 +7,7 @@ import os
 
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels import _checks
 from slimkernels.served_rows.answers import Request
 from slimkernels.served_rows.api import ServerApi
 from slimkernels.served_rows.sglang import adapter_of
@@ -17,6 +18,7 @@ from slimkernels.serving.kinds import identify, listed_models, model_facts
 
 # Kinds of servers that score given text.
 _SCORING = ("vllm", "sglang")
+_CODECS = ("float32", "affine8", "affine6", "bfloat16")
 # The text by which tokenizers are compared.
 SAMPLE = "When the rain stopped, Anna put on 2 boots."
 
@@ -44,7 +46,11 @@ class TeacherServer:
             answers are kept in a journal beside the store, so that a kill loses none.
         codec: Codec of the store: "float32", with which later epochs read the rows of the first, or "affine8",
             "affine6" or "bfloat16".
-        max_unmapped_fraction: Largest allowed share of entries whose token has no id.
+        max_unmapped_fraction: Largest allowed share of entries whose token has no id, in [0, 1].
+
+    Raises:
+        TypeError: An attribute is of another type.
+        ValueError: A number is out of its range, or the codec is not one of the above.
     """
 
     url: str
@@ -68,6 +74,15 @@ class TeacherServer:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        for name in ("url", "model"):
+            if not isinstance(value := getattr(self, name), str):
+                raise TypeError(f"{name} must be a str, got {value!r}")
+        if not isinstance(self.store, str | os.PathLike):
+            raise TypeError(f"store must be the path of a folder, got {self.store!r}")
+        _checks.check_one_of(self.codec, "codec", _CODECS)
+        _checks.as_at_least_zero(self.flush_s, "flush_s")
+        if _checks.as_at_least_zero(self.max_unmapped_fraction, "max_unmapped_fraction") > 1:
+            raise ValueError(f"max_unmapped_fraction must be in [0, 1], got {self.max_unmapped_fraction}")
 
 
 def scoring_server(client: ServerClient, settings: TeacherServer) -> tuple[ServerApi, int | None]:

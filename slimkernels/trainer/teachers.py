@@ -20,10 +20,10 @@ from slimkernels.ops.linear_gather_logits import linear_gather_logits
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
 from slimkernels.packed_logits import PackedHidden, PackedLogits
 from slimkernels.sparse_logits import SparseLogits
-from slimkernels.store import Document, PackedDocument, Store
+from slimkernels.store import Document, MixedStores, PackedDocument, Store
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.stored_rows import LARGEST_PADDING
-from slimkernels.trainer.support import intersection, student_ids, union
+from slimkernels.trainer.support import check_student_top_k, intersection, student_ids, union
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,7 @@ class OnlineTeacher:
         of_student = of_teacher if objective.student_top_k is None else objective.student_top_k
         if objective.support == "teacher":
             return of_teacher, of_student
-        if of_student > self.num_rows:
-            raise ValueError(f"student_top_k must be at most the vocabulary's {self.num_rows}, got {of_student}")
+        check_student_top_k(of_student, self.num_rows)
         name = "student_top_k" if objective.support == "student" else "teacher_top_k"
         if (of_student if objective.support == "student" else of_teacher) == self.num_rows:
             raise ValueError(
@@ -150,10 +149,11 @@ class StoredTeacher:
     """A store in which the rows of a batch's documents are found by their tokens, for batches of any collator.
 
     Args:
-        store: Store of the documents, tokenised as in the batches, which may pack them with ``position_ids``.
+        store: Store of the documents, or a mixture of several, tokenised as in the batches, which may pack them with
+            ``position_ids``.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store | MixedStores) -> None:
         self.store = store
 
     def rows(self, inputs: dict[str, Any], places: Tensor) -> SparseLogits:
@@ -217,11 +217,15 @@ class StoredTeacher:
         known = rows < len(document.positions)
         known &= document.positions[rows.clamp(max=len(document.positions) - 1)] == positions
         if not known.all():
-            raise ValueError(
-                f"the store must hold a row for each label, got none for position {int(positions[~known][0])} of a "
-                f"document of {len(input_ids)} tokens: capture with the labels that the student is trained on"
-            )
+            raise self._lacks_row(int(positions[~known][0]), len(input_ids))
         return document.teacher[rows]
+
+    def _lacks_row(self, position: int, num_tokens: int) -> Exception:
+        """Returns the error for a document without the row of one of its labels."""
+        return ValueError(
+            f"the store must hold a row for each label, got none for position {position} of a document of {num_tokens} "
+            "tokens: capture with the labels that the student is trained on"
+        )
 
 
 def documents_of(input_ids: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int, int]]:

@@ -73,6 +73,11 @@ def make_cases() -> dict[str, Case]:
             cases[f"everything-{rest}-{temperature}"] = Case(options)
         cases[f"linear-everything-{rest}"] = Case(options, linear=True, ours={"chunk_rows": 2})
     ghost = {"rest": "ghost", "temperature": TEMPERATURE}
+    gated = {"divergence": "gated", "entropy_threshold": 1.0}
+    cases["blended"] = Case(ghost | gated | {"teacher_blend": 0.4, "tail_weight": 2.0})
+    cases["blended-part"] = Case({"rest": "renorm_both", "divergence": "jsd", "teacher_blend": 0.4})
+    cases["blended-without-mass"] = Case(ghost | {"teacher_blend": 0.4}, rows_without_mass=True)
+    cases["without-tail"] = Case(ghost | {"divergence": "skew_reverse_kl", "tail_weight": 0.0}, linear=True)
     for linear in (False, True):
         form = "linear" if linear else "logits"
         cases[f"sum-{form}"] = Case(ghost | {"reduction": "sum"}, linear, upstream=0.5)

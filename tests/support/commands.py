@@ -186,6 +186,7 @@ class Files:
             "store verify": self._stored,
             "store export": self._stored,
             "store import": self._import,
+            "store translate": self._translate,
         }.get(args.command, lambda args: None)(args)
 
     def _capture(self, args: argparse.Namespace) -> None:
@@ -208,7 +209,7 @@ class Files:
 
     def _train(self, args: argparse.Namespace) -> None:
         self._models(args.student, args.tokenizer, args.teacher)
-        for path in filter(None, (args.store, args.eval_store)):
+        for path in filter(None, (*args.store, args.eval_store)):
             self.store(path)
 
     def _eval(self, args: argparse.Namespace) -> None:
@@ -286,6 +287,11 @@ class Files:
             samples = megatron.make_cases(megatron.BATCH)
             megatron.write_cache(source, samples)
             parquet.write_table(Table.from_pylist([{"input_ids": c.input_ids} for c in samples]), args.samples)
+
+    def _translate(self, args: argparse.Namespace) -> None:
+        self._models("captured", args.tokenizer, args.teacher_tokenizer)
+        self.corpus("corpus.jsonl")
+        self._run(["capture", "--teacher", "captured", "--text", "corpus.jsonl", "--top-k", "17", "--out", args.dir])
 
     def corpus(self, path: str) -> None:
         if path.endswith(".txt"):

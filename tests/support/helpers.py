@@ -17,11 +17,11 @@ from slimkernels import SparseLogits, reference, slim_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Every legal pair. The last three divergences need both distributions to sum to 1.
+# Every legal pair. All divergences but the first two need both distributions to sum to 1.
 RESTS_AND_DIVERGENCES = tuple(
     (rest, divergence)
     for rest in ("renorm", "zero", "ghost", "zero_logit", "renorm_both")
-    for divergence in ("forward_kl", "soft_ce", "reverse_kl", "jsd", "skew_kl")
+    for divergence in reference.DIVERGENCES
     if divergence in ("forward_kl", "soft_ce") or rest in ("ghost", "renorm_both")
 )
 
@@ -403,6 +403,44 @@ HAND_WORKED = (
     ("ghost", "skew_kl", {"alpha": 0.25}, 1 / 2 * _LN(16 / 7) + 1 / 4 * _LN(4 / 7) + 1 / 4 * _LN(8 / 11)),
     # alpha = 1/10: m = (13/80, 19/40, 29/80): q / m = (40/13, 10/19, 20/29).
     ("ghost", "skew_kl", {}, 1 / 2 * _LN(40 / 13) + 1 / 4 * _LN(10 / 19) + 1 / 4 * _LN(20 / 29)),
+    # m = p / 4 + 3 q / 4 = (13/32, 5/16, 9/32): p / m = (4/13, 8/5, 4/3).
+    ("ghost", "skew_reverse_kl", {"alpha": 0.25}, 1 / 8 * _LN(4 / 13) + 1 / 2 * _LN(8 / 5) + 3 / 8 * _LN(4 / 3)),
+    # |q - p| = (3/8, 1/4, 1/8)
+    ("ghost", "tvd", {}, 3 / 8),
+    # Half the sum of (q - p)^2, and the limits that are the two KLs.
+    ("ghost", "ab", {"alpha": 1.0, "beta": 1.0}, (9 / 64 + 4 / 64 + 1 / 64) / 2),
+    ("ghost", "ab", {"alpha": 1, "beta": 0}, 3 / 4 * _LN(2) + 1 / 4 * _LN(2 / 3)),
+    ("ghost", "ab", {"alpha": 0, "beta": 1}, 1 / 8 * _LN(1 / 4) + 1 / 2 * _LN(2) + 3 / 8 * _LN(3 / 2)),
+    # alpha = beta = 1/2: 4 - 4 sqrt(q p), with q p = (1/16, 1/8, 3/32).
+    ("ghost", "ab", {"alpha": 0.5, "beta": 0.5}, 4 - 4 * (1 / 4 + (1 / 8) ** 0.5 + (3 / 32) ** 0.5)),
+    # H(q) = 3/2 ln 2 = 1.04: below it the forward KL counts, here with a factor of 2.
+    (
+        "ghost",
+        "gated",
+        {"forward_weight": 2.0, "entropy_threshold": 1.03},
+        1 / 8 * _LN(1 / 4) + 1 / 2 * _LN(2) + 3 / 8 * _LN(3 / 2) + 2 * (3 / 4 * _LN(2) + 1 / 4 * _LN(2 / 3)),
+    ),
+    (
+        "ghost",
+        "gated",
+        {"entropy_threshold": 1.05},
+        1 / 8 * _LN(1 / 4) + 1 / 2 * _LN(2) + 3 / 8 * _LN(3 / 2),
+    ),
+    # Half of the teacher: q^(1/2) p^(1/2) = (2, 8^(1/2), 6^(1/2)) / 8, and tvd against p.
+    (
+        "ghost",
+        "tvd",
+        {"teacher_blend": 0.5},
+        sum(abs(b / (2 + 8**0.5 + 6**0.5) - p) for b, p in ((2, 1 / 8), (8**0.5, 1 / 2), (6**0.5, 3 / 8))) / 2,
+    ),
+    # The bucket's share is 1/4 ln(2/3) - 1/4 + 3/8.
+    (
+        "ghost",
+        "forward_kl",
+        {"tail_weight": 3.0},
+        3 / 4 * _LN(2) + 1 / 4 * _LN(2 / 3) + 2 * (1 / 4 * _LN(2 / 3) + 1 / 8),
+    ),
+    ("ghost", "reverse_kl", {"tail_weight": 0.0}, 1 / 8 * _LN(1 / 4) + 1 / 2 * _LN(2) - 5 / 8 + 3 / 4),
     # exp of the filled row is (8, 4, 1, 1), Z = 14, against (1/8, 1/2, 1/4, 1/8).
     (
         "zero_logit",
@@ -423,6 +461,18 @@ HAND_WORKED = (
         (2 / 3 * _LN(20 / 13) + 1 / 3 * _LN(10 / 17)) / 2 + (1 / 5 * _LN(6 / 13) + 4 / 5 * _LN(24 / 17)) / 2,
     ),
     ("renorm_both", "skew_kl", {"alpha": 0.5}, 2 / 3 * _LN(20 / 13) + 1 / 3 * _LN(10 / 17)),
+    ("renorm_both", "skew_reverse_kl", {"alpha": 0.5}, 1 / 5 * _LN(6 / 13) + 4 / 5 * _LN(24 / 17)),
+    ("renorm_both", "tvd", {}, 7 / 15),
+    ("renorm_both", "ab", {"alpha": 1.0, "beta": 1.0}, 49 / 225),
+    # The entropy is that of the outcomes of "ghost" here too.
+    (
+        "renorm_both",
+        "gated",
+        {"entropy_threshold": 1.03},
+        1 / 5 * _LN(3 / 10) + 4 / 5 * _LN(12 / 5) + 2 / 3 * _LN(10 / 3) + 1 / 3 * _LN(5 / 12),
+    ),
+    # (2/3)^(1/2) (1/5)^(1/2) against (1/3)^(1/2) (4/5)^(1/2) is 1 : 2^(1/2).
+    ("renorm_both", "tvd", {"teacher_blend": 0.5}, 1 / (1 + 2**0.5) - 1 / 5),
 )
 
 # The label's ratio is t_y / s_y = (1/8) / (1/4) = 1/2.

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from slimkernels.ops.triton._math import log_add_exp
 from slimkernels.ops.triton._slim_terms import LOG2_E, add_exactly, diverge, powers, unit_logits
+from slimkernels.ops.triton._teacher import finite_norm
 
 
 class TeacherRow(NamedTuple):
@@ -58,20 +60,30 @@ class KeptSums(NamedTuple):
     label_entry: tl.tensor
 
 
-class KeptNorms(NamedTuple):
-    """Numbers that make probabilities of the logits at S, all in the accumulation dtype.
+class Outcomes(NamedTuple):
+    """Numbers that make the outcomes' probabilities; those at S in the accumulation dtype, the others float64.
 
     Attributes:
         level: Level of the student's y.
         p_offset: log p = (y - level) * scale + p_offset.
         teacher_level: Level of the teacher's logits.
         q_offset: log q = (logit - teacher_level) / T + q_offset.
+        blend_norm: The q of D is exp(t log q + (1 - t) log p - blend_norm), where the teacher is blended.
+        log_p_tail: The student's mass off S, for "ghost" only.
+        log_q_tail: The mass off S of the q of D, for "ghost" only.
+        log_q_on: Minus infinity where the q of D has no mass at S.
+        gate: Factor of the forward KL in "gated".
     """
 
     level: tl.tensor
     p_offset: tl.tensor
     teacher_level: tl.tensor
     q_offset: tl.tensor
+    blend_norm: tl.tensor
+    log_p_tail: tl.tensor
+    log_q_tail: tl.tensor
+    log_q_on: tl.tensor
+    gate: tl.tensor
 
 
 class DenseGradient(NamedTuple):
@@ -282,36 +294,78 @@ def sum_kept_of_teacher(teacher, level, MODE: tl.constexpr):
 
 
 @triton.jit
-def kept_terms(row, teacher, k, norms, options, MODE: tl.constexpr):
-    """Computes y, log p, the share of D and p * dD/dp at entries k of S; the last two are 0 where there is no entry."""
+def kept_outcomes(row, teacher, k, outcomes, options, MODE: tl.constexpr):
+    """Computes y, log p and the log q of D at entries k of S; all are -inf where there is no entry."""
     y = kept_logits(row, teacher, k, MODE)
+    log_p = (y - outcomes.level) * row.scale.to(MODE.acc) + outcomes.p_offset
     logits = teacher_logits(teacher, k, MODE)
-    log_p = (y - norms.level) * row.scale.to(MODE.acc) + norms.p_offset
-    log_q = (logits - norms.teacher_level) * teacher.inv_temperature + norms.q_offset
-    share, slope = diverge(log_q, log_p, options, MODE)
+    log_q = (logits - outcomes.teacher_level) * teacher.inv_temperature + outcomes.q_offset
+    if MODE.blends:
+        t = options.teacher_blend
+        log_q = log_q * t.to(MODE.acc) + (log_p * (1 - t).to(MODE.acc) - outcomes.blend_norm)
+    return y, log_p, log_q
+
+
+@triton.jit
+def blend(row, teacher, outcomes, options, MODE: tl.constexpr):
+    """Turns the teacher of ``Outcomes`` into softmax(t log q + (1 - t) log p) over the outcomes."""
+    t = options.teacher_blend
+    minus_inf = tl.full((), float("-inf"), tl.float64)
+    log_q_tail = minus_inf
+    if MODE.rest == "ghost":
+        log_q_tail = t * outcomes.log_q_tail + (1 - t) * outcomes.log_p_tail
+    level = tl.full((), float("-inf"), MODE.acc)
+    for begin in range(0, teacher.kept, MODE.block_k):
+        _, _, log_q = kept_outcomes(row, teacher, begin + tl.arange(0, MODE.block_k), outcomes, options, MODE)
+        level = tl.maximum(level, tl.max(log_q))
+    level = tl.where(level == float("-inf"), 0.0, level)
+    total = tl.full((), 0.0, tl.float64)
+    for begin in range(0, teacher.kept, MODE.block_k):
+        _, _, log_q = kept_outcomes(row, teacher, begin + tl.arange(0, MODE.block_k), outcomes, options, MODE)
+        total += tl.sum(tl.exp(log_q - level).to(tl.float64))
+    log_q_on = level + tl.log(total)
+    norm = finite_norm(log_add_exp(log_q_on, log_q_tail))
+    return Outcomes(
+        outcomes.level,
+        outcomes.p_offset,
+        outcomes.teacher_level,
+        outcomes.q_offset,
+        norm.to(MODE.acc),
+        outcomes.log_p_tail,
+        log_q_tail - norm,
+        log_q_on - norm,
+        outcomes.gate,
+    )
+
+
+@triton.jit
+def kept_terms(row, teacher, k, outcomes, options, MODE: tl.constexpr):
+    """Computes y, log p, the share of D and p * dD/dp at entries k of S; the last two are 0 where there is no entry."""
+    y, log_p, log_q = kept_outcomes(row, teacher, k, outcomes, options, MODE)
+    share, slope = diverge(log_q, log_p, outcomes.gate, options, MODE)
     return y, log_p, tl.where(k < teacher.kept, share, 0.0), tl.where(k < teacher.kept, slope, 0.0)
 
 
 @triton.jit
-def diverge_kept(row, teacher, norms, options, MODE: tl.constexpr):
+def diverge_kept(row, teacher, outcomes, options, MODE: tl.constexpr):
     """Computes the sums over S of the shares of D and of p * dD/dp, in float64."""
     shares = tl.full((), 0.0, tl.float64)
     slopes = tl.full((), 0.0, tl.float64)
     for begin in range(0, teacher.kept, MODE.block_k):
         k = begin + tl.arange(0, MODE.block_k)
-        _, _, share, slope = kept_terms(row, teacher, k, norms, options, MODE)
+        _, _, share, slope = kept_terms(row, teacher, k, outcomes, options, MODE)
         shares += tl.sum(share.to(tl.float64))
         slopes += tl.sum(slope.to(tl.float64))
     return shares, slopes
 
 
 @triton.jit
-def write_kept_gradient(kept_gradient_ptr, row, teacher, target, norms, kept, options, MODE: tl.constexpr):
+def write_kept_gradient(kept_gradient_ptr, row, teacher, target, outcomes, kept, options, MODE: tl.constexpr):
     """Writes the gradient on S into the scratch row, because the logits are still needed."""
     for begin in range(0, teacher.kept, MODE.block_k):
         k = begin + tl.arange(0, MODE.block_k)
-        y, log_p, _, slope = kept_terms(row, teacher, k, norms, options, MODE)
-        dy = powers(y, norms.level, row.exponent_one) * kept.one_scale + kept.uniform
+        y, log_p, _, slope = kept_terms(row, teacher, k, outcomes, options, MODE)
+        dy = powers(y, outcomes.level, row.exponent_one) * kept.one_scale + kept.uniform
         dy += (slope - tl.exp(log_p) * kept.mean_slope) * kept.kd_scale
         is_label = tl.load(teacher.ids_ptr + k, mask=k < teacher.kept, other=-1) == target
         dy += tl.where(is_label, kept.at_label, 0.0)

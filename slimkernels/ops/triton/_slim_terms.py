@@ -22,6 +22,7 @@ class Mode(NamedTuple):
         weighting: Name of the token weight.
         detach_weight: Whether the token weight is a constant to the gradient.
         two_temperatures: Whether T is not 1.
+        blends: Whether the teacher's blend is not 1.
         smooths: Whether the label smoothing is not 0.
         softcap: Whether the logits have a softcap.
         statistics: Statistics to compute, a key of ``NUM_STATS``.
@@ -36,6 +37,7 @@ class Mode(NamedTuple):
     weighting: str
     detach_weight: bool
     two_temperatures: bool
+    blends: bool
     smooths: bool
     softcap: bool
     statistics: str
@@ -50,6 +52,10 @@ class Options(NamedTuple):
     temperature: tl.tensor
     beta: tl.tensor
     alpha: tl.tensor
+    forward_weight: tl.tensor
+    entropy_threshold: tl.tensor
+    teacher_blend: tl.tensor
+    tail_weight: tl.tensor
     ce_weight: tl.tensor
     kd_weight: tl.tensor
     label_smoothing: tl.tensor
@@ -140,11 +146,11 @@ def add_exactly(high, low, x):
 
 
 @triton.jit
-def diverge(log_q, log_p, options, MODE: tl.constexpr):
+def diverge(log_q, log_p, gate, options, MODE: tl.constexpr):
     """Computes an outcome's share of D and slope p * dD/dp, for blocks and for the ghost bucket's doubles.
 
-    The slopes of forward KL and skew KL are those of the divergence without - q + p. Where p sums to 1, this is the
-    same gradient.
+    ``gate`` is the factor of the row's forward KL in "gated". The slopes of forward KL and skew KL are those of the
+    divergence without - q + p, see ``missing_slope``: where p sums to 1, this is the same gradient.
     """
     DIVERGENCE: tl.constexpr = MODE.divergence
     PROPER: tl.constexpr = MODE.rest == "ghost" or MODE.rest == "renorm_both"
@@ -159,42 +165,108 @@ def diverge(log_q, log_p, options, MODE: tl.constexpr):
     elif DIVERGENCE == "soft_ce":
         share = tl.where(q == 0, 0.0, -q * log_p)
         slope = -q
-    elif DIVERGENCE == "reverse_kl":
+    elif DIVERGENCE == "reverse_kl" or DIVERGENCE == "gated":
         # An outcome with q = 0 is skipped: it would make D infinite. One whose q only underflows is not.
         excluded = log_q == float("-inf")
         slope = tl.where((p == 0) | excluded, 0.0, p * (log_p - log_q))
         share = tl.where(excluded, 0.0, kl_share(log_p - log_q, p, q))
+        if DIVERGENCE == "gated":
+            factor = gate.to(q.dtype)
+            share += tl.where(factor == 0, 0.0, kl_share(log_q - log_p, q, p) * factor)
+            slope -= q * factor
     elif DIVERGENCE == "jsd":
         beta = options.beta.to(q.dtype)
         rest = (1 - options.beta).to(q.dtype)
-        log_m = log_add_exp(log_q + tl.log(options.beta).to(q.dtype), log_p + tl.log(1 - options.beta).to(q.dtype))
+        log_m = log_mixture(log_q, log_p, options.beta)
         m = q * beta + p * rest
         share = kl_share(log_q - log_m, q, m) * beta + kl_share(log_p - log_m, p, m) * rest
         slope = tl.where(p == 0, 0.0, p * (log_p - log_m) * rest)
-    else:
-        tl.static_assert(DIVERGENCE == "skew_kl")
+    elif DIVERGENCE == "skew_kl":
         alpha = options.alpha
-        log_m = log_add_exp(log_q + tl.log(alpha).to(q.dtype), log_p + tl.log(1 - alpha).to(q.dtype))
+        log_m = log_mixture(log_q, log_p, alpha)
         share = kl_share(log_q - log_m, q, q * alpha.to(q.dtype) + p * (1 - alpha).to(q.dtype))
         slope = tl.where((q == 0) | (p == 0), 0.0, tl.exp(log_p + log_q - log_m) * (alpha - 1).to(q.dtype))
+    elif DIVERGENCE == "skew_reverse_kl":
+        alpha = options.alpha
+        log_m = log_mixture(log_p, log_q, alpha)
+        excluded = log_m == float("-inf")
+        m = p * alpha.to(q.dtype) + q * (1 - alpha).to(q.dtype)
+        share = tl.where(excluded, 0.0, kl_share(log_p - log_m, p, m))
+        by_mixture = (q - p) * tl.exp(log_p - log_m) * (alpha * (1 - alpha)).to(q.dtype)
+        slope = tl.where((p == 0) | excluded, 0.0, p * (log_p - log_m) + by_mixture)
+    elif DIVERGENCE == "tvd":
+        share = tl.abs(q - p) * 0.5
+        slope = tl.where(q == p, 0.0, tl.where(q < p, p * 0.5, p * -0.5))
+    else:
+        tl.static_assert(DIVERGENCE == "ab")
+        share, slope = diverge_alpha_beta(log_q, log_p, options.alpha, options.beta)
     return share, slope
+
+
+@triton.jit
+def diverge_alpha_beta(log_q, log_p, alpha, beta):
+    """Computes an outcome's share of the alpha-beta divergence and slope p * dD/dp.
+
+    With x = log(q / p) and r = alpha + beta the share is p^r / (alpha beta) times
+    alpha / r (exp(r x) - 1 - r x) - (exp(alpha x) - 1 - alpha x).
+    """
+    dtype: tl.constexpr = log_q.dtype
+    a = alpha.to(dtype)
+    both = (alpha + beta).to(dtype)
+    of_q = (alpha / (alpha + beta)).to(dtype)
+    of_p = (beta / (alpha + beta)).to(dtype)
+    log_ratio = log_q - log_p
+    near = tl.abs(log_ratio * both) < 0.5
+    p_power = tl.exp(log_p * both)
+    product = tl.exp(log_q * a + log_p * beta.to(dtype))
+    remainder = exp_remainder(log_ratio * a)
+    near_share = p_power * (exp_remainder(log_ratio * both) * of_q - remainder)
+    far_share = tl.exp(log_q * both) * of_q + p_power * of_p - product
+    share = tl.where(near, near_share, far_share) * (1 / (alpha * beta)).to(dtype)
+    slope = tl.where(near, -p_power * (remainder + log_ratio * a), p_power - product) * (1 / alpha).to(dtype)
+    return share, slope
+
+
+@triton.jit
+def missing_slope(gate, options, MODE: tl.constexpr):
+    """Returns the factor c of the slopes c * p that ``diverge`` leaves out, in float64."""
+    factor = tl.full((), 0.0, tl.float64)
+    if MODE.divergence == "forward_kl" or MODE.divergence == "soft_ce":
+        factor += 1
+    elif MODE.divergence == "skew_kl":
+        factor += 1 - options.alpha
+    elif MODE.divergence == "gated":
+        factor += gate
+    return factor
+
+
+@triton.jit
+def log_mixture(log_a, log_b, share):
+    """Computes the log of share * a + (1 - share) * b from log a, log b and a float64 share."""
+    dtype: tl.constexpr = log_a.dtype
+    return log_add_exp(log_a + tl.log(share).to(dtype), log_b + tl.log(1 - share).to(dtype))
 
 
 @triton.jit
 def kl_share(log_ratio, a, b):
     """Computes a log(a / b) - a + b, the share of an outcome of KL(a || b), from ``log_ratio`` = log(a / b).
 
-    It is at least 0, and adds up to the usual KL where both sides sum to 1. Near a = b its terms would cancel, and a
-    series takes their place.
+    It is at least 0, and adds up to the usual KL where both sides sum to 1. Near a = b its terms would cancel.
     """
-    # exp(-x) - 1 + x = x^2 / 2 * (1 - x / 3 * (1 - x / 4 * (1 - ...))). The terms suffice for |x| < 1/2.
-    NUM_TERMS: tl.constexpr = 15 if a.dtype.primitive_bitwidth == 64 else 8
-    series = a * 0 + 1
-    for i in tl.static_range(NUM_TERMS, 2, -1):
-        series = 1 - log_ratio * (1.0 / i) * series
-    near = a * log_ratio * log_ratio * 0.5 * series
+    near = a * exp_remainder(-log_ratio)
     share = tl.where(tl.abs(log_ratio) < 0.5, near, a * log_ratio - a + b)
     return tl.where(a == 0, b, share)
+
+
+@triton.jit
+def exp_remainder(x):
+    """Computes exp(x) - 1 - x for |x| < 1/2, where its terms would cancel, by a series."""
+    # x^2 / 2 * (1 + x / 3 * (1 + x / 4 * (1 + ...)))
+    NUM_TERMS: tl.constexpr = 15 if x.dtype.primitive_bitwidth == 64 else 8
+    series = x * 0 + 1
+    for i in tl.static_range(NUM_TERMS, 2, -1):
+        series = 1 + x * (1.0 / i) * series
+    return x * x * 0.5 * series
 
 
 @triton.jit

@@ -21,8 +21,9 @@ from slimkernels.ops.triton._math import double
 from slimkernels.ops.triton._slim_passes import (
     DenseGradient,
     KeptGradient,
-    KeptNorms,
+    Outcomes,
     TeacherRow,
+    blend,
     dense_gradient_at,
     diverge_kept,
     fill_row,
@@ -38,8 +39,8 @@ from slimkernels.ops.triton._slim_passes import (
     write_kept_gradient,
     write_row,
 )
-from slimkernels.ops.triton._slim_statistics import fill_statistics, store_statistics
-from slimkernels.ops.triton._slim_terms import Mode, Options, diverge, student_row, unit_logits, weigh
+from slimkernels.ops.triton._slim_statistics import entropy_of_teacher, fill_statistics, store_statistics
+from slimkernels.ops.triton._slim_terms import Mode, Options, diverge, missing_slope, student_row, unit_logits, weigh
 from slimkernels.ops.triton._teacher import finite_norm, kept_entries, log_q_tail_of, teacher_q_norm
 
 
@@ -159,6 +160,10 @@ def slim_loss_kernel(
     temperature: tl.float64,
     beta: tl.float64,
     alpha: tl.float64,
+    forward_weight: tl.float64,
+    entropy_threshold: tl.float64,
+    teacher_blend: tl.float64,
+    tail_weight: tl.float64,
     ce_weight: tl.float64,
     kd_weight: tl.float64,
     label_smoothing: tl.float64,
@@ -197,6 +202,10 @@ def slim_loss_kernel(
             double(temperature),
             double(beta),
             double(alpha),
+            double(forward_weight),
+            double(entropy_threshold),
+            double(teacher_blend),
+            double(tail_weight),
             double(ce_weight),
             double(kd_weight),
             double(label_smoothing),
@@ -216,7 +225,8 @@ def slim_loss_kernel(
         )
         student_sums = sum_student(row, teacher, target, MODE)
         teacher_sums = sum_teacher(teacher, student_sums.label_entry, vocab_size, numbers, options, MODE)
-        m = measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE)
+        outcomes = outcomes_of(row, teacher, student_sums, teacher_sums, options, MODE)
+        m = measure(row, teacher, student_sums, teacher_sums, outcomes, numbers, options, MODE)
         store_stats(
             stats_ptr + n, num_rows, m.loss, m.ce, m.kd, m.w, m.teacher_mass, m.student_mass, student_sums.lse_one
         )
@@ -232,7 +242,7 @@ def slim_loss_kernel(
                 teacher,
                 target,
                 student_sums,
-                teacher_sums,
+                outcomes,
                 m,
                 numbers,
                 options,
@@ -319,20 +329,40 @@ def sum_teacher(teacher, label_entry, vocab_size, numbers, options, MODE: tl.con
 
 
 @triton.jit
-def kept_norms(student_sums, teacher_sums, row, options, MODE: tl.constexpr):
-    """Makes the ``KeptNorms`` from the student's and the teacher's sums."""
+def outcomes_of(row, teacher, student_sums, teacher_sums, options, MODE: tl.constexpr):
+    """Makes the ``Outcomes`` from the student's and the teacher's sums; without a teacher they are not used."""
     minus_inf = tl.full((), float("-inf"), tl.float64)
     p_norm = student_sums.lse
     if MODE.rest == "renorm_both":
         p_norm = student_sums.lse_on
     p_offset = tl.where(student_sums.lse_on == minus_inf, 0.0, student_sums.on_level * row.scale - p_norm)
     q_offset = teacher_sums.level / options.temperature - teacher_sums.q_norm
-    return KeptNorms(student_sums.on_level, p_offset.to(MODE.acc), teacher_sums.level, q_offset.to(MODE.acc))
+    log_p_tail = minus_inf
+    if MODE.has_teacher and MODE.rest == "ghost":
+        log_p_tail = student_sums.level * row.scale + tl.log(student_sums.off_e) - student_sums.lse
+    gate = tl.full((), 0.0, tl.float64)
+    if MODE.has_teacher and MODE.divergence == "gated":
+        entropy = entropy_of_teacher(teacher, teacher_sums, options.temperature, row.vocab_size, MODE)
+        gate = tl.where(entropy > options.entropy_threshold, options.forward_weight, gate)
+    outcomes = Outcomes(
+        student_sums.on_level,
+        p_offset.to(MODE.acc),
+        teacher_sums.level,
+        q_offset.to(MODE.acc),
+        tl.full((), 0.0, MODE.acc),
+        log_p_tail,
+        teacher_sums.log_q_tail,
+        teacher_sums.lse_on,
+        gate,
+    )
+    if MODE.has_teacher and MODE.blends:
+        outcomes = blend(row, teacher, outcomes, options, MODE)
+    return outcomes
 
 
 @triton.jit
-def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl.constexpr):
-    """Computes the ``Measures`` of a row from the student's and the teacher's sums."""
+def measure(row, teacher, student_sums, teacher_sums, outcomes, numbers, options, MODE: tl.constexpr):
+    """Computes the ``Measures`` of a row from the sums and outcomes of both."""
     minus_inf = tl.full((), float("-inf"), tl.float64)
     zero = tl.full((), 0.0, tl.float64)
     lse_one = student_sums.lse_one
@@ -359,23 +389,25 @@ def measure(row, teacher, student_sums, teacher_sums, numbers, options, MODE: tl
         teacher_mass = tl.exp(teacher_sums.lse_on - finite_norm(teacher_sums.lse))
         student_mass = tl.exp(student_sums.lse_on - student_sums.lse)
 
-        norms = kept_norms(student_sums, teacher_sums, row, options, MODE)
-        value, mean_slope = diverge_kept(row, teacher, norms, options, MODE)
+        value, mean_slope = diverge_kept(row, teacher, outcomes, options, MODE)
         # The factor that turns exp((z - level) / T) into p.
         to_p = tl.exp(tl.where(student_sums.lse == minus_inf, 0.0, student_sums.level * row.scale - student_sums.lse))
         if MODE.rest == "ghost":
             off_e = student_sums.off_e
-            log_p_tail = student_sums.level * row.scale + tl.log(off_e) - student_sums.lse
-            share, slope = diverge(teacher_sums.log_q_tail, log_p_tail, options, MODE)
-            value += share
+            share, slope = diverge(outcomes.log_q_tail, outcomes.log_p_tail, outcomes.gate, options, MODE)
+            value += tl.where(options.tail_weight == 0, 0.0, options.tail_weight * share)
             # The forward slopes add up to exactly -1, or to 0 in a teacher's row of nothing but -inf; rounding their
             # sum would drown a small (1 - a) - (1 - P).
             if MODE.divergence == "forward_kl" or MODE.divergence == "soft_ce":
-                is_empty = (teacher_sums.lse_on == minus_inf) & (teacher_sums.log_q_tail == minus_inf)
+                is_empty = (outcomes.log_q_on == minus_inf) & (outcomes.log_q_tail == minus_inf)
                 mean_slope = tl.where(is_empty, zero, -1.0)
             else:
                 mean_slope += slope
-            coefficient = slope - tl.exp(log_p_tail) * mean_slope
+            p_tail = tl.exp(outcomes.log_p_tail)
+            change = (options.tail_weight - 1) * (slope + missing_slope(outcomes.gate, options, MODE) * p_tail)
+            slope += change
+            mean_slope += change
+            coefficient = slope - p_tail * mean_slope
             off_factor = tl.where(off_e == 0, 0.0, coefficient / tl.where(off_e == 0, 1.0, off_e))
         elif MODE.rest == "zero_logit":
             unkept = (row.vocab_size - teacher.kept).to(tl.float64)
@@ -402,7 +434,7 @@ def write_gradient(
     teacher,
     target,
     student_sums,
-    teacher_sums,
+    outcomes,
     m,
     numbers,
     options,
@@ -439,8 +471,7 @@ def write_gradient(
             m.mean_slope.to(MODE.acc),
             at_label,
         )
-        norms = kept_norms(student_sums, teacher_sums, row, options, MODE)
-        write_kept_gradient(kept_gradient_ptr, row, teacher, target, norms, kept_gradient, options, MODE)
+        write_kept_gradient(kept_gradient_ptr, row, teacher, target, outcomes, kept_gradient, options, MODE)
     # The kept logits must have been read before they are overwritten.
     tl.debug_barrier()
     write_row(dlogits_ptr, row, dense, MODE)
@@ -475,6 +506,10 @@ def slim_loss_rows(
     detach_weight: bool,
     beta: float,
     alpha: float,
+    forward_weight: float,
+    entropy_threshold: float,
+    teacher_blend: float,
+    tail_weight: float,
     ce_weight: float,
     kd_weight: float,
     label_smoothing: float,
@@ -507,7 +542,7 @@ def slim_loss_rows(
         teacher_logits,
         teacher_lse,
         teacher_lse_one,
-        teacher_rest_lse if rest == "ghost" or statistics != "none" else None,
+        teacher_rest_lse if rest == "ghost" or divergence == "gated" or statistics != "none" else None,
         target_logit,
         token_weight,
         kept_gradient,
@@ -520,6 +555,10 @@ def slim_loss_rows(
         temperature,
         beta,
         alpha,
+        forward_weight,
+        entropy_threshold,
+        teacher_blend,
+        tail_weight,
         ce_weight,
         kd_weight,
         label_smoothing,
@@ -533,6 +572,7 @@ def slim_loss_rows(
             weighting=weighting,
             detach_weight=detach_weight,
             two_temperatures=temperature != 1,
+            blends=teacher_blend != 1,
             smooths=label_smoothing > 0,
             softcap=softcap > 0,
             statistics=statistics,

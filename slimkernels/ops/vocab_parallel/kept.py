@@ -11,7 +11,7 @@ from torch import Tensor
 from slimkernels.ops._library import accumulation_dtype
 from slimkernels.ops._slim_options import SlimOptions
 from slimkernels.ops.vocab_parallel.slice import VocabSlice
-from slimkernels.ops.vocab_parallel.terms import StudentSums, TeacherSums, diverge, effective
+from slimkernels.ops.vocab_parallel.terms import StudentSums, TeacherSums, blend, diverge, effective, finite_norm
 
 
 class KeptEntries:
@@ -59,15 +59,25 @@ class KeptEntries:
         scaled = self._teacher_logits[rows].to(self._acc) / self._options.temperature
         return scaled.masked_fill(self.ids[rows] < 0, -math.inf)
 
-    def terms(self, rows: slice, owned: Tensor, student: StudentSums, teacher: TeacherSums) -> tuple[Tensor, ...]:
-        """Returns z, p, the share of D and p * dD/dp (rows, K); the last three are 0 at entries of other slices."""
+    def outcomes(
+        self, rows: slice, owned: Tensor, student: StudentSums, teacher: TeacherSums
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns z, log p and the log q of D (rows, K); the first two are -inf at entries of other slices."""
         options = self._options
         p_norm = student.lse_on if options.rest == "renorm_both" else student.lse
         z = self.z(rows, owned)
-        log_p = z / options.temperature - p_norm[rows].to(self._acc).unsqueeze(1)
+        log_p = z / options.temperature - finite_norm(p_norm[rows]).to(self._acc).unsqueeze(1)
         log_p = log_p.masked_fill(~owned, -math.inf)
         log_q = self.teacher_z(rows) - teacher.q_norm[rows].to(self._acc).unsqueeze(1)
-        share, slope = diverge(log_q, log_p, options)
+        if options.teacher_blend != 1:
+            log_q = blend(log_q, log_p, options) - teacher.blend_norm[rows].to(self._acc).unsqueeze(1)
+        return z, log_p, log_q
+
+    def terms(self, rows: slice, owned: Tensor, student: StudentSums, teacher: TeacherSums) -> tuple[Tensor, ...]:
+        """Returns z, p, the share of D and p * dD/dp (rows, K); the last three are 0 at entries of other slices."""
+        options = self._options
+        z, log_p, log_q = self.outcomes(rows, owned, student, teacher)
+        share, slope = diverge(log_q, log_p, teacher.gate[rows].to(self._acc).unsqueeze(1), options)
         return z, log_p.exp(), share.masked_fill(~owned, 0.0), slope.masked_fill(~owned, 0.0)
 
 

@@ -22,12 +22,14 @@ from slimkernels.ops.vocab_parallel.terms import (
     Measures,
     StudentSums,
     TeacherSums,
+    blend,
     diverge,
     effective,
     entropy_of_parts,
     finite_norm,
     log1m_exp,
     log_sum_exp,
+    missing_slope,
     slice_log_sum_and_entropy,
     slice_log_sums,
     weigh,
@@ -60,6 +62,7 @@ class VocabRows:
         self._has_ghost = self._kept is not None and options.rest == "ghost"
         self._sums_z = options.label_smoothing > 0 or (self._kept is not None and options.rest == "zero_logit")
         self._watches = options.statistics != "none"
+        self._needs_entropy = self._watches or options.divergence == "gated"
         self._names = PARTIALS + STATISTICS if self._watches else PARTIALS
         self._partials = target.new_zeros(len(self._names), target.numel(), dtype=torch.float64)
         self._chunks: list[slice] = []
@@ -107,7 +110,10 @@ class VocabRows:
         sound = self._vocab.sound_rows(gathered, self._target, self._active, highest_id, unsorted)
         student = self._sum_student(gathered)
         teacher = None if self._kept is None else self._sum_teacher(self._kept, vocab_size)
-        m = self._measure(student, teacher, vocab_size)
+        mixed = teacher
+        if self._kept is not None and teacher is not None and self._options.teacher_blend != 1:
+            mixed = self._blend(self._kept, student, teacher)
+        m = self._measure(student, teacher, mixed, vocab_size)
         stats = torch.stack([m.loss, m.ce, m.kd, m.w, m.teacher_mass, m.student_mass, student.lse_one])
         if self._watches:
             stats = torch.cat([stats, self._statistics(student, teacher)])
@@ -121,7 +127,7 @@ class VocabRows:
             sound=sound,
             kept=self._kept,
             student=student,
-            teacher=teacher,
+            teacher=mixed,
             measures=m,
             scales=row_scales(self._options, student, m, vocab_size),
         )
@@ -153,7 +159,7 @@ class VocabRows:
             lse_on[rows] = log_sum_exp(teacher_z)
             at_label = teacher_z.masked_fill(~kept.is_label(rows, self._target), -math.inf)
             label_logit[rows] = at_label.amax(1).double() * options.temperature
-            if self._watches:
+            if self._needs_entropy:
                 log_q = teacher_z.double() - lse_on[rows].unsqueeze(1)
                 inside[rows] = -(log_q.exp() * log_q).masked_fill(teacher_z == -math.inf, 0.0).sum(1)
         if options.target_logit is not None:
@@ -176,13 +182,30 @@ class VocabRows:
         else:
             q_norm = ghost_norm if options.rest == "ghost" else lse
         q_norm, entropy = finite_norm(q_norm), lse
-        if self._watches:
+        gate = blend_norm = torch.zeros_like(lse)
+        if self._needs_entropy:
             log_masses = torch.stack([lse_on - ghost_norm, log_q_tail])
             entropy = entropy_of_parts(log_masses, torch.stack([inside, torch.zeros_like(inside)]))
+        if options.divergence == "gated":
+            gate = options.forward_weight * (entropy > options.entropy_threshold)
         log_t_y = label_logit
         if options.teacher_lse_one is not None:
             log_t_y = label_logit - finite_norm(options.teacher_lse_one.double())
-        return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, entropy, num_unkept)
+        return TeacherSums(lse_on, lse, q_norm, log_q_tail, log_t_y, entropy, num_unkept, gate.double(), blend_norm)
+
+    def _blend(self, kept: KeptEntries, student: StudentSums, teacher: TeacherSums) -> TeacherSums:
+        """Returns the teacher with the mixture softmax(t log q + (1 - t) log p) over the outcomes in its place."""
+        sums = student.lse.new_empty(1, student.lse.numel())
+        for rows in self._chunks:
+            _, owned = kept.columns(rows)
+            _, _, log_q = kept.outcomes(rows, owned, student, teacher)
+            sums[0, rows] = log_sum_exp(log_q)
+        log_q_on = self._vocab.gather(sums)[:, 0].logsumexp(0)
+        log_q_tail = torch.full_like(log_q_on, -math.inf)
+        if self._has_ghost:
+            log_q_tail = blend(teacher.log_q_tail, student.lse_off - student.lse, self._options)
+        norm = finite_norm(torch.logaddexp(log_q_on, log_q_tail))
+        return teacher._replace(lse_on=log_q_on, log_q_tail=log_q_tail - norm, blend_norm=norm)
 
     def _statistics(self, student: StudentSums, teacher: TeacherSums | None) -> Tensor:
         """Computes the statistics (5, N) after ``lse``: those that are computed only where they are asked for."""
@@ -195,8 +218,10 @@ class VocabRows:
         fields = (student.entropy, teacher_entropy, argmax_kept, student.argmax == self._target, surer)
         return torch.stack([field.double() for field in fields]).masked_fill(student.lse_one.isnan(), math.nan)
 
-    def _measure(self, student: StudentSums, teacher: TeacherSums | None, vocab_size: Tensor) -> Measures:
-        """Computes the loss of every row and its terms: stage 3."""
+    def _measure(
+        self, student: StudentSums, teacher: TeacherSums | None, mixed: TeacherSums | None, vocab_size: Tensor
+    ) -> Measures:
+        """Computes the loss of every row and its terms, D from the ``mixed`` teacher: stage 3."""
         options, smoothing = self._options, self._options.label_smoothing
         ce = -student.log_s_y
         if smoothing:
@@ -204,11 +229,11 @@ class VocabRows:
         loss = options.ce_weight * ce if options.ce_weight else torch.zeros_like(ce)
         if options.z_loss_weight:
             loss = loss + options.z_loss_weight * student.lse_one.square()
-        if self._kept is None or teacher is None:
+        if self._kept is None or teacher is None or mixed is None:
             none = torch.zeros_like(ce)
             return Measures(loss, ce, *[none] * 8, off_level=student.lse)
         w, w_slope = weigh(student.log_s_y, teacher.log_t_y, options.token_weight, options)
-        value, mean_slope, off_factor, off_constant, off_level = self._diverge(self._kept, student, teacher)
+        value, mean_slope, off_factor, off_constant, off_level = self._diverge(self._kept, student, mixed)
         kd = value * options.temperature**2
         if options.kd_weight:
             loss = loss + options.kd_weight * w * kd
@@ -243,12 +268,17 @@ class VocabRows:
         forward_slope = torch.full_like(value, -1.0)
         if self._has_ghost:
             log_p_tail = student.lse_off - student.lse
-            share, slope = diverge(teacher.log_q_tail, log_p_tail, options)
-            value = value + share
+            share, slope = diverge(teacher.log_q_tail, log_p_tail, teacher.gate, options)
+            if options.tail_weight:
+                value = value + options.tail_weight * share
             is_empty = (teacher.lse_on == -math.inf) & (teacher.log_q_tail == -math.inf)
             is_forward = options.divergence in ("forward_kl", "soft_ce")
             mean_slope = forward_slope.masked_fill(is_empty, 0.0) if is_forward else mean_slope + slope
-            off_factor = slope - log_p_tail.exp() * mean_slope
+            p_tail = log_p_tail.exp()
+            if options.tail_weight != 1:
+                change = (options.tail_weight - 1) * (slope + missing_slope(teacher.gate, options) * p_tail)
+                slope, mean_slope = slope + change, mean_slope + change
+            off_factor = slope - p_tail * mean_slope
             off_level = student.lse_off
         elif options.rest == "zero_logit":
             each = (-teacher.q_norm).exp()
