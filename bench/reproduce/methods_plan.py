@@ -53,6 +53,22 @@ METHODS = {
     "skew_kl": Method(
         "skew KL", {"method": "kd", "divergence": "skew_kl", "alpha": 0.1}, values={"alpha": (0.3, 0.03)}
     ),
+    "skew_reverse_kl": Method(
+        "skew reverse KL",
+        {"method": "kd", "divergence": "skew_reverse_kl", "alpha": 0.1},
+        values={"alpha": (0.3, 0.03)},
+    ),
+    "tvd": Method("total variation", {"method": "kd", "divergence": "tvd"}),
+    "ab": Method(
+        "AB divergence",
+        {"method": "kd", "divergence": "ab", "alpha": 0.2, "beta": 0.7},
+        values={"alpha": (0.6,), "beta": (0.3,)},
+    ),
+    "gated": Method(
+        "reverse KL, gated",
+        {"method": "kd", "divergence": "gated", "entropy_threshold": 0.8},
+        values={"entropy_threshold": (1.6, 0.4)},
+    ),
     "sampled": Method("sampled KD", {"method": "sampled", "rest": "renorm"}, "draws", values={"rest": ("zero",)}),
     "dense_kd": Method("dense KD", {"method": "kd"}, teacher="online"),
     "gkd": Method(
