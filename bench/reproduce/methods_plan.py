@@ -39,7 +39,9 @@ class Method:
 
 # A row is all that a new method takes. Options that are not named have the defaults of SlimConfig.
 METHODS = {
-    "sft": Method("SFT on the teacher's text", {"method": "sft"}, teacher="none", weighs=False),
+    "sft": Method(
+        "SFT on the teacher's text", {"method": "sft"}, "none", values={"label_smoothing": (0.1,)}, weighs=False
+    ),
     "kd": Method("KD", {"method": "kd", "rest": "renorm"}, values={"rest": ("ghost",)}),
     "slim": Method("SLIM", {"method": "slim", "rest": "renorm"}, values={"rest": ("ghost",)}),
     "slim_inverse": Method(
