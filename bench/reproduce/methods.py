@@ -117,6 +117,8 @@ class Comparison:
 
     def _settings(self, student: str) -> dict[str, Any]:
         settings = {"text": dataclasses.asdict(self.corpus.text), "student": dataclasses.asdict(STUDENTS[student])}
+        # A row has its own; this one only says where the search begins.
+        del settings["student"]["learning_rate"]
         # As they are read back from a file, where a tuple is a list.
         return json.loads(json.dumps(settings))
 

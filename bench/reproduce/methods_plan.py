@@ -107,7 +107,7 @@ class Student:
     layers: tuple[int, ...] | None = None
     passes: int = 1
     batch_size: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
