@@ -25,7 +25,14 @@ from slimkernels.store import Document, Store, StoreDataset, verify
 from slimkernels.store.errors import SettingsMismatchError
 from slimkernels.store.identity import is_same_tokenizer
 from slimkernels.store.manifest import seal_manifest, unseal_manifest
-from slimkernels.teacher import capture, generate_documents, read_documents, shipped_prompts, tokenizer_fingerprint
+from slimkernels.teacher import (
+    TokenizedDocument,
+    capture,
+    generate_documents,
+    read_documents,
+    shipped_prompts,
+    tokenizer_fingerprint,
+)
 from slimkernels.teacher.capture import _batches
 from slimkernels.teacher.selection import cut_top_p
 from slimkernels.trainer import SlimConfig, SlimTrainer
@@ -269,11 +276,14 @@ def test_capture_that_was_killed_continues_to_the_same_store(model, tokenizer, t
 
 @given(st.lists(st.integers(2, 60), max_size=40), st.integers(1, 10), st.integers(2, 100))
 def test_batches_hold_every_document_once_within_bounds(lengths, window, batch_tokens) -> None:
-    documents = [[number] * length for number, length in enumerate(lengths)]
+    documents = [TokenizedDocument([number] * length) for number, length in enumerate(lengths)]
+    for number, ids in enumerate(documents):
+        # What the teacher reads counts, which is longer where there is a prefix.
+        ids.teacher_ids = [7] * (number % 3) + ids
     batches = list(_batches(iter(documents), window, batch_tokens))
     assert sorted(itertools.chain(*batches)) == sorted(documents)
     for batch in batches:
-        longest, shortest = len(batch[0]), len(batch[-1])
+        longest, shortest = len(batch[0].read_ids), len(batch[-1].read_ids)
         assert len(batch) == 1 or len(batch) * longest <= batch_tokens
         assert longest <= 1.25 * shortest
         numbers = [ids[0] // window for ids in batch]

@@ -176,6 +176,8 @@ def test_train_documents_the_defaults_of_the_configuration() -> None:
         "divergence": "set by --method",
         "support": SlimConfig.support,
         "kd_weight": "1;",
+        "schedules": "none",
+        "document_order": SlimConfig.document_order,
         "learning_rate": "5e-5;",
     }
     for field, (_, _, text) in train._FIELDS.items():

@@ -110,6 +110,11 @@ def _add_text_arguments(parser: Parser) -> None:
     add_corpus_options(group)
     add = group.add_argument
     add(
+        "--teacher-prefix-field",
+        metavar="NAME",
+        help="field with what the teacher reads before the document, and the student does not see (default: none)",
+    )
+    add(
         "--tokens",
         type=positive_int,
         metavar="N",
@@ -253,9 +258,10 @@ def _refuse_useless(args: argparse.Namespace) -> None:
         draws = args.teacher is not None and args.select != "top-k"
         refuse(args, _SAMPLING if draws else (*_SAMPLING, "seed"), "with --text, which is not generated")
         if args.logits is not None:
-            refuse(args, ["max_length"], "with --logits, which are those of whole documents")
+            useless = ["max_length", "teacher_prefix_field"]
+            refuse(args, useless, "with --logits, which are those of whole documents")
     else:
-        refuse(args, ["max_length"], "with --prompts, whose documents are not split")
+        refuse(args, ["max_length", "teacher_prefix_field"], "with --prompts, whose documents are not split")
         if args.prompts == SHIPPED_PROMPTS:
             refuse(args, ["text_field"], "with the prompts that come with the package")
 

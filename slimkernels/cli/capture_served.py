@@ -143,6 +143,7 @@ def given_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[i
         args.text,
         tokenizer,
         text_field=args.text_field,
+        teacher_prefix_field=args.teacher_prefix_field,
         max_length=args.max_length,
         num_documents=args.documents,
         num_tokens=args.tokens,

@@ -19,7 +19,7 @@ from slimkernels.cli.options import (
     refuse,
 )
 from slimkernels.cli.store_translate import add_translate
-from slimkernels.cli.terminal import be_quiet, print_table, shown
+from slimkernels.cli.terminal import be_quiet, print_columns, print_histogram, print_json, print_table, shown
 
 _INFO_EXPLAINED = """\
 bits_per_entry counts all bytes of the store; entropy_bound_bits_per_entry is the least that any coding of the same ids
@@ -34,6 +34,10 @@ In a store of hidden states the noise is added to these, and the rows are made o
 Where the size of the teacher's hidden states is known, bytes_per_token_affine8, _hidden8 and _hidden16 are what the
 same rows take as logits and as hidden states, without the head_bytes of the teacher's head, which is kept once;
 smallest_codec is the smallest for these documents with the head.
+"""
+_STATS_EXPLAINED = """\
+The entropy of a row is that of its kept ids and one outcome for all others, at temperature 1, from the store alone. It
+shows which documents are easy for the teacher: `slimkernels train --order easy-first` begins with the lowest means.
 """
 _VERIFY_EXAMPLES = """\
 examples:
@@ -112,11 +116,12 @@ _IMPORT_OPTIONS: FieldOptions = {
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the commands ``store info``, ``verify``, ``import``, ``export`` and ``translate``."""
+    """Adds the commands ``store info``, ``stats``, ``verify``, ``import``, ``export`` and ``translate``."""
     summary = "look into a store, check it, import, export and translate it"
     parser = commands.add_parser("store", help=summary, description=f"{summary.capitalize()}.")
     actions = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     _add_info(actions)
+    _add_stats(actions)
     _add_verify(actions)
     _add_import(actions)
     _add_export(actions)
@@ -137,6 +142,34 @@ def _info(args: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
     else:
         print_table({name: shown(value) for name, value in content.items()})
+
+
+def _add_stats(actions: Any) -> None:
+    summary = "show the distribution of the teacher's entropy over tokens and documents"
+    parser = add_command(actions, "stats", _stats, summary, _STATS_EXPLAINED)
+    parser.add_argument("dir", metavar="DIR", help="store")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from slimkernels import store
+
+    content = store.stats(args.dir)
+    if args.json:
+        print_json(content)
+        return
+    print(f"{content['documents']} documents, {content['rows']} rows; entropy in nats")
+    shown_by = {"per token": content["token_entropy"], "mean of a document": content["document_entropy"]}
+    known = {heading: found for heading, found in shown_by.items() if found is not None}
+    print_columns(
+        {
+            heading: {name: shown(value) for name, value in ({"mean": found["mean"]} | found["quantiles"]).items()}
+            for heading, found in known.items()
+        }
+    )
+    for heading, found in known.items():
+        print(f"\n{heading}")
+        print_histogram(**found["histogram"])
 
 
 def _add_verify(actions: Any) -> None:

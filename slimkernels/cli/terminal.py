@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -107,6 +107,13 @@ def print_columns(columns: Mapping[str, Mapping[str, str]], console: Console | N
         for row in rows:
             table.add_row(row, *(columns[heading].get(row, "") for heading in shown_headings))
         console.print(table)
+
+
+def print_histogram(edges: Sequence[float], counts: Sequence[int]) -> None:
+    """Prints a line per bin: its range, its count and a bar of up to 40 characters."""
+    most = max(*counts, 1)
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        print(f"{low:8.3f} to {high:8.3f} {count:10d} {'#' * math.ceil(40 * count / most)}".rstrip())
 
 
 def print_json(content: Any) -> None:

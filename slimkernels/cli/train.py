@@ -23,6 +23,7 @@ from slimkernels.cli.options import (
     refuse,
 )
 from slimkernels.cli.terminal import be_quiet, print_table, shown
+from slimkernels.cli.train_progress import PROGRESS_FIELDS, schedules_by_name
 from slimkernels.cli.train_stores import add_store_options, check_stores
 from slimkernels.cli.train_student import add_student_options, student_of
 
@@ -38,6 +39,9 @@ examples:
         --option lr_scheduler_type=cosine --option warmup_steps=0.1
   your own student, with the teacher's remaining probability as one more outcome of the divergence:
     slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
+  a divergence that grows over the training, on the documents that are easy for the teacher first:
+    slimkernels train --store runs/store --method kd --schedule kd_weight=linear:0:1 --order easy-first \\
+        --out runs/curriculum
   some of the teacher's layers, which learn to do without the others:
     slimkernels train --store runs/store --student ./teacher --layers 0,1,2,4,6,8 --method slim \\
         --out runs/healed --learning-rate 5e-4
@@ -139,6 +143,7 @@ _FIELDS: FieldOptions = {
         "temperature of both distributions in the divergence (default: 1)",
     ),
     "kd_weight": ("--kd-weight", {"type": float, "metavar": "F"}, "factor of the divergence (default: 1; 0 with sft)"),
+    **PROGRESS_FIELDS,
 }
 # Options by the names that the trainers have for them.
 _API_NAMES = {name: f"--option {name}" for name in (*OPTIONS, "max_grad_norm", "max_completion_length")} | {
@@ -315,6 +320,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         # MiniLLMConfig has a field of this name, the temperature of its samples.
         if name not in known or (args.method == "minillm" and name == "temperature"):
             raise ValueError(f"{_FIELDS[name][0]} has no meaning with --method {args.method}: omit it")
+    if "schedules" in options:
+        options["schedules"] = schedules_by_name(options["schedules"])
     for name, value in args.option:
         if name not in known:
             raise ValueError(
@@ -333,6 +340,7 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
     """
     if args.method == "minillm":
         return
+    scheduled = options.get("schedules", {})
     useless: dict[str, Collection[str]] = {}
     if "max_steps" in options:
         useless["with --max-steps, which takes its place"] = ["num_train_epochs"]
@@ -352,6 +360,8 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
             useless[reason] = [*useless.get(reason, ()), name]
     for reason, names in useless.items():
         for name in names:
+            if name in scheduled:
+                raise ValueError(f"--schedule {name} has no meaning {reason}: omit it")
             if name in options:
                 # The errors of a command show a name with an underscore as its flag, or behind --option.
                 flag = _FIELDS[name][0] if name in _FIELDS else name if "_" in name else f"--option {name}"

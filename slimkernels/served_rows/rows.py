@@ -232,7 +232,7 @@ def check_mass(url: str, logprobs: np.ndarray, chosen: float = -math.inf) -> Non
     Args:
         url: Address of the server, for the error.
         logprobs: Log-probabilities of different tokens.
-        chosen: That of the token of the text, which may be one of them; NaN where it is not known.
+        chosen: Log-probability of the text's token, which may be one of them; NaN where it is not known.
 
     Raises:
         ServerRequestError: The probabilities sum to more than 1.

@@ -21,6 +21,7 @@ from slimkernels.store.order import DocumentOrder
 from slimkernels.store.rank_writer import RankWriter
 from slimkernels.store.reader import Document, PackedDocument, Store
 from slimkernels.store.shares import ShareOrder
+from slimkernels.store.stats import document_entropies, stats
 from slimkernels.store.writer import StoreWriter
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "StoreIterableDataset",
     "StoreWriter",
     "collate_documents",
+    "document_entropies",
     "errors",
     "info",
+    "stats",
     "verify",
     "verify_complete",
 ]

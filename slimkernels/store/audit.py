@@ -13,6 +13,7 @@ import numpy as np
 
 from slimkernels.packed_logits import row_words
 from slimkernels.store.codec import VALUE_BITS, document_hash
+from slimkernels.store.contexts import NO_CONTEXT, contexts_name
 from slimkernels.store.errors import (
     DuplicateDocumentError,
     MisplacedDocumentError,
@@ -124,6 +125,7 @@ def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
     index = len(seen)
     for number, entry in enumerate(store.shards):
         shard = store.shard(number)
+        shard.context_hashes()
         for document, digest in enumerate(shard.hashes()):
             if digest in seen:
                 raise DuplicateDocumentError(f"is document {seen[digest]} again", file=entry.file, document=index)
@@ -143,11 +145,12 @@ def _verify_shards(directory: Path, seen: dict[bytes, int]) -> dict[bytes, int]:
 
 def _check_files(store: Store, names: set[str]) -> None:
     next_shard = shard_name(len(store.shards))
-    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX, prompts_name(next_shard)}
+    leftovers = {next_shard + TEMPORARY_SUFFIX, MANIFEST_NAME + TEMPORARY_SUFFIX}
+    leftovers |= {prompts_name(next_shard), contexts_name(next_shard)}
     if MANIFEST_NAME + TEMPORARY_SUFFIX in names:
         leftovers.add(next_shard)
     shards = [entry.file for entry in store.shards]
-    expected = {MANIFEST_NAME, *_head_files(store), *shards, *map(prompts_name, shards)}
+    expected = {MANIFEST_NAME, *_head_files(store), *shards, *map(prompts_name, shards), *map(contexts_name, shards)}
     _check_names(store.path, names, expected, leftovers)
 
 
@@ -177,7 +180,8 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         A dict that JSON can hold. ``tokens`` counts the tokens of the sequences, ``rows`` those with a teacher row,
         ``rest_lse_rows`` the rows of shards that hold the log-sum-exp of what a row leaves out, and ``entries`` the
-        kept (id, logit) pairs. ``bytes`` is the size of all files, manifests included;
+        kept (id, logit) pairs. ``documents_in_context`` counts the documents in whose place the teacher read another
+        text that ends in them, such as one behind a prefix. ``bytes`` is the size of all files, manifests included;
         ``bits_per_entry`` and ``bytes_per_token`` divide it by entries and tokens (0 for an empty store).
         ``entropy_bound_bits_per_entry`` is a lower bound for any coder of the same rows if every set of K ids is
         equally likely and the stored values are incompressible: the mean over entries of log2(C(V, K)) / K
@@ -199,8 +203,8 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     entries = sum(entry.entries for entry in shards) if hidden is None else store.num_rows * hidden.top_k
     tokens = sum(entry.tokens for entry in shards)
     folders = [store.path, *(store.path / part_name(part) for part in range(store.num_parts or 0))]
-    prompts = [store.path / prompts_name(entry.file) for entry in shards]
-    files = [*(folder / MANIFEST_NAME for folder in folders), *(path for path in prompts if path.exists())]
+    beside = [store.path / name(entry.file) for entry in shards for name in (prompts_name, contexts_name)]
+    files = [*(folder / MANIFEST_NAME for folder in folders), *(path for path in beside if path.exists())]
     total = sum(path.stat().st_size for path in files) + sum(entry.bytes for entry in shards)
     if hidden is not None:
         total += hidden.head_bytes
@@ -211,6 +215,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         "rows": store.num_rows,
         "rest_lse_rows": sum(entry.rows for entry in shards if entry.rest_lse or hidden is not None),
         "entries": entries,
+        "documents_in_context": _num_in_context(store),
         "shards": len(shards),
         "parts": store.num_parts or 1,
         "bytes": total,
@@ -226,6 +231,11 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     found |= _sizes_by_codec(store, entries)
     return found
+
+
+def _num_in_context(store: Store) -> int:
+    hashes = (store.shard(number).context_hashes() for number in range(len(store.shards)))
+    return sum(digest != NO_CONTEXT for of_shard in hashes for digest in of_shard)
 
 
 def _entropy_bound(store: Store, entries: int) -> float:

@@ -89,6 +89,10 @@ class PromptLengthsError(StoreError):
     """The prompt lengths next to a shard are damaged, or belong to another shard."""
 
 
+class TeacherContextError(StoreError, ValueError):
+    """A document was captured from what the teacher read in another context, or the file that tells so is damaged."""
+
+
 class HeadError(StoreError):
     """The teacher's head in a store of hidden states is missing, damaged, or another one."""
 

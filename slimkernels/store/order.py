@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ class DocumentOrder(Sampler[int]):
     Equivalent to::
 
         order = permutation(seed, epoch, num_documents) if shuffle else arange(num_documents)
+        if difficulty is not None:  # the easiest documents first, in num_buckets buckets of equal size
+            order = order[bucket_of(difficulty)[order].argsort(stable=True)]
         return order[documents_done + rank :: world_size]
 
     The permutation depends only on the counter-based random numbers of (seed, epoch), so it is the same with every
@@ -43,6 +46,10 @@ class DocumentOrder(Sampler[int]):
             ``num_documents % world_size`` of the order out of this epoch. "repeat" fills the last round with documents
             from the start of the order. With "drop" and "repeat" all ranks have the same number of documents, which a
             loop with a synchronisation in every step needs.
+        difficulty: (num_documents,) numbers, such as the teacher's entropies, by which the documents are sorted into
+            buckets; an epoch reads the bucket of the smallest numbers first, that of NaN last, and is shuffled within
+            each of them. None for no buckets.
+        num_buckets: Number of buckets.
 
     Raises:
         ValueError: An argument is out of range.
@@ -57,6 +64,8 @@ class DocumentOrder(Sampler[int]):
         rank: int | None = None,
         world_size: int | None = None,
         even: str | None = None,
+        difficulty: Sequence[float] | np.ndarray | None = None,
+        num_buckets: int = 10,
     ) -> None:
         if (rank is None) != (world_size is None):
             raise ValueError(f"rank and world_size must be given together, got rank={rank}, world_size={world_size}")
@@ -67,6 +76,7 @@ class DocumentOrder(Sampler[int]):
             ("seed", seed, 0, (1 << 64) - 1),
             ("world_size", world_size, 1, (1 << 31) - 1),
             ("rank", rank, 0, world_size - 1),
+            ("num_buckets", num_buckets, 1, (1 << 31) - 1),
         ):
             if not least <= value <= most:
                 raise ValueError(f"{name} must lie in [{least}, {most}], got {value}")
@@ -78,6 +88,14 @@ class DocumentOrder(Sampler[int]):
         self.rank = rank
         self.world_size = world_size
         self.even = even
+        self._buckets: np.ndarray | None = None
+        if difficulty is not None:
+            values = np.asarray(difficulty, dtype=np.float64)
+            if values.shape != (num_documents,):
+                raise ValueError(
+                    f"difficulty must have a number for each document, shape ({num_documents},), got {values.shape}"
+                )
+            self._buckets = values.argsort(kind="stable").argsort(kind="stable") * num_buckets // max(num_documents, 1)
         # The epoch, and the number of its documents that all ranks together have read. In shared memory, so that
         # persistent workers see the next epoch.
         self._place = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -128,10 +146,11 @@ class DocumentOrder(Sampler[int]):
 
     def permutation(self, epoch: int) -> np.ndarray:
         """Returns the order of the documents of all ranks in an epoch, (num_documents,) int64."""
-        if not self.shuffle:
-            return np.arange(self.num_documents)
-        # numpy's compatibility policy fixes the streams of bit generators, but not those of distributions.
-        return np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_documents).argsort(kind="stable")
+        keys = np.arange(self.num_documents)
+        if self.shuffle:
+            # numpy's compatibility policy fixes the streams of bit generators, but not those of distributions.
+            keys = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_documents)
+        return keys.argsort(kind="stable") if self._buckets is None else np.lexsort((keys, self._buckets))
 
     def _count(self, documents_done: int) -> int:
         left = max(0, self.num_documents - documents_done)
@@ -141,12 +160,15 @@ class DocumentOrder(Sampler[int]):
         return (left + extra) // self.world_size
 
     def _identity(self) -> dict[str, Any]:
-        return {"num_documents": self.num_documents, "shuffle": self.shuffle, "seed": self.seed}
+        identity = {"num_documents": self.num_documents, "shuffle": self.shuffle, "seed": self.seed}
+        if self._buckets is None:
+            return identity
+        return identity | {"buckets": hashlib.blake2b(self._buckets.astype("<i8").tobytes(), digest_size=8).hexdigest()}
 
     def _check(self, state: dict[str, Any]) -> None:
         changed = [
             f"{name}={state.get(name)!r} there, {value!r} here"
-            for name, value in self._identity().items()
+            for name, value in ({"buckets": None} | self._identity()).items()
             if state.get(name) != value
         ]
         if changed:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from slimkernels.store.beside import content_beside, file_beside, read_beside
 from slimkernels.store.errors import PromptLengthsError
-from slimkernels.store.format import FORMAT, ShardEntry, new_digest
+from slimkernels.store.format import ShardEntry
 
-_VERSION = 1
-_LENGTH_BYTES = 4
+_KIND, _TENSOR, _DTYPE = "prompts", "prompt_lengths", "I32"
 
 
 def prompts_name(shard_file: str) -> str:
     """Returns the name of the file that belongs to a shard, in the same folder."""
-    folder, _, name = shard_file.rpartition("/")
-    return f"{folder}/{name}".removeprefix("/").replace("shard-", "prompts-")
+    return file_beside(_KIND, shard_file)
 
 
 def prompts_content(shard_checksum: str, lengths: np.ndarray) -> bytes:
@@ -27,19 +25,7 @@ def prompts_content(shard_checksum: str, lengths: np.ndarray) -> bytes:
         shard_checksum: Checksum of the shard in the manifest.
         lengths: (D,) number of tokens of each document's prompt; 0 where it is not known.
     """
-    data = np.ascontiguousarray(lengths, dtype="<i4").tobytes()
-    digest = new_digest()
-    digest.update(data)
-    metadata = {
-        "format": f"{FORMAT}-prompts",
-        "version": str(_VERSION),
-        "shard": shard_checksum,
-        "checksum": digest.hexdigest(),
-    }
-    tensor = {"dtype": "I32", "shape": [len(lengths)], "data_offsets": [0, len(data)]}
-    text = json.dumps({"__metadata__": metadata, "prompt_lengths": tensor}, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data
+    return content_beside(_KIND, _TENSOR, _DTYPE, lengths, shard_checksum)
 
 
 def read_prompt_lengths(path: Path, entry: ShardEntry, token_counts: np.ndarray) -> np.ndarray:
@@ -53,17 +39,9 @@ def read_prompt_lengths(path: Path, entry: ShardEntry, token_counts: np.ndarray)
     Raises:
         PromptLengthsError: The bytes of the file are not those that were written for this shard.
     """
-    name = prompts_name(entry.file)
-    try:
-        content = (path / name).read_bytes()
-    except FileNotFoundError:
+    lengths = read_beside(path, entry, _KIND, _TENSOR, _DTYPE, (), PromptLengthsError)
+    if lengths is None:
         return np.zeros(entry.documents, np.int32)
-    except OSError as error:
-        raise PromptLengthsError(f"cannot be read ({error.strerror})", file=name) from error
-    size = entry.documents * _LENGTH_BYTES
-    lengths = np.frombuffer(content[-size:], "<i4") if len(content) > size else np.zeros(0, np.int32)
-    if content != prompts_content(entry.checksum, lengths):
-        raise PromptLengthsError("its bytes are not those that were written for this shard: remove it", file=name)
     if (lengths < 0).any() or (lengths > token_counts).any():
-        raise PromptLengthsError("a prompt is longer than its document", file=name)
+        raise PromptLengthsError("a prompt is longer than its document", file=prompts_name(entry.file))
     return lengths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,12 @@ class RankWriter:
             part = part_of(document_hash(tokens_as_int32(input_ids, self.vocab_size)), self.num_parts)
         return part if part in self._writers else None
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits | Tensor, *, prompt_length: int = 0) -> None:
+    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits | Tensor, **options: Any) -> None:
         """Buffers one document as ``StoreWriter.add`` does; raises ValueError for a document of another rank."""
         part = self.part_of(input_ids)
         if part is None:
             raise ValueError("the document belongs to another rank: add it only where `part_of(input_ids)` is not None")
-        self._writers[part].add(input_ids, positions, teacher, prompt_length=prompt_length)
+        self._writers[part].add(input_ids, positions, teacher, **options)
 
     def flush(self) -> None:
         """Writes the buffered documents of every part of this rank."""
@@ -125,6 +126,11 @@ class RankWriter:
         """Returns whether a document with these token ids is stored or buffered in a part of this rank."""
         part = self.part_of(input_ids)
         return part is not None and input_ids in self._writers[part]
+
+    def has(self, input_ids: Any, teacher_ids: Sequence[int] | None = None) -> bool:
+        """Returns ``StoreWriter.has``; False for a document of another rank."""
+        part = self.part_of(input_ids)
+        return part is not None and self._writers[part].has(input_ids, teacher_ids)
 
     def __len__(self) -> int:
         """Returns the number of documents in the parts of this rank, buffered ones included."""

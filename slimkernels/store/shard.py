@@ -21,6 +21,7 @@ from slimkernels.store.codec import (
     document_hash,
     packed_rows,
 )
+from slimkernels.store.contexts import read_context_hashes
 from slimkernels.store.errors import (
     DocumentDamagedError,
     MissingShardError,
@@ -125,6 +126,10 @@ class Shard:
         """Returns the hash of each document."""
         data = self.arrays["document_hashes"].tobytes()
         return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
+
+    def context_hashes(self) -> list[bytes]:
+        """Returns the hash of what the teacher read in place of each document, or ``NO_CONTEXT``."""
+        return read_context_hashes(self._path, self.entry)
 
     def rows_of(self, document: int) -> tuple[int, int]:
         """Returns the rows [start, stop) of a document."""

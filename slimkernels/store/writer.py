@@ -26,8 +26,9 @@ from slimkernels.store.codec import (
     require_little_endian,
     words_of,
 )
+from slimkernels.store.contexts import NO_CONTEXT, context_hash, contexts_content, contexts_name
 from slimkernels.store.directory import lock_directory, make_directory
-from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchError
+from slimkernels.store.errors import DuplicateDocumentError, SettingsMismatchError, TeacherContextError
 from slimkernels.store.format import (
     MANIFEST_NAME,
     TEMPORARY_SUFFIX,
@@ -56,6 +57,7 @@ class _Pending:
     positions: np.ndarray
     rows: EncodedRows | EncodedHidden
     prompt_length: int
+    context: bytes
 
 
 class StoreWriter:
@@ -147,7 +149,15 @@ class StoreWriter:
             self._release()
             raise
 
-    def add(self, input_ids: Any, positions: Any, teacher: SparseLogits | Tensor, *, prompt_length: int = 0) -> None:
+    def add(
+        self,
+        input_ids: Any,
+        positions: Any,
+        teacher: SparseLogits | Tensor,
+        *,
+        prompt_length: int = 0,
+        teacher_ids: Sequence[int] | None = None,
+    ) -> None:
         """Buffers one document.
 
         Args:
@@ -163,6 +173,8 @@ class StoreWriter:
                 ``target_logit`` it is taken from the kept logits, and is -inf for a label that is not kept. In a store
                 of hidden states, the hidden states (R, D) that the head is given for these rows.
             prompt_length: Number of tokens at the beginning that are a prompt, in [0, T]; 0 if that is not known.
+            teacher_ids: Token ids that the teacher read in place of the document, if it read others, such as the
+                document behind a prefix. The store keeps their hash, which ``has`` compares.
 
         Raises:
             DuplicateDocumentError: A document with these ids is already stored or buffered.
@@ -171,6 +183,7 @@ class StoreWriter:
         self._require_open()
         ids = tokens_as_int32(input_ids, self.settings.vocab_size)
         digest = document_hash(ids)
+        context = context_hash(teacher_ids)
         if digest in self._stored:
             raise DuplicateDocumentError(
                 f"a document of these {len(ids)} token ids is in the store already: skip it when `input_ids in writer`"
@@ -184,8 +197,8 @@ class StoreWriter:
             rows = self._encode(ids, at, teacher)
         else:
             rows = self._encode_hidden(at, teacher, self.settings.hidden.hidden_size)
-        self._pending.append(_Pending(ids, digest, at, rows, int(prompt_length)))
-        self._stored.add(digest)
+        self._pending.append(_Pending(ids, digest, at, rows, int(prompt_length), context))
+        self._stored[digest] = context
         self._pending_rows += len(rows)
         self._pending_bytes += ids.nbytes + at.nbytes + rows.nbytes
         if self._shard_rows is None:
@@ -208,6 +221,9 @@ class StoreWriter:
         if lengths.any():
             # Read only with the shard that it names, so that it needs no temporary name.
             write_durably(self.path / prompts_name(name), [prompts_content(entry.checksum, lengths)])
+        contexts = [document.context for document in self._pending]
+        if any(context != NO_CONTEXT for context in contexts):
+            write_durably(self.path / contexts_name(name), [contexts_content(entry.checksum, contexts)])
         shards = (*self._shards, entry)
         write_durably(manifest_temporary, [seal_manifest(manifest_content(self.settings, shards, self._version))])
         sync_directory(self.path)
@@ -232,6 +248,30 @@ class StoreWriter:
         """Returns whether a document with these token ids is stored or buffered."""
         return document_hash(tokens_as_int32(input_ids, self.settings.vocab_size)) in self._stored
 
+    def has(self, input_ids: Any, teacher_ids: Sequence[int] | None = None) -> bool:
+        """Returns whether a document is stored or buffered, with rows that the teacher gave in the same context.
+
+        Args:
+            input_ids: Token ids of the document.
+            teacher_ids: Token ids that the teacher reads in its place; None for the document itself.
+
+        Raises:
+            TeacherContextError: The document is there, but the teacher read other tokens.
+        """
+        ids = tokens_as_int32(input_ids, self.settings.vocab_size)
+        found = self._stored.get(document_hash(ids))
+        if found is None:
+            return False
+        context = context_hash(teacher_ids)
+        if found != context:
+            there, here = ("none" if one == NO_CONTEXT else one.hex() for one in (found, context))
+            raise TeacherContextError(
+                f"{self.path} has rows of a document of {len(ids)} tokens, {ids[:8].tolist()}..., that the teacher "
+                f"gave behind another prefix (hash {there} there, {here} here): use the same prefixes, or another "
+                "directory"
+            )
+        return True
+
     def __len__(self) -> int:
         """Returns the number of documents, buffered ones included."""
         return len(self._stored)
@@ -246,14 +286,15 @@ class StoreWriter:
         if not self._release.alive:
             raise ValueError(f"the writer of {self.path} is closed: make a new StoreWriter to append")
 
-    def _resume(self) -> tuple[tuple[ShardEntry, ...], set[bytes]]:
+    def _resume(self) -> tuple[tuple[ShardEntry, ...], dict[bytes, bytes]]:
+        """Returns the shards, and the hashes of what the teacher read by those of the documents."""
         manifest = self.path / MANIFEST_NAME
         if not manifest.exists():
             # Before the manifest, so that a store always has its head.
             if self._head is not None:
                 write_head(self.path, self._head)
             write_atomically(manifest, seal_manifest(manifest_content(self.settings, (), self._version)))
-            return (), set()
+            return (), {}
         store = Store(self.path)
         if store.num_parts is not None:
             raise SettingsMismatchError(
@@ -271,9 +312,17 @@ class StoreWriter:
         self._version = store.manifest["version"]
         # Remove what a killed writer left, and the temporary manifest last, because it accounts for the shard.
         name = shard_name(len(store.shards))
-        for leftover in (prompts_name(name), name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX):
+        for leftover in (
+            *(prompts_name(name), contexts_name(name)),
+            *(name + TEMPORARY_SUFFIX, name, MANIFEST_NAME + TEMPORARY_SUFFIX),
+        ):
             (self.path / leftover).unlink(missing_ok=True)
-        return store.shards, {digest for i in range(len(store.shards)) for digest in store.shard(i).hashes()}
+        shards = map(store.shard, range(len(store.shards)))
+        return store.shards, {
+            digest: context
+            for shard in shards
+            for digest, context in zip(shard.hashes(), shard.context_hashes(), strict=True)
+        }
 
     def _encode_hidden(self, positions: np.ndarray, hidden: Any, hidden_size: int) -> EncodedHidden:
         codec = self.settings.codec

@@ -44,10 +44,10 @@ class AddedDocuments:
         A document that occurs twice is skipped the second time.
         """
         self._done_tokens += len(ids)
-        if rows is None or ids in self._writer:
+        if rows is None or self._writer.has(ids, ids.teacher_ids):
             self._skipped += 1
             return
-        self._writer.add(ids, ids.labels, rows, prompt_length=ids.prompt_length)
+        self._writer.add(ids, ids.labels, rows, prompt_length=ids.prompt_length, teacher_ids=ids.teacher_ids)
         self._added += 1
         self._tokens += len(ids)
 

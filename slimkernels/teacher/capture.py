@@ -79,7 +79,8 @@ def capture(
         tokenizer: Tokenizer of the model; its fingerprint goes into the store, and only its ids count. With None the
             store has no fingerprint, and every row of the head counts.
         documents: Token id lists, as from ``read_documents``. A ``TokenizedDocument`` has rows for its labels only, and
-            the store keeps the length of its prompt.
+            the store keeps the length of its prompt. With ``teacher_ids``, its rows are those of its labels in what the
+            teacher reads, and the store, which holds the document alone, keeps their hash.
         store_path: New directory, or a store made with the same settings.
         top_k: K, the number of entries to keep of every row.
         top_fraction: K as a share of the vocabulary; 0.05 if neither this nor ``top_k`` is given.
@@ -112,6 +113,7 @@ def capture(
             than the teacher can read, there is no document, or the logits of this kind of teacher cannot be computed.
         SettingsMismatchError: The store was made with another teacher, tokenizer, selection, codec or number of
             parts.
+        TeacherContextError: A document is in the store, or comes again, with other ``teacher_ids``.
         StoreLockedError: Another process writes to the store, or to a part of this rank.
         FloatingPointError: The teacher's logits are not finite.
     """
@@ -150,7 +152,7 @@ def capture(
         added = AddedDocuments(writer, progress)
         for batch in _batches(teacher.checked(documents), window, batch_tokens, writer.part_of):
             # A batch is computed as a whole, so that rounding does not depend on where a capture was killed.
-            is_missing = any(ids not in writer for ids in batch)
+            is_missing = any(not writer.has(ids, ids.teacher_ids) for ids in batch)
             for ids, rows in zip(batch, teacher(batch) if is_missing else [None] * len(batch), strict=True):
                 added.add(ids, rows)
             added.show_progress()
@@ -190,13 +192,25 @@ class _Teacher:
                 self.short += 1
                 continue
             self.vocabulary.check(ids, number)
-            if self.max_length is not None and len(ids) > self.max_length:
-                raise ValueError(
-                    f"document {number} has {len(ids)} tokens, but the teacher reads {self.max_length}: split it, as "
-                    f"read_documents does with max_length={self.max_length}"
-                )
+            if ids.teacher_ids is not None:
+                self.vocabulary.check(ids.teacher_ids, number)
+            self._check_length(ids, number)
             self.labelled += 1
             yield ids
+
+    def _check_length(self, ids: TokenizedDocument, number: int) -> None:
+        if self.max_length is None or len(ids.read_ids) <= self.max_length:
+            return
+        if ids.shift <= 0:
+            raise ValueError(
+                f"document {number} has {len(ids)} tokens, but the teacher reads {self.max_length}: split it, as "
+                f"read_documents does with max_length={self.max_length}"
+            )
+        raise ValueError(
+            f"document {number} has {len(ids)} tokens and {ids.shift} more in the teacher's prefix, but the teacher "
+            f"reads {self.max_length}: shorten the prefix, or split the document, as read_documents does with "
+            f"max_length={max(self.max_length - ids.shift, 2)}"
+        )
 
     def __call__(self, batch: list[TokenizedDocument]) -> list[SparseLogits] | list[Tensor]:
         """Returns the kept logits (R_i, K), or the hidden states (R_i, D), of each document's labels, on the CPU."""
@@ -215,10 +229,10 @@ class _Teacher:
     @torch.inference_mode()
     def _kept(self, batch: list[TokenizedDocument]) -> list[Any]:
         device = self.model.device
-        lengths = [len(ids) for ids in batch]
+        lengths = [len(ids.read_ids) for ids in batch]
         padded = torch.zeros((len(batch), max(lengths)), dtype=torch.int64)
         for row, ids in zip(padded, batch, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids.read_ids)] = torch.tensor(ids.read_ids)
         padded = padded.to(device)
         if not self._is_checked:
             self._check_head(padded[:1, : min(lengths[0], _CHECKED_TOKENS)])
@@ -226,7 +240,7 @@ class _Teacher:
         hidden = self._hidden(padded)
         labels = [torch.tensor(ids.labels) for ids in batch]
         document = torch.repeat_interleave(torch.tensor([len(of_one) for of_one in labels])).to(device)
-        position = torch.cat(labels).to(device)
+        position = torch.cat([of_one + ids.shift for of_one, ids in zip(labels, batch, strict=True)]).to(device)
         hidden = hidden[document, position - 1]
         if self.keeps_hidden:
             check_finite(hidden.amax(-1), self.model.dtype)
@@ -289,9 +303,9 @@ def _batches_of_window(documents: list[TokenizedDocument], batch_tokens: int) ->
     """Yields batches of at most ``batch_tokens`` with padding; a longer document is a batch of its own."""
     batch: list[TokenizedDocument] = []
     # Longest first, so that a batch that does not fit in memory fails early.
-    for ids in sorted(documents, key=len, reverse=True):
-        longest = len(batch[0]) if batch else 0
-        if batch and ((len(batch) + 1) * longest > batch_tokens or longest > _MAX_LENGTH_RATIO * len(ids)):
+    for ids in sorted(documents, key=lambda ids: len(ids.read_ids), reverse=True):
+        longest = len(batch[0].read_ids) if batch else 0
+        if batch and ((len(batch) + 1) * longest > batch_tokens or longest > _MAX_LENGTH_RATIO * len(ids.read_ids)):
             yield batch
             batch = []
         batch.append(ids)

@@ -83,6 +83,22 @@ def assistant_tokens(
     return ids, positions
 
 
+def with_system(messages: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Returns a conversation whose system message begins with a text, made where there is none.
+
+    Raises:
+        ValueError: The system message holds something else than text.
+    """
+    first = messages[0]
+    if first["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    if not isinstance(first.get("content"), str):
+        raise ValueError(
+            f"the system message must be text to have a teacher's prefix, got {type(first.get('content')).__name__}"
+        )
+    return [first | {"content": f"{text}\n\n{first['content']}"}, *messages[1:]]
+
+
 def around_date(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
     """Returns the prompt of a conversation before and after today's date, or None if the template shows none.
 

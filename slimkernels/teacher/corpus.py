@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from slimkernels.teacher.chat import assistant_tokens, is_conversation
+from slimkernels.teacher.chat import assistant_tokens, is_conversation, with_system
 from slimkernels.text_files import check_characters, read_json_records, read_lines
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -25,14 +25,46 @@ class TokenizedDocument(list[int]):
     Attributes:
         positions: Ascending positions in [1, T) of the tokens that are labels; None for every token but the first.
         prompt_length: Number of tokens at the beginning that are a prompt; 0 if that is not known.
+        teacher_ids: Token ids that the teacher reads in place of the document, such as the document behind a prefix
+            that the student does not see; they end in the document's tokens from its first label on. None for the
+            document itself.
+
+    Raises:
+        ValueError: ``teacher_ids`` end in other tokens, or have none before the first label.
     """
 
     def __init__(
-        self, input_ids: Iterable[int], *, positions: Sequence[int] | None = None, prompt_length: int = 0
+        self,
+        input_ids: Iterable[int],
+        *,
+        positions: Sequence[int] | None = None,
+        prompt_length: int = 0,
+        teacher_ids: Iterable[int] | None = None,
     ) -> None:
         super().__init__(input_ids)
         self.positions = None if positions is None else list(positions)
         self.prompt_length = prompt_length
+        self.teacher_ids = None if teacher_ids is None else list(teacher_ids)
+        if self.teacher_ids == list(self) or not self.labels:
+            self.teacher_ids = None
+        if self.teacher_ids is not None:
+            end = self[self.labels[0] :]
+            if len(self.teacher_ids) <= len(end) or self.teacher_ids[-len(end) :] != end:
+                raise ValueError(
+                    f"teacher_ids must end in the document's {len(end)} tokens from its first label on, after at least "
+                    f"one other token, got {len(self.teacher_ids)} that end in {self.teacher_ids[-8:]}: put the prefix "
+                    "before the document's tokens"
+                )
+
+    @property
+    def read_ids(self) -> list[int]:
+        """The token ids that the teacher reads."""
+        return self if self.teacher_ids is None else self.teacher_ids
+
+    @property
+    def shift(self) -> int:
+        """The number of places by which a label is further along in ``read_ids`` than in the document."""
+        return len(self.read_ids) - len(self)
 
     @classmethod
     def of(cls, input_ids: Sequence[int]) -> TokenizedDocument:
@@ -45,12 +77,20 @@ class TokenizedDocument(list[int]):
         return list(range(1, len(self))) if self.positions is None else self.positions
 
     def part(self, start: int, stop: int, begin: Sequence[int] = ()) -> TokenizedDocument:
-        """Returns the tokens [start, stop) after the tokens ``begin``, with their labels."""
+        """Returns the tokens [start, stop) after the tokens ``begin``, with their labels.
+
+        A part after the first of a document with ``teacher_ids`` has none, as the teacher did not read it so.
+        """
         positions, shift = self.positions, len(begin) - start
         if positions is not None:
             positions = [p + shift for p in positions if max(start, 1 - shift) <= p < stop]
         prompt_length = 0 if start else min(self.prompt_length, stop)
-        return TokenizedDocument([*begin, *self[start:stop]], positions=positions, prompt_length=prompt_length)
+        teacher_ids = None
+        if self.teacher_ids is not None and not start:
+            teacher_ids = self.teacher_ids[: len(self.teacher_ids) - max(0, len(self) - stop)]
+        return TokenizedDocument(
+            [*begin, *self[start:stop]], positions=positions, prompt_length=prompt_length, teacher_ids=teacher_ids
+        )
 
 
 def shipped_prompts() -> list[str]:
@@ -78,11 +118,11 @@ def read_prompts(path: str | os.PathLike[str], *, text_field: str | None = None)
     else:
         fields = _PROMPT_FIELDS if text_field is None else (text_field,)
         prompts = []
-        for number, (value, _) in enumerate(_values(path, "prompt file", fields), 1):
-            if not isinstance(value, str):
+        for number, value in enumerate(_values(path, "prompt file", fields), 1):
+            if not isinstance(value.content, str):
                 raise ValueError(f"a prompt must be text, got a list in record {number} of {path}")
-            if value.strip():
-                prompts.append(value)
+            if value.content.strip():
+                prompts.append(value.content)
     if not prompts:
         raise ValueError(f"the prompt file {path} must hold at least one line that is not blank")
     return prompts
@@ -98,6 +138,7 @@ def read_documents(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     text_field: str = "text",
+    teacher_prefix_field: str | None = None,
     max_length: int | None = 1024,
     num_documents: int | None = None,
     num_tokens: int | None = None,
@@ -120,10 +161,23 @@ def read_documents(
     A document of more than ``max_length`` tokens is split. If it begins with the tokenizer's start of text, so does
     each of its pieces.
 
+    ``teacher_prefix_field`` names a field with what the teacher reads before the document and the student does not see,
+    such as the solution of its task. The document's tokens and labels stay as they are; ``teacher_ids`` are those that
+    the teacher reads:
+
+    - Text, or a list of token ids, is put before text and token ids, encoded on its own as a prompt is, without a
+      separator. If both begin with the tokenizer's start of text, the teacher reads that of the prefix alone. Every
+      piece of a document that is split is behind the prefix.
+    - Text is put into the system message of a conversation, before what that says; without one it becomes the first
+      message. Such a conversation is not split.
+    - Empty text and an empty list are no prefix: the teacher reads the document alone. A record without the field, or
+      with null, is an error.
+
     Args:
         path: Path of the file.
         tokenizer: The teacher's tokenizer; None for a field of token ids.
         text_field: Name of the field or column; not used for ``.txt``.
+        teacher_prefix_field: Name of the field or column with the teacher's prefix; None for no prefix.
         max_length: Largest number of tokens, at least 2; longer documents are split into pieces. None keeps them whole.
         num_documents: Number of documents, or pieces of them, after which to stop; None for all.
         num_tokens: Number of tokens after which to stop, which cuts the last document; at least 2, None for all.
@@ -136,16 +190,20 @@ def read_documents(
         FileNotFoundError: There is no such file.
         ValueError: The suffix is not one of the four, a number is out of range, the field is missing, a value is none
             of the three, text holds half of a surrogate pair, there is text but no tokenizer, the file is in another
-            encoding, or no document has 2 tokens.
+            encoding, or no document has 2 tokens; or a prefix is missing, is neither text nor token ids, or belongs to
+            a conversation that is too long.
             The first two are raised at once, the others by the iterator.
     """
     check_corpus_file(path)
+    if teacher_prefix_field is not None and Path(path).suffix.lower() == ".txt":
+        raise ValueError(f"teacher_prefix_field must be None for a .txt file, which has no fields, got {path}")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, a token and its label, got {max_length}")
     for name, value, least in (("num_documents", num_documents, 1), ("num_tokens", num_tokens, 2)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    return _capped(_documents(Path(path), tokenizer, text_field, max_length), num_documents, num_tokens)
+    values = _values(Path(path), "corpus", (text_field,), teacher_prefix_field)
+    return _capped(_documents(values, Path(path), tokenizer, max_length), num_documents, num_tokens)
 
 
 def check_corpus_file(path: str | os.PathLike[str]) -> None:
@@ -160,10 +218,11 @@ def check_corpus_file(path: str | os.PathLike[str]) -> None:
 
 
 class _Value(NamedTuple):
-    """The field of a record, and the prompt that the record names, or ""."""
+    """The field of a record, the prompt that the record names, or "", and the teacher's prefix, or an empty one."""
 
     content: str | list[Any]
     prompt: str = ""
+    prefix: str | list[int] = ""
 
 
 def _capped(
@@ -181,23 +240,53 @@ def _capped(
 
 
 def _documents(
-    path: Path, tokenizer: PreTrainedTokenizerBase | None, text_field: str, max_length: int | None
+    values: Iterator[_Value], path: Path, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
 ) -> Iterator[TokenizedDocument]:
     found = False
     start = None if tokenizer is None else tokenizer.bos_token_id
-    values = _values(path, "corpus", (text_field,))
     while batch := list(itertools.islice(values, _TEXTS_AT_ONCE)):
-        for document in _encode(batch, tokenizer, path):
+        for value, document in zip(batch, _encode(batch, tokenizer, path), strict=True):
+            prefix = [] if is_conversation(value.content) else _prefix_ids(value.prefix, tokenizer)
             for piece in [document] if max_length is None else _split(document, max_length, start):
                 if piece.labels:
                     found = True
-                    yield piece
+                    yield _behind(prefix, piece, start) if prefix else piece
     if not found:
         raise ValueError(f"the corpus {path} must hold at least one document of 2 tokens, got none")
 
 
+def _prefix_ids(prefix: str | list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if not isinstance(prefix, str):
+        return prefix
+    if not prefix:
+        return []
+    if tokenizer is None:
+        raise ValueError("the teacher's prefix is text: give the tokenizer it was captured with")
+    return without_end(list(tokenizer(prefix)["input_ids"]), tokenizer.eos_token_id)
+
+
+def _behind(prefix: list[int], document: TokenizedDocument, start: Any) -> TokenizedDocument:
+    """Returns a document that the teacher reads behind a prefix, with one start of text in all."""
+    has_two = start is not None and prefix[0] == document[0] == start
+    return TokenizedDocument(
+        document,
+        positions=document.positions,
+        prompt_length=document.prompt_length,
+        teacher_ids=[*prefix, *document[1 if has_two else 0 :]],
+    )
+
+
 def _split(document: TokenizedDocument, max_length: int, start: Any) -> Iterator[TokenizedDocument]:
-    """Splits a document; each piece begins with the start of text if the document does."""
+    """Splits a document; each piece begins with the start of text if the document does.
+
+    Raises:
+        ValueError: The document is too long, and is a conversation that the teacher reads with another system message.
+    """
+    if document.teacher_ids is not None and len(document) > max_length:
+        raise ValueError(
+            f"a conversation with a teacher's prefix must have at most max_length={max_length} tokens, because its "
+            f"pieces would lack the prefix, got {len(document)}: raise max_length or shorten it"
+        )
     begin = [] if start is None or document[:1] != [start] else [start]
     yield document.part(0, max_length)
     step = max_length - len(begin)
@@ -205,9 +294,9 @@ def _split(document: TokenizedDocument, max_length: int, start: Any) -> Iterator
         yield document.part(first, min(first + step, len(document)), begin)
 
 
-def _values(path: Path, what: str, fields: Sequence[str]) -> Iterator[_Value]:
-    """Yields the first of the fields that each record has."""
-    for number, record in enumerate(_records(path, what, fields), 1):
+def _values(path: Path, what: str, fields: Sequence[str], prefix_field: str | None = None) -> Iterator[_Value]:
+    """Yields the first of the fields that each record has, and the prefix where its field is named."""
+    for number, record in enumerate(_records(path, what, fields, prefix_field), 1):
         name = next((name for name in fields if name in record), None)
         if name is None:
             raise ValueError(
@@ -223,19 +312,31 @@ def _values(path: Path, what: str, fields: Sequence[str]) -> Iterator[_Value]:
         if not _is_token_ids(value):
             check_characters(value, f"the field {name!r} in record {number} of {path}")
         prompt = record.get("prompt")
-        yield _Value(value, prompt if isinstance(prompt, str) else "")
+        prefix: Any = "" if prefix_field is None else record.get(prefix_field)
+        if not isinstance(prefix, str) and not _is_token_ids(prefix):
+            raise ValueError(
+                f"the teacher's prefix must be text or a list of token ids in every record, empty for none, got "
+                f"{type(prefix).__name__} in the field {prefix_field!r} of record {number} of {path}"
+            )
+        if isinstance(prefix, str):
+            check_characters(prefix, f"the field {prefix_field!r} in record {number} of {path}")
+        elif prefix and is_conversation(value):
+            raise ValueError(
+                f"the teacher's prefix of a conversation must be text, got a list in record {number} of {path}"
+            )
+        yield _Value(value, prompt if isinstance(prompt, str) else "", prefix)
 
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _records(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _records(path: Path, what: str, fields: Sequence[str], prefix_field: str | None) -> Iterator[dict[str, Any]]:
     kind = path.suffix.lower()
     if kind == ".txt":
         yield from ({fields[0]: text} for text in _paragraphs(path))
     elif kind == ".parquet":
-        yield from _rows(path, what, fields)
+        yield from _rows(path, what, fields, ("prompt", *([] if prefix_field is None else [prefix_field])))
     else:
         try:
             for number, record in enumerate(read_json_records(path), 1):
@@ -246,7 +347,7 @@ def _records(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str,
             raise ValueError(f"the {what} {path} cannot be read as {kind[1:]}: {error}") from error
 
 
-def _rows(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, what: str, fields: Sequence[str], others: Sequence[str]) -> Iterator[dict[str, Any]]:
     # Heavy, and only needed for these files.
     import pyarrow
     import pyarrow.parquet
@@ -254,7 +355,7 @@ def _rows(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, An
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in dict.fromkeys((*fields, "prompt")) if name in names]
+            columns = [name for name in dict.fromkeys((*fields, *others)) if name in names]
             if not set(fields) & set(columns):
                 # The error names all columns, which are not read.
                 yield dict.fromkeys(names)
@@ -277,16 +378,20 @@ def _encode(batch: list[_Value], tokenizer: PreTrainedTokenizerBase | None, path
         raise ValueError("the corpus holds text: give the tokenizer it was captured with")
     if tokenizer is not None and (texts := [value.content for value in batch if isinstance(value.content, str)]):
         encoded = iter(tokenizer(texts)["input_ids"])
-    for content, prompt in batch:
+    for content, prompt, prefix in batch:
         if isinstance(content, str):
             ids = next(encoded)
             yield TokenizedDocument(ids if content.strip() else [])
         elif tokenizer is not None and is_conversation(content):
             try:
                 ids, positions = assistant_tokens(tokenizer, content)
+                teacher_ids = None
+                if isinstance(prefix, str) and prefix:
+                    teacher_ids, _ = assistant_tokens(tokenizer, with_system(content, prefix))
+                document = TokenizedDocument(ids, positions=positions, teacher_ids=teacher_ids)
             except ValueError as error:
                 raise ValueError(f"the corpus {path}: {error}") from error
-            yield TokenizedDocument(ids, positions=positions)
+            yield document
         else:
             yield TokenizedDocument(content, prompt_length=_prompt_length(content, prompt, tokenizer))
 

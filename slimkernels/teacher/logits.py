@@ -114,7 +114,9 @@ def capture_logits(
             ids = ids_of[number]
             _check_rows(rows, ids, first.vocab_size, number)
             vocabulary.check(ids, number)
-            added.add(ids, None if ids in writer else _select(rows, ids, vocabulary, selection, number))
+            added.add(
+                ids, None if writer.has(ids, ids.teacher_ids) else _select(rows, ids, vocabulary, selection, number)
+            )
             added.show_progress()
         if number + 1 < len(ids_of):
             raise ValueError(f"logits must have one array per document, got {number + 1} for {len(ids_of)}")

@@ -119,7 +119,8 @@ def capture_server(
         model: The server's name for the model; for SGLang also that of a loaded adapter.
         tokenizer: The model's tokenizer, a fast one.
         store_path: New directory, or a store made with the same settings; the server may have moved since.
-        documents: Token id lists, as from ``read_documents``. Give these or ``prompts``.
+        documents: Token id lists, as from ``read_documents``. Give these or ``prompts``. The server scores the
+            ``teacher_ids`` of a ``TokenizedDocument`` that has them, and the store holds the document.
         prompts: Texts or token ids. The tokenizer encodes texts with its defaults, without an end of text at the end.
             With ``api="chat"`` each is the only message of a user, formatted by the tokenizer's chat template.
         top_logprobs: K, the entries to ask for. OpenAI's limit is 20, or 5 for completions; vLLM's is its
@@ -164,6 +165,7 @@ def capture_server(
         BudgetSpentError: The next request would exceed ``token_budget``.
         UnmappedTokensError: The share of entries without an id is above ``max_unmapped_fraction``.
         SettingsMismatchError: The store was made with another model, tokenizer, selection or codec.
+        TeacherContextError: A document is in the store, or comes again, with other ``teacher_ids``.
     """
     if (documents is None) == (prompts is None):
         raise ValueError("give either documents to score or prompts to continue")
@@ -248,15 +250,16 @@ def _store_answers(
             document = task.document(reader, request, answer)
             reader.check_unmapped()
             generated += answer.generated_tokens or 0
+        teacher_ids = task.teacher_ids(request)
         if isinstance(document, DroppedAnswer):
             dropped += 1
             if len(reasons) < _SHOWN_REASONS:
                 reasons[document.reason] = None
-        elif document.input_ids in writer:
+        elif writer.has(document.input_ids, teacher_ids):
             # Two requests got the same text.
             skipped += 1
         else:
-            writer.add(*document, prompt_length=task.prompt_length(request))
+            writer.add(*document, prompt_length=task.prompt_length(request), teacher_ids=teacher_ids)
             added += 1
             num_tokens += len(document.input_ids)
         if time.monotonic() - flushed >= flush_s:

@@ -48,17 +48,23 @@ class Scoring:
 
     def __init__(self, server: ServerApi, documents: Iterable[Sequence[int]]) -> None:
         self.server = server
-        self.requests = [
-            Request(list(ids), number=number, labels=TokenizedDocument.of(ids).positions)
-            for number, ids in enumerate(documents)
-        ]
+        self._documents = [TokenizedDocument.of(ids) for ids in documents]
+        self.requests = [_scored(ids, number) for number, ids in enumerate(self._documents)]
         if not self.requests:
             raise ValueError("documents must hold at least one document, got none")
         self.selection = selection_of(server)
 
     def missing(self, writer: StoreWriter) -> list[Request]:
         """Returns the requests whose document has a label and is not in the store."""
-        return [ask for ask in self.requests if len(ask.prompt_ids) > 1 and ask.prompt_ids not in writer]
+        return [
+            ask
+            for ask, ids in zip(self.requests, self._documents, strict=True)
+            if len(ids) > 1 and not writer.has(ids, ids.teacher_ids)
+        ]
+
+    def teacher_ids(self, request: Request) -> list[int] | None:
+        """Returns the token ids that the server reads in place of a document; None for the document itself."""
+        return self._documents[request.number].teacher_ids
 
     def prompt_length(self, _: Request) -> int:
         """Returns 0, as the prompt of a given document is not known."""
@@ -74,7 +80,17 @@ class Scoring:
 
     def document(self, reader: AnswerReader, request: Request, answer: Answer) -> ServedDocument | DroppedAnswer:
         """Turns an answer into a document of the store."""
-        return reader.scored(request, answer)
+        scored = reader.scored(request, answer)
+        ids = self._documents[request.number]
+        if isinstance(scored, DroppedAnswer) or ids.teacher_ids is None:
+            return scored
+        return scored._replace(input_ids=list(ids), positions=[place - ids.shift for place in scored.positions])
+
+
+def _scored(ids: TokenizedDocument, number: int) -> Request:
+    """Returns the request for the scores of a document's labels, in what the server reads."""
+    labels = ids.positions if ids.teacher_ids is None else [label + ids.shift for label in ids.labels]
+    return Request(list(ids.read_ids), number=number, labels=labels)
 
 
 class Generation:
@@ -139,6 +155,10 @@ class Generation:
     def ask(self, request: Request) -> Answer:
         """Asks the server for one document."""
         return self.server.generate(request)
+
+    def teacher_ids(self, _: Request) -> None:
+        """Returns None, as the server reads what it writes."""
+        return
 
     def prompt_length(self, request: Request) -> int:
         """Returns the length of the prompt of a generated document."""

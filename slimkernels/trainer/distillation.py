@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from slimkernels.store import Store
 from slimkernels.trainer.checkpoint import StopsAtLength, model_identity
 from slimkernels.trainer.log import LossLog
 from slimkernels.trainer.objective import SlimObjective
+from slimkernels.trainer.schedules import AdaptSchedules, Schedules
 from slimkernels.trainer.served_teacher import Ahead, ServedTeacher
 from slimkernels.trainer.stored_rows import check_stored_rows, longest_document
 from slimkernels.trainer.support import StudentChoice, intersection
@@ -32,6 +34,8 @@ from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.teachers import OnlineTeacher
 
 SERVED_METHODS = ("kd", "slim", "reverse_kl", "jsd", "gkd")
+# A weight that changes no gradient in float32. At 0 the loss of a ``HeadTeacher`` would not know its divergence.
+_NO_WEIGHT = 1e-20
 
 
 class Step(NamedTuple):
@@ -63,12 +67,14 @@ class DistillationMixin(StopsAtLength):
         objective: Objective of the training.
         online_teacher: Teacher model that scores every batch, or None.
         served_teacher: Teacher behind a server, or None.
+        schedules: Options of the loss that change during the training.
         loss_log: Sums of the terms of the loss since the last log.
     """
 
     objective: SlimObjective
     online_teacher: OnlineTeacher | None
     served_teacher: ServedTeacher | None
+    schedules: Schedules
     loss_log: LossLog
 
     def _set_objective(
@@ -83,7 +89,14 @@ class DistillationMixin(StopsAtLength):
                 "torchrun, or set CUDA_VISIBLE_DEVICES to one device"
             )
         check_can_be_saved(self.model)
+        objective.check_schedule_ends()
         self.objective = objective
+        self._options = objective.loss_options
+        self.schedules = Schedules(objective.parsed_schedules)
+        self._adapt: AdaptSchedules | None = None
+        if self.schedules.adapt:
+            self._adapt = AdaptSchedules(self.schedules, self.args.device, self._over_processes)
+            self.add_callback(self._adapt)
         if teacher_model is None:
             _check_selects_nothing(objective, teacher_server)
         # compute_loss divides by num_items_in_batch itself, so Trainer must not divide by the accumulation steps.
@@ -204,6 +217,18 @@ class DistillationMixin(StopsAtLength):
         if self.served_teacher is not None:
             self.served_teacher.stop()
 
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, "sum")
+
+    def _loss_options(self, scheduled: dict[str, float]) -> dict[str, Any]:
+        """Returns the keyword arguments of ``linear_slim_loss``, with the scheduled ones of the current step."""
+        options = self._options | scheduled
+        if scheduled.get("kd_weight") == 0:
+            options["kd_weight"] = _NO_WEIGHT
+        if self.online_teacher is not None:
+            self.online_teacher.temperature = options["temperature"]
+        return options
+
     def _new_log(self) -> LossLog:
         objective = self.objective
         # A student that is not trained yet keeps few of the labels, whatever teacher it has.
@@ -225,19 +250,23 @@ class DistillationMixin(StopsAtLength):
         if isinstance(num_items_in_batch, Tensor):
             # The loss of a step without any label is 0, and not 0 / 0.
             num_items_in_batch = num_items_in_batch.clamp(min=1)
-        step = self._step(model, inputs, num_items_in_batch)
+        scheduled = self.schedules.values(self.state.global_step, self.state.max_steps)
+        step = self._step(model, inputs, num_items_in_batch, self._loss_options(scheduled))
         loss = step.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages gradients over processes; num_items_in_batch counts the labels of all of them.
             loss = loss * self.accelerator.num_processes
         if model.training:
             self.loss_log.add(step.terms, step.target, step.teacher, self.state.global_step + 1)
+            self.schedules.last = scheduled
+            if self._adapt is not None:
+                self._adapt.add(step.terms.kd, step.target)
         return (loss, step.outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the means per label since the last log to every training log."""
+        """Adds the means per label since the last log, and the scheduled options of its last step, to training logs."""
         if "loss" in logs:
-            logs = logs | self.loss_log.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+            logs = logs | self.loss_log.means(self._over_processes) | self.schedules.last
             if self.served_teacher is not None:
                 logs["teacher_wait_seconds"] = self.served_teacher.wait_seconds
                 self.served_teacher.wait_seconds = 0.0
@@ -255,6 +284,11 @@ class DistillationMixin(StopsAtLength):
         if self.served_teacher is not None:
             settings = self.served_teacher.settings
             method["teacher_server"] = {"model": settings.model, "top_logprobs": settings.top_logprobs}
+        schedules = self.objective.parsed_schedules
+        method["schedules"] = {name: list(dataclasses.astuple(schedule)) for name, schedule in schedules.items()}
+        if any(schedule.start != schedule.end for schedule in schedules.values()):
+            # They depend on the length of the run, which no other number of steps may change.
+            method |= {"max_steps": self.args.max_steps, "num_train_epochs": self.args.num_train_epochs}
         return method | {"support": [self.objective.support, self.objective.student_top_k]}
 
     def _report_bad_step(self) -> None:
@@ -262,8 +296,10 @@ class DistillationMixin(StopsAtLength):
         if step is not None:
             self._on_bad_step(step)
 
-    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
-        """Computes the loss of a micro-batch, normalised by ``num_items`` labels."""
+    def _step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
+    ) -> Step:
+        """Computes the loss of a micro-batch with these options, normalised by ``num_items`` labels."""
         raise NotImplementedError
 
     def _on_bad_step(self, step: int) -> None:

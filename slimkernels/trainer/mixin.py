@@ -167,7 +167,9 @@ class SlimLossMixin(DistillationMixin):
     def _on_bad_step(self, step: int) -> None:
         logger.warning("the loss is not finite since optimizer step %d: lower the learning rate", step)
 
-    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
+    def _step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
+    ) -> Step:
         if "labels" not in inputs:
             raise ValueError(
                 f"a batch must have labels, got {sorted(inputs)}: use a collator for causal language models"
@@ -182,7 +184,7 @@ class SlimLossMixin(DistillationMixin):
             teacher = self._teacher_of_labels(inputs)
         student = base_model(self.accelerator.unwrap_model(model))
         statistics = self.objective.statistics
-        head = HeadLoss(teacher, num_items=num_items, statistics=statistics, **self.objective.loss_options)
+        head = HeadLoss(teacher, num_items=num_items, statistics=statistics, **options)
         with head.inside(student):
             outputs = model(**inputs)
         if head.result is None or head.target is None:

@@ -11,6 +11,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from slimkernels import _checks
 from slimkernels.models.make_student import has_new_weights
 from slimkernels.ops._slim_options import PROPER_DIVERGENCES
+from slimkernels.ops.slim_loss import slim_loss
+from slimkernels.trainer.document_order import ORDERS
+from slimkernels.trainer.schedules import Schedule, parse_schedule
 
 # Values that each method gives to options left at None. Options that the method does not name get _DEFAULTS.
 METHODS: dict[str, dict[str, Any]] = {
@@ -30,6 +33,8 @@ _LOSS_OPTIONS = (
     *("beta", "alpha", "forward_weight", "entropy_threshold", "teacher_blend", "tail_weight"),
     *("label_smoothing", "z_loss_weight"),
 )
+# Numbers of the loss that mean something without a teacher.
+_OF_THE_LABELS = ("ce_weight", "label_smoothing", "z_loss_weight")
 
 
 @dataclasses.dataclass
@@ -92,6 +97,10 @@ class SlimObjective:
         sampling_temperature: Sampling temperature of the student, > 0.
         log_overlap: True to log ``overlap`` too, the share of the teacher's K kept ids that are among the student's K
             largest logits. It costs a selection of K logits for every label.
+        schedules: Schedules of options of the loss that are numbers, by name, in place of one value for the whole
+            training: "linear:FROM:TO", "cosine:FROM:TO" or "taid:FROM:TO", from the first to the last optimizer step,
+            or a number. The last follows TAID's rule (arXiv 2501.16937): the faster the divergence falls, the
+            faster the value grows. None for none.
 
     Raises:
         ValueError: The method is unknown, or an option has no effect with the method.
@@ -123,6 +132,7 @@ class SlimObjective:
     max_new_tokens: int = 128
     sampling_temperature: float = 1.0
     log_overlap: bool = False
+    schedules: dict[str, str | float] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -147,6 +157,40 @@ class SlimObjective:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         for name in ("temperature", "sampling_temperature"):
             _checks.as_temperature(getattr(self, name), name)
+        self._check_schedules()
+
+    def _check_schedules(self) -> None:
+        given = self.schedules or {}
+        for name in given.keys() - set(SCHEDULED):
+            raise ValueError(f"schedules must name numbers of the loss, {', '.join(SCHEDULED)}, got {name!r}")
+        defaults = {field.name: field.default for field in dataclasses.fields(SlimObjective)}
+        for name, schedule in self.parsed_schedules.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} must not be given with a schedule of it, got {getattr(self, name)} and {given[name]!r}: "
+                    "leave it out"
+                )
+            is_of_teacher = name not in _OF_THE_LABELS or schedule.kind == "taid"
+            if is_of_teacher and (self.method == "sft" or not self.needs_teacher):
+                raise ValueError(
+                    f"schedules must be of {', '.join(_OF_THE_LABELS)} and not 'taid' with method {self.method!r}, "
+                    f"which has no teacher, got {name!r}: {given[name]!r}"
+                )
+
+    def check_schedule_ends(self) -> None:
+        """Computes a loss at both ends of every schedule.
+
+        Raises:
+            ValueError: A schedule leaves the range of its option.
+        """
+        logits, target, common = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), self.loss_options
+        for name, schedule in self.parsed_schedules.items():
+            for value in (schedule.start, schedule.end):
+                options: dict[str, Any] = common | {name: value}
+                try:
+                    slim_loss(logits, target, **options)
+                except ValueError as error:
+                    raise ValueError(f"the schedule of {name} leaves its range: {error}") from error
 
     def _check_support(self) -> None:
         if self.support not in SUPPORTS:
@@ -168,7 +212,12 @@ class SlimObjective:
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss reads the teacher's logits."""
-        return self.loss_options["kd_weight"] != 0
+        return any(options["kd_weight"] != 0 for options in self._options_at_ends())
+
+    @property
+    def parsed_schedules(self) -> dict[str, Schedule]:
+        """The schedules by the names of their options."""
+        return {name: parse_schedule(text, name) for name, text in (self.schedules or {}).items()}
 
     @property
     def statistics(self) -> bool | str:
@@ -177,7 +226,24 @@ class SlimObjective:
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``linear_slim_loss``, with the method's defaults filled in."""
+        """Keyword arguments of ``linear_slim_loss``, with the method's defaults, and the first values of schedules."""
+        first, last = self._options_at_ends()
+        # One treatment of the rest for the whole training: that of the end which needs another than the default.
+        return first | {"rest": last["rest"] if first["rest"] == "renorm" else first["rest"]}
+
+    def _options_at_ends(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the loss options with the first and with the last values of the schedules."""
+        schedules = self.parsed_schedules
+        if not schedules:
+            options = self._fixed_options()
+            return options, options
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimObjective)}
+        ends = ({name: getattr(one, end) for name, one in schedules.items()} for end in ("start", "end"))
+        given["schedules"] = None
+        first, last = (SlimObjective(**given | values)._fixed_options() for values in ends)
+        return first, last
+
+    def _fixed_options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _LOSS_OPTIONS}
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
@@ -187,6 +253,14 @@ class SlimObjective:
             )
             options["rest"] = "ghost" if needs_ghost else "renorm"
         return options
+
+
+# Options that can have a schedule: the numbers among those of the loss.
+SCHEDULED = tuple(
+    field.name
+    for field in dataclasses.fields(SlimObjective)
+    if field.name in _LOSS_OPTIONS and str(field.type).startswith("float")
+)
 
 
 class _DefaultRate(float):
@@ -214,12 +288,15 @@ class SlimConfig(SlimObjective, TrainingArguments):
     Attributes:
         learning_rate: Peak learning rate. If it is not given, ``SlimTrainer`` takes 5e-5 for a pretrained student, and
             6e-3 * min(1, 128 / hidden size) for one that starts from random weights.
+        document_order: Order of the documents in every epoch, "random" or "easy-first": in ten buckets of the teacher's
+            mean entropy, from the lowest to the highest, and random within each.
 
     Raises:
         ValueError: As ``SlimObjective``, and for a ``TrainingArguments`` option that would have no effect here.
     """
 
     learning_rate: float = _DefaultRate(5e-5)
+    document_order: str = "random"
     logging_steps: float = 10
     # Documents are not dictionaries of columns. The NaN filter would hide a loss that is not finite, which is reported
     # here, and would synchronise with the device at every step.
@@ -230,6 +307,12 @@ class SlimConfig(SlimObjective, TrainingArguments):
     def __post_init__(self) -> None:
         SlimObjective.__post_init__(self)
         check_training_arguments(self)
+        _checks.check_one_of(self.document_order, "document_order", ORDERS)
+        if self.document_order != "random" and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"document_order and train_sampling_strategy must not both be given, got {self.document_order!r} and "
+                f"{self.train_sampling_strategy!r}: leave one of them out"
+            )
         TrainingArguments.__post_init__(self)
 
 

@@ -25,6 +25,7 @@ from slimkernels.models.sharding import is_partitioned
 from slimkernels.store import DocumentOrder, MixedStores
 from slimkernels.trainer.checkpoint import SlimRun, checkpoint_to_resume, model_identity, run_identity
 from slimkernels.trainer.distillation import DistillationMixin, Step
+from slimkernels.trainer.document_order import easy_first
 from slimkernels.trainer.objective import SlimConfig, learning_rate_of
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
 from slimkernels.trainer.stored_rows import check_stored_rows, mixture_of, opened_store, stores_of
@@ -130,6 +131,10 @@ class SlimTrainer(DistillationMixin, Trainer):
         self._order: DocumentOrder | None = None
         if (mixture := mixture_of(self.train_dataset)) is not None and mixture.shares is not None:
             self._order = self._order_of(mixture)
+        if args.document_order == "easy-first":
+            if self._order is not None:
+                raise ValueError("document_order must be 'random' with shares of the stores, which set the order")
+            self._order = easy_first(self.train_dataset, args.seed if args.data_seed is None else args.data_seed)
         self._student = model_identity(self.model)
         self.add_callback(SlimRun(self._settings, self.check_finite))
 
@@ -163,7 +168,7 @@ class SlimTrainer(DistillationMixin, Trainer):
         return super()._get_train_sampler(train_dataset) if self._order is None else self._order
 
     def _run_epoch(self, **options: Any) -> None:
-        # The loader of a resumed epoch, which skips batches, does not pass the epoch on.
+        # accelerate does not, where several processes resume within an epoch.
         if self._order is not None:
             self._order.set_epoch(options["epoch"])
         super()._run_epoch(**options)
@@ -247,7 +252,9 @@ class SlimTrainer(DistillationMixin, Trainer):
             "slimkernels.store.verify"
         )
 
-    def _step(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None) -> Step:
+    def _step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
+    ) -> Step:
         teacher = self._teacher_of(inputs)
         with self.accelerator.autocast():
             result = loss_of_batch(
@@ -257,7 +264,7 @@ class SlimTrainer(DistillationMixin, Trainer):
                 teacher=teacher,
                 num_items=num_items,
                 statistics=self.args.statistics,
-                **self.args.loss_options,
+                **options,
             )
         rows = teacher.rows if isinstance(teacher, BatchTeacher) else teacher
         return Step(result.loss, result, inputs["target"], rows, result)
@@ -279,7 +286,8 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def _settings(self) -> dict[str, Any]:
         """Returns the settings that must not change between a checkpoint and the run that continues it."""
-        return run_identity(self.args, self._method() | {"student": self._student}, self.train_dataset)
+        own = {"student": self._student, "document_order": self.args.document_order}
+        return run_identity(self.args, self._method() | own, self.train_dataset)
 
     def _check_layout(self) -> None:
         asks_for_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -152,6 +152,11 @@ def _check_selection(store: Store, objective: SlimObjective) -> None:
     selection = store.settings.selection
     kind = selection.get("kind")
     options = objective.loss_options
+    if "temperature" in objective.parsed_schedules and (kind in _DRAWS or options["rest"] in ("zero", "ghost")):
+        raise ValueError(
+            f"temperature must not have a schedule with rest={options['rest']!r} and a store of select={kind!r}, whose "
+            "rows are for a few temperatures: use rest='renorm' with the largest logits, or a teacher_model"
+        )
     if objective.method == "sampled" and kind not in _DRAWS:
         raise ValueError(
             f"method 'sampled' needs a store of draws, captured with select='sample' or 'mixed', got one of "

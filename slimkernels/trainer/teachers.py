@@ -47,6 +47,8 @@ class OnlineTeacher:
     def __init__(self, model: nn.Module, objective: SlimObjective, vocab_size: int) -> None:
         self.model = model.eval()
         self.objective = objective
+        # The trainer changes it where it has a schedule.
+        self.temperature = float(objective.temperature)
         if is_partitioned(model):
             raise ValueError(
                 "teacher_model must be whole, got one that DeepSpeed ZeRO-3 has partitioned: load it before creating "
@@ -102,7 +104,7 @@ class OnlineTeacher:
 
     def _rows(self, head: dict[str, Any], target: Tensor, ids: Tensor | None) -> TeacherRows:
         """Computes the rows on the objective's support, of which ``ids`` (N, L) are the student's largest logits."""
-        temperatures = tuple(dict.fromkeys((1.0, float(self.objective.temperature))))
+        temperatures = tuple(dict.fromkeys((1.0, self.temperature)))
         if ids is None and (self._top_k == self.num_rows or self.objective.teacher_in_chunks):
             return HeadTeacher(top_k=self._top_k, **head)
         if ids is not None and self.objective.support == "student":

@@ -183,6 +183,7 @@ class Files:
             "decode": self._decode,
             "tree": self._tree,
             "store info": self._stored,
+            "store stats": self._stored,
             "store verify": self._stored,
             "store export": self._stored,
             "store import": self._import,
@@ -195,7 +196,7 @@ class Files:
             make_chats(self._at(args.text))
             add_chat_template(self._at(args.teacher))
         elif args.text is not None:
-            self.corpus(args.text)
+            self.corpus(args.text, args.teacher_prefix_field)
         if args.prompts not in (None, "shipped"):
             self._write(args.prompts, "\n".join(teachers.PROMPTS) + "\n")
         if args.hidden is not None:
@@ -293,11 +294,12 @@ class Files:
         self.corpus("corpus.jsonl")
         self._run(["capture", "--teacher", "captured", "--text", "corpus.jsonl", "--top-k", "17", "--out", args.dir])
 
-    def corpus(self, path: str) -> None:
+    def corpus(self, path: str, prefix_field: str | None = None) -> None:
         if path.endswith(".txt"):
             self._write(path, "\n\n".join(_CORPUS))
         else:
-            self._write(path, "".join(json.dumps({"text": text}) + "\n" for text in _CORPUS))
+            prefix = {} if prefix_field is None else {prefix_field: "It rained. "}
+            self._write(path, "".join(json.dumps({"text": text} | prefix) + "\n" for text in _CORPUS))
 
     def store(self, path: str) -> None:
         tokenizer = teachers.make_tokenizer()
