@@ -109,7 +109,7 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
     assert len({row["loss"] for row in rows[-4:]}) == 4
 
 
-@pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "ab"])
+@pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid"])
 def test_methods_train_from_every_kind_of_teacher(comparison, name):
     method = METHODS[name]
     options = method.options | {"learning_rate": 1e-2} | ({"max_new_tokens": 4} if name == "gkd" else {})

@@ -71,6 +71,11 @@ METHODS = {
         {"method": "kd", "divergence": "gated", "entropy_threshold": 0.8},
         values={"entropy_threshold": (1.6, 0.4)},
     ),
+    "taid": Method(
+        "TAID",
+        {"method": "kd", "schedules": {"teacher_blend": "taid:0.4:1.0"}},
+        values={"schedules": ({"teacher_blend": "linear:0.4:1.0"},)},
+    ),
     "sampled": Method("sampled KD", {"method": "sampled", "rest": "renorm"}, "draws", values={"rest": ("zero",)}),
     "dense_kd": Method("dense KD", {"method": "kd"}, teacher="online"),
     "gkd": Method(
