@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from support import teachers
+from transformers import AutoConfig, LlamaForTokenClassification
 
-from slimkernels.cli import decode_results, main
+from slimkernels.cli import decode_results, decode_watch, main
 from slimkernels.cli.decode import SEARCH_FIELDS
 from slimkernels.search import PathFinder, PathFinderConfig, RepetitionCheck, TransformersEngine, read_trace
 from slimkernels.teacher import load_teacher
@@ -30,6 +31,12 @@ OPTIONS = [option for field, value in FIELDS.items() for option in (SEARCH_FIELD
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return str(teachers.save_teacher(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _silence(monkeypatch):
+    """A slow machine writes no line about the loading of a model before an error."""
+    monkeypatch.setattr(decode_watch, "SILENCE_S", 1e9)
 
 
 @pytest.fixture
@@ -59,11 +66,16 @@ def without_time(records: list[dict]) -> list[dict]:
 
 
 def test_decode_documents_the_defaults_of_the_configuration():
-    fields = {field.name: field.default for field in dataclasses.fields(PathFinderConfig) if field.name != "step_end"}
+    # Functions, which have options of their own or none.
+    functions = ("step_end", "score_steps", "merge_embed")
+    fields = {field.name: field.default for field in dataclasses.fields(PathFinderConfig)}
+    fields = {name: default for name, default in fields.items() if name not in functions}
     assert set(fields) == set(SEARCH_FIELDS)
     own = {
         "max_tokens": "no limit",
         "stop_when_agreed": "no early stop",
+        "merge_siblings": "no merging",
+        "branching_temperature": "equal shares",
         "time_limit_s": "no limit",
         "step_delimiter": r"\n",
         "answer_pattern": "the rule of --answer-kind",
@@ -205,6 +217,33 @@ def test_decode_by_other_decoders_within_the_same_budget(decode, model, tmp_path
     assert [entry["score"] for entry in record["candidates"]] == (votes if decoder == "self-consistency" else sums)
 
 
+def test_decode_prunes_by_a_scorer_of_steps(decode, model, tmp_path):
+    classifier = teachers.save_teacher(tmp_path / "classifier")
+    scorer = LlamaForTokenClassification(AutoConfig.from_pretrained(classifier))
+    scorer.save_pretrained(classifier)
+    found = []
+    for name in (model, classifier):
+        trace, out = tmp_path / f"{len(found)}.jsonl", tmp_path / f"{len(found)}-out.jsonl"
+        options = ["--score-steps", name, "--score-weight", "0.5", "--score-reduction", "min"]
+        options += ["--selector", "step-score", "--trace", trace, "--out", out]
+        code, _, errors = decode(*options, "Anna")
+        assert code == 0, errors
+        header = read_trace(trace).header["config"]
+        found.append(header["score_steps"]["name"])
+        assert (header["score_weight"], header["score_reduction"]) == (0.5, "min")
+        [record] = records_of(out)
+        assert all(0 < entry["score"] < 1 for entry in record["candidates"])
+    assert found == ["StepVerifier", "ProcessRewardModel"]
+    command = ["decode", "--model", model, "--decoder", "best-of-n", "--score-steps", model, "Anna"]
+    assert main(command) == 2
+    config = json.loads((classifier / "config.json").read_text())
+    config["architectures"] = ["Qwen2ForProcessRewardModel"]
+    (classifier / "config.json").write_text(json.dumps(config))
+    code, _, errors = decode("--score-steps", classifier, "Anna")
+    assert code == 2
+    assert "is a Qwen2ForProcessRewardModel, whose code comes with its weights and is not run" in errors
+
+
 def test_decode_takes_a_question_from_standard_input(decode, monkeypatch, tmp_path):
     direct, piped, records = (tmp_path / name for name in ("direct.jsonl", "piped.jsonl", "records.jsonl"))
     assert decode("--out", direct, "Anna\nwas")[0] == 0
@@ -276,6 +315,13 @@ def test_decode_draws_a_tree_in_a_terminal(decode, monkeypatch):
         (["--contradiction-threshold", "0.4", "Anna"], "needs --nli"),
         (["--no-repetition-check", "--repetition-threshold", "0.4", "Anna"], "has no meaning"),
         (["--repetition-threshold", "2", "Anna"], r"threshold must be in \[0, 1\]"),
+        (["--score-weight", "0.5", "Anna"], "--score-weight has no meaning without --score-steps MODEL"),
+        (["--selector", "step-score", "Anna"], "--selector step-score needs --score-steps MODEL"),
+        (["--score-steps", "http://127.0.0.1:9/v1", "Anna"], "--score-steps must name a model of the server"),
+        (["--score-steps", "x", "--score-weight", "2", "Anna"], "--score-weight must be finite and in"),
+        (["--branching-temperature", "0", "Anna"], "--branching-temperature must be finite and above 0"),
+        (["--branching-temperature", "1", "--beam", "1", "Anna"], "--branching-temperature has no meaning where"),
+        (["--merge-siblings", "2", "Anna"], r"--merge-siblings must be in \[0, 1\]"),
         (["--branching-factor", "2,0", "Anna"], "--branching-factor must be at least 1"),
         (["--temperature", "-1", "Anna"], "temperature must be"),
         (["--answer-pattern", "(", "Anna"], "--answer-pattern must be"),

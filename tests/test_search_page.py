@@ -81,6 +81,10 @@ def test_page_shows_every_node_with_its_text_score_and_end(trace):
         *["expanded branch", "expanded branch", "finished branch", "finished", "pruned", "pruned"],
         *["cut", "cut"],
     ]
+    opened = [
+        "open" in attrs for tag, attrs, _ in page.found if tag == "details" and "question" in attrs.get("class", "")
+    ]
+    assert opened == [True, False], "the first tree is shown without a click"
     assert "2 attempts" in text
     assert "selector" in text
     assert "No answer." in text

@@ -434,8 +434,18 @@ def test_pathfinder_seeds_differ_by_everything_that_names_a_node():
     assert node_seed(0, np.array([1, 12]), (0,), 0) == node_seed(0, [1, 12], (0,), 0)
 
 
+def config_with(branching_temperature, **fields):
+    """Returns a configuration, without the temperature where nothing is shared out."""
+    shares = fields["beam"] > 1 and fields["max_depth"] > 1
+    factor = fields["branching_factor"]
+    shares = shares and (factor if isinstance(factor, int) else factor[1]) > 1
+    return PathFinderConfig(branching_temperature=branching_temperature if shares else None, **fields)
+
+
 CONFIGS = st.builds(
-    PathFinderConfig,
+    config_with,
+    branching_temperature=st.sampled_from([None, 0.1, 2.0]),
+    merge_siblings=st.sampled_from([None, 1]),
     branching_factor=st.one_of(st.integers(1, 4), st.tuples(st.integers(1, 5), st.integers(1, 3))),
     beam=st.integers(1, 4),
     buffer_size=st.integers(1, 6),

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from slimkernels.cli.decode_judges import (
+    add_judge_arguments,
+    check_judge_options,
+    device_of,
+    make_checks,
+    make_selector,
+    make_step_scorer,
+    not_loaded,
+)
 from slimkernels.cli.decode_results import (
     Asked,
     answered_questions,
@@ -18,8 +26,8 @@ from slimkernels.cli.decode_results import (
     record_of,
     settings_of,
     summary_of,
-    watch,
 )
+from slimkernels.cli.decode_watch import Watch, watch_of
 from slimkernels.cli.options import (
     Parser,
     add_command,
@@ -39,13 +47,11 @@ from slimkernels.cli.search_options import (
 from slimkernels.cli.terminal import be_quiet, warn_deprecated
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slimkernels.search import Engine, PathFinder, Question, Scorer
+    from slimkernels.search import Engine, PathFinder, Question
 
 _DECODERS = ("pathfinder", "self-consistency", "best-of-n", "greedy")
-_SELECTORS = ("consensus", "majority-vote", "log-probability", "verifier")
 _EXAMPLES = """\
 examples:
   slimkernels decode --model smollm2-135m-instruct "Anna has 3 bags of 4 apples. How many apples are that?"
@@ -56,6 +62,8 @@ examples:
         --decoder self-consistency --chains 16
   the highest cost of that, without generating anything:
     slimkernels decode --model ./my-model --questions test.jsonl --plan
+  progress and answers for another program:
+    slimkernels decode --model ./my-model --questions test.jsonl --json
   a search that can be stopped and continued, and a page that shows its trees:
     slimkernels decode --model ./my-model --questions test.jsonl --trace trace.jsonl
     slimkernels tree trace.jsonl -o tree.html
@@ -70,7 +78,15 @@ template is
     Think step by step, one step on each line. The last line is "Answer:" and the answer alone.
 """
 # Fields of the configuration that a decoder sets on its own.
-_SET_BY_CHAINS = ("branching_factor", "beam", "buffer_size", "annealing", "max_attempts")
+_SET_BY_CHAINS = (
+    "branching_factor",
+    "branching_temperature",
+    "beam",
+    "buffer_size",
+    "annealing",
+    "max_attempts",
+    "merge_siblings",
+)
 _SET_BY = {
     "pathfinder": (),
     "self-consistency": _SET_BY_CHAINS,
@@ -79,7 +95,6 @@ _SET_BY = {
 }
 # Options by the names that the functions of ``slimkernels.search`` have for them.
 _API_NAMES = {"num_chains": "--chains", "token_budget": "--max-tokens"}
-_CHECK_OPTIONS = ("repetition_threshold", "no_repetition_check", "nli", "contradiction_threshold")
 
 
 def add_parser(commands: Any) -> None:
@@ -89,7 +104,7 @@ def add_parser(commands: Any) -> None:
     )
     _add_model_arguments(parser)
     _add_question_arguments(parser)
-    _add_judge_arguments(parser)
+    add_judge_arguments(parser)
     add_fields(parser.add_argument_group("search"), SEARCH_FIELDS)
     _add_old_names(parser)
 
@@ -109,6 +124,11 @@ def _add_model_arguments(parser: Parser) -> None:
     add("--device", metavar="DEVICE", help="device of the model, such as cuda (default: the CPU)")
     add("--decoder", choices=_DECODERS, default=_DECODERS[0], help="search algorithm (default: %(default)s)")
     add_chains_option(parser, "self-consistency and best-of-n")
+    add(
+        "--json",
+        action="store_true",
+        help='print progress and results as JSON, an object on each line with its kind as "event"',
+    )
     add("--plan", action="store_true", help="print the highest possible number of tokens and bytes, and stop")
     add(
         "--out",
@@ -145,31 +165,6 @@ def _add_question_arguments(parser: Parser) -> None:
     )
 
 
-def _add_judge_arguments(parser: Parser) -> None:
-    add = parser.add_argument_group("checks of steps, and selection of the answer").add_argument
-    add(
-        "--repetition-threshold",
-        type=float,
-        metavar="F",
-        help="similarity from which a step repeats an earlier one (default: 0.98)",
-    )
-    add("--no-repetition-check", action="store_true", help="accept steps that repeat earlier ones")
-    add("--nli", metavar="MODEL", help="entailment model, which turns the contradiction check on")
-    add(
-        "--contradiction-threshold",
-        type=float,
-        metavar="F",
-        help="probability from which two steps contradict each other (default: 0.5)",
-    )
-    add(
-        "--selector",
-        choices=_SELECTORS,
-        help="rule that chooses the answer (default: consensus; majority-vote with self-consistency, log-probability "
-        "with best-of-n)",
-    )
-    add("--verifier", metavar="MODEL", help="model that judges with --selector verifier (default: the model itself)")
-
-
 def _add_old_names(parser: Parser) -> None:
     add_old_name(parser, "--token-budget", "--max-tokens")
     add_old_name(parser, "--limit", "--samples")
@@ -178,23 +173,25 @@ def _add_old_names(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers the questions: answers to standard output, progress to standard error."""
+    """Answers the questions: answers to standard output, progress to standard error; with --json all to the first."""
     if args.server is not None:
         warn_deprecated("--server URL --model NAME is now --model URL#NAME")
         args.model = f"{args.server}#{args.model}"
     _check_options(args)
-    be_quiet()
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
-    from slimkernels.search.question import count_repeats
-
     asked = read_questions(args)
-    finder, tokenizer = _path_finder(args)
-    # Counted here, so that a run that answers only the questions that are left draws the same.
-    questions = count_repeats([_question(item, template, tokenizer, args.prompt_style) for item in asked])
+    with watch_of(args) as watch:
+        watch.stage(f"loading {args.model}")
+        be_quiet()
+        from slimkernels.search.question import count_repeats
+
+        finder, tokenizer = _path_finder(args)
+        # Counted here, so that a run that answers only the questions that are left draws the same.
+        questions = count_repeats([_question(item, template, tokenizer, args.prompt_style) for item in asked])
+        if not args.plan:
+            _solve(args, watch, finder, asked, questions, template)
     if args.plan:
         _print_plan(finder, questions)
-    else:
-        _solve(args, finder, asked, questions, template)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -203,23 +200,14 @@ def _check_options(args: argparse.Namespace) -> None:
     refused = list(_SET_BY[args.decoder])
     if args.decoder not in ("self-consistency", "best-of-n"):
         refused += ["chains"]
-    if args.decoder != "pathfinder":
-        refused += _CHECK_OPTIONS
-    if args.decoder == "greedy":
-        refused += ["selector"]
     refuse(args, refused, f"with --decoder {args.decoder}")
-    if args.selector != "verifier":
-        refuse(args, ["verifier"], "without --selector verifier")
-    if args.no_repetition_check:
-        refuse(args, ["repetition_threshold"], "with --no-repetition-check")
+    check_judge_options(args)
     if args.questions is None:
         refuse(args, ["question_field", "reference_field", "samples"], "without --questions FILE")
     if args.answer_pattern is not None:
         refuse(args, ["answer_kind"], "with --answer-pattern, which takes its place")
     if args.plan:
-        refuse(args, ["out", "trace"], "with --plan, which generates nothing")
-    if args.contradiction_threshold is not None and args.nli is None:
-        raise ValueError("--contradiction-threshold needs --nli MODEL, which turns the check on")
+        refuse(args, ["out", "trace", "json"], "with --plan, which generates nothing")
 
 
 def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokenizerBase | None]:
@@ -227,10 +215,12 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     from slimkernels.evaluate.served import is_server
 
     # Made before the model is loaded, so that a bad value fails at once.
-    config = search.PathFinderConfig(**given_fields(args, SEARCH_FIELDS))
-    checks = _checks(args)
+    score_steps = None if args.score_steps is None else not_loaded
+    config = search.PathFinderConfig(**given_fields(args, SEARCH_FIELDS), score_steps=score_steps)
+    checks = make_checks(args)
     engine, model, tokenizer = _served(args) if is_server(args.model) else _embedded(args)
-    selector = _selector(args, model, tokenizer)
+    config = dataclasses.replace(config, score_steps=make_step_scorer(args, model, tokenizer))
+    selector = make_selector(args, model, tokenizer)
     selection = {} if selector is None else {"selector": selector}
     if args.decoder == "pathfinder":
         return search.PathFinder(engine, config, checks=checks, **selection), tokenizer
@@ -241,40 +231,23 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     return preset(engine, chains, config, **selection), tokenizer
 
 
-def _checks(args: argparse.Namespace) -> list[Any]:
-    from slimkernels import search
-
-    checks: list[Any] = []
-    if not args.no_repetition_check:
-        threshold = args.repetition_threshold
-        checks.append(search.RepetitionCheck() if threshold is None else search.RepetitionCheck(threshold))
-    if args.nli is not None:
-        threshold = 0.5 if args.contradiction_threshold is None else args.contradiction_threshold
-        checks.append(search.ContradictionCheck(search.NLIModel.from_pretrained(args.nli), threshold))
-    return checks
-
-
 def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
     from slimkernels import search, teacher
+    from slimkernels.evaluate.served import is_server
 
     refuse(args, ["tokenizer"], "with a model that runs here and has its own")
-    refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
+    if args.score_steps is None or not is_server(args.score_steps):
+        refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
     model, tokenizer = teacher.load_teacher(
         args.model,
         gguf_file=args.gguf_file,
         revision=args.revision,
         dtype=getattr(torch, args.dtype),
-        device=_device(args),
+        device=device_of(args),
     )
     return search.TransformersEngine(model, tokenizer), model, tokenizer
-
-
-def _device(args: argparse.Namespace) -> torch.device | None:
-    import torch
-
-    return None if args.device is None else torch.device(args.device)
 
 
 def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizerBase | None]:
@@ -286,28 +259,6 @@ def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizer
         raise ValueError("--selector verifier needs --verifier MODEL with a server: the verifier runs here")
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
     return find_server(args.model, key_env=args.key_env).engine, None, tokenizer
-
-
-def _selector(
-    args: argparse.Namespace, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
-) -> Scorer | None:
-    """Returns the scorer of --selector; None for the decoder's own."""
-    from slimkernels import search
-
-    if args.selector is None:
-        return None
-    if args.selector != "verifier":
-        scorers: dict[str, Scorer] = {
-            "consensus": search.consensus(),
-            "majority-vote": search.majority_vote,
-            "log-probability": search.log_probability,
-        }
-        return scorers[args.selector]
-    if args.verifier is None:
-        return search.Verifier(*cast(Any, (model, tokenizer)))  # with a server, _served has refused this
-    from slimkernels import teacher
-
-    return search.Verifier(*teacher.load_teacher(args.verifier, device=_device(args)))
 
 
 def _question(item: Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
@@ -357,6 +308,7 @@ def _print_plan(finder: PathFinder, questions: Sequence[Question]) -> None:
 
 def _solve(
     args: argparse.Namespace,
+    watch: Watch,
     finder: PathFinder,
     asked: Sequence[Asked],
     questions: Sequence[Question],
@@ -374,19 +326,19 @@ def _solve(
         # A trace belongs to all questions of a run, and records which of them are done.
         todo = [index for index in range(len(asked)) if args.trace is not None or index not in answered]
         if answered:
-            sys.stderr.write(f"{len(answered)} of {len(asked)} questions are answered in {args.out}\n")
-        on_depth = stack.enter_context(watch(asked, todo))
-        started, tokens, known_notes = time.monotonic(), 0, set[str]()
+            watch.note(f"{len(answered)} of {len(asked)} questions are answered in {args.out}")
+        if not todo:
+            return
+        watch.search([index + 1 for index in todo], [asked[index].text for index in todo], finder.config)
+        tokens, known_notes = 0, set[str]()
         stack.enter_context(_numbered(todo))
-        for place, result in finder.solve_each([questions[i] for i in todo], trace=args.trace, on_depth=on_depth):
+        prompts = [questions[index] for index in todo]
+        found = finder.solve_each(prompts, trace=args.trace, on_progress=watch.depth, on_tokens=watch.tokens)
+        for place, result in found:
             index = todo[place]
             tokens += result.num_tokens
-            print(summary_of(index, len(asked), result, known_notes))
+            record = record_of(args, index, asked[index], finder, result, settings)
+            watch.result(place, record, summary_of(index, len(asked), result, known_notes))
             if results is not None and index not in answered:
-                results.append(record_of(args, index, asked[index], finder, result, settings))
-        seconds = time.monotonic() - started
-    if todo:
-        sys.stderr.write(
-            f"{len(todo)} question{'s' if len(todo) > 1 else ''}, {tokens} tokens, {seconds:.1f} s, "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s\n"
-        )
+                results.append(record)
+        watch.end(tokens)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +15,7 @@ from slimkernels.text_files import check_characters
 
 if TYPE_CHECKING:
     from slimkernels.durable import JsonLines
-    from slimkernels.search import PathFinder, Result, Tree
+    from slimkernels.search import PathFinder, Result
 
 
 class Asked(NamedTuple):
@@ -110,6 +109,7 @@ def record_of(
                 "score": score,
                 "sum_logprob": candidate.sum_logprob,
                 "num_tokens": candidate.num_tokens,
+                "weight": candidate.weight,
             }
             for candidate, score in zip(result.candidates, result.scores, strict=True)
         ],
@@ -141,26 +141,3 @@ def summary_of(index: int, total: int, result: Result, known_notes: set[str]) ->
         f"question {index + 1} of {total}: {outcome}, {len(result.candidates)} candidates, {result.num_tokens} tokens, "
         f"{result.seconds:.1f} s\n{notes}{answer}{result.text.strip()}\n"
     )
-
-
-@contextlib.contextmanager
-def watch(asked: Sequence[Asked], todo: Sequence[int]) -> Iterator[Callable[[int, Tree], None]]:
-    """Yields the function that shows a finished depth: the tree in a terminal, a line elsewhere."""
-    from rich.console import Console
-
-    from slimkernels.search.tree_text import progress_line, render_tree
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-
-        def write(place: int, tree: Tree) -> None:
-            sys.stderr.write(f"{progress_line(todo[place], tree)}\n")
-
-        yield write
-        return
-    from rich.live import Live
-
-    with Live(console=console, transient=True, auto_refresh=False) as live:
-        yield lambda place, tree: live.update(
-            render_tree(asked[todo[place]].text, tree, console.height - 2), refresh=True
-        )

@@ -31,6 +31,12 @@ SEARCH_FIELDS: FieldOptions = {
         {"type": _numbers, "metavar": "N[,N...]"},
         "children per open leaf; several numbers apply to depth 0, 1, ..., the last to all deeper ones (default: 3)",
     ),
+    "branching_temperature": (
+        "--branching-temperature",
+        {"type": float, "metavar": "F"},
+        "difference of scores that changes a leaf's share of the children of a depth by a factor of e (default: equal "
+        "shares)",
+    ),
     "beam": ("--beam", {"type": int, "metavar": "N"}, "open leaves kept at every depth (default: 3)"),
     "buffer_size": ("--buffer-size", {"type": int, "metavar": "N"}, "hypotheses kept at every depth (default: 128)"),
     "max_depth": ("--max-depth", {"type": int, "metavar": "N"}, "maximum number of steps in a branch (default: 12)"),
@@ -100,6 +106,23 @@ SEARCH_FIELDS: FieldOptions = {
         "--length-penalty",
         {"type": float, "metavar": "F"},
         "exponent in the score, sum of log-probabilities / (number of tokens)^F (default: 1.0)",
+    ),
+    "score_weight": (
+        "--score-weight",
+        {"type": float, "metavar": "F"},
+        "share of the scores of --score-steps in pruning, beside that of the log-probabilities; 1 is all (default: "
+        "1.0)",
+    ),
+    "score_reduction": (
+        "--score-reduction",
+        {"choices": ("last", "min", "mean", "product")},
+        "combination of the scores of a branch's steps into one (default: last)",
+    ),
+    "merge_siblings": (
+        "--merge-siblings",
+        {"type": float, "metavar": "F"},
+        "similarity from which children of one leaf are merged, and their votes added; 1 merges equal steps alone "
+        "(default: no merging)",
     ),
     "max_attempts": (
         "--max-attempts",

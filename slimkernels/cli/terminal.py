@@ -118,14 +118,15 @@ def print_histogram(edges: Sequence[float], counts: Sequence[int]) -> None:
 
 def print_json(content: Any) -> None:
     """Prints JSON; a number that JSON cannot hold, infinite or NaN, is null."""
-    print(json.dumps(_finite(content), indent=2, allow_nan=False))
+    print(json.dumps(finite(content), indent=2, allow_nan=False))
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """Returns JSON values with None in place of numbers that JSON cannot hold."""
     if isinstance(content, Mapping):
-        return {name: _finite(value) for name, value in content.items()}
+        return {name: finite(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

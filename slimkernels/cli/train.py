@@ -24,7 +24,7 @@ from slimkernels.cli.options import (
 )
 from slimkernels.cli.terminal import be_quiet, print_table, shown
 from slimkernels.cli.train_progress import PROGRESS_FIELDS, schedules_by_name
-from slimkernels.cli.train_stores import add_store_options, check_stores
+from slimkernels.cli.train_stores import add_store_options, check_stores, documents_of
 from slimkernels.cli.train_student import add_student_options, student_of
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command ``train``."""
     options = "".join(f"  {name}={json.dumps(value)}\n" for name, value in OPTIONS.items())
     epilog = _EXAMPLES.replace("{options}", options)
-    parser = add_command(commands, "train", run, "train a student on a store", epilog, _API_NAMES)
+    parser = add_command(commands, "train", run, "train a student on a store, or on text", epilog, _API_NAMES)
     add = parser.add_argument
     add_store_options(parser)
     add(
@@ -228,11 +228,12 @@ def run(args: argparse.Namespace) -> None:
     tokenizer, note = train_tokenizer.find_tokenizer(args)
     if is_first and note:
         print(f"slimkernels: {note}", file=sys.stderr)
+    documents = documents_of(args, tokenizer)
     student = student_of(args)
     has_bar = sys.stderr.isatty()
     try:
         metrics = train(
-            args.store,
+            documents,
             student,
             args.method,
             args.out,

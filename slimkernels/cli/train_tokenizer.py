@@ -26,6 +26,8 @@ def find_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | 
 
     if args.tokenizer is not None:
         return load_tokenizer(args.tokenizer), ""
+    if args.text is not None:
+        return (load_tokenizer(args.student) if is_here(args.student) else None), ""
     # The stores have one tokenizer.
     store = Store(args.store[0])
     stored = store.tokenizer_fingerprint

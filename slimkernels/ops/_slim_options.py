@@ -29,6 +29,7 @@ KL_DIVERGENCES = ("forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "gat
 # The exponents of "ab" that make it one of the two KLs, and the smallest of any others.
 _AB_LIMITS = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}
 _AB_LOWEST = 0.05
+_PARAMETERS = ("beta", "alpha")
 
 
 class SlimOptions(NamedTuple):
@@ -235,12 +236,17 @@ def _check_rest(rest: str, divergence: str, teacher_blend: float, tail_weight: f
         )
 
 
+def default_parameters(divergence: str) -> dict[str, float]:
+    """Returns the beta and alpha that a divergence has where they are None."""
+    return {"beta": 0.7, "alpha": 0.2} if divergence == "ab" else {name: _FLOAT_DEFAULTS[name] for name in _PARAMETERS}
+
+
 def _resolve_divergence(divergence: str, beta: float | None, alpha: float | None) -> tuple[str, float, float]:
     """Checks beta and alpha, fills in the defaults, and returns the KL that "ab" is at its limits by its own name."""
-    is_ab = divergence == "ab"
-    beta = _checks.as_float((0.7 if is_ab else 0.5) if beta is None else beta, "beta")
-    alpha = _checks.as_float((0.2 if is_ab else 0.1) if alpha is None else alpha, "alpha")
-    if not is_ab:
+    defaults = default_parameters(divergence)
+    beta = _checks.as_float(defaults["beta"] if beta is None else beta, "beta")
+    alpha = _checks.as_float(defaults["alpha"] if alpha is None else alpha, "alpha")
+    if divergence != "ab":
         if not 0 < beta < 1:
             raise ValueError(f"beta must be in (0, 1), got {beta}")
         if not 0 <= alpha < 1:

@@ -11,10 +11,12 @@ from slimkernels.durable import DamagedLineError, FileInUseError, ForeignFileErr
 from slimkernels.search.checks import Check, CheckedBranch, CheckedStep, ContradictionCheck, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Step, StepRequest
+from slimkernels.search.outcome import Result
 from slimkernels.search.pathfinder import PathFinder
 from slimkernels.search.plan import Plan
 from slimkernels.search.presets import DEFAULT_CHAINS, best_of_n, greedy, self_consistency
-from slimkernels.search.question import Question, QuestionError, Result
+from slimkernels.search.pruning import PruningScore, StepScorer
+from slimkernels.search.question import Question, QuestionError
 from slimkernels.search.selection import (
     Candidate,
     TrigramConsensus,
@@ -23,7 +25,9 @@ from slimkernels.search.selection import (
     majority_vote,
     majority_vote_by,
     select,
+    step_score,
 )
+from slimkernels.search.step_scores import StepScoreError
 from slimkernels.search.trace import TraceDamagedError, TraceMismatchError, read_trace
 from slimkernels.search.tree import Status, Tree
 
@@ -31,13 +35,18 @@ if TYPE_CHECKING:
     from slimkernels.search.engines.server import ServerEngine
     from slimkernels.search.engines.transformers import TransformersEngine
     from slimkernels.search.judges import NLIModel, SentenceEncoder, Verifier
+    from slimkernels.search.reward_models import ProcessRewardModel, StepVerifier
+    from slimkernels.search.served_judges import ServedStepVerifier
     from slimkernels.search.transformers_generate import custom_generate
 
 # Loaded on first use, because they import transformers or an HTTP client.
 _LAZY = {
     "NLIModel": "slimkernels.search.judges",
+    "ProcessRewardModel": "slimkernels.search.reward_models",
     "SentenceEncoder": "slimkernels.search.judges",
+    "ServedStepVerifier": "slimkernels.search.served_judges",
     "ServerEngine": "slimkernels.search.engines.server",
+    "StepVerifier": "slimkernels.search.reward_models",
     "TransformersEngine": "slimkernels.search.engines.transformers",
     "Verifier": "slimkernels.search.judges",
     "custom_generate": "slimkernels.search.transformers_generate",
@@ -58,15 +67,21 @@ __all__ = [
     "PathFinder",
     "PathFinderConfig",
     "Plan",
+    "ProcessRewardModel",
+    "PruningScore",
     "Question",
     "QuestionError",
     "RepetitionCheck",
     "Result",
     "SentenceEncoder",
+    "ServedStepVerifier",
     "ServerEngine",
     "Status",
     "Step",
     "StepRequest",
+    "StepScoreError",
+    "StepScorer",
+    "StepVerifier",
     "TraceDamagedError",
     "TraceMismatchError",
     "TransformersEngine",
@@ -83,6 +98,7 @@ __all__ = [
     "read_trace",
     "select",
     "self_consistency",
+    "step_score",
 ]
 
 

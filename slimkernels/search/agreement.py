@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,13 +15,13 @@ class Agreement(NamedTuple):
 
     Attributes:
         answer: The answer as its first branch gives it; None without answers.
-        votes: Number of branches with this answer.
-        others: Largest number of branches with any other answer.
+        votes: Sum of the weights of the branches with this answer: their number, if no siblings were merged.
+        others: Largest such sum of any other answer.
     """
 
     answer: str | None
-    votes: int
-    others: int
+    votes: float
+    others: float
 
 
 class Remainder(NamedTuple):
@@ -37,16 +36,19 @@ class Remainder(NamedTuple):
     tokens: int
 
 
-def agreement(answers: Sequence[str | None]) -> Agreement:
-    """Counts the answers of finished branches; answers of equal value are one, as in ``majority_vote``."""
+def agreement(answers: Sequence[str | None], weights: Sequence[float]) -> Agreement:
+    """Adds the weights of finished branches by answer; answers of equal value are one, as in ``majority_vote``."""
     shown: dict[object, str] = {}
-    for answer in answers:
+    votes: dict[object, float] = {}
+    for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
-            shown.setdefault(canonical(answer, "any"), answer)
-    votes = Counter(canonical(answer, "any") for answer in answers if answer is not None).most_common(2)
-    if not votes:
+            value = canonical(answer, "any")
+            shown.setdefault(value, answer)
+            votes[value] = votes.get(value, 0.0) + weight
+    ranked = sorted(votes, key=votes.__getitem__, reverse=True)
+    if not ranked:
         return Agreement(None, 0, 0)
-    return Agreement(shown[votes[0][0]], votes[0][1], votes[1][1] if len(votes) > 1 else 0)
+    return Agreement(shown[ranked[0]], votes[ranked[0]], votes[ranked[1]] if len(ranked) > 1 else 0)
 
 
 def remainder(config: PathFinderConfig, depth: int, num_leaves: int, steps_left: int | None) -> Remainder:
@@ -70,9 +72,10 @@ def remainder(config: PathFinderConfig, depth: int, num_leaves: int, steps_left:
 def is_settled(config: PathFinderConfig, found: Agreement, num_hypotheses: int, left: Remainder) -> bool:
     """Returns whether a search may stop early: ``stop_when_agreed`` branches agree, or no other answer can get as many.
 
-    The second holds only if no branch with the answer can be pruned from the buffer.
+    The second holds only if no branch with the answer can be pruned from the buffer. It is not tried where siblings are
+    merged, since one branch may then have any number of votes.
     """
     if config.stop_when_agreed is None or found.answer is None:
         return False
     is_certain = found.votes > found.others + left.branches and num_hypotheses + left.branches <= config.buffer_size
-    return found.votes >= config.stop_when_agreed or is_certain
+    return found.votes >= config.stop_when_agreed or (is_certain and config.merge_siblings is None)

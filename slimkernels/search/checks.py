@@ -108,7 +108,7 @@ class RepetitionCheck:
         """Returns the largest scaled cosine similarity to an earlier step; -1 if there is none with an embedding."""
         new = branch.step.embedding
         scores = [
-            _scaled_cosine(new, earlier.embedding)
+            scaled_cosine(new, earlier.embedding)
             for earlier in branch.earlier
             if new is not None and earlier.embedding is not None
         ]
@@ -120,11 +120,7 @@ class RepetitionCheck:
         missing = list({id(step): step for step in steps if step.embedding is None}.values())
         if not missing:
             return
-        embeddings = np.asarray(self._embed([step.text for step in missing]))
-        if embeddings.ndim != 2 or len(embeddings) != len(missing):
-            raise ValueError(
-                f"embed must return an array ({len(missing)}, d), one row per text, got {embeddings.shape}"
-            )
+        embeddings = embed_texts(self._embed, [step.text for step in missing])
         for step, embedding in zip(missing, embeddings, strict=True):
             step.embedding = embedding
 
@@ -205,7 +201,19 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.lower())) - _FUNCTION_WORDS
 
 
-def _scaled_cosine(left: np.ndarray, right: np.ndarray) -> float:
+def embed_texts(embed: Embed, texts: Sequence[str]) -> np.ndarray:
+    """Computes the embeddings (n, d) of n texts.
+
+    Raises:
+        ValueError: The function returned something else.
+    """
+    embeddings = np.asarray(embed(texts))
+    if embeddings.ndim != 2 or len(embeddings) != len(texts):
+        raise ValueError(f"embed must return an array ({len(texts)}, d), one row per text, got {embeddings.shape}")
+    return embeddings
+
+
+def scaled_cosine(left: np.ndarray, right: np.ndarray) -> float:
     """Returns (1 + cos) / 2 of two vectors; 0 if one of them is 0."""
     norm = float(np.linalg.norm(left)) * float(np.linalg.norm(right))
     return 0.5 + 0.5 * float(np.dot(left, right)) / norm if norm > 0 else 0.0

@@ -10,7 +10,9 @@ from typing import Any
 
 from slimkernels import _checks
 from slimkernels.search.answers import ANSWER_KINDS, AnswerKind, extract, finishes
+from slimkernels.search.checks import Embed
 from slimkernels.search.engine import StepEnd
+from slimkernels.search.pruning import REDUCTIONS, PruningScore, Reduction, StepScorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,9 @@ class PathFinderConfig:
     Attributes:
         branching_factor: Children of every open leaf; or one number per depth, the last of which applies to all deeper
             ones.
+        branching_temperature: Temperature at which the children of a depth are shared out among a question's leaves by
+            their pruning scores (``share_children``): leaves with close scores get as many, one that leads gets more,
+            all together as many as without it. None gives each leaf ``branching_factor`` children.
         beam: Open leaves to keep for each question after every depth, those with the best scores.
         buffer_size: Hypotheses to keep for each question after every depth, finished ones included, those with the best
             scores.
@@ -44,6 +49,17 @@ class PathFinderConfig:
         top_k: Number of likeliest tokens to draw from; 0 for all.
         top_p: Probability of the smallest set of likeliest tokens to draw from, after ``top_k``.
         length_penalty: lambda in the score, sum of log-probabilities / (number of tokens)^lambda.
+        score_steps: Function that scores new steps for pruning, called once for all branches of all questions at a
+            depth, with the texts of each branch's steps and the questions' contexts, such as a ``ProcessRewardModel``,
+            a ``StepVerifier`` or a ``ServedStepVerifier``. None prunes by log-probability.
+        score_weight: Share of the step scores in the pruning score, in [0, 1], ``PruningScore``: 1 prunes by them
+            alone.
+        score_reduction: Combination of the scores of a branch's steps into one: "last" | "min" | "mean" | "product".
+        merge_siblings: Similarity in [0, 1] from which children of one leaf are merged into the first of them, which
+            then has all their weight in votes and selection, and gets children once: 1 merges steps of equal words,
+            less also those whose embeddings are as similar and that have the same numbers. None merges none.
+        merge_embed: Function from n texts to embeddings (n, d), such as a ``SentenceEncoder``, for a ``merge_siblings``
+            below 1. None uses the engine's embeddings.
         max_attempts: Number of times to generate a child that fails its checks before it is cut.
         seed: Seed of all noise.
         batch_questions: Questions to search at the same time. Changes speed and memory, not results.
@@ -55,6 +71,7 @@ class PathFinderConfig:
     """
 
     branching_factor: int | Sequence[int] = 3
+    branching_temperature: float | None = None
     beam: int = 3
     buffer_size: int = 128
     max_depth: int = 12
@@ -71,6 +88,11 @@ class PathFinderConfig:
     top_k: int = 0
     top_p: float = 0.95
     length_penalty: float = 1.0
+    score_steps: StepScorer | None = None
+    score_weight: float = 1.0
+    score_reduction: Reduction = "last"
+    merge_siblings: float | None = None
+    merge_embed: Embed | None = None
     max_attempts: int = 2
     seed: int = 0
     batch_questions: int = 8
@@ -111,10 +133,13 @@ class PathFinderConfig:
         if isinstance(self.end_markers, str) or not all(self.end_markers):
             raise ValueError(f"end_markers must be a sequence of texts that are not empty, got {self.end_markers!r}")
         _checks.as_temperature(self.temperature, or_zero=True)
-        for name, low, high in (("top_p", 0, 1), ("length_penalty", 0, math.inf)):
+        for name, low, high in (("top_p", 0, 1), ("length_penalty", 0, math.inf), ("score_weight", 0, 1)):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be finite and in [{low}, {high}], got {value}")
+        self._check_branching()
+        self._check_step_scores()
+        self._check_merging()
         if not (math.isfinite(self.annealing) and self.annealing > 0):
             raise ValueError(f"annealing must be finite and above 0, got {self.annealing}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
@@ -127,6 +152,48 @@ class PathFinderConfig:
                 re.compile(self.answer_pattern)
             except re.error as error:
                 raise ValueError(f"answer_pattern must be a regular expression, got {self.answer_pattern!r}") from error
+
+    def _check_branching(self) -> None:
+        temperature = self.branching_temperature
+        if temperature is None:
+            return
+        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"branching_temperature must be finite and above 0, or None, got {temperature!r}")
+        factors = [self.branching_at(depth) for depth in range(1, self.max_depth)]
+        if self.beam == 1 or max(factors, default=1) == 1:
+            raise ValueError(
+                "branching_temperature has no meaning where no depth but the first has more than one child for each of "
+                "several leaves: omit it, or give a beam, a max_depth and a branching_factor above 1"
+            )
+
+    def _check_step_scores(self) -> None:
+        if self.score_steps is not None and not callable(self.score_steps):
+            raise ValueError(
+                "score_steps must be a function of the texts of branches and the contexts of their questions, or None, "
+                f"got {self.score_steps!r}"
+            )
+        if self.score_reduction not in REDUCTIONS:
+            raise ValueError(
+                f"score_reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {self.score_reduction!r}"
+            )
+        for name, default in (("score_weight", 1.0), ("score_reduction", "last")):
+            if self.score_steps is None and getattr(self, name) != default:
+                raise ValueError(f"{name} has no meaning without score_steps, whose scores it is about: omit it")
+
+    def _check_merging(self) -> None:
+        similarity = self.merge_siblings
+        if similarity is not None and not (isinstance(similarity, (int, float)) and 0 <= similarity <= 1):
+            raise ValueError(f"merge_siblings must be in [0, 1], or None, got {similarity!r}")
+        if self.merge_embed is not None and (similarity is None or similarity == 1):
+            raise ValueError(
+                "merge_embed has no meaning without a merge_siblings below 1, which compares embeddings: omit it"
+            )
+
+    @property
+    def pruning_score(self) -> PruningScore:
+        """Score of a branch by which leaves and hypotheses are kept."""
+        weight = 0.0 if self.score_steps is None else self.score_weight
+        return PruningScore(self.length_penalty, weight, self.score_reduction)
 
     def branching_at(self, depth: int) -> int:
         """Returns the number of children of a leaf at this depth; the root is at depth 0."""

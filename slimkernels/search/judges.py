@@ -134,20 +134,26 @@ class Verifier:
         scores: list[float] = []
         for first in range(0, len(texts), self.batch_size):
             encoded = [self.tokenizer(text)["input_ids"] for text in texts[first : first + self.batch_size]]
-            # A causal model does not attend to padding on the right, so any token will do.
-            lengths = torch.tensor([len(token_ids) for token_ids in encoded])
-            padded = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.long)
-            for row, token_ids in enumerate(encoded):
-                padded[row, : len(token_ids)] = torch.tensor(token_ids)
-            logits = self._last_logits(padded.to(self.model.device), lengths.to(self.model.device))
+            logits = last_logits(self.model, *pad_right(encoded, self.model.device))
             scores += logits.float().log_softmax(-1)[:, self._yes].exp().sum(-1).tolist()
         return scores
 
-    def _last_logits(self, padded: Tensor, lengths: Tensor) -> Tensor:
-        # The head runs only at positions where some row ends, not at all positions of the batch.
-        ends = (lengths - 1).unique()
-        logits = self.model(padded, logits_to_keep=ends, use_cache=False).logits
-        return logits[torch.arange(len(lengths), device=logits.device), torch.searchsorted(ends, lengths - 1)]
+
+def pad_right(encoded: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns texts as token ids (B, L) int64, padded with zeros, and their lengths (B,) int64."""
+    lengths = torch.tensor([len(token_ids) for token_ids in encoded])
+    padded = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.long)
+    for row, token_ids in enumerate(encoded):
+        padded[row, : len(token_ids)] = torch.tensor(token_ids)
+    return padded.to(device), lengths.to(device)
+
+
+def last_logits(model: PreTrainedModel, padded: Tensor, lengths: Tensor) -> Tensor:
+    """Computes a causal model's logits (B, V) after each of B texts, which does not attend to padding on the right."""
+    # The head runs only at positions where some row ends, not at all positions of the batch.
+    ends = (lengths - 1).unique()
+    logits = model(padded, logits_to_keep=ends, use_cache=False).logits
+    return logits[torch.arange(len(lengths), device=logits.device), torch.searchsorted(ends, lengths - 1)]
 
 
 def _batches(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from slimkernels.search.checks import Check, RepetitionCheck
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step, StepRequest
+from slimkernels.search.merging import merge_new_siblings
+from slimkernels.search.outcome import Result, select_result
 from slimkernels.search.plan import Plan, plan
 from slimkernels.search.question import (
     Child,
@@ -19,22 +21,26 @@ from slimkernels.search.question import (
     Question,
     QuestionError,
     QuestionSearch,
-    Result,
     count_repeats,
 )
-from slimkernels.search.selection import Scorer, consensus, select
+from slimkernels.search.selection import Scorer, consensus, step_score
+from slimkernels.search.step_scores import score_new_steps
 from slimkernels.search.trace import Trace, header_of
-from slimkernels.search.tree import ROOT, Status, Tree
+from slimkernels.search.tree import Tree
 
-# Called with a question's index and its tree whenever a depth is complete.
+# Called with a question's index and its tree, or its state, whenever a depth is complete.
 OnDepth = Callable[[int, Tree], None]
+OnProgress = Callable[[int, Progress], None]
+# Called with the number of tokens drawn since the last call; negative where an estimate was too high.
+OnTokens = Callable[[int], None]
 
 
 class PathFinder:
     """A search that grows a tree of reasoning steps for every question, keeps the best branches, and selects one.
 
     At every depth each open leaf gets ``branching_factor`` children; those of all leaves and questions are generated in
-    one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. Then the
+    one batch. A child that has no text or fails a check is generated again, and cut after ``max_attempts``. With
+    ``merge_siblings`` those that are alike become one, and with ``score_steps`` the others are scored in one call. The
     best ``beam`` open leaves and the best ``buffer_size`` hypotheses of each question are kept. At the end, or with
     ``stop_when_agreed`` where enough finished branches have one answer, the selector chooses among the hypotheses that
     are left.
@@ -55,6 +61,7 @@ class PathFinder:
 
     Raises:
         TypeError: A check or the selector does not follow its protocol; the message says what it lacks.
+        ValueError: The selector is ``step_score``, and the configuration has no ``score_steps``.
 
     References: Golovneva et al. 2023, "PathFinder: Guided search over multi-step reasoning paths", arXiv 2312.05180.
     """
@@ -84,6 +91,9 @@ class PathFinder:
                 "selector must be a function from candidates to scores, such as slimkernels.search.consensus(), got "
                 f"{self.selector!r}"
             )
+
+        if self.selector is step_score and self.config.score_steps is None:
+            raise ValueError("selector step_score needs scores of steps: give the configuration score_steps")
 
     def plan(self, questions: Sequence[Prompt | Question]) -> Plan:
         """Returns upper bounds of the tokens and bytes that ``solve`` takes, without generating any tokens.
@@ -127,6 +137,8 @@ class PathFinder:
             ValueError: A question is empty, or the engine cannot take it. All questions are checked before the first is
                 searched.
             FloatingPointError: The model returned NaN logits.
+            StepScoreError: ``score_steps`` raised an error or returned something other than one finite number for each
+                branch. The trace holds the depths before.
             TraceMismatchError: The trace is of another search: other questions, checks, model or configuration.
             TraceDamagedError, DamagedLineError, FileInUseError, ForeignFileError: As in ``Trace``.
         """
@@ -138,9 +150,26 @@ class PathFinder:
         *,
         trace: str | os.PathLike[str] | None = None,
         on_depth: OnDepth | None = None,
+        on_progress: OnProgress | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Iterator[tuple[int, Result]]:
-        """Yields the index and result of each question as soon as its batch of questions is complete. See ``solve``."""
+        """Yields the index and result of each question as soon as its batch of questions is complete.
+
+        Args:
+            questions: Questions in any form that ``solve`` takes.
+            trace: File to record the search in, or to resume it from.
+            on_depth: Function called with a question's index and its tree whenever a depth of it is complete.
+            on_progress: Function called with a question's index and its state whenever a depth of it is complete.
+            on_tokens: Function called with the number of tokens drawn since its last call: after every token of an
+                engine in this process, and after every answer of a server.
+
+        Raises:
+            ValueError, FloatingPointError, StepScoreError, TraceMismatchError, ...: The same as in ``solve``.
+        """
         checked = self._check_questions(questions)
+        watchers = [] if on_progress is None else [on_progress]
+        if on_depth is not None:
+            watchers.append(lambda index, progress: on_depth(index, progress.tree))
         batch_size = self.config.batch_questions
         with contextlib.ExitStack() as stack:
             written, progress = None, lambda _: Progress()
@@ -153,7 +182,7 @@ class PathFinder:
                     QuestionSearch(self.engine, self.config, index, question, progress(index))
                     for index, question in enumerate(checked[first : first + batch_size], first)
                 ]
-                yield from enumerate(self._search_batch(searches, written, on_depth), first)
+                yield from enumerate(self._search_batch(searches, written, watchers, on_tokens), first)
 
     def _check_questions(self, questions: Sequence[Prompt | Question]) -> list[Question]:
         """Returns all questions with their contexts.
@@ -189,7 +218,11 @@ class PathFinder:
         return Question(question) if prompt is None else Question(prompt, question)
 
     def _search_batch(
-        self, searches: Sequence[QuestionSearch], trace: Trace | None, on_depth: OnDepth | None
+        self,
+        searches: Sequence[QuestionSearch],
+        trace: Trace | None,
+        watchers: Sequence[OnProgress],
+        on_tokens: OnTokens | None,
     ) -> list[Result]:
         """Grows the trees of a batch of questions depth by depth, and selects their results."""
         config = self.config
@@ -206,7 +239,7 @@ class PathFinder:
                     break
                 # In a resumed search some questions may have completed this depth before the interruption.
                 growing = [search for search in searches if search.is_open and search.progress.depth == depth]
-                self._expand(growing, depth, deadline)
+                self._expand(growing, depth, deadline, on_tokens)
                 for search in growing:
                     search.prune()
                     search.progress.depth = depth + 1
@@ -214,14 +247,15 @@ class PathFinder:
                     search.progress.seconds = time.monotonic() - started
                     if trace is not None:
                         trace.write_depth(search)
-                    if on_depth is not None:
-                        on_depth(search.index, search.tree)
+                    for watcher in watchers:
+                        watcher(search.index, search.progress)
             for search in searches:
                 search.end(limit)
         finally:
             for search in searches:
                 search.close()
-        results = [self._select(search) for search in searches]
+        engine_notes = getattr(self.engine, "notes", ())
+        results = [select_result(search, self.selector, self.checks, engine_notes) for search in searches]
         if trace is not None:
             for search, result in zip(searches, results, strict=True):
                 trace.write_result(search, result)
@@ -258,9 +292,13 @@ class PathFinder:
 
     @property
     def _embeds(self) -> bool:
-        return any(getattr(check, "needs_embeddings", False) for check in self.checks)
+        similarity = self.config.merge_siblings
+        merges = similarity is not None and similarity < 1 and self.config.merge_embed is None
+        return merges or any(getattr(check, "needs_embeddings", False) for check in self.checks)
 
-    def _expand(self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None) -> None:
+    def _expand(
+        self, searches: Sequence[QuestionSearch], depth: int, deadline: float | None, on_tokens: OnTokens | None
+    ) -> None:
         """Gives every open leaf its children: generates all in one batch, then those that fail in further batches."""
         children = [child for search in searches for child in search.new_children(self.config.branching_at(depth))]
         pending = children
@@ -272,12 +310,16 @@ class PathFinder:
                     child.discard()
             if not pending:
                 break
-            self._generate(pending, depth)
+            self._generate(pending, depth, on_tokens)
             self._check_steps(pending, depth)
         for child in children:
             child.search.add(child)
+        if self.config.merge_siblings is not None:
+            merge_new_siblings(searches, depth + 1, self.config.merge_siblings, self.config.merge_embed)
+        if self.config.score_steps is not None:
+            score_new_steps(self.config.score_steps, searches, depth + 1)
 
-    def _generate(self, children: Sequence[Child], depth: int) -> None:
+    def _generate(self, children: Sequence[Child], depth: int, on_tokens: OnTokens | None) -> None:
         """Generates the steps of children in one batch."""
         config = self.config
         requests = [
@@ -294,9 +336,21 @@ class PathFinder:
             )
             for child in children
         ]
-        steps = self.engine.extend(requests, config.is_step, embed=self._embeds)
+        counted = 0
+
+        def is_step(text: str) -> bool:
+            # Engines ask about every token but those that end a step by themselves.
+            nonlocal counted
+            counted += 1
+            if on_tokens is not None:
+                on_tokens(1)
+            return config.is_step(text)
+
+        steps = self.engine.extend(requests, is_step, embed=self._embeds)
         for child, step in zip(children, steps, strict=True):
             child.receive(step)
+        if on_tokens is not None:
+            on_tokens(sum(len(step.token_ids) for step in steps) - counted)
 
     def _check_steps(self, children: Sequence[Child], depth: int) -> None:
         """Sets every child's ``failure`` to the first check that its step fails, or to the empty string."""
@@ -320,48 +374,6 @@ class PathFinder:
                 )
             for child, fails in zip(passing, failed, strict=True):
                 child.failure = check.name if fails else ""
-
-    def _select(self, search: QuestionSearch) -> Result:
-        """Selects one of the finished branches, or else of those that a limit ended, or else of those that were cut."""
-        tree = search.tree
-        nodes = tree.with_status(Status.FINISHED)
-        finished = bool(nodes)
-        if not finished:
-            nodes = [node for node in tree.with_status(Status.ENDED) if node != ROOT]
-        if not nodes:
-            partial = tree.partial_branches()
-            nodes = sorted(tree.best(partial, self.config.buffer_size, self.config.length_penalty))
-        candidates = [search.candidate(node) for node in nodes]
-        scores = [float(score) for score in self.selector(candidates)] if candidates else []
-        best = candidates[select(candidates, scores)] if candidates else None
-        checks = tuple(check.name for check in self.checks)
-        # A search without any checks did not ask for this one.
-        off = checks and "contradiction" not in checks
-        notes = ("the contradiction check was off: no NLI model was given",) if off else ()
-        saved_tokens, agreed = search.saved()
-        notes += (*getattr(self.engine, "notes", ()), *search.notes(), *agreed)
-        if not finished:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tree.count_reasons().items()))
-            if best is None:
-                notes += (f"no branch was left: {reasons}",)
-            elif tree.status[best.node] == Status.ENDED:
-                notes += (f"no branch came to its own end: {reasons}; this is the best of those that a limit ended",)
-            else:
-                notes += (f"no branch was left: {reasons}; this is the best partial one",)
-        return Result(
-            text=best.text if best else "",
-            answer=best.answer if best else None,
-            finished=finished,
-            node=best.node if best else None,
-            candidates=candidates,
-            scores=scores,
-            num_tokens=search.progress.num_tokens,
-            tree=tree,
-            checks=checks,
-            notes=notes,
-            seconds=search.progress.seconds,
-            saved_tokens=saved_tokens,
-        )
 
 
 def _affordable(children: Sequence[Child]) -> list[Child]:

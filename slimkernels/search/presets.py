@@ -76,9 +76,12 @@ def _chains(
     chains = dataclasses.replace(
         config or PathFinderConfig(),
         branching_factor=(num_chains, 1),
+        branching_temperature=None,
         beam=num_chains,
         buffer_size=num_chains,
         max_attempts=1,
+        merge_siblings=None,
+        merge_embed=None,
         **changes,
     )
     return PathFinder(engine, chains, checks=(), selector=selector, chat=chat)

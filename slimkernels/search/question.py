@@ -1,4 +1,4 @@
-"""The search of one question: ``Question``, ``QuestionSearch`` and ``Child`` while its tree grows, ``Result``."""
+"""The search of one question: ``Question``, ``QuestionSearch`` and ``Child`` while its tree grows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slimkernels.search.agreement import Agreement, Remainder, agreement, is_settled, remainder
+from slimkernels.search.branching import share_children
 from slimkernels.search.checks import CheckedBranch, CheckedStep
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine, Prompt, Step
@@ -60,47 +61,6 @@ def count_repeats(questions: Sequence[Question]) -> list[Question]:
         counted.append(question if question.repeat is not None else question._replace(repeat=seen[key]))
         seen[key] += 1
     return counted
-
-
-class Result(NamedTuple):
-    """The outcome of one question.
-
-    Attributes:
-        text: Text of the selected branch, without the prompt. If no branch is left, that of the best partial one; empty
-            if the model wrote nothing.
-        answer: Answer that the text announces, by the configuration's ``answer_kind`` or ``answer_pattern``, or None.
-        finished: Whether the selected branch came to its own end. False if a limit ended all branches that are left, or
-            if none is left.
-        node: Selected node of ``tree``; None if the model wrote nothing.
-        candidates: Hypotheses given to the selector: the finished ones; if none is finished, those that a limit ended;
-            if all were cut, what is left of them.
-        scores: The selector's score of each candidate.
-        num_tokens: Tokens generated for this question, those of cut and pruned nodes included.
-        tree: Tree of all nodes, with the reason why each ended.
-        checks: Names of the checks that ran. A step without text fails even if there are no checks.
-        notes: Remarks that a reader of the result should know, such as a check that is off.
-        seconds: Time from the start of the question's batch to the question's own end, without interruptions.
-        saved_tokens: Most tokens that the search would still have generated, if ``stop_when_agreed`` stopped it; else
-            0.
-    """
-
-    text: str
-    answer: str | None
-    finished: bool
-    node: int | None
-    candidates: list[Candidate]
-    scores: list[float]
-    num_tokens: int
-    tree: Tree
-    checks: tuple[str, ...]
-    notes: tuple[str, ...]
-    seconds: float = 0.0
-    saved_tokens: int = 0
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Number of nodes that ended for each reason."""
-        return self.tree.count_reasons()
 
 
 @dataclasses.dataclass
@@ -225,19 +185,36 @@ class QuestionSearch:
         return max(0, self.config.max_tokens - self.progress.num_tokens) // self.config.max_step_tokens
 
     def new_children(self, factor: int) -> list[Child]:
-        """Returns ``factor`` children for each open leaf, in the order of their leaves.
+        """Returns ``factor`` children for each open leaf, or as many in all, in the order of their leaves.
 
         If the token budget does not allow all of them, every leaf gets one child before any gets a second, best leaf
         first. Leaves without children are ended.
         """
-        leaves = self._ranked(self.tree.with_status(Status.OPEN))
-        affordable = [(leaf, ordinal) for ordinal in range(factor) for leaf in leaves][: self.affordable_steps()]
+        leaves = self.ranked(self.tree.with_status(Status.OPEN))
+        counts = [factor] * len(leaves)
+        if self.config.branching_temperature is not None:
+            scores = self.config.pruning_score(self.tree, leaves)
+            counts = share_children(scores, factor, self.config.branching_temperature)
+        wanted = [
+            (leaf, ordinal)
+            for ordinal in range(max(counts))
+            for leaf, count in zip(leaves, counts, strict=True)
+            if ordinal < count
+        ]
+        affordable = wanted[: self.affordable_steps()]
         for leaf in leaves[len(affordable) :]:
             self._close_leaf(leaf, Status.ENDED, "budget")
         return [Child(self, leaf, ordinal) for leaf, ordinal in sorted(affordable)]
 
     def notes(self) -> tuple[str, ...]:
-        """Returns what the token budget changed, for the notes of the result."""
+        """Returns what merging and the token budget changed, for the notes of the result."""
+        return (*self._merged_note(), *self._budget_note())
+
+    def _merged_note(self) -> tuple[str, ...]:
+        count = len(self.tree.with_status(Status.MERGED))
+        return (f"{count} of {len(self.tree) - 1} steps were merged into a sibling like them",) if count else ()
+
+    def _budget_note(self) -> tuple[str, ...]:
         tree, depths = self.tree, []
         if self.config.max_tokens is None:
             return ()
@@ -290,9 +267,9 @@ class QuestionSearch:
 
     def prune(self) -> None:
         """Prunes all but the best ``beam`` open leaves, then all but the best ``buffer_size`` hypotheses."""
-        for leaf in self._ranked(self.tree.with_status(Status.OPEN))[self.config.beam :]:
+        for leaf in self.ranked(self.tree.with_status(Status.OPEN))[self.config.beam :]:
             self._close_leaf(leaf, Status.PRUNED, "pruned")
-        for node in self._ranked(self.tree.hypotheses())[self.config.buffer_size :]:
+        for node in self.ranked(self.tree.hypotheses())[self.config.buffer_size :]:
             self._close_leaf(node, Status.PRUNED, "pruned")
 
     def stop_if_agreed(self) -> None:
@@ -304,7 +281,8 @@ class QuestionSearch:
             self.end(AGREED)
 
     def _agreement(self) -> Agreement:
-        return agreement([self.candidate(node).answer for node in self.tree.with_status(Status.FINISHED)])
+        candidates = [self.candidate(node) for node in self.tree.with_status(Status.FINISHED)]
+        return agreement([c.answer for c in candidates], [c.weight for c in candidates])
 
     def _remainder(self, num_leaves: int) -> Remainder:
         return remainder(self.config, self.progress.depth, num_leaves, self.affordable_steps())
@@ -315,10 +293,12 @@ class QuestionSearch:
         if num_leaves == 0:
             return 0, ()
         found, left = self._agreement(), self._remainder(num_leaves)
-        could = "could not have" if found.others + left.branches < found.votes else "could have"
+        # A branch that siblings are merged into has more than one vote.
+        is_certain = self.config.merge_siblings is None and found.others + left.branches < found.votes
+        could = "could not have" if is_certain else "could have"
         branches = f"{left.branches} branch{'' if left.branches == 1 else 'es'}"
         return left.tokens, (
-            f"stopped where {found.votes} finished branches agreed on {found.answer!r}: at most {branches} more, of "
+            f"stopped where {found.votes:g} finished branches agreed on {found.answer!r}: at most {branches} more, of "
             f"{left.tokens} tokens, were left, which {could} outvoted it",
         )
 
@@ -326,6 +306,23 @@ class QuestionSearch:
         """Ends the leaves that are still open."""
         for leaf in self.tree.with_status(Status.OPEN):
             self._close_leaf(leaf, Status.ENDED, reason)
+
+    def new_hypotheses(self, depth: int) -> list[int]:
+        """Returns the nodes of a depth that are still hypotheses."""
+        return [node for node in self.tree.hypotheses() if self.tree.depth[node] == depth]
+
+    def embedding(self, node: int) -> np.ndarray | None:
+        """Returns the embedding of a node's step, as its checks saw it; None if the engine gave none."""
+        return self._checked[node].embedding
+
+    def merge(self, node: int, into: int) -> None:
+        """Merges a node into a sibling, and frees its branch."""
+        self.tree.merge(node, into)
+        self._close_leaf(node, Status.MERGED, "merged")
+
+    def ranked(self, nodes: Sequence[int]) -> list[int]:
+        """Returns nodes by their pruning scores, best first."""
+        return self.config.pruning_score.ranked(self.tree, nodes)
 
     def candidate(self, node: int) -> Candidate:
         """Returns a node as selectors see it."""
@@ -337,6 +334,8 @@ class QuestionSearch:
             sum_logprob=float(self.tree.sum_logprob[node]),
             num_tokens=int(self.tree.num_tokens[node]),
             context=self.question.context or "",
+            weight=float(self.tree.weight[node]),
+            step_score=self.config.pruning_score.reduce(self.tree.branch_step_scores(node)),
         )
 
     def hold(self, branch: int) -> None:
@@ -352,9 +351,6 @@ class QuestionSearch:
         """Frees all branches of the engine."""
         for branch in sorted(self._held):
             self.release(branch)
-
-    def _ranked(self, nodes: Sequence[int]) -> list[int]:
-        return self.tree.best(nodes, len(nodes), self.config.length_penalty)
 
     def _close_leaf(self, node: int, status: Status, reason: str = "") -> None:
         """Marks a node that gets no more children, and frees its branch."""

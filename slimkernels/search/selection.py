@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ class Candidate(NamedTuple):
         sum_logprob: Sum of the log-probabilities of the branch's tokens, in nats.
         num_tokens: Number of tokens of the branch.
         context: Context of the question.
+        weight: Number of drawn branches that the candidate stands for, by ``merge_siblings``; 1 without it.
+        step_score: Combined score of the branch's steps, by ``score_steps`` and ``score_reduction``; NaN without any.
     """
 
     node: int
@@ -36,6 +38,8 @@ class Candidate(NamedTuple):
     sum_logprob: float
     num_tokens: int
     context: str = ""
+    weight: float = 1.0
+    step_score: float = math.nan
 
 
 # Computes a score for each candidate of one question, given in the order of their nodes. The largest is selected:
@@ -63,14 +67,21 @@ def log_probability(candidates: Sequence[Candidate]) -> list[float]:
     return [candidate.sum_logprob for candidate in candidates]
 
 
+def step_score(candidates: Sequence[Candidate]) -> list[float]:
+    """Scores each candidate by the combined score of its steps, for searches with ``score_steps``; -inf without one."""
+    return [-math.inf if math.isnan(candidate.step_score) else candidate.step_score for candidate in candidates]
+
+
 def majority_vote(candidates: Sequence[Candidate]) -> list[float]:
-    """Scores each candidate by the number of candidates with the same answer; 0 for candidates without an answer.
+    """Scores each candidate by the weights of all candidates with its answer; 0 for candidates without an answer.
 
     Answers are the same if their values are: ``$18``, ``18 dollars`` and ``18.00`` vote for one answer.
     """
     values = [None if candidate.answer is None else canonical(candidate.answer, "any") for candidate in candidates]
-    votes = Counter(value for value in values if value is not None)
-    return [float(votes[value]) if value is not None else 0.0 for value in values]
+    votes: dict[object, float] = {}
+    for candidate, value in zip(candidates, values, strict=True):
+        votes[value] = votes.get(value, 0.0) + candidate.weight
+    return [votes[value] if value is not None else 0.0 for value in values]
 
 
 def majority_vote_by(extract: Callable[[str], str | None]) -> Scorer:
@@ -80,6 +91,8 @@ def majority_vote_by(extract: Callable[[str], str | None]) -> Scorer:
 
 def consensus(similarity: str = "jaccard") -> Scorer:
     """Returns the scorer score_c = sum_{c' != c} S(c, c'), S the overlap of word trigrams (``TrigramConsensus``).
+
+    A candidate of weight w counts as w equal candidates.
 
     Args:
         similarity: "jaccard" | "count" | "f1".
@@ -93,7 +106,7 @@ def consensus(similarity: str = "jaccard") -> Scorer:
         pool = TrigramConsensus(similarity)
         for candidate in candidates:
             pool.add(candidate.text)
-        return pool.scores().tolist()
+        return pool.scores([candidate.weight for candidate in candidates]).tolist()
 
     return score
 
@@ -152,8 +165,8 @@ class TrigramConsensus:
         self._texts.append(np.array([*pieces, _END, _END], np.int64))
         return len(self._texts) - 1
 
-    def scores(self) -> np.ndarray:
-        """Returns the score of every text (n,) float64."""
+    def scores(self, weights: Sequence[float] | None = None) -> np.ndarray:
+        """Returns the score of every text (n,) float64; one of weight w counts as w equal texts, by default as one."""
         trigrams, text = self._entries()
         sizes = np.bincount(text, minlength=len(self))
         shared = _count_shared(trigrams, text, len(self))
@@ -163,7 +176,10 @@ class TrigramConsensus:
             similarity = 2 * shared / np.maximum(sizes[:, None] + sizes, 1)
         else:
             similarity = shared / np.maximum(sizes[:, None] + sizes - shared, 1)
-        return similarity.sum(1)
+        if weights is None or all(weight == 1 for weight in weights):
+            return similarity.sum(1)
+        own = sizes if self._similarity == "count" else sizes > 0
+        return similarity @ np.asarray(weights, np.float64) + (np.asarray(weights) - 1) * own
 
     def _entries(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns each distinct trigram of each text as an integer (m,), ascending, and the text's index (m,)."""

@@ -14,13 +14,16 @@ from slimkernels.durable import JsonLines, read_json_lines
 from slimkernels.search.checks import Check
 from slimkernels.search.config import PathFinderConfig
 from slimkernels.search.engine import Engine
-from slimkernels.search.question import Progress, Question, QuestionSearch, Result, count_repeats, plain_prompt
+from slimkernels.search.outcome import Result
+from slimkernels.search.question import Progress, Question, QuestionSearch, count_repeats, plain_prompt
 from slimkernels.search.tree import Status
 
 _VERSION = 1
 _FIRST_KEY = "slimkernels_trace"
 _NEW_SETTINGS = ("answer_kind",)  # which traces of version 0.1.0 do not name
-_NEW_OPTIONS = ("stop_when_agreed",)  # likewise, and a search without them is the same as before
+# Options that these do not name either: a search without them is the same as before.
+_NEW_OPTIONS = ("stop_when_agreed", "branching_temperature", "score_steps", "merge_siblings", "merge_embed")
+_OF_SCORES = ("score_weight", "score_reduction")  # which mean nothing without ``score_steps``
 
 
 class TraceMismatchError(ValueError):
@@ -63,8 +66,8 @@ def header_of(
 ) -> dict[str, Any]:
     """Returns everything that must be equal for a search to resume, as JSON values.
 
-    ``step_end`` and the checks are identified by their names, and a check also by its ``settings`` if it has any. The
-    number of questions that are searched at the same time may differ.
+    Functions and checks are identified by their names, ``score_steps`` and checks also by their ``settings`` if they
+    have any. The number of questions that are searched at the same time may differ.
     """
     fields = {
         field.name: getattr(config, field.name)
@@ -76,7 +79,13 @@ def header_of(
     if not isinstance(config.branching_factor, int):
         fields["branching_factor"] = list(config.branching_factor)
     step_end = config.step_end
-    fields["step_end"] = None if step_end is None else getattr(step_end, "__qualname__", type(step_end).__qualname__)
+    fields["step_end"] = None if step_end is None else _name(step_end)
+    if config.merge_embed is not None:
+        fields["merge_embed"] = _name(config.merge_embed)
+    if config.score_steps is None:
+        fields = {name: value for name, value in fields.items() if name not in _OF_SCORES}
+    else:
+        fields["score_steps"] = {"name": _name(config.score_steps), **getattr(config.score_steps, "settings", {})}
     counted = count_repeats([question._replace(repeat=None) for question in questions])
     return {
         _FIRST_KEY: _VERSION,
@@ -90,6 +99,10 @@ def header_of(
             for question, usual in zip(questions, counted, strict=True)
         ],
     }
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 class Trace:

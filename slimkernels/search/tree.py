@@ -22,6 +22,7 @@ class Status(enum.IntEnum):
     ENDED = 3  # a hypothesis that a limit ended
     PRUNED = 4  # a hypothesis with a lower score than those kept
     CUT = 5  # a step that failed its checks at every attempt
+    MERGED = 6  # a step that another child of its parent stands for
 
 
 _NODE = np.dtype(
@@ -32,12 +33,15 @@ _NODE = np.dtype(
         ("attempts", np.int32),
         ("num_tokens", np.int32),
         ("sum_logprob", np.float64),
+        ("step_score", np.float64),
+        ("weight", np.float64),
+        ("merged_into", np.int32),
         ("first_token", np.int64),  # the step's range in the flat array of token ids
         ("end_token", np.int64),
         ("status", np.int8),
     ]
 )
-_ARRAYS = ("parent", "depth", "ordinal", "attempts", "num_tokens", "sum_logprob", "status")
+_ARRAYS = tuple(name for name in _NODE.names or () if name not in ("first_token", "end_token"))
 
 
 class Tree:
@@ -52,6 +56,10 @@ class Tree:
         attempts: (M,) int32, number of times that the step was generated; 0 for the root.
         num_tokens: (M,) int32, generated tokens from the root to the node.
         sum_logprob: (M,) float64, sum of these tokens' log-probabilities under the model, in nats.
+        step_score: (M,) float64, score of the node's own step by ``score_steps``; NaN for a step without one.
+        weight: (M,) float64, number of drawn branches that the node stands for: its parent's, and those of the siblings
+            that were merged into it; 1 without merging.
+        merged_into: (M,) int32, the sibling into which a node was merged; ``NO_PARENT`` for all others.
         status: (M,) int8, a ``Status``.
         steps: M strings, text of each step; "" for the root.
         replaces: M integers, how many characters at the end of the parent's text each step replaces; mostly 0.
@@ -66,6 +74,8 @@ class Tree:
         self.replaces: list[int] = [0]
         self.reasons: list[str] = [""]
         self._nodes[ROOT]["parent"] = NO_PARENT
+        self._nodes[ROOT]["merged_into"] = NO_PARENT
+        self._nodes[ROOT]["step_score"], self._nodes[ROOT]["weight"] = np.nan, 1
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -115,6 +125,9 @@ class Tree:
             attempts,
             above["num_tokens"] + len(token_ids),
             above["sum_logprob"] + sum_logprob,
+            np.nan,
+            above["weight"],
+            NO_PARENT,
             self._num_tokens,
             end,
             Status.OPEN,
@@ -130,9 +143,24 @@ class Tree:
         self._nodes[node]["status"] = status
         self.reasons[node] = reason
 
+    def set_step_score(self, node: int, score: float) -> None:
+        """Sets the score of the node's own step."""
+        self._nodes[node]["step_score"] = score
+
+    def merge(self, node: int, into: int) -> None:
+        """Merges a node into a sibling, which gets its weight.
+
+        Raises:
+            ValueError: The other node is no earlier child of the same parent.
+        """
+        if not 0 <= into < node or self.parent[into] != self.parent[node]:
+            raise ValueError(f"node {node} must be merged into an earlier child of its parent, got {into}")
+        self._nodes[into]["weight"] += self._nodes[node]["weight"]
+        self._nodes[node]["merged_into"] = into
+
     def record(self, node: int) -> dict[str, Any]:
         """Returns a node as JSON values; ``sum_logprob`` is that of the branch, as in the array."""
-        record = {
+        record: dict[str, Any] = {
             "node": node,
             "parent": int(self.parent[node]),
             "ordinal": int(self.ordinal[node]),
@@ -143,7 +171,13 @@ class Tree:
             "status": Status(self.status[node]).name.lower(),
             "reason": self.reasons[node],
         }
-        return record | ({"replaces": self.replaces[node]} if self.replaces[node] else {})
+        if self.replaces[node]:
+            record["replaces"] = self.replaces[node]
+        if not np.isnan(self.step_score[node]):
+            record["step_score"] = float(self.step_score[node])
+        if self.merged_into[node] != NO_PARENT:
+            record["merged_into"] = int(self.merged_into[node])
+        return record
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Adds the node that ``record`` described.
@@ -164,6 +198,9 @@ class Tree:
         )
         # Set rather than summed up again, so that it is bit-equal.
         self._nodes[node]["sum_logprob"] = record["sum_logprob"]
+        self.set_step_score(node, record.get("step_score", np.nan))
+        if "merged_into" in record:
+            self.merge(node, record["merged_into"])
         self.mark(node, Status[record["status"].upper()], record["reason"])
 
     def with_status(self, *statuses: Status) -> list[int]:
@@ -201,10 +238,19 @@ class Tree:
 
     def text(self, node: int) -> str:
         """Returns the text generated from the root to ``node``, which is that of its ``token_ids``."""
-        text = ""
+        return "".join(self.step_texts(node))
+
+    def step_texts(self, node: int) -> list[str]:
+        """Returns the texts of the steps from the root to ``node``, without what later steps replace of them."""
+        texts: list[str] = []
         for step in self.branch(node):
-            text = text[: max(0, len(text) - self.replaces[step])] + self.steps[step]
-        return text
+            left = self.replaces[step]
+            for place in range(len(texts) - 1, -1, -1):
+                kept = max(0, len(texts[place]) - left)
+                left -= len(texts[place]) - kept
+                texts[place] = texts[place][:kept]
+            texts.append(self.steps[step])
+        return texts
 
     def step_token_ids(self, node: int) -> list[int]:
         """Returns the token ids of the node's own step."""
@@ -215,11 +261,11 @@ class Tree:
         return [token for step in self.branch(node) for token in self.step_token_ids(step)]
 
     def scores(self, nodes: Sequence[int] | np.ndarray, length_penalty: float) -> np.ndarray:
-        """Returns sum_logprob / num_tokens^length_penalty of each node (n,); pruning keeps the largest."""
+        """Returns sum_logprob / num_tokens^length_penalty of each node (n,), as ``PruningScore`` does by default."""
         index = np.asarray(nodes, np.int64)
         return self.sum_logprob[index] / np.maximum(self.num_tokens[index], 1) ** float(length_penalty)
 
-    def best(self, nodes: Sequence[int], count: int, length_penalty: float) -> list[int]:
-        """Returns the ``count`` nodes with the largest scores, best first; ties go to the lower index."""
-        order = np.lexsort((np.asarray(nodes, np.int64), -self.scores(nodes, length_penalty)))
-        return [nodes[index] for index in order[:count]]
+    def branch_step_scores(self, node: int) -> list[float]:
+        """Returns the scores of the steps from the root to ``node`` that have one."""
+        scores = self._nodes["step_score"][self.branch(node)]
+        return scores[~np.isnan(scores)].tolist()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slimkernels.search.pruning import PruningScore
 from slimkernels.search.trace import TraceContent, TracedQuestion
 from slimkernels.search.tree import ROOT, Status, Tree
 
@@ -22,15 +23,25 @@ def tree_page(content: TraceContent, indices: Sequence[int] | None = None) -> st
     """
     config: Mapping[str, Any] = content.header["config"]
     shown = range(len(content.questions)) if indices is None else indices
-    sections = [_question(index, content.questions[index], config, len(shown) == 1) for index in shown]
+    sections = [_question(index, content.questions[index], config, place == 0) for place, index in enumerate(shown)]
     settings = {"engine": content.header["engine"], "checks": content.header["checks"], "config": config}
     return _PAGE.format(
         style=_STYLE,
         script=_SCRIPT,
         count=f"{len(shown)} question" + ("s" if len(shown) != 1 else ""),
+        meaning=_meaning(PruningScore.of_header(config)),
         sections="\n".join(sections),
         settings=escape(json.dumps(settings, indent=2, ensure_ascii=False)),
     )
+
+
+def _meaning(score: PruningScore) -> str:
+    """Returns the sentence that explains the scores of the page."""
+    logprob = "the sum of a branch's log-probabilities, in nats, divided by its number of tokens to the power of "
+    reduced = "score of a branch's last step" if score.reduction == "last" else f"{score.reduction} of the step scores"
+    parts = [(1 - score.weight, f"{logprob}length_penalty"), (score.weight, f"the {reduced}")]
+    shares = [(share, text) for share, text in parts if share > 0]
+    return f"A score is {' plus '.join(text if share == 1 else f'{share:g} times {text}' for share, text in shares)}."
 
 
 def _question(index: int, traced: TracedQuestion, config: Mapping[str, Any], is_open: bool) -> str:
@@ -60,13 +71,11 @@ def _question(index: int, traced: TracedQuestion, config: Mapping[str, Any], is_
     return (
         f'<details class="question"{" open" if is_open else ""}><summary><h2>{index + 1}. {escape(title.strip())}</h2>'
         f"{answer}<p class=facts>{' &middot; '.join(facts)}</p></summary>\n"
-        f"{_nodes(tree, branch, chosen, scores, float(config['length_penalty']))}</details>"
+        f"{_nodes(tree, branch, chosen, scores, PruningScore.of_header(config))}</details>"
     )
 
 
-def _nodes(
-    tree: Tree, branch: set[int], chosen: int | None, selected: Mapping[int, float], length_penalty: float
-) -> str:
+def _nodes(tree: Tree, branch: set[int], chosen: int | None, selected: Mapping[int, float], score: PruningScore) -> str:
     """Renders the tree as nested lists. Iterative, because a branch may be deeper than Python's stack.
 
     Args:
@@ -74,12 +83,12 @@ def _nodes(
         branch: Nodes of the chosen branch.
         chosen: Last node of the chosen branch, or None.
         selected: The selector's score of each candidate.
-        length_penalty: Exponent in the score of a branch.
+        score: Pruning score of a branch.
     """
     children: list[list[int]] = [[] for _ in range(len(tree))]
     for node in range(1, len(tree)):
         children[int(tree.parent[node])].append(node)
-    scores = tree.scores(np.arange(len(tree)), length_penalty)
+    scores = score(tree, np.arange(len(tree)))
     parts: list[str] = []
     todo: list[int | str] = [ROOT]  # nodes to render, and closing tags to write after their children
     while todo:
@@ -102,9 +111,16 @@ def _node(tree: Tree, node: int, score: float, on_branch: bool, is_chosen: bool,
     reason = tree.reasons[node]
     label = "chosen" if is_chosen else reason or status
     count = len(tree.step_token_ids(node))
-    facts = [f"score {score:.3f}", f"{count} token" + ("s" if count != 1 else "")]
+    facts = [] if np.isnan(score) else [f"score {score:.3f}"]
+    if not np.isnan(tree.step_score[node]):
+        facts.append(f"step score {tree.step_score[node]:.3g}")
+    facts.append(f"{count} token" + ("s" if count != 1 else ""))
     if selected is not None:
         facts.append(f"selector {selected:.3g}")
+    if tree.weight[node] != tree.weight[tree.parent[node]]:
+        facts.append(f"stands for {tree.weight[node]:g} branches")
+    if status == "merged":
+        facts.append(f"into child {tree.ordinal[tree.merged_into[node]] + 1} of its parent")
     if tree.attempts[node] > 1:
         facts.append(f"{int(tree.attempts[node])} attempts")
     text = escape(tree.steps[node].strip()) or "<i>no text</i>"
@@ -127,10 +143,9 @@ _PAGE = """\
 <style>{style}</style>
 </head>
 <body>
-<header><h1>Search trees</h1><p class="facts">{count}. A score is the sum of a branch's log-probabilities, in nats, \
-divided by its number of tokens to the power of length_penalty. The chosen branch is framed.</p>
+<header><h1>Search trees</h1><p class="facts">{count}. {meaning} The chosen branch is framed.</p>
 <p class="tools" hidden><label><input type="checkbox" id="only"> show only the chosen branch</label>
-<label><input type="checkbox" id="kept"> hide steps that were cut or pruned</label></p></header>
+<label><input type="checkbox" id="kept"> hide steps that were cut, pruned or merged</label></p></header>
 <main>
 {sections}
 </main>
@@ -160,13 +175,13 @@ li { margin: .35rem 0; }
 .step { white-space: pre-wrap; padding: .2rem .45rem; border-radius: .3rem; background: var(--back);
   border: 1px solid transparent; }
 li.branch > .step { border-color: var(--choice); box-shadow: inset 3px 0 var(--choice); }
-li.cut > .step, li.pruned > .step { color: var(--dim); }
+li.cut > .step, li.pruned > .step, li.merged > .step { color: var(--dim); }
 .label { font-weight: 600; color: var(--dim); }
 .finished > .facts .label { color: var(--good); }
 .cut > .facts .label { color: var(--bad); }
 .ended > .facts .label { color: var(--warn); }
 li.branch > .facts .label { color: var(--choice); }
-.only li:not(.branch), .kept li.cut, .kept li.pruned { display: none; }
+.only li:not(.branch), .kept li.cut, .kept li.pruned, .kept li.merged { display: none; }
 pre { white-space: pre-wrap; font-size: .8rem; }
 label { margin-right: 1rem; }
 """

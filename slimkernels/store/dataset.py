@@ -235,14 +235,17 @@ def collate_documents(
         attention_mask[index, : len(tokens)] = 1
         rows.append(index * length + positions - 1)
         targets.append(tokens[positions])
-    kind: Any = type(documents[0].teacher)
+    teacher = None
+    if with_teacher:
+        kind: Any = type(documents[0].teacher)
+        teacher = kind.cat([document.teacher for document in documents])
     return DocumentBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         rows=torch.cat(rows),
         target=torch.cat(targets),
         prompt_lengths=torch.tensor([_prompt_length(document) for document in documents]),
-        teacher=kind.cat([document.teacher for document in documents]) if with_teacher else None,
+        teacher=teacher,
     )
 
 

@@ -8,6 +8,7 @@ from slimkernels.trainer.objective import METHODS, SlimConfig, SlimObjective
 from slimkernels.trainer.run import train, trainer_of
 from slimkernels.trainer.slim_trainer import SlimTrainer
 from slimkernels.trainer.teacher_server import TeacherServer
+from slimkernels.trainer.unscored_documents import UnscoredDocuments
 
 __all__ = [
     "METHODS",
@@ -17,6 +18,7 @@ __all__ = [
     "SlimObjective",
     "SlimTrainer",
     "TeacherServer",
+    "UnscoredDocuments",
     "drop_layers",
     "last_complete_checkpoint",
     "make_student",

@@ -21,6 +21,7 @@ from slimkernels.durable import write_json
 from slimkernels.models.fingerprints import weights_fingerprint
 from slimkernels.models.sharding import is_partitioned
 from slimkernels.trainer.stored_rows import mixture_of, stores_of
+from slimkernels.trainer.unscored_documents import UnscoredDocuments
 
 SETTINGS_NAME = "slim_run.json"
 
@@ -41,20 +42,23 @@ def run_identity(args: TrainingArguments, method: dict[str, Any], train_dataset:
     Args:
         args: Arguments of the trainer.
         method: Options of the method, and fingerprints of its models; JSON values.
-        train_dataset: Data set of the run; the stores under it count by their content.
+        train_dataset: Data set of the run; stores under it, and documents without rows, count by their content.
 
     Returns:
         JSON values by name. A length that the schedule does not depend on is not among them, so that such a run can be
         made longer.
     """
     stores, mixture = stores_of(train_dataset), mixture_of(train_dataset)
+    documents = [store.rows_fingerprint for store in stores]
+    if isinstance(train_dataset, UnscoredDocuments):
+        documents = [train_dataset.fingerprint]
     identity = method | {
         "documents": len(train_dataset) if isinstance(train_dataset, Sized) else None,
         "documents_per_step": documents_per_step(args),
         "seed": args.seed,
         "data_seed": args.data_seed,
         # Both parts of the fingerprint: checkpoints of version 0.1.0 hold the first only, and it is compared alone.
-        "store": " ".join(store.rows_fingerprint for store in stores) or None,
+        "store": " ".join(documents) or None,
         "store_weights": None if mixture is None else mixture.weights,
         "store_shares": None if mixture is None else mixture.shares,
         "prompt_lengths": " ".join(store.prompts_fingerprint or "unknown" for store in stores) or None,

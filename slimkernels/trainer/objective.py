@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from slimkernels import _checks
 from slimkernels.models.make_student import has_new_weights
-from slimkernels.ops._slim_options import PROPER_DIVERGENCES
+from slimkernels.ops._slim_options import PROPER_DIVERGENCES, default_parameters
 from slimkernels.ops.slim_loss import slim_loss
 from slimkernels.trainer.document_order import ORDERS
 from slimkernels.trainer.schedules import Schedule, parse_schedule
@@ -247,6 +247,8 @@ class SlimObjective:
         options = {name: getattr(self, name) for name in _LOSS_OPTIONS}
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
+        parameters = default_parameters(options["divergence"])
+        options |= {name: value for name, value in parameters.items() if options[name] is None}
         if options["rest"] is None:
             needs_ghost = (
                 options["divergence"] in PROPER_DIVERGENCES or self.teacher_blend != 1 or self.tail_weight != 1

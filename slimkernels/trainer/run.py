@@ -1,4 +1,4 @@
-"""``train``, which trains a student on a store with the trainer of a method and saves it."""
+"""``train``, which trains a student on a store, or on text, with the trainer of a method and saves it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from slimkernels.store import MixedStores, Store, StoreDataset
 from slimkernels.trainer.objective import SlimConfig
 from slimkernels.trainer.slim_trainer import SlimTrainer
 from slimkernels.trainer.teacher_server import TeacherServer
+from slimkernels.trainer.unscored_documents import UnscoredDocuments
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,33 @@ def _opened(path: str | os.PathLike, temperature: float) -> Store:
     return Store(path, temperatures=(*store.temperatures, temperature))
 
 
+def _dataset_of(
+    given: str | os.PathLike | Sequence[str | os.PathLike] | UnscoredDocuments,
+    method: str,
+    temperature: float,
+    weights: Sequence[float] | None,
+    shares: Sequence[float] | None,
+) -> StoreDataset | MixedStores | UnscoredDocuments:
+    """Returns the data set that ``train`` learns from."""
+    if isinstance(given, UnscoredDocuments):
+        if method == "minillm" or (weights, shares) != (None, None):
+            raise ValueError(
+                "documents without rows need another method than 'minillm', and store_weights and store_shares of "
+                f"None, got {method!r}, {weights} and {shares}: pass a store"
+            )
+        return given
+    paths = [given] if isinstance(given, str | os.PathLike) else given
+    stores = [_opened(path, temperature) for path in paths]
+    if (weights, shares) != (None, None) and (method == "minillm" or len(stores) == 1):
+        raise ValueError(
+            "store_weights and store_shares must be None with one store, and with method 'minillm', which reads "
+            f"prompts in its own order, got {weights} and {shares} with {len(stores)} stores and {method!r}"
+        )
+    return StoreDataset(stores[0]) if len(stores) == 1 else MixedStores(stores, weights=weights, shares=shares)
+
+
 def train(
-    store_path: str | os.PathLike | Sequence[str | os.PathLike],
+    store_path: str | os.PathLike | Sequence[str | os.PathLike] | UnscoredDocuments,
     student: PreTrainedModel | PreTrainedConfig | str | None,
     method: str,
     output_dir: str | os.PathLike,
@@ -68,12 +94,13 @@ def train(
     printer: TrainerCallback | None = None,
     **options,
 ) -> dict[str, float]:
-    """Trains a student on a store and saves it in ``output_dir``, where it continues a run that was stopped.
+    """Trains a student on a store, or on documents, and saves it in ``output_dir``; continues a run that was stopped.
 
     A run that is finished is not trained any further, which a warning says; its student is saved again.
 
     Args:
-        store_path: Store to learn from, or several.
+        store_path: Store to learn from, or several, or documents without rows: for method "sft", or for a teacher
+            that scores them; not with method "minillm".
         student: A model, its folder or name or the folder of an adapter of PEFT, a configuration of a new model, which
             is initialised at random, or None for the small new one of ``make_student`` with the store's vocabulary
             size.
@@ -100,28 +127,20 @@ def train(
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
         ImportError: The method is "minillm", and the extra of that name is not installed.
     """
-    paths = [store_path] if isinstance(store_path, str | os.PathLike) else store_path
-    stores = [_opened(path, options.get("temperature", 1.0)) for path in paths]
-    if (store_weights, store_shares) != (None, None) and (method == "minillm" or len(stores) == 1):
-        raise ValueError(
-            "store_weights and store_shares must be None with one store, and with method 'minillm', which reads "
-            f"prompts in its own order, got {store_weights} and {store_shares} with {len(stores)} stores and {method!r}"
-        )
-    store = StoreDataset(stores[0])
-    if len(stores) > 1:
-        store = MixedStores(stores, weights=store_weights, shares=store_shares)
+    dataset = _dataset_of(store_path, method, options.get("temperature", 1.0), store_weights, store_shares)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     # A student with adapters is a model of PEFT, which is none of transformers.
     if not isinstance(student, nn.Module):
-        student = make_student(student, tokenizer=tokenizer, vocab_size=store.vocab_size)
+        vocab_size = None if isinstance(dataset, UnscoredDocuments) else dataset.vocab_size
+        student = make_student(student, tokenizer=tokenizer, vocab_size=vocab_size)
     trainer_class, config_class = trainer_of(method)
     taken = _StepCount()
     served = {} if teacher_server is None else {"teacher_server": teacher_server}
     trainer = trainer_class(
         model=student,
         args=config_class(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
-        train_dataset=store,
+        train_dataset=dataset,
         eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,
         teacher_model=teacher_model,

@@ -15,6 +15,7 @@ from slimkernels.models.fingerprints import check_tokenizer
 from slimkernels.store import MixedStores, Store, StoreDataset, StoreIterableDataset
 from slimkernels.store.dataset import packed_kind
 from slimkernels.trainer.objective import SlimObjective
+from slimkernels.trainer.unscored_documents import UnscoredDocuments
 
 # Heads are padded to multiples of at most this many rows. A larger difference means another vocabulary.
 LARGEST_PADDING = 1024
@@ -49,6 +50,8 @@ def longest_document(dataset: Any) -> int:
     It is known of stores, and of a ``datasets.Dataset`` with a column ``input_ids`` and without ``position_ids``, whose
     rows are documents unless ``seq_lengths``, as TRL's packing writes it, says how long the documents of a row are.
     """
+    if isinstance(dataset, UnscoredDocuments):
+        return dataset.longest
     longest = max([store.longest_document() for store in stores_of(dataset)], default=0)
     columns = dataset.column_names if isinstance(dataset, Dataset) else []
     name = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
@@ -91,7 +94,8 @@ def check_stored_rows(
     """Checks that a student can learn from the stores under a data set, in the way that an objective asks for.
 
     Args:
-        dataset: A ``Store`` or ``StoreDataset``, or a torch data set of them. Other data sets pass.
+        dataset: A ``Store`` or ``StoreDataset``, a torch data set of them, or ``UnscoredDocuments``. Other data sets
+            pass.
         objective: The objective that reads the teacher's rows; None where they are only measured against, or not read.
         vocab_size: Number of rows V of the student's head.
         tokenizer: The student's tokenizer, or None where it is not known.
@@ -101,6 +105,8 @@ def check_stored_rows(
         ValueError: The stores have another vocabulary or tokenizer, hold longer documents, cannot be in one batch, or
             lack what the objective reads; or the data set is a stream of them.
     """
+    if isinstance(dataset, UnscoredDocuments):
+        _check_unscored(dataset, objective, max_length)
     sources = sources_of(dataset)
     if sources and isinstance(dataset, IterableDataset):
         raise ValueError(
@@ -145,6 +151,19 @@ def _check_vocabulary(store: Store, rows: int) -> None:
             rows,
             store.vocab_size,
             rows - store.vocab_size,
+        )
+
+
+def _check_unscored(dataset: UnscoredDocuments, objective: SlimObjective | None, max_length: int | None) -> None:
+    if objective is not None and objective.needs_teacher:
+        raise ValueError(
+            f"method {objective.method!r} needs a teacher, and the documents of train_dataset have no rows of one: "
+            "pass a teacher_model or teacher_server that scores them, a store, or method 'sft'"
+        )
+    if max_length is not None and dataset.longest > max_length:
+        raise ValueError(
+            f"documents must have at most max_length={max_length} tokens for this student, got one of "
+            f"{dataset.longest}: split them, as read_documents does, or give the student more positions"
         )
 
 

@@ -71,7 +71,11 @@ class PathFinderLM(HFLM):
     ) -> None:
         if selector not in SELECTORS:
             raise ValueError(f"selector must be one of {', '.join(map(repr, SELECTORS))}, got {selector!r}")
-        fields = {field.name for field in dataclasses.fields(PathFinderConfig)} - {"step_end"}
+        fields = {field.name for field in dataclasses.fields(PathFinderConfig)} - {
+            "step_end",
+            "score_steps",
+            "merge_embed",
+        }
         settings: dict[str, Any] = {"answer_kind": None} | {name: options.pop(name) for name in fields & set(options)}
         self.config_of_search = PathFinderConfig(**settings)
         if selector == "majority_vote" and not (settings["answer_kind"] or self.config_of_search.answer_pattern):
