@@ -160,7 +160,7 @@ def row_of(op: str, name: str, loss: float, seed: int = 0, labels: int = 25_000,
 def rows_tested(losses: dict[str, float], **fields) -> list[dict]:
     rows = []
     for name, loss in losses.items():
-        rows.append(row_of("choice", name, loss, trials=6))
+        rows.append(row_of("choice", name, loss, trials=2))
         rows += [row_of("test", name, loss + 0.1 * (seed - 2), seed, **fields) for seed in (1, 2, 3)]
     return rows
 

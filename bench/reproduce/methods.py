@@ -119,7 +119,7 @@ class Comparison:
         settings = {"text": dataclasses.asdict(self.corpus.text), "student": dataclasses.asdict(STUDENTS[student])}
         # A row has its own; this one only says where the search begins.
         del settings["student"]["learning_rate"]
-        # As they are read back from a file, where a tuple is a list.
+        # A file gives tuples back as lists.
         return json.loads(json.dumps(settings))
 
 

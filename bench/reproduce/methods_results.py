@@ -151,8 +151,12 @@ def tuning_table(results: Results) -> str:
         if not trials:
             continue
         best = min(trials, key=lambda row: row["loss"])
-        shown = _options(choice["options"]) if choice else f"not yet; best so far {_options(best['options'])}"
-        counted = f"{len(trials)} of {planned}"
+        shown, count = f"not yet; best so far {_options(best['options'])}", len(trials)
+        if choice:
+            # A search that was begun elsewhere may have left further trials.
+            best = next(row for row in trials if row["options"] == choice["options"])
+            shown, count = _options(best["options"]), choice["trials"]
+        counted = f"{count} of {planned}"
         lines.append(_line(METHODS[name].title, shown, f"{best['perplexity']:.2f}", f"{best['kl']:.3f}", counted))
     missing = [METHODS[name].title for name, trials in results.trials.items() if not trials]
     if missing:
