@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from bench import records
 from bench.ops.case import OURS
 from bench.reproduce.instructions_table import instructions_table
+from bench.reproduce.methods_results import methods_block
 from bench.reproduce.sample_efficiency_results import sample_efficiency_block
 
 METHODS = {"sft": "SFT: labels only", "kd": "KD: labels + top 5 % logits", "slim": "SLIM: adaptive weight"}
@@ -252,4 +253,5 @@ BLOCKS = {
     "repetition": repetition_table,
     "instructions": instructions_table,
     "sample_efficiency": sample_efficiency_block,
+    "methods": methods_block,
 }

@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 from bench.compare import LEAST_PAIRS, compare
-from bench.machine import ROOT
+from bench.machine import ROOT, one_at_a_time
 from bench.ops.processes import start_worker
 
 
@@ -56,13 +56,14 @@ def main() -> None:
     options += ["--quick"] if args.quick else []
     if args.device == "cuda":
         args.threads = [1]  # one process is enough: the host's threads only launch
-    if args.base:
-        print(compare(args.base, args.threads, options, args.pairs))
-        return
-    options += ["--out", str(args.out.resolve()), *(["--again"] if args.again else [])]
-    for threads in args.threads:
-        start_worker(ROOT, "time", threads, options)
-    start_worker(ROOT, "memory", max(args.threads), options)
+    with one_at_a_time():
+        if args.base:
+            print(compare(args.base, args.threads, options, args.pairs))
+            return
+        options += ["--out", str(args.out.resolve()), *(["--again"] if args.again else [])]
+        for threads in args.threads:
+            start_worker(ROOT, "time", threads, options)
+        start_worker(ROOT, "memory", max(args.threads), options)
 
 
 def default_threads() -> list[int]:

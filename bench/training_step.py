@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 import slimkernels as sk
 from bench import records
-from bench.machine import machine
+from bench.machine import machine, one_at_a_time
 from bench.ops import peers
 from bench.ops.case import OURS, five_per_cent, generator, random_rows, require, require_close
 from bench.ops.clock import clock
@@ -164,8 +165,8 @@ def main() -> None:
     if args.worker:
         work(args)
         return
-    for layers in args.layers:
-        for dtype in args.dtype:
+    with one_at_a_time():
+        for layers, dtype in itertools.product(args.layers, args.dtype):
             start_worker(args, layers, dtype, "time", KEEP_PAGES)
             for mode, providers in PROVIDERS.items() if not args.check else ():
                 for provider in providers:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench import records
 from slimkernels.models.hidden_states import HeadInput
@@ -94,7 +94,7 @@ class Corpus:
         self.teacher, self.tokenizer = load_teacher(settings.teacher, dtype=dtype)
         training, heldout = self._split()
         self.training = training
-        heldout = _first_tokens(heldout, settings.heldout_tokens)
+        heldout = first_tokens(heldout, settings.heldout_tokens)
         fraction = {"top_fraction": settings.top_fraction}
         self.stores = {
             "top_k": self._capture("top_k", training, **fraction),
@@ -102,8 +102,9 @@ class Corpus:
         }
         self.heldout = {"teacher": Store(self._capture("heldout", heldout, **fraction))}
         if english is not None:
-            paragraphs = _first_tokens(self._paragraphs(english), settings.heldout_tokens)
-            self.heldout["english"] = Store(self._capture("english", paragraphs, **fraction))
+            documents = paragraphs(english, self.tokenizer, settings.max_new_tokens)
+            documents = first_tokens(documents, settings.heldout_tokens)
+            self.heldout["english"] = Store(self._capture("english", documents, **fraction))
 
     @property
     def vocab_size(self) -> int:
@@ -130,7 +131,7 @@ class Corpus:
             ValueError: The training documents have fewer tokens.
         """
         order = torch.randperm(len(self.training), generator=torch.Generator().manual_seed(seed)).tolist()
-        documents = _first_tokens([self.training[index] for index in order], tokens)
+        documents = first_tokens([self.training[index] for index in order], tokens)
         total = sum(map(len, documents))
         if total < tokens:
             raise ValueError(f"tokens must be at most {total}, as in the training documents, got {tokens}")
@@ -159,12 +160,6 @@ class Corpus:
             parts[line["prompt"] in heldout_prompts][tuple(line["input_ids"])] = None
         return [list(ids) for ids in parts[False]], [list(ids) for ids in parts[True]]
 
-    def _paragraphs(self, path: Path) -> list[list[int]]:
-        """Tokenizes the paragraphs of running text, truncated to the maximum length of the teacher's continuations."""
-        lines = [re.sub(r" @(.)@ ", r"\1", line.strip()) for line in path.read_text().splitlines()]
-        lines = [line for line in lines if len(line) > 200 and not line.startswith("=") and "<unk>" not in line]
-        return [ids[: self.settings.max_new_tokens] for ids in self.tokenizer(lines)["input_ids"]]
-
     def _capture(self, name: str, documents: list[list[int]], **options) -> Path:
         path = self.work / "store" / name
         print(f"store {name}: {len(documents)} documents, {sum(map(len, documents))} tokens", flush=True)
@@ -172,7 +167,14 @@ class Corpus:
         return path
 
 
-def _first_tokens(documents: list[list[int]], tokens: int) -> list[list[int]]:
+def paragraphs(path: Path, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[list[int]]:
+    """Tokenizes the paragraphs of running text, one a line as in WikiText, cut off after ``longest`` tokens."""
+    lines = [re.sub(r" @(.)@ ", r"\1", line.strip()) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if len(line) > 200 and not line.startswith("=") and "<unk>" not in line]
+    return [ids[:longest] for ids in tokenizer(lines)["input_ids"]]
+
+
+def first_tokens(documents: list[list[int]], tokens: int) -> list[list[int]]:
     """Returns the shortest prefix of the documents that has at least ``tokens`` tokens, or all of them."""
     totals = itertools.accumulate(map(len, documents))
     return documents[: next((count for count, total in enumerate(totals, 1) if total >= tokens), None)]

@@ -1,0 +1,162 @@
+"""One training of the comparison of methods, and its measurement on held-out text."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, PrinterCallback
+
+from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus
+from bench.reproduce.methods_plan import METHODS, STUDENTS, Student, Unit
+from slimkernels.models.heldout import evaluate_documents
+from slimkernels.models.make_student import drop_layers, make_student
+from slimkernels.models.perplexity import perplexity
+from slimkernels.store import Store
+from slimkernels.teacher import load_model
+from slimkernels.trainer import SlimConfig, SlimTrainer
+
+# Another process took part of the machine if it used more than this share of it.
+_NOT_ALONE = 0.05
+
+
+def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[str, Any]:
+    """Trains a student, measures it, and returns the fields of its row.
+
+    Text and stores that are missing are made before the clock starts. The test part is opened by a test only.
+
+    Args:
+        unit: The training.
+        corpus: Text and stores.
+        english: File of plain English to measure on too.
+    """
+    kind, method = STUDENTS[unit.student], METHODS[unit.method]
+    documents = corpus.training(unit.seed, unit.labels, "draws" if method.teacher == "draws" else "top")
+    heldout = corpus.heldout(TEST if unit.op == "test" else DEVELOPMENT)
+    student = start(kind, corpus, unit.seed)
+    clock = _Clock()
+    logs, loss_options = _train(student, kind, unit, documents, corpus)
+    clock.stop()
+    weights = [entry["weight"] for entry in logs if "weight" in entry]
+    row = {
+        "loss_options": loss_options,
+        "parameters": student.num_parameters(),
+        "documents": len(documents),
+        "tokens": sum(len(documents[index].input_ids) for index in range(len(documents))),
+        "steps": len(logs),
+        "mean_weight": statistics.fmean(weights) if weights else None,
+        "train_loss": statistics.fmean(entry["loss"] for entry in logs[-max(1, len(logs) // 10) :]),
+        "seconds": round(clock.seconds, 1),
+        "alone": clock.alone,
+    }
+    row |= measure(student, heldout, documents=unit.op == "test")
+    if english is not None:
+        row["english"] = {"file": english.name} | measure(student, corpus.english(english))
+    return row
+
+
+def start(kind: Student, corpus: Corpus, seed: int) -> PreTrainedModel:
+    """Returns a student before its training, in float32."""
+    if kind.layers is not None:
+        return drop_layers(load_model(corpus.text.teacher), kind.layers)
+    model, tokenizer = corpus.teacher
+    return make_student(
+        tokenizer=tokenizer,
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        hidden_size=kind.hidden_size,
+        num_layers=kind.num_layers,
+        num_heads=kind.num_heads,
+        seed=seed,
+    )
+
+
+def measure(student: PreTrainedModel, heldout: Store, *, documents: bool = False) -> dict[str, Any]:
+    """Returns perplexity and KL to the teacher on held-out documents.
+
+    Args:
+        student: The student.
+        heldout: Store of the documents.
+        documents: Whether to return the sums of each document too, as [labels, loss, KL].
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(evaluate_documents(student, heldout, batch_size=16))
+    labels = sum(one.labels for one in found)
+    loss = sum(one.loss for one in found) / labels
+    row = {
+        "perplexity": perplexity(loss),
+        "loss": loss,
+        "kl": sum(one.kl_ghost for one in found) / labels,
+        "teacher_perplexity": perplexity(sum(one.teacher_loss or 0.0 for one in found) / labels),
+        "heldout_labels": labels,
+    }
+    if documents:
+        row["per_document"] = [[one.labels, round(one.loss, 4), round(one.kl_ghost, 4)] for one in found]
+    return row
+
+
+def _train(
+    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Trains a student and returns the trainer's log of each step, and all options of the loss."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = SlimConfig(
+            output_dir=folder,
+            num_train_epochs=kind.passes,
+            per_device_train_batch_size=kind.batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            bf16=True,
+            use_cpu=True,
+            seed=unit.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **unit.options,
+        )
+        trainer = SlimTrainer(
+            model=student,
+            args=config,
+            train_dataset=documents,
+            processing_class=corpus.teacher[1],
+            teacher_model=corpus.teacher[0] if METHODS[unit.method].teacher == "online" else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry], config.loss_options
+
+
+class _Clock:
+    """A clock that starts when it is made, and also sees whether other processes used the machine.
+
+    Attributes:
+        seconds: Wall time until it was stopped.
+        alone: Whether this process had the machine to itself; None where the system does not say.
+    """
+
+    def __init__(self) -> None:
+        self._start, self._before = time.perf_counter(), _processor_seconds()
+
+    def stop(self) -> None:
+        """Stops the clock."""
+        self.seconds, after = time.perf_counter() - self._start, _processor_seconds()
+        self.alone = None
+        if self._before is not None and after is not None:
+            everyone, own = (after[index] - self._before[index] for index in range(2))
+            self.alone = everyone - own <= _NOT_ALONE * self.seconds * (os.cpu_count() or 1)
+
+
+def _processor_seconds() -> tuple[float, float] | None:
+    """Returns the processor time of all processes since the start of the machine, and of this one."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    user, nice, system, _, _, irq, soft, steal, *_ = map(int, path.read_text().split("\n")[0].split()[1:])
+    own = os.times()
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK"), own.user + own.system
