@@ -191,7 +191,8 @@ def test_decode_and_compare_have_the_same_options_and_defaults():
     args = make_parser().parse_args(["decode", "--model", "x", "q"])
     assert [name for name in SEARCH_FIELDS if getattr(args, name) is not None] == []
     assert DecoderSettings() == compare._decoder_settings(make_parser().parse_args(["compare"]))
-    assert {field.name for field in dataclasses.fields(config)} - {"step_end"} == set(SEARCH_FIELDS)
+    functions = {"step_end", "score_steps", "merge_embed"}
+    assert {field.name for field in dataclasses.fields(config)} - functions == set(SEARCH_FIELDS)
 
 
 @pytest.mark.parametrize(
