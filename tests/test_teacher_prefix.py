@@ -151,7 +151,7 @@ def test_the_context_of_the_teacher_holds_the_prefix_too(tokenizer, tmp_path):
     pattern = "12 tokens and 5 more in the teacher's prefix, but the teacher reads 16: .* with max_length=11"
     with pytest.raises(ValueError, match=pattern):
         capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 5 + document)], tmp_path, top_k=9)
-    with pytest.raises(ValueError, match="20 more in the teacher's prefix, .* reads 16: shorten the prefix$"):
+    with pytest.raises(ValueError, match=r"20 more in the teacher's prefix, .* reads 16: shorten the prefix$"):
         capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 20 + document)], tmp_path, top_k=9)
     with pytest.raises(ValueError, match="got 20 to 300 in the teacher's prefix of document 1: give the ids"):
         capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[300] + document)], tmp_path, top_k=9)

@@ -27,7 +27,7 @@ class CapturedVocabulary(NamedTuple):
     fingerprint: str
 
     def check(self, ids: Sequence[int], number: int, subject: str = "document") -> None:
-        """Checks that token ids are in the vocabulary; ``subject`` and the document's ``number`` name them in errors."""
+        """Checks that token ids are in the vocabulary; ``subject`` and ``number`` name the document in the error."""
         if min(ids) < 0 or max(ids) >= self.size:
             raise ValueError(
                 f"token ids must lie in [0, {self.size}), the teacher's vocabulary, got {min(ids)} to {max(ids)} in "
