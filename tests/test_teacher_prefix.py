@@ -154,7 +154,7 @@ def test_the_context_of_the_teacher_holds_the_prefix_too(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"20 more in the teacher's prefix, .* reads 16: shorten the prefix$"):
         capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 20 + document)], tmp_path, top_k=9)
     with pytest.raises(ValueError, match="got 20 to 300 in the teacher's prefix of document 1: give the ids"):
-        capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[300] + document)], tmp_path, top_k=9)
+        capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[300, *document])], tmp_path, top_k=9)
     capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 4 + document)], tmp_path, top_k=9)
     with pytest.raises(ValueError, match=r"token ids must lie in \[0, 300\), .* got 20 to 300"):
         capture(model, tokenizer, [TokenizedDocument([20, 21], teacher_ids=[300, 20, 21])], tmp_path, top_k=9)
