@@ -584,18 +584,21 @@ def _shares(
     - ``"reverse_kl"``: KL(P || Q), without the outcomes that the teacher excludes, which would make it infinite.
     - ``"jsd"``: beta KL(Q || M) + (1 - beta) KL(P || M) with M = beta Q + (1 - beta) P (arXiv 2306.13649).
     - ``"skew_kl"``: KL(Q || alpha Q + (1 - alpha) P); ``"skew_reverse_kl"``: KL(P || alpha P + (1 - alpha) Q)
-      (arXiv 2402.03898).
+      (arXiv 2402.03898). With alpha = 0 they are the forward and the reverse KL.
     - ``"tvd"``: the total variation distance, half the sum of |q - p|; the gradient of an outcome with q = p is 0.
     - ``"ab"``: the alpha-beta divergence (arXiv 2505.04560), -1 / (alpha beta) times the sum of
       q^alpha p^beta - alpha / (alpha + beta) q^(alpha + beta) - beta / (alpha + beta) p^(alpha + beta). Its limits
       (1, 0) and (0, 1) are the forward and the reverse KL.
     - ``"gated"``: KL(P || Q) + gate KL(Q || P), ``gate`` (N, 1) (arXiv 2603.07079).
     """
+    limits = {("ab", 1, 0): "forward_kl", ("ab", 0, 1): "reverse_kl"}
+    limits |= {("skew_kl", 0, beta): "forward_kl", ("skew_reverse_kl", 0, beta): "reverse_kl"}
+    divergence = limits.get((divergence, alpha, beta), divergence)
     if divergence == "soft_ce":
         return _weighted(log_q, -log_p)
-    if divergence == "forward_kl" or (divergence == "ab" and (alpha, beta) == (1, 0)):
+    if divergence == "forward_kl":
         return _kl_shares(log_q, log_p) if is_proper else _weighted(log_q, log_q - log_p)
-    if divergence in ("reverse_kl", "gated") or (divergence == "ab" and (alpha, beta) == (0, 1)):
+    if divergence in ("reverse_kl", "gated"):
         reverse = _kl_shares(log_p.masked_fill(log_q == -math.inf, -math.inf), log_q)
         # A gate of 0 drops the forward KL, even where it is infinite.
         return reverse + gate * _kl_shares(log_q.masked_fill(gate == 0, -math.inf), log_p)

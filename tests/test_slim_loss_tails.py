@@ -207,3 +207,45 @@ def test_slim_loss_of_a_teacher_row_without_mass(rest, divergence, top_k):
             _, (grad,) = loss_and_grads(sk.slim_loss, (student,), 1.0, target, record, **options | KD_ALONE)
             is_silent = torch.tensor([True, True, top_k < 9 or rest != "zero_logit", True, False, False])
             torch.testing.assert_close(grad[is_silent], torch.zeros_like(grad[is_silent]), rtol=0, atol=1e-6)
+
+
+MIXTURES = (
+    *(("jsd", {"beta": beta}) for beta in (0.1, 0.99)),
+    *((name, {"alpha": alpha}) for name in ("skew_kl", "skew_reverse_kl") for alpha in (0.0, 1e-7, 0.1, 0.9)),
+)
+
+
+@pytest.mark.parametrize(("divergence", "options"), MIXTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_slim_loss_of_mixtures_at_the_smallest_normal_number(divergence, options, dtype):
+    # Probabilities of the student around those whose product with a share is flushed to 0, and far below them.
+    lowest = -math.log(torch.finfo(dtype).tiny)
+    far = torch.linspace(lowest - 3, lowest + 1, 40, dtype=F64).to(dtype)
+    student = torch.zeros(40, 6, dtype=dtype)
+    # Kept ids with a share of the teacher's mass and without one, and an id that is not kept.
+    student[:, [1, 3, 4]] = -far[:, None]
+    teacher = torch.tensor([0.0, 0.0, -3.0, -INF, -INF, -1.0], dtype=dtype).repeat(40, 1)
+    teacher[20:, 1] = -far[20:].flip(0)
+    record = sk.topk_logits(teacher, 5)
+    options = options | {"rest": "ghost", "divergence": divergence, **KD_ALONE}
+    target = torch.zeros(40, dtype=torch.int64)
+    out, (grad,) = loss_and_grads(sk.slim_loss, (student,), 1.0, target, record, **options)
+    truth, (true_grad,) = loss_and_grads(
+        reference.slim_loss, (student.double(),), 1.0, target, to_dtype(record, F64), **options
+    )
+    torch.testing.assert_close(out.kd.double(), truth.kd, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rest", "divergence"), RESTS_AND_DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_slim_loss_without_a_divergence_that_is_infinite_or_not_a_number(rest, divergence, temperature):
+    logits, target, teacher = random_problem(5, 40, 6, temperature=temperature, ignored=())
+    record = dataclasses.replace(teacher, logits=teacher.logits.clone())
+    record.logits[2, 1] = NAN
+    logits[0, record.ids[0, record.ids[0] != target[0]].long()] = -INF
+    options = {"rest": rest, "divergence": divergence, "temperature": temperature, "detach_weight": False}
+    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target, record, kd_weight=0.0, **options)
+    expected, (expected_grad,) = loss_and_grads(sk.slim_loss, (logits,), 1.0, target)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)

@@ -78,8 +78,9 @@ def test_stores_of_different_codecs_are_decoded(one, tmp_path):
     assert len(batch["teacher"]) == 7 * 3
 
 
-def test_rows_of_a_document_in_several_stores_are_mixed(one, other):
-    mixed = MixedStores([one, other], weights=[3, 1])
+@pytest.mark.parametrize("scale", [1, 1e-300, 5e307])
+def test_rows_of_a_document_in_several_stores_are_mixed(one, other, scale):
+    mixed = MixedStores([one, other], weights=[3 * scale, scale])
     for index, name in enumerate("abcdef"):
         holders = [
             (store[store.find(DOCUMENTS[name])].teacher, weight)
@@ -137,6 +138,12 @@ def test_shares_hold_in_every_epoch_and_a_store_goes_on_where_it_stopped(one, tm
     again.set_epoch(7)
     assert names_of(mixed, again) == read[56:64]
     assert names_of(mixed, mixed.order(seed=12, rank=0, world_size=1)) != read[:8]
+
+
+def test_only_the_proportions_of_shares_count():
+    stores = [np.arange(5), np.arange(5, 8)]
+    counts = [ShareOrder(stores, [3 * scale, scale], num_documents=8).counts for scale in (1, 1e-300, 5e307)]
+    assert counts == [[6, 2]] * 3
 
 
 def test_shares_are_split_by_rank_and_resumed():

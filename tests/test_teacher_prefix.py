@@ -118,7 +118,10 @@ def test_a_capture_is_continued_with_the_same_prefixes_only(corpus, tokenizer, m
     pattern = r"rows of a document of \d+ tokens, .* behind another prefix \(hash \w{32} there, \w{32} here\)"
     with pytest.raises(errors.TeacherContextError, match=pattern):
         capture(model, tokenizer, [other], path, **options)
-    with pytest.raises(errors.TeacherContextError, match=r"\(hash \w{32} there, none here\): use the same prefixes"):
+    with pytest.raises(
+        errors.TeacherContextError,
+        match=r"\(hash \w{32} there, none here\): use the prefixes of that capture .* document once",
+    ):
         capture(model, tokenizer, [list(first)], path, **options)
     with pytest.raises(errors.TeacherContextError, match=r"\(hash none there, \w{32} here\)"):
         capture(model, tokenizer, [TokenizedDocument(documents[1], teacher_ids=[7, *documents[1]])], path, **options)
@@ -148,6 +151,10 @@ def test_the_context_of_the_teacher_holds_the_prefix_too(tokenizer, tmp_path):
     pattern = "12 tokens and 5 more in the teacher's prefix, but the teacher reads 16: .* with max_length=11"
     with pytest.raises(ValueError, match=pattern):
         capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 5 + document)], tmp_path, top_k=9)
+    with pytest.raises(ValueError, match=r"20 more in the teacher's prefix, .* reads 16: shorten the prefix$"):
+        capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 20 + document)], tmp_path, top_k=9)
+    with pytest.raises(ValueError, match="got 20 to 300 in the teacher's prefix of document 1: give the ids"):
+        capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[300, *document])], tmp_path, top_k=9)
     capture(model, tokenizer, [TokenizedDocument(document, teacher_ids=[9] * 4 + document)], tmp_path, top_k=9)
     with pytest.raises(ValueError, match=r"token ids must lie in \[0, 300\), .* got 20 to 300"):
         capture(model, tokenizer, [TokenizedDocument([20, 21], teacher_ids=[300, 20, 21])], tmp_path, top_k=9)

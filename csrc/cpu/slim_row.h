@@ -420,6 +420,12 @@ struct SlimRow {
     Stats stats = {{loss, ce, m.kd, w, teacher_mass, student_mass, lse_one}};
     if (args.statistics != kNone) watch(student, teacher, &stats);
     store_stats(stats);
+    if (args.kd_weight == 0 && ids != nullptr) {
+      // A weight of 0 drops the divergence from the gradient, even where it is infinite.
+      m = {};
+      m.w.value = 0;
+      memset(kept_slope, 0, padded<A>(kept) * sizeof(A));
+    }
     return m;
   }
 

@@ -54,19 +54,19 @@ SK_INLINE V kl_share(V log_ratio, V a, V b) {
   return a == V{} ? b : share;
 }
 
-// The mixture share * a + (1 - share) * b of two probabilities, at least the least normal number.
+// The mixture share * a + (1 - share) * b of two probabilities, and the normal number that stands for it where it is
+// a denominator or within a log: one that is flushed to 0 would make a gradient infinite.
 template <class V>
 struct Mixture {
   using A = ElementOf<V>;
-  V m, log_m;
+  V m, normal, log_m;
 
   Mixture(V log_a, V log_b, V a, V b, double share) : m(a * A(share) + b * A(1 - share)) {
     const V least = V{} + (sizeof(A) == sizeof(float) ? A(__FLT_MIN__) : A(__DBL_MIN__));
     const auto is_tiny = m < least;
-    // Of less, neither the quotient by m nor its logarithm is a number that can be used.
-    m = is_tiny ? least : m;
-    log_m = log(m);
-    // A tiny mixture of probabilities that are not matters only where one of the shares is, and is the other part.
+    normal = is_tiny ? least : m;
+    log_m = log(normal);
+    // A part that counts may be no larger than this only where the other is negligible, and then m is that part.
     if (share > 1e-6 && share < 1 - 1e-6) return;
     const V log_of_a = log_a + A(__builtin_log(share)), log_of_b = log_b + A(__builtin_log1p(-share));
     log_m = is_tiny ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log_m;
@@ -123,22 +123,22 @@ SK_INLINE void diverge(const SlimLossArgs& args, double gate, V log_q, V log_p, 
       return;
     }
     case kJsd: {
-      const auto [m, log_m] = Mixture<V>(log_q, log_p, q, p, args.beta);
+      const auto [m, normal, log_m] = Mixture<V>(log_q, log_p, q, p, args.beta);
       *share = kl_share(log_q - log_m, q, m) * A(args.beta) + kl_share(log_p - log_m, p, m) * A(1 - args.beta);
       *slope = p == zero ? zero : p * (log_p - log_m) * A(1 - args.beta);
       return;
     }
     case kSkewKl: {
-      const auto [m, log_m] = Mixture<V>(log_q, log_p, q, p, args.alpha);
+      const auto [m, normal, log_m] = Mixture<V>(log_q, log_p, q, p, args.alpha);
       *share = kl_share(log_q - log_m, q, m);
-      *slope = (q == zero) | (p == zero) ? zero : p * (q / m) * A(args.alpha - 1);
+      *slope = (q == zero) | (p == zero) ? zero : p * (q / normal) * A(args.alpha - 1);
       return;
     }
     case kSkewReverseKl: {
-      const auto [m, log_m] = Mixture<V>(log_p, log_q, p, q, args.alpha);
+      const auto [m, normal, log_m] = Mixture<V>(log_p, log_q, p, q, args.alpha);
       const auto excluded = log_m == zero - infinity<A>();
       *share = excluded ? zero : kl_share(log_p - log_m, p, m);
-      const V ratio = args.alpha == 0 ? zero : p / m * A(args.alpha * (1 - args.alpha));
+      const V ratio = args.alpha == 0 ? zero : p / normal * A(args.alpha * (1 - args.alpha));
       *slope = (p == zero) | excluded ? zero : p * (log_p - log_m) + (q - p) * ratio;
       return;
     }

@@ -30,6 +30,8 @@ KL_DIVERGENCES = ("forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "gat
 _AB_LIMITS = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}
 _AB_LOWEST = 0.05
 _PARAMETERS = ("beta", "alpha")
+# The KLs that those with a skew are at alpha = 0.
+_WITHOUT_SKEW = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}
 
 
 class SlimOptions(NamedTuple):
@@ -242,7 +244,7 @@ def default_parameters(divergence: str) -> dict[str, float]:
 
 
 def _resolve_divergence(divergence: str, beta: float | None, alpha: float | None) -> tuple[str, float, float]:
-    """Checks beta and alpha, fills in the defaults, and returns the KL that "ab" is at its limits by its own name."""
+    """Checks beta and alpha, fills in the defaults, and returns a divergence that is a KL at its limits as that KL."""
     defaults = default_parameters(divergence)
     beta = _checks.as_float(defaults["beta"] if beta is None else beta, "beta")
     alpha = _checks.as_float(defaults["alpha"] if alpha is None else alpha, "alpha")
@@ -251,7 +253,7 @@ def _resolve_divergence(divergence: str, beta: float | None, alpha: float | None
             raise ValueError(f"beta must be in (0, 1), got {beta}")
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha must be in [0, 1), got {alpha}")
-        return divergence, beta, alpha
+        return _WITHOUT_SKEW.get(divergence, divergence) if alpha == 0 else divergence, beta, alpha
     if (alpha, beta) in _AB_LIMITS:
         # They are out of range for the others, so the defaults take their places.
         return _AB_LIMITS[alpha, beta], _FLOAT_DEFAULTS["beta"], _FLOAT_DEFAULTS["alpha"]

@@ -110,9 +110,9 @@ def slim_loss(
             ``target_logit`` is absent, which warns, or NaN.
         detach_weight: Whether w is a constant to the gradient.
         beta: Share of the teacher in "jsd", in (0, 1), None for 0.5; or the student's exponent in "ab", None for 0.7.
-        alpha: Share of its first argument in the mixture of "skew_kl" or "skew_reverse_kl", in [0, 1), None for 0.1; or
-            the teacher's exponent in "ab", None for 0.2. The exponents of "ab" are both at least 0.05, or
-            (alpha, beta) = (1, 0), which is "forward_kl", or (0, 1), which is "reverse_kl".
+        alpha: Share of its first argument in the mixture of "skew_kl" or "skew_reverse_kl", in [0, 1), None for 0.1,
+            with 0 for the KL without a skew; or the teacher's exponent in "ab", None for 0.2. The exponents of "ab" are
+            both at least 0.05, or (alpha, beta) = (1, 0), which is "forward_kl", or (0, 1), which is "reverse_kl".
         forward_weight: Factor of the forward KL in "gated", at least 0.
         entropy_threshold: Entropy in nats above which "gated" has the forward KL, at least 0.
         teacher_blend: Exponent t in (0, 1] of the teacher in softmax(t log q + (1 - t) log p) over the outcomes, which

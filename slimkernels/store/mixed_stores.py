@@ -167,17 +167,19 @@ def check_alike(stores: Sequence[Store]) -> None:
 def _mixed(documents: Sequence[Document], weights: Sequence[float]) -> Document:
     """Returns one document of several with the same tokens, whose rows are mixed at every position that one has."""
     positions = torch.cat([document.positions for document in documents]).unique()
-    parts, shares = [], []
+    parts, known = [], []
     for document, weight in zip(documents, weights, strict=True):
         if not len(document.positions):
             continue
         rows = torch.searchsorted(document.positions, positions).clamp(max=len(document.positions) - 1)
         parts.append(document.teacher[rows])
-        shares.append(weight * (document.positions[rows] == positions).float())
+        known.append(weight * (document.positions[rows] == positions).double())
     if not parts:
-        parts, shares = [documents[0].teacher], [torch.ones(0)]
-    total = torch.stack(shares).sum(0)
-    mixed = SparseLogits.mix(parts, [share / total for share in shares])
+        parts, known = [documents[0].teacher], [torch.ones(0)]
+    # Only their proportions count, so that no sum of them overflows and no division is 0 / 0.
+    shares = torch.stack(known)
+    shares = shares / shares.amax(0)
+    mixed = SparseLogits.mix(parts, list(shares / shares.sum(0)))
     # At least one column, as in a store.
     width = int((mixed.ids >= 0).sum(-1).max()) if len(mixed) else 1
     return Document(

@@ -104,7 +104,9 @@ def checked_shares(values: Sequence[float], number: int, name: str) -> list[floa
 
 def _counts(num_documents: int, shares: Sequence[float]) -> list[int]:
     """Divides documents in proportion to the shares; the largest remainders get one more."""
-    exact = [num_documents * share / sum(shares) for share in shares]
+    # Relative to the largest one, so that no sum of them overflows.
+    relative = [share / max(shares) for share in shares]
+    exact = [num_documents * share / sum(relative) for share in relative]
     counts = [int(count) for count in exact]
     by_remainder = sorted(range(len(shares)), key=lambda number: counts[number] - exact[number])
     for number in by_remainder[: num_documents - sum(counts)]:

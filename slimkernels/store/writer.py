@@ -248,8 +248,8 @@ class StoreWriter:
             there, here = ("none" if one == NO_CONTEXT else one.hex() for one in (found, context))
             raise TeacherContextError(
                 f"{self.path} has rows of a document of {len(ids)} tokens, {ids[:8].tolist()}..., that the teacher "
-                f"gave behind another prefix (hash {there} there, {here} here): use the same prefixes, or another "
-                "directory"
+                f"gave behind another prefix (hash {there} there, {here} here): use the prefixes of that capture or "
+                "another directory, and give each document once, with one prefix"
             )
         return True
 

@@ -193,7 +193,7 @@ class _Teacher:
                 continue
             self.vocabulary.check(ids, number)
             if ids.teacher_ids is not None:
-                self.vocabulary.check(ids.teacher_ids, number)
+                self.vocabulary.check(ids.teacher_ids, number, "the teacher's prefix of document")
             self._check_length(ids, number)
             self.labelled += 1
             yield ids
@@ -206,10 +206,11 @@ class _Teacher:
                 f"document {number} has {len(ids)} tokens, but the teacher reads {self.max_length}: split it, as "
                 f"read_documents does with max_length={self.max_length}"
             )
+        left = self.max_length - ids.shift
+        split = f", or split the document, as read_documents does with max_length={left}" if left >= 2 else ""
         raise ValueError(
             f"document {number} has {len(ids)} tokens and {ids.shift} more in the teacher's prefix, but the teacher "
-            f"reads {self.max_length}: shorten the prefix, or split the document, as read_documents does with "
-            f"max_length={max(self.max_length - ids.shift, 2)}"
+            f"reads {self.max_length}: shorten the prefix{split}"
         )
 
     def __call__(self, batch: list[TokenizedDocument]) -> list[SparseLogits] | list[Tensor]:

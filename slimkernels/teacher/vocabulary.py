@@ -26,12 +26,12 @@ class CapturedVocabulary(NamedTuple):
     size: int
     fingerprint: str
 
-    def check(self, ids: Sequence[int], number: int) -> None:
-        """Checks that the token ids of a document are in the vocabulary; ``number`` names it in the error."""
+    def check(self, ids: Sequence[int], number: int, subject: str = "document") -> None:
+        """Checks that token ids are in the vocabulary; ``subject`` and ``number`` name the document in the error."""
         if min(ids) < 0 or max(ids) >= self.size:
             raise ValueError(
                 f"token ids must lie in [0, {self.size}), the teacher's vocabulary, got {min(ids)} to {max(ids)} in "
-                f"document {number}: give the documents as the teacher's tokenizer makes them"
+                f"{subject} {number}: give the ids that the teacher's tokenizer makes"
             )
 
 

@@ -35,7 +35,7 @@ TOKEN_WEIGHT = torch.linspace(0.1, 1.5, NUM_ROWS)
 class Case(NamedTuple):
     """``options`` of the loss; ``top_k`` 0 for no teacher; ``upstream`` of the backward pass.
 
-    With ``rows_without_mass`` some rows of the teacher are all -inf.
+    With ``rows_without_mass`` some rows of the teacher are all -inf; with ``is_damaged`` one holds a NaN.
     """
 
     options: dict[str, Any]
@@ -46,6 +46,7 @@ class Case(NamedTuple):
     all_ignored: bool = False
     num_rows: int = NUM_ROWS
     rows_without_mass: bool = False
+    is_damaged: bool = False
     sharding: str = "group"  # or "dtensor"
     ours: Mapping[str, Any] = MappingProxyType({})  # options that the reference does not have
 
@@ -78,6 +79,10 @@ def make_cases() -> dict[str, Case]:
     cases["blended-part"] = Case({"rest": "renorm_both", "divergence": "jsd", "teacher_blend": 0.4})
     cases["blended-without-mass"] = Case(ghost | {"teacher_blend": 0.4}, rows_without_mass=True)
     cases["without-tail"] = Case(ghost | {"divergence": "skew_reverse_kl", "tail_weight": 0.0}, linear=True)
+    cases["without-skew"] = Case(ghost | {"divergence": "skew_kl", "alpha": 0.0})
+    for temperature in (1.0, TEMPERATURE):
+        options = {"rest": "ghost", "temperature": temperature, "kd_weight": 0.0, "detach_weight": False}
+        cases[f"dropped-{temperature}"] = Case(options, is_damaged=True)
     for linear in (False, True):
         form = "linear" if linear else "logits"
         cases[f"sum-{form}"] = Case(ghost | {"reduction": "sum"}, linear, upstream=0.5)
@@ -126,6 +131,8 @@ def make_problem(case: Case) -> Problem:
             values[[0, 1, 7, 8]] = -math.inf
         target[0] = ids[0, 3]
         rest_lse[8] = math.nan
+    if case.is_damaged:
+        logits[3, 1] = math.nan
     teacher = dataclasses.replace(teacher, ids=ids, rest_lse=rest_lse)
     rows = slice(0, case.num_rows)
     return Problem(problem.logits[rows], target[rows], teacher[rows])

@@ -366,7 +366,8 @@ def write_kept_gradient(kept_gradient_ptr, row, teacher, target, outcomes, kept,
         k = begin + tl.arange(0, MODE.block_k)
         y, log_p, _, slope = kept_terms(row, teacher, k, outcomes, options, MODE)
         dy = powers(y, outcomes.level, row.exponent_one) * kept.one_scale + kept.uniform
-        dy += (slope - tl.exp(log_p) * kept.mean_slope) * kept.kd_scale
+        of_kd = (slope - tl.exp(log_p) * kept.mean_slope) * kept.kd_scale
+        dy += tl.where(options.kd_weight == 0, 0.0, of_kd)
         is_label = tl.load(teacher.ids_ptr + k, mask=k < teacher.kept, other=-1) == target
         dy += tl.where(is_label, kept.at_label, 0.0)
         if MODE.softcap:

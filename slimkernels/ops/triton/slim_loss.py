@@ -446,19 +446,21 @@ def write_gradient(
     row_scale = options.logit_scale
     if numbers.row_scale_ptr is not None:
         row_scale *= tl.load(numbers.row_scale_ptr + numbers.n).to(tl.float64)
-    through_weight = tl.where(m.w_slope == 0, 0.0, options.kd_weight * m.kd * m.w_slope)
+    # A weight of 0 drops the divergence from the gradient, even where it is infinite.
+    drops_kd = options.kd_weight == 0
+    through_weight = tl.where(drops_kd | (m.w_slope == 0), 0.0, options.kd_weight * m.kd * m.w_slope)
     softmax_scale = row_scale * (options.ce_weight + 2 * options.z_loss_weight * lse_one - through_weight)
-    kd_scale = row_scale * options.kd_weight * m.w * options.temperature
+    kd_scale = tl.where(drops_kd, 0.0, row_scale * options.kd_weight * m.w * options.temperature)
     uniform = -row_scale * options.ce_weight * options.label_smoothing / row.vocab_size
     at_label = (row_scale * (through_weight - options.ce_weight * (1 - options.label_smoothing))).to(MODE.acc)
 
     is_empty = lse_one == minus_inf
     one_scale = softmax_scale * tl.exp(tl.where(is_empty, 0.0, student_sums.level * row.unit - lse_one))
-    off_scale = kd_scale * m.off_factor
+    off_scale = tl.where(drops_kd, 0.0, kd_scale * m.off_factor)
     if not MODE.two_temperatures:
         # At T = 1 both softmaxes are the same exponentials.
         off_scale += one_scale
-    constant = (uniform + kd_scale * m.off_constant).to(MODE.acc)
+    constant = (uniform + tl.where(drops_kd, 0.0, kd_scale * m.off_constant)).to(MODE.acc)
     dense = DenseGradient(
         student_sums.level, off_scale.to(MODE.acc), student_sums.level, one_scale.to(MODE.acc), constant
     )

@@ -31,10 +31,12 @@ class RowScales(NamedTuple):
 def row_scales(options: SlimOptions, student: StudentSums, measures: Measures, vocab_size: Tensor) -> RowScales:
     """Computes the ``RowScales`` of settled rows."""
     through_weight = (options.kd_weight * measures.kd * measures.w_slope).masked_fill(measures.w_slope == 0, 0.0)
+    # A weight of 0 drops the divergence, even where w is not a number.
+    w = measures.w if options.kd_weight else torch.zeros_like(measures.w)
     return RowScales(
         softmax_scale=options.ce_weight + 2 * options.z_loss_weight * student.lse_one - through_weight,
         uniform=-options.ce_weight * options.label_smoothing / vocab_size,
-        kd_scale=options.kd_weight * measures.w * options.temperature,
+        kd_scale=options.kd_weight * w * options.temperature,
         label_slope=through_weight - options.ce_weight * (1 - options.label_smoothing),
     )
 
@@ -134,7 +136,8 @@ class RowGradients:
         z, p, _, slope = kept.terms(rows, owned, self.student, teacher)
         dz = (z - column(self.student.lse_one[rows])).exp() * column(self.scales.softmax_scale[rows] * scale)
         dz = dz + column(self.scales.uniform[rows] * scale)
-        dz = dz + (slope - p * column(self.measures.mean_slope[rows])) * column(self.scales.kd_scale[rows] * scale)
+        if self.options.kd_weight:
+            dz = dz + (slope - p * column(self.measures.mean_slope[rows])) * column(self.scales.kd_scale[rows] * scale)
         dz = dz + at_label * kept.is_label(rows, self.target)
         return dz * transform_slope(z, self.options)
 

@@ -237,6 +237,11 @@ class VocabRows:
         kd = value * options.temperature**2
         if options.kd_weight:
             loss = loss + options.kd_weight * w * kd
+        else:
+            # A weight of 0 drops the divergence from the gradient, even where it is infinite.
+            w_slope, mean_slope, off_factor, off_constant = (
+                torch.zeros_like(of_kd) for of_kd in (w_slope, mean_slope, off_factor, off_constant)
+            )
         return Measures(
             loss=loss,
             ce=ce,
