@@ -15,7 +15,8 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
         "--store",
         action="append",
         metavar="DIR",
-        help="store of the documents and the teacher's logits; repeat it for several, whose documents are all read",
+        help="store of the documents and the teacher's logits; repeat it for several, whose documents are all read "
+        "(default: none, --text is needed)",
     )
     add(
         "--store-weights",
@@ -36,7 +37,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
         "--text",
         metavar="FILE",
         help="documents without a store, for a --teacher or --teacher-server that scores them, or --method sft: "
-        ".jsonl, .json, .parquet, or .txt with blank lines between documents",
+        ".jsonl, .json, .parquet, or .txt with blank lines between documents (default: none, --store is needed)",
     )
     add_corpus_options(parser)
 
