@@ -59,7 +59,7 @@ def test_launcher_and_script_take_their_arguments(command, monkeypatch):
     assert args.module
     assert args.training_script == "slimkernels"
     trained = make_parser().parse_args(args.training_script_args)
-    assert (trained.command, trained.store, trained.out) == ("train", "STORE", "OUT")
+    assert (trained.command, trained.store, trained.out) == ("train", ["STORE"], "OUT")
     if launcher == "accelerate":
         assert Path(args.config_file).is_file()
         # This machine may lack GPUs or DeepSpeed, which are not part of the command.
