@@ -591,9 +591,10 @@ def _shares(
       (1, 0) and (0, 1) are the forward and the reverse KL.
     - ``"gated"``: KL(P || Q) + gate KL(Q || P), ``gate`` (N, 1) (arXiv 2603.07079).
     """
-    limits = {("ab", 1, 0): "forward_kl", ("ab", 0, 1): "reverse_kl"}
-    limits |= {("skew_kl", 0, beta): "forward_kl", ("skew_reverse_kl", 0, beta): "reverse_kl"}
-    divergence = limits.get((divergence, alpha, beta), divergence)
+    if divergence == "ab":
+        divergence = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}.get((alpha, beta), divergence)
+    if alpha == 0:
+        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(divergence, divergence)
     if divergence == "soft_ce":
         return _weighted(log_q, -log_p)
     if divergence == "forward_kl":
