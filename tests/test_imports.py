@@ -105,7 +105,8 @@ import slimkernels.reference, slimkernels.reference_sampling
 result = sorted(m for m in sys.modules if m.startswith("slimkernels."))
 """
     mixture = ("mixture", "mixture.fields", "mixture.unions")
-    names = ("_checks", *mixture, "reference", "reference_sampling", "sparse_logits")
+    definitions = [f"reference.{name}" for name in ("arithmetic", "divergences", "loss", "mixture", "rows")]
+    names = ("_checks", *mixture, "reference", *definitions, "reference_sampling", "sparse_logits")
     assert in_fresh_process(code) == [f"slimkernels.{name}" for name in names]
 
 

@@ -164,7 +164,7 @@ STAGES = {
     "CPU C++": ["csrc/cpu/slim_row.h"],
     "Triton": ["slimkernels/ops/triton/slim_loss.py"],
     "vocabulary-parallel": ["slimkernels/ops/vocab_parallel/rows.py", "slimkernels/ops/vocab_parallel/gradient.py"],
-    "reference": ["slimkernels/reference.py"],
+    "reference": ["slimkernels/reference/loss.py", "slimkernels/reference/divergences.py"],
 }
 
 

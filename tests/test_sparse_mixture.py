@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.helpers import assert_same_bits, sparse_fields
 
 from slimkernels import PackedLogits, SparseLogits, gather_logits, reference, slim_loss, topk_logits
+from slimkernels.reference.mixture import distinct
 
 VOCAB_SIZE = 19
 
@@ -71,7 +72,7 @@ def test_mix_is_the_dense_mixture_where_every_input_holds_the_union(weights):
     if weights == "rows":
         weights = list(torch.rand(3, 6, dtype=torch.float64).softmax(0))
     target = torch.arange(6)
-    ids = reference._distinct(torch.cat([topk_logits(rows, 4).ids for rows in logits], -1))
+    ids = distinct(torch.cat([topk_logits(rows, 4).ids for rows in logits], -1))
     mixed = SparseLogits.mix([gather_logits(rows, ids, target=target) for rows in logits], weights)
     expected = dense_mixture(logits, weights)
     assert torch.equal(mixed.ids[:, : ids.shape[1]], ids)
