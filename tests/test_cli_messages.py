@@ -18,7 +18,7 @@ from support.commands import parsers
 
 from slimkernels import _checks
 from slimkernels.cli import errors, main, terminal, train
-from slimkernels.ops import _slim_options
+from slimkernels.ops import _divergences
 from slimkernels.teacher import capture
 
 ROOT = Path(__file__).parents[1]
@@ -229,7 +229,7 @@ def test_a_flag_has_one_metavar_and_one_list_of_choices():
 
 
 def test_train_accepts_what_the_loss_accepts():
-    assert (train.RESTS, train.DIVERGENCES) == (_checks.RESTS, _slim_options.DIVERGENCES)
+    assert (train.RESTS, train.DIVERGENCES) == (_checks.RESTS, _divergences.DIVERGENCES)
 
 
 def test_a_finished_training_says_so_and_is_not_trained_on(here, capsys, caplog):

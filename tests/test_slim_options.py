@@ -12,7 +12,7 @@ from support.helpers import random_problem, recorded_ops
 
 import slimkernels as sk
 from slimkernels import _checks, reference
-from slimkernels.ops import _slim_options
+from slimkernels.ops import _divergences, _slim_options
 from slimkernels.ops._slim_options import OPTIONS_SCHEMA, SlimOptions, resolve_options
 from slimkernels.ops.slim_result import NUM_STATS
 
@@ -133,7 +133,7 @@ def enumerator(name: str, weight: bool = False) -> str:
     ("enum", "names"),
     [
         ("Rest", _checks.RESTS),
-        ("Divergence", _slim_options.DIVERGENCES),
+        ("Divergence", _divergences.DIVERGENCES),
         ("Weighting", (*_slim_options.WEIGHTS, "tensor")),
         ("Statistics", tuple(NUM_STATS)),
     ],
@@ -145,7 +145,7 @@ def test_the_native_enums_have_the_names_of_the_options(enum, names):
 
 
 def test_the_reference_knows_the_same_names():
-    assert (reference.RESTS, reference.DIVERGENCES) == (_checks.RESTS, _slim_options.DIVERGENCES)
+    assert (reference.RESTS, reference.DIVERGENCES) == (_checks.RESTS, _divergences.DIVERGENCES)
     assert (reference.WEIGHTS, reference.SlimLoss._fields) == (_slim_options.WEIGHTS, sk.SlimLoss._fields)
     ours, theirs = (inspect.signature(function).parameters for function in (sk.slim_loss, reference.slim_loss))
     assert theirs.keys() >= {*PUBLIC_NAMES, "reduction", "num_items"}

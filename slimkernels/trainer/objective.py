@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from slimkernels import _checks
 from slimkernels.models.make_student import has_new_weights
-from slimkernels.ops._slim_options import PROPER_DIVERGENCES, default_parameters
+from slimkernels.ops._divergences import PROPER_DIVERGENCES, default_parameters
 from slimkernels.ops.slim_loss import slim_loss
 from slimkernels.trainer.document_order import ORDERS
 from slimkernels.trainer.schedules import Schedule, parse_schedule

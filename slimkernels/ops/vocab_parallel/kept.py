@@ -10,8 +10,9 @@ from torch import Tensor
 
 from slimkernels.ops._library import accumulation_dtype
 from slimkernels.ops._slim_options import SlimOptions
+from slimkernels.ops.vocab_parallel.divergences import blend, diverge
 from slimkernels.ops.vocab_parallel.slice import VocabSlice
-from slimkernels.ops.vocab_parallel.terms import StudentSums, TeacherSums, blend, diverge, effective, finite_norm
+from slimkernels.ops.vocab_parallel.terms import StudentSums, TeacherSums, effective, finite_norm
 
 
 class KeptEntries:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slimkernels.ops._library import accumulation_dtype
 from slimkernels.ops._slim_options import SlimOptions
+from slimkernels.ops.vocab_parallel.divergences import blend, diverge, missing_slope
 from slimkernels.ops.vocab_parallel.gradient import RowGradients, row_scales
 from slimkernels.ops.vocab_parallel.kept import KeptEntries
 from slimkernels.ops.vocab_parallel.slice import VocabSlice
@@ -22,14 +23,11 @@ from slimkernels.ops.vocab_parallel.terms import (
     Measures,
     StudentSums,
     TeacherSums,
-    blend,
-    diverge,
     effective,
     entropy_of_parts,
     finite_norm,
     log1m_exp,
     log_sum_exp,
-    missing_slope,
     slice_log_sum_and_entropy,
     slice_log_sums,
     weigh,
