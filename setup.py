@@ -91,7 +91,7 @@ def cuda_extensions() -> list[Extension]:
         stop(f"SLIMKERNELS_CUDA=1, but no nvcc was found; {remedy}")
     if find_nvcc() is None:
         return []
-    sources = [str(CSRC / "cuda/topk_logits.cu")]
+    sources = [str(path) for path in sorted(CSRC.glob("cuda/*.cu"))]
     return [Extension("slimkernels._C_cuda", sources=sources, optional=wanted == "")]
 
 
