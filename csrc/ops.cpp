@@ -12,98 +12,23 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "slim_loss/operator.h"
 #include "store/packed_rows.h"
 
 namespace slimkernels {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+constexpr OnDevice kCpu = {-1};
 
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    case ScalarType::Double:
-      return kFloat64;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
-  }
-}
-
-ScalarType acc_type(Dtype dtype) { return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float; }
-
-template <class Enum>
-struct Choice {
-  const char* name;
-  Enum value;
-};
-
-template <class Enum>
-Enum value_of(const std::string& name, const char* argument, std::initializer_list<Choice<Enum>> choices) {
-  for (const Choice<Enum>& choice : choices) {
-    if (name == choice.name) return choice.value;
-  }
-  STD_TORCH_CHECK(false, argument, " is unknown: '", name, "'");
-}
-
-Rest rest_of(const std::string& name) {
-  return value_of<Rest>(name, "rest",
-                        {{"renorm", kRenorm},
-                         {"zero", kZero},
-                         {"ghost", kGhost},
-                         {"zero_logit", kZeroLogit},
-                         {"renorm_both", kRenormBoth}});
-}
-
-Divergence divergence_of(const std::string& name) {
-  return value_of<Divergence>(name, "divergence",
-                              {{"forward_kl", kForwardKl},
-                               {"soft_ce", kSoftCe},
-                               {"reverse_kl", kReverseKl},
-                               {"jsd", kJsd},
-                               {"skew_kl", kSkewKl},
-                               {"skew_reverse_kl", kSkewReverseKl},
-                               {"tvd", kTvd},
-                               {"ab", kAb},
-                               {"gated", kGated}});
-}
-
-Weighting weighting_of(const std::string& name) {
-  return value_of<Weighting>(name, "weighting",
-                             {{"teacher_over_student", kTeacherOverStudent},
-                              {"student_over_teacher", kStudentOverTeacher},
-                              {"none", kWeightOne},
-                              {"tensor", kWeightTensor}});
-}
-
-Statistics statistics_of(const std::string& name) {
-  return value_of<Statistics>(name, "statistics",
-                              {{"none", kNone}, {"without_overlap", kWithoutOverlap}, {"all", kAll}});
-}
-
-// Returns the data of a contiguous CPU tensor of the given type and number of elements; null for an absent one.
 const void* data_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
-  if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == type && t->numel() == numel, name,
-                  " must be a contiguous CPU tensor of the documented type with ", numel, " elements, got ",
-                  t->numel());
-  return t->const_data_ptr();
+  return kCpu.data_of(t, type, numel, name);
 }
 
 void* out_of(const OptionalTensor& t, ScalarType type, int64_t numel, const char* name) {
-  return const_cast<void*>(data_of(t, type, numel, name));
+  return kCpu.out_of(t, type, numel, name);
 }
 
-void check_rows(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name,
-                  " must be a two-dimensional CPU tensor whose last dimension is dense");
-}
+void check_rows(const Tensor& t, const char* name) { kCpu.check_rows(t, name); }
 
 const KernelTable& checked_kernels() {
   STD_TORCH_CHECK(kernels_error() == nullptr, kernels_error());
@@ -210,86 +135,25 @@ int64_t sparse_softmax_rows_cpu(Tensor ids, Tensor logits, OptionalTensor lse, O
   return run(checked_kernels().sparse_softmax, args, num_rows);
 }
 
-// Writes the statistics (M, N) and, where dlogits is given, the gradient, which may overwrite the logits.
-int64_t slim_loss_rows_cpu(Tensor logits, OptionalTensor dlogits, Tensor stats, Tensor target, OptionalTensor row_scale,
-                           OptionalTensor ids, OptionalTensor teacher_logits, OptionalTensor teacher_lse,
-                           OptionalTensor teacher_lse_one, OptionalTensor teacher_rest_lse, OptionalTensor target_logit,
-                           OptionalTensor token_weight, double temperature, std::string rest, std::string divergence,
-                           std::string weighting, bool detach_weight, double beta, double alpha, double forward_weight,
-                           double entropy_threshold, double teacher_blend, double tail_weight, double ce_weight,
-                           double kd_weight, double label_smoothing, double z_loss_weight, double softcap,
-                           double logit_scale, int64_t ignore_index, std::string statistics) {
-  check_rows(logits, "logits");
-  const int64_t num_rows = logits.size(0);
-  if (num_rows == 0) return kOk;
-  SlimLossArgs args = {};
-  args.dtype = dtype_of(logits, "logits");
-  const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
-  args.logits = logits.const_data_ptr();
-  args.logits_stride = logits.stride(0);
-  args.vocab_size = logits.size(1);
-  if (dlogits.has_value()) {
-    check_rows(*dlogits, "dlogits");
-    STD_TORCH_CHECK(dlogits->scalar_type() == logits.scalar_type() && dlogits->size(0) == num_rows &&
-                        dlogits->size(1) == args.vocab_size,
-                    "dlogits must have the shape and dtype of logits");
-    args.dlogits = dlogits->mutable_data_ptr();
-    args.dlogits_stride = dlogits->stride(0);
-  }
-  args.statistics = statistics_of(statistics);
-  args.stats = out_of(stats, acc, kNumStats[args.statistics] * num_rows, "stats");
-  args.num_rows = num_rows;
-  args.target = static_cast<const int64_t*>(data_of(target, ScalarType::Long, num_rows, "target"));
-  args.row_scale = data_of(row_scale, acc, num_rows, "row_scale");
-  args.rest = rest_of(rest);
-  args.divergence = divergence_of(divergence);
-  args.weighting = weighting_of(weighting);
-  if (ids.has_value()) {
-    STD_TORCH_CHECK(ids->dim() == 2 && teacher_logits.has_value(), "ids must have shape (N, K) and come with logits");
-    args.top_k = ids->size(1);
-    args.ids = static_cast<const int32_t*>(data_of(ids, ScalarType::Int, num_rows * args.top_k, "ids"));
-    args.teacher_dtype = dtype_of(*teacher_logits, "teacher_logits");
-    args.teacher_logits =
-        data_of(teacher_logits, teacher_logits->scalar_type(), num_rows * args.top_k, "teacher_logits");
-    args.teacher_lse = data_of(teacher_lse, acc, num_rows, "teacher_lse");
-    args.teacher_lse_one = data_of(teacher_lse_one, acc, num_rows, "teacher_lse_one");
-    args.teacher_rest_lse = data_of(teacher_rest_lse, acc, num_rows, "teacher_rest_lse");
-    args.target_logit = data_of(target_logit, acc, num_rows, "target_logit");
-    args.token_weight = data_of(token_weight, acc, num_rows, "token_weight");
-    STD_TORCH_CHECK(args.teacher_lse != nullptr || (args.rest != kZero && args.rest != kGhost), "rest '", rest,
-                    "' needs teacher_lse");
-    STD_TORCH_CHECK(args.teacher_lse != nullptr || args.divergence != kGated, "divergence 'gated' needs teacher_lse");
-    const bool compares = args.weighting == kTeacherOverStudent || args.weighting == kStudentOverTeacher;
-    STD_TORCH_CHECK(args.teacher_lse_one != nullptr || !compares, "weighting '", weighting, "' needs teacher_lse_one");
-    STD_TORCH_CHECK(args.token_weight != nullptr || args.weighting != kWeightTensor,
-                    "weighting 'tensor' needs token_weight");
-  }
-  args.temperature = temperature;
-  args.detach_weight = detach_weight;
-  args.beta = beta;
-  args.alpha = alpha;
-  args.forward_weight = forward_weight;
-  args.entropy_threshold = entropy_threshold;
-  args.teacher_blend = teacher_blend;
-  args.tail_weight = tail_weight;
-  args.ce_weight = ce_weight;
-  args.kd_weight = kd_weight;
-  args.label_smoothing = label_smoothing;
-  args.z_loss_weight = z_loss_weight;
-  args.softcap = softcap;
-  args.logit_scale = logit_scale;
-  args.ignore_index = ignore_index;
-  args.streams = args.dlogits != nullptr && args.dlogits != args.logits &&
-                 num_rows * args.vocab_size * static_cast<int64_t>(logits.element_size()) >= kStreamedBytes;
+int64_t run_slim_loss(SlimLossArgs& args) {
+  const int64_t bytes = args.num_rows * args.vocab_size * size_of(static_cast<Dtype>(args.dtype));
+  args.streams = args.dlogits != nullptr && args.dlogits != args.logits && bytes >= kStreamedBytes;
   const KernelTable& table = checked_kernels();
   const int64_t num_threads = torch::stable::get_num_threads();
-  if (num_rows >= num_threads || args.vocab_size < kSplitVocabulary) return run(table.slim_loss, args, num_rows);
-  for (int64_t n = 0; n < num_rows; ++n) {
+  if (args.num_rows >= num_threads || args.vocab_size < kSplitVocabulary) {
+    return run(table.slim_loss, args, args.num_rows);
+  }
+  for (int64_t n = 0; n < args.num_rows; ++n) {
     const int64_t fault = table.slim_loss_split(args, n, num_threads, run_tasks);
     if (fault != kOk) return fault;
   }
   return kOk;
 }
+
+struct CpuSlimLoss {
+  static OnDevice device_of(const Tensor&) { return kCpu; }
+  static int64_t run(SlimLossArgs& args) { return run_slim_loss(args); }
+};
 
 void softmax_gradient_rows_cpu(Tensor logits, Tensor gradient, Tensor numbers, double temperature, double softcap,
                                double logit_scale) {
@@ -433,6 +297,6 @@ STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("sparse_softmax_rows", TORCH_BOX(&slimkernels::sparse_softmax_rows_cpu));
   m.impl("sample_logits_rows", TORCH_BOX(&slimkernels::sample_logits_rows_cpu));
   m.impl("sample_targets_rows", TORCH_BOX(&slimkernels::sample_targets_rows_cpu));
-  m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::slim_loss_rows_cpu));
+  m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::slim_loss_rows<slimkernels::CpuSlimLoss>));
   m.impl("softmax_gradient_rows", TORCH_BOX(&slimkernels::softmax_gradient_rows_cpu));
 }

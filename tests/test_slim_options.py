@@ -102,8 +102,8 @@ def test_the_triton_launcher_takes_the_arguments_of_the_schema():
 
 
 def test_the_native_function_takes_the_arguments_of_the_schema():
-    source = (CSRC / "ops.cpp").read_text()
-    parameters = re.search(r"slim_loss_rows_cpu\((.*?)\)", source, re.DOTALL)[1]
+    source = (CSRC / "slim_loss/operator.h").read_text()
+    parameters = re.search(r"slim_loss_rows\((.*?)\)", source, re.DOTALL)[1]
     types = {
         "Tensor": "Tensor",
         "OptionalTensor": "Optional[Tensor]",
@@ -118,8 +118,9 @@ def test_the_native_function_takes_the_arguments_of_the_schema():
 
 def native_names(enum: str) -> tuple[list[str], dict[str, str]]:
     """The enumerators of ``enum`` in order, and the enumerator of every name that the operators accept for it."""
-    enumerators = re.search(rf"enum {enum} : int {{(.*?)}}", (CSRC / "cpu/dispatch.h").read_text())[1]
-    pairs = re.findall(r'{"(\w+)", (k\w+)}', (CSRC / "ops.cpp").read_text())
+    enumerators = re.search(rf"enum {enum} : int {{(.*?)}}", (CSRC / "slim_loss/args.h").read_text())[1]
+    sources = [(CSRC / name).read_text() for name in ("operands.h", "slim_loss/operator.h")]
+    pairs = re.findall(r'{"(\w+)", (k\w+)}', "\n".join(sources))
     enumerators = [part.split("=")[0].strip() for part in enumerators.split(",")]
     return enumerators, {name: value for name, value in pairs if value in enumerators}
 
@@ -153,7 +154,7 @@ def test_the_reference_knows_the_same_names():
 
 
 def test_the_native_statistics_are_the_fields_of_the_result():
-    source = (CSRC / "cpu/dispatch.h").read_text()
+    source = (CSRC / "slim_loss/args.h").read_text()
     numbers = ", ".join(map(str, NUM_STATS.values()))
     assert f"constexpr int kNumStats[] = {{{numbers}}};" in source
     named = re.search(r"// \(M, N\) acc: (.*?);", source, re.DOTALL)[1]

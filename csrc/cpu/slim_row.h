@@ -19,58 +19,12 @@
 #include "slim_terms.h"
 #include "sparse_softmax.inl"
 #include "stream.h"
+// After the functions on vectors that it calls.
+#include "../slim_loss/sums.h"
 
 namespace slimkernels {
 namespace SK_ISA {
 namespace {
-
-// Sums over the ids off S. `_one` is at temperature 1 here and below, everything else at T.
-struct OffSums {
-  double e = 0;  // sum of e
-  double lse = 0, lse_one = 0;
-  double z = 0;  // sum of z, only where the row keeps z
-};
-
-struct StudentSums {
-  OffSums off;
-  ExpSum on;                    // sum of exp(z / T) over S
-  double lse = 0, lse_one = 0;  // log-sum-exps of the whole row
-  double label_z = 0, log_s_y = 0;
-  double sum_z = 0;    // sum of z over the whole row, only where the row keeps z
-  double entropy = 0;  // at temperature 1, only with statistics
-};
-
-struct TeacherSums {
-  ExpSum on;         // sum of exp(teacher_z) over S
-  double lse = 0;    // the given log-sum-exp of the teacher's whole row at T, NaN where it is unknown
-  TeacherNorm norm;  // q on S and off S
-  double log_t_y = 0;
-  double entropy = 0;  // of the ids in S and of one outcome for all others, only with statistics or "gated"
-  double gate = 0;     // factor of the forward KL in "gated"
-
-  double log_mass() const { return on.log() - finite_norm(lse); }  // log a
-};
-
-// D without T^2, and the numbers of its gradient by z / T.
-struct DivergenceSums {
-  double value = 0;
-  double mean_slope = 0;  // sum of p * dD/dp over all outcomes
-  double off_factor = 0;  // dD/d(z / T) off S is off_factor * exp(z / T - off.lse) + off_constant
-  double off_constant = 0;
-};
-
-struct Measures {
-  TokenWeight w;
-  DivergenceSums d;
-  double kd = 0;
-};
-
-// The gradient off S is e * off_scale + e_one * one_scale + constant, times dz/dlogits.
-template <class A>
-struct DenseGradient {
-  A off_scale = 0, one_scale = 0, constant = 0;
-  A label_change = 0;  // added at a label off S
-};
 
 // One row on its way through the stages. Its blocks may be read and written by several threads: every sum is taken per
 // block and added up in the order of the blocks, so that the result is the same bit for bit.
@@ -118,14 +72,8 @@ struct SlimRow {
 
   static int64_t blocks_of(const SlimLossArgs& args) { return (args.vocab_size + kBlock - 1) / kBlock; }
 
-  static bool transforms(const SlimLossArgs& args) { return args.logit_scale != 1 || args.softcap > 0; }
-
-  static bool keeps_logits(const SlimLossArgs& args) {
-    return transforms(args) || args.label_smoothing > 0 || args.rest == kZeroLogit;
-  }
-
   static int64_t scratch_bytes(const SlimLossArgs& args) {
-    const int64_t rows = 1 + (args.temperature != 1) + keeps_logits(args);
+    const int64_t rows = 1 + has_two_temperatures(args) + keeps_logits(args);
     return 3 * blocks_of(args) * sizeof(double) +
            (rows * padded<A>(args.vocab_size) + 5 * padded<A>(args.top_k)) * sizeof(A) +
            (args.statistics == kAll ? padded<A>(args.vocab_size) + kMaxWidth : 0) * sizeof(A);
@@ -138,7 +86,7 @@ struct SlimRow {
         target(args.target[n]),
         ids(args.ids == nullptr ? nullptr : args.ids + n * args.top_k),
         transform(transforms(args)),
-        two_temperatures(args.temperature != 1),
+        two_temperatures(has_two_temperatures(args)),
         keeps_z(keeps_logits(args)),
         num_blocks(blocks_of(args)) {
     const int64_t vocab = padded<A>(args.vocab_size), entries = padded<A>(args.top_k);
@@ -373,65 +321,31 @@ struct SlimRow {
 
   TeacherSums sum_teacher() {
     load_teacher(args, n, kept, teacher_z);
-    TeacherSums teacher;
-    teacher.on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e);
-    teacher.lse = known_or_nan<A>(args.teacher_lse, n);
-    const double rest_lse = known_or_nan<A>(args.teacher_rest_lse, n);
-    teacher.norm = teacher_norm(args.rest, teacher.on.log(), teacher.lse, rest_lse, kept, args.vocab_size);
-    double label_logit = label_entry >= 0 ? double(teacher_z[label_entry]) * args.temperature : -infinity<double>();
-    const double known = known_or_nan<A>(args.target_logit, n);
-    if (known == known) label_logit = known;
-    teacher.log_t_y = label_logit;
-    if (args.teacher_lse_one != nullptr) teacher.log_t_y -= finite_norm(static_cast<const A*>(args.teacher_lse_one)[n]);
-    if (args.statistics != kNone || args.divergence == kGated) {
-      teacher.entropy = teacher_entropy(teacher.on, teacher.lse, rest_lse);
+    const ExpSum on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e);
+    const double label_logit =
+        label_entry >= 0 ? double(teacher_z[label_entry]) * args.temperature : -infinity<double>();
+    TeacherSums teacher = teacher_sums<A>(args, n, kept, on, label_logit);
+    if (needs_teacher_entropy(args)) {
+      set_teacher_entropy<A>(args, n, kept, entropy_of(teacher_z, teacher_e, padded<A>(kept), on), &teacher);
     }
-    if (args.divergence == kGated && teacher.entropy > args.entropy_threshold) teacher.gate = args.forward_weight;
     return teacher;
-  }
-
-  // The entropy of the outcomes of "ghost", whatever `rest` is.
-  SK_NOINLINE double teacher_entropy(ExpSum on, double lse, double rest_lse) const {
-    const TeacherNorm ghost = teacher_norm(kGhost, on.log(), lse, rest_lse, kept, args.vocab_size);
-    const double inside = entropy_of(teacher_z, teacher_e, padded<A>(kept), on);
-    return at_least_zero(entropy_of_part(on.log() - ghost.q_norm, inside) + entropy_of_part(ghost.log_q_tail, 0));
   }
 
   // Stage 3: measure.
 
   Measures measure(const StudentSums& student, const TeacherSums& teacher) {
-    const double smoothing = args.label_smoothing;
-    double ce = -student.log_s_y;
-    if (smoothing > 0) ce = (1 - smoothing) * ce + smoothing * (student.lse_one - student.sum_z / args.vocab_size);
-    double loss = args.ce_weight == 0 ? 0 : args.ce_weight * ce;
-    Measures m;
-    double teacher_mass = 0, student_mass = 0;
+    DivergenceSums d;
     if (ids != nullptr) {
-      m.w = weigh<A>(n, student.log_s_y, teacher.log_t_y, args);
-      m.d = diverge_from_teacher(student, args.teacher_blend == 1 ? teacher : blended(student, teacher));
-      m.kd = m.d.value * args.temperature * args.temperature;
-      teacher_mass = __builtin_exp(teacher.log_mass());
-      student_mass = __builtin_exp(student.on.log() - student.lse);
-      if (args.kd_weight != 0) loss += args.kd_weight * m.w.value * m.kd;
+      d = diverge_from_teacher(student, args.teacher_blend == 1 ? teacher : blended(student, teacher));
     }
-    const double lse_one = student.lse_one;
-    if (args.z_loss_weight != 0) loss += args.z_loss_weight * lse_one * lse_one;
-    const double w = ids != nullptr ? m.w.value : 0;
-    Stats stats = {{loss, ce, m.kd, w, teacher_mass, student_mass, lse_one}};
+    Stats stats;
+    const Measures m = measures_of<A>(args, n, student, teacher, d, &stats);
     if (args.statistics != kNone) watch(student, teacher, &stats);
     store_stats(stats);
-    if (args.kd_weight == 0 && ids != nullptr) {
-      // A weight of 0 drops the divergence from the gradient, even where it is infinite.
-      m = {};
-      m.w.value = 0;
-      memset(kept_slope, 0, padded<A>(kept) * sizeof(A));
-    }
+    // The divergence is dropped from the gradient.
+    if (args.kd_weight == 0 && ids != nullptr) memset(kept_slope, 0, padded<A>(kept) * sizeof(A));
     return m;
   }
-
-  struct Stats {
-    double columns[kNumStats[kAll]] = {};
-  };
 
   // Fills the statistics that are computed only where they are asked for.
   SK_NOINLINE void watch(const StudentSums& student, const TeacherSums& teacher, Stats* stats) const {
@@ -457,29 +371,20 @@ struct SlimRow {
     for (int i = 0; i < kNumStats[args.statistics]; ++i) out[i * args.num_rows] = A(stats.columns[i]);
   }
 
-  // The norm of the student on S: log p = z / T - p_norm.
-  double p_norm(const StudentSums& student) const {
-    return args.rest == kRenormBoth ? finite_norm(student.on.log()) : student.lse;
-  }
-
   // Turns the teacher into softmax(t log q + (1 - t) log p) over the outcomes, and overwrites teacher_z and teacher_e.
   SK_NOINLINE TeacherSums blended(const StudentSums& student, TeacherSums teacher) const {
-    const double t = args.teacher_blend, q_norm = teacher.norm.q_norm, p_norm = this->p_norm(student);
+    const double t = args.teacher_blend, q_norm = teacher.norm.q_norm, p_norm = p_norm_of(args, student);
     const A from_student = A((1 - t) / args.temperature), offset = A(t * q_norm + (1 - t) * p_norm);
     for (int64_t k = 0; k < kept; k += kWidth) {
       store(teacher_z + k, load(teacher_z + k) * A(t) + load(kept_z + k) * from_student - offset);
     }
-    teacher.on = exponentials(teacher_z, padded<A>(kept), 1, teacher_e);
-    double tail = -infinity<double>();
-    if (args.rest == kGhost) tail = t * teacher.norm.log_q_tail + (1 - t) * (student.off.lse - student.lse);
-    teacher.norm.q_norm = finite_norm(log_add_exp(teacher.on.log(), tail));
-    teacher.norm.log_q_tail = tail - teacher.norm.q_norm;
+    set_blended(args, student, exponentials(teacher_z, padded<A>(kept), 1, teacher_e), &teacher);
     return teacher;
   }
 
   // Computes D, and fills kept_p and kept_slope.
   DivergenceSums diverge_from_teacher(const StudentSums& student, const TeacherSums& teacher) {
-    const double p_norm = this->p_norm(student), q_norm = teacher.norm.q_norm;
+    const double p_norm = p_norm_of(args, student), q_norm = teacher.norm.q_norm;
     const A inv_temperature = A(1 / args.temperature);
     const A e_to_q = A(teacher.on.scale(q_norm)), e_to_p = A(student.on.scale(p_norm));
     const double gate = teacher.gate;
@@ -499,72 +404,20 @@ struct SlimRow {
       store(kept_p + k, p);
     }
 
-    DivergenceSums d;
-    d.value = sum_lanes(share_sum);
-    d.mean_slope = sum_lanes(slope_sum);
-    const double log_p_tail = student.off.lse - student.lse;
-    const double p_tail = __builtin_exp(log_p_tail);
-    const bool forward = args.divergence == kForwardKl || args.divergence == kSoftCe;
-    const double log_q_tail = teacher.norm.log_q_tail;
-    // The forward slopes add up to exactly -1, or to 0 in a teacher's row of nothing but -inf; rounding their sum would
-    // drown a small (1 - a) - (1 - P).
-    const bool is_empty = teacher.on.log() == -infinity<double>() && log_q_tail == -infinity<double>();
-    const double forward_slope = is_empty ? 0 : -1;
-    if (args.rest == kGhost) {
-      const double q_tail = __builtin_exp(log_q_tail);
-      double share, slope;
-      diverge(args, gate, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
-      if (args.tail_weight != 0) d.value += args.tail_weight * share;
-      d.mean_slope = forward ? forward_slope : d.mean_slope + slope;
-      if (args.tail_weight != 1) {
-        const double change = (args.tail_weight - 1) * (slope + missing_slope(args, gate) * p_tail);
-        slope += change;
-        d.mean_slope += change;
-      }
-      d.off_factor = slope - p_tail * d.mean_slope;
-    } else if (args.rest == kZeroLogit) {
-      const double unkept = double(args.vocab_size - kept);
-      const double each = __builtin_exp(-q_norm);
-      const double entropy = args.divergence == kForwardKl ? -unkept * q_norm : 0;
-      if (unkept > 0) d.value += each * (entropy - (student.off.z / args.temperature - unkept * student.lse));
-      d.mean_slope = forward_slope;
-      d.off_factor = -p_tail * d.mean_slope;
-      d.off_constant = -each;
-    } else if (args.rest != kRenormBoth) {
-      d.off_factor = -p_tail * d.mean_slope;
-    }
-    return d;
+    return divergence_sums(args, student, teacher, kept, sum_lanes(share_sum), sum_lanes(slope_sum));
   }
 
-  // Stage 4: gradient. By z it is softmax_scale * s + uniform + kd_scale * dD/d(z / T), plus label_slope at the label,
-  // all times row_scale.
+  // Stage 4: gradient.
 
   // Fills kept_gradient, and returns the numbers of the gradient off S.
   DenseGradient prepare_gradient(const StudentSums& student, const Measures& m) {
-    const OffSums& off = student.off;
-    const double lse_one = student.lse_one, smoothing = args.label_smoothing;
-    const double through_weight = m.w.slope == 0 ? 0 : args.kd_weight * m.kd * m.w.slope;
-    const double softmax_scale = args.ce_weight + 2 * args.z_loss_weight * lse_one - through_weight;
-    const double label_slope = -args.ce_weight * (1 - smoothing) + through_weight;
-    const double uniform = -args.ce_weight * smoothing / args.vocab_size;
-    const double kd_scale = ids == nullptr ? 0 : args.kd_weight * m.w.value * args.temperature;
-    const double row_scale = args.row_scale == nullptr ? 1 : double(static_cast<const A*>(args.row_scale)[n]);
-
-    DenseGradient dense;
-    const bool off_is_empty = off.lse == -infinity<double>();
-    double coefficient = kd_scale * m.d.off_factor;
-    // At T = 1 both softmaxes are the same exponentials.
-    if (!two_temperatures) coefficient += softmax_scale * __builtin_exp(off.lse - lse_one);
-    if (!off_is_empty) dense.off_scale = A(row_scale * coefficient / off.e);
-    if (!off_is_empty && two_temperatures) {
-      dense.one_scale = A(row_scale * softmax_scale * __builtin_exp(level - lse_one));
-    }
-    dense.constant = A(row_scale * (uniform + kd_scale * m.d.off_constant));
-
-    const A on_scale = A(row_scale * softmax_scale), on_kd_scale = A(row_scale * kd_scale);
-    const A on_constant = A(row_scale * uniform), mean_slope = A(m.d.mean_slope);
+    GradientNumbers<A> numbers = gradient_numbers<A>(args, n, student, m, level);
+    DenseGradient dense = numbers.dense;
+    const double lse_one = student.lse_one;
+    const A on_scale = numbers.kept.scale, on_kd_scale = numbers.kept.kd_scale;
+    const A on_constant = numbers.kept.constant, mean_slope = numbers.kept.mean_slope;
     // At T = 1, s on S is p up to the norm of p.
-    const A p_to_s = A(__builtin_exp(p_norm(student) - lse_one));
+    const A p_to_s = A(__builtin_exp(p_norm_of(args, student) - lse_one));
     for (int64_t k = 0; k < kept; k += kWidth) {
       const Vec logit = load(kept_z + k), p = load(kept_p + k);
       const Vec s = two_temperatures ? exp(logit - A(lse_one)) : p * p_to_s;
@@ -573,7 +426,7 @@ struct SlimRow {
       store(kept_dz + k, transform ? dz * transform_slope(logit, args) : dz);
     }
 
-    double at_label = row_scale * label_slope;
+    double at_label = numbers.at_label;
     if (transform) at_label *= transform_slope(Vec{} + A(student.label_z), args)[0];
     if (label_entry >= 0) {
       kept_dz[label_entry] += A(at_label);

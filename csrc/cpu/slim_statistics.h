@@ -35,16 +35,6 @@ double entropy_of(const X* x, const A* e, int64_t count, ExpSum total) {
   return sum / total.sum;
 }
 
-// Returns the part that outcomes with the mass exp(log_mass), and the entropy `inside` among themselves, have in the
-// entropy of a distribution.
-inline double entropy_of_part(double log_mass, double inside) {
-  const double mass = __builtin_exp(log_mass);
-  return mass == 0 ? 0 : mass * (inside - log_mass);
-}
-
-// Rounding can make the entropy of a row with a single outcome negative. NaN stays NaN.
-inline double at_least_zero(double entropy) { return entropy < 0 ? 0 : entropy; }
-
 template <class X, class A = typename Acc<X>::type>
 SK_INLINE auto row_keys(const X* row, int64_t i, int64_t count) {
   return order_keys(i + Lanes<A>::kWidth <= count ? load(row + i) : load_part(row + i, count - i, -infinity<A>()));

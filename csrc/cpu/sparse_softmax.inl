@@ -34,53 +34,6 @@ SK_INLINE void load_scaled(const X* logits, int64_t kept, double inv_temperature
   for (; k < padded<A>(kept); ++k) out[k] = -infinity<A>();
 }
 
-// The teacher's distribution: log q = teacher_z - q_norm on S, with teacher_z = logit / T, and its mass off S.
-struct TeacherNorm {
-  double q_norm = 0;
-  double log_q_tail = -infinity<double>();
-};
-
-// If everything that a normaliser sums is -inf, 0 takes its place so that -inf - (-inf) never occurs.
-SK_INLINE double finite_norm(double norm) { return norm == -infinity<double>() ? 0 : norm; }
-
-// Computes the distribution from the log-sum-exps of the logits on S, of the whole row, and of the row off S, which is
-// NaN where it is not known.
-SK_INLINE TeacherNorm teacher_norm(int rest, double lse_on, double lse, double rest_lse, int64_t kept,
-                                   int64_t vocab_size) {
-  TeacherNorm norm;
-  switch (rest) {
-    case kRenorm:
-    case kRenormBoth:
-      norm.q_norm = finite_norm(lse_on);
-      return norm;
-    case kZeroLogit: {
-      const double unkept = double(vocab_size - kept);
-      norm.q_norm = unkept > 0 ? log_add_exp(lse_on, __builtin_log(unkept)) : finite_norm(lse_on);
-      if (unkept > 0) norm.log_q_tail = __builtin_log(unkept) - norm.q_norm;
-      return norm;
-    }
-    case kGhost:
-      if (rest_lse == rest_lse) {
-        norm.q_norm = finite_norm(log_add_exp(lse_on, rest_lse));
-        norm.log_q_tail = rest_lse - norm.q_norm;
-        return norm;
-      }
-      norm.q_norm = finite_norm(lse);
-      // A row that is kept whole has no mass off S, whatever the mass on S rounds to, and one without mass has none.
-      if (kept < vocab_size && lse != -infinity<double>()) norm.log_q_tail = log1m_exp(lse_on - lse);
-      return norm;
-    default:
-      norm.q_norm = finite_norm(lse);
-      return norm;
-  }
-}
-
-// A number of a row, NaN where no row has it.
-template <class A>
-SK_INLINE double known_or_nan(const void* values, int64_t n) {
-  return values == nullptr ? __builtin_nan("") : double(static_cast<const A*>(values)[n]);
-}
-
 template <class X>
 int64_t sparse_softmax_rows(const SparseSoftmaxArgs& args, int64_t begin, int64_t end) {
   using A = typename Acc<X>::type;

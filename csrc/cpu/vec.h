@@ -18,6 +18,7 @@ namespace {
 
 #define SK_INLINE inline __attribute__((always_inline))
 #define SK_NOINLINE __attribute__((noinline))
+#define SK_DEVICE
 
 struct bf16 {
   uint16_t bits;
@@ -91,6 +92,8 @@ template <class T>
 constexpr T infinity() {
   return T(__builtin_inf());
 }
+
+constexpr double not_a_number() { return __builtin_nan(""); }
 
 // Prefetches a cache line that will be needed soon; an address past the end of an array is harmless.
 SK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
