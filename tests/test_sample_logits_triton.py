@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits, explain
-from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
+from support.triton_checks import (
+    assert_compiles,
+    assert_scratch_is_ordered,
+    assert_tests_pass_interpreted,
+    on_architectures,
+)
 from test_sample_logits import assert_drawn_matches
 
 import slimkernels as sk
@@ -62,8 +67,20 @@ VARIANTS = {
 def test_sample_logits_compiles_for(architecture, dtype, variant):
     from slimkernels.ops.triton.sample_logits import sample_logits_rows
 
-    m, options = VARIANTS[variant]
-    logits = torch.empty(2, 131072, dtype=dtype)
+    assert_compiles(lambda: launch_sampling(sample_logits_rows, 131072, dtype, *VARIANTS[variant]), architecture)
+
+
+# One warp has all of a row of 20, so its reductions need no barrier, which would order the accesses by chance.
+@pytest.mark.parametrize("vocab_size", [20, pytest.param(50257, marks=pytest.mark.slow)])
+def test_barriers_order_the_scratch_of_sampling(vocab_size):
+    from slimkernels.ops.triton.sample_logits import sample_logits_rows
+
+    arguments = (vocab_size, torch.bfloat16, *VARIANTS["of every row, distinct"])
+    assert_scratch_is_ordered(lambda: launch_sampling(sample_logits_rows, *arguments), "sample_logits_kernel")
+
+
+def launch_sampling(sample_logits_rows, vocab_size, dtype, m, options):
+    logits = torch.empty(2, vocab_size, dtype=dtype)
     integers, doubles = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.float64)
     if options is None:
         arguments = (0, integers, 0, integers, 0.0, doubles, 0, integers, 0.0, doubles, 0.0, doubles)
@@ -77,7 +94,7 @@ def test_sample_logits_compiles_for(architecture, dtype, variant):
         torch.empty(2, m, dtype=wide),
         torch.empty(2, dtype=wide),
     )
-    assert_compiles(lambda: sample_logits_rows(logits, m, *arguments, *outputs), architecture)
+    sample_logits_rows(logits, m, *arguments, *outputs)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ and specialisation of the arguments. This does not work in a process with TRITON
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,7 +29,8 @@ TARGETS = {
 }
 
 
-class Compiled(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Compiled:
     """A kernel compiled for a target, with the resources that the assembler reports per thread and per program."""
 
     kernel: str
@@ -38,6 +39,7 @@ class Compiled(NamedTuple):
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    assembly: str = dataclasses.field(repr=False)  # PTX or AMD assembly
 
 
 class _AbsentDevice:
@@ -85,7 +87,9 @@ def _measure(kernel, architecture: str) -> Compiled:
         registers, spilled = (
             int(re.search(rf"\.{what}:\s*(\d+)", assembly)[1]) for what in ("vgpr_count", "vgpr_spill_count")
         )
-        return Compiled(metadata.name, architecture, metadata.num_warps, registers, 4 * spilled, metadata.shared)
+        return Compiled(
+            metadata.name, architecture, metadata.num_warps, registers, 4 * spilled, metadata.shared, assembly
+        )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -105,4 +109,6 @@ def _measure(kernel, architecture: str) -> Compiled:
         ).stderr
     spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
     registers = max(int(count) for count in re.findall(r"Used (\d+) registers", log))
-    return Compiled(metadata.name, architecture, metadata.num_warps, registers, spilled, metadata.shared)
+    return Compiled(
+        metadata.name, architecture, metadata.num_warps, registers, spilled, metadata.shared, kernel.asm["ptx"]
+    )

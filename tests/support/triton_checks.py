@@ -56,3 +56,21 @@ def assert_compiles(launch: Callable[[], object], architecture: str, *, may_spil
     assert compiled, "nothing was launched"
     spilling = [kernel for kernel in compiled if kernel.spilled_bytes]
     assert may_spill or not spilling, f"registers are spilled: {spilling}"
+
+
+def assert_scratch_is_ordered(launch: Callable[[], object], kernel: str) -> None:
+    """Compiles a kernel for sm_90 and looks for accesses of memory that it reads and writes without a barrier between.
+
+    The interpreter, which runs a program as one thread, cannot see these.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from support import ptx, triton_aot
+
+    with triton_aot.compiling_for("sm_90") as compiled:
+        launch()
+    (found,) = (ptx.Kernel(one) for one in compiled if one.kernel == kernel)
+    assert found.scratch(), f"{kernel} reads nothing that it writes"
+    for parameter in found.scratch():
+        for first, second in (("ld", "st"), ("st", "ld")):
+            unordered = found.unordered(first, second, parameter)
+            assert not unordered, f"no barrier between {first} and {second} through pointer {parameter}: {unordered}"

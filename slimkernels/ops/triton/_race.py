@@ -146,6 +146,7 @@ def enter_contenders(
                 last_score = score
                 last_id = token
             else:
+                tl.debug_barrier()  # no reduction orders these stores after the last reads where one warp has the tile
                 tl.store(scores_ptr + last_slot, score)
                 tl.store(ids_ptr + last_slot, token)
                 tl.debug_barrier()  # all threads read the leaders below

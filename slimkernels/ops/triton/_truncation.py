@@ -219,6 +219,7 @@ def sampled_key(
     # The sample consists of runs of 16 neighbours, so that every sector of memory that is read is used fully.
     ids = (offs // 16) * (vocab_size // (BLOCK // 16)) + offs % 16
     z = tl.load(row_ptr + ids)
+    tl.debug_barrier()  # other threads may still read the scratch of the previous row
     tl.store(scratch_ptr + offs, z)
     tl.debug_barrier()
     keys = order_keys(z)
