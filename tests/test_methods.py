@@ -149,7 +149,15 @@ def row_of(op: str, name: str, loss: float, seed: int = 0, labels: int = 25_000,
     """Makes a row of documents of 1 and 3 labels, whose KL is half of its loss."""
     unit = {"op": op, "student": "random", "method": name, "labels": labels, "seed": seed}
     row = unit | {"options": {"method": name, "learning_rate": 0.5}, "loss": loss, "perplexity": math.exp(loss)}
-    row |= {"kl": loss / 2, "mean_weight": None, "seconds": 10.0, "alone": True, "heldout_labels": 4, "parameters": 7}
+    row |= {
+        "text": "one",
+        "kl": loss / 2,
+        "mean_weight": None,
+        "seconds": 10.0,
+        "alone": True,
+        "heldout_labels": 4,
+        "parameters": 7,
+    }
     row |= {"teacher_perplexity": 5.0, "device": "d", "commit": "abc", "date": "2026-01-02T03"}
     settings = {"teacher": "t"}, {"layers": None, "num_layers": 2, "passes": 1, "batch_size": 4}
     row["settings"] = dict(zip(("text", "student"), settings, strict=True))
@@ -175,6 +183,12 @@ def test_methods_choice_reads_no_test_row():
     assert chosen(found, units)["options"] == options[0]
     # Rows of other settings do not count.
     assert Rows(rows, {"text": 1}).of(units[0]) is None
+    # Nor do rows of another text: of the one that is asked for, or else of the newest.
+    assert Rows(rows, found.settings, lambda unit: "two").of(units[0]) is None
+    newer = row_of("trial", "kd", 1.0, options=options[1], text="two")
+    both = Rows([*rows, newer], found.settings)
+    assert (both.of(units[0]), both.of(units[1])) == (None, newer)
+    assert Rows([*rows, newer], found.settings, lambda unit: "one").of(units[1])["loss"] == 3.0
     with pytest.raises(ValueError, match="must be finished first: trial, random, jsd"):
         list(tuning_units(found, "random", "jsd", labels=25_000, seed=0))
 

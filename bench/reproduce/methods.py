@@ -12,13 +12,16 @@ English, such as WikiText-2's test.txt, where a file is given. ``table``
 prints what the documentation shows. A student is half of the teacher's layers, which has to be healed ("half"), or
 starts from random weights ("random").
 
-Each training is one line of the results file, written when it has ended, and is never run again. Methods, students and
-the search are in ``methods_plan.py``.
+Each training is one line of the results file, written when it has ended, and is never run again. A row names its text
+by a digest: another processor may write another one, which is then a comparison of its own. Trainings that run beside
+other work (``--beside``), such as those of other methods on the other cores, are equally valid but give no seconds.
+Methods, students and the search are in ``methods_plan.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,7 +33,7 @@ from transformers.utils import logging
 
 from bench import records
 from bench.machine import installed_version, machine, one_at_a_time
-from bench.reproduce.methods_corpus import Corpus, Text
+from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus, Text
 from bench.reproduce.methods_plan import (
     BUDGETS,
     METHODS,
@@ -57,14 +60,18 @@ class Comparison:
         work: Folder for text and stores.
         text: The teacher, and how it writes.
         english: File of plain English that the test measures on too.
+        alone: Whether each training waits for the other benchmarks of the machine, and holds up later ones.
     """
 
-    def __init__(self, out: Path, work: Path, text: Text | None = None, english: Path | None = None) -> None:
-        self.out, self.corpus, self.english = out, Corpus(work, text or Text()), english
+    def __init__(
+        self, out: Path, work: Path, text: Text | None = None, english: Path | None = None, *, alone: bool = True
+    ) -> None:
+        self.out, self.corpus, self.english, self.alone = out, Corpus(work, text or Text()), english, alone
+        self._texts: dict[tuple[int, int, str], str] = {}
 
     def rows(self, student: str) -> Rows:
         """Reads the rows of a kind of student."""
-        return Rows(records.read(self.out), self._settings(student))
+        return Rows(records.read(self.out), self._settings(student), self._text_of)
 
     def tune(self, student: str, names: Iterable[str], *, labels: int = TUNING_LABELS, most: int | None = None) -> int:
         """Runs the missing trials of methods and writes down their choices; returns the number of trainings run."""
@@ -97,16 +104,23 @@ class Comparison:
         return len(missing[:most])
 
     def _run(self, unit: Unit) -> dict[str, Any]:
-        with one_at_a_time():
+        with one_at_a_time() if self.alone else contextlib.nullcontext():
             # Another run may have finished it in the meantime.
             if done := self.rows(unit.student).of(unit):
                 return done
             print(unit.name, flush=True)
             # The commit is that of the code that runs, also if another is checked out before the end.
             row = dataclasses.asdict(unit) | {"settings": self._settings(unit.student)} | machine()
+            row["text"] = self._text_of(unit)
             row |= run_unit(unit, self.corpus, self.english if unit.op == "test" else None)
             print(f"  perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}, {row['seconds']:.0f} s", flush=True)
             return self._append(row)
+
+    def _text_of(self, unit: Unit) -> str:
+        key = unit.seed, unit.labels, TEST if unit.op == "test" else DEVELOPMENT
+        if key not in self._texts:
+            self._texts[key] = self.corpus.digest(*key)
+        return self._texts[key]
 
     def _append(self, row: dict[str, Any]) -> dict[str, Any]:
         row = row | {"transformers": installed_version("transformers")}
@@ -136,6 +150,7 @@ def main() -> None:
         command.add_argument("--student", choices=STUDENTS, default="half", help="kind of student")
         command.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
         command.add_argument("--runs", type=int, metavar="N", help="maximum number of trainings to run")
+        command.add_argument("--beside", action="store_true", help="run beside other work; seconds then do not count")
     test.add_argument(
         "--labels",
         type=int,
@@ -153,13 +168,13 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.command == "tune":
-        run = Comparison(args.out, args.work).tune(args.student, args.methods, most=args.runs)
+        run = Comparison(args.out, args.work, alone=not args.beside).tune(args.student, args.methods, most=args.runs)
     else:
         if args.english is None:
             print("plain English is not measured on: pass a file, such as WikiText-2's test.txt, as --english")
         elif not args.english.is_file():
             parser.error(f"--english must be a text file, got {args.english}, which is not a file")
-        comparison = Comparison(args.out, args.work, english=args.english)
+        comparison = Comparison(args.out, args.work, english=args.english, alone=not args.beside)
         if TUNING_SEED in args.seeds:
             parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
         for name in args.methods:

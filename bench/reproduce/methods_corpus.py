@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from functools import cached_property
@@ -72,9 +73,7 @@ class Corpus:
 
     def heldout(self, part: str) -> Store:
         """Returns the store of a held-out part, "development" or "test"."""
-        prompts = self._heldout_prompts[part]
-        documents = self._written(part, prompts, seed=0, num_documents=len(prompts))
-        return Store(self._captured(part, "top", documents))
+        return Store(self._captured(part, "top", self._heldout(part)))
 
     def english(self, path: Path, tokens: int = 3000) -> Store:
         """Returns the store of the first paragraphs of a file of plain English, one a line."""
@@ -89,16 +88,32 @@ class Corpus:
             labels: Least number of labels.
             kind: Rows of the store: "top", the teacher's largest logits, or "draws".
         """
-        part = f"training-{seed}"
+        documents = self._learned(seed, labels)
+        store = StoreDataset(self._captured(f"training-{seed}", kind, documents))
+        return Subset(store, [store.store.find(document) for document in documents])
+
+    def digest(self, seed: int, labels: int, part: str) -> str:
+        """Returns a digest of the documents of a training and of a held-out part; their store may still be missing.
+
+        Another processor rounds the teacher's logits otherwise, and so writes another text from the same seed.
+        """
+        found = hashlib.sha256()
+        for document in [*self._learned(seed, labels), *self._heldout(part)]:
+            found.update(json.dumps(document).encode())
+        return found.hexdigest()[:12]
+
+    def _heldout(self, part: str) -> list[TokenizedDocument]:
+        prompts = self._heldout_prompts[part]
+        return self._written(part, prompts, seed=0, num_documents=len(prompts))
+
+    def _learned(self, seed: int, labels: int) -> list[TokenizedDocument]:
         # Prompts, a fifteenth of the text, have no labels; the text is extended until there are enough.
         for tokens in itertools.count(labels + labels // 12, 1 + labels // 100):
-            documents = self._written(part, self._training_prompts, seed=seed, num_tokens=tokens)
+            documents = self._written(f"training-{seed}", self._training_prompts, seed=seed, num_tokens=tokens)
             totals = list(itertools.accumulate(len(document.labels) for document in documents))
             if totals[-1] >= labels:
                 break
-        documents = documents[: next(count for count, total in enumerate(totals, 1) if total >= labels)]
-        store = StoreDataset(self._captured(part, kind, documents))
-        return Subset(store, [store.store.find(document) for document in documents])
+        return documents[: next(count for count, total in enumerate(totals, 1) if total >= labels)]
 
     def _written(self, part: str, prompts: list[str], *, seed: int, **size: int) -> list[TokenizedDocument]:
         """Returns the documents of a part without repetitions, whose labels are what the teacher wrote.

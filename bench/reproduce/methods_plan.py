@@ -209,12 +209,20 @@ class Rows:
     Args:
         rows: All rows of a file.
         settings: Settings of the text and the students; rows with others do not count.
+        text_of: Function from a unit to the digest of its text; rows of another text do not count. None for the text of
+            the newest row that learned as much from the same seed, so that the methods of a table share theirs.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], settings: dict[str, Any]) -> None:
-        self._found: dict[str, dict[str, Any]] = {}
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        settings: dict[str, Any],
+        text_of: Callable[[Unit], str] | None = None,
+    ) -> None:
+        self._found: dict[tuple[str, str], dict[str, Any]] = {}
         self._choices: dict[tuple[str, str], dict[str, Any]] = {}
-        self.settings = settings
+        self._newest: dict[tuple[str, str, int, int], str] = {}
+        self.settings, self._text_of = settings, text_of
         for row in rows:
             self.add(row)
 
@@ -225,11 +233,14 @@ class Rows:
         if row["op"] == "choice":
             self._choices[row["student"], row["method"]] = row
         else:
-            self._found[_key(Unit.of(row))] = row
+            unit = Unit.of(row)
+            self._found[_key(unit), row["text"]] = row
+            self._newest[_learned(unit)] = row["text"]
 
     def of(self, unit: Unit) -> dict[str, Any] | None:
         """Returns the row of a finished unit."""
-        return self._found.get(_key(unit))
+        text = self._newest.get(_learned(unit), "") if self._text_of is None else self._text_of(unit)
+        return self._found.get((_key(unit), text))
 
     def choice(self, student: str, method: str) -> dict[str, Any] | None:
         """Returns the row in which a method's options were chosen."""
@@ -238,6 +249,10 @@ class Rows:
 
 def _key(unit: Unit) -> str:
     return json.dumps(dataclasses.asdict(unit), sort_keys=True)
+
+
+def _learned(unit: Unit) -> tuple[str, str, int, int]:
+    return unit.op, unit.student, unit.labels, unit.seed
 
 
 def tuning_units(rows: Rows, student: str, name: str, *, labels: int, seed: int) -> Iterator[Unit]:
