@@ -13,7 +13,19 @@ from bench.machine import one_at_a_time
 from bench.reproduce import methods, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Text
-from bench.reproduce.methods_plan import METHODS, STUDENTS, Method, Rows, Student, Unit, chosen, trials, tuning_units
+from bench.reproduce.methods_plan import (
+    METHODS,
+    STUDENTS,
+    SUPPORTS,
+    Method,
+    Rows,
+    Student,
+    Unit,
+    chosen,
+    options_for_test,
+    trials,
+    tuning_units,
+)
 from bench.reproduce.methods_results import Results, methods_block
 from slimkernels.durable import FileInUseError, lock_file
 
@@ -109,10 +121,15 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
     assert len({row["loss"] for row in rows[-4:]}) == 4
 
 
-@pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid"])
+@pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid", "top_5_ghost", "all", "hidden"])
 def test_methods_train_from_every_kind_of_teacher(comparison, name):
-    method = METHODS[name]
-    options = method.options | {"learning_rate": 1e-2} | ({"max_new_tokens": 4} if name == "gkd" else {})
+    method = (METHODS | SUPPORTS)[name]
+    options = (
+        METHODS[method.follows or name].options
+        | method.options
+        | {"learning_rate": 1e-2}
+        | ({"max_new_tokens": 4} if name == "gkd" else {})
+    )
     unit = Unit("trial", "random", name, 60, 0, options)
     row = methods_training.run_unit(unit, comparison.corpus)
     assert row["perplexity"] < 400
@@ -205,6 +222,24 @@ def test_methods_differences_by_hand():
     # The resamples of two documents: twice the first, twice the second, or both.
     assert found["slim"][1:3] == pytest.approx((-0.1, 0.3))
     assert found["sft"][:3] == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_methods_supports_follow_the_choice_of_kd():
+    rows = rows_tested({"kd": 2.0})
+    kd = rows[0]["options"]
+    found = Rows(rows, rows[0]["settings"])
+    assert options_for_test(found, "random", "top_5_ghost") == kd | {"rest": "ghost"}
+    assert options_for_test(found, "random", "all") == kd
+    assert options_for_test(found, "half", "all") is None
+    rows += [
+        row_of("test", name, loss, seed, options=kd | SUPPORTS[name].options)
+        for name, loss in (("all", 1.0), ("top_5_ghost", 1.1))
+        for seed in (1, 2, 3)
+    ]
+    lines = methods_block(rows).splitlines()
+    assert "| all, from the teacher itself | 2.72 |  |  | 0.500 |  |  | 10 |" in lines
+    ghost = "| top 5, with the rest as one more entry | 3.00 | +10.5 [+10.5, +10.5] | 0.5000 | 0.550 |"
+    assert any(line.startswith(ghost) for line in lines)
 
 
 def test_methods_holm_by_hand():

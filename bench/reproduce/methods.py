@@ -8,9 +8,10 @@ A teacher writes text, and its largest logits are stored. ``tune`` trains a stud
 learning rates, weights of the divergence and values of the method's own options, and measures it on a development part
 of the text. The best trial's options are written down as the method's choice. ``test`` trains by the chosen options
 from three other seeds, each with a text of its own, and measures on a test part that nothing else reads, and on plain
-English, such as WikiText-2's test.txt, where a file is given. ``table``
-prints what the documentation shows. A student is half of the teacher's layers, which has to be healed ("half"), or
-starts from random weights ("random").
+English, such as WikiText-2's test.txt, where a file is given. It also trains by KD, with the options that were chosen
+for it, from less or more of the teacher than the largest 5 % of its logits. ``table`` prints what the documentation
+shows. A student is half of the teacher's layers, which has to be healed ("half"), or starts from random weights
+("random").
 
 Each training is one line of the results file, written when it has ended, and is never run again. A row names its text
 by a digest: another processor may write another one, which is then a comparison of its own. Trainings that run beside
@@ -38,6 +39,7 @@ from bench.reproduce.methods_plan import (
     BUDGETS,
     METHODS,
     STUDENTS,
+    SUPPORTS,
     TEST_SEEDS,
     TUNING_LABELS,
     TUNING_SEED,
@@ -45,6 +47,7 @@ from bench.reproduce.methods_plan import (
     Unit,
     chosen,
     test_units,
+    options_for_test,
     tuning_units,
 )
 from bench.reproduce.methods_results import methods_block
@@ -148,7 +151,8 @@ def main() -> None:
     for command in (tune, test):
         command.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder for text and stores")
         command.add_argument("--student", choices=STUDENTS, default="half", help="kind of student")
-        command.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
+        names = METHODS if command is tune else METHODS | SUPPORTS
+        command.add_argument("--methods", choices=names, nargs="+", default=list(names), metavar="METHOD")
         command.add_argument("--runs", type=int, metavar="N", help="maximum number of trainings to run")
         command.add_argument("--beside", action="store_true", help="run beside other work; seconds then do not count")
     test.add_argument(
@@ -178,7 +182,7 @@ def main() -> None:
         if TUNING_SEED in args.seeds:
             parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
         for name in args.methods:
-            if comparison.rows(args.student).choice(args.student, name) is None:
+            if options_for_test(comparison.rows(args.student), args.student, name) is None:
                 print(f"{name} is left out: its options are not chosen yet, run `tune` first")
         run = comparison.test(args.student, args.methods, args.labels, args.seeds, args.runs)
     print(f"{run} trainings finished")

@@ -64,6 +64,16 @@ class Corpus:
         every = text.heldout_every
         held = {TEST: prompts[::every], DEVELOPMENT: prompts[every // 2 :: every]}
         self._heldout_prompts = held
+        # The arguments of ``capture`` of each kind of store.
+        self._stores = {
+            "top": {"top_fraction": text.top_fraction},
+            "top_1_percent": {"top_fraction": 0.01},
+            "top_50": {"top_k": 50},
+            "top_20": {"top_k": 20},
+            "top_5": {"top_k": 5},
+            "hidden": {"codec": "hidden16"},
+            "draws": {"select": "sample", "rounds": text.rounds},
+        }
         self._training_prompts = [prompt for prompt in prompts if prompt not in held[TEST] + held[DEVELOPMENT]]
 
     @cached_property
@@ -86,7 +96,7 @@ class Corpus:
         Args:
             seed: Seed of the text; a smaller number of labels is a prefix of a larger one.
             labels: Least number of labels.
-            kind: Rows of the store: "top", the teacher's largest logits, or "draws".
+            kind: Name of what the store keeps of the teacher, as a method's ``teacher``.
         """
         documents = self._learned(seed, labels)
         store = StoreDataset(self._captured(f"training-{seed}", kind, documents))
@@ -151,11 +161,7 @@ class Corpus:
         found = Store(path) if (path / "manifest.json").exists() else ()
         if any(document not in found for document in documents):
             print(f"store of {part}, {kind}: {len(documents)} documents", flush=True)
-            options = {
-                "top": {"top_fraction": self.text.top_fraction},
-                "draws": {"select": "sample", "rounds": self.text.rounds},
-            }
-            capture(*self.teacher, documents, path, **options[kind])
+            capture(*self.teacher, documents, path, **self._stores[kind])
         return path
 
 

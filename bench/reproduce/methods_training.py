@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback
 
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus
-from bench.reproduce.methods_plan import METHODS, STUDENTS, Student, Unit
+from bench.reproduce.methods_plan import METHODS, STUDENTS, SUPPORTS, Student, Unit
 from slimkernels.models.heldout import evaluate_documents
 from slimkernels.models.make_student import drop_layers, make_student
 from slimkernels.models.perplexity import perplexity
@@ -36,12 +36,12 @@ def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[st
         corpus: Text and stores.
         english: File of plain English to measure on too.
     """
-    kind, method = STUDENTS[unit.student], METHODS[unit.method]
-    documents = corpus.training(unit.seed, unit.labels, "draws" if method.teacher == "draws" else "top")
+    kind, teacher = STUDENTS[unit.student], (METHODS | SUPPORTS)[unit.method].teacher
+    documents = corpus.training(unit.seed, unit.labels, "top" if teacher in ("online", "none") else teacher)
     heldout = corpus.heldout(TEST if unit.op == "test" else DEVELOPMENT)
     student = start(kind, corpus, unit.seed)
     clock = _Clock()
-    logs, loss_options = _train(student, kind, unit, documents, corpus)
+    logs, loss_options = _train(student, kind, unit, documents, corpus, online=teacher == "online")
     clock.stop()
     weights = [entry["weight"] for entry in logs if "weight" in entry]
     row = {
@@ -101,7 +101,7 @@ def measure(student: PreTrainedModel, heldout: Store, *, documents: bool = False
 
 
 def _train(
-    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus
+    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus, *, online: bool
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains a student and returns the trainer's log of each step, and all options of the loss."""
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def _train(
             args=config,
             train_dataset=documents,
             processing_class=corpus.teacher[1],
-            teacher_model=corpus.teacher[0] if METHODS[unit.method].teacher == "online" else None,
+            teacher_model=corpus.teacher[0] if online else None,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
