@@ -9,6 +9,7 @@ import pytest
 from support.teachers import save_teacher
 
 from bench import records
+from bench.claims import claims
 from bench.machine import one_at_a_time
 from bench.reproduce import methods, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
@@ -274,3 +275,31 @@ def test_methods_block_by_hand():
     assert "The adaptive weight" not in block
     assert "| SLIM |" not in block.partition("<details>")[0]
     assert f"trainings, 8 of {total} with" in block
+
+
+def test_claims_are_judged_by_their_intervals():
+    def rows(**losses: float) -> list[dict]:
+        return rows_tested(losses, counts=(1, 3, 2, 1, 4, 2, 1, 1))
+
+    def verdicts(found: list[dict]) -> list[str]:
+        return [claim.verdict for claim in claims(found, [])]
+
+    assert verdicts([]) == ["not measured"] * 9
+    # Eight documents that all agree are enough for p = 2 / 256 times the three comparisons.
+    found = rows(slim=2.0, sft=2.5, kd=1.9, kd_mean=2.0)
+    assert verdicts(found)[:3] == ["shown", "contradicted", "not shown"]
+    (_, claim, measured, _, _), *_ = claims(found, [])
+    assert claim == "the teacher's logits help beyond its text"
+    assert measured.endswith("a new student of random weights, 25,000 labels: -39.3 % [-39.3, -39.3]")
+    # A kind of student that does not agree takes the verdict away.
+    other = [row | {"student": "half"} for row in rows(slim=2.0, sft=2.0)]
+    assert verdicts(found + other)[0] == "not shown"
+
+    kd = found[0]["options"] | {"method": "kd"}
+    for loss, verdict in ((2.01, "shown"), (2.03, "contradicted")):
+        supports = [
+            row_of("test", name, at, seed, options=kd | SUPPORTS[name].options)
+            for name, at in (("all", 2.0), ("top_renorm", loss))
+            for seed in (1, 2, 3)
+        ]
+        assert verdicts(rows(kd=2.0) + supports)[3] == verdict

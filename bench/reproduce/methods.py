@@ -46,8 +46,8 @@ from bench.reproduce.methods_plan import (
     Rows,
     Unit,
     chosen,
-    test_units,
     options_for_test,
+    test_units,
     tuning_units,
 )
 from bench.reproduce.methods_results import methods_block
