@@ -58,7 +58,7 @@ def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]
         rows: Rows of the comparison of methods.
         instructions: Rows of the experiment on following instructions.
     """
-    found = [Results(rows, student) for student in STUDENTS if any(row["student"] == student for row in rows)]
+    found = _results(rows)
     logits, kd, weight = _adaptive(found)
     return [
         Claim("SLIM", "the teacher's logits help beyond its text", *logits, METHODS_COMMAND),
@@ -79,6 +79,44 @@ def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]
             "`slimkernels compare --outputs FILE`",
         ),
     ]
+
+
+def weight_sentence(rows: Sequence[dict[str, Any]]) -> str:
+    """Answers whether SLIM's adaptive weight helps, with a space at the end; empty before it was measured.
+
+    Args:
+        rows: Rows of the comparison of methods.
+    """
+    _, (compared, verdict), _ = _adaptive(_results(rows))
+    answers = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "Not shown"}
+    if verdict not in answers:
+        return ""
+    return f"Does the adaptive weight help? {answers[verdict]}: tuned alike over 3 seeds, perplexity of {compared}. "
+
+
+def healed_sentence(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns what the teacher's logits are worth when half of its layers are healed; empty before it was measured.
+
+    Args:
+        rows: Rows of the comparison of methods.
+    """
+    for results in _results(rows):
+        for labels in sorted(BUDGETS, reverse=True):
+            text, logits = (results.tested(name, labels) for name in ("sft", REFERENCE))
+            if results.student == "half" and text and logits:
+                change = difference(logits, text, "perplexity")
+                percent, low, high = (100 * math.expm1(value) for value in change[:3])
+                return (
+                    f"Half of a model's layers, healed on {labels:,} of its own tokens, end at {percent:.0f} % higher "
+                    f"perplexity without such logits than with them (95 % interval {low:.0f} to {high:.0f} %, "
+                    f"{len(text.rows)} seeds, both tuned alike; "
+                    "[SFT to KD](docs/reproduced.md#methods-that-are-all-tuned-alike))."
+                )
+    return ""
+
+
+def _results(rows: Sequence[dict[str, Any]]) -> list[Results]:
+    return [Results(rows, student) for student in STUDENTS if any(row["student"] == student for row in rows)]
 
 
 def _minillm(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from support.teachers import save_teacher
 
 from bench import records
-from bench.claims import claims
+from bench.claims import claims, healed_sentence, weight_sentence
 from bench.machine import one_at_a_time
 from bench.reproduce import methods, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
@@ -291,6 +291,10 @@ def test_claims_are_judged_by_their_intervals():
     (_, claim, measured, _, _), *_ = claims(found, [])
     assert claim == "the teacher's logits help beyond its text"
     assert measured.endswith("a new student of random weights, 25,000 labels: -39.3 % [-39.3, -39.3]")
+    assert weight_sentence([]) == healed_sentence(found) == ""
+    assert weight_sentence(found).startswith("Does the adaptive weight help? No: tuned alike over 3 seeds, perplexity")
+    healed = healed_sentence([row | {"student": "half"} for row in found])
+    assert "end at 82 % higher perplexity without such logits than with them (95 % interval 82 to 82 %" in healed
     # A kind of student that does not agree takes the verdict away.
     other = [row | {"student": "half"} for row in rows(slim=2.0, sft=2.0)]
     assert verdicts(found + other)[0] == "not shown"
