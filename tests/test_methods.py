@@ -7,6 +7,7 @@ import math
 
 import pytest
 from support.teachers import save_teacher
+from transformers import AutoModelForCausalLM
 
 from bench import records
 from bench.claims import claims, healed_sentence, weight_sentence
@@ -120,6 +121,16 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
         # One paragraph, cut off, of which the first token is no label.
         assert (row["english"]["file"], row["english"]["heldout_labels"]) == ("english.txt", 9)
     assert len({row["loss"] for row in rows[-4:]}) == 4
+
+    # Students are saved, and trained once more where they were not.
+    comparison.students = comparison.out.parent / "students"
+    assert comparison.test("half", ["slim"], [60], [1]) == 1
+    assert comparison.test("half", ["slim"], [60], [1]) == 0
+    again = records.read(comparison.out)[-1]
+    assert again["loss"] == next(row["loss"] for row in rows if row["op"] == "test" and row["method"] == "slim")
+    student = AutoModelForCausalLM.from_pretrained(comparison.students / "half-60-slim-1")
+    measured = methods_training.measure(student, comparison.corpus.heldout(TEST))
+    assert measured["loss"] == pytest.approx(again["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid", "top_5_ghost", "all", "hidden"])

@@ -63,13 +63,22 @@ class Comparison:
         work: Folder for text and stores.
         text: The teacher, and how it writes.
         english: File of plain English that the test measures on too.
+        students: Folder in which the students of the test are saved, each in one of its own; None to save none.
         alone: Whether each training waits for the other benchmarks of the machine, and holds up later ones.
     """
 
     def __init__(
-        self, out: Path, work: Path, text: Text | None = None, english: Path | None = None, *, alone: bool = True
+        self,
+        out: Path,
+        work: Path,
+        text: Text | None = None,
+        english: Path | None = None,
+        *,
+        students: Path | None = None,
+        alone: bool = True,
     ) -> None:
         self.out, self.corpus, self.english, self.alone = out, Corpus(work, text or Text()), english, alone
+        self.students = students
         self._texts: dict[tuple[int, int, str], str] = {}
 
     def rows(self, student: str) -> Rows:
@@ -101,21 +110,30 @@ class Comparison:
     ) -> int:
         """Runs the missing trainings of the test; returns the number of trainings run."""
         rows = self.rows(student)
-        missing = [unit for unit in test_units(rows, student, names, budgets, seeds) if rows.of(unit) is None]
+        missing = [unit for unit in test_units(rows, student, names, budgets, seeds) if not self._done(unit, rows)]
         for unit in missing[:most]:
             self._run(unit)
         return len(missing[:most])
 
+    def _done(self, unit: Unit, rows: Rows) -> dict[str, Any] | None:
+        folder = self._student_folder(unit)
+        return rows.of(unit) if folder is None or folder.is_dir() else None
+
+    def _student_folder(self, unit: Unit) -> Path | None:
+        if self.students is None or unit.op != "test":
+            return None
+        return self.students / f"{unit.student}-{unit.labels}-{unit.method}-{unit.seed}"
+
     def _run(self, unit: Unit) -> dict[str, Any]:
         with one_at_a_time() if self.alone else contextlib.nullcontext():
             # Another run may have finished it in the meantime.
-            if done := self.rows(unit.student).of(unit):
+            if done := self._done(unit, self.rows(unit.student)):
                 return done
             print(unit.name, flush=True)
             # The commit is that of the code that runs, also if another is checked out before the end.
             row = dataclasses.asdict(unit) | {"settings": self._settings(unit.student)} | machine()
             row["text"] = self._text_of(unit)
-            row |= run_unit(unit, self.corpus, self.english if unit.op == "test" else None)
+            row |= run_unit(unit, self.corpus, self.english if unit.op == "test" else None, self._student_folder(unit))
             print(f"  perplexity {row['perplexity']:.2f}, KL {row['kl']:.3f}, {row['seconds']:.0f} s", flush=True)
             return self._append(row)
 
@@ -165,6 +183,9 @@ def main() -> None:
     )
     test.add_argument("--seeds", type=int, nargs="+", default=list(TEST_SEEDS))
     test.add_argument("--english", type=Path, help="plain English to measure on too, one paragraph a line")
+    test.add_argument(
+        "--students", type=Path, metavar="DIR", help="save the students; those that are not there are trained again"
+    )
     args = parser.parse_args()
     if args.command == "table":
         print(methods_block(records.read(args.out)))
@@ -178,7 +199,9 @@ def main() -> None:
             print("plain English is not measured on: pass a file, such as WikiText-2's test.txt, as --english")
         elif not args.english.is_file():
             parser.error(f"--english must be a text file, got {args.english}, which is not a file")
-        comparison = Comparison(args.out, args.work, english=args.english, alone=not args.beside)
+        comparison = Comparison(
+            args.out, args.work, english=args.english, students=args.students, alone=not args.beside
+        )
         if TUNING_SEED in args.seeds:
             parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
         for name in args.methods:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -26,7 +27,9 @@ from slimkernels.trainer import SlimConfig, SlimTrainer
 _NOT_ALONE = 0.05
 
 
-def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[str, Any]:
+def run_unit(
+    unit: Unit, corpus: Corpus, english: Path | None = None, student_folder: Path | None = None
+) -> dict[str, Any]:
     """Trains a student, measures it, and returns the fields of its row.
 
     Text and stores that are missing are made before the clock starts. The test part is opened by a test only.
@@ -35,6 +38,7 @@ def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[st
         unit: The training.
         corpus: Text and stores.
         english: File of plain English to measure on too.
+        student_folder: Folder to save the student and its tokenizer in.
     """
     kind, teacher = STUDENTS[unit.student], (METHODS | SUPPORTS)[unit.method].teacher
     documents = corpus.training(unit.seed, unit.labels, "top" if teacher in ("online", "none") else teacher)
@@ -58,6 +62,13 @@ def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[st
     row |= measure(student, heldout, documents=unit.op == "test")
     if english is not None:
         row["english"] = {"file": english.name} | measure(student, corpus.english(english))
+    if student_folder is not None:
+        # A folder of this name is complete.
+        unfinished = student_folder.with_name(f"{student_folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        student.save_pretrained(unfinished)
+        corpus.teacher[1].save_pretrained(unfinished)
+        unfinished.rename(student_folder)
     return row
 
 
