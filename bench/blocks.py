@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bench import records
 from bench.ops.case import OURS
+from bench.reproduce.downstream_table import downstream_table
 from bench.reproduce.instructions_table import instructions_table
 from bench.reproduce.methods_results import methods_block
 from bench.reproduce.sample_efficiency_results import sample_efficiency_block
@@ -254,4 +255,5 @@ BLOCKS = {
     "instructions": instructions_table,
     "sample_efficiency": sample_efficiency_block,
     "methods": methods_block,
+    "downstream": downstream_table,
 }

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 from bench import records
 from bench.blocks import latest_demo
+from bench.claims import healed_sentence, weight_sentence
 from bench.ops.case import OURS
 from bench.records import CaseRecord
 from bench.reproduce.sample_efficiency_results import DENSE_KD, SFT, SLIM, Experiment
 
-# The sources of the overview; without one of them the README keeps what it has.
+# The sources of the overview; without one of them, except the last, the README keeps what it has.
 SOURCES = ("cpu", "training_step", "search", "codecs", "sample_efficiency", "demo")
+COMPARED = "methods"
 LOSS = "linear_slim_loss"
 # The ops of the table: the name in the results, what it does, and how its peer is called.
 OPS = {
@@ -52,8 +54,8 @@ class Results(NamedTuple):
     @classmethod
     def read(cls, folder: Path) -> Results | None:
         """Reads a folder; returns None where a source is missing."""
-        rows = {name: records.read(folder / f"{name}.jsonl") for name in SOURCES}
-        return cls(rows) if all(rows.values()) else None
+        rows = {name: records.read(folder / f"{name}.jsonl") for name in (*SOURCES, COMPARED)}
+        return cls(rows) if all(rows[name] for name in SOURCES) else None
 
     def cases(self, op: str) -> list[CaseRecord]:
         """Returns the newest figures of an op, of every shape on every machine."""
@@ -77,17 +79,17 @@ def headline(results: Results) -> str:
     sizes, speed = largest.row["sizes"], ratios_of(results.cases(LOSS))
     experiment = Experiment(results.rows["sample_efficiency"])
     change = experiment.change(SLIM, SFT, *experiment.sizes)
-    learned = ""
-    if change is not None:
+    learned = healed_sentence(results.rows[COMPARED])
+    if not learned and change is not None:
         learned = (
-            f" Small students that were trained from scratch on such logits ended at {-change.mean:.0f} % lower "
+            f"Small students that were trained from scratch on such logits ended at {-change.mean:.0f} % lower "
             f"perplexity than on the same text alone (95 % interval {-change.high:.0f} to {-change.low:.0f} %, "
             f"{len(experiment.seeds)} seeds; [SLIM to SFT](docs/reproduced.md#sample-efficiency), all sizes together)."
         )
     return (
         f"Two lines of your training loop distil a teacher's top 5 % of logits in **{_mib(ours)} MiB of extra memory "
         f"instead of {_mib(theirs)}** ({sizes['N']} tokens, a vocabulary of {sizes['V']:,}), at {min(speed):.2f} to "
-        f"{max(speed):.2f} times the speed of eager PyTorch.{learned}"
+        f"{max(speed):.2f} times the speed of eager PyTorch. {learned}"
     )
 
 
@@ -178,24 +180,16 @@ def _paired(rows: list[dict], metric: str, ratio: Callable[[float, float], float
 
 
 def _demo_sentence(results: Results) -> str:
-    """Returns what the newest demonstration healed, and how SLIM and KD compare over the larger experiment's seeds."""
+    """Returns what the newest demonstration healed, and whether SLIM's adaptive weight helps."""
     latest = latest_demo(results.rows["demo"])
     reached = {method: f"{row['curve'][-1]['perplexity']:.0f}" for method, row in latest.items()}
     row = latest["kd"]
-    experiment = Experiment(results.rows["sample_efficiency"])
-    seeds, sizes = len(experiment.seeds), len(experiment.sizes)
-    change = experiment.change(SLIM, DENSE_KD, *experiment.sizes)
-    over_seeds = ""
-    if change is not None and change.low < 0 < change.high:
-        over_seeds = f" SLIM and KD: one seed; over {seeds} seeds and {sizes} sizes of text no difference is shown."
-    elif change is not None:
-        over_seeds = f" Over {seeds} seeds and {sizes} sizes of text SLIM's perplexity differs by {change.mean:+.1f} %."
     return (
         f"`make demo` takes away half of SmolLM2-135M's layers, which raises its held-out perplexity from "
         f"{row['teacher_perplexity']:.1f} to {row['curve'][0]['perplexity']:,.0f}, and heals it on "
         f"{row['train_rows']:,} tokens: to {reached['sft']} by "
-        f"labels alone, {reached['kd']} by KD, {reached['slim']} by SLIM.{over_seeds} More: "
-        "[docs/reproduced.md](docs/reproduced.md)."
+        f"labels alone, {reached['kd']} by KD, {reached['slim']} by SLIM, "
+        f"in one run. {weight_sentence(results.rows[COMPARED])}More: [docs/reproduced.md](docs/reproduced.md)."
     )
 
 

@@ -7,13 +7,27 @@ import math
 
 import pytest
 from support.teachers import save_teacher
+from transformers import AutoModelForCausalLM
 
 from bench import records
+from bench.claims import claims, healed_sentence, weight_sentence
 from bench.machine import one_at_a_time
 from bench.reproduce import methods, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Text
-from bench.reproduce.methods_plan import METHODS, STUDENTS, Method, Rows, Student, Unit, chosen, trials, tuning_units
+from bench.reproduce.methods_plan import (
+    METHODS,
+    STUDENTS,
+    SUPPORTS,
+    Method,
+    Rows,
+    Student,
+    Unit,
+    chosen,
+    options_for_test,
+    trials,
+    tuning_units,
+)
 from bench.reproduce.methods_results import Results, methods_block
 from slimkernels.durable import FileInUseError, lock_file
 
@@ -108,11 +122,26 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
         assert (row["english"]["file"], row["english"]["heldout_labels"]) == ("english.txt", 9)
     assert len({row["loss"] for row in rows[-4:]}) == 4
 
+    # Students are saved, and trained once more where they were not.
+    comparison.students = comparison.out.parent / "students"
+    assert comparison.test("half", ["slim"], [60], [1]) == 1
+    assert comparison.test("half", ["slim"], [60], [1]) == 0
+    again = records.read(comparison.out)[-1]
+    assert again["loss"] == next(row["loss"] for row in rows if row["op"] == "test" and row["method"] == "slim")
+    student = AutoModelForCausalLM.from_pretrained(comparison.students / "half-60-slim-1")
+    measured = methods_training.measure(student, comparison.corpus.heldout(TEST))
+    assert measured["loss"] == pytest.approx(again["loss"], rel=1e-6)
 
-@pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid"])
+
+@pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid", "top_5_ghost", "all", "hidden"])
 def test_methods_train_from_every_kind_of_teacher(comparison, name):
-    method = METHODS[name]
-    options = method.options | {"learning_rate": 1e-2} | ({"max_new_tokens": 4} if name == "gkd" else {})
+    method = (METHODS | SUPPORTS)[name]
+    options = (
+        METHODS[method.follows or name].options
+        | method.options
+        | {"learning_rate": 1e-2}
+        | ({"max_new_tokens": 4} if name == "gkd" else {})
+    )
     unit = Unit("trial", "random", name, 60, 0, options)
     row = methods_training.run_unit(unit, comparison.corpus)
     assert row["perplexity"] < 400
@@ -149,7 +178,15 @@ def row_of(op: str, name: str, loss: float, seed: int = 0, labels: int = 25_000,
     """Makes a row of documents of 1 and 3 labels, whose KL is half of its loss."""
     unit = {"op": op, "student": "random", "method": name, "labels": labels, "seed": seed}
     row = unit | {"options": {"method": name, "learning_rate": 0.5}, "loss": loss, "perplexity": math.exp(loss)}
-    row |= {"kl": loss / 2, "mean_weight": None, "seconds": 10.0, "alone": True, "heldout_labels": 4, "parameters": 7}
+    row |= {
+        "text": "one",
+        "kl": loss / 2,
+        "mean_weight": None,
+        "seconds": 10.0,
+        "alone": True,
+        "heldout_labels": 4,
+        "parameters": 7,
+    }
     row |= {"teacher_perplexity": 5.0, "device": "d", "commit": "abc", "date": "2026-01-02T03"}
     settings = {"teacher": "t"}, {"layers": None, "num_layers": 2, "passes": 1, "batch_size": 4}
     row["settings"] = dict(zip(("text", "student"), settings, strict=True))
@@ -175,6 +212,12 @@ def test_methods_choice_reads_no_test_row():
     assert chosen(found, units)["options"] == options[0]
     # Rows of other settings do not count.
     assert Rows(rows, {"text": 1}).of(units[0]) is None
+    # Nor do rows of another text: of the one that is asked for, or else of the newest.
+    assert Rows(rows, found.settings, lambda unit: "two").of(units[0]) is None
+    newer = row_of("trial", "kd", 1.0, options=options[1], text="two")
+    both = Rows([*rows, newer], found.settings)
+    assert (both.of(units[0]), both.of(units[1])) == (None, newer)
+    assert Rows([*rows, newer], found.settings, lambda unit: "one").of(units[1])["loss"] == 3.0
     with pytest.raises(ValueError, match="must be finished first: trial, random, jsd"):
         list(tuning_units(found, "random", "jsd", labels=25_000, seed=0))
 
@@ -191,6 +234,24 @@ def test_methods_differences_by_hand():
     # The resamples of two documents: twice the first, twice the second, or both.
     assert found["slim"][1:3] == pytest.approx((-0.1, 0.3))
     assert found["sft"][:3] == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_methods_supports_follow_the_choice_of_kd():
+    rows = rows_tested({"kd": 2.0})
+    kd = rows[0]["options"]
+    found = Rows(rows, rows[0]["settings"])
+    assert options_for_test(found, "random", "top_5_ghost") == kd | {"rest": "ghost"}
+    assert options_for_test(found, "random", "all") == kd
+    assert options_for_test(found, "half", "all") is None
+    rows += [
+        row_of("test", name, loss, seed, options=kd | SUPPORTS[name].options)
+        for name, loss in (("all", 1.0), ("top_5_ghost", 1.1))
+        for seed in (1, 2, 3)
+    ]
+    lines = methods_block(rows).splitlines()
+    assert "| all, from the teacher itself | 2.72 |  |  | 0.500 |  |  | 10 |" in lines
+    ghost = "| top 5, with the rest as one more entry | 3.00 | +10.5 [+10.5, +10.5] | 0.5000 | 0.550 |"
+    assert any(line.startswith(ghost) for line in lines)
 
 
 def test_methods_holm_by_hand():
@@ -225,3 +286,35 @@ def test_methods_block_by_hand():
     assert "The adaptive weight" not in block
     assert "| SLIM |" not in block.partition("<details>")[0]
     assert f"trainings, 8 of {total} with" in block
+
+
+def test_claims_are_judged_by_their_intervals():
+    def rows(**losses: float) -> list[dict]:
+        return rows_tested(losses, counts=(1, 3, 2, 1, 4, 2, 1, 1))
+
+    def verdicts(found: list[dict]) -> list[str]:
+        return [claim.verdict for claim in claims(found, [])]
+
+    assert verdicts([]) == ["not measured"] * 9
+    # Eight documents that all agree are enough for p = 2 / 256 times the three comparisons.
+    found = rows(slim=2.0, sft=2.5, kd=1.9, kd_mean=2.0)
+    assert verdicts(found)[:3] == ["shown", "contradicted", "not shown"]
+    (_, claim, measured, _, _), *_ = claims(found, [])
+    assert claim == "the teacher's logits help beyond its text"
+    assert measured.endswith("a new student of random weights, 25,000 labels: -39.3 % [-39.3, -39.3]")
+    assert weight_sentence([]) == healed_sentence(found) == ""
+    assert weight_sentence(found).startswith("Does the adaptive weight help? No: tuned alike over 3 seeds, perplexity")
+    healed = healed_sentence([row | {"student": "half"} for row in found])
+    assert "end at 82 % higher perplexity without such logits than with them (95 % interval 82 to 82 %" in healed
+    # A kind of student that does not agree takes the verdict away.
+    other = [row | {"student": "half"} for row in rows(slim=2.0, sft=2.0)]
+    assert verdicts(found + other)[0] == "not shown"
+
+    kd = found[0]["options"] | {"method": "kd"}
+    for loss, verdict in ((2.01, "shown"), (2.03, "contradicted")):
+        supports = [
+            row_of("test", name, at, seed, options=kd | SUPPORTS[name].options)
+            for name, at in (("all", 2.0), ("top_renorm", loss))
+            for seed in (1, 2, 3)
+        ]
+        assert verdicts(rows(kd=2.0) + supports)[3] == verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from functools import cached_property
@@ -63,6 +64,16 @@ class Corpus:
         every = text.heldout_every
         held = {TEST: prompts[::every], DEVELOPMENT: prompts[every // 2 :: every]}
         self._heldout_prompts = held
+        # The arguments of ``capture`` of each kind of store.
+        self._stores = {
+            "top": {"top_fraction": text.top_fraction},
+            "top_1_percent": {"top_fraction": 0.01},
+            "top_50": {"top_k": 50},
+            "top_20": {"top_k": 20},
+            "top_5": {"top_k": 5},
+            "hidden": {"codec": "hidden16"},
+            "draws": {"select": "sample", "rounds": text.rounds},
+        }
         self._training_prompts = [prompt for prompt in prompts if prompt not in held[TEST] + held[DEVELOPMENT]]
 
     @cached_property
@@ -72,9 +83,7 @@ class Corpus:
 
     def heldout(self, part: str) -> Store:
         """Returns the store of a held-out part, "development" or "test"."""
-        prompts = self._heldout_prompts[part]
-        documents = self._written(part, prompts, seed=0, num_documents=len(prompts))
-        return Store(self._captured(part, "top", documents))
+        return Store(self._captured(part, "top", self._heldout(part)))
 
     def english(self, path: Path, tokens: int = 3000) -> Store:
         """Returns the store of the first paragraphs of a file of plain English, one a line."""
@@ -87,18 +96,34 @@ class Corpus:
         Args:
             seed: Seed of the text; a smaller number of labels is a prefix of a larger one.
             labels: Least number of labels.
-            kind: Rows of the store: "top", the teacher's largest logits, or "draws".
+            kind: Name of what the store keeps of the teacher, as a method's ``teacher``.
         """
-        part = f"training-{seed}"
+        documents = self._learned(seed, labels)
+        store = StoreDataset(self._captured(f"training-{seed}", kind, documents))
+        return Subset(store, [store.store.find(document) for document in documents])
+
+    def digest(self, seed: int, labels: int, part: str) -> str:
+        """Returns a digest of the documents of a training and of a held-out part; their store may still be missing.
+
+        Another processor rounds the teacher's logits otherwise, and so writes another text from the same seed.
+        """
+        found = hashlib.sha256()
+        for document in [*self._learned(seed, labels), *self._heldout(part)]:
+            found.update(json.dumps(document).encode())
+        return found.hexdigest()[:12]
+
+    def _heldout(self, part: str) -> list[TokenizedDocument]:
+        prompts = self._heldout_prompts[part]
+        return self._written(part, prompts, seed=0, num_documents=len(prompts))
+
+    def _learned(self, seed: int, labels: int) -> list[TokenizedDocument]:
         # Prompts, a fifteenth of the text, have no labels; the text is extended until there are enough.
         for tokens in itertools.count(labels + labels // 12, 1 + labels // 100):
-            documents = self._written(part, self._training_prompts, seed=seed, num_tokens=tokens)
+            documents = self._written(f"training-{seed}", self._training_prompts, seed=seed, num_tokens=tokens)
             totals = list(itertools.accumulate(len(document.labels) for document in documents))
             if totals[-1] >= labels:
                 break
-        documents = documents[: next(count for count, total in enumerate(totals, 1) if total >= labels)]
-        store = StoreDataset(self._captured(part, kind, documents))
-        return Subset(store, [store.store.find(document) for document in documents])
+        return documents[: next(count for count, total in enumerate(totals, 1) if total >= labels)]
 
     def _written(self, part: str, prompts: list[str], *, seed: int, **size: int) -> list[TokenizedDocument]:
         """Returns the documents of a part without repetitions, whose labels are what the teacher wrote.
@@ -136,11 +161,7 @@ class Corpus:
         found = Store(path) if (path / "manifest.json").exists() else ()
         if any(document not in found for document in documents):
             print(f"store of {part}, {kind}: {len(documents)} documents", flush=True)
-            options = {
-                "top": {"top_fraction": self.text.top_fraction},
-                "draws": {"select": "sample", "rounds": self.text.rounds},
-            }
-            capture(*self.teacher, documents, path, **options[kind])
+            capture(*self.teacher, documents, path, **self._stores[kind])
         return path
 
 

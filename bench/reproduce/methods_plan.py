@@ -21,12 +21,12 @@ class Method:
     Attributes:
         title: Name in tables.
         options: Fields of ``SlimConfig``.
-        teacher: Source of the teacher's rows: "top", a store of its largest logits; "draws", a store of draws;
-            "online", the teacher itself; or "none".
+        teacher: Source of the teacher's rows: a store of its largest logits ("top", or fewer: "top_1_percent",
+            "top_50", "top_20", "top_5"), of draws ("draws") or of hidden states ("hidden"); "online", the teacher
+            itself; or "none".
         values: Other values of the method's own options, in the order in which they are tried.
         weighs: Whether the divergence has a weight to choose.
-        follows: Name of a method whose chosen options this one takes over, with the mean of its token weights in place
-            of the weights; it then has no trials of its own.
+        follows: Name of a method whose chosen options this one takes over; it then has no trials of its own.
     """
 
     title: str
@@ -92,6 +92,18 @@ BUDGETS = {
     100_000: ("sft", "kd", "slim", "kd_mean", "dense_kd", "sampled"),
     400_000: ("sft", "kd", "slim"),
 }
+_SUPPORTS = {"top": "5 %", "top_1_percent": "1 %", "top_50": "top 50", "top_20": "top 20", "top_5": "top 5"}
+_RESTS = {"renorm": "renormalised", "ghost": "with the rest as one more entry"}
+# KD by the options that were chosen for it, from less of the teacher than all of its logits.
+SUPPORTS = {
+    f"{kind}_{rest}": Method(f"{title}, {words}", {"rest": rest}, kind, follows="kd")
+    for kind, title in _SUPPORTS.items()
+    for rest, words in _RESTS.items()
+} | {
+    "all": Method("all, from the teacher itself", {}, "online", follows="kd"),
+    "hidden": Method("all, from stored hidden states", {}, "hidden", follows="kd"),
+}
+SUPPORT_LABELS = 25_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +221,20 @@ class Rows:
     Args:
         rows: All rows of a file.
         settings: Settings of the text and the students; rows with others do not count.
+        text_of: Function from a unit to the digest of its text; rows of another text do not count. None for the text of
+            the newest row that learned as much from the same seed, so that the methods of a table share theirs.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], settings: dict[str, Any]) -> None:
-        self._found: dict[str, dict[str, Any]] = {}
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        settings: dict[str, Any],
+        text_of: Callable[[Unit], str] | None = None,
+    ) -> None:
+        self._found: dict[tuple[str, str], dict[str, Any]] = {}
         self._choices: dict[tuple[str, str], dict[str, Any]] = {}
-        self.settings = settings
+        self._newest: dict[tuple[str, str, int, int], str] = {}
+        self.settings, self._text_of = settings, text_of
         for row in rows:
             self.add(row)
 
@@ -225,11 +245,14 @@ class Rows:
         if row["op"] == "choice":
             self._choices[row["student"], row["method"]] = row
         else:
-            self._found[_key(Unit.of(row))] = row
+            unit = Unit.of(row)
+            self._found[_key(unit), row["text"]] = row
+            self._newest[_learned(unit)] = row["text"]
 
     def of(self, unit: Unit) -> dict[str, Any] | None:
         """Returns the row of a finished unit."""
-        return self._found.get(_key(unit))
+        text = self._newest.get(_learned(unit), "") if self._text_of is None else self._text_of(unit)
+        return self._found.get((_key(unit), text))
 
     def choice(self, student: str, method: str) -> dict[str, Any] | None:
         """Returns the row in which a method's options were chosen."""
@@ -240,10 +263,24 @@ def _key(unit: Unit) -> str:
     return json.dumps(dataclasses.asdict(unit), sort_keys=True)
 
 
+def _learned(unit: Unit) -> tuple[str, str, int, int]:
+    return unit.op, unit.student, unit.labels, unit.seed
+
+
+def options_for_test(rows: Rows, student: str, name: str) -> Options | None:
+    """Returns the options by which a method is tested; None before they are chosen."""
+    if name in SUPPORTS:
+        choice = rows.choice(student, SUPPORTS[name].follows)
+        return choice and choice["options"] | SUPPORTS[name].options
+    choice = rows.choice(student, name)
+    return choice and choice["options"]
+
+
 def tuning_units(rows: Rows, student: str, name: str, *, labels: int, seed: int) -> Iterator[Unit]:
     """Yields a method's trials in turn; the row of each must be in ``rows`` before the next is asked for.
 
-    A method that follows another, whose options are not chosen yet, has none.
+    A method that follows another has the other's chosen options, with the mean of its token weights in place of the
+    weights, as its only trial, and none before they are chosen.
     """
     method = METHODS[name]
 
@@ -288,6 +325,6 @@ def test_units(
 ) -> Iterator[Unit]:
     """Yields the units of the test, seed by seed, of the methods that have a budget and whose options are chosen."""
     for labels, seed, name in itertools.product(budgets, seeds, names):
-        choice = rows.choice(student, name)
-        if choice is not None and name in BUDGETS[labels]:
-            yield Unit("test", student, name, labels, seed, choice["options"])
+        options = options_for_test(rows, student, name)
+        if options is not None and (labels == SUPPORT_LABELS if name in SUPPORTS else name in BUDGETS[labels]):
+            yield Unit("test", student, name, labels, seed, options)

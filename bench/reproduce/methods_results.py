@@ -7,7 +7,18 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bench.reproduce.methods_plan import BUDGETS, METHODS, STUDENTS, TEST_SEEDS, TRIALS, Rows, Unit, test_units
+from bench.reproduce.methods_plan import (
+    BUDGETS,
+    METHODS,
+    STUDENTS,
+    SUPPORT_LABELS,
+    SUPPORTS,
+    TEST_SEEDS,
+    TRIALS,
+    Rows,
+    Unit,
+    test_units,
+)
 from slimkernels.evaluate.statistics import Difference, holm, paired_difference
 from slimkernels.models.perplexity import perplexity
 
@@ -16,6 +27,7 @@ REFERENCE = "kd"
 ADAPTIVE, CONSTANT = "slim", "kd_mean"
 STUDENT_NAMES = {"half": "Half of the teacher's layers, healed", "random": "A new student of random weights"}
 _MEASURES = {"perplexity": 1, "KL": 2}
+_LAST_HEADS = "perplexity, plain English", "seconds"
 # Options that say what a method is, not what was chosen for it.
 _NOT_CHOSEN = ("method", "divergence", "token_weight", "max_new_tokens")
 
@@ -78,10 +90,12 @@ class Results:
         units = list(test_units(self.found, self.student, names, [labels], TEST_SEEDS))
         return sum(self.found.of(unit) is not None for unit in units), len(names) * len(TEST_SEEDS)
 
-    def differences(self, labels: int, measure: str = "perplexity") -> dict[str, Difference]:
-        """Returns how every tested method differs from KD, with p-values adjusted over the methods by Holm's method."""
-        reference = self.tested(REFERENCE, labels)
-        tested = {name: self.tested(name, labels) for name in METHODS if name != REFERENCE}
+    def differences(
+        self, labels: int, measure: str = "perplexity", *, names: Iterable[str] = METHODS, to: str = REFERENCE
+    ) -> dict[str, Difference]:
+        """Returns how every tested method differs from one of them, with p-values adjusted by Holm's method."""
+        reference = self.tested(to, labels)
+        tested = {name: self.tested(name, labels) for name in names if name != to}
         if reference is None:
             return {}
         found = {name: difference(reference, ours, measure) for name, ours in tested.items() if ours is not None}
@@ -108,6 +122,8 @@ def _student_part(results: Results) -> list[str]:
     for labels in BUDGETS:
         if any(results.tested(name, labels) for name in METHODS):
             parts += [test_table(results, labels), *verdicts(results, labels)]
+    if any(results.tested(name, SUPPORT_LABELS) for name in SUPPORTS):
+        parts.append(support_table(results))
     missing = [
         f"{run} of {planned} with {labels:,} labels" for labels, (run, planned) in progress.items() if run < planned
     ]
@@ -118,19 +134,32 @@ def _student_part(results: Results) -> list[str]:
 
 
 def test_table(results: Results, labels: int) -> str:
-    """Tabulates the methods that were tested with a budget of labels."""
-    differences, divergences = results.differences(labels), results.differences(labels, "KL")
+    """Tabulates the methods that were tested with a budget of labels, from the lowest perplexity to the highest."""
     tested = {name: results.tested(name, labels) for name in METHODS}
     order = sorted((found.mean("perplexity"), name) for name, found in tested.items() if found is not None)
-    heads = "perplexity", "to KD, %", "p", "KL to the teacher", "to KD, nats", "perplexity, plain English", "seconds"
-    lines = [_line(f"{labels:,} labels", *heads), f"|---|{'---:|' * len(heads)}"]
-    for loss, name in order:
-        found = tested[name]
+    return _tested_table(results, labels, [name for _, name in order], REFERENCE, "KD", f"{labels:,} labels")
+
+
+def support_table(results: Results) -> str:
+    """Tabulates KD by how much of the teacher the student learns from."""
+    head = f"KD on {SUPPORT_LABELS:,} labels, from these logits of the teacher"
+    return _tested_table(results, SUPPORT_LABELS, list(SUPPORTS), "all", "all", head)
+
+
+def _tested_table(results: Results, labels: int, names: Sequence[str], to: str, to_title: str, head: str) -> str:
+    differences = results.differences(labels, names=names, to=to)
+    divergences = results.differences(labels, "KL", names=names, to=to)
+    heads = "perplexity", f"to {to_title}, %", "p", "KL to the teacher", f"to {to_title}, nats", *_LAST_HEADS
+    lines = [_line(head, *heads), f"|---|{'---:|' * len(heads)}"]
+    for name in names:
+        found = results.tested(name, labels)
+        if found is None:
+            continue
         change, kl = differences.get(name), divergences.get(name)
         lines.append(
             _line(
-                METHODS[name].title,
-                f"{perplexity(loss):.2f}",
+                (METHODS | SUPPORTS)[name].title,
+                f"{perplexity(found.mean('perplexity')):.2f}",
                 _interval([100 * math.expm1(value) for value in change[:3]], 1) if change else "",
                 f"{change.p_value:.4f}" if change else "",
                 f"{found.mean('KL'):.3f}",

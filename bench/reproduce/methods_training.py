@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -14,7 +15,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback
 
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus
-from bench.reproduce.methods_plan import METHODS, STUDENTS, Student, Unit
+from bench.reproduce.methods_plan import METHODS, STUDENTS, SUPPORTS, Student, Unit
 from slimkernels.models.heldout import evaluate_documents
 from slimkernels.models.make_student import drop_layers, make_student
 from slimkernels.models.perplexity import perplexity
@@ -26,7 +27,9 @@ from slimkernels.trainer import SlimConfig, SlimTrainer
 _NOT_ALONE = 0.05
 
 
-def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[str, Any]:
+def run_unit(
+    unit: Unit, corpus: Corpus, english: Path | None = None, student_folder: Path | None = None
+) -> dict[str, Any]:
     """Trains a student, measures it, and returns the fields of its row.
 
     Text and stores that are missing are made before the clock starts. The test part is opened by a test only.
@@ -35,13 +38,14 @@ def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[st
         unit: The training.
         corpus: Text and stores.
         english: File of plain English to measure on too.
+        student_folder: Folder to save the student and its tokenizer in.
     """
-    kind, method = STUDENTS[unit.student], METHODS[unit.method]
-    documents = corpus.training(unit.seed, unit.labels, "draws" if method.teacher == "draws" else "top")
+    kind, teacher = STUDENTS[unit.student], (METHODS | SUPPORTS)[unit.method].teacher
+    documents = corpus.training(unit.seed, unit.labels, "top" if teacher in ("online", "none") else teacher)
     heldout = corpus.heldout(TEST if unit.op == "test" else DEVELOPMENT)
     student = start(kind, corpus, unit.seed)
     clock = _Clock()
-    logs, loss_options = _train(student, kind, unit, documents, corpus)
+    logs, loss_options = _train(student, kind, unit, documents, corpus, online=teacher == "online")
     clock.stop()
     weights = [entry["weight"] for entry in logs if "weight" in entry]
     row = {
@@ -58,6 +62,13 @@ def run_unit(unit: Unit, corpus: Corpus, english: Path | None = None) -> dict[st
     row |= measure(student, heldout, documents=unit.op == "test")
     if english is not None:
         row["english"] = {"file": english.name} | measure(student, corpus.english(english))
+    if student_folder is not None:
+        # A folder of this name is complete.
+        unfinished = student_folder.with_name(f"{student_folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        student.save_pretrained(unfinished)
+        corpus.teacher[1].save_pretrained(unfinished)
+        unfinished.rename(student_folder)
     return row
 
 
@@ -101,7 +112,7 @@ def measure(student: PreTrainedModel, heldout: Store, *, documents: bool = False
 
 
 def _train(
-    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus
+    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus, *, online: bool
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains a student and returns the trainer's log of each step, and all options of the loss."""
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +136,7 @@ def _train(
             args=config,
             train_dataset=documents,
             processing_class=corpus.teacher[1],
-            teacher_model=corpus.teacher[0] if METHODS[unit.method].teacher == "online" else None,
+            teacher_model=corpus.teacher[0] if online else None,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
