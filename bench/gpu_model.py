@@ -1,0 +1,475 @@
+"""Counts the instructions and bytes of the CUDA C++ kernels, and the least time that each of the two can take.
+
+python -m bench.gpu_model [--write] [--phases]: prints the table, and compares it with bench/results/gpu_model.json, or
+replaces that file. The exit status is 1 if the issue floor of a kernel rose by more than 5 %, or if a row takes more
+barriers than its kernel's stated maximum. Targets that are missed are printed as missed.
+
+No GPU is used and nothing is timed. nvcc compiles a kernel for sm_90a, and the SASS is split into basic blocks. The
+same source, compiled for the emulated GPU of tests/support/cuda_emulator, processes one row in the launch planned for
+an H200, and counts how often every warp executes each source line in each call chain. A block of SASS is executed as
+often as the lines that its instructions come from, divided by the number of copies that unrolling made of them. A
+predicated instruction counts whether or not its predicate holds.
+
+- Issue floor: executed instructions of all warps / (132 multiprocessors x 4 per clock x 1.98 GHz).
+- Byte floor: bytes that must move / the copy bandwidth measured on an H200, 4.3 TB/s.
+
+A kernel is slower than both floors, because it also waits: for memory, at barriers, and for other units than the
+scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "bench/results/gpu_model.json"
+PROCESSORS, ISSUES_PER_CLOCK, CLOCK_HZ = 132, 4, 1.98e9
+COPY_BYTES_PER_SECOND = 4.3e12
+PROCESSOR_REGISTERS, PROCESSOR_THREADS = 65536, 2048
+PROCESSOR_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # shared memory of a multiprocessor, and of it per block
+ALLOWED_RISE = 1.05
+
+# What executes once whenever its source line does, most reliable first: a load may be hoisted, stores may be merged.
+MARKERS = (
+    re.compile(r"MATCH|VOTE|REDUX|MUFU\.EX2|SHFL|BAR|UCGABAR|ATOM|RED"),
+    re.compile(r"LDS|LDG|LD\.|STG|STS\.U"),
+    re.compile(r"ST\.|STS|FLO|POPC"),
+    re.compile(r""),
+)
+
+Stack = tuple[tuple[str, int], ...]  # file and line of the calls that lead to an instruction, innermost first
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of the table.
+
+    Attributes:
+        op: Name of the op, and of the program in bench/gpu_counts that runs a row of it.
+        header: File with the kernel, below csrc.
+        instance: The declaration that makes nvcc compile the variant that the program runs.
+        shapes: N, V and K of every row of the table.
+        bytes_of: Bytes that must move for N, V and K.
+        target_ratio: The issue floor should be at most this multiple of the byte floor.
+        max_barriers: The most barriers, of a block or of the cluster, that a row may take.
+        threads: Threads per block.
+    """
+
+    op: str
+    header: str
+    instance: str
+    shapes: tuple[tuple[int, int, int], ...]
+    bytes_of: Callable[[int, int, int], int]
+    target_ratio: float
+    max_barriers: int = 20
+    threads: int = 512
+
+
+LARGE_SHAPES = ((8192, 32000, 1600), (4096, 128256, 6413), (2048, 262144, 13108))
+KERNELS = (
+    Kernel(
+        "topk_logits",
+        "cuda/topk_logits.cuh",
+        "topk_logits_kernel<BFloat16, true, 512>(const __grid_constant__ TopkLogitsArgs)",
+        LARGE_SHAPES,
+        lambda n, v, k: n * (2 * v + 6 * k + 8),
+        target_ratio=0.8,
+        max_barriers=14,
+    ),
+)
+KERNELS_BY_OP = {kernel.op: kernel for kernel in KERNELS}
+WITHOUT_KERNEL = ("slim_loss", "topk_logits + slim_loss", "sample_logits")
+
+
+@dataclasses.dataclass
+class Block:
+    """A basic block of SASS."""
+
+    begin: int
+    instructions: list[tuple[str, Stack]] = dataclasses.field(default_factory=list)  # opcode and where it comes from
+    successors: list[int] = dataclasses.field(default_factory=list)
+    loop: frozenset[int] | None = None  # blocks of the innermost loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A compiled kernel."""
+
+    blocks: list[Block]
+    registers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the emulated GPU counted for a row."""
+
+    blocks_per_row: int
+    shared_bytes: int
+    barriers: int  # of a thread, of the block or the cluster
+    cluster_barriers: int
+    executed: dict[Stack, int]  # times that a warp executed a line, over all warps
+
+
+def missing_tool() -> str | None:
+    """Returns what is needed and not there; None if the model can be made."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is needed"
+    if find_disassembler() is None:
+        return "nvdisasm is needed, from the CUDA toolkit or Triton"
+    for name in (compiler(), "objdump", "addr2line"):
+        if shutil.which(name) is None:
+            return f"{name} is needed"
+    return None
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++").split()[0]
+
+
+def find_disassembler() -> str | None:
+    found = shutil.which("nvdisasm")
+    triton = importlib.util.find_spec("triton")
+    if found or triton is None:
+        return found
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+    return str(bundled) if bundled.exists() else None
+
+
+def run(*command: object, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def kernel_frames(frames: Iterable[tuple[str, int]], csrc: Path) -> Stack:
+    """Returns the frames in the kernel's own files: the emulator replaces device.cuh."""
+    prefix = f"{csrc}/"
+    return tuple(
+        (file.removeprefix(prefix), line)
+        for file, line in frames
+        if file.startswith(prefix) and not file.endswith("/device.cuh")
+    )
+
+
+def compile_kernel(kernel: Kernel, csrc: Path, folder: Path) -> Code:
+    source, cubin = folder / f"{kernel.op}.cu", folder / f"{kernel.op}.cubin"
+    source.write_text(
+        f'#include "{kernel.header}"\nnamespace slimkernels {{\ntemplate __global__ void {kernel.instance};\n}}\n'
+    )
+    options = ("-std=c++17", "-O3", "-arch=sm_90a", "-lineinfo", "-Xptxas=-v", f"-I{csrc}")
+    log = run("nvcc", *options, "-cubin", source, "-o", cubin)
+    registers = int(re.findall(r"Used (\d+) registers", log)[-1])
+    return Code(blocks_of(run(find_disassembler(), "-gi", "-c", cubin), csrc), registers)
+
+
+def blocks_of(listing: str, csrc: Path) -> list[Block]:
+    """Splits the listing of one kernel into basic blocks and finds their innermost loops."""
+    blocks: list[Block] = []
+    labels: dict[str, int] = {}
+    targets: dict[int, str] = {}
+    pending: list[str] = []
+    frames: list[tuple[str, int]] = []
+    in_code = in_frames = ends_block = falls_through = False
+    stack: Stack = ()
+    for line in listing.splitlines():
+        if section := re.match(r"\s*\.section\s+(\S+?),", line):
+            in_code = section[1].startswith(".text")
+        elif not in_code:
+            continue
+        elif label := re.match(r"(\.L_x_\d+):", line):
+            pending.append(label[1])
+        elif frame := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
+            frames = [*(frames if in_frames else ()), (os.path.normpath(frame[1]), int(frame[2]))]
+            in_frames = True
+        elif found := re.match(r"\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            if in_frames:
+                stack = kernel_frames(frames, csrc)
+            in_frames = False
+            if pending or ends_block or not blocks:
+                if blocks and falls_through:
+                    blocks[-1].successors.append(len(blocks))
+                labels |= dict.fromkeys(pending, len(blocks))
+                blocks.append(Block(int(found[1], 16)))
+            pending = []
+            is_conditional, opcode = bool(found[2]), found[3]
+            blocks[-1].instructions.append((opcode, stack))
+            # BRA.DIV leads to a copy of what follows for warps whose lanes are at different places; here they are not.
+            ends_block = opcode.startswith(("BRA", "EXIT", "RET")) and opcode != "BRA.DIV"
+            falls_through = not ends_block or is_conditional or ", `(" in found[4]
+            if opcode.startswith("BRA") and ends_block:
+                targets[len(blocks) - 1] = re.search(r"`\((\.L_x_\d+)\)", found[4])[1]
+    for place, target in targets.items():
+        blocks[place].successors.append(labels[target])
+    return find_loops(blocks)
+
+
+def find_loops(blocks: list[Block]) -> list[Block]:
+    """Returns the blocks that can be reached, with their innermost loops: those of the fewest blocks."""
+    before: dict[int, set[int]] = {0: set()}
+    waiting = [0]
+    while waiting:
+        here = waiting.pop()
+        for after in blocks[here].successors:
+            if after not in before:
+                before[after] = set()
+                waiting.append(after)
+            before[after].add(here)
+    # A block dominates those that cannot be reached without it.
+    dominators = {place: set(before) for place in before} | {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for place in sorted(before)[1:]:
+            found = set.intersection(*(dominators[each] for each in before[place])) | {place}
+            changed = changed or found != dominators[place]
+            dominators[place] = found
+    for place in before:
+        for head in set(blocks[place].successors) & dominators[place]:
+            body, waiting = {head}, [place]
+            while waiting:
+                here = waiting.pop()
+                if here not in body:
+                    body.add(here)
+                    waiting.extend(before[here])
+            for member in body:
+                loop = blocks[member].loop
+                if loop is None or len(body) < len(loop):
+                    blocks[member].loop = frozenset(body)
+    return [blocks[place] for place in sorted(before)]
+
+
+def run_emulated(kernel: Kernel, shape: tuple[int, int, int], csrc: Path, folder: Path) -> Run:
+    program = folder / kernel.op
+    if not program.exists():
+        options = ("-std=c++17", "-O0", "-g", "-fno-omit-frame-pointer", "-no-pie", "-fsanitize-coverage=trace-pc")
+        include = (f"-I{csrc}", f"-I{ROOT / 'tests/support/cuda_emulator'}")
+        source = ROOT / f"bench/gpu_counts/{kernel.op}.cpp"
+        # Fortified longjmp aborts on jumps between fibers.
+        run(compiler(), *options, "-U_FORTIFY_SOURCE", *include, source, "-o", program)
+    lines_of_block = lines_of_blocks(program, csrc)
+    said = run(program, *shape, input="".join(f"{block:x}\n" for block in lines_of_block)).splitlines()
+    plan = [int(word) for word in said[0].split()[1:]]
+    barriers = [int(word) for word in said[1].split()[1:]]
+    chains = [
+        (int(total), [int(frame, 16) for frame in frames if frame != "0"])
+        for total, *frames in (line.split() for line in said[2:])
+    ]
+    callers = sorted({frame - 1 for _, chain in chains for frame in chain[1:]})
+    found = run("addr2line", "-e", program, *(f"{address:x}" for address in callers)).splitlines()
+    line_of = {}
+    for address, text in zip(callers, found, strict=True):
+        file, line = text.split(" ")[0].rsplit(":", 1)
+        line_of[address + 1] = (os.path.normpath(file), int(line) if line.isdigit() else 0)
+    executed: collections.Counter[Stack] = collections.Counter()
+    for total, (block, *frames) in chains:
+        outer = kernel_frames((line_of[frame] for frame in frames), csrc)
+        for line in lines_of_block[block]:
+            stack = (line, *outer)
+            executed[stack] = max(executed[stack], total)
+    return Run(plan[0], plan[1], barriers[0], barriers[1], dict(executed))
+
+
+def lines_of_blocks(program: Path, csrc: Path) -> dict[int, set[tuple[str, int]]]:
+    """Returns the kernel's source lines of every basic block of an emulated kernel, by the block's address."""
+    lines: dict[int, set[tuple[str, int]]] = collections.defaultdict(set)
+    current, here, is_block_next = set(), set(), False
+    for text in run("objdump", "-d", "-l", "--no-show-raw-insn", program).splitlines():
+        if text.endswith(">:"):  # a function, whose first block begins after its first instructions
+            current, here = set(), set()
+        elif place := re.match(r"(/.+):(\d+)(?: \(discriminator \d+\))?$", text):
+            here = set(kernel_frames([(os.path.normpath(place[1]), int(place[2]))], csrc))
+        elif instruction := re.match(r" *([0-9a-f]+):\s", text):
+            if is_block_next:
+                current = lines[int(instruction[1], 16)]
+            is_block_next = "<__sanitizer_cov_trace_pc>" in text
+            if not is_block_next:
+                current |= here
+    return {address: found for address, found in lines.items() if found}
+
+
+def executed_by_block(code: Code, row: Run, warps: int) -> list[float]:
+    """Returns how often all warps together execute each block for one row."""
+    copies = collections.Counter(instruction for block in code.blocks for instruction in block.instructions)
+
+    def by_markers(block: Block, markers: re.Pattern) -> float | None:
+        counts = [
+            row.executed.get(stack, 0) / copies[opcode, stack]
+            for opcode, stack in block.instructions
+            if stack and markers.match(opcode)
+        ]
+        return max(counts, default=None)
+
+    known: dict[int, float] = {}
+    for markers in MARKERS[:-1]:
+        for block in code.blocks:
+            count = by_markers(block, markers)
+            if block.begin not in known and count is not None:
+                # Outside of loops a warp executes a block once at most.
+                known[block.begin] = count if block.loop else min(count, warps)
+    of_loop: dict[frozenset[int] | None, float] = {None: warps}
+    for block in code.blocks:
+        if block.loop and block.begin in known:
+            of_loop[block.loop] = max(of_loop.get(block.loop, 0), known[block.begin])
+
+    def executed(block: Block) -> float:
+        if block.begin in known:
+            return known[block.begin]
+        # Some instructions were moved here from lines that execute more or less often.
+        counts = [row.executed.get(stack, 0) for _, stack in block.instructions if stack]
+        most = statistics.median(counts) if counts else warps
+        return min(of_loop[block.loop], most) if block.loop in of_loop else by_markers(block, MARKERS[-1]) or 0
+
+    return [executed(block) for block in code.blocks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What is known of a kernel on a shape; every number is counted."""
+
+    op: str
+    shape: tuple[int, int, int]
+    instructions_per_row: int  # warp instructions
+    by_phase: dict[str, int]  # the same by the line of the outermost function of the kernel that they come from
+    bytes: int
+    barriers: int
+    cluster_barriers: int
+    registers: int
+    shared_bytes: int
+    blocks_per_row: int
+    blocks_per_processor: int
+
+    @property
+    def issue_floor_ms(self) -> float:
+        rate = PROCESSORS * ISSUES_PER_CLOCK * CLOCK_HZ
+        return self.instructions_per_row * self.shape[0] / rate * 1e3
+
+    @property
+    def byte_floor_ms(self) -> float:
+        return self.bytes / COPY_BYTES_PER_SECOND * 1e3
+
+    @property
+    def ratio(self) -> float:
+        return self.issue_floor_ms / self.byte_floor_ms
+
+
+def count(kernel: Kernel, csrc: Path = ROOT / "csrc", shapes: Iterable[tuple[int, int, int]] = ()) -> list[Result]:
+    """Counts a kernel on its shapes, or on some of them."""
+    csrc = csrc.resolve()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        code = compile_kernel(kernel, csrc, folder)
+        return [
+            result_of(kernel, shape, code, run_emulated(kernel, shape, csrc, folder), csrc)
+            for shape in shapes or kernel.shapes
+        ]
+
+
+def result_of(kernel: Kernel, shape: tuple[int, int, int], code: Code, row: Run, csrc: Path) -> Result:
+    warps = row.blocks_per_row * kernel.threads // 32
+    phases: collections.Counter[str] = collections.Counter()
+    source = (csrc / kernel.header).read_text().splitlines()
+    for block, times in zip(code.blocks, executed_by_block(code, row, warps), strict=True):
+        for _, stack in block.instructions:
+            # The outermost frame is the kernel's entry; the next is a step of its body.
+            phases[source[stack[-2][1] - 1].strip() if len(stack) > 1 else ""] += times
+    registers_per_block = -(-code.registers // 8) * 8 * kernel.threads
+    return Result(
+        kernel.op,
+        shape,
+        round(sum(phases.values())),
+        {phase: round(times) for phase, times in phases.most_common()},
+        kernel.bytes_of(*shape),
+        row.barriers,
+        row.cluster_barriers,
+        code.registers,
+        row.shared_bytes,
+        row.blocks_per_row,
+        min(
+            PROCESSOR_REGISTERS // registers_per_block,
+            PROCESSOR_BYTES // (row.shared_bytes + RESERVED_BYTES),
+            PROCESSOR_THREADS // kernel.threads,
+        ),
+    )
+
+
+def table(results: list[Result], phases: bool) -> list[str]:
+    lines = [
+        "Counted for an H200, not timed: no GPU was used.",
+        "op, N x V, K | instructions a row | issue floor, byte floor, ratio | barriers, of the cluster | registers, "
+        "shared bytes | blocks a row, a processor",
+    ]
+    for each in results:
+        kernel = KERNELS_BY_OP[each.op]
+        n, v, k = each.shape
+        lines.append(
+            f"{each.op} {n} x {v}, {k} | {each.instructions_per_row} | {each.issue_floor_ms:.3f} ms, "
+            f"{each.byte_floor_ms:.3f} ms, {each.ratio:.2f} | {each.barriers}, {each.cluster_barriers} | "
+            f"{each.registers}, {each.shared_bytes} | {each.blocks_per_row}, {each.blocks_per_processor}"
+        )
+        if phases:
+            lines += [f"    {times:8} {phase}" for phase, times in each.by_phase.items() if times]
+        verdict = "met" if each.ratio <= kernel.target_ratio else "MISSED"
+        lines.append(f"  target {verdict}: issue floor <= {kernel.target_ratio} of the byte floor, is {each.ratio:.2f}")
+        verdict = "met" if each.barriers <= kernel.max_barriers else "MISSED"
+        lines.append(f"  limit {verdict}: at most {kernel.max_barriers} barriers a row, has {each.barriers}")
+    lines += [f"{op}: MISSED, no CUDA C++ kernel that can be counted" for op in WITHOUT_KERNEL]
+    return lines
+
+
+def rises(results: Iterable[Result], committed: Iterable[dict]) -> list[str]:
+    """Returns a sentence for every issue floor above the committed one by more than is allowed, or without one."""
+    known = {(row["op"], tuple(row["shape"])): row["instructions_per_row"] for row in committed}
+    found = []
+    for each in results:
+        before = known.get((each.op, each.shape))
+        if before is None:
+            found.append(f"{each.op} {each.shape} is not in {COMMITTED.name}; run with --write")
+        elif each.instructions_per_row > ALLOWED_RISE * before:
+            found.append(
+                f"{each.op} {each.shape}: instructions a row rose from {before} to {each.instructions_per_row}"
+            )
+    return found
+
+
+def broken_limits(results: Iterable[Result]) -> list[str]:
+    """Returns a sentence for every kernel with more barriers per row than are allowed."""
+    return [
+        f"{each.op} {each.shape}: {each.barriers} barriers a row, at most {KERNELS_BY_OP[each.op].max_barriers} allowed"
+        for each in results
+        if each.barriers > KERNELS_BY_OP[each.op].max_barriers
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_model", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help="replace the committed figures")
+    parser.add_argument("--phases", action="store_true", help="also print the instructions by step of a kernel")
+    options = parser.parse_args(arguments)
+    if (missing := missing_tool()) is not None:
+        parser.error(missing)
+    results = [result for kernel in KERNELS for result in count(kernel)]
+    print("\n".join(table(results, options.phases)))
+    if options.write:
+        rows = [json.dumps(dataclasses.asdict(each)) for each in results]
+        COMMITTED.write_text("[\n" + ",\n".join(rows) + "\n]\n")
+    problems = rises(results, json.loads(COMMITTED.read_text())) + broken_limits(results)
+    print("\n".join(problems), file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

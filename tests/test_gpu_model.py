@@ -1,0 +1,87 @@
+"""The counted model of the CUDA C++ kernels: the committed figures hold, and a slower kernel is noticed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_model
+from bench.gpu_model import COMMITTED, KERNELS_BY_OP, ROOT, broken_limits, count, missing_tool, rises
+
+needs_tools = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
+SMALLEST = (8192, 32000, 1600)
+
+# Two blocks around a loop of three instructions, and a copy for warps that have diverged.
+LISTING = """
+	.section	.text.kernel,"ax",@progbits
+	//## File "/csrc/cuda/kernel.cuh", line 3 inlined at "/csrc/cuda/kernel.cuh", line 9
+	//## File "/csrc/cuda/kernel.cuh", line 9
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+	//## File "/csrc/cuda/device.cuh", line 5 inlined at "/csrc/cuda/kernel.cuh", line 4
+	//## File "/csrc/cuda/kernel.cuh", line 4 inlined at "/csrc/cuda/kernel.cuh", line 9
+	//## File "/csrc/cuda/kernel.cuh", line 9
+        /*0020*/                   MUFU.EX2 R1, R0 ;
+        /*0030*/                   BRA.DIV UR4, `(.L_x_3) ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   EXIT ;
+.L_x_3:
+        /*0060*/                   SHFL.UP R1, R0 ;
+        /*0070*/                   BRA `(.L_x_1) ;
+"""
+ENTRY, STEP, LOOP = (("cuda/kernel.cuh", line) for line in (9, 3, 4))
+
+
+def test_gpu_model_executes_blocks_as_often_as_their_lines():
+    blocks = gpu_model.blocks_of(LISTING, Path("/csrc"))
+    assert [[opcode for opcode, _ in block.instructions] for block in blocks] == [
+        ["S2R", "BRA"],
+        ["MUFU.EX2", "BRA.DIV", "BRA"],
+        ["EXIT"],
+    ]
+    assert [block.loop for block in blocks] == [None, frozenset({1}), None]
+    assert blocks[0].instructions[0][1] == (STEP, ENTRY)
+    assert blocks[1].instructions[0][1] == (LOOP, ENTRY)
+    row = gpu_model.Run(1, 0, 0, 0, {(STEP, ENTRY): 16, (LOOP, ENTRY): 1000})
+    assert gpu_model.executed_by_block(gpu_model.Code(blocks, 32), row, warps=16) == [16, 1000, 16]
+
+
+@needs_tools
+def test_gpu_model_of_the_kernels_is_the_committed_one():
+    found = [result for kernel in KERNELS_BY_OP.values() for result in count(kernel, shapes=kernel.shapes[:1])]
+    committed = json.loads(COMMITTED.read_text())
+    assert rises(found, committed) == broken_limits(found) == []
+    for each in found:
+        n, v, k = each.shape
+        # Every logit takes a conversion, two operations in the exponent, an exponential and an addition at least.
+        assert each.instructions_per_row >= 5 * v / 32
+        assert each.bytes == n * (2 * v + 6 * k + 8)
+
+
+@needs_tools
+def test_gpu_model_notices_another_pass_over_the_row(tmp_path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    kernel = csrc / "cuda/topk_logits.cuh"
+    source = kernel.read_text()
+    further = "for (int m = 1; m < args.num_temperatures; ++m) sum_exponentials"
+    assert source.count(further) == 1
+    kernel.write_text(source.replace(further, further.replace("m = 1", "m = 0")))
+    assert len(rises(count(KERNELS_BY_OP["topk_logits"], csrc, [SMALLEST]), json.loads(COMMITTED.read_text()))) == 1
+
+
+def test_gpu_model_names_what_rose_and_what_is_unknown():
+    result = gpu_model.Result("topk_logits", SMALLEST, 1060, {}, 1, 99, 9, 63, 87184, 1, 2)
+    row = {"op": "topk_logits", "shape": list(SMALLEST), "instructions_per_row": 1000}
+    assert rises([result], [row]) == [f"topk_logits {SMALLEST}: instructions a row rose from 1000 to 1060"]
+    assert rises([result], [row | {"instructions_per_row": 1020}]) == []
+    assert rises([result], []) == [f"topk_logits {SMALLEST} is not in gpu_model.json; run with --write"]
+    assert broken_limits([result]) == [f"topk_logits {SMALLEST}: 99 barriers a row, at most 14 allowed"]
+    assert any("target MISSED" in line or "target met" in line for line in gpu_model.table([result], phases=False))
+    assert math.isclose(result.issue_floor_ms, 1060 * 8192 / (132 * 4 * 1.98e9) * 1e3)
