@@ -16,11 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
     Returns:
-        0, or 1 for a failed run or a damaged store, 2 for bad input, 130 after Ctrl-C.
+        0, or 1 for a failed run, a damaged store or a faulty installation, 2 for bad input, 130 after Ctrl-C.
     """
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted; everything reported as written is kept", _EXIT_INTERRUPTED)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code is None or args.traceback:
             raise
         return _fail(sentence_of(error, args), code)
-    return 0
+    return 0 if code is None else code
 
 
 def _fail(message: str, code: int) -> int:

@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(
     commands: Any,
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     summary: str,
     epilog: str = "",
     api_names: Mapping[str, str] | None = None,
@@ -71,7 +71,8 @@ def add_command(
     Args:
         commands: Subparsers of the program, or of a command that consists of commands.
         name: Word by which the command is called.
-        run: Function that executes the command; it becomes the parsed attribute ``run``.
+        run: Function that executes the command and returns its exit code, None for 0; it becomes the parsed attribute
+            ``run``.
         summary: Description of the command, a verb phrase without a full stop.
         epilog: Examples and explanations, printed below the options.
         api_names: Options by the names that they have in the errors of the functions which the command calls, where

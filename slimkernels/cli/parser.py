@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimkernels.cli import capture, compare, decode, demo, evaluate, store, train, tree
+from slimkernels.cli import capture, compare, decode, demo, doctor, evaluate, store, train, tree
 from slimkernels.cli.options import Parser
 
 _EXAMPLES = """\
@@ -14,6 +14,7 @@ examples:
   slimkernels decode --model runs/student "Why is the sky blue?"
   slimkernels store info runs/store
   slimkernels store verify runs/store --complete corpus.jsonl --tokenizer ./my-model
+  slimkernels doctor
 """
 
 
@@ -29,6 +30,6 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"slimkernels {__version__}", help="print the version")
     parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (demo, capture, train, evaluate, compare, decode, tree, store):
+    for module in (demo, capture, train, evaluate, compare, decode, tree, store, doctor):
         module.add_parser(commands)
     return parser
