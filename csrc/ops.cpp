@@ -152,7 +152,7 @@ int64_t run_slim_loss(SlimLossArgs& args) {
 
 struct CpuSlimLoss {
   static OnDevice device_of(const Tensor&) { return kCpu; }
-  static int64_t run(SlimLossArgs& args) { return run_slim_loss(args); }
+  static int64_t run(SlimLossArgs& args, const Tensor&) { return run_slim_loss(args); }
 };
 
 void softmax_gradient_rows_cpu(Tensor logits, Tensor gradient, Tensor numbers, double temperature, double softcap,

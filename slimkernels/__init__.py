@@ -3,8 +3,9 @@
 Operators: :func:`topk_logits`, :func:`linear_topk_logits`, :func:`gather_logits`, :func:`linear_gather_logits`,
 :func:`sparse_softmax`, :func:`slim_loss`, :func:`linear_slim_loss`, over :class:`SparseLogits` or a
 :class:`HeadTeacher`; :func:`decode_logits` of :class:`PackedLogits`; :func:`sample_logits`, :func:`sample_distinct`,
-:func:`sample_targets`, :func:`mixed_targets`. Tools above them: :class:`Store`, :class:`SlimTrainer`,
-:class:`SlimLossMixin`, :func:`patch_model` and the tree search, :class:`PathFinder` (:mod:`slimkernels.search`).
+:func:`sample_targets`, :func:`mixed_targets`; :func:`build_info` says which kernels serve them. Tools above them:
+:class:`Store`, :class:`SlimTrainer`, :class:`SlimLossMixin`, :func:`patch_model` and the tree search,
+:class:`PathFinder` (:mod:`slimkernels.search`).
 
 ``import slimkernels`` imports no other package, not even torch: each name loads its module on first use. The operators
 behind ``torch.ops.slimkernels`` are registered on the first use of an operator's name, or by
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slimkernels.models.patch import patch_model, unpatch_model
+    from slimkernels.ops.build_info import build_info
     from slimkernels.ops.decode_logits import decode_logits
     from slimkernels.ops.gather_logits import gather_logits
     from slimkernels.ops.head_teacher import HeadTeacher
@@ -49,6 +51,7 @@ __all__ = [
     "SparseLogits",
     "SparseProbs",
     "Store",
+    "build_info",
     "decode_logits",
     "gather_logits",
     "linear_gather_logits",
@@ -79,6 +82,7 @@ _MODULES = {
     "SparseLogits": "sparse_logits",
     "SparseProbs": "ops.sparse_softmax",
     "Store": "store",
+    "build_info": "ops.build_info",
     "decode_logits": "ops.decode_logits",
     "gather_logits": "ops.gather_logits",
     "linear_gather_logits": "ops.linear_gather_logits",

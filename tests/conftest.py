@@ -12,7 +12,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kernels", choices=("cpu", "triton", "cuda"), default="cpu", help="see support/kernel_override.py"
+        "--kernels", choices=("cpu", "triton", "cuda", "emulated"), default="cpu", help="see support/kernel_override.py"
     )
     parser.addoption("--data", metavar="DIR", help="public data sets, a folder each; tests that read them skip without")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+KERNELS = ("topk_logits", "slim_loss")
 # setup.py as it is, but that torch is of CUDA_OF_TORCH, the CPU extension is left out, and HIDE_NVCC does so.
 BUILD = """
 import os, runpy, setuptools, shutil, sys, torch
@@ -42,6 +42,7 @@ class Kernel(NamedTuple):
 
 class Built(NamedTuple):
     library: Path
+    architectures: tuple[str, ...]
     log: str
 
 
@@ -72,26 +73,38 @@ def kernels_of(log: str) -> list[Kernel]:
     ]
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Built:
-    """The library as an install makes it, with the report of the assembler."""
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(("9.0a",), id="sm_90a"),
+        pytest.param(("8.0", "9.0a", "10.0"), id="all", marks=pytest.mark.slow),  # a minute of nvcc each
+    ],
+)
+def built(tmp_path_factory, request) -> Built:
+    """The library as an install makes it, for one or all architectures, with the report of the assembler."""
     nvcc = shutil.which("nvcc")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout if nvcc else ""
     if "compute_100" not in known:
         pytest.skip("needs nvcc of CUDA 12.8 or later")
     folder = tmp_path_factory.mktemp("cuda")
-    done = build(folder, SLIMKERNELS_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas=-v")
+    listed = {} if len(request.param) > 1 else {"TORCH_CUDA_ARCH_LIST": request.param[0]}
+    done = build(folder, SLIMKERNELS_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas=-v", **listed)
     assert done.returncode == 0, done.stdout + done.stderr
-    return Built(folder / "slimkernels/_C_cuda.so", done.stdout + done.stderr)
+    architectures = tuple(f"sm_{name.replace('.', '')}" for name in request.param)
+    return Built(folder / "slimkernels/_C_cuda.so", architectures, done.stdout + done.stderr)
 
 
 def test_cuda_kernels_compile_without_warning_or_spill(built):
     assert not re.search(r"warning|error", built.log, re.IGNORECASE), built.log
     kernels = kernels_of(built.log)
+    assert {each.architecture for each in kernels} == set(built.architectures)
     # Of three dtypes, staged and not.
-    assert {each.architecture for each in kernels} == set(ARCHITECTURES)
-    assert len({(each.name, each.architecture) for each in kernels}) == len(kernels) == 18
+    for op in KERNELS:
+        found = {(each.name, each.architecture) for each in kernels if f"{op}_kernel" in each.name}
+        assert len(found) == 6 * len(built.architectures), op
+    assert len(kernels) == 6 * len(built.architectures) * len(KERNELS)
     for each in kernels:
+        print(f"{each.architecture}: {each.registers} registers, {each.name}")  # noqa: T201 -- shown by pytest -s
         assert (each.stack_bytes, each.spilled_bytes) == (0, 0), each
         assert each.registers <= 64, each  # so that two blocks of 512 threads fit a multiprocessor
 
@@ -156,6 +169,20 @@ except NotImplementedError as error:
     assert "'CPU'" in str(error)
 else:
     raise AssertionError("there is no such kernel for a CPU")
+
+# The library serves slim_loss, and hands float64 to Triton with all arguments as they are.
+assert slimkernels.build_info()["cuda_kernels"]["slim_loss_rows"] == "CUDA C++"
+assert slimkernels.build_info()["cuda_kernels"]["softmax_gradient_rows"] == "Triton"
+given, seen = [], []
+for argument in ops.slim_loss_rows.default._schema.arguments:
+    kind = str(argument.type)
+    value = {"Tensor": tensor.double(), "float": 0.25, "int": 7, "bool": True, "str": "renorm"}.get(kind)
+    given.append(value)
+torch.library.impl("slimkernels::slim_loss_rows_triton", "CPU", lambda *arguments: seen.append(arguments) or 5)
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+assert ops.slim_loss_rows.default.redispatch(keys, *given) == 5
+assert len(seen[0]) == len(given) == 31
+assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(seen[0], given))
 """
     done = load(package, code, cuda="13.0", stub=stub)
     assert (done.returncode, done.stderr) == (0, "")

@@ -19,10 +19,11 @@ PACKAGE = "slimkernels"
 
 # A kernel source is compiled once per instruction set: what a header defines inline would be shared by all of them, and
 # a process without AVX-512 could end up in code that was compiled for it.
-KERNEL_SOURCES = sorted([*ROOT.glob("csrc/cpu/*.inl"), *ROOT.glob("csrc/cpu/*.h")])
+SHARED_SOURCES = [ROOT / f"csrc/slim_loss/{name}.h" for name in ("args", "row_math", "terms", "sums")]
+KERNEL_SOURCES = sorted([*ROOT.glob("csrc/cpu/*.inl"), *ROOT.glob("csrc/cpu/*.h"), *SHARED_SOURCES])
 FORBIDDEN_IN_KERNELS = re.compile(
     r'#include\s*[<"](?!(?:stdint|stdlib|string|math|stddef|float|limits|immintrin|arm_neon)\.h>'
-    rf'|(?:{"|".join(re.escape(path.name) for path in KERNEL_SOURCES)})")'
+    rf'|(?:\.\./slim_loss/)?(?:{"|".join(re.escape(path.name) for path in KERNEL_SOURCES)})")'
     r"|\bstd::|\bprintf\b|\babort\b|\bassert\s*\("
 )
 

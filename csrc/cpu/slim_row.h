@@ -404,7 +404,8 @@ struct SlimRow {
       store(kept_p + k, p);
     }
 
-    return divergence_sums(args, student, teacher, kept, sum_lanes(share_sum), sum_lanes(slope_sum));
+    const TailTerms tail = tail_terms(args, student, teacher);
+    return divergence_sums(args, student, teacher, tail, kept, sum_lanes(share_sum), sum_lanes(slope_sum));
   }
 
   // Stage 4: gradient.

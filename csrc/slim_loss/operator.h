@@ -47,7 +47,7 @@ int64_t slim_loss_rows(Tensor logits, OptionalTensor dlogits, Tensor stats, Tens
   const OnDevice device = Backend::device_of(logits);
   device.check_rows(logits, "logits");
   const int64_t num_rows = logits.size(0);
-  if (num_rows == 0) return kOk;
+  if (num_rows == 0) return 0;
   SlimLossArgs args = {};
   args.dtype = dtype_of(logits, "logits");
   const ScalarType acc = acc_type(static_cast<Dtype>(args.dtype));
@@ -105,7 +105,7 @@ int64_t slim_loss_rows(Tensor logits, OptionalTensor dlogits, Tensor stats, Tens
   args.softcap = softcap;
   args.logit_scale = logit_scale;
   args.ignore_index = ignore_index;
-  return Backend::run(args);
+  return Backend::run(args, logits);
 }
 
 }  // namespace slimkernels

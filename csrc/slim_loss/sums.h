@@ -40,6 +40,11 @@ struct TeacherSums {
   SK_DEVICE double log_mass() const { return on.log() - finite_norm(lse); }  // log a
 };
 
+// The share of D that the outcome off S has, and its slope; 0 unless `rest` is "ghost".
+struct TailTerms {
+  double share = 0, slope = 0;
+};
+
 // D without T^2, and the numbers of its gradient by z / T.
 struct DivergenceSums {
   double value = 0;
@@ -146,11 +151,20 @@ SK_INLINE void set_blended(const SlimLossArgs& args, const StudentSums& student,
   teacher->norm.log_q_tail = tail - teacher->norm.q_norm;
 }
 
+SK_INLINE TailTerms tail_terms(const SlimLossArgs& args, const StudentSums& student, const TeacherSums& teacher) {
+  TailTerms tail;
+  if (args.rest != kGhost) return tail;
+  const double gate = teacher.gate;
+  const double log_q_tail = teacher.norm.log_q_tail, log_p_tail = student.off.lse - student.lse;
+  diverge(args, gate, log_q_tail, log_p_tail, exp(log_q_tail), exp(log_p_tail), &tail.share, &tail.slope);
+  return tail;
+}
+
 // Computes D from the sums over S of its shares and slopes.
 SK_INLINE DivergenceSums divergence_sums(const SlimLossArgs& args, const StudentSums& student,
-                                         const TeacherSums& teacher, int64_t kept, double kept_share,
+                                         const TeacherSums& teacher, TailTerms tail, int64_t kept, double kept_share,
                                          double kept_slope) {
-  const double q_norm = teacher.norm.q_norm, gate = teacher.gate;
+  const double q_norm = teacher.norm.q_norm;
   DivergenceSums d;
   d.value = kept_share;
   d.mean_slope = kept_slope;
@@ -163,13 +177,11 @@ SK_INLINE DivergenceSums divergence_sums(const SlimLossArgs& args, const Student
   const bool is_empty = teacher.on.log() == -infinity<double>() && log_q_tail == -infinity<double>();
   const double forward_slope = is_empty ? 0 : -1;
   if (args.rest == kGhost) {
-    const double q_tail = exp(log_q_tail);
-    double share, slope;
-    diverge(args, gate, log_q_tail, log_p_tail, q_tail, p_tail, &share, &slope);
-    if (args.tail_weight != 0) d.value += args.tail_weight * share;
+    double slope = tail.slope;
+    if (args.tail_weight != 0) d.value += args.tail_weight * tail.share;
     d.mean_slope = forward ? forward_slope : d.mean_slope + slope;
     if (args.tail_weight != 1) {
-      const double change = (args.tail_weight - 1) * (slope + missing_slope(args, gate) * p_tail);
+      const double change = (args.tail_weight - 1) * (slope + missing_slope(args, teacher.gate) * p_tail);
       slope += change;
       d.mean_slope += change;
     }

@@ -24,8 +24,8 @@ except ImportError as error:
 else:
     _missing = None
 
-# The CUDA C++ kernels are separate operators; CUDA tensors are served by Triton. Loading the library initialises no
-# device.
+# Loading the library registers the CUDA C++ kernels of CUDA tensors, and initialises no device. Triton serves the other
+# operators, and all where the library is not built: on AMD GPUs and on machines without nvcc.
 _CUDA_LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"
 if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
     try:
@@ -33,7 +33,7 @@ if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
     except OSError as error:
         warnings.warn(
             f"{_CUDA_LIBRARY} does not load with this torch ({error}); install slimkernels again to rebuild it, "
-            "or delete it, because only the benchmark uses it",
+            "or delete it, and Triton kernels are used instead",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -41,6 +41,9 @@ if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
 
 # Operators with a Triton kernel, and the module with the launcher, a function named like the operator.
 triton_launchers: dict[str, str] = {}
+
+# "CUDA C++" or "Triton", which serves CUDA tensors, for each of those operators.
+cuda_kernels: dict[str, str] = {}
 
 
 def define(
@@ -54,20 +57,36 @@ def define(
         implementation: Python implementation for every device, of an operator that composes others. Operators with
             their own kernels register them per device instead: CPU in ``csrc/ops.cpp``, CUDA by ``triton_module``.
         triton_module: Module whose function with the operator's name serves CUDA tensors. It is imported on first use,
-            so that importing the ops does not import triton.
+            so that importing the ops does not import triton. Where the library of CUDA C++ kernels has one for the
+            operator, that serves them, and calls the Triton kernel as ``<operator>_triton`` for what it cannot compute.
     """
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"slimkernels::{name}", fake, lib=_library)
+    _define(schema, fake)
     if implementation is not None:
         _library.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     if triton_module is not None:
         triton_launchers[name] = triton_module
-        _library.impl(name, functools.partial(_launch, triton_module, name), "CUDA")
+        served = name
+        cuda_kernels[name] = "Triton"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"slimkernels::{name}", "CUDA"):
+            served = f"{name}_triton"
+            cuda_kernels[name] = "CUDA C++"
+            _define(served + schema[len(name) :], fake)
+        _library.impl(served, functools.partial(_launch, triton_module, name), "CUDA")
+
+
+def _define(schema: str, fake: Callable) -> None:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"slimkernels::{schema[: schema.index('(')]}", fake, lib=_library)
 
 
 def _launch(module: str, name: str, *arguments):
     return getattr(importlib.import_module(module), name)(*arguments)
+
+
+def is_built() -> bool:
+    """Returns whether the CPU extension is there."""
+    return _missing is None
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -78,11 +78,13 @@ def slim_loss(
         w = 1 - torch.exp(-t_y / (-ce).exp())
         loss = (ce + w.detach() * kl).mean()
 
-    Reads the logits once and, when they need a gradient, writes it once; the Triton kernel of GPUs reads each row
-    twice, the second time from the L2 cache. Makes no float32 copy of (N, V), no softmax of it and nothing of size
-    (K, K); each thread has O(V + K) scratch memory. For "mean" and "sum" the gradient is made in the forward pass.
-    For "none" it is recomputed exactly in the backward pass, and so it is for float16, whose gradient must be
-    multiplied by the loss scale before it is rounded. ``teacher=None`` gives the cross entropy.
+    Reads the logits once and, when they need a gradient, writes it once. On GPUs the CUDA C++ kernel keeps a row in
+    shared memory, or reads it again from the L2 cache where it does not fit; the Triton kernel, which serves AMD GPUs,
+    float64 and machines without nvcc, always reads it again. The CUDA C++ kernel has run on an emulated GPU only. Makes
+    no float32 copy of (N, V), no softmax of it and nothing of size (K, K); each CPU thread has O(V + K) scratch memory.
+    For "mean" and "sum" the gradient is made in the forward pass. For "none" it is recomputed exactly in the backward
+    pass, and so it is for float16, whose gradient must be multiplied by the loss scale before it is rounded.
+    ``teacher=None`` gives the cross entropy.
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.

@@ -1,10 +1,11 @@
-"""Compiles csrc/cuda/topk_logits.cuh with the host's compiler for the GPU emulator of tests/support/cuda_emulator."""
+"""Compiles csrc/cuda/*.cuh with the host's compiler for the GPU emulator of tests/support/cuda_emulator."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -121,21 +122,25 @@ class EmulatedKernel:
 
 
 def compile_library(folder: Path, **replaced: str) -> Path:
-    """Compiles the kernel into ``folder``, after replacing ``old`` by ``new`` in its source if they are given."""
+    """Compiles the kernel of topk_logits into ``folder``, see ``compile_emulated``."""
+    return compile_emulated("topk_logits", folder, **replaced)
+
+
+def compile_emulated(kernel: str, folder: Path, **replaced: str) -> Path:
+    """Compiles a kernel into ``folder``, after replacing ``old`` by ``new`` in its source if they are given."""
     include = ROOT / "csrc"
     if replaced:
-        kernel = include / "cuda/topk_logits.cuh"
-        source = kernel.read_text()
-        assert source.count(replaced["old"]) == 1, f"{replaced['old']!r} must occur once in {kernel}"
         include = folder
-        (folder / "cuda").mkdir()
-        for header in kernel.parent.glob("*.*h"):
-            (folder / "cuda" / header.name).write_text(header.read_text())
-        (folder / "cuda" / kernel.name).write_text(source.replace(replaced["old"], replaced["new"]))
-    library = folder / "topk_logits.so"
+        for part in ("cuda", "slim_loss"):
+            shutil.copytree(ROOT / "csrc" / part, folder / part)
+        changed = folder / f"cuda/{kernel}.cuh"
+        source = changed.read_text()
+        assert source.count(replaced["old"]) == 1, f"{replaced['old']!r} must occur once in {changed.name}"
+        changed.write_text(source.replace(replaced["old"], replaced["new"]))
+    library = folder / f"{kernel}.so"
     # Fortified longjmp aborts on jumps between fibers.
     options = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", f"-I{include}"]
-    source = ROOT / "tests/support/cuda_emulator/topk_logits.cpp"
+    source = ROOT / f"tests/support/cuda_emulator/{kernel}.cpp"
     subprocess.run([*COMPILER, *options, str(source), "-o", str(library)], check=True)
     return library
 

@@ -1,15 +1,21 @@
-"""Runs the tests of the ops on other kernels than the CPU's: ``pytest --kernels=triton`` or ``--kernels=cuda``.
+"""Runs the tests of the ops on other kernels than the CPU's: ``pytest --kernels=triton``, ``cuda`` or ``emulated``.
 
 The CPU implementation of every row operator is replaced, so the public functions, their autograd and the tests use the
 other kernels unchanged. ``triton`` calls the Triton launchers under the interpreter (TRITON_INTERPRET=1). ``cuda``
-moves the operands to the GPU, calls the CUDA implementation, and moves the results back.
+moves the operands to the GPU, calls the CUDA implementation, and moves the results back. ``emulated`` runs the CUDA
+C++ kernel of slim_loss on an emulated GPU, launched in another way at each call; the other ops stay on the CPU. It is
+compiled first, unless the environment variable EMULATED_SLIM_LOSS names the library.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
+import tempfile
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +28,23 @@ from slimkernels.ops import _library
 INTERPRETED_BLOCK = 64
 
 
+def override(name: str, function: Callable) -> None:
+    """Replaces the CPU implementation of an operator for the life of the process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overriding the kernel is intended
+        _library._library.impl(name, function, "CPU")
+
+
 def install(kernels: str) -> None:
     """Replaces the CPU kernels for the life of the process."""
+    if kernels == "emulated":
+        from support.emulated_slim_loss import LAUNCHES, EmulatedSlimLoss, compile_slim_loss
+
+        with tempfile.TemporaryDirectory() as folder:
+            library = os.environ.get("EMULATED_SLIM_LOSS") or compile_slim_loss(Path(folder))
+            kernel = EmulatedSlimLoss(Path(library), LAUNCHES)
+        override("slim_loss_rows", kernel.slim_loss_rows)
+        return
     if kernels == "triton":
         from slimkernels.ops.triton import launch
 
@@ -35,9 +56,7 @@ def install(kernels: str) -> None:
             function = getattr(importlib.import_module(module), name)
         else:
             function = functools.partial(on_cuda, getattr(torch.ops.slimkernels, name).default)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # overriding the kernel is intended
-            _library._library.impl(name, function, "CPU")
+        override(name, function)
 
 
 def convert_bfloat16_like_a_gpu() -> None:

@@ -1,0 +1,34 @@
+// Device functions for moving rows between device memory, shared memory and registers. The emulator implements the
+// same for a CPU (staging.h in tests/support/cuda_emulator); the file that is included first is used.
+#ifndef SLIMKERNELS_STAGING
+#define SLIMKERNELS_STAGING
+
+#include "device.cuh"
+
+namespace slimkernels {
+
+// Starts to copy 16 bytes to shared memory; both addresses are multiples of 16.
+__device__ inline void copy_async(uint4* to, const uint4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
+}
+
+// Waits for the copies that this thread started. Other threads see them after a barrier.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Rounds numbers to the nearest elements of a format.
+__device__ inline uint32_t narrow(Float32, float x) { return __float_as_uint(x); }
+__device__ inline uint16_t narrow(BFloat16, float x) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(0.0f), "f"(x));
+  return uint16_t(word);
+}
+__device__ inline uint16_t narrow(Float16, float x) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(0.0f), "f"(x));
+  return uint16_t(word);
+}
+
+}  // namespace slimkernels
+
+#endif
