@@ -70,9 +70,9 @@ def test_gpu_model_notices_another_pass_over_the_row(tmp_path):
     shutil.copytree(ROOT / "csrc", csrc)
     kernel = csrc / "cuda/topk_logits.cuh"
     source = kernel.read_text()
-    further = "for (int m = 1; m < args.num_temperatures; ++m) sum_exponentials"
-    assert source.count(further) == 1
-    kernel.write_text(source.replace(further, further.replace("m = 1", "m = 0")))
+    step = "sum_below(m, rest_level, limit);"
+    assert source.count(step) == 1
+    kernel.write_text(source.replace(step, 2 * step))
     assert len(rises(count(KERNELS_BY_OP["topk_logits"], csrc, [SMALLEST]), json.loads(COMMITTED.read_text()))) == 1
 
 
