@@ -42,7 +42,7 @@ PROCESSOR_REGISTERS, PROCESSOR_THREADS = 65536, 2048
 PROCESSOR_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # shared memory of a multiprocessor, and of it per block
 ALLOWED_RISE = 1.05
 
-# What executes once whenever its source line does, most reliable first: a load may be hoisted, stores may be merged.
+# Opcodes that execute once whenever their source line does, most reliable first: a load may be hoisted, stores may be merged.
 MARKERS = (
     re.compile(r"MATCH|VOTE|REDUX|MUFU\.EX2|SHFL|BAR|UCGABAR|ATOM|RED"),
     re.compile(r"LDS|LDG|LD\.|STG|STS\.U"),
@@ -114,7 +114,7 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the emulated GPU counted for a row."""
+    """Counts of the emulated GPU for a row."""
 
     blocks_per_row: int
     shared_bytes: int
@@ -124,7 +124,7 @@ class Run:
 
 
 def missing_tool() -> str | None:
-    """Returns what is needed and not there; None if the model can be made."""
+    """Returns a sentence with the tool that is missing; None if the model can be made."""
     if shutil.which("nvcc") is None:
         return "nvcc is needed"
     if find_disassembler() is None:
@@ -338,7 +338,7 @@ def executed_by_block(code: Code, row: Run, warps: int) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What is known of a kernel on a shape; every number is counted."""
+    """Figures of a kernel on a shape; every number is counted."""
 
     op: str
     shape: tuple[int, int, int]

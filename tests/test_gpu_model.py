@@ -58,10 +58,13 @@ def test_gpu_model_of_the_kernels_is_the_committed_one():
     committed = json.loads(COMMITTED.read_text())
     assert rises(found, committed) == broken_limits(found) == []
     for each in found:
-        n, v, k = each.shape
         # Every logit takes a conversion, two operations in the exponent, an exponential and an addition at least.
-        assert each.instructions_per_row >= 5 * v / 32
-        assert each.bytes == n * (2 * v + 6 * k + 8)
+        assert each.instructions_per_row >= 5 * each.shape[1] / 32
+
+
+def test_gpu_model_counts_the_bytes_that_must_move():
+    # Ten bfloat16 logits are read; three of them, three 32-bit ids and two log-sum-exps are written. Of two rows.
+    assert KERNELS_BY_OP["topk_logits"].bytes_of(2, 10, 3) == 2 * (20 + 6 + 12 + 8)
 
 
 @needs_tools
@@ -70,9 +73,9 @@ def test_gpu_model_notices_another_pass_over_the_row(tmp_path):
     shutil.copytree(ROOT / "csrc", csrc)
     kernel = csrc / "cuda/topk_logits.cuh"
     source = kernel.read_text()
-    further = "for (int m = 1; m < args.num_temperatures; ++m) sum_exponentials"
-    assert source.count(further) == 1
-    kernel.write_text(source.replace(further, further.replace("m = 1", "m = 0")))
+    step = "sum_below(m, rest_level, limit);"
+    assert source.count(step) == 1
+    kernel.write_text(source.replace(step, 2 * step))
     assert len(rises(count(KERNELS_BY_OP["topk_logits"], csrc, [SMALLEST]), json.loads(COMMITTED.read_text()))) == 1
 
 

@@ -64,6 +64,16 @@ struct BFloat16 {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
     return a;
   }
+  // Returns all ones in each half where a is not below b, so also if either is NaN, and zeros in the others.
+  __device__ static uint32_t not_below(uint32_t a, uint32_t b) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm("set.geu.u32.bf16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+#else
+    return (widen(Bits(a)) < widen(Bits(b)) ? 0u : 0xffffu) |
+           (widen(Bits(a >> 16)) < widen(Bits(b >> 16)) ? 0u : 0xffff0000u);
+#endif
+  }
 };
 
 struct Float16 {
@@ -76,6 +86,11 @@ struct Float16 {
   }
   __device__ static uint32_t max_word(uint32_t a, uint32_t b) {
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+  }
+  // Returns all ones in each half where a is not below b, so also if either is NaN, and zeros in the others.
+  __device__ static uint32_t not_below(uint32_t a, uint32_t b) {
+    asm("set.geu.u32.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
     return a;
   }
 };

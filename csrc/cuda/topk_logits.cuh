@@ -5,16 +5,17 @@
 // through L2 if it does not fit.
 //
 // 1. A strided sample gives a threshold that a few more than K elements pass.
-// 2. One pass sums the exponentials and lists the elements that pass.
+// 2. One pass lists the elements that pass.
 // 3. A radix selection (Alabi et al. 2012, "Fast k-selection algorithms for graphics processing units") counts digits
-// of
-//    order-preserving keys and finds the exact K-th largest among the listed elements.
-// 4. A second pass over the slice sums the exponentials of what is not kept, relative to the largest of it.
+//    of order-preserving keys and finds the exact K-th largest among the listed elements.
+// 4. A second pass sums the exponentials of what is not kept, relative to the largest of it. Those of what is kept are
+//    relative to the row's largest. Together they give both log-sum-exps, so every exponential is computed once.
 //
 // If the sample misleads, step 3 counts the whole slice, which is slower but still exact.
 //
-// Blocks exchange integers only, and exponentials are summed per tile and then in fixed point. So the results do not
-// depend, bit for bit, on the order of atomics, the number of blocks or the alignment of the row.
+// Blocks exchange integers only. Exponentials are summed in fixed point, those of what is not kept first in float32 per
+// lane and tile. So the results do not depend, bit for bit, on the order of atomics, the number of blocks or the
+// alignment of the row.
 #pragma once
 
 #include "device.cuh"
@@ -38,10 +39,15 @@ __device__ uint32_t order_key(typename X::Bits bits) {
 
 // Returns the element with this key; NaN for keys below that of -inf, which no element has.
 template <class X>
-__device__ float value_of_key(uint32_t key) {
+__device__ typename X::Bits bits_of_key(uint32_t key) {
   using Bits = typename X::Bits;
   constexpr uint32_t kSign = (Bits(~0u) >> 1) + 1;
-  return X::widen(Bits(key & kSign ? key ^ kSign : ~key));
+  return Bits(key & kSign ? key ^ kSign : ~key);
+}
+
+template <class X>
+__device__ float value_of_key(uint32_t key) {
+  return X::widen(bits_of_key<X>(key));
 }
 
 // The state and the steps of one block working on its slice of one row.
@@ -51,6 +57,8 @@ struct RowSlice {
   using State = BlockState<kThreads>;
   static constexpr int kWarps = State::kWarps;
   static constexpr int kPerVector = 16 / sizeof(Bits);
+  static constexpr int kWords = kGroup * sizeof(Bits) / 4;
+  using Words = uint32_t[kWords];
   static constexpr Bits kMinusInfinity = Bits(X::kInfinity | ((Bits(~0u) >> 1) + 1));
 
   const TopkLogitsArgs& args;
@@ -88,29 +96,39 @@ struct RowSlice {
 
   __device__ Bits element(int32_t i) const { return kStaged ? memory.staged[i] : row[i]; }
 
-  // Reads elements i to i + 7; -inf past the end of the slice.
-  __device__ void read_group(int32_t i, Bits (&group)[kGroup]) const {
+  // Reads elements i to i + 7, of any tile of the slice, as words; -inf past the end of the slice.
+  __device__ void read_group(int32_t i, Words& words) const {
     if (kStaged || (aligned && i + kGroup <= length)) {
       const uint4* from = reinterpret_cast<const uint4*>((kStaged ? memory.staged : row) + i);
 #pragma unroll
-      for (int part = 0; part < kGroup / kPerVector; ++part) {
+      for (int part = 0; part < kWords / 4; ++part) {
         const uint4 vector = from[part];
-        const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-        for (int j = 0; j < kPerVector; ++j) {
-          group[part * kPerVector + j] = Bits(words[j * sizeof(Bits) / 4] >> (j * sizeof(Bits) % 4 * 8));
-        }
+        words[4 * part] = vector.x;
+        words[4 * part + 1] = vector.y;
+        words[4 * part + 2] = vector.z;
+        words[4 * part + 3] = vector.w;
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) group[j] = i + j < length ? row[i + j] : kMinusInfinity;
+      for (int j = 0; j < kWords; ++j) words[j] = 0;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const uint32_t bits = i + j < length ? row[i + j] : kMinusInfinity;
+        words[j * kWords / kGroup] |= bits << (j * sizeof(Bits) % 4 * 8);
+      }
     }
+  }
+
+  __device__ static Bits element_of(const Words& words, int j) {
+    return Bits(words[j * kWords / kGroup] >> (j * sizeof(Bits) % 4 * 8));
   }
 
   // Clears the counters and, if the slice is staged, copies it. Returns the key of the row's largest element.
   __device__ uint32_t load() {
-    for (int i = thread; i < kBins; i += kThreads) state.histogram[i] = 0;
-    for (int i = thread; i < kMaxTemperatures; i += kThreads) state.sums[i] = state.rest_sums[i] = 0;
+    static_assert(kBins % (4 * kThreads) == 0 && kThreads >= kMaxTemperatures, "one step clears the sums");
+#pragma unroll
+    for (int i = 0; i < kBins / 4; i += kThreads) reinterpret_cast<uint4*>(state.histogram)[i + thread] = {0, 0, 0, 0};
+    if (thread < kMaxTemperatures) state.sums[thread] = state.rest_sums[thread] = 0;
     if (thread == 0) state.found = 0;
 
     const uint32_t minus_infinities = sizeof(Bits) == 4 ? kMinusInfinity : kMinusInfinity * 0x10001u;
@@ -132,16 +150,21 @@ struct RowSlice {
 #pragma unroll
         for (int j = 0; j < 4; ++j) visit(loaded[j], i + j * kThreads);
       }
+#pragma unroll 1
       for (; i < vectors; i += kThreads) visit(from[i], i);
       done = vectors * kPerVector;
     }
-#pragma unroll 8
+#pragma unroll 4
     for (int32_t i = done + thread; i < length; i += kThreads) {
       const Bits bits = row[i];
       if (kStaged) memory.staged[i] = bits;
       best = X::max_word(best, sizeof(Bits) == 4 ? bits : bits * 0x10001u);
     }
-    if (kStaged && thread < kGroup && length + thread < args.slice) memory.staged[length + thread] = kMinusInfinity;
+    if (kStaged) {
+      const int32_t end = (length + kTile - 1) / kTile * kTile;
+#pragma unroll 1
+      for (int32_t i = length + thread; i < end; i += kThreads) memory.staged[i] = kMinusInfinity;
+    }
 
     uint32_t key = order_key<X>(Bits(best));
     const uint32_t other = order_key<X>(Bits(best >> (sizeof(Bits) == 4 ? 0 : 16)));
@@ -153,6 +176,7 @@ struct RowSlice {
     key = __reduce_max_sync(kAllLanes, key);
     if (lane == 0) state.largest_key[warp] = key;
     sync_cluster();
+#pragma unroll 1
     for (uint32_t i = lane; i < num_blocks * kWarps; i += 32) {
       const uint32_t found = state_of(i / kWarps).largest_key[i % kWarps];
       key = found > key ? found : key;
@@ -160,18 +184,14 @@ struct RowSlice {
     return __reduce_max_sync(kAllLanes, key);
   }
 
-  // Adds the keys from `low` to `high` to the histogram of their distance from `low`. The lanes of a warp with the same
-  // bin do a single atomic addition, because rows of few distinct values would otherwise serialise at one counter.
-  template <class IdOf>
-  __device__ void count_keys(int32_t num_ids, IdOf id_of, uint32_t low, uint32_t high, int shift) {
-    for (int32_t base = warp * 32; base < num_ids; base += kThreads) {
-      uint32_t bin = kBins;
-      if (base + lane < num_ids) {
-        const uint32_t distance = order_key<X>(element(id_of(base + lane))) - low;
-        if (distance <= high - low) bin = distance >> shift;
-      }
-      const uint32_t peers = __match_any_sync(kAllLanes, bin);
-      if (bin < kBins && lane == __ffs(peers) - 1) atomicAdd(&state.histogram[bin], uint32_t(__popc(peers)));
+  // Adds the candidates' keys from `low` to `high` to the histogram of their distance from `low`. Additions of one,
+  // whose result is not used, are combined by the GPU where lanes have the same bin, so rows of few distinct values are
+  // no slower.
+  __device__ void count_candidates(uint32_t low, uint32_t high, int shift) {
+#pragma unroll 2
+    for (int32_t i = thread; i < num_candidates; i += kThreads) {
+      const uint32_t distance = order_key<X>(element(candidate(i))) - low;
+      if (distance <= high - low) atomicAdd(&state.histogram[distance >> shift], 1u);
     }
   }
 
@@ -182,8 +202,7 @@ struct RowSlice {
     const int first = kBins - (thread + 1) * kBinsPerThread;  // thread 0 has the highest bins
     sync_cluster();
     uint32_t counts[kBinsPerThread] = {};
-    // Unrolling further would spill registers.
-#pragma unroll 2
+#pragma unroll 1
     for (uint32_t block = 0; block < num_blocks; ++block) {
       const uint4* from = reinterpret_cast<const uint4*>(state_of(block).histogram + first);
 #pragma unroll
@@ -219,7 +238,7 @@ struct RowSlice {
     bin = state.bin;
     counted_higher = state.counted_higher;
 #pragma unroll
-    for (int j = 0; j < kBinsPerThread; ++j) state.histogram[first + j] = 0;
+    for (int j = 0; j < kBinsPerThread; j += 4) *reinterpret_cast<uint4*>(state.histogram + first + j) = {0, 0, 0, 0};
     __syncthreads();
   }
 
@@ -237,9 +256,14 @@ struct RowSlice {
     constexpr int32_t kGroups = kThreads;
     // The stride is an odd number of groups, so that the sample meets a periodic row at every phase.
     const int32_t stride = args.slice / kGroup / kGroups | 1;
-    const int32_t samples = length / kGroup / stride * kGroup;
     const int shift = digit_shift(high);
-    count_keys(samples, [&](int32_t i) { return i / kGroup * stride * kGroup + i % kGroup; }, 0u, high, shift);
+#pragma unroll 1
+    for (int32_t group = thread; int64_t(group + 1) * (stride * kGroup) <= length; group += kThreads) {
+      Words words;
+      read_group(group * stride * kGroup, words);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) atomicAdd(&state.histogram[order_key<X>(element_of(words, j)) >> shift], 1u);
+    }
     const float expected = float(args.top_k) / stride;
     uint32_t bin, counted_higher;
     find_bin(uint32_t(expected + 4 * sqrtf(expected) + 2), bin, counted_higher);
@@ -253,81 +277,105 @@ struct RowSlice {
     return bits > kDigitBits ? bits - kDigitBits : 0;
   }
 
-  // Adds exp((x - level) / T) over the slice to the sum of temperature m. With kMark, also marks and counts the
-  // elements that are not below the threshold.
-  template <bool kMark>
-  __device__ void sum_exponentials(int m, float level, float threshold) {
-    const float scale = args.temperatures[m].exponent_scale;
-    unsigned long long total = 0;
+  // Returns one bit for each element of a group that is not below the element with this key.
+  __device__ static uint32_t marks_of(const Words& words, uint32_t key) {
+    uint32_t marks = 0;
+    if constexpr (sizeof(Bits) == 2) {
+      const uint32_t threshold = bits_of_key<X>(key) * 0x10001u;
+      // Elements 2 j and 2 j + 1 are the low and the high half of word j.
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) marks |= X::not_below(words[j], threshold) & 0x10001u << 2 * j;
+      marks |= marks >> 15;
+    } else {
+      const float threshold = value_of_key<X>(key);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) marks |= X::widen(words[j]) < threshold ? 0u : 1u << j;  // NaN is never below
+    }
+    return marks & ((1u << kGroup) - 1);
+  }
+
+  // Marks the elements of a tile that are not below the element with this key; returns how many a lane marked.
+  template <bool kWhole>
+  __device__ uint32_t mark_tile(int32_t tile, uint32_t key) {
+    uint32_t found = 0;
+    // Unrolling further would spill registers.
+#pragma unroll 2
+    for (int step = 0; step < kTile / (32 * kGroup); ++step) {
+      const int32_t i = tile * kTile + (step * 32 + lane) * kGroup;
+      Words words;
+      read_group(i, words);
+      uint32_t marks = marks_of(words, key);
+      if (!kWhole && length - i < kGroup) marks &= i < length ? (1u << (length - i)) - 1 : 0u;
+      memory.marks[i / kGroup] = uint8_t(marks);
+      found += __popc(marks);
+    }
+    return found;
+  }
+
+  // Marks and counts the elements that are not below the element with this key.
+  __device__ void mark_candidates(uint32_t key) {
     uint32_t found = 0;
     for (int32_t tile = warp; tile * kTile < length; tile += kWarps) {
-      float sum = 0;
-      uint32_t found_here = 0;
-#pragma unroll 2
-      for (int step = 0; step < kTile / (32 * kGroup); ++step) {
-        const int32_t i = tile * kTile + (step * 32 + lane) * kGroup;
-        uint32_t marks = 0;
-        if (i < length) {
-          Bits group[kGroup];
-          read_group(i, group);
-#pragma unroll
-          for (int j = 0; j < kGroup; ++j) {
-            const float x = X::widen(group[j]);
-            sum += exp2_approx((x - level) * scale);
-            if (kMark && !(x < threshold)) marks |= 1u << j;  // NaN is never below
-          }
-          if (length - i < kGroup) marks &= (1u << (length - i)) - 1;
-        }
-        if (kMark) memory.marks[i / kGroup] = uint8_t(marks);
-        found_here += __popc(marks);
-      }
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
-      total += __float2ull_rn(sum * kFixedPoint);
-      if (!kMark) continue;
-      found_here = __reduce_add_sync(kAllLanes, found_here);
+      const bool is_whole = length - tile * kTile >= kTile;
+      const uint32_t found_by_lane = is_whole ? mark_tile<true>(tile, key) : mark_tile<false>(tile, key);
+      const uint32_t found_here = __reduce_add_sync(kAllLanes, found_by_lane);
       if (lane == 0) memory.tile_founds[tile] = found_here;
       found += found_here;
     }
-    if (lane == 0) {
-      atomicAdd(&state.sums[m], total);
-      if (kMark) atomicAdd(&state.found, found);
-    }
+    if (lane == 0) atomicAdd(&state.found, found);
   }
 
   __device__ uint32_t found_in_row() {
     return __reduce_add_sync(kAllLanes, lane < int(num_blocks) ? state_of(lane).found : 0u);
   }
 
-  // Writes log-sum-exps from the sums of all blocks and, in addition, `ones` exponentials of 1. If the level is NaN or
+  // Writes the log-sum-exps of what is not kept and of the row, from the sums of all blocks. If a level is NaN or
   // infinite, it is the result itself.
-  __device__ void write_lse(float level, unsigned long long (State::*sums)[kMaxTemperatures], uint32_t ones,
-                            float* out) {
+  __device__ void write_lse(float level, float kth, float rest_level, uint32_t ties_kept, uint32_t ties_dropped) {
     if (rank != 0 || thread >= args.num_temperatures) return;
-    unsigned long long sum = static_cast<unsigned long long>(ones) << 32;
-    for (uint32_t block = 0; block < num_blocks; ++block) sum += (state_of(block).*sums)[thread];
-    const double shift = double(level) * args.temperatures[thread].inverse;
-    const bool finite = level - level == 0;
-    out[n * args.num_temperatures + thread] = finite ? float(shift + log(double(sum) / kFixedPoint)) : level;
+    unsigned long long above = 0, below = 0;
+#pragma unroll 1
+    for (uint32_t block = 0; block < num_blocks; ++block) {
+      above += state_of(block).sums[thread];
+      below += state_of(block).rest_sums[thread];
+    }
+    const double inverse = args.temperatures[thread].inverse, unit = 1 / double(kFixedPoint);
+    const double rest = double(below) * unit + ties_dropped;
+    // The difference of equal infinities is not used: then the level is infinite too.
+    const double sum = double(above) * unit + ties_kept * exp((double(kth) - level) * inverse) +
+                       rest * exp((double(rest_level) - level) * inverse);
+    const int64_t place = n * args.num_temperatures + thread;
+    args.lse[place] = level - level == 0 ? float(double(level) * inverse + log(sum)) : level;
+    args.rest_lse[place] = rest_level - rest_level == 0 ? float(double(rest_level) * inverse + log(rest)) : rest_level;
   }
 
   // Returns the largest key of the row that is smaller than `key`; that of -inf if there is none.
   __device__ uint32_t largest_key_below(uint32_t key) {
     uint32_t best = order_key<X>(kMinusInfinity);
     for (int32_t i = thread * kGroup; i < length; i += kThreads * kGroup) {
-      Bits group[kGroup];
-      read_group(i, group);
+      Words words;
+      read_group(i, words);
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        const uint32_t other = order_key<X>(group[j]);
+        const uint32_t other = order_key<X>(element_of(words, j));
         if (other < key && other > best) best = other;
       }
     }
     return largest_in_row(best);
   }
 
-  // Adds exp((x - level) / T) over the elements of the slice below the key to the rest's sum of temperature m.
-  __device__ void sum_below(int m, float level, uint32_t key) {
+  // Returns the sum over the warp of numbers below 2 ** 58.
+  __device__ static unsigned long long sum_of_warp(unsigned long long value) {
+    constexpr int kBits = 26;  // so that 32 of the parts fit into 32 bits
+    constexpr uint32_t kMask = (1u << kBits) - 1;
+    const unsigned long long low = __reduce_add_sync(kAllLanes, uint32_t(value) & kMask);
+    const unsigned long long middle = __reduce_add_sync(kAllLanes, uint32_t(value >> kBits) & kMask);
+    const unsigned long long high = __reduce_add_sync(kAllLanes, uint32_t(value >> 2 * kBits));
+    return low + (middle << kBits) + (high << 2 * kBits);
+  }
+
+  // Adds exp((x - level) / T) over the elements of the slice below the limit to the rest's sum of temperature m.
+  __device__ void sum_below(int m, float level, float limit) {
     const float scale = args.temperatures[m].exponent_scale;
     unsigned long long total = 0;
     for (int32_t tile = warp; tile * kTile < length; tile += kWarps) {
@@ -335,30 +383,50 @@ struct RowSlice {
 #pragma unroll 2
       for (int step = 0; step < kTile / (32 * kGroup); ++step) {
         const int32_t i = tile * kTile + (step * 32 + lane) * kGroup;
-        if (i >= length) continue;
-        Bits group[kGroup];
-        read_group(i, group);
+        Words words;
+        read_group(i, words);
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
-          if (order_key<X>(group[j]) < key) sum += exp2_approx((X::widen(group[j]) - level) * scale);
+          const float x = X::widen(element_of(words, j));
+          const float exponential = exp2_approx((x - level) * scale);
+          if (x < limit) sum += exponential;
         }
       }
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
       total += __float2ull_rn(sum * kFixedPoint);
     }
+    total = sum_of_warp(total);
     if (lane == 0) atomicAdd(&state.rest_sums[m], total);
   }
 
-  // Writes the log-sum-exps of what is not kept, relative to the largest of it. Follows write_largest.
-  __device__ void write_rest_lse(uint32_t kth, uint32_t ties_kept) {
+  // Adds exp((x - level) / T) over the candidates above the K-th largest to the sum of temperature m. Each is rounded
+  // to fixed point, because which threads have which candidates depends on the launch.
+  __device__ void sum_above(int m, float level, float kth) {
+    const float scale = args.temperatures[m].exponent_scale;
+    unsigned long long total = 0;
+#pragma unroll 2
+    for (int32_t i = thread; i < num_candidates; i += kThreads) {
+      const float x = X::widen(element(candidate(i)));
+      if (x > kth) total += __float2ull_rn(exp2_approx((x - level) * scale) * kFixedPoint);
+    }
+    total = sum_of_warp(total);
+    if (lane == 0) atomicAdd(&state.sums[m], total);
+  }
+
+  // Writes the log-sum-exps, relative to the largest of what they sum. Follows write_largest.
+  __device__ void write_lses(float level, uint32_t kth_key, uint32_t ties_kept) {
     uint32_t ties = 0;
+#pragma unroll 1
     for (uint32_t i = lane; i < num_blocks * kWarps; i += 32) ties += state_of(i / kWarps).tied[i % kWarps];
-    const uint32_t dropped = __reduce_add_sync(kAllLanes, ties) - ties_kept;
-    const float level = value_of_key<X>(dropped > 0 ? kth : largest_key_below(kth));
-    for (int m = 0; m < args.num_temperatures; ++m) sum_below(m, level, kth);
+    const uint32_t ties_dropped = __reduce_add_sync(kAllLanes, ties) - ties_kept;
+    const float kth = value_of_key<X>(kth_key);
+    const float rest_level = ties_dropped > 0 ? kth : value_of_key<X>(largest_key_below(kth_key));
+    const float limit = kth == kth ? kth : __uint_as_float(Float32::kInfinity);  // numbers are below NaN
+    for (int m = 0; m < args.num_temperatures; ++m) {
+      sum_above(m, level, kth);
+      sum_below(m, rest_level, limit);
+    }
     sync_cluster();
-    write_lse(level, &State::rest_sums, dropped, args.rest_lse);
+    write_lse(level, kth, rest_level, ties_kept, ties_dropped);
     sync_cluster();  // other blocks read this block's counts and sums, so it must not end earlier
   }
 
@@ -373,6 +441,7 @@ struct RowSlice {
   __device__ void list_marked() {
     for (int32_t tile = warp; tile * kTile < length; tile += kWarps) {
       uint32_t before = 0;
+#pragma unroll 1
       for (int32_t i = lane; i < tile; i += 32) before += memory.tile_founds[i];
       uint32_t marks = reinterpret_cast<const uint32_t*>(memory.marks)[tile * 32 + lane];
       const uint32_t own = __popc(marks);
@@ -389,7 +458,7 @@ struct RowSlice {
     uint32_t wanted = args.top_k;
     while (low < high) {
       const int shift = digit_shift(high - low);
-      count_keys(num_candidates, [&](int32_t i) { return candidate(i); }, low, high, shift);
+      count_candidates(low, high, shift);
       uint32_t bin, counted_higher;
       find_bin(wanted, bin, counted_higher);
       wanted -= counted_higher;
@@ -423,6 +492,7 @@ struct RowSlice {
     sync_cluster();
 
     uint32_t above_before = 0, tied_before = 0;
+#pragma unroll 1
     for (uint32_t i = lane; i < rank * kWarps + warp; i += 32) {
       above_before += state_of(i / kWarps).above[i % kWarps];
       tied_before += state_of(i / kWarps).tied[i % kWarps];
@@ -455,15 +525,8 @@ struct RowSlice {
     uint32_t low = 0;
     if (args.list_capacity > 0) {
       low = guess_threshold(high);
-      sum_exponentials<true>(0, level, value_of_key<X>(low));
-    } else {
-      sum_exponentials<false>(0, level, 0);
-    }
-    for (int m = 1; m < args.num_temperatures; ++m) sum_exponentials<false>(m, level, 0);
-    sync_cluster();
-    write_lse(level, &State::sums, 0, args.lse);
-
-    if (args.list_capacity > 0) {
+      mark_candidates(low);
+      sync_cluster();
       if (found_in_row() < uint32_t(args.top_k)) {
         low = 0;
       } else if (state.found <= uint32_t(args.list_capacity)) {
@@ -474,7 +537,7 @@ struct RowSlice {
     }
     const uint32_t ties_kept = find_kth(low, high);
     write_largest(low, ties_kept);
-    write_rest_lse(low, ties_kept);
+    write_lses(level, low, ties_kept);
   }
 };
 

@@ -326,11 +326,21 @@ uint32_t max_of_halves(uint32_t a, uint32_t b) {
   return word;
 }
 
+template <class X>
+uint32_t not_below_in_halves(uint32_t a, uint32_t b) {
+  uint32_t word = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    if (!(X::widen(uint16_t(a >> shift)) < X::widen(uint16_t(b >> shift)))) word |= 0xffffu << shift;
+  }
+  return word;
+}
+
 struct BFloat16 {
   using Bits = uint16_t;
   static constexpr uint32_t kInfinity = 0x7f80;
   static float widen(Bits x) { return __uint_as_float(uint32_t(x) << 16); }
   static uint32_t max_word(uint32_t a, uint32_t b) { return max_of_halves<BFloat16>(a, b); }
+  static uint32_t not_below(uint32_t a, uint32_t b) { return not_below_in_halves<BFloat16>(a, b); }
 };
 
 struct Float16 {
@@ -344,6 +354,7 @@ struct Float16 {
     return x >> 15 ? -magnitude : magnitude;
   }
   static uint32_t max_word(uint32_t a, uint32_t b) { return max_of_halves<Float16>(a, b); }
+  static uint32_t not_below(uint32_t a, uint32_t b) { return not_below_in_halves<Float16>(a, b); }
 };
 
 }  // namespace slimkernels
