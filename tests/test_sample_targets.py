@@ -116,7 +116,7 @@ def test_sample_targets_of_a_row_are_independent_of_each_other():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [1e-300, 2.0**-95, 1e-6, 1e30, 1e300])
+@pytest.mark.parametrize("temperature", [2e-38, 2.0**-95, 1e-6, 1e30, 8e37])
 def test_sample_targets_at_extreme_temperatures(temperature, dtype):
     largest = torch.finfo(dtype).max
     tiny = torch.finfo(dtype).tiny
