@@ -2,11 +2,11 @@
 
 This module continues ``reference.py``. Scores and noise are computed in float64 for every dtype of the logits.
 
-Noise: draw number ``draw`` (0 in ``sample_logits`` and ``sample_distinct``, the round in ``sample_targets``) gives
-every token id of a row one Gumbel variate, which is a function of (seed, position, draw, token id) only:
+Noise of ``sample_logits`` and ``sample_distinct``: every token id of a row has one Gumbel variate, which is a function
+of (seed, position, token id) only:
 
 - Philox-4x32-10 (Salmon et al. 2011) with key ``(seed & 0xffffffff, seed >> 32)`` and counter
-  ``(token_id // 4, draw, position & 0xffffffff, position >> 32)``, seed and position being the 64 bits of an int64;
+  ``(token_id // 4, 0, position & 0xffffffff, position >> 32)``, seed and position being the 64 bits of an int64;
   ``bits`` is word ``token_id % 4`` of the output. One call serves four neighbouring ids.
 - u = (bits + 0.5) / 2^32, inside (0, 1).
 - Gumbel = -log(-log(1 - u)). The largest variates, which win an argmax, are those near u = 0, where floats are densest.
@@ -15,6 +15,28 @@ every token id of a row one Gumbel variate, which is a function of (seed, positi
 - A seed given as one number is spread over the N rows of a call: row 0 takes it as it is, and row n the first two words
   of Philox with the key ``(seed & 0xffffffff, seed >> 32)`` and the counter ``(n, 0xffffffff, 0, 0)``, the first word
   being the lower half of an int64. Seeds given per row are used as they are.
+
+Draws with replacement, of ``sample_targets`` (version 2; version 1 ran a Gumbel race per draw): the inverse of the
+cumulative distribution, at one uniform number per draw. Weights, prefix sums and uniforms are integers, so every device
+and every order of summation draws the same ids.
+
+- An id's weight is 2^-t in fixed point, where t = (top - logit) / (T ln 2) and ``top`` is the largest logit of the row.
+  Three operations are in floating point, none of which can be fused or reordered: the difference, its product with the
+  constant ``2^25 / (T ln 2)``, and the conversion of that to an integer, which truncates. They are in float64 for
+  float64 logits and in float32 for all others. The constant is divided in float64, limited to [2^-100, 2^124] and then
+  rounded, so that no product is 0 * inf and a denormal difference counts as 0 whether it is flushed or not.
+- t now has 25 bits of fraction and is at most 63. 2^-fraction is a polynomial of degree 6 in 32-bit integers
+  (``POWER_OF_HALF``), scaled by 2^31; the integer part of t shifts it to the right. All weights are first shifted to
+  the left by 31 minus the bits of V - 1, so that the sum of a row is at most 2^62.
+- Draw r takes two words of Philox with the row's key and the counter
+  ``(r // 2, 0xfffffffe, position & 0xffffffff, position >> 32)``: the first two if r is even, else the last two. Their
+  upper 31 bits each, the first word being the lower half, are an integer u of 62 bits.
+- With the sum s of the weights, the drawn id is the first whose prefix sum exceeds floor(u s / 2^62).
+
+The probability of every id is within 2^-20 of softmax(logits / T), and half of the differences of all ids sum to less
+than 2^-18. Nearly all of that is the rounding of t, which is three float32 roundings in float32 and 2^-25 in float64;
+the polynomial is exact to 2^-27, and the uniform number to 2^-62. Ids whose probability is less than V 2^-62 times the
+largest are never drawn.
 
 Rows for which softmax is undefined: logits of +inf share the mass equally, which is the limit of ever larger ones. A
 row with a NaN, or of -inf only, has no distribution: nothing is drawn (token -1) and its numbers are NaN.
@@ -145,7 +167,7 @@ def sample_targets(
     """Draws ``rounds`` ids with replacement from softmax(logits / T) and returns them as an unbiased sparse target.
 
     The distinct ids of a row have logits log(count / rounds), with lse 0: a row is a complete distribution, to be used
-    at temperature 1. Draw r is that of ``sample_logits`` with the noise of draw number r.
+    at temperature 1. The draws are those of the module docstring.
 
     Args:
         logits: (..., V), any float dtype.
@@ -164,17 +186,16 @@ def sample_targets(
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     rows, undefined = _limit_rows(logits)
     vocab_size = rows.shape[-1]
-    scores = torch.log_softmax(rows / temperature, dim=-1)
-    counts = torch.zeros_like(rows)
-    for draw in range(rounds):
-        noise = gumbel_noise(spread_seed(seed, rows), _per_row(position, rows), vocab_size, draw)
-        token = (scores + noise).argmax(-1, keepdim=True)
-        counts.scatter_add_(-1, token, torch.ones_like(token, dtype=counts.dtype))
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    prefix_sums = draw_weights(rows.to(dtype), temperature).cumsum(-1)
+    points = draw_points(spread_seed(seed, rows), _per_row(position, rows), rounds, prefix_sums[..., -1:])
+    # The first id whose prefix sum exceeds the point.
+    drawn_ids = torch.searchsorted(prefix_sums, points, right=True)
+    counts = torch.zeros_like(rows).scatter_add_(-1, drawn_ids, torch.ones_like(points, dtype=rows.dtype))
     ids = torch.arange(vocab_size, device=rows.device).expand(rows.shape)
     ids = ids.masked_fill((counts == 0) | undefined, vocab_size).sort(-1).values[..., : min(rounds, vocab_size)]
     drawn = ids < vocab_size
     share = counts.gather(-1, ids.clamp(max=vocab_size - 1)) / rounds
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target_logit = None
     if target is not None:
         target_logit = torch.log_softmax(rows, -1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -252,10 +273,45 @@ def spread_seed(seed: int | Tensor, rows: Tensor) -> Tensor:
     return torch.where(number == 0, given, low | (high << 32))
 
 
-def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, draw: int = 0) -> Tensor:
+def draw_weights(rows: Tensor, temperature: float) -> Tensor:
+    """Computes the int64 weights (..., V) of the module docstring, of rows with a largest logit that is finite."""
+    rate = min(max(2**_FRACTION_BITS * math.log2(math.e) / temperature, 2.0**-100), 2.0**124)
+    fall = (rows.amax(-1, keepdim=True) - rows) * torch.tensor(rate, dtype=rows.dtype, device=rows.device)
+    fixed = fall.clamp(max=63 * 2**_FRACTION_BITS).long()
+    fraction = (fixed % 2**_FRACTION_BITS) << (32 - _FRACTION_BITS)
+    power = torch.zeros_like(fraction)
+    for coefficient in reversed(POWER_OF_HALF):
+        power = coefficient - ((fraction * power) >> 32)
+    return (power << (31 - (rows.shape[-1] - 1).bit_length())) >> (fixed >> _FRACTION_BITS)
+
+
+def draw_points(seed: Tensor, position: Tensor, rounds: int, total: Tensor) -> Tensor:
+    """Computes floor(u total / 2^62) of every draw, int64 (..., rounds), with the u of the module docstring.
+
+    Args:
+        seed: (..., 1) int64.
+        position: (..., 1) int64.
+        rounds: Number of draws.
+        total: (..., 1) int64 in [1, 2^62], the sum of the weights.
+    """
+    pair = torch.arange((rounds + 1) // 2, device=seed.device)
+    counter = (pair, torch.full_like(pair, _WORD - 1), position & _WORD, (position >> 32) & _WORD)
+    words = torch.stack(philox(counter, (seed & _WORD, (seed >> 32) & _WORD)), -1) >> 1
+    low, high = (words[..., half::2].flatten(-2)[..., :rounds] for half in (0, 1))
+    # Both factors have a lower half of 31 bits, so that no int64 overflows.
+    total_low, total_high = total & (2**31 - 1), total >> 31
+    return high * total_high + ((high * total_low + low * total_high + ((low * total_low) >> 31)) >> 31)
+
+
+_FRACTION_BITS = 25
+# 2^31 times the coefficients of 2^-x = c0 - x (c1 - x (c2 - ...)) on [0, 1], to a relative error of 2^-27.
+POWER_OF_HALF = (2147483648, 1488521986, 515877902, 119165493, 20571132, 2737501, 234126)
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """Computes the float64 noise (..., V) of the module docstring; ``seed`` and ``position`` are int64 (..., 1)."""
     token_id = torch.arange(vocab_size, device=seed.device)
-    counter = (token_id // 4, torch.full_like(token_id, draw), position & _WORD, (position >> 32) & _WORD)
+    counter = (token_id // 4, torch.zeros_like(token_id), position & _WORD, (position >> 32) & _WORD)
     words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
     lane = (token_id % 4).expand(words[0].shape).unsqueeze(0)
     bits = torch.stack(words).gather(0, lane).squeeze(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import slimkernels as sk
 from slimkernels import reference_sampling as reference
 from slimkernels.cli import main
 from slimkernels.store import Store, verify
+from slimkernels.store.errors import SettingsMismatchError
+from slimkernels.store.manifest import seal_manifest
 from slimkernels.teacher import capture
 from slimkernels.teacher.selection import document_seed
 from slimkernels.trainer import SlimConfig, SlimTrainer
@@ -43,7 +47,8 @@ def test_capture_of_draws_stores_what_was_drawn(select, model, tokenizer, tmp_pa
     verify(tmp_path)
     store = Store(tmp_path)
     assert store.settings.codec == "float32"
-    assert store.manifest["selection"] == {"kind": select, "top_k": TOP_K * bool(top_k), "rounds": ROUNDS, "seed": 3}
+    drawn = {"rounds": ROUNDS, "seed": 3, "draw_version": 2}
+    assert store.manifest["selection"] == {"kind": select, "top_k": TOP_K * bool(top_k), **drawn}
     for document in store:
         logits, teacher = dense_logits(model, document), document.teacher
         options = {"position": document.positions, "target": document.input_ids[1:]}
@@ -142,11 +147,40 @@ def test_capture_command_draws(tmp_path, capsys) -> None:
     text.write_text("When the rain stopped, Anna put on her boots.\n\nThe apple trees were still wet.\n")
     command = ["capture", "--teacher", teacher, "--text", str(text)]
     assert main([*command, "--out", str(tmp_path / "a"), "--select", "sample", "--rounds", "9"]) == 0
-    assert Store(tmp_path / "a").manifest["selection"] == {"kind": "sample", "top_k": 0, "rounds": 9, "seed": 0}
+    drawn = {"rounds": 9, "seed": 0, "draw_version": 2}
+    assert Store(tmp_path / "a").manifest["selection"] == {"kind": "sample", "top_k": 0, **drawn}
     assert main([*command, "--out", str(tmp_path / "b"), "--select", "mixed", "--top-k", "4", "--seed", "2"]) == 0
-    assert Store(tmp_path / "b").manifest["selection"] == {"kind": "mixed", "top_k": 4, "rounds": 50, "seed": 2}
+    drawn = {"rounds": 50, "seed": 2, "draw_version": 2}
+    assert Store(tmp_path / "b").manifest["selection"] == {"kind": "mixed", "top_k": 4, **drawn}
     assert main([*command, "--out", str(tmp_path / "c"), "--rounds", "9"]) == 2
     assert "--rounds has no meaning without --select sample or mixed" in capsys.readouterr().err
+
+
+def as_version_one(path: Path) -> None:
+    """Makes a store's manifests those of release 0.1.0, which did not write the version of the draws."""
+    for manifest in path.rglob("manifest.json"):
+        content = json.loads(manifest.read_text())
+        del content["checksum"], content["selection"]["draw_version"]
+        manifest.write_bytes(seal_manifest(content))
+
+
+@pytest.mark.parametrize(("select", "parts"), [("sample", 1), ("mixed", 2)])
+def test_store_of_other_draws_is_read_but_not_continued(select, parts, model, tokenizer, tmp_path) -> None:
+    documents = make_documents(6)
+    path, options = tmp_path / "store", {"select": select, "rounds": ROUNDS, "num_parts": parts}
+    capture(model, tokenizer, documents[:4], path, **options)
+    kept = [document.teacher.ids for document in Store(path)]
+    as_version_one(path)
+    verify(path)
+    assert all(torch.equal(one.teacher.ids, ids) for one, ids in zip(Store(path), kept, strict=True))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    message = rf"{path} holds draws of version 1, but this release draws version 2.*: capture into a new directory"
+    with pytest.raises(SettingsMismatchError, match=message):
+        capture(model, tokenizer, documents, path, **options)
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    config = {"output_dir": str(tmp_path / "out"), "method": "kd", "use_cpu": True, "report_to": "none"}
+    trainer = SlimTrainer(model, SlimConfig(**config, max_steps=1), train_dataset=Store(path))
+    assert math.isfinite(trainer.train().training_loss)
 
 
 def test_trainer_refuses_another_temperature_for_draws(model, tokenizer, tmp_path) -> None:

@@ -48,11 +48,10 @@ def test_philox_known_answers(counter, key, words):
 
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, -5])
 @pytest.mark.parametrize("position", [0, 2**33 + 1, -1])
-@pytest.mark.parametrize("draw", [0, 12])
-def test_gumbel_noise_is_the_documented_map(seed, position, draw):
-    noise = sampling.gumbel_noise(torch.tensor([[seed]]), torch.tensor([[position]]), 11, draw)
+def test_gumbel_noise_is_the_documented_map(seed, position):
+    noise = sampling.gumbel_noise(torch.tensor([[seed]]), torch.tensor([[position]]), 11)
     for token_id, actual in enumerate(noise[0].tolist()):
-        counter = [token_id // 4, draw, position & WORD, (position >> 32) & WORD]
+        counter = [token_id // 4, 0, position & WORD, (position >> 32) & WORD]
         bits = philox_in_integers(counter, [seed & WORD, (seed >> 32) & WORD])[token_id % 4]
         expected = -math.log(-math.log1p(-(bits + 0.5) / 2**32))
         assert math.isclose(actual, expected, rel_tol=1e-12, abs_tol=1e-12)
@@ -271,9 +270,62 @@ def test_sample_targets_is_a_legal_record_of_counts():
     torch.testing.assert_close(counts.sum(-1), torch.full((3, 5), float(rounds)))
     expected = torch.log_softmax(logits, -1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(sparse.target_logit, expected.masked_fill(target < 0, math.nan), equal_nan=True)
-    # Round 0 is the draw of sample_logits.
-    first = sampling.sample_targets(logits, 1, 7, position=position)
-    assert torch.equal(first.ids[..., 0].long(), sampling.sample_logits(logits, seed=7, position=position).token)
+
+
+def drawn_in_integers(row: list[float], rate: float, rounds: int, seed: int, position: int) -> list[int]:
+    """The draws of a row of float64 logits once more, in Python's floats and integers, one id after the other."""
+    shift, top, sums = 31 - (len(row) - 1).bit_length(), max(row), []
+    for z in row:
+        fixed = int(min((top - z) * rate, 63 * 2.0**25))
+        fraction, power = (fixed & 0x1FFFFFF) << 7, 0
+        for coefficient in sampling.POWER_OF_HALF[::-1]:
+            power = coefficient - (fraction * power >> 32)
+        sums.append((sums[-1] if sums else 0) + (power << shift >> (fixed >> 25)))
+    drawn = []
+    for draw in range(rounds):
+        counter = [draw // 2, 0xFFFFFFFE, position & WORD, (position >> 32) & WORD]
+        low, high = philox_in_integers(counter, [seed & WORD, (seed >> 32) & WORD])[2 * (draw % 2) :][:2]
+        point = ((high >> 1 << 31 | low >> 1) * sums[-1]) >> 62
+        drawn.append(next(i for i, total in enumerate(sums) if total > point))
+    return drawn
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (-5, 2**33 + 1), (2**40 + 3, -1)])
+@pytest.mark.parametrize("vocab_size", [1, 2, 9, 200])
+def test_sample_targets_are_the_documented_draws(vocab_size, seed, position):
+    row = 3.0 * torch.randn(vocab_size, dtype=F64)
+    row[vocab_size // 2 + 1 :: 7] = -math.inf
+    for temperature, rounds in ((1.0, 7), (0.3, 40)):
+        rate = 2**25 / math.log(2) / temperature
+        drawn = drawn_in_integers(row.tolist(), rate, rounds, seed, position)
+        sparse = sampling.sample_targets(row, rounds, seed, position=position, temperature=temperature)
+        ids = sorted(set(drawn))
+        assert sparse.ids[: len(ids)].tolist() == ids
+        expected = torch.tensor([drawn.count(i) / rounds for i in ids], dtype=F64).log()
+        torch.testing.assert_close(sparse.logits[: len(ids)], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draw_weights_are_those_of_softmax(temperature, dtype):
+    peaked = torch.full((4096,), -8.0).index_fill(0, torch.tensor(9), 0.0)
+    rows = torch.stack([0.1 * torch.randn(4096), 2.0 * torch.randn(4096), 9.0 * torch.randn(4096), peaked]).to(dtype)
+    weights = sampling.draw_weights(rows, temperature)
+    total = weights.sum(-1, keepdim=True)
+    assert (total <= 2**62).all()
+    differences = (weights.double() / total.double() - torch.softmax(rows.double() / temperature, -1)).abs()
+    assert differences.max() < 2**-24
+    assert differences.sum(-1).max() / 2 < 2**-22
+    # The bounds notice a polynomial of a lower degree.
+    assert differences.max() > 2**-40
+
+
+def test_draw_weights_of_the_largest_vocabulary_fit_into_64_bits():
+    # As if the row had 2^31 - 1 equal logits: no shift is left, and every weight is 2^31.
+    assert 31 - (2**31 - 2).bit_length() == 0
+    assert (2**31 - 1) * sampling.POWER_OF_HALF[0] < 2**62
+    for vocab_size in (1, 2, 3, 2**10, 2**10 + 1):
+        assert 2**60 < int(sampling.draw_weights(torch.zeros(vocab_size), 1.0).sum()) <= 2**62
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

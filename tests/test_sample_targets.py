@@ -18,8 +18,10 @@ from support.helpers import (
 
 import slimkernels as sk
 from slimkernels import reference_sampling as reference
+from slimkernels.ops.sample_targets import DRAW_VERSION
 
 INF, NAN = math.inf, math.nan
+IDS_OF_VERSION_2 = [[772, 2276, 2423, 2686, 2959], [103, 535, 1796, 2574, 2767]]
 
 
 def assert_targets_match(logits, rounds, seed, **options) -> None:
@@ -78,10 +80,53 @@ def test_sample_targets_of_hostile_rows(dtype):
         assert_targets_match(batch, num_drawn(9, 2), 5, position=target, temperature=temperature, target=target)
 
 
-def test_sample_targets_first_round_is_the_draw_of_sample_logits():
-    logits, position = torch.randn(40, 3000), torch.arange(40)
-    sparse = sk.sample_targets(logits, 1, 7, position=position, temperature=0.8)
-    assert torch.equal(sparse.ids[:, 0].long(), sk.sample_logits(logits, seed=7, position=position, temperature=0.8)[0])
+def test_sample_targets_of_draw_version_2_are_these():
+    """The draws of one version never change: captures are continued and repeated with them."""
+    logits = (torch.arange(3000) * 37 % 101 / 20.0).expand(2, -1)
+    sparse = sk.sample_targets(logits, 5, 7, position=torch.tensor([3, 2**40]), temperature=0.8)
+    assert DRAW_VERSION == 2
+    assert sparse.ids.tolist() == IDS_OF_VERSION_2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample_targets_follow_softmax(dtype):
+    num_rows, rounds, temperature = 200, num_drawn(1000, 20), 0.7
+    row = torch.tensor([0.0, -1.0, 2.0, 1.0, 0.5, -2.0, 1.5, 1.5, -0.5, 0.25, 3.0, -INF, 0.75]).to(dtype)
+    sparse = sk.sample_targets(row.expand(num_rows, -1), rounds, 3, position=0, temperature=temperature)
+    kept = sparse.ids >= 0
+    counts = torch.zeros(len(row), dtype=torch.float64)
+    counts.scatter_add_(0, sparse.ids[kept].long(), sparse.logits[kept].double().exp() * rounds)
+    expected = num_rows * rounds * torch.softmax(row.double() / temperature, -1)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    # The 99.9 % quantile of the chi-square distribution of 11 degrees of freedom.
+    assert ((counts - expected)[possible].square() / expected[possible]).sum() < 31.26
+
+
+def test_sample_targets_of_a_row_are_independent_of_each_other():
+    # Two draws of each of many rows: of one Philox call, and of neighbouring ones.
+    num_rows = num_drawn(40_000, 1000)
+    rows, position = torch.zeros(num_rows, 4), torch.arange(num_rows)
+    for rounds in (2, 3):
+        share = sk.sample_targets(rows, rounds, 5, position=position)
+        distinct = torch.bincount((share.ids >= 0).sum(-1), minlength=rounds + 1)[1:].double()
+        # How many distinct ids `rounds` uniform draws from four have.
+        expected = torch.tensor({2: [1, 3], 3: [1, 9, 6]}[rounds]).double() / 4 ** (rounds - 1) * num_rows
+        assert ((distinct - expected).square() / expected).sum() < 13.82
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [2e-38, 2.0**-95, 1e-6, 1e30, 8e37])
+def test_sample_targets_at_extreme_temperatures(temperature, dtype):
+    largest = torch.finfo(dtype).max
+    tiny = torch.finfo(dtype).tiny
+    rows = torch.randn(5, 300, dtype=torch.float64).to(dtype)
+    rows[1] *= tiny
+    rows[2, ::2] = largest / 4
+    rows[3, ::2], rows[3, 1::2] = largest, -largest
+    rows[4, 7:] = -INF
+    options = {"position": torch.arange(5), "temperature": temperature, "target": torch.arange(5)}
+    assert_targets_match(rows, num_drawn(20, 4), 1, **options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

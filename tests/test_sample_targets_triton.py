@@ -15,6 +15,8 @@ def test_sample_targets_passes_its_tests_interpreted():
     assert_tests_pass_interpreted(
         "test_sample_targets.py::test_sample_targets_hand_worked",
         "test_sample_targets.py::test_sample_targets_matches_the_reference[16-dtype0]",
+        "test_sample_targets.py::test_sample_targets_of_draw_version_2_are_these",
+        "test_sample_targets.py::test_sample_targets_at_extreme_temperatures[1e-06-dtype0]",
         "test_sample_targets.py::test_sample_targets_of_any_layout[misaligned-dtype1]",
         "test_sample_targets_triton.py::test_a_label_outside_makes_nan",
         "test_sample_targets_triton.py::test_of_infinite_logits_only_those_are_drawn",
@@ -28,6 +30,7 @@ def test_sample_targets_passes_more_of_its_tests_interpreted():
         "matches_the_reference[3-dtype3]",
         "matches_the_reference[65-dtype1]",
         "of_hostile_rows[dtype2]",
+        "at_extreme_temperatures",
         "is_batch_invariant_and_keeps_leading_dimensions",
         "opcheck_and_compile",
     )

@@ -40,20 +40,24 @@ SK_INLINE NoiseKey noise_key(int64_t seed, int64_t position) {
   return noise;
 }
 
+// Replaces a counter of four words by Philox-4x32-10 of it.
+SK_INLINE void philox(const NoiseKey& noise, uint32_t words[4]) {
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t product0 = uint64_t(words[0]) * kFactor0, product1 = uint64_t(words[2]) * kFactor1;
+    words[0] = uint32_t(product1 >> 32) ^ words[1] ^ noise.key[round][0];
+    words[1] = uint32_t(product1);
+    words[2] = uint32_t(product0 >> 32) ^ words[3] ^ noise.key[round][1];
+    words[3] = uint32_t(product0);
+  }
+}
+
 // Returns the seed of row n: its own, or, if one seed is given for all rows, the first 64 bits of Philox with that seed
 // as its key and the counter (n, 2^32 - 1, 0, 0), which no draw uses. Row 0 takes the one seed as it is.
 SK_INLINE int64_t seed_of_row(const RowInts& seed, int64_t n) {
   if (seed.step != 0 || n == 0) return seed.values[n * seed.step];
-  const NoiseKey noise = noise_key(seed.values[0], 0);
-  uint32_t c0 = uint32_t(n), c1 = 0xFFFFFFFFu, c2 = 0, c3 = 0;
-  for (int round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = uint64_t(c0) * kFactor0, product1 = uint64_t(c2) * kFactor1;
-    c0 = uint32_t(product1 >> 32) ^ c1 ^ noise.key[round][0];
-    c1 = uint32_t(product1);
-    c2 = uint32_t(product0 >> 32) ^ c3 ^ noise.key[round][1];
-    c3 = uint32_t(product0);
-  }
-  return int64_t(uint64_t(c1) << 32 | c0);
+  uint32_t words[4] = {uint32_t(n), 0xFFFFFFFFu, 0, 0};
+  philox(noise_key(seed.values[0], 0), words);
+  return int64_t(uint64_t(words[1]) << 32 | words[0]);
 }
 
 #if defined(__AVX512F__)
@@ -103,7 +107,7 @@ SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
 
 // Computes the random bits of kGroup ids: lane l of bits[j] belongs to id first_id + 16 j + l. first_id is a multiple
 // of kGroup.
-SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id, VecU bits[kVectors]) {
+SK_INLINE void random_bits(const NoiseKey& key, int64_t first_id, VecU bits[kVectors]) {
 #if defined(__AVX512F__)
   const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // interleave() undoes this order
 #else
@@ -111,7 +115,7 @@ SK_INLINE void random_bits(const NoiseKey& key, uint32_t draw, int64_t first_id,
 #endif
   // In the first two rounds only the id differs between lanes, so half of the products are the same in all lanes.
   const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
-  const uint32_t same = uint32_t(same1 >> 32) ^ draw ^ key.key[0][0];
+  const uint32_t same = uint32_t(same1 >> 32) ^ key.key[0][0];
   const uint64_t same2 = uint64_t(same) * kFactor0;
   VecU c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams], high0, low0, high1, low1;
 #pragma GCC unroll 2
@@ -304,10 +308,9 @@ __attribute__((noinline)) void enter_group(const X* z, int64_t first_id, const V
   }
 }
 
-// Runs `num_draws` races over one row; leaders[draw] receives the outcome of the race with the noise of that draw.
+// Runs the race over one row; `leading` receives the outcome.
 template <class X, class A>
-void race(const X* row, int64_t vocab_size, const Scoring<A>& scoring, const NoiseKey& key, int64_t num_draws,
-          Leaders* leaders) {
+void race(const X* row, int64_t vocab_size, const Scoring<A>& scoring, const NoiseKey& key, Leaders& leading) {
   const A inv_temperature = scoring.inv_temperature();
   X padded_group[kGroup];
   for (int64_t first = 0; first < vocab_size; first += kGroup) {
@@ -321,17 +324,13 @@ void race(const X* row, int64_t vocab_size, const Scoring<A>& scoring, const Noi
     if (!any_eligible(z, scoring)) continue;
     VecF scores[kVectors];
     for (int j = 0; j < kVectors; ++j) scores[j] = scores_at(z + 16 * j, scoring, inv_temperature);
-    const VecF best = highest_of(scores);
-    for (int64_t draw = 0; draw < num_draws; ++draw) {
-      Leaders& leading = leaders[draw];
-      if (!lanes_reaching(best + kLargestNoise, leading.bound)) continue;
-      VecU bits[kVectors];
-      random_bits(key, uint32_t(draw), first, bits);
-      VecF bounds[kVectors];
+    if (!lanes_reaching(highest_of(scores) + kLargestNoise, leading.bound)) continue;
+    VecU bits[kVectors];
+    random_bits(key, first, bits);
+    VecF bounds[kVectors];
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
-      if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, scoring, leading);
-    }
+    for (int j = 0; j < kVectors; ++j) bounds[j] = scores[j] + noise_bound(bits[j]);
+    if (lanes_reaching(highest_of(bounds), leading.bound)) enter_group(z, first, bounds, bits, scoring, leading);
   }
 }
 

@@ -449,7 +449,7 @@ int64_t sample_logits_rows(const SampleLogitsArgs& args, int64_t begin, int64_t 
       leaders.enter({0, first_reaching(row, args.vocab_size, softmax.scoring.threshold)});
     } else if (softmax.exists) {
       const NoiseKey key = noise_key(seed_of_row(args.seed, n), args.position.values[n * args.position.step]);
-      race(row, args.vocab_size, softmax.scoring, key, 1, &leaders);
+      race(row, args.vocab_size, softmax.scoring, key, leaders);
       leaders.sort();
     }
     const A absent = softmax.exists ? -infinity<A>() : A(__builtin_nan(""));

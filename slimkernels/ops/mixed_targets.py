@@ -39,8 +39,8 @@ def mixed_targets(
     A row is a complete distribution (lse 0), to be used at temperature 1 with rest "zero" or "renorm", which agree
     because no mass is missing. Its expectation over the draws is q, so the expected gradient of ``slim_loss`` on it is
     the dense one. Only the tail is random: the variance is m^2 / rounds times that of a single draw from the tail,
-    whereas ``sample_targets`` draws the head as well. The noise is that of ``sample_targets``: with one seed per row, a
-    row's draws depend on its own logits, seed and position only. Memory is O(N V).
+    whereas ``sample_targets`` draws the head as well. The draws are those of ``sample_targets``: with one seed per row,
+    a row's draws depend on its own logits, seed and position only. Memory is O(N V).
 
     Args:
         logits: (..., V) float32, bfloat16, float16 or float64, any stride.

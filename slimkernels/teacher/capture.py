@@ -20,7 +20,7 @@ from slimkernels.store import RankWriter
 from slimkernels.store.hidden import HIDDEN_BITS
 from slimkernels.teacher.added_documents import AddedDocuments, CaptureReport
 from slimkernels.teacher.ranks import TeacherProcesses
-from slimkernels.teacher.selection import check_keeps_hidden, default_codec, resolve_selection
+from slimkernels.teacher.selection import check_draw_version, check_keeps_hidden, default_codec, resolve_selection
 from slimkernels.teacher.tokenized_document import TokenizedDocument
 from slimkernels.teacher.vocabulary import captured_vocabulary
 
@@ -111,8 +111,8 @@ def capture(
     Raises:
         ValueError: An argument is out of range, a token id is outside the teacher's vocabulary, a document is longer
             than the teacher can read, there is no document, or the logits of this kind of teacher cannot be computed.
-        SettingsMismatchError: The store was made with another teacher, tokenizer, selection, codec or number of
-            parts.
+        SettingsMismatchError: The store was made with another teacher, tokenizer, selection, codec, number of parts or
+            version of the draws.
         TeacherContextError: A document is in the store, or comes again, with other ``teacher_ids``.
         StoreLockedError: Another process writes to the store, or to a part of this rank.
         FloatingPointError: The teacher's logits are not finite.
@@ -173,6 +173,7 @@ class _Teacher:
         self.vocabulary = captured_vocabulary(tokenizer, self._whole_head.vocab_size, store_path)
         self.head = self._whole_head.first_rows(self.vocabulary.size)
         self.selection = resolve_selection(select, self.vocabulary.size, **options)
+        check_draw_version(self.selection, store_path)
         self.keeps_hidden = codec in HIDDEN_BITS
         self.encoding: dict[str, Any] = {"codec": codec}
         if self.keeps_hidden:

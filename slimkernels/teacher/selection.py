@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ from slimkernels import _checks
 from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.sparse_targets import DEFAULT_ROUNDS, DEFAULT_TOP_FRACTION, draw_targets
 from slimkernels.ops.linear_topk_logits import linear_topk_logits
+from slimkernels.ops.sample_targets import DRAW_VERSION
 from slimkernels.sparse_logits import SparseLogits
+from slimkernels.store import Store
+from slimkernels.store.errors import NotAStoreError, SettingsMismatchError
 
 SELECTS = ("top_k", "sample", "mixed")
 # Quantising the logarithm of a share of draws would bias it, and there are few of them to store.
@@ -158,8 +162,33 @@ def resolve_selection(
         raise ValueError(f"rounds must be an integer of at least 1 and below 2**31, got {rounds!r}")
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
-    description = {"kind": select, "top_k": top_k, "rounds": rounds, "seed": seed}
+    description = {"kind": select, "top_k": top_k, "rounds": rounds, "seed": seed, "draw_version": DRAW_VERSION}
     return Selection(select, top_k, None, rounds, seed, temperatures, description)
+
+
+def check_draw_version(selection: Selection, store_path: str | os.PathLike[str]) -> None:
+    """Checks that a store of draws, if there is one, was begun with draws of this version.
+
+    Its rows can be read and trained on whatever their version. Only continuing it would mix two definitions, so that
+    the same corpus and seed would give neither the draws of the one nor those of the other.
+
+    Raises:
+        SettingsMismatchError: The store's draws are of another version.
+    """
+    if selection.select == "top_k":
+        return
+    try:
+        stored = Store(store_path).settings.selection
+    except NotAStoreError:
+        return
+    # Release 0.1.0 did not write a version.
+    version = stored.get("draw_version", 1)
+    if stored.get("kind") in ("sample", "mixed") and version != DRAW_VERSION:
+        raise SettingsMismatchError(
+            f"{os.fspath(store_path)} holds draws of version {version}, but this release draws version "
+            f"{DRAW_VERSION}, other ids of the same seed: capture into a new directory, and train on both stores "
+            "together, or continue this one with the release that began it"
+        )
 
 
 def check_keeps_hidden(selection: Selection, codec: str) -> None:
