@@ -117,7 +117,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     try:
         found["cpu_tensors"] = f"C++ ({extension.cpu_isa()})"
     except ValueError as error:
-        problems.append(f"{error}; unset it to use the best one")
+        problems.append(_one_line(error))
         return found | {"cpu_tensors": "no kernels"}
     found["check"] = _check_kernels()
     if found["check"] != "works":
