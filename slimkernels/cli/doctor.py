@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             # Flushed, so that the sections before it remain if a library crashes while it is examined.
             print("" if title == "versions" else "\n", title.replace("_", " "), sep="")
-            _print_rows(report[title])
+            _print_rows(report[title] or {"packages": "not examined"})
     if args.json:
         print_json(report | {"problems": problems})
     else:
@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> int:
 def _versions(problems: list[str]) -> dict[str, Any]:
     package = importlib.import_module(_PACKAGE)
     torch = _loaded("torch")
-    return {
+    found = {
         "slimkernels": package.__version__,
         "folder": str(Path(str(package.__file__)).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__ if isinstance(torch, ModuleType) else torch,
-        "torch_is_built_for": _platform_of(torch) if isinstance(torch, ModuleType) else None,
     }
+    return found | ({"torch_is_built_for": _platform_of(torch)} if isinstance(torch, ModuleType) else {})
 
 
 def _needed(problems: list[str]) -> dict[str, str]:
@@ -102,8 +102,8 @@ def _needed(problems: list[str]) -> dict[str, str]:
 def _cpu(problems: list[str]) -> dict[str, Any]:
     """Returns the state of the extension, its instruction sets, and whether a kernel agrees with plain torch."""
     if not isinstance(error := _loaded("torch"), ModuleType):
-        remedy = "once it does, install slimkernels again unless its extension loads"
-        problems.append(f"the kernels cannot be examined, because torch is {error}; {remedy}")
+        remedy = "install torch, then slimkernels again if its extension does not load"
+        problems.append(f"the kernels cannot be examined, because torch is {error}: {remedy}")
         return {"extension": "not examined"}
     from slimkernels._checks import missing_extension
 
@@ -117,7 +117,7 @@ def _cpu(problems: list[str]) -> dict[str, Any]:
     try:
         found["cpu_tensors"] = f"C++ ({extension.cpu_isa()})"
     except ValueError as error:
-        problems.append(f"{error}; unset it to use the best one")
+        problems.append(_one_line(error))
         return found | {"cpu_tensors": "no kernels"}
     found["check"] = _check_kernels()
     if found["check"] != "works":
