@@ -16,13 +16,13 @@ from pathlib import Path
 # Kernels of peers for GPUs are interpreted; Triton reads this when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch  # noqa: E402
+import torch
 
-from bench import records  # noqa: E402
-from bench.losses import peers  # noqa: E402
-from bench.losses.cases import TOP_K, all_cases  # noqa: E402
-from bench.losses.judge import DTYPES, Peer, agrees, applies, compare  # noqa: E402
-from bench.machine import machine  # noqa: E402
+from bench import records
+from bench.losses import peers
+from bench.losses.cases import TOP_K, all_cases
+from bench.losses.judge import DTYPES, Peer, agrees, applies, compare
+from bench.machine import machine
 
 
 def main() -> None:

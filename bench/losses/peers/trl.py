@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
 
+import torch
 from torch import Tensor
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.server_distillation import ServerDistillationTrainer
@@ -52,7 +53,7 @@ def losses() -> list[Loss]:
         Loss(
             "ServerDistillationTrainer, beta=0",
             "forward KL over the ids that a server returned, in float32; mean over the labels that are not -100; "
-            + ("the mass outside is one more outcome, 1 - sum" if add_tail else "both sides renormalised on the ids"),
+            + ("the mass outside is one more outcome" if add_tail else "both sides renormalised on the ids with mass"),
             _server(add_tail),
             {"divergence": "forward_kl", "rest": "ghost" if add_tail else "renorm_both"},
             options=f"loss_add_tail={add_tail}",
@@ -96,8 +97,6 @@ def _chunked(beta: float, use_triton: bool) -> Callable[[Batch], Tensor]:
 
 def _with_gradient(loss: Tensor, student: Tensor) -> Tensor:
     """Returns the value of a loss as a function of the student whose gradient was computed now."""
-    import torch
-
     [gradient] = torch.autograd.grad(loss, student)
 
     class Known(torch.autograd.Function):
