@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench import records
+from bench.losses.table import parity_block
 from bench.ops.case import OURS
 from bench.reproduce.instructions_table import instructions_table
 from bench.reproduce.methods_results import methods_block
@@ -254,4 +255,5 @@ BLOCKS = {
     "instructions": instructions_table,
     "sample_efficiency": sample_efficiency_block,
     "methods": methods_block,
+    "parity": parity_block,
 }
