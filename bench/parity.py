@@ -13,9 +13,6 @@ import os
 import warnings
 from pathlib import Path
 
-# Kernels of peers for GPUs are interpreted; Triton reads this when it is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
 
 from bench import records
@@ -31,6 +28,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/parity.jsonl"), help="JSONL to append to")
     parser.add_argument("--only", nargs="+", choices=sorted(peers.DISTRIBUTIONS), help="peers (default: all)")
     args = parser.parse_args()
+    # The peers' kernels for GPUs are interpreted; Triton reads this when a peer imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     described = machine()
     for module in args.only or peers.DISTRIBUTIONS:
