@@ -16,7 +16,7 @@ class Case(NamedTuple):
     """Logits of a student and a teacher (N, V) in float64, labels (N,), and the temperature of the divergence.
 
     Attributes:
-        says: What is special about the rows, as a part of a sentence.
+        says: Description of the rows, as a part of a sentence.
     """
 
     name: str

@@ -23,7 +23,7 @@ FLOOR = 1e-3
 
 
 class Batch(NamedTuple):
-    """What a loss is given: logits (N, V) in the dtype under test, labels (N,), the teacher's kept ids (N, K).
+    """Arguments of a loss: logits (N, V) in the dtype under test, labels (N,), the teacher's kept ids (N, K).
 
     ``student`` requires a gradient. A loss that takes hidden states gets the logits as hidden states of width V and the
     identity as the head, so that all losses see the same logits to the bit and their gradients have one shape.
@@ -62,7 +62,7 @@ class Loss:
         is_linear: Whether it takes hidden states and a head; ours is then ``linear_slim_loss``.
         takes_temperature: Whether it has a temperature; without one it is not run at others than 1.
         squares_temperature: Whether its divergence is multiplied by the squared temperature, as ours is.
-        says: What it computes: divergence, support, what becomes of the mass outside, normalisation, masking.
+        says: Description: divergence, support, the mass outside it, normalisation, masking of labels.
     """
 
     name: str
