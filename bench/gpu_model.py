@@ -42,7 +42,8 @@ PROCESSOR_REGISTERS, PROCESSOR_THREADS = 65536, 2048
 PROCESSOR_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10  # shared memory of a multiprocessor, and of it per block
 ALLOWED_RISE = 1.05
 
-# Opcodes that execute once whenever their source line does, most reliable first: a load may be hoisted, stores may be merged.
+# Opcodes that execute once whenever their source line does, most reliable first: a load may be hoisted, and stores may
+# be merged.
 MARKERS = (
     re.compile(r"MATCH|VOTE|REDUX|MUFU\.EX2|SHFL|BAR|UCGABAR|ATOM|RED"),
     re.compile(r"LDS|LDG|LD\.|STG|STS\.U"),
