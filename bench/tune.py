@@ -17,6 +17,7 @@ from bench.machine import ROOT
 from bench.ops.case import OURS, Case, five_per_cent
 from bench.ops.cases import sample_case, slim_loss_case, topk_case
 from bench.ops.clock import CudaClock
+from slimkernels.ops import _library
 from slimkernels.ops.triton import launch
 from slimkernels.ops.triton.launch import Settings
 
@@ -96,6 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="tune only cases whose name contains this")
     args = parser.parse_args()
+    if "CUDA C++" in _library.cuda_kernels.values():
+        raise SystemExit(
+            "CUDA C++ kernels have no launch settings: set SLIMKERNELS_CUDA_KERNELS=triton to tune Triton's"
+        )
     torch.set_default_device("cuda")
     architecture = launch.architecture_of(torch.device("cuda", torch.cuda.current_device()))
     table = json.loads(TABLE.read_text())

@@ -188,6 +188,17 @@ assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_cuda_library_is_left_alone_where_triton_is_wanted(package, monkeypatch):
+    (package / "slimkernels/_C_cuda.so").write_text("not a library")
+    monkeypatch.setenv("SLIMKERNELS_CUDA_KERNELS", "triton")
+    code = 'assert set(slimkernels.build_info()["cuda_kernels"].values()) == {"Triton"}\n'
+    done = load(package, code, cuda="13.0")
+    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setenv("SLIMKERNELS_CUDA_KERNELS", "c++")
+    done = load(package, code, cuda="13.0")
+    assert "SLIMKERNELS_CUDA_KERNELS must be 'triton', to leave out the CUDA C++ kernels, or unset" in done.stderr
+
+
 def test_cuda_library_is_left_alone_where_torch_has_no_cuda(package):
     (package / "slimkernels/_C_cuda.so").write_text("not a library")
     done = load(package, 'assert not hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda")\n')

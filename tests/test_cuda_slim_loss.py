@@ -299,9 +299,11 @@ def test_cuda_slim_loss_without_its_wait_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("which", "needless"),
     [
-        pytest.param(0, {3}, id="one block"),
+        pytest.param(0, set(), id="one block"),
         pytest.param(1, set(), id="cluster of 2, every stage", marks=pytest.mark.slow),
-        pytest.param(2, set(), id="cluster of 4, through L2", marks=pytest.mark.slow),
+        # The last is needed where a thread marks the label off S between another's reading of the mark and its writing
+        # of the gradient, and an emulated thread is not interrupted between the two.
+        pytest.param(2, {6}, id="cluster of 4, through L2", marks=pytest.mark.slow),
     ],
 )
 def test_cuda_slim_loss_needs_its_barriers(library, which, needless):

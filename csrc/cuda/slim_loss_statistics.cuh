@@ -159,8 +159,8 @@ __device__ void SlimRow<X, kStaged, kThreads>::count_shared() {
     }
   }
   shared = __reduce_add_sync(kAllLanes, shared);
+  // The first warps add up the blocks after the barrier that follows the divergence.
   if (lane == 0) atomicAdd(&state.shared, shared);
-  sync_cluster();  // the first warps add up the blocks
 }
 
 }  // namespace

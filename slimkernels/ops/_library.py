@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +26,13 @@ else:
     _missing = None
 
 # Loading the library registers the CUDA C++ kernels of CUDA tensors, and initialises no device. Triton serves the other
-# operators, and all where the library is not built: on AMD GPUs and on machines without nvcc.
+# operators, and all where the library is not built, on AMD GPUs and on machines without nvcc, or is not wanted.
+_SWITCH = "SLIMKERNELS_CUDA_KERNELS"
+_wanted = os.environ.get(_SWITCH, "")
+if _wanted not in ("", "triton"):
+    raise ValueError(f"{_SWITCH} must be 'triton', to leave out the CUDA C++ kernels, or unset, got {_wanted!r}")
 _CUDA_LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"
-if torch.version.cuda is not None and _CUDA_LIBRARY.exists():
+if torch.version.cuda is not None and _CUDA_LIBRARY.exists() and not _wanted:
     try:
         torch.ops.load_library(str(_CUDA_LIBRARY))
     except OSError as error:

@@ -19,7 +19,8 @@ def build_info() -> dict[str, Any]:
           that it works with. None where the extension is not built.
         - "cpu_isa": instruction set that the CPU kernels use; None where the extension is not built.
         - "cuda_kernels": for every operator with a GPU kernel, "CUDA C++" or "Triton". A CUDA C++ kernel calls the
-          Triton kernel for what it does not compute, such as float64.
+          Triton kernel for what it does not compute, such as float64. The environment variable
+          ``SLIMKERNELS_CUDA_KERNELS=triton``, set before the first use of an op, leaves all of them to Triton.
 
     Raises:
         ValueError: ``SLIMKERNELS_CPU_ISA`` names an instruction set that this machine does not have.

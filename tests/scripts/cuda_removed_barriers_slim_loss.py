@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 from support.emulated_slim_loss import EmulatedSlimLoss, Launch
-from support.helpers import assert_same_bits, random_problem
+from support.helpers import assert_same_bits
 from test_cuda_slim_loss import run
+
+from slimkernels import reference
 
 SEEDS = range(40)
 CASES = (
@@ -27,7 +29,14 @@ CASES = (
 
 
 def unnoticed(kernel: EmulatedSlimLoss, launched: dict, options: dict) -> tuple[int, list[int]]:
-    problem = random_problem(1, 4099, 205, temperature=options.get("temperature", 1.0), ignored=())
+    # Every value occurs about twenty times, and S has every other one of the 860 largest, so that the overlap depends
+    # on the K-th largest and on its ties. The label is the student's first choice, or off S.
+    logits = 3.0 * torch.randn(200)[torch.randint(200, (1, 4099))]
+    boost = torch.zeros(1, 4099).index_fill(1, logits.topk(860).indices[0].sort().values[::2], 50.0)
+    target = logits.argmax(-1) if options.get("statistics") else (boost[0, 2300:] == 0).nonzero()[0] + 2300
+    temperatures = (1.0, options.get("temperature", 1.0))
+    teacher = reference.topk_logits(torch.randn(1, 4099) + boost, 430, target=target, temperatures=temperatures)
+    problem = logits, target, teacher
     expected = run(kernel, Launch(**launched), *problem, **options)
     barriers = kernel.barriers_of_last_row()
 
@@ -50,6 +59,7 @@ def unnoticed(kernel: EmulatedSlimLoss, launched: dict, options: dict) -> tuple[
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the crashes are meant
     json.dump(unnoticed(EmulatedSlimLoss(Path(sys.argv[1])), *CASES[int(sys.argv[2])]), sys.stdout)
