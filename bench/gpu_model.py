@@ -275,12 +275,17 @@ def run_emulated(kernel: Kernel, shape: tuple[int, int, int], csrc: Path, folder
     for address, text in zip(callers, found, strict=True):
         file, line = text.split(" ")[0].rsplit(":", 1)
         line_of[address + 1] = (os.path.normpath(file), int(line) if line.isdigit() else 0)
-    executed: collections.Counter[Stack] = collections.Counter()
+    # A line has the largest count of its blocks; a line that is reached by several calls has the sum over them.
+    by_caller: dict[tuple[int, ...], collections.Counter] = collections.defaultdict(collections.Counter)
     for total, (block, *frames) in chains:
-        outer = kernel_frames((line_of[frame] for frame in frames), csrc)
+        counts = by_caller[tuple(frames)]
         for line in lines_of_block[block]:
-            stack = (line, *outer)
-            executed[stack] = max(executed[stack], total)
+            counts[line] = max(counts[line], total)
+    executed: collections.Counter[Stack] = collections.Counter()
+    for frames, counts in by_caller.items():
+        outer = kernel_frames((line_of[frame] for frame in frames), csrc)
+        for line, times in counts.items():
+            executed[(line, *outer)] += times
     return Run(plan[0], plan[1], barriers[0], barriers[1], dict(executed))
 
 
