@@ -88,6 +88,29 @@ UNTRACED inline void print() {
   }
 }
 
+// Runs the kernel on one row and prints the plan and the counts; returns the exit status.
+template <class Kernel>
+UNTRACED int run_row(int num_threads, int num_blocks, int64_t bytes, bool staged, Kernel kernel) {
+  emulator::Machine& machine = emulator::machine;
+  machine.num_threads = unsigned(num_threads);
+  machine.num_blocks = unsigned(num_blocks);
+  machine.skipped_barrier = -1;
+  machine.memory_size = bytes;
+  machine.kernel = [&] {
+    is_on = true;
+    kernel();
+  };
+  machine.fault = staged ? nullptr : "the row is not kept in shared memory";
+  if (!staged || !emulator::run_cluster()) {
+    fprintf(stderr, "%s\n", machine.fault);
+    return 1;
+  }
+  is_on = false;
+  printf("plan %d %lld\n", num_blocks, static_cast<long long>(bytes));
+  print();
+  return 0;
+}
+
 }  // namespace trace
 
 extern "C" UNTRACED void __sanitizer_cov_trace_pc() {
