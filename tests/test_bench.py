@@ -18,7 +18,7 @@ import torch
 
 from bench import blocks, codecs, compare, machine, overview, records, table, training_step
 from bench.ops import peers, worker
-from bench.ops.case import OURS, Case, Work
+from bench.ops.case import OURS, Case, Work, random_logits
 from bench.ops.cases import all_cases
 from bench.ops.cuda_cases import cuda_cases
 from bench.ops.measure import peak_extra_bytes, percentiles, rounds_for, time_providers
@@ -417,3 +417,13 @@ def test_bench_polynomial_layout_follows_a_long_row():
 def test_bench_kl_by_hand():
     before, after = np.log([0.5, 0.5]), np.log([0.25, 0.75])
     assert codecs.kl(before + 3.0, after) == pytest.approx(0.5 * math.log(4 / 3))
+
+
+def test_random_logits_have_the_offset_and_the_tail_of_a_model():
+    rows = random_logits(4, 50000, torch.bfloat16, 0).float()
+    assert ((rows.mean(-1) - 11.2).abs() < 0.1).all()
+    # The mass of the K = 5 % largest lies between that of a flat row and that of a single id.
+    kept = rows.softmax(-1).sort(-1, descending=True).values[:, :2500].sum(-1)
+    assert ((kept > 0.85) & (kept < 0.999)).all()
+    # In bfloat16 the values are as few as in a real row, so many logits tie.
+    assert all(len(row.unique()) < 400 for row in rows)

@@ -25,6 +25,7 @@ from support.helpers import (
 
 import slimkernels as sk
 from slimkernels import SparseLogits, reference
+from slimkernels.ops import _chunks, _head_gradients
 
 F64 = torch.float64
 DEPTH = 24
@@ -320,6 +321,50 @@ def test_linear_slim_loss_weight_gradient_in_rounds(dtype, num_rows, chunk_rows)
         chunk_rows=chunk_rows,
         reduction="sum",
     )
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shape and the row stride of the result of every matrix product, in order."""
+    found, multiply = [], torch.mm
+
+    def recorded(*arguments, out):
+        found.append((tuple(out.shape), out.stride(0)))
+        return multiply(*arguments, out=out)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [3, 7])
+def test_linear_slim_loss_of_an_odd_vocabulary_in_aligned_rows(dtype, chunk_rows, monkeypatch, products):
+    # The layout of CUDA, on a CPU: it changes where the logits are, and not one bit of the results.
+    operands = random_head(7, 203, dtype)[:2]
+    _, target, teacher = random_problem(7, 203, 9, dtype=dtype)
+    call = with_operands(sk.linear_slim_loss)
+    options = {"chunk_rows": chunk_rows, "rest": "ghost"}
+    expected = loss_and_grads(call, operands, 1.0, target, teacher, **options)
+    monkeypatch.setitem(_chunks._ROW_ALIGNMENT, "cpu", _chunks._ROW_ALIGNMENT["cuda"])
+    products.clear()
+    actual = loss_and_grads(call, operands, 1.0, target, teacher, **options)
+    strides = {stride for shape, stride in products if shape[1] == 203}
+    assert strides == {256}
+    assert_same_bits(actual[1], expected[1])
+    assert_same_bits(actual[0], expected[0])
+
+
+def test_linear_slim_loss_of_one_chunk_makes_the_weight_gradient_in_one_product(monkeypatch, products):
+    hidden, weight = random_head(16, 2500, torch.bfloat16)[:2]  # three panels of the vocabulary
+    _, target, teacher = random_problem(16, 2500, 30, dtype=torch.bfloat16)
+    call = with_operands(sk.linear_slim_loss)
+    expected = loss_and_grads(call, (hidden, weight), 1.0, target, teacher, chunk_rows=16)
+    monkeypatch.setitem(_head_gradients._WHOLE_ROUNDS, "cpu", _head_gradients._WHOLE_ROUNDS["cuda"])
+    products.clear()
+    actual = loss_and_grads(call, (hidden, weight), 1.0, target, teacher, chunk_rows=16)
+    assert [shape for shape, _ in products] == [(16, 2500), (16, DEPTH), (2500, DEPTH)]
+    for ours, panels in zip(actual[1], expected[1], strict=True):
+        torch.testing.assert_close(ours, panels)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

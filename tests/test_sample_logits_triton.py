@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits, explain
 from support.triton_checks import (
+    ARCHITECTURES,
     assert_compiles,
     assert_scratch_is_ordered,
     assert_tests_pass_interpreted,
@@ -68,6 +69,15 @@ def test_sample_logits_compiles_for(architecture, dtype, variant):
     from slimkernels.ops.triton.sample_logits import sample_logits_rows
 
     assert_compiles(lambda: launch_sampling(sample_logits_rows, 131072, dtype, *VARIANTS[variant]), architecture)
+
+
+@pytest.mark.slow  # with every supported Triton: make test-triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sample_logits_compiles_for_an_odd_vocabulary(architecture):
+    from slimkernels.ops.triton.sample_logits import sample_logits_rows
+
+    variant = VARIANTS["of every row, distinct"]
+    assert_compiles(lambda: launch_sampling(sample_logits_rows, 50257, torch.bfloat16, *variant), architecture)
 
 
 # One warp has all of a row of 20, so its reductions need no barrier, which would order the accesses by chance.

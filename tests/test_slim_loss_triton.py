@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support.helpers import assert_slim_loss_of_rows, random_problem
-from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
+from support.triton_checks import (
+    ARCHITECTURES,
+    assert_compiles,
+    assert_tests_pass_interpreted,
+    compile_for,
+    on_architectures,
+)
 
 import slimkernels as sk
 from slimkernels import reference
@@ -125,14 +131,41 @@ def test_slim_loss_passes_more_of_its_tests_interpreted():
     ("architecture", "dtype", "variant"), on_architectures([torch.bfloat16, torch.float32, torch.float64], VARIANTS)
 )
 def test_slim_loss_compiles_for(architecture, dtype, variant):
+    assert_compiles(
+        lambda: launch_slim_loss(128256, dtype, VARIANTS[variant]),
+        architecture,
+        may_spill=dtype == torch.float64,  # float64 serves the checking of gradients, not training
+    )
+
+
+@pytest.mark.slow  # with every supported Triton: make test-triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("vocab_size", [50257, 151937])
+def test_slim_loss_compiles_for_an_odd_vocabulary(architecture, vocab_size):
+    assert_compiles(lambda: launch_slim_loss(vocab_size, torch.bfloat16, {}), architecture)
+
+
+@pytest.mark.parametrize("vocab_size", [128256, pytest.param(262144, marks=pytest.mark.slow)])
+def test_slim_loss_moves_16_bytes_at_a_time_and_keeps_what_it_rewrites(vocab_size):
+    compiled = compile_for("sm_90", lambda: launch_slim_loss(vocab_size, torch.bfloat16, {}), "slim_loss_kernel")
+    logits, gradient = compiled.parameters("logits_ptr", "dlogits_ptr")
+    # The passes over the row; the kept ids and the label are gathered and scattered, two bytes each.
+    assert {access.num_bytes for access in compiled.of("ld", logits)} == {2, 16}
+    assert {access.num_bytes for access in compiled.of("st", gradient)} == {2, 16}
+    # What is scattered would otherwise read the written sectors back from memory.
+    assert not any("evict_first" in access.opcode for access in compiled.of("st", gradient))
+
+
+def launch_slim_loss(vocab_size, dtype, settings, top_k=6413):
     from slimkernels.ops.triton.slim_loss import slim_loss_rows
 
-    settings = {"token_weight": "teacher_over_student", "softcap": None, **DEFAULTS, **VARIANTS[variant]}
+    settings = {"token_weight": "teacher_over_student", "softcap": None, **DEFAULTS, **settings}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    logits = torch.empty(2, 128256, dtype=dtype)
+    logits = torch.empty(2, vocab_size, dtype=dtype)
+    top_k = min(top_k, vocab_size // 20)
     teacher = sk.SparseLogits(
-        torch.zeros(2, 6413, dtype=torch.int32),
-        torch.zeros(2, 6413, dtype=dtype),
+        torch.zeros(2, top_k, dtype=torch.int32),
+        torch.zeros(2, top_k, dtype=dtype),
         torch.zeros(2, 2, dtype=wide),
         temperatures=(1.0, 2.0),
         target_logit=torch.zeros(2, dtype=wide),
@@ -143,11 +176,7 @@ def test_slim_loss_compiles_for(architecture, dtype, variant):
     options = resolve_options(logits, "logits", teacher, **settings)
     stats = torch.empty(NUM_STATS[options.statistics], 2, dtype=wide)
     target, scale = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=wide)
-    assert_compiles(
-        lambda: slim_loss_rows(logits, dlogits, stats, target, scale, *options),
-        architecture,
-        may_spill=dtype == torch.float64,  # float64 serves the checking of gradients, not training
-    )
+    slim_loss_rows(logits, dlogits, stats, target, scale, *options)
 
 
 EVERY_OPTION = {"softcap": 4.0, "logit_scale": 0.7, "label_smoothing": 0.1, "z_loss_weight": 0.1, "ce_weight": 0.4}

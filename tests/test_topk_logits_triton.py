@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support.helpers import DTYPES, assert_same_bits, explain, hostile_rows, sparse_fields
-from support.triton_checks import assert_compiles, assert_tests_pass_interpreted, on_architectures
+from support.triton_checks import ARCHITECTURES, assert_compiles, assert_tests_pass_interpreted, on_architectures
 
 import slimkernels as sk
 from slimkernels import reference
@@ -44,9 +44,18 @@ def test_topk_logits_passes_more_of_its_tests_interpreted():
 
 @pytest.mark.parametrize(("architecture", "dtype", "shape"), on_architectures(DTYPES, [(128256, 6413), (200, 10)]))
 def test_topk_logits_compiles_for(architecture, dtype, shape):
+    assert_compiles(lambda: launch_topk_logits(dtype, *shape), architecture)
+
+
+@pytest.mark.slow  # with every supported Triton: make test-triton
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_topk_logits_compiles_for_an_odd_vocabulary(architecture):
+    assert_compiles(lambda: launch_topk_logits(torch.bfloat16, 50257, 2513), architecture)
+
+
+def launch_topk_logits(dtype, vocab_size, top_k):
     from slimkernels.ops.triton.topk_logits import topk_logits_rows
 
-    vocab_size, top_k = shape
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.empty(4, vocab_size, dtype=dtype)
     values, ids = torch.empty(4, top_k, dtype=dtype), torch.empty(4, top_k, dtype=torch.int32)
@@ -54,7 +63,7 @@ def test_topk_logits_compiles_for(architecture, dtype, shape):
     temperatures = [1.0, 2.0, 3.0]
     lse, rest_lse = torch.empty(2, 4, 3, dtype=wide)
     out = values, ids, lse, rest_lse, target_logit
-    assert_compiles(lambda: topk_logits_rows(logits, top_k, target, temperatures, *out), architecture)
+    topk_logits_rows(logits, top_k, target, temperatures, *out)
 
 
 def sampled_rows(vocab_size: int, sample: int) -> dict[str, torch.Tensor]:

@@ -60,6 +60,25 @@ def test_launch_settings_come_from_the_nearest_size(shipped):
     assert launch.settings_of("op", ROWS.float()).block == 3
 
 
+@pytest.mark.parametrize(
+    ("release", "architecture", "expected"),
+    [((3, 6), "gfx942", False), ((3, 6), "sm_90", True), ((3, 7), "gfx942", True)],
+)
+def test_old_compilers_of_amd_gpus_use_no_buffer_instructions(monkeypatch, release, architecture, expected):
+    monkeypatch.setattr(launch, "_RELEASE", release)
+    monkeypatch.setattr(launch, "architecture_of", lambda _device: architecture)
+    monkeypatch.setattr(launch.triton.knobs.amd, "use_buffer_ops", True)
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, _grid):
+            return lambda *_arguments, **_options: seen.append(launch.triton.knobs.amd.use_buffer_ops)
+
+    launch.run(Kernel(), 1, Settings(64, 4), torch.empty(1))
+    assert seen == [expected]
+    assert launch.triton.knobs.amd.use_buffer_ops
+
+
 def test_every_kernel_has_settings_that_are_powers_of_two():
     table = json.loads(tune.TABLE.read_text())["settings"]
     operators = {name.removesuffix("_rows") for name in _library.triton_launchers}

@@ -137,9 +137,21 @@ class Case:
         return work
 
 
-def random_rows(num_rows: int, width: int, dtype: torch.dtype, seed: int, *, masked: bool = False) -> Tensor:
-    """Draws normal rows with about the spread of a language model's logits; a mask sets those of odd ids to -inf."""
-    rows = (3 * torch.randn(num_rows, width, generator=generator(seed))).to(dtype)
+def random_rows(num_rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Draws normal rows with about the spread of hidden states."""
+    return (3 * torch.randn(num_rows, width, generator=generator(seed))).to(dtype)
+
+
+def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype, seed: int, *, masked: bool = False) -> Tensor:
+    """Draws rows like a language model's logits; a mask sets those of odd ids to -inf.
+
+    A real row has an offset, a bulk that is about normal, and a heavy upper tail: its largest probabilities follow a
+    power law, so its largest logits are exponentially distributed. The offset costs bfloat16 its resolution: between 8
+    and 16 its numbers are 1/16 apart, so many logits are equal, as in a real row and not in a normal one around 0.
+    """
+    source = generator(seed)
+    tail = torch.empty(num_rows, vocab_size).exponential_(generator=source)
+    rows = (10 + 2 * torch.randn(num_rows, vocab_size, generator=source) + 1.2 * tail).to(dtype)
     if masked:
         rows[:, 1::2] = -math.inf
     return rows

@@ -19,7 +19,7 @@ from bench.ops.case import (
     exact_dtype,
     five_per_cent,
     gradient_check,
-    random_rows,
+    random_logits,
     random_target,
     require,
     require_close,
@@ -112,8 +112,8 @@ def gather_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> Case:
     plain = "torch.gather, scatter, logsumexp"
 
     def build() -> Work:
-        logits = random_rows(num_rows, vocab_size, dtype, 0)
-        ids = sk.topk_logits(random_rows(num_rows, vocab_size, dtype, 1), top_k).ids
+        logits = random_logits(num_rows, vocab_size, dtype, 0)
+        ids = sk.topk_logits(random_logits(num_rows, vocab_size, dtype, 1), top_k).ids
         expected = reference.gather_logits(logits.double(), ids)
 
         def in_torch():
@@ -154,7 +154,7 @@ def topk_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, ma
     other += tuple(fused)
 
     def build() -> Work:
-        logits = random_rows(num_rows, vocab_size, dtype, 0, masked=masked)
+        logits = random_logits(num_rows, vocab_size, dtype, 0, masked=masked)
         expected = reference.topk_logits(logits.double(), top_k)
         kept_values = expected.logits.to(dtype).sort(-1).values
         providers = {OURS: lambda: sk.topk_logits(logits, top_k)}
@@ -198,9 +198,9 @@ def slim_loss_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=Fals
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size, masked=masked)
-        teacher_logits = random_rows(num_rows, vocab_size, dtype, 2, masked=masked)
+        teacher_logits = random_logits(num_rows, vocab_size, dtype, 2, masked=masked)
         teacher = sk.topk_logits(teacher_logits, top_k, target=target)
-        logits = random_rows(num_rows, vocab_size, dtype, 3, masked=masked).requires_grad_()
+        logits = random_logits(num_rows, vocab_size, dtype, 3, masked=masked).requires_grad_()
         steps = {OURS: lambda: sk.slim_loss(logits, target, teacher).loss}
         if not sweep:
             compiled = peers.compiled(peers.slim_loss)
@@ -235,8 +235,8 @@ def topk_slim_loss_case(num_rows, vocab_size, top_k, dtype, *, quick=False) -> C
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size)
-        teacher_logits = random_rows(num_rows, vocab_size, dtype, 2)
-        logits = random_rows(num_rows, vocab_size, dtype, 3).requires_grad_()
+        teacher_logits = random_logits(num_rows, vocab_size, dtype, 2)
+        logits = random_logits(num_rows, vocab_size, dtype, 3).requires_grad_()
         compiled = peers.compiled(peers.topk_slim_loss)
 
         def ours():
@@ -275,7 +275,7 @@ def cross_entropy_case(num_rows, vocab_size, dtype, *, masked=False) -> Case:
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size, masked=masked)
-        logits = random_rows(num_rows, vocab_size, dtype, 3, masked=masked).requires_grad_()
+        logits = random_logits(num_rows, vocab_size, dtype, 3, masked=masked).requires_grad_()
         compiled = peers.compiled(F.cross_entropy)
         steps = {
             OURS: lambda: sk.slim_loss(logits, target).loss,
@@ -310,7 +310,7 @@ def sample_case(num_rows, vocab_size, top_k, dtype, *, sweep=None, quick=False, 
     fused = cuda_peers.samplers()
 
     def build() -> Work:
-        logits = random_rows(num_rows, vocab_size, dtype, 0, masked=masked)
+        logits = random_logits(num_rows, vocab_size, dtype, 0, masked=masked)
         options = {"seed": 7, "position": torch.arange(num_rows), "top_k": top_k, "min_p": 0.0, **SAMPLING}
         expected = reference_sampling.sample_logits(logits.double(), **options).token
         least = logits.topk(top_k, -1).values[:, -1]
@@ -352,7 +352,7 @@ def store_case(vocab_size, top_k) -> Case:
     pair_bytes = 8 * top_k
 
     def build() -> Work:
-        sparse = sk.topk_logits(random_rows(1, vocab_size, torch.float32, 0), top_k)
+        sparse = sk.topk_logits(random_logits(1, vocab_size, torch.float32, 0), top_k)
         rows = codec.encode_rows(
             sparse.ids.numpy(),
             sparse.logits.numpy(),

@@ -15,10 +15,16 @@ import torch
 SHORTEST_ROUND_SECONDS = 2e-3
 # Larger than the second-level cache of any GPU.
 _FLUSH_BYTES = 2**28
+# The device's pauses before a timed call, in seconds: the first that is tried, and the last.
+_FIRST_PAUSE, _LONGEST_PAUSE = 2e-4, 0.2
+_CALIBRATION_CYCLES = 10**7
 
 
 class CpuClock:
     """A clock of a CPU: wall time of consecutive calls, and resident memory."""
+
+    def host_seconds(self, _run: Callable[[], object]) -> None:
+        """Returns None: on a CPU the host's time is the time of the call."""
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
         """Returns the mean time of ``calls`` calls."""
@@ -44,24 +50,57 @@ class CpuClock:
 class CudaClock:
     """A clock of a GPU: time between events of the current stream, and memory of torch's allocator.
 
-    Every call starts with a cold second-level cache.
+    Every call starts with a cold second-level cache. The device pauses before the first event until the host has
+    launched the whole call, so the time is that of the device; ``host_seconds`` is that of the host. A call that waits
+    for the device itself cannot be launched beforehand, and its time includes the host's.
     """
 
     def __init__(self) -> None:
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._pauses: dict[Callable[[], object], float] = {}
+        torch.cuda._sleep(_CALIBRATION_CYCLES)  # the first launch loads the kernel
+        self._cycles_per_second = _CALIBRATION_CYCLES / self._between_events(
+            lambda: torch.cuda._sleep(_CALIBRATION_CYCLES)
+        )
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
-        """Returns the mean time of ``calls`` calls."""
-        total = 0.0
+        """Returns the mean time of ``calls`` calls on the device."""
+        return sum(self._device_seconds(run) for _ in range(calls)) / calls
+
+    def host_seconds(self, run: Callable[[], object], calls: int = 5) -> float:
+        """Returns the least time that the host takes to launch a call, out of ``calls`` calls to an idle device."""
+        times = []
         for _ in range(calls):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        return min(times)
+
+    def _device_seconds(self, run: Callable[[], object]) -> float:
+        pause = self._pauses.get(run, _FIRST_PAUSE)
+        while True:
             self._flush.zero_()
+            torch.cuda._sleep(int(pause * self._cycles_per_second))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             run()
             end.record()
+            was_paused = not begin.query()  # false if the pause ended before the call was launched
             end.synchronize()
-            total += begin.elapsed_time(end) / 1e3
-        return total / calls
+            if was_paused or pause >= _LONGEST_PAUSE:
+                self._pauses[run] = pause
+                return begin.elapsed_time(end) / 1e3
+            pause *= 4
+
+    def _between_events(self, run: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
     def calls_per_round(self, _seconds: float) -> int:
         """Returns 1, because the cache is flushed before every call."""

@@ -16,6 +16,7 @@ from bench.ops.case import (
     five_per_cent,
     generator,
     gradient_check,
+    random_logits,
     random_rows,
     random_target,
     require,
@@ -109,7 +110,7 @@ def linear_slim_loss_case(num_rows, hidden_size, vocab_size, dtype, *, compiled=
 
     def build() -> Work:
         target = random_target(num_rows, vocab_size)
-        teacher = sk.topk_logits(random_rows(num_rows, vocab_size, dtype, 2), top_k, target=target)
+        teacher = sk.topk_logits(random_logits(num_rows, vocab_size, dtype, 2), top_k, target=target)
         hidden, weight = leaves = _head(num_rows, hidden_size, vocab_size, dtype)
         for leaf in leaves:
             leaf.requires_grad_()

@@ -16,7 +16,7 @@ from bench import records
 from bench.machine import machine
 from bench.ops.case import OURS, Case, Work
 from bench.ops.cases import all_cases
-from bench.ops.clock import copy_bytes_per_second, matmul_flops_per_second
+from bench.ops.clock import clock, copy_bytes_per_second, matmul_flops_per_second
 from bench.ops.cuda_cases import cuda_cases
 from bench.ops.measure import peak_extra_bytes, percentiles, time_providers
 
@@ -88,7 +88,10 @@ def times(case: Case, work: Work, rounds: int) -> dict[str, dict]:
     figures = {}
     for provider, seconds in time_providers(case, work, rounds).items():
         measured = percentiles([case.figure(value) for value in seconds])
-        kind = {"metric": case.metric, "unit": case.unit}
+        work.prepare(provider)
+        host_seconds = clock().host_seconds(work.providers[provider])
+        host = {} if host_seconds is None else {"host_ms": 1e3 * host_seconds}
+        kind = {"metric": case.metric, "unit": case.unit, **host}
         figures[provider] = {**kind, **measured, "rounds": len(seconds), **shared}
     return figures
 
@@ -123,6 +126,8 @@ def summary(case: Case, figures: dict[str, dict]) -> str:
     if ours["unit"] == "bytes":
         return f"{case.name}: " + ", ".join(f"{name} {row['p50'] / 2**20:.0f} MiB" for name, row in figures.items())
     line = f"{case.name}: {ours['p50']:.3g} {ours['unit']}, floor {ours['floor']:.3g} {ours['unit']}"
+    if "host_ms" in ours:
+        line += f", {ours['host_ms']:.3g} ms of the host to launch it"
     ratios = [f"{row['p50'] / ours['p50']:.2f}x {name}" for name, row in figures.items() if name != OURS]
     return ", ".join([line, *ratios])
 

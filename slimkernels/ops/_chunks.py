@@ -19,6 +19,9 @@ _CHUNKS = {2: (16 * 2**20, 256), 4: (32 * 2**20, 128), 8: (32 * 2**20, 128)}
 # Matrix products of a GPU reach their full rate with the first number of rows. A chunk has fewer, down to the second
 # number, where its logits would take more than a quarter of the free memory.
 _CUDA_ROWS, _CUDA_LEAST_ROWS = 4096, 256
+# Rows of a chunk begin at multiples of this many entries. cuBLAS has its fast kernels only for rows that are aligned
+# to 16 bytes, which those of an odd V are not; 64 entries are also whole lines of the cache.
+_ROW_ALIGNMENT = {"cpu": 1, "cuda": 64}
 
 
 def checked_chunk_rows(chunk_rows: int | None) -> int:
@@ -58,7 +61,9 @@ def _free_bytes(device: torch.device) -> int:
 def row_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Yields the rows of each chunk with their logits (rows, V), which the next chunk overwrites."""
     num_rows = hidden.shape[0]
-    buffer = hidden.new_empty(min(chunk_rows, num_rows), weight.shape[0])
+    vocab_size = weight.shape[0]
+    row_stride = vocab_size + -vocab_size % _ROW_ALIGNMENT.get(hidden.device.type, 1)
+    buffer = hidden.new_empty(min(chunk_rows, num_rows), row_stride)[:, :vocab_size]
     for begin in range(0, num_rows, chunk_rows):
         rows = slice(begin, min(begin + chunk_rows, num_rows))
         logits = buffer[: rows.stop - rows.start]

@@ -9,6 +9,9 @@ from slimkernels.ops._library import accumulation_dtype
 
 # Vocabulary entries whose gradient one matrix product makes, enough for the product to reach its full rate.
 _PANELS = {"cpu": 1024, "cuda": 16384}
+# Whether one product makes the whole of a round whose rows are one chunk, which needs no room. On a CPU the product
+# would copy the transposed logits, so there it is made in panels, too.
+_WHOLE_ROUNDS = {"cpu": False, "cuda": True}
 
 
 class HeadGradients:
@@ -90,7 +93,8 @@ class _WeightGradient:
         is_whole_round = rows == slice(begin, end)
         ends_round = rows.stop == end
         hidden = self._counted(slice(begin, end)) if ends_round else self._hidden
-        for vocab in self._panels():
+        whole = is_whole_round and _WHOLE_ROUNDS[dlogits.device.type]
+        for vocab in [slice(0, self._dweight.shape[0])] if whole else self._panels():
             panel = dlogits[:, vocab]
             if not is_whole_round:
                 parked = self._parked(vocab, end - begin)

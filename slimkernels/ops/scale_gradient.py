@@ -18,6 +18,10 @@ def scale_gradients(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tenso
     ``gradients`` are saved tensors. If the graph is freed after this backward pass, nothing else needs their memory, so
     it is handed out: unchanged where ``upstream`` is 1, the usual case, and on CUDA scaled in place by a kernel that
     reads ``upstream``, which would cost the host a synchronisation. If the graph is retained, the result is a copy.
+
+    A compiled graph multiplies, even by 1. Its saved tensors are inputs of the backward graph, and Inductor copies an
+    input before an operator that writes over it, so the kernel would move as many bytes there as the product does.
+    Inductor may write the product over a saved tensor that nothing else needs, so it takes no more memory.
     """
     if torch.compiler.is_compiling() or type(upstream) is not Tensor or _is_batched(upstream):
         dtypes = [accumulation_dtype(gradient.dtype) for gradient in gradients]

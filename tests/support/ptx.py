@@ -40,6 +40,7 @@ class Kernel:
     """The instructions of a compiled kernel, their order, and its accesses of global memory."""
 
     def __init__(self, compiled: Compiled) -> None:
+        self._names = compiled.parameters
         text = re.sub(r"//[^\n]*", "", compiled.assembly)
         head, body = text.split(".entry", 1)[1].split("\n{", 1)
         wide = re.findall(r"\.param\s+\.u64[^,)]*?(\w+_param_(\d+))", head)
@@ -61,6 +62,10 @@ class Kernel:
             for position, instruction in enumerate(self._instructions)
             if (match := _ACCESS.search(instruction))
         ]
+
+    def parameters(self, *names: str) -> list[int]:
+        """Returns the indices of parameters by the names that they have in Triton."""
+        return [self._names.index(name) for name in names]
 
     def of(self, kind: str, parameter: int) -> list[Access]:
         """Returns the loads or stores through a pointer parameter."""

@@ -40,6 +40,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     assembly: str = dataclasses.field(repr=False)  # PTX or AMD assembly
+    parameters: tuple[str, ...] = dataclasses.field(repr=False, default=())  # the assembly's, in order
 
 
 class _AbsentDevice:
@@ -66,7 +67,7 @@ def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
 
     def compile_instead(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append(_measure(kernel, architecture))
+        found.append(dataclasses.replace(_measure(kernel, architecture), parameters=_parameters(kernel)))
 
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(_AbsentDevice(TARGETS[architecture]))
@@ -78,6 +79,12 @@ def compiling_for(architecture: str) -> Iterator[list[Compiled]]:
         triton.runtime.driver._active = active
         JITFunction.run = run
         launch.architecture_of = architecture_of
+
+
+def _parameters(kernel) -> tuple[str, ...]:
+    """Returns the names of the arguments that are not constants of the compiled kernel."""
+    constant = {path[0] for path in kernel.src.constants}
+    return tuple(name for index, name in enumerate(kernel.src.fn.arg_names) if index not in constant)
 
 
 def _measure(kernel, architecture: str) -> Compiled:

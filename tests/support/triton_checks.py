@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from support import ptx
 
 HERE = Path(__file__).parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -63,14 +66,20 @@ def assert_scratch_is_ordered(launch: Callable[[], object], kernel: str) -> None
 
     The interpreter, which runs a program as one thread, cannot see these.
     """
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from support import ptx, triton_aot
-
-    with triton_aot.compiling_for("sm_90") as compiled:
-        launch()
-    (found,) = (ptx.Kernel(one) for one in compiled if one.kernel == kernel)
+    found = compile_for("sm_90", launch, kernel)
     assert found.scratch(), f"{kernel} reads nothing that it writes"
     for parameter in found.scratch():
         for first, second in (("ld", "st"), ("st", "ld")):
             unordered = found.unordered(first, second, parameter)
             assert not unordered, f"no barrier between {first} and {second} through pointer {parameter}: {unordered}"
+
+
+def compile_for(architecture: str, launch: Callable[[], object], kernel: str) -> ptx.Kernel:
+    """Compiles what ``launch()`` launches for an NVIDIA GPU and returns the PTX of one kernel."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from support import ptx, triton_aot
+
+    with triton_aot.compiling_for(architecture) as compiled:
+        launch()
+    (found,) = (ptx.Kernel(one) for one in compiled if one.kernel == kernel)
+    return found

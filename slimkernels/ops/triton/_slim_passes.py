@@ -388,12 +388,16 @@ def dense_gradient_at(y, row, dense, MODE: tl.constexpr):
 
 @triton.jit
 def write_row(dlogits_ptr, row, dense, MODE: tl.constexpr):
-    """Writes the whole row as if it were off S; the entries on S may overflow and are overwritten later."""
+    """Writes the whole row as if it were off S; the entries on S may overflow and are overwritten later.
+
+    The row stays in L2 if it has such entries: overwriting two bytes of a sector that was evicted would read it again.
+    """
+    STORE_POLICY: tl.constexpr = "" if MODE.has_teacher else "evict_first"
     for begin in tl.range(0, row.vocab_size, MODE.block_v, num_stages=4):
         v = begin + tl.arange(0, MODE.block_v)
         y = unit_logits(row, v, v < row.vocab_size, MODE, "evict_first")
         dy = dense_gradient_at(y, row, dense, MODE)
-        tl.store(dlogits_ptr + v, dy, mask=v < row.vocab_size, eviction_policy="evict_first")
+        tl.store(dlogits_ptr + v, dy, mask=v < row.vocab_size, eviction_policy=STORE_POLICY)
 
 
 @triton.jit

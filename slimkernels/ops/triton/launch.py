@@ -6,12 +6,15 @@ import contextlib
 import functools
 import json
 import math
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+_RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 class Settings(NamedTuple):
@@ -53,8 +56,23 @@ def run(kernel: Any, num_programs: int, settings: Settings, like: torch.Tensor, 
     options = {"num_warps": settings.num_warps, "enable_fp_fusion": True}
     if settings.max_registers is not None and architecture_of(like.device).startswith("sm_"):
         options["maxnreg"] = settings.max_registers
-    with device:
+    with device, _without_buffer_instructions(architecture_of(like.device)):
         kernel[(num_programs,)](*arguments, **constants, **options)
+
+
+@contextlib.contextmanager
+def _without_buffer_instructions(architecture: str) -> Iterator[None]:
+    """Keeps the compiler of AMD GPUs before Triton 3.7 from aborting.
+
+    Its conversion of loads and stores to buffer instructions fails an assertion where the pointer is chosen by a
+    condition, as that of the candidates or the whole row is.
+    """
+    if architecture.startswith("gfx") and _RELEASE < (3, 7):
+        with triton.knobs.amd.scope():
+            triton.knobs.amd.use_buffer_ops = False
+            yield
+    else:
+        yield
 
 
 @functools.cache

@@ -136,7 +136,7 @@ class Measures(NamedTuple):
     off_constant: tl.tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "ignore_index"])
 def slim_loss_kernel(
     logits_ptr,  # (N, V)
     dlogits_ptr,  # (N, V), logits_ptr itself, or None: no gradient
