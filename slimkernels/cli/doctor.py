@@ -34,7 +34,7 @@ VARIABLES = {
 _EXPLAINED = f"""\
 examples:
   slimkernels doctor
-  slimkernels doctor --json > doctor.json
+  slimkernels doctor --json
 Nothing is installed or changed, and no network is needed. The exit code is 1 if something does not work that the
 kernels need, else 0; an optional part that is missing is not a fault. Attach the output to a report of a problem.
 environment variables:
