@@ -26,9 +26,9 @@ GPU_TEST ?=
 REHEARSE ?=
 # The last release of TRL with MiniLLMTrainer; SlimLossMixin is tested with newer ones.
 MINILLM ?= trl==1.14.2
-# The packages whose losses `make parity` compares with ours, without their dependencies, and what the last one imports.
+# The packages whose losses `make parity` compares with ours, installed without dependencies, and what verl imports.
 PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy==25.1.1 tensordict==0.10.0 verl==0.9.1
-VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson pyvers cloudpickle
+VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson==3.13.0 pyvers==0.2.3 cloudpickle==3.1.3
 
 py := $(VENV)/bin/python
 # Prints the compute capability of the GPU for TORCH_CUDA_ARCH_LIST; without a GPU nothing, which stands for the default.

@@ -136,9 +136,12 @@ def test_parity_table_by_hand():
         row | {"dtype": "bfloat16", "case": "inf", "case_says": "-inf", "value": "nan", "theirs": lost},
         row | {"dtype": "bfloat16", "case": "odd", "case_says": "odd", "raised": "TypeError: no", "ours": quarter},
     ]
+    saturated = quarter | {"gradient": 4e-4, "scale": -6e13}
+    rows.append(row | {"case": "far", "case_says": "far", "theirs": saturated})
     lines = parity_block(rows).splitlines()
+    assert "| far | other `kl`, beta=0 | gradient off by 4.0e-04 | agrees |" in lines
     assert '| other `kl`, beta=0 | forward KL | `divergence="forward_kl"`, not times T² |' in lines
-    assert "| other `kl`, beta=0 | 1 of 4 | 1e-07 / 2e-07 | 3e-07 / 2e-07 | - | 3e-07 / 8e-01 |" in lines
+    assert "| other `kl`, beta=0 | 1 of 5 | 1e-07 / 2e-07 | 3e-07 / 2e-07 | - | 3e-07 / 8e-01 |" in lines
     assert "| temperature 2 | other `kl`, beta=0 | gradient 0.25 times the right one | agrees |" in lines
     assert "| -inf | other `kl`, beta=0 | agrees | value NaN for 0.5 |" in lines
     assert "| odd | other `kl`, beta=0 | agrees | raises TypeError |" in lines

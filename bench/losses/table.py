@@ -35,7 +35,8 @@ def parity_block(rows: list[dict]) -> str:
             for side in ("theirs", "ours")
         ]
         lines.append(f"| {_name(group[0])} | {len(agreeing)} of {len(group)} | {' | '.join(cells)} |")
-    lines += ["", *_contradicted(losses), "", _closing(list(newest.values()))]
+    lines += ["", "Where float64 contradicts a loss, theirs or ours (the value is followed by the exact one):", ""]
+    lines += [*_contradicted(losses), "", _closing(list(newest.values()))]
     return "\n".join(lines)
 
 
@@ -66,7 +67,8 @@ def _difference(row: dict) -> str:
     if theirs["gradient"] is None:
         parts.append("gradient not finite")
     elif theirs["gradient"] > limit:
-        is_multiple = theirs["direction"] is not None and theirs["direction"] <= limit
+        # An exact gradient of almost 0 makes any multiple of it small.
+        is_multiple = theirs["direction"] is not None and theirs["direction"] <= limit and 0.01 < theirs["scale"] < 100
         parts.append(
             f"gradient {theirs['scale']:.3g} times the right one"
             if is_multiple
