@@ -29,6 +29,7 @@ VARIABLES = {
     "SLIMKERNELS_CACHE": "folder of converted GGUF files",
     "SLIMKERNELS_CPU_ISA": "instruction set of the CPU kernels",
     "SLIMKERNELS_CUDA": "1 or 0: build the CUDA C++ kernels or leave them out (read by setup.py)",
+    "SLIMKERNELS_CUDA_KERNELS": "triton: leave CUDA tensors to Triton where CUDA C++ kernels are built",
     "SLIMKERNELS_LOCKS": "0: take no locks, on file systems that have none",
 }
 _EXPLAINED = f"""\
@@ -38,7 +39,7 @@ examples:
 Nothing is installed or changed, and no network is needed. The exit code is 1 if something does not work that the
 kernels need, else 0; an optional part that is missing is not a fault. Attach the output to a report of a problem.
 environment variables:
-{chr(10).join(f"  {name:<19}  {meaning}" for name, meaning in VARIABLES.items())}
+{chr(10).join(f"  {name:<24}  {meaning}" for name, meaning in VARIABLES.items())}
 """
 _PACKAGE = "slimkernels"
 _LABEL_WIDTH = 21
@@ -161,7 +162,17 @@ def _gpu(problems: list[str]) -> dict[str, Any]:
         return found | {"cuda_tensors": "none, as this torch is built for CPUs"}
     if found["devices"] and not has_triton:
         problems.append(f"CUDA tensors need triton, which is {triton}: pip install --force-reinstall triton")
-    return found | {"cuda_tensors": "Triton kernels" if has_triton else f"no kernels, as triton is {triton}"}
+    return found | {"cuda_tensors": _cuda_kernels(has_triton, str(triton))}
+
+
+def _cuda_kernels(has_triton: bool, triton: str) -> str:
+    """Returns what serves CUDA tensors, from what the operators were registered with."""
+    kernels = {}
+    if isinstance(_loaded(f"{_PACKAGE}.ops"), ModuleType):
+        kernels = importlib.import_module(f"{_PACKAGE}.ops._library").cuda_kernels
+    compiled = ", ".join(name.removesuffix("_rows") for name, kernel in kernels.items() if kernel != "Triton")
+    others = "Triton kernels" if has_triton else f"no kernels, as triton is {triton}"
+    return f"CUDA C++: {compiled}; all others: {others}" if compiled else others
 
 
 def _cuda_library(torch: ModuleType, problems: list[str]) -> str:
@@ -170,6 +181,8 @@ def _cuda_library(torch: ModuleType, problems: list[str]) -> str:
         return "not built"
     if torch.version.cuda is None:
         return "built, but not loaded, as this torch has no CUDA"
+    if os.environ.get("SLIMKERNELS_CUDA_KERNELS"):
+        return "built, but not loaded, as SLIMKERNELS_CUDA_KERNELS asks for Triton"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a library that does not load: raised as an error below
