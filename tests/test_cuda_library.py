@@ -159,18 +159,10 @@ def test_cuda_library_is_loaded_where_torch_has_cuda(built, package):
     shutil.copy(built.library, package / "slimkernels/_C_cuda.so")
     code = """
 ops = torch.ops.slimkernels
-production, other = (str(op.default._schema) for op in (ops.topk_logits_rows, ops.topk_logits_rows_cuda))
-assert other == production.replace("topk_logits_rows", "topk_logits_rows_cuda"), other
 tensor = torch.zeros(1, 4)
-try:
-    kept, lse = tensor[:, :2], tensor[:, :1]
-    ops.topk_logits_rows_cuda(tensor, 2, None, [1.0], kept, kept.int(), lse, lse, None)
-except NotImplementedError as error:
-    assert "'CPU'" in str(error)
-else:
-    raise AssertionError("there is no such kernel for a CPU")
 
-# The library serves slim_loss, and hands float64 to Triton with all arguments as they are.
+# The library serves two operators, and hands float64 to Triton with all arguments as they are.
+assert slimkernels.build_info()["cuda_kernels"]["topk_logits_rows"] == "CUDA C++"
 assert slimkernels.build_info()["cuda_kernels"]["slim_loss_rows"] == "CUDA C++"
 assert slimkernels.build_info()["cuda_kernels"]["softmax_gradient_rows"] == "Triton"
 given, seen = [], []
@@ -183,6 +175,16 @@ keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 assert ops.slim_loss_rows.default.redispatch(keys, *given) == 5
 assert len(seen[0]) == len(given) == 31
 assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(seen[0], given))
+
+seen.clear()
+torch.library.impl("slimkernels::topk_logits_rows_triton", "CPU", lambda *arguments: seen.append(arguments) or 6)
+kept, lse = tensor[:, :2].double(), tensor[:, :1].double()
+given = [tensor.double(), 2, None, [1.0, 2.0], kept, kept.int(), lse, lse, None]
+assert ops.topk_logits_rows.default.redispatch(keys, *given) == 6
+assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(seen[0], given))
+given = [tensor, 2, None, [1.0] * 33, *given[4:]]
+assert ops.topk_logits_rows.default.redispatch(keys, *given) == 6
+assert len(seen) == 2
 """
     done = load(package, code, cuda="13.0", stub=stub)
     assert (done.returncode, done.stderr) == (0, "")
@@ -201,7 +203,7 @@ def test_cuda_library_is_left_alone_where_triton_is_wanted(package, monkeypatch)
 
 def test_cuda_library_is_left_alone_where_torch_has_no_cuda(package):
     (package / "slimkernels/_C_cuda.so").write_text("not a library")
-    done = load(package, 'assert not hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda")\n')
+    done = load(package, 'assert not hasattr(torch.ops.slimkernels, "topk_logits_rows_triton")\n')
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -29,7 +29,7 @@ OP_TESTS = (
 
 pytestmark = pytest.mark.gpu
 needs_cuda_library = pytest.mark.skipif(
-    not hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda"),
+    not hasattr(torch.ops.slimkernels, "topk_logits_rows_triton"),
     reason="slimkernels/_C_cuda.so is not built: it needs nvcc, see setup.py",
 )
 
@@ -189,6 +189,6 @@ def test_cuda_cpp_topk_logits_never_waits_for_the_device(no_sync):
     logits = torch.zeros(4, 5000, device="cuda")
     values, ids = logits.new_empty(4, 7), torch.empty(4, 7, dtype=torch.int32, device="cuda")
     lse, rest_lse = logits.new_empty(2, 4, 1)
-    torch.ops.slimkernels.topk_logits_rows_cuda(logits, 7, None, [1.0], values, ids, lse, rest_lse, None)
+    torch.ops.slimkernels.topk_logits_rows(logits, 7, None, [1.0], values, ids, lse, rest_lse, None)
     torch.cuda.set_sync_debug_mode("default")  # looking at the result waits
     assert ids.tolist() == [list(range(7))] * 4

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import slimkernels.ops  # noqa: F401 -- loads the CUDA C++ operators if they are built
+import slimkernels.ops  # noqa: F401 -- registers the operators
 
 
 def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -25,23 +25,23 @@ def linear_cross_entropies() -> dict[str, Callable[[Tensor, Tensor, Tensor], Ten
 
 
 def topks() -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Returns the functions (logits, top_k) -> unsorted ids, by name; one is this package's CUDA C++ kernel."""
+    """Returns the functions (logits, top_k) -> unsorted ids, by name; one is this package's Triton kernel."""
     found: dict[str, Callable[[Tensor, int], Tensor]] = {}
     flashinfer = _installed("flashinfer")
     if flashinfer is not None and hasattr(flashinfer, "top_k"):
         found["FlashInfer top_k"] = lambda logits, top_k: flashinfer.top_k(logits, top_k)[1]
-    if torch.get_default_device().type == "cuda" and hasattr(torch.ops.slimkernels, "topk_logits_rows_cuda"):
-        found["CUDA C++ kernel"] = _topk_logits_rows_cuda
+    if torch.get_default_device().type == "cuda" and hasattr(torch.ops.slimkernels, "topk_logits_rows_triton"):
+        found["Triton kernel"] = _topk_logits_rows_triton
     return found
 
 
-def _topk_logits_rows_cuda(logits: Tensor, top_k: int) -> Tensor:
-    """Runs the CUDA C++ kernel, which computes the log-sum-exp too, and returns the ids."""
+def _topk_logits_rows_triton(logits: Tensor, top_k: int) -> Tensor:
+    """Runs the Triton kernel, which computes the log-sum-exp too, and returns the ids."""
     values = logits.new_empty(len(logits), top_k)
     ids = torch.empty_like(values, dtype=torch.int32)
     lse = logits.new_empty(len(logits), 1, dtype=torch.float32)
     rest_lse = torch.empty_like(lse)
-    torch.ops.slimkernels.topk_logits_rows_cuda(logits, top_k, None, [1.0], values, ids, lse, rest_lse, None)
+    torch.ops.slimkernels.topk_logits_rows_triton(logits, top_k, None, [1.0], values, ids, lse, rest_lse, None)
     return ids
 
 

@@ -2,12 +2,8 @@
 // than kMaxVocabulary, goes to the Triton kernel, which is slimkernels::slim_loss_rows_triton.
 //
 // The kernel has run on an emulated GPU (tests/support/cuda_emulator); neither it nor this file has run on a real one.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
-
 #include "../slim_loss/operator.h"
+#include "chosen.h"
 #include "launch.h"
 #include "slim_loss.cuh"
 #include "slim_loss_plan.h"
@@ -58,28 +54,22 @@ struct CudaSlimLoss {
   }
 };
 
-// A function with the parameters of the operator that chooses the kernel.
-template <class Operator>
-struct Chosen;
-template <class... Rest>
-struct Chosen<int64_t(Tensor, Rest...)> {
-  static int64_t run(Tensor logits, Rest... rest) {
-    const bool is_served = logits.scalar_type() != ScalarType::Double && logits.size(1) <= kMaxVocabulary;
-    if (is_served) return slim_loss_rows<CudaSlimLoss>(logits, rest...);
-    using torch::stable::detail::from;
-    std::array<StableIValue, 1 + sizeof...(Rest)> stack = {from(logits), from(rest)...};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("slimkernels::slim_loss_rows_triton", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<int64_t>(stack[0]);
+struct ChosenSlimLoss {
+  static constexpr char kTriton[] = "slimkernels::slim_loss_rows_triton";
+  static constexpr auto run = slim_loss_rows<CudaSlimLoss>;
+
+  template <class... Rest>
+  static bool serves(const Tensor& logits, const Rest&...) {
+    return logits.scalar_type() != ScalarType::Double && logits.size(1) <= kMaxVocabulary;
   }
 };
+
+using Served = Chosen<ChosenSlimLoss, decltype(slim_loss_rows<CudaSlimLoss>)>;
 
 }  // namespace
 }  // namespace cuda
 }  // namespace slimkernels
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels, CUDA, m) {
-  using slimkernels::cuda::CudaSlimLoss;
-  using Chosen = slimkernels::cuda::Chosen<decltype(slimkernels::slim_loss_rows<CudaSlimLoss>)>;
-  m.impl("slim_loss_rows", TORCH_BOX(&Chosen::run));
+  m.impl("slim_loss_rows", TORCH_BOX(&slimkernels::cuda::Served::run));
 }

@@ -4,19 +4,13 @@
 #include <float.h>
 #include <math.h>
 
+#include "machine.h"
 #include "topk_logits_memory.cuh"
 
 namespace slimkernels {
 
 constexpr int kLaunchedThreads = 512;
 constexpr int kMaxBlocks = 8;  // cluster size that every device with clusters supports
-
-// Properties of a device that a plan depends on.
-struct Machine {
-  bool has_clusters;
-  int64_t block_bytes, processor_bytes;  // shared memory: the most that a block can use, and that of a multiprocessor
-  int processors;
-};
 
 struct Plan {
   int num_blocks;  // blocks per row

@@ -28,7 +28,7 @@ def topk_logits(
     ids = torch.empty(num_rows, top_k, dtype=torch.int32)
     lse, rest_lse = torch.full((2, num_rows, len(temperatures)), math.nan)
     target_logit = None if target is None else torch.empty(num_rows)
-    op = torch.ops.slimkernels.topk_logits_rows_cuda.default
+    op = torch.ops.slimkernels.topk_logits_rows.default
     on_cuda(op, logits, top_k, target, list(temperatures), values, ids, lse, rest_lse, target_logit)
     return sk.SparseLogits(ids, values, lse, temperatures, target_logit, rest_lse)
 
