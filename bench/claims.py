@@ -87,11 +87,14 @@ def weight_sentence(rows: Sequence[dict[str, Any]]) -> str:
     Args:
         rows: Rows of the comparison of methods.
     """
-    _, (compared, verdict), _ = _adaptive(_results(rows))
-    answers = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "Not shown"}
-    if verdict not in answers:
+    changes = _changes(_results(rows))[REFERENCE]
+    if not changes:
         return ""
-    return f"Does the adaptive weight help? {answers[verdict]}: tuned alike over 3 seeds, perplexity of {compared}. "
+    answer = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "Not shown"}[_verdict([change for _, change in changes])]
+    return (
+        f"Does the adaptive weight help? {answer}: tuned alike over 3 seeds, SLIM's perplexity differs from KD's by "
+        f"{' and '.join(f'{_percent(change)} ({at})' for at, change in changes)}. "
+    )
 
 
 def healed_sentence(rows: Sequence[dict[str, Any]]) -> str:
@@ -127,7 +130,15 @@ def _minillm(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _adaptive(found: Sequence[Results]) -> list[tuple[str, str]]:
-    """Returns what SLIM changes compared with SFT, KD and KD with SLIM's mean weight."""
+    """Returns what was measured of SLIM compared with SFT, KD and KD with SLIM's mean weight, and the verdicts."""
+    return [
+        (_measured(f"SLIM to {METHODS[name].title}", changes), _verdict([change for _, change in changes]))
+        for name, changes in _changes(found).items()
+    ]
+
+
+def _changes(found: Sequence[Results]) -> dict[str, list[tuple[str, Difference]]]:
+    """Returns what SLIM changes compared with other methods, by their names, with p-values adjusted over all."""
     measured = [
         (name, _at(result, labels), difference(theirs, ours, "perplexity"))
         for name in ("sft", REFERENCE, CONSTANT)
@@ -139,10 +150,7 @@ def _adaptive(found: Sequence[Results]) -> list[tuple[str, str]]:
     by_name: dict[str, list[tuple[str, Difference]]] = {"sft": [], REFERENCE: [], CONSTANT: []}
     for (name, at, _), change in zip(measured, adjusted, strict=True):
         by_name[name].append((at, change))
-    return [
-        (_measured(f"SLIM to {METHODS[name].title}", changes), _verdict([change for _, change in changes]))
-        for name, changes in by_name.items()
-    ]
+    return by_name
 
 
 def _sufficient(found: Sequence[Results]) -> tuple[str, str]:
@@ -168,11 +176,12 @@ def _verdict(changes: Sequence[Difference]) -> str:
 
 
 def _measured(what: str, changes: Sequence[tuple[str, Difference]]) -> str:
-    cells = [
-        "{}: {:+.1f} % [{:+.1f}, {:+.1f}]".format(at, *(100 * math.expm1(value) for value in change[:3]))
-        for at, change in changes
-    ]
+    cells = [f"{at}: {_percent(change)}" for at, change in changes]
     return f"{what}; {'; '.join(cells)}" if cells else ""
+
+
+def _percent(change: Difference) -> str:
+    return "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*(100 * math.expm1(value) for value in change[:3]))
 
 
 def _at(results: Results, labels: int) -> str:

@@ -303,7 +303,7 @@ def test_claims_are_judged_by_their_intervals():
     assert claim == "the teacher's logits help beyond its text"
     assert measured.endswith("a new student of random weights, 25,000 labels: -39.3 % [-39.3, -39.3]")
     assert weight_sentence([]) == healed_sentence(found) == ""
-    assert weight_sentence(found).startswith("Does the adaptive weight help? No: tuned alike over 3 seeds, perplexity")
+    assert weight_sentence(found).startswith("Does the adaptive weight help? No: tuned alike over 3 seeds, SLIM's")
     healed = healed_sentence([row | {"student": "half"} for row in found])
     assert "end at 82 % higher perplexity without such logits than with them (95 % interval 82 to 82 %" in healed
     # A kind of student that does not agree takes the verdict away.
