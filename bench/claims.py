@@ -1,4 +1,4 @@
-"""What the papers claim, what was measured here, and whether that shows it: a table from committed results."""
+"""Judges the claims of the papers by committed results, and writes the table of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Claim(NamedTuple):
     Attributes:
         paper: Paper that makes the claim.
         claim: The claim in our words.
-        measured: What was measured here.
-        verdict: Whether that shows the claim.
+        measured: Figures measured here.
+        verdict: One of "shown", "not shown", "contradicted", "not measured".
         command: Command that measures it.
     """
 
