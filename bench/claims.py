@@ -15,7 +15,8 @@ from slimkernels.evaluate.statistics import Difference, holm
 # More than this much more perplexity would count as a cost of keeping only the largest logits.
 MARGIN = 0.02
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_MEASURED = "shown", "not shown", "contradicted", "not measured"
-METHODS_COMMAND = "`python -m bench.reproduce.methods test`, [below](#methods-that-are-all-tuned-alike)"
+INSTRUCTIONS_COMMAND = "[`bench.reproduce.instructions`](#instruction-following)"
+METHODS_COMMAND = "[`bench.reproduce.methods`](#methods-that-are-all-tuned-alike)"
 
 
 class Claim(NamedTuple):
@@ -65,9 +66,7 @@ def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]
         Claim("SLIM", "SLIM is better than KD", *kd, METHODS_COMMAND),
         Claim("SLIM", "a weight per token helps, compared with the same weight for all", *weight, METHODS_COMMAND),
         Claim("SLIM", "the largest 5 % of the logits suffice", *_sufficient(found), METHODS_COMMAND),
-        Claim(
-            "SLIM", "SLIM is better than MiniLLM", *_minillm(instructions), "`python -m bench.reproduce.instructions`"
-        ),
+        Claim("SLIM", "SLIM is better than MiniLLM", *_minillm(instructions), INSTRUCTIONS_COMMAND),
         Claim("SLIM", "SLIM is better on downstream tasks", "", NOT_MEASURED, ""),
         Claim("SLIM", "teachers of 70B parameters can be distilled", "", NOT_MEASURED, ""),
         Claim("PathFinder", "6 % better than other ways to decode, on three tasks", "", NOT_MEASURED, ""),
