@@ -17,6 +17,7 @@ from slimkernels.ops.triton._slim_terms import student_row
 class DenseMode(NamedTuple):
     """Compile-time constants of the kernel: the fields of ``Mode`` that a walk over a student's row reads."""
 
+    has_teacher: bool
     two_temperatures: bool
     softcap: bool
     acc: tl.dtype
@@ -92,6 +93,7 @@ def softmax_gradient_rows(
         softcap,
         logit_scale,
         MODE=DenseMode(
+            has_teacher=False,
             two_temperatures=temperature != 1,
             softcap=softcap > 0,
             acc=launch.accumulation_dtype(logits.dtype),
