@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from bench import records
 from bench.claims import claims, healed_sentence, weight_sentence
 from bench.machine import one_at_a_time
-from bench.reproduce import methods, methods_plan, methods_training
+from bench.reproduce import methods, methods_corpus, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
-from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Text
+from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus, Text
 from bench.reproduce.methods_plan import (
     METHODS,
     STUDENTS,
@@ -131,6 +131,17 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
     student = AutoModelForCausalLM.from_pretrained(comparison.students / "half-60-slim-1")
     measured = methods_training.measure(student, comparison.corpus.heldout(TEST))
     assert measured["loss"] == pytest.approx(again["loss"], rel=1e-6)
+
+
+def test_methods_on_another_machine_learn_from_the_same_text(comparison, tmp_path, monkeypatch):
+    documents = tmp_path / "documents"
+    first, second = (Corpus(tmp_path / name, comparison.corpus.text, documents) for name in ("first", "second"))
+    digest = first.digest(1, 60, TEST)
+    assert sorted(path.name for path in documents.glob("*.jsonl")) == ["test.jsonl", "training-1.jsonl"]
+    # A machine that would write another text.
+    monkeypatch.setattr(methods_corpus, "generate_documents", lambda *_, **__: pytest.fail("written again"))
+    assert second.digest(1, 60, TEST) == digest
+    assert len(second.training(1, 60, "top")) == len(second._learned(1, 60))
 
 
 @pytest.mark.parametrize("name", ["sampled", "dense_kd", "gkd", "taid", "top_5_ghost", "all", "hidden"])

@@ -14,7 +14,8 @@ shows. A student is half of the teacher's layers, which has to be healed ("half"
 ("random").
 
 Each training is one line of the results file, written when it has ended, and is never run again. A row names its text
-by a digest: another processor may write another one, which is then a comparison of its own. Trainings that run beside
+by a digest. Another processor would write another one from the same seed, which would be a comparison of its own, so
+what the teacher wrote is kept beside the results, and every machine learns from it. Trainings that run beside
 other work (``--beside``), such as those of other methods on the other cores, are equally valid but give no seconds.
 Methods, students and the search are in ``methods_plan.py``.
 """
@@ -60,9 +61,10 @@ class Comparison:
 
     Args:
         out: JSONL file of rows.
-        work: Folder for text and stores.
+        work: Folder for stores.
         text: The teacher, and how it writes.
         english: File of plain English that the test measures on too.
+        documents: Folder for what the teacher wrote; None for one in ``work``.
         students: Folder in which the students of the test are saved, each in one of its own; None to save none.
         alone: Whether each training waits for the other benchmarks of the machine, and holds up later ones.
     """
@@ -74,10 +76,12 @@ class Comparison:
         text: Text | None = None,
         english: Path | None = None,
         *,
+        documents: Path | None = None,
         students: Path | None = None,
         alone: bool = True,
     ) -> None:
-        self.out, self.corpus, self.english, self.alone = out, Corpus(work, text or Text()), english, alone
+        self.out, self.english, self.alone = out, english, alone
+        self.corpus = Corpus(work, text or Text(), documents)
         self.students = students
         self._texts: dict[tuple[int, int, str], str] = {}
 
@@ -167,7 +171,14 @@ def main() -> None:
     for command in (tune, test, table):
         command.add_argument("--out", type=Path, required=True, help="JSONL file of the rows")
     for command in (tune, test):
-        command.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder for text and stores")
+        command.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder for stores")
+        command.add_argument(
+            "--documents",
+            type=Path,
+            metavar="DIR",
+            default=Path("bench/results/methods-text"),
+            help="folder for what the teacher wrote, which every machine learns from",
+        )
         command.add_argument("--student", choices=STUDENTS, default="half", help="kind of student")
         names = METHODS if command is tune else METHODS | SUPPORTS
         command.add_argument("--methods", choices=names, nargs="+", default=list(names), metavar="METHOD")
@@ -193,14 +204,20 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.command == "tune":
-        run = Comparison(args.out, args.work, alone=not args.beside).tune(args.student, args.methods, most=args.runs)
+        comparison = Comparison(args.out, args.work, documents=args.documents, alone=not args.beside)
+        run = comparison.tune(args.student, args.methods, most=args.runs)
     else:
         if args.english is None:
             print("plain English is not measured on: pass a file, such as WikiText-2's test.txt, as --english")
         elif not args.english.is_file():
             parser.error(f"--english must be a text file, got {args.english}, which is not a file")
         comparison = Comparison(
-            args.out, args.work, english=args.english, students=args.students, alone=not args.beside
+            args.out,
+            args.work,
+            english=args.english,
+            documents=args.documents,
+            students=args.students,
+            alone=not args.beside,
         )
         if TUNING_SEED in args.seeds:
             parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")

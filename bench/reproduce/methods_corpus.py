@@ -51,15 +51,16 @@ class Text:
 
 
 class Corpus:
-    """The teacher's text and stores of its logits, made when they are first asked for and kept in a folder.
+    """The teacher's text and stores of its logits, made when they are first asked for and kept in folders.
 
     Args:
-        work: Folder for text and stores.
+        work: Folder for stores.
         text: The teacher, and how it writes.
+        documents: Folder for what it wrote, so that other machines can learn from the same; None for one in ``work``.
     """
 
-    def __init__(self, work: Path, text: Text) -> None:
-        self.work, self.text = work, text
+    def __init__(self, work: Path, text: Text, documents: Path | None = None) -> None:
+        self.work, self.text, self.documents = work, text, documents or work / "text"
         prompts = shipped_prompts()[: text.prompts]
         every = text.heldout_every
         held = {TEST: prompts[::every], DEVELOPMENT: prompts[every // 2 :: every]}
@@ -130,7 +131,7 @@ class Corpus:
 
         The teacher writes the documents that are missing.
         """
-        path = self.work / "text" / f"{part}.jsonl"
+        path = self.documents / f"{part}.jsonl"
         name, wanted = next(iter(size.items()))
         lines = _lines(path)
         done = len(lines) if name == "num_documents" else sum(len(line["input_ids"]) for line in lines)
