@@ -146,6 +146,8 @@ class Corpus:
                 top_k=self.text.top_k,
                 seed=seed,
                 batch_size=64,
+                # Another run may be writing it.
+                wait=True,
                 **size,
             )
             lines = _lines(path)
