@@ -102,6 +102,8 @@ SUPPORTS = {
 } | {
     "all": Method("all, from the teacher itself", {}, "online", follows="kd"),
     "hidden": Method("all, from stored hidden states", {}, "hidden", follows="kd"),
+    # The paper's weight, which decides the default.
+    "weight_1": Method("5 %, weight of the divergence 1", {"kd_weight": 1.0}, follows="kd"),
 }
 SUPPORT_LABELS = 25_000
 

@@ -239,7 +239,7 @@ def _conditions(results: Results) -> str:
     last, text, kind = results.last, results.last["settings"]["text"], results.last["settings"]["student"]
     measured = next(row for row in reversed(results.rows) if row["op"] != "choice")
     start = f"{len(kind['layers'])} of its layers" if kind["layers"] else f"{kind['num_layers']} new layers"
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in results.rows))
+    devices, commits = (", ".join(dict.fromkeys(row[name] for row in results.rows)) for name in ("device", "commit"))
     return (
         f"Teacher: {text['teacher']}, perplexity {measured['teacher_perplexity']:.2f}, which wrote all text, so that "
         f"SFT on it is sequence-level distillation. Student: {start}, {measured['parameters']:,} parameters; "
@@ -247,8 +247,8 @@ def _conditions(results: Results) -> str:
         f"bfloat16 autocast. Options were chosen by the loss on {_heldout(results, 'trial')} labels of the development "
         f"part. Brackets hold 95 % bootstrap intervals over the test's documents, paired, each the mean over seeds "
         f"{', '.join(map(str, TEST_SEEDS))}; p is of the sign-flip test, adjusted over the methods by Holm's method. "
-        f"Seconds are shown of trainings that had the machine to themselves. {last['device']}, "
-        f"commit {commits}, {last['date'][:10]}."
+        f"Seconds are shown of trainings that had the machine to themselves. {devices}; "
+        f"commits {commits}; {last['date'][:10]}."
     )
 
 
