@@ -114,8 +114,15 @@ def test_question_of_the_models_own_finishes_a_branch_that_has_an_answer():
 @pytest.mark.parametrize("kind", ["number", "any"])
 @pytest.mark.parametrize(
     "loop",
-    ["Q: a\n" * 10_000, "the answer is not " * 10_000, "\\boxed{" * 20_000, "\n" * 200_000],
-    ids=lambda loop: loop[:14],
+    [
+        "Q: a\n" * 10_000,
+        "Q: a\nb\n" * 10_000,
+        "the answer is not " * 10_000,
+        "\\boxed{" * 20_000,
+        "\\boxed{" * 20_000 + "}",
+        "\n" * 200_000,
+    ],
+    ids=["questions", "asides", "denials", "open", "closed", "lines"],
 )
 def test_text_of_a_model_in_a_loop_is_read(kind, loop):
     # Reading them took hours where the time grew with the square or the cube of the length.

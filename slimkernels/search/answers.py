@@ -40,26 +40,46 @@ class Extraction(NamedTuple):
     flexible: str | None
 
 
+# Characters of a line in which an announced answer is looked for: a model in a loop may write one of any length.
+_MAX_LINE = 1000
+_BEFORE_LINE = re.compile(r"[ \t:*=\n]*")
+
+
 class _Announcement(NamedTuple):
     """A place where a text announces its answer.
 
     Attributes:
         marker: "boxed", "is" for "the answer is", "colon" for "Answer:", or "hashes".
-        text: Content of the box, or all the text after the marker.
+        source: Text that announces it.
+        start: Index behind the marker.
+        end: Index at which the box, or else ``source``, ends.
     """
 
     marker: Literal["boxed", "is", "colon", "hashes"]
-    text: str
+    source: str
+    start: int
+    end: int
+
+    @property
+    def text(self) -> str:
+        """Content of the box, or all the text after the marker."""
+        return self.source[self.start : self.end]
 
     @property
     def line(self) -> str:
         """The first line with text after the marker, since the answer may stand below it."""
-        return self.text.lstrip(" \t:*=\n").partition("\n")[0]
+        begin = self._line_begin
+        return self.source[begin : min(begin + _MAX_LINE, self.end)].partition("\n")[0]
 
     @property
     def is_below(self) -> bool:
         """Whether that line is below the marker."""
-        return "\n" in self.text[: len(self.text) - len(self.text.lstrip(" \t:*=\n"))]
+        return self.source.find("\n", self.start, self._line_begin) >= 0
+
+    @property
+    def _line_begin(self) -> int:
+        found = _BEFORE_LINE.match(self.source, self.start, self.end)
+        return self.start if found is None else found.end()
 
 
 class _Reader(NamedTuple):
@@ -173,16 +193,19 @@ def _own_text(text: str, reader: _Reader, choices: Sequence[str]) -> str:
 
 def _before_next_question(text: str, reader: _Reader, choices: Sequence[str]) -> str:
     """Cuts a text at its first question after a possible answer; a question before any answer repeats the prompt's."""
-    end = 0
+    end, unread, is_start = 0, "", True
     for found in _QUESTION.finditer(text):
-        is_repeated = not text[end : found.start()].strip()
+        unread += text[end : found.start()]
         end = found.end()
-        if is_repeated:  # only text can hold an answer, and a loop of the model may hold hundreds of questions
+        # Only text can hold an answer, and a loop of the model may hold hundreds of questions.
+        if not unread.strip():
             continue
-        before = text[: found.start()]
-        own = _without_questions(before)
-        if _complete(own, reader, choices) is not None or reader.anywhere(own, choices) is not None:
-            return before
+        if is_start:
+            unread, is_start = _OWN_PREFIX.sub("", unread), False
+        if _complete(unread, reader, choices) is not None or reader.anywhere(unread, choices) is not None:
+            return text[: found.start()]
+        # An answer announced at the end may follow; everything before it was read without finding an answer.
+        unread = unread[unread.rstrip().rfind("\n") + 1 :]
     return text
 
 
@@ -207,34 +230,36 @@ _MAX_CONDITION_LENGTH = 100  # characters before "the answer is" in which it is 
 
 def _announcements(text: str) -> Iterator[_Announcement]:
     """Yields the announcements of a text in order."""
+    box_ends = None
     for found in _MARKER.finditer(text):
-        after = text[found.end() :]
         if found["colon"]:
-            yield _Announcement("colon", after)
+            yield _Announcement("colon", text, found.end(), len(text))
         elif found["hashes"]:
-            yield _Announcement("hashes", after)
+            yield _Announcement("hashes", text, found.end(), len(text))
         elif not found["is"]:
-            content = _braced(after)
-            if content is not None:
-                yield _Announcement("boxed", content)
+            box_ends = _brace_ends(text) if box_ends is None else box_ends
+            box = _BOXED.match(text, found.end())
+            if box is not None and box["word"]:
+                yield _Announcement("boxed", text, *box.span("word"))
+            elif box is not None and box.end() in box_ends:
+                yield _Announcement("boxed", text, box.end(), box_ends[box.end()])
         elif not _NOT_ANNOUNCED.search(text, max(0, found.start() - _MAX_CONDITION_LENGTH), found.start()):
-            yield _Announcement("is", after)
+            yield _Announcement("is", text, found.end(), len(text))
 
 
-def _braced(text: str) -> str | None:
-    """Returns the content of the braces with which a text begins, or its first word; None if they are not closed."""
-    text = text.lstrip(" ")
-    if not text.startswith("{"):
-        found = re.match(r"[^\s$]+", text)
-        return None if found is None else found[0]
-    if "}" not in text:
-        return None
-    depth = 0
-    for index, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[1:index]
-    return None
+# Text behind \boxed: the braces with its content, or a word without any.
+_BOXED = re.compile(r" *(?:\{|(?P<word>[^\s${][^\s$]*))")
+
+
+def _brace_ends(text: str) -> dict[int, int]:
+    """Returns where the content of each pair of braces ends, by where it begins."""
+    ends, open_at = {}, []
+    for found in re.finditer(r"[{}]", text):
+        if found[0] == "{":
+            open_at.append(found.end())
+        elif open_at:
+            ends[open_at.pop()] = found.start()
+    return ends
 
 
 def _complete(text: str, reader: _Reader, choices: Sequence[str]) -> str | None:
@@ -248,8 +273,8 @@ def _complete(text: str, reader: _Reader, choices: Sequence[str]) -> str | None:
 
 def _of_solution(text: str, reader: _Reader, choices: Sequence[str]) -> str | None:
     """Returns the answer of the solution behind the last "Answer:" or hashes."""
-    solutions = [found.text for found in _announcements(text) if found.marker in ("colon", "hashes")]
-    return reader.of_solution(solutions[-1], choices) if solutions else None
+    solutions = [found for found in _announcements(text) if found.marker in ("colon", "hashes")]
+    return reader.of_solution(solutions[-1].text, choices) if solutions else None
 
 
 def _spelled(value: Fraction | None) -> str | None:
@@ -259,7 +284,7 @@ def _spelled(value: Fraction | None) -> str | None:
 def _complete_number(announcement: _Announcement, _: Sequence[str]) -> str | None:
     if announcement.marker == "boxed":
         result = announcement.text.rpartition("=")[2]
-        if not is_read_whole(result):
+        if len(result) > _MAX_LINE or not is_read_whole(result):
             return None
         value = first_number(result)
         return _spelled(first_number(announcement.text) if value is None else value)
