@@ -37,13 +37,16 @@ def assert_tests_pass_interpreted(*tests: str, timeout: float = 600) -> None:
 def on_architectures(*axes: Iterable[Any]) -> list[Any]:
     """Makes the parameters (architecture, *one of each axis) of a test: every combination, on all architectures.
 
-    All but one architecture of a combination, each in turn, are slow: a compilation takes a second.
+    A compilation takes a second, so most are slow: those of a combination of which several values are not the first of
+    their axis, and of the others all but one architecture, each in turn.
     """
     params = []
     for places in itertools.product(*(tuple(enumerate(axis)) for axis in axes)):
         numbers, values = zip(*places, strict=True)
         for index, architecture in enumerate(ARCHITECTURES):
-            marks = () if index == sum(numbers) % len(ARCHITECTURES) else pytest.mark.slow
+            others = sum(number > 0 for number in numbers)
+            by_default = others <= 1 and index == sum(numbers) % len(ARCHITECTURES)
+            marks = () if by_default else pytest.mark.slow
             names = "-".join("-".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in values)
             params.append(pytest.param(architecture, *values, marks=marks, id=f"{names}-{architecture}"))
     return params
