@@ -27,15 +27,13 @@ def test_sample_logits_passes_its_tests_interpreted():
         *(f"test_sample_logits.py::test_sample_logits_hand_worked[dtype0-options{i}-kept{i}]" for i in (11, 13, 16)),
         *(
             f"test_sample_logits.py::test_sample_logits_ties_and_infinities_hand_worked[dtype1-row{i}-options{i}-kept{i}]"
-            for i in range(13)
+            for i in range(0, 13, 3)
         ),
         "test_sample_logits.py::test_sample_logits_at_extreme_temperatures[dtype0-1e-30]",
         "test_sample_logits.py::test_sample_logits_takes_strided_options",
         "test_sample_logits.py::test_sample_distinct_ends_in_padding_where_too_few_are_left",
         "test_sample_logits_triton.py::test_draws_among_candidates[torch.bfloat16]",
         "test_sample_logits_triton.py::test_hostile_rows_of_several_blocks",
-        "test_sample_logits_triton.py::test_more_draws_than_a_block",
-        "test_sample_logits_triton.py::test_noise_of_any_seed_and_position",
         "test_sample_logits_triton.py::test_options_out_of_range_make_nan",
     )
 
@@ -51,7 +49,13 @@ def test_sample_logits_passes_more_of_its_tests_interpreted():
         "test_sample_logits.py::test_sample_logits_of_hostile_rows[37-dtype1]",
         "test_sample_logits.py::test_sample_logits_at_extreme_temperatures[dtype2-10000.0]",
         "test_sample_logits.py::test_sample_logits_keeps_leading_dimensions",
+        *(
+            f"test_sample_logits.py::test_sample_logits_ties_and_infinities_hand_worked[dtype1-row{i}-options{i}-kept{i}]"
+            for i in range(13)
+        ),
         "test_sample_logits.py::test_sample_logits_opcheck",
+        "test_sample_logits_triton.py::test_more_draws_than_a_block",
+        "test_sample_logits_triton.py::test_noise_of_any_seed_and_position",
         "test_sample_logits_triton.py::test_draws_among_candidates",
         "test_sample_logits_triton.py::test_draws_are_batch_invariant",
     )
