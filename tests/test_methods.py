@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 from support.teachers import save_teacher
@@ -183,6 +185,27 @@ def test_methods_benchmarks_take_turns(monkeypatch, tmp_path):
             lock_file(other, path)
     with path.open("ab") as other:
         lock_file(other, path)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("table --out missing.jsonl", "--out must be a file with rows, got missing.jsonl, which has none: run `tune`"),
+        ("table --out .", "--out must be a JSONL file of rows: .*Is a directory"),
+        ("table --out words.jsonl", "words.jsonl, line 2, must be a JSON object, got 'not one': remove the line"),
+        ("table --out other.jsonl", "got other.jsonl, in which one has no settings"),
+        ("test --out missing.jsonl --runs -1", "--runs: must be a whole number of at least 1, got '-1'"),
+        ("test --out missing.jsonl --seeds 0 1", r"--seeds must not have 0, which chose the options, got \[0, 1\]"),
+    ],
+)
+def test_methods_command_names_what_is_wrong(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("words.jsonl").write_text("{}\nnot one\n")
+    Path("other.jsonl").write_text('{"op": "trial", "student": "half"}\n')
+    monkeypatch.setattr("sys.argv", ["methods", *command.split()])
+    with pytest.raises(SystemExit, match="2"):
+        methods.main()
+    assert re.search(said, capsys.readouterr().err)
 
 
 def row_of(op: str, name: str, loss: float, seed: int = 0, labels: int = 25_000, counts=(1, 3), **fields) -> dict:

@@ -231,7 +231,7 @@ def _tested_table(results: Results, labels: int, names: Sequence[str], to: str, 
         )
         for column, cell in zip(columns, cells, strict=True):
             column.append(cell)
-    # What no method was measured by has no column.
+    # A column without figures is left out.
     lines = [_line(*cells) for cells in zip(*(column for column in columns if any(column[1:])), strict=True)]
     return "\n".join([lines[0], f"|---|{'---:|' * (lines[0].count(' | '))}", *lines[1:]])
 
