@@ -32,6 +32,7 @@ from bench.reproduce.methods_plan import (
 )
 from bench.reproduce.methods_results import Results, methods_block
 from slimkernels.durable import FileInUseError, lock_file
+from slimkernels.store.errors import StoreLockedError
 
 TINY = Student(passes=2, learning_rate=1e-2, hidden_size=16, num_layers=1, num_heads=2)
 
@@ -135,6 +136,23 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
     assert measured["loss"] == pytest.approx(again["loss"], rel=1e-6)
 
 
+def test_methods_wait_for_a_store_that_another_run_writes(comparison, monkeypatch):
+    corpus, attempts = comparison.corpus, []
+    capture = methods_corpus.capture
+
+    def locked_once(*args, **options):
+        attempts.append(args)
+        if len(attempts) == 1:
+            raise StoreLockedError("held by another writer") from FileInUseError()
+        capture(*args, **options)
+
+    monkeypatch.setattr(methods_corpus, "capture", locked_once)
+    monkeypatch.setattr(methods_corpus, "_LOCKED_S", 0.0)
+    documents = corpus._heldout(DEVELOPMENT)
+    assert len(corpus.heldout(DEVELOPMENT)) == len(documents)
+    assert len(attempts) == 2
+
+
 def test_methods_on_another_machine_learn_from_the_same_text(comparison, tmp_path, monkeypatch):
     documents = tmp_path / "documents"
     first, second = (Corpus(tmp_path / name, comparison.corpus.text, documents) for name in ("first", "second"))
@@ -142,6 +160,9 @@ def test_methods_on_another_machine_learn_from_the_same_text(comparison, tmp_pat
     assert sorted(path.name for path in documents.glob("*.jsonl")) == ["test.jsonl", "training-1.jsonl"]
     # A machine that would write another text.
     monkeypatch.setattr(methods_corpus, "generate_documents", lambda *_, **__: pytest.fail("written again"))
+    # Another run has begun a line.
+    with (documents / "training-1.jsonl").open("a") as file:
+        file.write('{"prompt": "An')
     assert second.digest(1, 60, TEST) == digest
     assert len(second.training(1, 60, "top")) == len(second._learned(1, 60))
 
