@@ -324,7 +324,7 @@ def test_methods_students_of_different_texts_are_not_compared():
     # The choices were made on two texts.
     trials = [row_of("trial", name, loss) for name, loss in (("kd", 2.0), ("slim", 1.9))]
     trials.append(row_of("trial", "sft", 2.5, text="two"))
-    assert "text 1: SFT on the teacher's text. text 2: KD; SLIM." in methods_block(old + trials)
+    assert "Text 1: SFT on the teacher's text. Text 2: KD; SLIM." in methods_block(old + trials)
 
 
 def test_methods_supports_follow_the_choice_of_kd():

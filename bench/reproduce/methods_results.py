@@ -256,7 +256,7 @@ def tuning_table(results: Results) -> str:
         texts.setdefault(best["text"], []).append(METHODS[name].title)
         lines.append(_line(METHODS[name].title, shown, f"{best['perplexity']:.2f}", f"{best['kl']:.3f}", counted))
     if len(texts) > 1:
-        groups = (f"text {number}: {'; '.join(titles)}" for number, titles in enumerate(texts.values(), 1))
+        groups = (f"Text {number}: {'; '.join(titles)}" for number, titles in enumerate(texts.values(), 1))
         lines += [
             "",
             f"Different machines wrote different texts; compare figures of one text only. {'. '.join(groups)}.",
