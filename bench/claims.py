@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import records
 from bench.reproduce.methods_plan import BUDGETS, METHODS, STUDENTS, SUPPORT_LABELS
-from bench.reproduce.methods_results import ADAPTIVE, CONSTANT, REFERENCE, STUDENT_NAMES, Results, difference
-from slimkernels.evaluate.statistics import Difference, holm
+from bench.reproduce.methods_results import (
+    ADAPTIVE,
+    CONSTANT,
+    REFERENCE,
+    STUDENT_NAMES,
+    Change,
+    Results,
+    adjusted,
+    difference,
+    in_percent,
+    in_words,
+    percent,
+)
 
 # More than this much more perplexity would count as a cost of keeping only the largest logits.
 MARGIN = 0.02
@@ -44,10 +54,10 @@ def claims_table(results: Path) -> str:
     lines += [f"| {' | '.join(claim)} |" for claim in claims(*sources)]
     lines += [
         "",
-        f"Differences are of held-out perplexity, with 95 % intervals over documents, paired, means over three seeds. "
-        f"A claim is shown, or contradicted, where the interval of every kind of student that was measured lies on "
-        f"that side of zero and the sign-flip test, adjusted over all these comparisons by Holm's method, rejects "
-        f"equality; that 5 % of the logits suffice, where the intervals end below {100 * MARGIN:+.0f} %.",
+        f"Differences are of held-out perplexity, paired, with 95 % intervals over documents and over three seeds. A "
+        f"claim is shown, or contradicted, where both intervals of every kind of student that was measured lie on that "
+        f"side of zero and the sign-flip test over documents, adjusted over all these comparisons by Holm's method, "
+        f"rejects equality; that 5 % of the logits suffice, where the intervals end below {100 * MARGIN:+.0f} %.",
     ]
     return "\n".join(lines)
 
@@ -80,6 +90,53 @@ def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]
     ]
 
 
+def advice(rows: Sequence[dict[str, Any]]) -> str:
+    """Says what to use as far as it was measured, as a list.
+
+    Args:
+        rows: Rows of the comparison of methods, at least one.
+    """
+    found = _results(rows)
+    tested = (
+        (result, labels, result.tested("sft", labels), result.tested(REFERENCE, labels))
+        for result in found
+        for labels in BUDGETS
+    )
+    logits = [(_at(one, labels), difference(text, kd, "perplexity")) for one, labels, text, kd in tested if text and kd]
+    logits = list(zip([at for at, _ in logits], adjusted([change for _, change in logits]), strict=True))
+    weight, (sufficient, verdict) = _changes(found)[REFERENCE], _sufficient(found)
+    lines = {
+        SHOWN: "Learn from the teacher's logits, not from its text alone.",
+        NOT_SHOWN: "That the teacher's logits help beyond its text is not shown.",
+        CONTRADICTED: "Learn from the teacher's text alone: its logits make the student worse.",
+    }
+    said = [_advised(lines, "KD to SFT on the teacher's text", logits)]
+    lines = {
+        SHOWN: 'Use `method="slim"`: its adaptive weight helps.',
+        NOT_SHOWN: '`method="kd"` is enough: no gain by the adaptive weight of `method="slim"` is shown.',
+        CONTRADICTED: 'Use `method="kd"`: the adaptive weight of `method="slim"` makes the student worse.',
+    }
+    said.append(_advised(lines, "SLIM to KD", weight))
+    choices = [(result, result.found.choice(result.student, REFERENCE)) for result in found]
+    chosen = [f"for {_kind(result)}, {in_words(choice['options'])}" for result, choice in choices if choice]
+    if chosen:
+        said.append(f"Begin with the options that were chosen for KD: {'; '.join(chosen)}.")
+    lines = {
+        SHOWN: "The largest 5 % of the logits are enough.",
+        NOT_SHOWN: f"That the largest 5 % of the logits cost less than {100 * MARGIN:.0f} % is not shown.",
+        CONTRADICTED: "Keep more than the largest 5 % of the logits.",
+    }
+    if verdict != NOT_MEASURED:
+        said.append(f"{lines[verdict]} {sufficient}.")
+    return "\n".join(f"- {sentence}" for sentence in said if sentence)
+
+
+def _advised(sentences: dict[str, str], what: str, changes: Sequence[tuple[str, Change]]) -> str:
+    if not changes:
+        return ""
+    return f"{sentences[_verdict([change for _, change in changes])]} {_measured(what, changes)}."
+
+
 def weight_sentence(rows: Sequence[dict[str, Any]]) -> str:
     """Answers whether SLIM's adaptive weight helps, with a space at the end; empty before it was measured.
 
@@ -89,10 +146,10 @@ def weight_sentence(rows: Sequence[dict[str, Any]]) -> str:
     changes = _changes(_results(rows))[REFERENCE]
     if not changes:
         return ""
-    answer = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "Not shown"}[_verdict([change for _, change in changes])]
+    answers = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "Three seeds do not show it"}
     return (
-        f"Does the adaptive weight help? {answer}: tuned alike over 3 seeds, SLIM's perplexity differs from KD's by "
-        f"{' and '.join(f'{_percent(change)} ({at})' for at, change in changes)}. "
+        f"Does the adaptive weight help? {answers[_verdict([change for _, change in changes])]}: SLIM to KD, tuned "
+        f"alike, {' and '.join(f'{in_percent(change)} ({at})' for at, change in changes)}. "
     )
 
 
@@ -106,12 +163,11 @@ def healed_sentence(rows: Sequence[dict[str, Any]]) -> str:
         for labels in sorted(BUDGETS, reverse=True):
             text, logits = (results.tested(name, labels) for name in ("sft", REFERENCE))
             if results.student == "half" and text and logits:
-                change = difference(logits, text, "perplexity")
-                percent, low, high = (100 * math.expm1(value) for value in change[:3])
+                value, low, high = percent(difference(logits, text, "perplexity").seeds)
                 return (
-                    f"Half of a model's layers, healed on {labels:,} of its own tokens, end at {percent:.0f} % higher "
-                    f"perplexity without such logits than with them (95 % interval {low:.0f} to {high:.0f} %, "
-                    f"{len(text.rows)} seeds, both tuned alike; "
+                    f"Half of a model's layers, healed on {labels:,} of its own tokens, end at {value:.0f} % higher "
+                    f"perplexity without such logits than with them (95 % interval over {len(text.rows)} seeds: "
+                    f"{low:.0f} to {high:.0f} %; both tuned alike; "
                     "[SFT to KD](docs/reproduced.md#methods-that-are-all-tuned-alike))."
                 )
     return ""
@@ -136,7 +192,7 @@ def _adaptive(found: Sequence[Results]) -> list[tuple[str, str]]:
     ]
 
 
-def _changes(found: Sequence[Results]) -> dict[str, list[tuple[str, Difference]]]:
+def _changes(found: Sequence[Results]) -> dict[str, list[tuple[str, Change]]]:
     """Returns what SLIM changes compared with other methods, by their names, with p-values adjusted over all."""
     measured = [
         (name, _at(result, labels), difference(theirs, ours, "perplexity"))
@@ -145,9 +201,8 @@ def _changes(found: Sequence[Results]) -> dict[str, list[tuple[str, Difference]]
         for labels in BUDGETS
         if (ours := result.tested(ADAPTIVE, labels)) and (theirs := result.tested(name, labels))
     ]
-    adjusted = holm([change for _, _, change in measured])
-    by_name: dict[str, list[tuple[str, Difference]]] = {"sft": [], REFERENCE: [], CONSTANT: []}
-    for (name, at, _), change in zip(measured, adjusted, strict=True):
+    by_name: dict[str, list[tuple[str, Change]]] = {"sft": [], REFERENCE: [], CONSTANT: []}
+    for (name, at, _), change in zip(measured, adjusted([change for *_, change in measured]), strict=True):
         by_name[name].append((at, change))
     return by_name
 
@@ -160,28 +215,29 @@ def _sufficient(found: Sequence[Results]) -> tuple[str, str]:
     ]
     if not changes:
         return "", NOT_MEASURED
-    ends = [math.expm1(change.high) for _, change in changes]
-    begins = [math.expm1(change.low) for _, change in changes]
-    verdict = SHOWN if max(ends) < MARGIN else CONTRADICTED if min(begins) > MARGIN else NOT_SHOWN
+    intervals = [percent(interval)[1:] for _, change in changes for interval in change]
+    shown = all(high < 100 * MARGIN for _, high in intervals)
+    contradicted = all(low > 100 * MARGIN for low, _ in intervals)
+    verdict = SHOWN if shown else CONTRADICTED if contradicted else NOT_SHOWN
     return _measured("KD from 5 % of the logits to all of them", changes), verdict
 
 
-def _verdict(changes: Sequence[Difference]) -> str:
+def _verdict(changes: Sequence[Change]) -> str:
     if not changes:
         return NOT_MEASURED
-    if all(change.is_shown and change.value < 0 for change in changes):
+    if all(change.is_shown and change.seeds.mean < 0 for change in changes):
         return SHOWN
-    return CONTRADICTED if all(change.is_shown and change.value > 0 for change in changes) else NOT_SHOWN
+    return CONTRADICTED if all(change.is_shown and change.seeds.mean > 0 for change in changes) else NOT_SHOWN
 
 
-def _measured(what: str, changes: Sequence[tuple[str, Difference]]) -> str:
-    cells = [f"{at}: {_percent(change)}" for at, change in changes]
+def _measured(what: str, changes: Sequence[tuple[str, Change]]) -> str:
+    cells = [f"{at}: {in_percent(change)}" for at, change in changes]
     return f"{what}; {'; '.join(cells)}" if cells else ""
 
 
-def _percent(change: Difference) -> str:
-    return "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*(100 * math.expm1(value) for value in change[:3]))
-
-
 def _at(results: Results, labels: int) -> str:
-    return f"{STUDENT_NAMES[results.student].split(',')[0].lower()}, {labels:,} labels"
+    return f"{_kind(results)}, {labels:,} labels"
+
+
+def _kind(results: Results) -> str:
+    return STUDENT_NAMES[results.student].split(",")[0].lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterable
@@ -15,11 +16,49 @@ MEMORY = "peak_extra_memory"
 
 
 def read(path: Path) -> list[dict]:
-    """Returns the rows of a JSONL file, without an unfinished last line; no rows if the file does not exist."""
+    """Returns the rows of a JSONL file, without an unfinished last line; no rows if the file does not exist.
+
+    Raises:
+        ValueError: A line is no JSON object.
+    """
     if not path.exists():
         return []
+    rows = []
     with path.open() as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                rows.append(_row(line, f"{path}, line {number},"))
+    return rows
+
+
+def _row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be a JSON object, got {line.strip()[:40]!r}: remove the line")
+    return row
+
+
+def arguments_rows(parser: argparse.ArgumentParser, path: Path, *fields: str) -> list[dict]:
+    """Returns the rows of the file ``--out``; a file that holds anything else is an error of the arguments.
+
+    Args:
+        parser: Parser that reports the error and exits.
+        path: The file, which may be missing.
+        fields: Fields that every row has.
+    """
+    try:
+        rows = read(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out must be a JSONL file of rows: {error}")
+    for row in rows:
+        if missing := [field for field in fields if field not in row]:
+            parser.error(
+                f"--out must be a file of this experiment's rows, got {path}, in which one has no {missing[0]}"
+            )
+    return rows
 
 
 def append(path: Path, rows: Iterable[dict]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench import overview, records
 from bench.blocks import BLOCKS
-from bench.claims import claims_table
+from bench.claims import advice, claims_table
 from bench.machine import ROOT
 from bench.ops.case import OURS
 from bench.ops_table import ops_table
@@ -116,6 +116,8 @@ def all_blocks(results: Path) -> dict[str, str]:
     for name, show in BLOCKS.items():
         if rows := records.read(results / f"{name}.jsonl"):
             blocks[name.replace("_", "-")] = show(rows)
+    if rows := records.read(results / "methods.jsonl"):
+        blocks["advice"] = advice(rows)
     blocks["claims"] = claims_table(results)
     if found := overview.Results.read(results):
         blocks["headline"] = overview.headline(found)

@@ -88,6 +88,18 @@ def test_text_has_every_section_and_fact(capsys):
     assert printed.endswith("no problems")
 
 
+def test_values_of_variables_stand_in_one_column(capsys):
+    rows = {"SLIMKERNELS_CACHE": "", "SLIMKERNELS_CUDA_KERNELS": "triton", "SLIMKERNELS_LOCKS": None}
+    doctor._print_rows(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["SLIMKERNELS_CACHE", "empty"],
+        ["SLIMKERNELS_CUDA_KERNELS", "triton"],
+        ["SLIMKERNELS_LOCKS", "not set"],
+    ]
+    assert {line.index(value) for line, value in zip(lines, ("empty", "triton", "not set"), strict=True)} == {27}
+
+
 def test_package_without_its_extension(tmp_path):
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "slimkernels", tmp_path / "slimkernels", ignore=ignored)

@@ -160,6 +160,12 @@ def test_prompts_of_a_file_have_the_field_that_is_named(here):
         ),
         (f"{DECODE} --beam 0 Anna?", "--beam must be an integer of at least 1"),
         (f"{DECODE} --time-limit 0 Anna?", "--time-limit must be positive"),
+        # An option that had another name in an earlier release.
+        (f"{DECODE} --max-tokens 0 Anna?", "--max-tokens must be at least --max-step-tokens = 64"),
+        (
+            "compare --models teacher --out out --tasks own=own.jsonl --decoders pathfinder --branching-factor 0",
+            "--branching-factor must be at least 1 at every depth",
+        ),
         ("train --store store --method gkd --out out", "needs a --teacher or --teacher-server to score"),
         ("train --store store --method slim --out out --option teacher_top_k=3", "--option teacher_top_k"),
     ],

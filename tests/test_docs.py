@@ -334,10 +334,10 @@ def test_docs_readme_headline_is_a_line_of_the_results():
     readme = " ".join(text_of("README.md").split())
     results = " ".join(text_of("docs/reproduced.md").split())
     [(mean, kind, low, high)] = re.findall(
-        r"end(?:ed)? at (\d+) % (lower|higher) perplexity .*?interval (\d+) to (\d+) %", readme
+        r"end(?:ed)? at (\d+) % (lower|higher) perplexity .*?interval (?:over 3 seeds: )?(\d+) to (\d+) %", readme
     )
     if kind == "higher":
-        figures = r"\| SFT on the teacher's text \| [\d.]+ \| \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\]"
+        figures = r"\| SFT on the teacher's text \| [\d.]+ \| \+([\d.]+) \[[^|]*\] \| \[\+([\d.]+), \+([\d.]+)\]"
         section = "methods-that-are-all-tuned-alike"
     else:
         figures = r"all sizes together: [^;]*; SLIM to SFT -([\d.]+) % \[-([\d.]+), -([\d.]+)\]"

@@ -31,6 +31,9 @@ def test_downstream_finds_saved_students(tmp_path):
     assert (teacher[0]["method"], before[0]["method"]) == ("teacher", "before")
     assert fields == {"student": "half", "method": "kd_mean", "labels": 60, "seed": 2, "teacher": "name"}
     assert folder == tmp_path / "half-60-kd_mean-2"
+    (tmp_path / "half-60-nope-2").mkdir()
+    with pytest.raises(ValueError, match=r"named KIND-LABELS-METHOD-SEED, .*got .*half-60-nope-2"):
+        list(models(tmp_path, "name"))
 
 
 def test_downstream_table_by_hand():
@@ -40,15 +43,18 @@ def test_downstream_table_by_hand():
         rows += [row_of("sft", task, "0000", seed=seed) for task in ("a", "b")]
     # A model that was not asked every task is left out, and so are rows of another limit.
     rows += [row_of("slim", "b", "1111")]
+    rows += [row_of("top_5_ghost", task, "0000") for task in ("a", "b")]
     rows.insert(0, row_of("sft", "a", "1111") | {"limit": 3})
     lines = downstream_table(rows).splitlines()
     assert lines[0] == "| | a (4) | b (4) | all questions | minus SFT |"
     assert lines[2].startswith("| the teacher | 75.0 [25.0, 100.0] | 75.0 [25.0, 100.0] | 75.0 [")
     # The mean over seeds of each question: 1, 0.5, 0, 0; two of eight differ, in one direction.
     kd = next(line for line in lines if "KD" in line)
+    assert any("layers, top 5, with the rest as one more entry, 60 labels" in line for line in lines)
     assert kd.startswith("| half of the teacher's layers, KD, 60 labels | 37.5 [0.0, ")
     assert "| +18.8 [+0.0, +" in kd
-    assert kd.endswith("p 0.50 |")
+    # Holm: the p-value of 0.5 times the two methods that are compared.
+    assert kd.endswith("p 1.00 |")
     assert "| guessing | 25.0 | 25.0 | 25.0 |  |" in lines
     assert not any("SLIM" in line for line in lines)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 from support.teachers import save_teacher
 from transformers import AutoModelForCausalLM
 
 from bench import records
-from bench.claims import claims, healed_sentence, weight_sentence
+from bench.claims import advice, claims, healed_sentence, weight_sentence
 from bench.machine import one_at_a_time
 from bench.reproduce import methods, methods_corpus, methods_plan, methods_training
 from bench.reproduce.methods import Comparison
@@ -30,6 +32,7 @@ from bench.reproduce.methods_plan import (
 )
 from bench.reproduce.methods_results import Results, methods_block
 from slimkernels.durable import FileInUseError, lock_file
+from slimkernels.store.errors import StoreLockedError
 
 TINY = Student(passes=2, learning_rate=1e-2, hidden_size=16, num_layers=1, num_heads=2)
 
@@ -133,6 +136,23 @@ def test_methods_are_tuned_and_tested_once(comparison, monkeypatch):
     assert measured["loss"] == pytest.approx(again["loss"], rel=1e-6)
 
 
+def test_methods_wait_for_a_store_that_another_run_writes(comparison, monkeypatch):
+    corpus, attempts = comparison.corpus, []
+    capture = methods_corpus.capture
+
+    def locked_once(*args, **options):
+        attempts.append(args)
+        if len(attempts) == 1:
+            raise StoreLockedError("held by another writer") from FileInUseError()
+        capture(*args, **options)
+
+    monkeypatch.setattr(methods_corpus, "capture", locked_once)
+    monkeypatch.setattr(methods_corpus, "_LOCKED_S", 0.0)
+    documents = corpus._heldout(DEVELOPMENT)
+    assert len(corpus.heldout(DEVELOPMENT)) == len(documents)
+    assert len(attempts) == 2
+
+
 def test_methods_on_another_machine_learn_from_the_same_text(comparison, tmp_path, monkeypatch):
     documents = tmp_path / "documents"
     first, second = (Corpus(tmp_path / name, comparison.corpus.text, documents) for name in ("first", "second"))
@@ -140,6 +160,9 @@ def test_methods_on_another_machine_learn_from_the_same_text(comparison, tmp_pat
     assert sorted(path.name for path in documents.glob("*.jsonl")) == ["test.jsonl", "training-1.jsonl"]
     # A machine that would write another text.
     monkeypatch.setattr(methods_corpus, "generate_documents", lambda *_, **__: pytest.fail("written again"))
+    # Another run has begun a line.
+    with (documents / "training-1.jsonl").open("a") as file:
+        file.write('{"prompt": "An')
     assert second.digest(1, 60, TEST) == digest
     assert len(second.training(1, 60, "top")) == len(second._learned(1, 60))
 
@@ -183,6 +206,27 @@ def test_methods_benchmarks_take_turns(monkeypatch, tmp_path):
             lock_file(other, path)
     with path.open("ab") as other:
         lock_file(other, path)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("table --out missing.jsonl", "--out must be a file with rows, got missing.jsonl, which has none: run `tune`"),
+        ("table --out .", "--out must be a JSONL file of rows: .*Is a directory"),
+        ("table --out words.jsonl", "words.jsonl, line 2, must be a JSON object, got 'not one': remove the line"),
+        ("table --out other.jsonl", "got other.jsonl, in which one has no settings"),
+        ("test --out missing.jsonl --runs -1", "--runs: must be a whole number of at least 1, got '-1'"),
+        ("test --out missing.jsonl --seeds 0 1", r"--seeds must not have 0, which chose the options, got \[0, 1\]"),
+    ],
+)
+def test_methods_command_names_what_is_wrong(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("words.jsonl").write_text("{}\nnot one\n")
+    Path("other.jsonl").write_text('{"op": "trial", "student": "half"}\n')
+    monkeypatch.setattr("sys.argv", ["methods", *command.split()])
+    with pytest.raises(SystemExit, match="2"):
+        methods.main()
+    assert re.search(said, capsys.readouterr().err)
 
 
 def row_of(op: str, name: str, loss: float, seed: int = 0, labels: int = 25_000, counts=(1, 3), **fields) -> dict:
@@ -241,10 +285,46 @@ def test_methods_differences_by_hand():
             row["per_document"][1][1] += 3 * 0.4
     found = Results(rows, "random").differences(25_000)
     assert set(found) == {"slim", "sft"}
-    assert found["slim"].value == pytest.approx((-0.1 + 3 * 0.3) / 4)
+    slim = found["slim"].documents
+    assert slim.value == pytest.approx((-0.1 + 3 * 0.3) / 4)
     # The resamples of two documents: twice the first, twice the second, or both.
-    assert found["slim"][1:3] == pytest.approx((-0.1, 0.3))
-    assert found["sft"][:3] == pytest.approx((0.5, 0.5, 0.5))
+    assert slim[1:3] == pytest.approx((-0.1, 0.3))
+    assert found["sft"].documents[:3] == pytest.approx((0.5, 0.5, 0.5))
+    assert found["sft"].seeds == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_methods_differences_are_shown_by_seeds_too():
+    counts = (1, 3, 1, 1, 1, 1)
+    rows = rows_tested({"kd": 2.0, "slim": 1.9, "sft": 2.5}, counts=counts)
+    for row in rows:
+        if (row["op"], row["method"]) == ("test", "slim"):
+            # Seed 1 differs by -0.4, the others by 0.05: every document by -0.1.
+            row["loss"] += (0.0, -0.3, 0.15, 0.15)[row["seed"]]
+            row["per_document"] = [[count, count * row["loss"], 0.0] for count in counts]
+    found = Results(rows, "random").differences(25_000)
+    assert found["slim"].documents[:3] == pytest.approx((-0.1, -0.1, -0.1))
+    # t = 4.303 at two degrees of freedom, and a standard deviation of 0.15 sqrt(3).
+    assert found["slim"].seeds == pytest.approx((-0.1, -0.1 - 4.303 * 0.15, -0.1 + 4.303 * 0.15))
+    # Six documents that agree: 2 of 64 assignments of signs, times 2 by Holm.
+    assert found["slim"].documents.p_value == found["sft"].documents.p_value == pytest.approx(2 * 2 / 64)
+    alone = {name: change._replace(documents=change.documents._replace(p_value=0.04)) for name, change in found.items()}
+    assert {name: change.is_shown for name, change in alone.items()} == {"slim": False, "sft": True}
+
+
+def test_methods_students_of_different_texts_are_not_compared():
+    old = rows_tested({"kd": 2.0, "slim": 1.9})
+    # Another machine has begun to test on another text, whose held-out documents have other lengths.
+    other = {"counts": (2, 2), "text": "two"}
+    new = [row_of("test", name, 3.0, seed, **other) for name, seed in (("kd", 1), ("slim", 1), ("kd", 2))]
+    assert Results(old + new, "random").tested("kd", 25_000).by_seed("perplexity") == pytest.approx((1.9, 2.0, 2.1))
+    assert Results(old + new, "random").progress(25_000)[0] == 6
+    # It has finished as many methods.
+    new += [row_of("test", name, 3.0, seed, **other) for name, seed in (("slim", 2), ("kd", 3), ("slim", 3))]
+    assert Results(old + new, "random").tested("slim", 25_000).by_seed("perplexity") == [3.0] * 3
+    # The choices were made on two texts.
+    trials = [row_of("trial", name, loss) for name, loss in (("kd", 2.0), ("slim", 1.9))]
+    trials.append(row_of("trial", "sft", 2.5, text="two"))
+    assert "Text 1: SFT on the teacher's text. Text 2: KD; SLIM." in methods_block(old + trials)
 
 
 def test_methods_supports_follow_the_choice_of_kd():
@@ -260,8 +340,8 @@ def test_methods_supports_follow_the_choice_of_kd():
         for seed in (1, 2, 3)
     ]
     lines = methods_block(rows).splitlines()
-    assert "| all, from the teacher itself | 2.72 |  |  | 0.500 |  |  | 10 |" in lines
-    ghost = "| top 5, with the rest as one more entry | 3.00 | +10.5 [+10.5, +10.5] | 0.5000 | 0.550 |"
+    assert "| all, from the teacher itself | 2.72 |  |  |  | 0.500 |  | 10 |" in lines
+    ghost = "| top 5, with the rest as one more entry | 3.00 | +10.5 [+10.5, +10.5] | [+10.5, +10.5] | 0.5000 | 0.550 |"
     assert any(line.startswith(ghost) for line in lines)
 
 
@@ -273,26 +353,27 @@ def test_methods_holm_by_hand():
     found = Results(rows, "random").differences(25_000)
     # All documents of SLIM and SFT differ in the same direction, as in 2 of the 32 assignments of signs. JSD's sums of
     # 0.1, -0.3, 0.1, 0.1 and 0.1 add up to 0.1, which every assignment reaches. Holm: times 3, times 2, and at most 1.
-    assert {name: one.p_value for name, one in found.items()} == pytest.approx(
+    assert {name: one.documents.p_value for name, one in found.items()} == pytest.approx(
         {"slim": 3 * 2 / 32, "sft": 3 * 2 / 32, "jsd": 1.0}
     )
 
 
 def test_methods_block_by_hand():
-    rows = [row_of("trial", "kd", 2.0 + rate, options={"method": "kd", "learning_rate": rate}) for rate in (0.5, 1.0)]
+    rows = [row_of("trial", "kd", 1.5 + rate, options={"method": "kd", "learning_rate": rate}) for rate in (0.5, 1.0)]
     rows += rows_tested({"slim": 1.9}, english={"loss": math.log(3)}) + rows_tested({"kd": 2.0, "kd_mean": 2.0})
     block = methods_block(rows)
     lines = block.splitlines()
-    assert "| SLIM | 6.69 | -9.5 [-9.5, -9.5] | 1.0000 | 0.950 | -0.050 [-0.050, -0.050] | 3.00 | 10 |" in lines
-    assert "| KD | 7.39 |  |  | 1.000 |  |  | 10 |" in lines
+    change = "-9.5 [-9.5, -9.5] | [-9.5, -9.5] | 1.0000"
+    assert f"| SLIM | 6.69 | {change} | 0.950 | -0.050 [-0.050, -0.050] | 3.00 | 10 |" in lines
+    assert "| KD | 7.39 |  |  |  | 1.000 |  |  | 10 |" in lines
     total = 3 * len(METHODS)
     left = f"9 of {total} with 25,000 labels, 0 of 18 with 100,000 labels, 0 of 9 with 400,000 labels"
     assert f"Not finished: of the test's trainings, {left} were run." in lines
-    assert "| KD | learning_rate 0.5 | 12.18 | 1.250 | 2 of 6 |" in lines
-    assert "With 25,000 labels. The adaptive weight makes no difference that is shown, compared with KD" in block
+    assert "| KD | learning_rate 0.5 | 7.39 | 1.000 | 2 of 6 |" in lines
+    assert "With 25,000 labels. No effect of the adaptive weight is shown, compared with KD" in block
     # Without a seed of SLIM's nothing is said of it.
     rows = [row for row in rows if (row["op"], row["method"], row["seed"]) != ("test", "slim", 3)]
-    rows.append(row_of("trial", "slim", 2.0))
+    rows.append(row_of("trial", "slim", 1.9))
     block = methods_block(rows)
     assert "The adaptive weight" not in block
     assert "| SLIM |" not in block.partition("<details>")[0]
@@ -312,11 +393,18 @@ def test_claims_are_judged_by_their_intervals():
     assert verdicts(found)[:3] == ["shown", "contradicted", "not shown"]
     (_, claim, measured, _, _), *_ = claims(found, [])
     assert claim == "the teacher's logits help beyond its text"
-    assert measured.endswith("a new student of random weights, 25,000 labels: -39.3 % [-39.3, -39.3]")
+    assert measured.endswith(": -39.3 % [-39.3, -39.3], over seeds [-39.3, -39.3]")
     assert weight_sentence([]) == healed_sentence(found) == ""
-    assert weight_sentence(found).startswith("Does the adaptive weight help? No: tuned alike over 3 seeds, SLIM's")
+    assert weight_sentence(found).startswith("Does the adaptive weight help? No: SLIM to KD, tuned alike, +10.5 %")
+    logits, weight, options = advice(found).splitlines()
+    assert logits.startswith("- Learn from the teacher's logits, not from its text alone. KD to SFT")
+    assert weight.startswith('- Use `method="kd"`: the adaptive weight of `method="slim"` makes the student worse.')
+    assert options.endswith("chosen for KD: for a new student of random weights, learning_rate 0.5.")
     healed = healed_sentence([row | {"student": "half"} for row in found])
-    assert "end at 82 % higher perplexity without such logits than with them (95 % interval 82 to 82 %" in healed
+    assert (
+        "end at 82 % higher perplexity without such logits than with them (95 % interval over 3 seeds: 82 to 82 %;"
+        in healed
+    )
     # A kind of student that does not agree takes the verdict away.
     other = [row | {"student": "half"} for row in rows(slim=2.0, sft=2.0)]
     assert verdicts(found + other)[0] == "not shown"

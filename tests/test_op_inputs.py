@@ -353,3 +353,19 @@ def test_the_token_weight_has_one_name():
             sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, weight=value)
     by_name = sk.linear_slim_loss(HIDDEN, weight=HEAD, target=Y, teacher=teacher, token_weight="none")
     assert_same_bits(list(by_name), list(sk.linear_slim_loss(HIDDEN, HEAD, Y, teacher, token_weight="none")))
+
+
+@pytest.mark.parametrize("lead", [(0,), (0, 4), (4, 0)])
+def test_empty_batches_of_any_strides_give_empty_results(lead):
+    logits, target = torch.zeros(*lead, 40)[..., ::2], torch.zeros(lead, dtype=torch.int64)
+    assert logits.stride(-1) == 2
+    teacher = sk.topk_logits(logits, 3, target=target)
+    assert teacher.ids.shape == (*lead, 3)
+    assert sk.sample_targets(logits, 3, 0, position=0, target=target).ids.shape == (*lead, 3)
+    assert sk.mixed_targets(logits, 2, 3, 0, position=0).ids.shape[:-1] == lead
+    assert sk.sample_logits(logits, seed=0, position=0).token.shape == lead
+    assert sk.gather_logits(logits, torch.zeros(*lead, 2, dtype=torch.int32)).logits.shape == (*lead, 2)
+    student = logits.clone().as_strided(logits.shape, logits.stride()).requires_grad_()
+    loss = sk.slim_loss(student, target, teacher).loss
+    loss.backward()
+    assert (loss.item(), student.grad.shape) == (0.0, logits.shape)

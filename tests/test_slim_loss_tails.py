@@ -209,6 +209,24 @@ def test_slim_loss_of_a_teacher_row_without_mass(rest, divergence, top_k):
             torch.testing.assert_close(grad[is_silent], torch.zeros_like(grad[is_silent]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_ce"])
+def test_slim_loss_of_a_student_that_excludes_what_has_no_mass(divergence):
+    # Beside a logit of 800, ids that are not kept, with the logit 0, have a mass of 0 in float64 too.
+    ids = torch.tensor([[0, 1]] * 2, dtype=torch.int32)
+    logits = torch.tensor([[800.0, 799.0], [8.0, 7.0]])
+    record = SparseLogits(ids, logits, torch.logsumexp(logits, -1, keepdim=True))
+    student = torch.tensor([[1.0, 0.5, 0.0, -INF, 2.0]] * 2)
+    options = {"rest": "zero_logit", "divergence": divergence, **KD_ALONE}
+    target = torch.zeros(2, dtype=torch.int64)
+    out, (grad,) = loss_and_grads(sk.slim_loss, (student,), 1.0, target, record, **options)
+    truth, (true_grad,) = loss_and_grads(
+        reference.slim_loss, (student.double(),), 1.0, target, to_dtype(record, F64), **options
+    )
+    assert truth.kd.isinf().tolist() == [False, True]
+    torch.testing.assert_close(out.kd.double(), truth.kd, rtol=1e-4, atol=1e-6)  # 800 in float32
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-6)
+
+
 MIXTURES = (
     *(("jsd", {"beta": beta}) for beta in (0.1, 0.99)),
     *((name, {"alpha": alpha}) for name in ("skew_kl", "skew_reverse_kl") for alpha in (0.0, 1e-7, 0.1, 0.9)),

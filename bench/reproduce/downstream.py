@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ from transformers.utils import logging
 
 from bench import records
 from bench.machine import machine
-from bench.reproduce.methods_plan import STUDENTS
+from bench.reproduce.methods_plan import METHODS, STUDENTS, SUPPORTS
+from slimkernels.cli.options import positive_int
 from slimkernels.durable import Journal
 from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 from slimkernels.models.make_student import drop_layers
@@ -32,15 +34,25 @@ from slimkernels.teacher import load_model, load_teacher
 # Tasks, and the share of the limit that is asked of each of their parts: MMLU has 57 subjects.
 TASKS = {"arc_easy": 1.0, "arc_challenge": 1.0, "hellaswag": 1.0, "truthfulqa_mc1": 1.0, "mmlu": 0.04}
 TEACHER, BEFORE = "teacher", "before"
+_NAME = re.compile(rf"({'|'.join(STUDENTS)})-(\d+)-({'|'.join(METHODS | SUPPORTS)})-(\d+)")
 
 
 def models(students: Path, teacher: str) -> Iterator[tuple[dict[str, Any], Path | None]]:
-    """Yields the fields that identify each model, and the folder of a saved student."""
+    """Yields the fields that identify each model, and the folder of a saved student.
+
+    Raises:
+        ValueError: A folder is no saved student's.
+    """
     yield {"student": None, "method": TEACHER, "labels": 0, "seed": 0, "teacher": teacher}, None
     yield {"student": "half", "method": BEFORE, "labels": 0, "seed": 0, "teacher": teacher}, None
     for folder in sorted(students.iterdir()):
         if folder.is_dir() and folder.suffix != ".tmp":
-            student, labels, method, seed = folder.name.split("-")
+            if not (named := _NAME.fullmatch(folder.name)):
+                raise ValueError(
+                    f"students must hold folders named KIND-LABELS-METHOD-SEED, as `methods test --students` "
+                    f"saves them, got {folder}"
+                )
+            student, labels, method, seed = named.groups()
             fields = {"student": student, "method": method, "labels": int(labels), "seed": int(seed)}
             yield fields | {"teacher": teacher}, folder
 
@@ -78,13 +90,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL file of the rows")
     parser.add_argument("--teacher", default="smollm2-135m-instruct", help="the students' teacher")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--limit", type=int, default=100, help="questions of each task, from the first")
+    parser.add_argument("--limit", type=positive_int, default=100, help="questions of each task, from the first")
     args = parser.parse_args()
-    if not args.students.is_dir():
-        parser.error(f"--students must be a folder, got {args.students}, which does not exist")
+    for name, folder in (("students", args.students), ("data", args.data)):
+        if not folder.is_dir():
+            parser.error(f"--{name} must be a folder, got {folder}, which is none")
+    records.arguments_rows(parser, args.out, "task", "student", "method", "limit")
+    try:
+        asked = list(models(args.students, args.teacher))
+    except ValueError as error:
+        parser.error(f"--{error}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for fields, folder in models(args.students, args.teacher):
+    for fields, folder in asked:
         identity = fields | {"limit": args.limit}
         done = [row["task"] for row in records.read(args.out) if identity.items() <= row.items()]
         missing = [task for task in args.tasks if task not in done]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bench.reproduce.downstream import BEFORE, TEACHER
-from bench.reproduce.methods_plan import METHODS
+from bench.reproduce.methods_plan import METHODS, SUPPORTS
 from bench.reproduce.methods_results import STUDENT_NAMES
 from slimkernels.evaluate.statistics import bootstrap_interval, holm, paired_difference
 
@@ -39,7 +39,7 @@ def downstream_table(rows: list[dict]) -> str:
                 f"{_interval(bootstrap_interval(_all(values)))} | {shown} |"
             )
     lines.append(f"| guessing | {' | '.join(f'{100 * guessing[task]:.1f}' for task in tasks)} | {100 * whole:.1f} |  |")
-    seeds = sorted({row["seed"] for row in rows if row["method"] in METHODS})
+    seeds = sorted({row["seed"] for row in rows if row["method"] in METHODS | SUPPORTS})
     lines += [
         "",
         f"Accuracy in %, by the likelihood of each answer, of the first questions of each task, asked through lm-eval "
@@ -69,7 +69,7 @@ def _interval(values: tuple[float, float, float], sign: str = "") -> str:
 
 
 def _title(student: str | None, labels: int, method: str) -> str:
-    title = _TITLES.get(method) or METHODS[method].title
+    title = _TITLES.get(method) or (METHODS | SUPPORTS)[method].title
     if student is None:
         return title
     kind = STUDENT_NAMES[student].split(",")[0].lower()

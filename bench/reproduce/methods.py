@@ -53,6 +53,7 @@ from bench.reproduce.methods_plan import (
 )
 from bench.reproduce.methods_results import methods_block
 from bench.reproduce.methods_training import run_unit
+from slimkernels.cli.options import positive_int
 from slimkernels.durable import Journal
 
 
@@ -182,7 +183,7 @@ def main() -> None:
         command.add_argument("--student", choices=STUDENTS, default="half", help="kind of student")
         names = METHODS if command is tune else METHODS | SUPPORTS
         command.add_argument("--methods", choices=names, nargs="+", default=list(names), metavar="METHOD")
-        command.add_argument("--runs", type=int, metavar="N", help="maximum number of trainings to run")
+        command.add_argument("--runs", type=positive_int, metavar="N", help="maximum number of trainings to run")
         command.add_argument("--beside", action="store_true", help="run beside other work; seconds then do not count")
     test.add_argument(
         "--labels",
@@ -198,8 +199,11 @@ def main() -> None:
         "--students", type=Path, metavar="DIR", help="save the students; those that are not there are trained again"
     )
     args = parser.parse_args()
+    rows = records.arguments_rows(parser, args.out, "op", "student", "settings", "options")
     if args.command == "table":
-        print(methods_block(records.read(args.out)))
+        if not rows:
+            parser.error(f"--out must be a file with rows, got {args.out}, which has none: run `tune` first")
+        print(methods_block(rows))
         return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -207,6 +211,8 @@ def main() -> None:
         comparison = Comparison(args.out, args.work, documents=args.documents, alone=not args.beside)
         run = comparison.tune(args.student, args.methods, most=args.runs)
     else:
+        if TUNING_SEED in args.seeds:
+            parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
         if args.english is None:
             print("plain English is not measured on: pass a file, such as WikiText-2's test.txt, as --english")
         elif not args.english.is_file():
@@ -219,8 +225,6 @@ def main() -> None:
             students=args.students,
             alone=not args.beside,
         )
-        if TUNING_SEED in args.seeds:
-            parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
         for name in args.methods:
             if options_for_test(comparison.rows(args.student), args.student, name) is None:
                 print(f"{name} is left out: its options are not chosen yet, run `tune` first")

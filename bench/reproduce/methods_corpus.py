@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from functools import cached_property
 from pathlib import Path
 
@@ -13,13 +14,18 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench import records
 from bench.reproduce.sample_efficiency_corpus import first_tokens, paragraphs
+from slimkernels.durable import FileInUseError
 from slimkernels.store import Store, StoreDataset
+from slimkernels.store.errors import StoreLockedError
 from slimkernels.teacher import capture, generate_documents, load_teacher, shipped_prompts
 from slimkernels.teacher.corpus import TokenizedDocument
 
 # Parts that no student learns from: the first chooses every method's options, the second measures the choice.
 DEVELOPMENT, TEST = "development", "test"
+# Time between attempts to write a store that another run writes.
+_LOCKED_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Corpus:
         """
         path = self.documents / f"{part}.jsonl"
         name, wanted = next(iter(size.items()))
-        lines = _lines(path)
+        lines = records.read(path)
         done = len(lines) if name == "num_documents" else sum(len(line["input_ids"]) for line in lines)
         if done < wanted:
             print(f"text of {part}: {done:,} of {wanted:,} {name.removeprefix('num_')}", flush=True)
@@ -150,7 +156,7 @@ class Corpus:
                 wait=True,
                 **size,
             )
-            lines = _lines(path)
+            lines = records.read(path)
         starts = map(len, self.teacher[1]([line["prompt"] for line in lines])["input_ids"])
         found = {tuple(line["input_ids"]): start for line, start in zip(lines, starts, strict=True)}
         return [
@@ -161,12 +167,15 @@ class Corpus:
     def _captured(self, part: str, kind: str, documents: list[TokenizedDocument]) -> Path:
         """Returns the folder of a store of documents; the teacher scores those that are missing."""
         path = self.work / "store" / part / kind
-        found = Store(path) if (path / "manifest.json").exists() else ()
-        if any(document not in found for document in documents):
+        while True:
+            found = Store(path) if (path / "manifest.json").exists() else ()
+            if all(document in found for document in documents):
+                return path
             print(f"store of {part}, {kind}: {len(documents)} documents", flush=True)
-            capture(*self.teacher, documents, path, **self._stores[kind])
-        return path
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            try:
+                capture(*self.teacher, documents, path, **self._stores[kind])
+            except StoreLockedError as error:
+                if not isinstance(error.__cause__, FileInUseError):
+                    raise
+                # Another run is writing it.
+                time.sleep(_LOCKED_S)

@@ -190,7 +190,9 @@ SK_INLINE DivergenceSums divergence_sums(const SlimLossArgs& args, const Student
     const double unkept = double(args.vocab_size - kept);
     const double each = exp(-q_norm);
     const double entropy = args.divergence == kForwardKl ? -unkept * q_norm : 0;
-    if (unkept > 0) d.value += each * (entropy - (student.off.z / args.temperature - unkept * student.lse));
+    // An outcome of the mass 0 has no share, whatever the student gives it.
+    if (unkept > 0 && each != 0)
+      d.value += each * (entropy - (student.off.z / args.temperature - unkept * student.lse));
     d.mean_slope = forward_slope;
     d.off_factor = -p_tail * d.mean_slope;
     d.off_constant = -each;

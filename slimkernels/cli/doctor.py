@@ -316,15 +316,16 @@ def _width() -> int:
 
 
 def _print_rows(rows: dict[str, Any]) -> None:
-    for name, value in rows.items():
-        label = name if name.isupper() else name.replace("_", " ")
+    labels = [name if name.isupper() else name.replace("_", " ") for name in rows]
+    width = max(_LABEL_WIDTH, *map(len, labels))
+    for label, value in zip(labels, rows.values(), strict=True):
         lines = [_text(value)]
         if isinstance(value, dict):
             lines = [_text([f"{package} {state}" for package, state in value["packages"].items()])]
             lines += [] if value["install"] is None else [f"install with: {value['install']}"]
         for number, line in enumerate(lines):
-            first = f"  {label if number == 0 else '':<{_LABEL_WIDTH}} "
-            indent = " " * (_LABEL_WIDTH + 3)
+            first = f"  {label if number == 0 else '':<{width}} "
+            indent = " " * (width + 3)
             print(
                 textwrap.fill(line, _width(), initial_indent=first, subsequent_indent=indent, **_WHOLE_WORDS),
                 flush=True,
@@ -334,4 +335,4 @@ def _print_rows(rows: dict[str, Any]) -> None:
 def _text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "not set" if value is None else str(value)
+    return "not set" if value is None else str(value) or "empty"

@@ -63,7 +63,8 @@ def sentence_of(error: Exception, args: argparse.Namespace) -> str:
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Returns the flag of every option of a command, by the name of its attribute, which is mostly that of the API."""
-    return {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    # The first of several, since an earlier name of an option is added after it.
+    return {action.dest: action.option_strings[-1] for action in reversed(parser._actions) if action.option_strings}
 
 
 def with_flags(message: str, flags: Mapping[str, str], choices: Collection[str] = ()) -> str:

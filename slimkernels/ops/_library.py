@@ -201,7 +201,8 @@ def run_on_rows(operator: Callable, leading_shape: Sequence[int], *arguments):
 def flat_rows(logits: torch.Tensor) -> torch.Tensor:
     """Returns logits (..., V) as rows (N, V) whose last dimension is dense, copying only if necessary."""
     rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    # Not contiguous(), which leaves the strides of an empty tensor as they are.
+    return rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

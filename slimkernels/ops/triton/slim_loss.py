@@ -415,7 +415,8 @@ def measure(row, teacher, student_sums, teacher_sums, outcomes, numbers, options
             expected_z = student_sums.off_scaled_z - unkept * student_sums.lse
             if MODE.divergence == "forward_kl":
                 expected_z += unkept * teacher_sums.q_norm
-            value -= tl.where(unkept > 0, each * expected_z, 0.0)
+            # An outcome of the mass 0 has no share, whatever the student gives it.
+            value -= tl.where((unkept > 0) & (each != 0), each * expected_z, 0.0)
             mean_slope = tl.where((unkept == 0) & (teacher_sums.lse_on == minus_inf), zero, -1.0)
             off_factor = -mean_slope * to_p
             off_constant = -each

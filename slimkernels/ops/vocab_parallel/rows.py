@@ -288,7 +288,8 @@ class VocabRows:
             expected_z = student.sum_z_off / options.temperature - teacher.num_unkept * student.lse
             if options.divergence == "forward_kl":
                 expected_z = expected_z + teacher.num_unkept * teacher.q_norm
-            value = value - (each * expected_z).masked_fill(teacher.num_unkept == 0, 0.0)
+            # An outcome of the mass 0 has no share, whatever the student gives it.
+            value = value - (each * expected_z).masked_fill((teacher.num_unkept == 0) | (each == 0), 0.0)
             mean_slope = forward_slope.masked_fill((teacher.num_unkept == 0) & (teacher.lse_on == -math.inf), 0.0)
             off_factor, off_constant = -mean_slope, -each
         elif options.rest == "renorm_both":
