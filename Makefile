@@ -26,6 +26,10 @@ GPU_TEST ?=
 REHEARSE ?=
 # The last release of TRL with MiniLLMTrainer; SlimLossMixin is tested with newer ones.
 MINILLM ?= trl==1.14.2
+# The trainers of `make test-integrations`, by the names of their tests, tests/integrations/test_NAME.py, and below the
+# release of each. INTEGRATIONS=NAME tests one.
+INTEGRATIONS ?= trl
+TRL ?= trl==1.16.0
 # The packages whose losses `make parity` compares with ours, installed without dependencies, and what verl imports.
 PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy==25.1.1 tensordict==0.10.0 verl==0.9.1
 VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson==3.13.0 pyvers==0.2.3 cloudpickle==3.1.3
@@ -40,7 +44,7 @@ tested := $(VENV)/.slimkernels-test
 platform := $(shell uname -m)
 sources := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-isa test-minillm test-triton test-servers lint bench parity gpu-build gpu-test \
+.PHONY: demo test test-isa test-minillm test-integrations test-triton test-servers lint bench parity gpu-build gpu-test \
   gpu-bench plots wheel clean help
 .DEFAULT_GOAL := help
 
@@ -64,6 +68,11 @@ test-servers: $(tested) $(VENV)-llamacpp/.installed $(VENV)-vllm/.installed  ## 
 
 test-minillm: $(tested) $(VENV)-minillm/.installed  ## run the tests of method minillm on the release of TRL that has it
 	PYTHONPATH=$(abspath $(VENV)-minillm) $(py) -m pytest tests/test_trainer_minillm.py tests/test_instructions.py
+
+test-integrations: $(tested) $(INTEGRATIONS:%=$(VENV)-%/.installed)  ## train with the trainers of other projects, and print which ones did what
+	@for name in $(INTEGRATIONS); do \
+	  SLIMKERNELS_INTEGRATION=$$name PYTHONPATH=$(abspath $(VENV))-$$name $(py) -m pytest -q \
+	    -m 'slow or not slow' tests/integrations/test_$$name.py || exit 1; done
 
 lint: $(VENV)/.slimkernels-dev  ## run every check of .pre-commit-config.yaml
 	$(py) -m pre_commit run --all-files
@@ -176,6 +185,12 @@ $(VENV)-triton-%/.installed: | $(tested)
 $(VENV)-minillm/.installed:
 	@echo 'installing $(MINILLM)'
 	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(MINILLM)'
+	@touch $@
+
+# Folders again. What a trainer needs in another release than that of the environment is installed into its folder too.
+$(VENV)-trl/.installed:
+	@echo 'installing $(TRL)'
+	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(TRL)'
 	@touch $@
 
 # A folder of their own again. None of what is installed with its dependencies depends on torch.
