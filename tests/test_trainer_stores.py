@@ -31,9 +31,9 @@ class Recording(sk.SlimTrainer):
         super().__init__(*args, **kwargs)
         self.read: list[list[int]] = []
 
-    def _step(self, model, inputs, *args):
+    def _compute_step(self, model, inputs, *args):
         self.read.append([int("".join(f"{token:02d}" for token in ids[:3].tolist())) for ids in inputs["input_ids"]])
-        return super()._step(model, inputs, *args)
+        return super()._compute_step(model, inputs, *args)
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ class DistillationMixin(StopsAtLength):
 
     It holds the objective, its online teacher and the log of the loss, and turns the loss of a micro-batch into what
     the ``Trainer`` expects. A subclass calls ``_set_objective`` after ``Trainer.__init__``, computes the loss in
-    ``_step``, and decides in ``_on_bad_step`` what a loss that is not finite leads to.
+    ``_compute_step``, and decides in ``_on_bad_step`` what a loss that is not finite leads to.
 
     Attributes:
         objective: Objective of the training.
@@ -88,6 +88,7 @@ class DistillationMixin(StopsAtLength):
                 f"the loss needs one process per device, got DataParallel on {self.args.n_gpu} devices: start with "
                 "torchrun, or set CUDA_VISIBLE_DEVICES to one device"
             )
+        _check_sequences_are_whole(getattr(self.accelerator, "parallelism_config", None))
         check_can_be_saved(self.model)
         objective.check_schedule_ends()
         self.objective = objective
@@ -251,7 +252,7 @@ class DistillationMixin(StopsAtLength):
             # The loss of a step without any label is 0, and not 0 / 0.
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         scheduled = self.schedules.values(self.state.global_step, self.state.max_steps)
-        step = self._step(model, inputs, num_items_in_batch, self._loss_options(scheduled))
+        step = self._compute_step(model, inputs, num_items_in_batch, self._loss_options(scheduled))
         loss = step.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages gradients over processes; num_items_in_batch counts the labels of all of them.
@@ -296,7 +297,7 @@ class DistillationMixin(StopsAtLength):
         if step is not None:
             self._on_bad_step(step)
 
-    def _step(
+    def _compute_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
     ) -> Step:
         """Computes the loss of a micro-batch with these options, normalised by ``num_items`` labels."""
@@ -330,6 +331,17 @@ def _check_selects_nothing(objective: SlimObjective, teacher_server: TeacherServ
             else "set top_logprobs of the teacher_server"
         )
         raise ValueError(f"{', '.join(names)} select logits of a teacher_model, got {given} without one: {instead}")
+
+
+def _check_sequences_are_whole(config: Any) -> None:
+    """Refuses a ``ParallelismConfig`` of accelerate with which a process holds a part of each sequence."""
+    sizes = {name: getattr(config, name, None) or 1 for name in ("cp_size", "sp_size")}
+    if any(size > 1 for size in sizes.values()):
+        raise ValueError(
+            "parallelism_config must leave sequences whole, as the labels of a document and its teacher's rows are "
+            f"found by all of its tokens, got {sizes} (context and Ulysses sequence parallelism): set both to 1, and "
+            "shorten what a device holds by gradient checkpointing, FSDP2 or tensor parallelism"
+        )
 
 
 def check_can_be_saved(model: nn.Module) -> None:

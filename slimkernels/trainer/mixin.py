@@ -97,7 +97,9 @@ class SlimLossMixin(DistillationMixin):
         self._set_objective(
             objective or SlimObjective("slim" if num_teachers else "sft"), teacher_model, teacher_server
         )
-        self.stored_teacher = self.served_teacher if teacher_store is None else StoredTeacher(_opened(teacher_store))
+        self.stored_teacher = (
+            self.served_teacher if teacher_store is None else StoredTeacher(opened_rows(teacher_store))
+        )
         if num_teachers != (1 if self.objective.needs_teacher else 0):
             one = "one of teacher_model, teacher_store and teacher_server"
             raise ValueError(
@@ -117,8 +119,14 @@ class SlimLossMixin(DistillationMixin):
                 f"loss_type must be 'nll' with SlimLossMixin, which computes the loss, got {loss_type!r}: train with "
                 "TRL's trainer alone, or choose an objective of slimkernels"
             )
-        if self.compute_loss_func is not None:
+        # TRL sets a text with a transformers before 5.19.
+        if callable(self.compute_loss_func):
             raise ValueError("compute_loss_func must be None: SlimLossMixin computes the loss")
+        if self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+            raise ValueError(
+                "use_liger_kernel must leave the loss to SlimLossMixin, but replaces the model's forward with one that "
+                'computes its own: set liger_kernel_config={"fused_linear_cross_entropy": False}'
+            )
         check_loss(base_model(self.model))
         if self.stored_teacher is not None:
             tokenizer = getattr(self, "processing_class", None)
@@ -167,7 +175,7 @@ class SlimLossMixin(DistillationMixin):
     def _on_bad_step(self, step: int) -> None:
         logger.warning("the loss is not finite since optimizer step %d: lower the learning rate", step)
 
-    def _step(
+    def _compute_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
     ) -> Step:
         if "labels" not in inputs:
@@ -214,7 +222,13 @@ class SlimLossMixin(DistillationMixin):
         return self._scored(self.online_teacher.hidden(given, places))
 
 
-def _opened(store: Store | StoreDataset | MixedStores | str | os.PathLike[str]) -> Store | MixedStores:
+def opened_rows(store: Store | StoreDataset | MixedStores | str | os.PathLike[str]) -> Store | MixedStores:
+    """Returns the store or the mixture that a ``teacher_store`` is.
+
+    Raises:
+        TypeError: It is neither, nor the path of a store.
+        ValueError: A mixture has shares.
+    """
     if isinstance(store, str | os.PathLike):
         return Store(store)
     if isinstance(store, StoreDataset):

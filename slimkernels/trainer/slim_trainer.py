@@ -252,7 +252,7 @@ class SlimTrainer(DistillationMixin, Trainer):
             "slimkernels.store.verify"
         )
 
-    def _step(
+    def _compute_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | None, options: dict[str, Any]
     ) -> Step:
         teacher = self._teacher_of(inputs)

@@ -24,8 +24,8 @@ class TrlLog:
 
     @staticmethod
     def is_for(trainer: Any) -> bool:
-        """Returns whether a trainer has the lists of TRL's ``SFTTrainer``."""
-        return isinstance(getattr(trainer, "_metrics", None), dict) and hasattr(trainer, "_total_train_tokens")
+        """Returns whether a trainer is an ``SFTTrainer``, whose lists these are, or a subclass."""
+        return any(base.__name__ == "SFTTrainer" for base in type(trainer).__mro__) and hasattr(trainer, "_metrics")
 
     def add(self, mode: str, result: SlimLoss, target: Tensor, inputs: dict[str, Any]) -> None:
         """Adds a micro-batch.

@@ -1,19 +1,34 @@
-"""TRL's trainers with the loss of this package, against the same trainers with their own."""
+"""TRL's trainers with the losses and teachers of this package, against the same trainers with their own."""
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 import torch
+from datasets import Dataset
+from support import teachers
 from support.integrations import trainer_package
-from support.tiny import VOCAB_SIZE, make_model, make_tokenizer
+from support.served_scores import ScoringServer
 
 import slimkernels as sk
+from slimkernels.models.fingerprints import tokenizer_fingerprint
+from slimkernels.models.make_student import make_student
+from slimkernels.store import Store, StoreWriter
+from slimkernels.trainer import TeacherServer
 
 trl = trainer_package("trl")
+from slimkernels.integrations.trl import DistillationTrainer, GKDTrainer  # noqa: E402 -- TRL is there
+
+gkd = trainer_package("trl.experimental.gkd")
+
+VOCAB_SIZE = 300
+STEPS = 4
 RECIPE = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "max_steps": 4,
+    "max_steps": STEPS,
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
     "optim": "adamw_torch",
@@ -25,33 +40,314 @@ RECIPE = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*experimental.*:UserWarning"),
+]
 
 
-def losses_of(trainer) -> list[float]:
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == RECIPE["max_steps"]
-    return losses
+def make_model():
+    model = make_student(vocab_size=VOCAB_SIZE, hidden_size=16, num_layers=1, num_heads=2, max_length=64, seed=1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    return model
 
 
-def test_sft_trainer_follows_its_own_curve(tmp_path, ran):
-    from datasets import Dataset
+def make_teacher():
+    return teachers.make_teacher(seed=3)
 
+
+def lora(**options) -> Any:
+    peft = pytest.importorskip("peft", reason="needs the extra slimkernels[trl]")
+    return peft.LoraConfig(r=3, lora_alpha=12, **options)
+
+
+def write_store(path, documents: list[list[int]], prompt_length: int, top_k: int = VOCAB_SIZE) -> Store:
+    """Writes the teacher's ``top_k`` largest logits of the documents' tokens after their prompts."""
+    teacher = make_teacher()
+    writer = StoreWriter(
+        path,
+        vocab_size=VOCAB_SIZE,
+        tokenizer_fingerprint=tokenizer_fingerprint(teachers.make_tokenizer()),
+        teacher={"name": "tiny"},
+        selection={"kind": "top_k", "value": top_k, "top_k": top_k},
+        codec="float32",
+    )
+    with writer, torch.no_grad():
+        for document in documents:
+            ids, positions = torch.tensor(document), torch.arange(prompt_length, len(document))
+            logits = teacher(ids[None]).logits[0, positions - 1]
+            kept = sk.topk_logits(logits, top_k=top_k, target=ids[positions])
+            writer.add(ids, positions, kept, prompt_length=prompt_length)
+    return Store(path)
+
+
+def make_documents(count: int = 8) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(2, VOCAB_SIZE, (9,), generator=generator).tolist()} for _ in range(16)]
+    return [torch.randint(2, VOCAB_SIZE, (6 + number % 5,), generator=generator).tolist() for number in range(count)]
 
-    class Distiller(sk.SlimLossMixin, trl.SFTTrainer):
-        pass
 
-    def losses(trainer_class, **options) -> list[float]:
-        args = trl.SFTConfig(output_dir=str(tmp_path), **RECIPE)
-        dataset, tokenizer = Dataset.from_list(rows), make_tokenizer()
-        return losses_of(
-            trainer_class(make_model(), args, train_dataset=dataset, processing_class=tokenizer, **options)
+def trained(trainer):
+    trainer.train()
+    trainer.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(trainer.losses) == STEPS
+    assert len(set(trainer.losses)) == STEPS
+    return trainer
+
+
+def assert_same(ours, theirs, rel: float = 1e-4) -> None:
+    """Compares the curves of the loss and of its gradient, and the weights at the end."""
+    assert ours.losses == pytest.approx(theirs.losses, rel=rel)
+    norms = [[entry["grad_norm"] for entry in run.state.log_history if "loss" in entry] for run in (ours, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=10 * rel)
+    start = dict(make_model().named_parameters())
+    for (name, mine), own in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+    moved = [(value - start[name]).abs().max() for name, value in ours.model.named_parameters() if name in start]
+    assert not moved or max(moved) > 1e-2
+
+
+# DistillationTrainer
+
+
+def distill(tmp_path, trainer_class, *, config: dict[str, Any] | None = None, **options):
+    torch.manual_seed(0)
+    given = {"output_dir": str(tmp_path), "max_completion_length": 6, **RECIPE, **(config or {})}
+    if "teacher_store" not in options:
+        options.setdefault("train_dataset", Dataset.from_list([{"prompt": text} for text in teachers.PROMPTS * 2]))
+    args = trl.DistillationConfig(**given)
+    return trainer_class(make_model(), args=args, processing_class=teachers.make_tokenizer(), **options)
+
+
+DISTILLATIONS = {
+    "forward_kl": {"beta": 0.0},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.3},
+    "warm": {"beta": 0.0, "temperature": 1.5},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize("case", DISTILLATIONS)
+def test_distillation_trainer_follows_its_own_curve(tmp_path, ran, case):
+    config = DISTILLATIONS[case]
+    theirs = trained(distill(tmp_path, trl.DistillationTrainer, config=config, teacher_model=make_teacher()))
+    ours = trained(distill(tmp_path, DistillationTrainer, config=config, teacher_model=make_teacher()))
+    if case == "bf16":
+        assert ours.losses == pytest.approx(theirs.losses, rel=3e-2)
+    else:
+        assert_same(ours, theirs)
+    counts = [[entry["num_tokens"] for entry in run.state.log_history if "loss" in entry] for run in (ours, theirs)]
+    assert counts[0] == counts[1]
+    ran("trl", "DistillationTrainer", f"{STEPS} steps on the student's words, {case}, with the curve of its own loss")
+
+
+def test_distillation_trainer_trains_adapters(tmp_path, ran):
+    config = {"gradient_checkpointing": True}
+    theirs, ours = (
+        trained(
+            distill(tmp_path, one, config=config, teacher_model=make_teacher(), peft_config=lora(target_modules=["q_proj"]))
         )
+        for one in (trl.DistillationTrainer, DistillationTrainer)
+    )
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    adapters = {name: value for name, value in ours.model.named_parameters() if "lora_B" in name}
+    assert adapters
+    assert all(value.abs().max() > 1e-3 for value in adapters.values())
+    for name, value in make_model().named_parameters():
+        if "q_proj" not in name:
+            assert torch.equal(value, dict(ours.model.base_model.model.named_parameters())[name])
+    ran("trl", "DistillationTrainer", f"{STEPS} steps with LoRA, with the curve of its own loss")
 
-    found, expected = losses(Distiller, objective="sft"), losses(trl.SFTTrainer)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert len(set(expected)) == len(expected)
-    ran("trl", "SFTTrainer", f"{len(found)} steps on the labels, with the loss curve of its own loss")
+
+def test_distillation_trainer_asks_a_server(tmp_path, ran):
+    """Learns its own curve from a server that gives all V entries, and with few of them that of the same few."""
+    theirs = trained(distill(tmp_path, trl.DistillationTrainer, teacher_model=make_teacher()))
+    for top_k in (VOCAB_SIZE, 5):
+        with ScoringServer(model=make_teacher()) as server:
+            settings = TeacherServer(server.url, "smollm2", tmp_path / f"rows-{top_k}", top_logprobs=top_k)
+            ours = trained(distill(tmp_path, DistillationTrainer, teacher_server=settings))
+            assert len(server.documents) == STEPS * 4
+            # No completion is written twice, and so none is stored.
+            assert len(Store(tmp_path / f"rows-{top_k}" / "rank-00000")) == 0
+        if top_k == VOCAB_SIZE:
+            assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+        else:
+            objective = sk.SlimObjective("reverse_kl", ce_weight=0, teacher_top_k=top_k)
+            sparse = trained(
+                distill(tmp_path, DistillationTrainer, teacher_model=make_teacher(), objective=objective)
+            )
+            assert ours.losses == pytest.approx(sparse.losses, rel=1e-3)
+            assert ours.losses[0] < 0.9 * theirs.losses[0]
+    ran("trl", "DistillationTrainer", f"{STEPS} steps from a server: K = V with the curve of its own loss, and K = 5")
+
+
+class OnDocuments(trl.DistillationTrainer):
+    """TRL's trainer and its loss, on given completions in place of ones that the student writes."""
+
+    documents: Store
+
+    def _generate(self, prompts: list):
+        documents = [self.documents[number] for number in prompts]
+        ids = [document.input_ids.tolist() for document in documents]
+        starts = [document.prompt_length for document in documents]
+        prompts = [one[:start] for one, start in zip(ids, starts, strict=True)]
+        return prompts, [one[start:] for one, start in zip(ids, starts, strict=True)], None, None, []
+
+
+def test_distillation_trainer_learns_from_a_store(tmp_path, ran):
+    """Learns its own curve from a store of whole rows, and with few entries that of a teacher which keeps as few."""
+    documents = make_documents()
+    numbers = Dataset.from_dict({"prompt": range(len(documents))})
+    whole = write_store(tmp_path / "whole", documents, prompt_length=2)
+    OnDocuments.documents = whole
+    theirs = trained(distill(tmp_path, OnDocuments, train_dataset=numbers, teacher_model=make_teacher()))
+    assert_same(trained(distill(tmp_path, DistillationTrainer, teacher_store=whole)), theirs)
+
+    few = write_store(tmp_path / "few", documents, prompt_length=2, top_k=5)
+    ours = trained(distill(tmp_path, DistillationTrainer, teacher_store=str(few.path)))
+
+    class SparseOnDocuments(DistillationTrainer):
+        _generate = OnDocuments._generate
+        documents = few
+
+    objective = sk.SlimObjective("reverse_kl", ce_weight=0, teacher_top_k=5)
+    options = {"train_dataset": numbers, "teacher_model": make_teacher(), "objective": objective}
+    assert_same(ours, trained(distill(tmp_path, SparseOnDocuments, **options)))
+    assert ours.losses[0] < 0.9 * theirs.losses[0]
+    ran("trl", "DistillationTrainer", f"{STEPS} steps from a store: K = V with the curve of its own loss, and K = 5")
+
+
+def test_distillation_trainer_learns_the_labels_of_a_store_alone(tmp_path):
+    """Has a loss on the rows of a document that the store has, wherever they are, and on no others."""
+    document = make_documents()[3]
+    ids, positions = torch.tensor(document), torch.tensor([2, 3, 6])
+    teacher = make_teacher()
+    writer = StoreWriter(
+        tmp_path / "parts",
+        vocab_size=VOCAB_SIZE,
+        tokenizer_fingerprint=tokenizer_fingerprint(teachers.make_tokenizer()),
+        teacher={"name": "tiny"},
+        selection={"kind": "top_k", "value": 7, "top_k": 7},
+        codec="float32",
+    )
+    with writer, torch.no_grad():
+        kept = sk.topk_logits(teacher(ids[None]).logits[0, positions - 1], top_k=7, target=ids[positions])
+        writer.add(ids, positions, kept)
+    objective = sk.SlimObjective("kd", rest="ghost", ce_weight=0.5)
+    config = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "max_steps": 1}
+    trainer = distill(
+        tmp_path, DistillationTrainer, config=config, teacher_store=tmp_path / "parts", objective=objective
+    )
+    trainer.train()
+    with torch.no_grad():
+        logits = make_model()(ids[None]).logits[0, positions - 1]
+    expected = sk.slim_loss(logits, ids[positions], kept, rest="ghost", ce_weight=0.5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+
+
+def test_distillation_trainer_evaluates(tmp_path):
+    data = Dataset.from_list([{"prompt": text} for text in teachers.PROMPTS])
+    metrics = []
+    for trainer_class in (trl.DistillationTrainer, DistillationTrainer):
+        trainer = distill(tmp_path, trainer_class, teacher_model=make_teacher(), eval_dataset=data)
+        torch.manual_seed(1)
+        metrics.append(trainer.evaluate())
+    for name in ("eval_loss", "eval_entropy", "eval_completions/mean_length"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-4)
+    assert metrics[1]["eval_kd"] == pytest.approx(metrics[1]["eval_loss"], rel=1e-4)
+
+
+# GKDTrainer
+
+
+def make_rows() -> list[dict[str, Any]]:
+    """Makes rows for TRL's collator, whose prompts are two tokens."""
+    tokenizer = teachers.make_tokenizer()
+    return [
+        {
+            "prompt": tokenizer.decode(document[:2]),
+            "input_ids": document,
+            "completion_mask": [0, 0] + [1] * (len(document) - 2),
+        }
+        for document in make_documents(16)
+    ]
+
+
+def distill_gkd(tmp_path, trainer_class, *, config: dict[str, Any] | None = None, rows=None, **options):
+    import random
+
+    torch.manual_seed(0)
+    random.seed(0)
+    args = gkd.GKDConfig(**{"output_dir": str(tmp_path), "max_new_tokens": 6, **RECIPE, **(config or {})})
+    dataset, tokenizer = Dataset.from_list(make_rows() if rows is None else rows), teachers.make_tokenizer()
+    tokenizer.pad_token = teachers.END
+    return trainer_class(make_model(), args=args, train_dataset=dataset, processing_class=tokenizer, **options)
+
+
+GKD = {
+    "data": {"lmbda": 0.0},
+    "both": {"lmbda": 0.5, "beta": 0.3},
+    "student": {"lmbda": 1.0, "beta": 1.0, "temperature": 1.3},
+    "teacher": {"lmbda": 0.0, "beta": 0.0, "seq_kd": True},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize("case", GKD)
+def test_gkd_trainer_follows_its_own_curve(tmp_path, ran, case):
+    config = GKD[case]
+    theirs = trained(distill_gkd(tmp_path, gkd.GKDTrainer, config=config, teacher_model=make_teacher()))
+    ours = trained(distill_gkd(tmp_path, GKDTrainer, config=config, teacher_model=make_teacher()))
+    if case == "bf16":
+        assert ours.losses == pytest.approx(theirs.losses, rel=3e-2)
+    else:
+        assert_same(ours, theirs)
+    ran("trl", "GKDTrainer", f"{STEPS} steps on the words of {case}, with the curve of its own loss")
+
+
+def test_gkd_trainer_trains_adapters_of_the_head(tmp_path, ran):
+    options = {"teacher_model": make_teacher(), "peft_config": lora(target_modules=["q_proj", "lm_head"])}
+    theirs, ours = (trained(distill_gkd(tmp_path, one, **options)) for one in (gkd.GKDTrainer, GKDTrainer))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    for (name, mine), own in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-2, atol=2e-4, msg=name)
+        assert "lora_B" not in name or mine.abs().max() > 1e-3
+    ran("trl", "GKDTrainer", f"{STEPS} steps with LoRA, also on the head, with the curve of its own loss")
+
+
+def test_gkd_trainer_learns_from_a_store_and_packed(tmp_path, ran):
+    """Learns its own curve from a store of whole rows, also where all documents of a batch are one sequence."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    documents = make_documents(16)
+    store = write_store(tmp_path / "store", documents, prompt_length=2)
+    config = {"lmbda": 0.0, "beta": 0.3}
+    theirs = trained(distill_gkd(tmp_path, gkd.GKDTrainer, config=config, teacher_model=make_teacher()))
+    assert_same(trained(distill_gkd(tmp_path, GKDTrainer, config=config, teacher_store=store)), theirs)
+
+    rows = [{name: row[name] for name in ("input_ids", "completion_mask")} for row in make_rows()]
+    options = {"rows": rows, "data_collator": DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)}
+    packed = distill_gkd(tmp_path, GKDTrainer, config=config, teacher_store=store, **options)
+    assert len(packed.data_collator(rows[:3])["input_ids"]) == 1
+    assert_same(trained(packed), theirs)
+    online = trained(distill_gkd(tmp_path, GKDTrainer, config=config, teacher_model=make_teacher(), **options))
+    assert_same(online, theirs)
+    ran("trl", "GKDTrainer", f"{STEPS} steps from a store, padded and packed, with the curve of its own loss")
+
+
+def test_gkd_trainer_asks_a_server(tmp_path, ran):
+    """Asks for the data's text once and stores it, and for the student's words without storing them."""
+    config = {"lmbda": 0.5, "beta": 0.3}
+    theirs = trained(distill_gkd(tmp_path, gkd.GKDTrainer, config=config, teacher_model=make_teacher()))
+    with ScoringServer(model=make_teacher()) as server:
+        settings = TeacherServer(server.url, "smollm2", tmp_path / "rows", top_logprobs=VOCAB_SIZE)
+        ours = trained(distill_gkd(tmp_path, GKDTrainer, config=config, teacher_server=settings))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
+    stored, data = Store(tmp_path / "rows" / "rank-00000"), {tuple(document) for document in make_documents(16)}
+    kept = {tuple(stored[number].input_ids.tolist()) for number in range(len(stored))}
+    assert 0 < len(kept) < len(server.documents)
+    assert kept == data & set(server.documents)
+    ran("trl", "GKDTrainer", f"{STEPS} steps from a server, with the curve of its own loss")
