@@ -258,7 +258,7 @@ class GKDTrainer(_SlimDistillation, _GKDTrainerAlone):
         TypeError: ``args`` is not a ``GKDConfig``.
         ValueError: As ``SlimLossMixin``; or an argument of TRL would have no effect.
 
-    Supports: one process, DDP; float32 and bf16 mixed precision; adapters of PEFT, also on the head. Not FSDP and
+    Supports: one process, DDP; float32 and bf16 mixed precision; adapters of PEFT. Not FSDP and
     DeepSpeed, with which TRL prepares a teacher of its own.
 
     References: arXiv 2306.13649.
