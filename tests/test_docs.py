@@ -69,6 +69,7 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_docs_snippets_run(page, files, monkeypatch):
     """One after the other in one namespace, as a reader would paste them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import teachers
+from support.served import MODEL
+from support.served_scores import ScoringServer
 from support.tiny import make_model, make_store
 from test_trainer import batch_terms, dense_loss
 from transformers import AutoModelForCausalLM
 
 from slimkernels.store import DocumentOrder, StoreDataset
+from slimkernels.teacher import capture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -79,3 +84,50 @@ def test_lightning_follows_the_eager_curve(tmp_path):
     batches = [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
     assert Keep.losses == pytest.approx(eager_losses(make_model(), dataset.store, batches), rel=1e-4)
     assert 0 < float(trainer.callback_metrics["weight"]) < 1
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with a student and its tokenizer, and a file of prompts."""
+    teachers.save_teacher(tmp_path / "student", seed=5)
+    rows = [json.dumps({"prompt": text}) for text in teachers.PROMPTS[:4]]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+SHORT = {"per_device_train_batch_size": 2, "max_completion_length": 5, "max_steps": 2, "learning_rate": 1e-3}
+SHORT |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_distillation_learns_from_a_server(texts):
+    pytest.importorskip("trl", reason="needs the extra slimkernels[trl]")
+    options = {"prompts": str(texts / "prompts.jsonl"), **SHORT}
+    with ScoringServer() as server:
+        trainer = load("trl_distillation").make_trainer(
+            str(texts / "student"), str(texts / "out"), server=server.url, name=MODEL, **options
+        )
+        before = trainer.model.get_output_embeddings().weight.detach().clone()
+        trainer.train()
+        prompts = [tuple(server.tokenizer(text)["input_ids"]) for text in teachers.PROMPTS[:4]]
+    assert len(server.documents) == 4
+    assert all(any(document[: len(prompt)] == prompt for prompt in prompts) for document in server.documents)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    assert all(entry["loss"] == pytest.approx(entry["kd"], rel=1e-4) and entry["kd"] > 0 for entry in logs)
+    assert all(0 < entry["teacher_mass"] < 1 for entry in logs)
+    assert not torch.equal(trainer.model.get_output_embeddings().weight, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_distillation_learns_from_a_store(texts):
+    pytest.importorskip("trl", reason="needs the extra slimkernels[trl]")
+    model, tokenizer = teachers.make_teacher(seed=3), teachers.make_tokenizer()
+    capture(model, tokenizer, [tokenizer(text)["input_ids"] for text in teachers.PROMPTS], texts / "store")
+    options = SHORT | {"max_steps": 12, "learning_rate": 1e-2}
+    trainer = load("trl_distillation").make_trainer(
+        str(texts / "student"), str(texts / "out"), store=str(texts / "store"), **options
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])

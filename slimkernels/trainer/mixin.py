@@ -66,7 +66,8 @@ class SlimLossMixin(DistillationMixin):
 
     Raises:
         ValueError: The objective needs a teacher and there is none, or two; the model's loss is not computed from its
-            head; or an option of the trainer needs logits to train.
+            head; an option of the trainer needs logits to train; Liger's fused loss is on; or a process holds a part of
+            each sequence (context or Ulysses sequence parallelism).
     """
 
     _evaluation_log: LossLog | None = None

@@ -226,8 +226,12 @@ def test_distillation_trainer_learns_from_a_store(tmp_path, ran):
     ran("trl", "DistillationTrainer", f"{STEPS} steps from a store: K = V with the curve of its own loss, and K = 5")
 
 
-def test_distillation_trainer_learns_the_labels_of_a_store_alone(tmp_path):
-    """Has a loss on the rows of a document that the store has, wherever they are, and on no others."""
+DIVERGENCES = ("soft_ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "ab", "gated")
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", *(pytest.param(name, marks=SLOW) for name in DIVERGENCES)])
+def test_distillation_trainer_learns_the_labels_of_a_store_alone(tmp_path, ran, divergence):
+    """Has every divergence on the rows of a document that the store has, wherever they are, and on no others."""
     document = make_documents()[3]
     ids, positions = torch.tensor(document), torch.tensor([2, 3, 6])
     teacher = make_teacher()
@@ -242,7 +246,7 @@ def test_distillation_trainer_learns_the_labels_of_a_store_alone(tmp_path):
     with writer, torch.no_grad():
         kept = sk.topk_logits(teacher(ids[None]).logits[0, positions - 1], top_k=7, target=ids[positions])
         writer.add(ids, positions, kept)
-    objective = sk.SlimObjective("kd", rest="ghost", ce_weight=0.5)
+    objective = sk.SlimObjective("kd", rest="ghost", divergence=divergence, ce_weight=0.5)
     config = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "max_steps": 1}
     trainer = distill(
         tmp_path, DistillationTrainer, config=config, teacher_store=tmp_path / "parts", objective=objective
@@ -250,8 +254,23 @@ def test_distillation_trainer_learns_the_labels_of_a_store_alone(tmp_path):
     trainer.train()
     with torch.no_grad():
         logits = make_model()(ids[None]).logits[0, positions - 1]
-    expected = sk.slim_loss(logits, ids[positions], kept, rest="ghost", ce_weight=0.5, token_weight="none")
+    options = objective.loss_options
+    expected = sk.slim_loss(logits, ids[positions], kept, **options)
+    assert (options["divergence"], options["rest"]) == (divergence, "ghost")
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+    ran("trl", "DistillationTrainer", f"a step on {divergence} from the rows that a store has, K = 7")
+
+
+@SLOW
+def test_distillation_trainer_makes_the_rows_of_its_teacher_in_chunks(tmp_path, ran):
+    kept = sk.SlimObjective("jsd", ce_weight=0, teacher_top_k=5)
+    in_chunks = sk.SlimObjective("jsd", ce_weight=0, teacher_top_k=5, teacher_in_chunks=True)
+    held, made = (
+        trained(distill(tmp_path, DistillationTrainer, teacher_model=make_teacher(), objective=objective))
+        for objective in (kept, in_chunks)
+    )
+    assert_same(made, held, rel=1e-5)
+    ran("trl", "DistillationTrainer", f"{STEPS} steps on a teacher's 5 largest logits, made in chunks")
 
 
 def test_distillation_trainer_evaluates(tmp_path):
