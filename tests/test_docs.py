@@ -70,6 +70,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_docs_snippets_run(page, files, monkeypatch):
     """One after the other in one namespace, as a reader would paste them."""

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class _SlimDistillation(SlimLossMixin):
-    """What both trainers share: the objective that their arguments mean, and what they cannot honour."""
+    """A base class of both trainers, which reads an objective from TRL's arguments and refuses what has no effect."""
 
     def __init__(
         self,
@@ -309,7 +309,7 @@ class GKDTrainer(_SlimDistillation, _GKDTrainerAlone):
             **kwargs,
         )
         if self.online_teacher is not None:
-            # It writes the completions with seq_kd.
+            # With seq_kd this model writes the completions.
             self.teacher_model = self.online_teacher.model
         if args.lmbda:
             self._warn_of_own_words()
