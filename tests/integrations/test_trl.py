@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +115,26 @@ def assert_same(ours, theirs, rel: float = 1e-4) -> None:
         torch.testing.assert_close(mine, own, rtol=1e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
     moved = [(value - start[name]).abs().max() for name, value in ours.model.named_parameters() if name in start]
     assert not moved or max(moved) > 1e-2
+
+
+# SFTTrainer
+
+
+def test_sft_trainer_follows_its_own_curve(tmp_path, ran):
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(2, VOCAB_SIZE, (9,), generator=generator).tolist()} for _ in range(16)]
+
+    class Distiller(sk.SlimLossMixin, trl.SFTTrainer):
+        pass
+
+    def losses(trainer_class, **options) -> list[float]:
+        args = trl.SFTConfig(output_dir=str(tmp_path), **RECIPE)
+        options |= {"train_dataset": Dataset.from_list(rows), "processing_class": teachers.make_tokenizer()}
+        return trained(trainer_class(make_model(), args, **options)).losses
+
+    found, expected = losses(Distiller, objective="sft"), losses(trl.SFTTrainer)
+    assert found == pytest.approx(expected, rel=1e-5)
+    ran("trl", "SFTTrainer", f"{len(found)} steps on the labels, with the loss curve of its own loss")
 
 
 # DistillationTrainer
@@ -495,3 +520,57 @@ def test_own_words_as_labels_are_warned_of(tmp_path, caplog):
     assert "the student learns from its own words as if they were labels: set SlimObjective(..., ce_weight=0)" in (
         caplog.text
     )
+
+
+# Two processes
+
+RANKS = """
+import json, os, sys
+import importlib.util
+import torch
+
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("test_trl", {path!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+curves = module.curves_of_ranks({output!r})
+if torch.distributed.get_rank() == 0:
+    with open({output!r} + "/curves.json", "w") as file:
+        json.dump(curves, file)
+torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def curves_of_ranks(output: str) -> list[list[list[float]]]:
+    """Trains with TRL's and with our trainers in this process of several; returns losses and norms of gradients."""
+    config, curves = {"per_device_train_batch_size": 1, "lmbda": 0.0}, []
+    for make, trainer_class in (
+        (distill, trl.DistillationTrainer),
+        (distill, DistillationTrainer),
+        (distill_gkd, gkd.GKDTrainer),
+        (distill_gkd, GKDTrainer),
+    ):
+        given = config if make is distill_gkd else {"per_device_train_batch_size": 1}
+        trainer = trained(make(Path(output), trainer_class, config=given, teacher_model=make_teacher()))
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        curves.append([[entry["loss"], entry["grad_norm"]] for entry in logs])
+    return curves
+
+
+@SLOW
+def test_two_processes_follow_the_curve(tmp_path, ran):
+    """Follows TRL's curve in DistillationTrainer, and twice that of GKDTrainer, which forgets that there are two."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(path=str(Path(__file__)), output=str(tmp_path)))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    theirs, ours, their_gkd, our_gkd = map(torch.tensor, json.loads((tmp_path / "curves.json").read_text()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+    # AdamW's steps do not depend on the scale of the gradient.
+    torch.testing.assert_close(our_gkd, 2 * their_gkd, rtol=1e-2, atol=0)
+    ran("trl", "DistillationTrainer", f"{STEPS} steps on two processes, with the curve of its own loss")
+    ran("trl", "GKDTrainer", f"{STEPS} steps on two processes, with twice the curve of its own loss")
