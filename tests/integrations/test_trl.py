@@ -120,6 +120,7 @@ def assert_same(ours, theirs, rel: float = 1e-4) -> None:
 # SFTTrainer
 
 
+@SLOW
 def test_sft_trainer_follows_its_own_curve(tmp_path, ran):
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(2, VOCAB_SIZE, (9,), generator=generator).tolist()} for _ in range(16)]
