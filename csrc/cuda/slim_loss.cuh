@@ -18,14 +18,13 @@
 
 #include <string.h>
 
+#include "keys.cuh"
 #include "slim_loss_memory.cuh"
 #include "staging.cuh"
 
 namespace slimkernels {
 namespace cuda {
 namespace {
-
-constexpr unsigned kAllLanes = ~0u;
 
 // Keys of float32 numbers that sort like them, for maxima over a warp.
 __device__ inline uint32_t key_of(float x) {

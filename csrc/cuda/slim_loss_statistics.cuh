@@ -6,29 +6,11 @@ namespace slimkernels {
 namespace cuda {
 namespace {
 
-// Keys sort like logits: -0.0 equals 0.0, and NaN is the largest.
-template <class X>
-__device__ uint32_t order_key(typename X::Bits bits) {
-  constexpr uint32_t kAll = typename X::Bits(~0u), kSign = (kAll >> 1) + 1;
-  const uint32_t magnitude = bits & ~kSign;
-  if (magnitude > X::kInfinity) return kAll;
-  return bits > kSign ? kAll - bits : magnitude | kSign;
-}
-
 // Finds the first index of the largest key of all lanes.
 __device__ inline void largest_of_warp(uint32_t& key, uint32_t& index) {
   const uint32_t best = __reduce_max_sync(kAllLanes, key);
   index = ~__reduce_max_sync(kAllLanes, key == best ? ~index : 0u);
   key = best;
-}
-
-__device__ inline uint32_t inclusive_sum_of_warp(uint32_t value, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t lower = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane >= distance) value += lower;
-  }
-  return value;
 }
 
 // Sets state.argmax to the first index of the row's largest logit.

@@ -18,37 +18,13 @@
 // alignment of the row.
 #pragma once
 
-#include "device.cuh"
+#include "keys.cuh"
 #include "topk_logits_memory.cuh"
 
 namespace slimkernels {
 
 constexpr int kDigitBits = 11;
-constexpr unsigned kAllLanes = ~0u;
 constexpr float kFixedPoint = 4294967296.0f;  // 1.0 is 2 ** 32, so that 2 ** 31 exponentials fit into 64 bits
-
-// Keys sort like logits: -0.0 equals 0.0, and NaN is the largest.
-
-template <class X>
-__device__ uint32_t order_key(typename X::Bits bits) {
-  constexpr uint32_t kAll = typename X::Bits(~0u), kSign = (kAll >> 1) + 1;
-  const uint32_t magnitude = bits & ~kSign;
-  if (magnitude > X::kInfinity) return kAll;
-  return bits > kSign ? kAll - bits : magnitude | kSign;
-}
-
-// Returns the element with this key; NaN for keys below that of -inf, which no element has.
-template <class X>
-__device__ typename X::Bits bits_of_key(uint32_t key) {
-  using Bits = typename X::Bits;
-  constexpr uint32_t kSign = (Bits(~0u) >> 1) + 1;
-  return Bits(key & kSign ? key ^ kSign : ~key);
-}
-
-template <class X>
-__device__ float value_of_key(uint32_t key) {
-  return X::widen(bits_of_key<X>(key));
-}
 
 // The state and the steps of one block working on its slice of one row.
 template <class X, bool kStaged, int kThreads>
@@ -217,7 +193,7 @@ struct RowSlice {
     uint32_t own = 0;
 #pragma unroll
     for (int j = 0; j < kBinsPerThread; ++j) own += counts[j];
-    uint32_t up_to_here = inclusive_sum(own);
+    uint32_t up_to_here = inclusive_sum_of_warp(own, lane);
     if (lane == 31) state.counted[warp] = up_to_here;
     if (thread == 0) state.bin = state.counted_higher = 0;
     __syncthreads();
@@ -240,15 +216,6 @@ struct RowSlice {
 #pragma unroll
     for (int j = 0; j < kBinsPerThread; j += 4) *reinterpret_cast<uint4*>(state.histogram + first + j) = {0, 0, 0, 0};
     __syncthreads();
-  }
-
-  __device__ uint32_t inclusive_sum(uint32_t value) const {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const uint32_t lower = __shfl_up_sync(kAllLanes, value, distance);
-      if (lane >= distance) value += lower;
-    }
-    return value;
   }
 
   // Estimates from a sample a key that a few more than K elements reach. The rank allows for four standard deviations.
@@ -445,7 +412,7 @@ struct RowSlice {
       for (int32_t i = lane; i < tile; i += 32) before += memory.tile_founds[i];
       uint32_t marks = reinterpret_cast<const uint32_t*>(memory.marks)[tile * 32 + lane];
       const uint32_t own = __popc(marks);
-      uint32_t place = __reduce_add_sync(kAllLanes, before) + inclusive_sum(own) - own;
+      uint32_t place = __reduce_add_sync(kAllLanes, before) + inclusive_sum_of_warp(own, lane) - own;
       for (; marks != 0; marks &= marks - 1) memory.list[place++] = tile * kTile + lane * 32 + __ffs(marks) - 1;
     }
     __syncthreads();

@@ -1,0 +1,42 @@
+// Order-preserving keys of logits, and functions of a warp, for kernels that select.
+#pragma once
+
+#include "device.cuh"
+
+namespace slimkernels {
+
+constexpr unsigned kAllLanes = ~0u;
+
+// Returns a key that sorts like its logit: -0.0 equals 0.0, and NaN is the largest.
+template <class X>
+__device__ uint32_t order_key(typename X::Bits bits) {
+  constexpr uint32_t kAll = typename X::Bits(~0u), kSign = (kAll >> 1) + 1;
+  const uint32_t magnitude = bits & ~kSign;
+  if (magnitude > X::kInfinity) return kAll;
+  return bits > kSign ? kAll - bits : magnitude | kSign;
+}
+
+// Returns the element with this key; NaN for keys below that of -inf, which no element has.
+template <class X>
+__device__ typename X::Bits bits_of_key(uint32_t key) {
+  using Bits = typename X::Bits;
+  constexpr uint32_t kSign = (Bits(~0u) >> 1) + 1;
+  return Bits(key & kSign ? key ^ kSign : ~key);
+}
+
+template <class X>
+__device__ float value_of_key(uint32_t key) {
+  return X::widen(bits_of_key<X>(key));
+}
+
+// Returns the sum of the values of this lane and those before it.
+__device__ inline uint32_t inclusive_sum_of_warp(uint32_t value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t lower = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += lower;
+  }
+  return value;
+}
+
+}  // namespace slimkernels
