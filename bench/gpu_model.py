@@ -84,11 +84,12 @@ KERNELS = (
     Kernel(
         "topk_logits",
         "cuda/topk_logits.cuh",
-        "topk_logits_kernel<BFloat16, true, 512>",
+        "topk_logits_kernel<BFloat16, true, 256>",
         LARGE_SHAPES,
         lambda n, v, k: n * (2 * v + 6 * k + 8),
         target_ratio=0.8,
-        max_barriers=14,
+        max_barriers=9,
+        threads=256,
     ),
     Kernel(
         "slim_loss",
@@ -218,6 +219,8 @@ def blocks_of(listing: str, csrc: Path) -> list[Block]:
                 blocks.append(Block(int(found[1], 16)))
             pending = []
             is_conditional, opcode = bool(found[2]), found[3]
+            if found[2] == "@!PT ":
+                opcode = "NOP"  # never takes effect, so it tells nothing about its line
             blocks[-1].instructions.append((opcode, stack))
             # BRA.DIV leads to a copy of what follows for warps whose lanes are at different places; here they are not.
             ends_block = opcode.startswith(("BRA", "EXIT", "RET")) and opcode != "BRA.DIV"

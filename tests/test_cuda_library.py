@@ -106,7 +106,8 @@ def test_cuda_kernels_compile_without_warning_or_spill(built):
     for each in kernels:
         print(f"{each.architecture}: {each.registers} registers, {each.name}")  # noqa: T201 -- shown by pytest -s
         assert (each.stack_bytes, each.spilled_bytes) == (0, 0), each
-        assert each.registers <= 64, each  # so that two blocks of 512 threads fit a multiprocessor
+        # So that two blocks, of 256 and 512 threads, fit a multiprocessor.
+        assert each.registers <= (128 if "topk_logits" in each.name else 64), each
 
 
 def test_spills_are_read_from_the_assembler():

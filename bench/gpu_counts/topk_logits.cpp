@@ -1,6 +1,9 @@
 // Runs one row of topk_logits on the emulated GPU as the launcher plans it for an H200, and prints what was executed.
 #include "trace.h"
-// The kernel must be included after the emulator.
+// The emulator's copies, which must be included before the kernel.
+#include "staging.h"
+
+// The kernel.
 #include "cuda/topk_logits.cuh"
 #include "cuda/topk_logits_plan.h"
 #include "row.h"
@@ -28,6 +31,7 @@ UNTRACED int main(int, char** arguments) {
   args.values = values.data();
   args.lse = &lse;
   args.rest_lse = &rest_lse;
+  set_sample(args);
   const double temperature = 1;
   set_temperatures(args, &temperature, 1);
 

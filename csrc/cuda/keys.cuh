@@ -1,6 +1,8 @@
 // Order-preserving keys of logits, and functions of a warp, for kernels that select.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace slimkernels {
@@ -10,10 +12,10 @@ constexpr unsigned kAllLanes = ~0u;
 // Returns a key that sorts like its logit: -0.0 equals 0.0, and NaN is the largest.
 template <class X>
 __device__ uint32_t order_key(typename X::Bits bits) {
-  constexpr uint32_t kAll = typename X::Bits(~0u), kSign = (kAll >> 1) + 1;
-  const uint32_t magnitude = bits & ~kSign;
-  if (magnitude > X::kInfinity) return kAll;
-  return bits > kSign ? kAll - bits : magnitude | kSign;
+  using Bits = typename X::Bits;
+  constexpr uint32_t kAll = Bits(~0u), kSign = (kAll >> 1) + 1;
+  const int32_t x = std::make_signed_t<Bits>(X::canonical(bits));
+  return (uint32_t(x) ^ (uint32_t(x >> 31) | kSign)) & kAll;
 }
 
 // Returns the element with this key; NaN for keys below that of -inf, which no element has.

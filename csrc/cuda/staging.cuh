@@ -7,10 +7,23 @@
 
 namespace slimkernels {
 
+// A vector in shared memory, as the destination of copies. Its address stays in a register.
+struct SharedVector {
+  uint32_t address;
+  __device__ SharedVector operator+(int32_t distance) const { return {address + 16 * distance}; }
+};
+__device__ inline SharedVector shared_vector(uint4* vector) {
+  uint32_t address = uint32_t(__cvta_generic_to_shared(vector));
+  asm("" : "+r"(address));
+  return {address};
+}
+
 // Starts to copy 16 bytes to shared memory; both addresses are multiples of 16.
+__device__ inline void copy_async(SharedVector to, const uint4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address), "l"(from) : "memory");
+}
 __device__ inline void copy_async(uint4* to, const uint4* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
+  copy_async(SharedVector{uint32_t(__cvta_generic_to_shared(to))}, from);
 }
 
 // Waits for the copies that this thread started. Other threads see them after a barrier.

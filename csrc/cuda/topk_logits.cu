@@ -1,5 +1,6 @@
-// The operator slimkernels::topk_logits_rows of CUDA tensors. What this kernel does not compute, float64, rows close to
-// 2^31 logits and many temperatures, goes to the Triton kernel, which is slimkernels::topk_logits_rows_triton.
+// The operator slimkernels::topk_logits_rows of CUDA tensors. What this kernel does not compute, float64, rows of
+// more than 2^21 logits and many temperatures, goes to the Triton kernel, which is
+// slimkernels::topk_logits_rows_triton.
 //
 // The kernel has run on an emulated GPU (tests/support/cuda_emulator); neither it nor this file has run on a real one.
 //
@@ -40,11 +41,10 @@ void launch(const Machine& machine, TopkLogitsArgs& args, int64_t num_rows, cuda
 struct CudaTopkLogits {
   static constexpr char kTriton[] = "slimkernels::topk_logits_rows_triton";
 
-  // The limit of V leaves room for a tile past the end of the longest row, whose ids must fit into 32 bits.
   template <class... Outputs>
   static bool serves(const Tensor& logits, int64_t, const OptionalTensor&, const std::vector<double>& temperatures,
                      const Outputs&...) {
-    return logits.scalar_type() != ScalarType::Double && logits.size(1) <= INT32_MAX - kMaxBlocks * kTile &&
+    return logits.scalar_type() != ScalarType::Double && logits.size(1) <= kMaxVocabSize &&
            temperatures.size() <= kMaxTemperatures;
   }
 
@@ -73,6 +73,7 @@ struct CudaTopkLogits {
     args.lse = sums_of(lse, num_rows * num_temperatures, "lse");
     args.rest_lse = sums_of(rest_lse, num_rows * num_temperatures, "rest_lse");
     args.target_logit = sums_of(target_logit, num_rows, "target_logit");
+    set_sample(args);
     set_temperatures(args, temperatures.data(), int(num_temperatures));
 
     const torch::stable::accelerator::DeviceGuard guard(device);

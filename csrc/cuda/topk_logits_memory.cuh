@@ -8,9 +8,17 @@
 namespace slimkernels {
 
 constexpr int kMaxTemperatures = 32;
-constexpr int kBins = 2048;
-constexpr int kGroup = 8;    // elements that a lane reads at once; their marks are one byte
-constexpr int kTile = 1024;  // elements that a warp sums in float32; their marks are one word per lane
+constexpr int kDigitBits = 9;
+constexpr int kBins = 1 << kDigitBits;
+constexpr int kGroup = 8;           // elements that are sampled together
+constexpr int kSampleGroups = 256;  // the most that are sampled of a row
+constexpr int kSampleBins = 256;
+constexpr int kTileBytes = 4096;  // of a row, which a warp processes at a time
+constexpr int kLimbs = 3;         // parts of a sum, of kLimbBits each
+constexpr int kLimbBits = 22;
+
+template <class X>
+constexpr int kTile = kTileBytes / sizeof(typename X::Bits);
 
 struct Temperature {
   double inverse;
@@ -23,7 +31,9 @@ struct TopkLogitsArgs {
   int32_t vocab_size;
   int32_t top_k;
   int32_t slice;          // elements of a row per block, a multiple of kTile
-  int32_t list_capacity;  // candidates that a block can list; 0 to neither sample nor list
+  int32_t list_capacity;  // candidates that a block can list
+  int32_t sample_stride;  // groups between two that are sampled, from the first of one to the first of the next
+  int32_t sample_rank;  // the threshold's rank in the sample; 0 to take no sample, so that all elements are candidates
   const int64_t* target;  // (N,) or null
   int32_t* ids;           // (N, K)
   void* values;           // (N, K)
@@ -34,33 +44,46 @@ struct TopkLogitsArgs {
   Temperature temperatures[kMaxTemperatures];
 };
 
-// The fixed part of a block's shared memory. It is followed by the marks and their counts, the list and the slice.
-template <int kThreads>
-struct BlockState {
-  static constexpr int kWarps = kThreads / 32;
-  uint32_t histogram[kBins];
-  unsigned long long sums[kMaxTemperatures];       // sums of the slice's exponentials, in fixed point
-  unsigned long long rest_sums[kMaxTemperatures];  // the same of the elements that are not kept
-  uint32_t found;                                  // number of candidates in the slice
-  uint32_t largest_key[kWarps];
-  uint32_t counted[kWarps];      // elements in the bins of a warp's threads
-  uint32_t above[kWarps];        // candidates of a warp above the K-th largest
-  uint32_t tied[kWarps];         // candidates of a warp equal to the K-th largest
-  uint32_t bin, counted_higher;  // result of find_bin
+// A tile's candidates, and how many of them are above the K-th largest or equal to it.
+struct Tile {
+  uint32_t first, found;  // position in the list, and number
+  uint32_t above, tied;
+};
+
+// A candidate: its key, and its position within its tile in the lower half.
+template <class X>
+using Candidate = std::conditional_t<sizeof(typename X::Bits) == 4, uint64_t, uint32_t>;
+
+// A sum in fixed point: the sum of limbs[i] << i * kLimbBits.
+struct FixedSum {
+  uint32_t limbs[kLimbs];
+};
+
+// The fixed part of a block's shared memory. It is followed by the tiles, the list and the slice.
+struct alignas(128) BlockState {
+  uint32_t histogram[kBins];         // of the candidates' keys
+  uint32_t samples[2][kSampleBins];  // histograms of the sample's keys, by their high and their low byte
+  FixedSum above[kMaxTemperatures];  // sums of the slice's exponentials: of candidates above the K-th largest,
+  FixedSum below[kMaxTemperatures];  // of candidates below it,
+  FixedSum rest[kMaxTemperatures];   // and of the elements that are no candidates
+  uint32_t found;                    // number of candidates in the slice
+  uint32_t largest_key;              // of them
+  uint32_t largest_below;            // of those below the K-th largest, if it is searched for
+  uint32_t num_above, num_tied;      // candidates above the K-th largest, and equal to it
+  // Results of the first warp, for the others. All blocks find the same.
+  uint32_t bin, counted, counted_higher;  // a bin, the number of elements in it, and of those in higher bins
+  uint32_t found_in_row, largest_in_row;
+  uint32_t is_listed;  // whether every block has a list of all its candidates
 };
 
 template <class X, bool kStaged, int kThreads>
 struct BlockMemory {
   using Bits = typename X::Bits;
-  // A staged slice has at most kMaxSlice elements, which the launcher ensures, so its ids fit into 16 bits.
-  using LocalId = std::conditional_t<kStaged, uint16_t, uint32_t>;
-  static constexpr int64_t kMaxSlice = kStaged ? 65536 : INT32_MAX;
 
-  BlockState<kThreads>* state;
-  uint8_t* marks;         // (slice / 8) one bit per element, set for candidates
-  uint32_t* tile_founds;  // (slice / kTile) number of candidates of every tile
-  LocalId* list;          // (list_capacity) ids of candidates, ascending
-  Bits* staged;           // (slice)
+  BlockState* state;
+  uint4* staged;       // the slice, or a tile per warp, with permuted vectors
+  Tile* tiles;         // (slice / kTile)
+  Candidate<X>* list;  // (list_capacity + 32) ascending in positions within a tile; the last 32 can be read
 
   // Returns the number of bytes that a block needs.
   __host__ __device__ static int64_t bytes(int64_t slice, int64_t list_capacity) {
@@ -74,12 +97,11 @@ struct BlockMemory {
       used += (size + 15) / 16 * 16;
       return place;
     };
-    const int64_t marked = list_capacity > 0 ? slice : 0;
-    state = reinterpret_cast<BlockState<kThreads>*>(take(sizeof(BlockState<kThreads>)));
-    marks = reinterpret_cast<uint8_t*>(take(marked / kGroup));
-    tile_founds = reinterpret_cast<uint32_t*>(take(marked / kTile * 4));
-    list = reinterpret_cast<LocalId*>(take(list_capacity * sizeof(LocalId)));
-    staged = reinterpret_cast<Bits*>(take(kStaged ? slice * sizeof(Bits) : 0));
+    const int64_t num_tiles = slice / kTile<X>;
+    state = reinterpret_cast<BlockState*>(take(sizeof(BlockState)));
+    staged = reinterpret_cast<uint4*>(take((kStaged ? num_tiles : kThreads / 32) * kTileBytes));
+    tiles = reinterpret_cast<Tile*>(take(num_tiles * sizeof(Tile)));
+    list = reinterpret_cast<Candidate<X>*>(take((list_capacity + 32) * sizeof(Candidate<X>)));
     return used;
   }
 };

@@ -265,10 +265,26 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned distance) {
 }
 
 template <class T>
+T __shfl_sync(unsigned mask, T value, unsigned lane) {
+  return shuffle(mask, 8, value, lane);
+}
+
+template <class T>
 T atomicAdd(T* place, T value) {
   const T before = *place;
   *place += value;
   return before;
+}
+
+inline uint32_t atomicMax(uint32_t* place, uint32_t value) {
+  const uint32_t before = *place;
+  *place = std::max(before, value);
+  return before;
+}
+
+inline int __dp4a(int a, int b, int sum) {
+  for (int byte = 0; byte < 32; byte += 8) sum += int8_t(a >> byte) * int8_t(b >> byte);
+  return sum;
 }
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
@@ -285,6 +301,7 @@ inline float __uint_as_float(uint32_t bits) {
 namespace slimkernels {
 
 inline uint32_t cluster_size() { return emulator::machine.num_blocks; }
+inline uint32_t cluster_index() { return emulator::machine.grid_block.x / emulator::machine.num_blocks; }
 inline uint32_t cluster_rank() { return emulator::machine.running->block; }
 inline char* shared_memory() { return reinterpret_cast<char*>(emulator::machine.memory[cluster_rank()].data()); }
 
@@ -300,19 +317,33 @@ inline void sync_cluster() {
   if (!emulator::skips_barrier()) emulator::meet(emulator::machine.cluster, member, 0);
 }
 
+template <class T>
+T* kept_pointer(T* pointer) {
+  return pointer;
+}
+
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
+}
+
+template <class X>
+typename X::Bits canonical_of(typename X::Bits x) {
+  using Bits = typename X::Bits;
+  const Bits magnitude = x & Bits(~0u) >> 1;
+  return magnitude > X::kInfinity ? Bits(~0u) >> 1 : magnitude == 0 ? 0 : x;
 }
 
 struct Float32 {
   using Bits = uint32_t;
   static constexpr uint32_t kInfinity = 0x7f800000;
   static float widen(Bits x) { return __uint_as_float(x); }
+  static Bits canonical(Bits x) { return canonical_of<Float32>(x); }
   static uint32_t max_word(uint32_t a, uint32_t b) {
     const float x = widen(a), y = widen(b);
     return std::isnan(x) || std::isnan(y) ? 0x7fffffff : x < y ? b : a;
   }
+  static uint32_t not_below(uint32_t a, uint32_t b) { return widen(a) < widen(b) ? 0u : ~0u; }
 };
 
 template <class X>
@@ -339,6 +370,7 @@ struct BFloat16 {
   using Bits = uint16_t;
   static constexpr uint32_t kInfinity = 0x7f80;
   static float widen(Bits x) { return __uint_as_float(uint32_t(x) << 16); }
+  static Bits canonical(Bits x) { return canonical_of<BFloat16>(x); }
   static uint32_t max_word(uint32_t a, uint32_t b) { return max_of_halves<BFloat16>(a, b); }
   static uint32_t not_below(uint32_t a, uint32_t b) { return not_below_in_halves<BFloat16>(a, b); }
 };
@@ -353,6 +385,7 @@ struct Float16 {
                                             : std::ldexp(float(fraction + 1024), exponent - 25);
     return x >> 15 ? -magnitude : magnitude;
   }
+  static Bits canonical(Bits x) { return canonical_of<Float16>(x); }
   static uint32_t max_word(uint32_t a, uint32_t b) { return max_of_halves<Float16>(a, b); }
   static uint32_t not_below(uint32_t a, uint32_t b) { return not_below_in_halves<Float16>(a, b); }
 };

@@ -41,6 +41,9 @@ inline std::vector<emulator::Copy>& copies_of_thread() {
   return emulator::copies[emulator::machine.running - emulator::machine.fibers.data()];
 }
 
+using SharedVector = uint4*;
+inline SharedVector shared_vector(uint4* vector) { return vector; }
+
 inline void copy_async(uint4* to, const uint4* from) { copies_of_thread().push_back({to, from}); }
 
 inline void wait_for_copies() {

@@ -1,5 +1,5 @@
 // Runs csrc/cuda/topk_logits.cuh on the emulated GPU; called with ctypes.
-#include "device.h"
+#include "staging.h"
 // The kernel must be included after the emulator.
 #include "cuda/topk_logits.cuh"
 #include "cuda/topk_logits_plan.h"
@@ -10,6 +10,7 @@ using namespace slimkernels;
 
 template <class X, bool kStaged, int kThreads>
 const char* run(TopkLogitsArgs& args, int64_t num_rows, int num_blocks, int seed, int skipped_barrier) {
+  args.slice = int32_t(slice_of<X>(args.vocab_size, num_blocks));
   emulator::Machine& machine = emulator::machine;
   machine.num_threads = kThreads;
   machine.num_blocks = num_blocks;
@@ -29,9 +30,9 @@ const char* run(TopkLogitsArgs& args, int64_t num_rows, int num_blocks, int seed
 template <class X>
 const char* run_variant(TopkLogitsArgs& args, int64_t num_rows, int num_blocks, int num_threads, bool staged, int seed,
                         int skipped_barrier) {
-  if (num_threads == 512) {
-    return staged ? run<X, true, 512>(args, num_rows, num_blocks, seed, skipped_barrier)
-                  : run<X, false, 512>(args, num_rows, num_blocks, seed, skipped_barrier);
+  if (num_threads == 256) {
+    return staged ? run<X, true, 256>(args, num_rows, num_blocks, seed, skipped_barrier)
+                  : run<X, false, 256>(args, num_rows, num_blocks, seed, skipped_barrier);
   }
   return staged ? run<X, true, 64>(args, num_rows, num_blocks, seed, skipped_barrier)
                 : run<X, false, 64>(args, num_rows, num_blocks, seed, skipped_barrier);
@@ -50,7 +51,6 @@ extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_ro
   args.row_stride = row_stride;
   args.vocab_size = vocab_size;
   args.top_k = top_k;
-  args.slice = slice_of(vocab_size, num_blocks);
   args.list_capacity = list_capacity;
   args.target = target;
   args.ids = ids;
@@ -58,6 +58,7 @@ extern "C" const char* topk_logits(int dtype, const void* logits, int64_t num_ro
   args.lse = lse;
   args.rest_lse = rest_lse;
   args.target_logit = target_logit;
+  set_sample(args);
   set_temperatures(args, temperatures, num_temperatures);
   const auto variant = dtype == 0 ? run_variant<Float32> : dtype == 1 ? run_variant<BFloat16> : run_variant<Float16>;
   return variant(args, num_rows, num_blocks, num_threads, staged != 0, seed, skipped_barrier);
