@@ -118,7 +118,7 @@ SK_INLINE void diverge(const Args& args, S gate, V log_q, V log_p, V q, V p, V* 
       // An outcome that the teacher excludes is skipped, because it would make D infinite.
       const auto excluded = log_q == zero - infinity<A>();
       *share = excluded ? zero : kl_share(log_p - log_q, p, q);
-      *slope = (p == zero) | excluded ? zero : p * (log_p - log_q);
+      *slope = ((p == zero) | excluded) ? zero : p * (log_p - log_q);
       if (gate == 0) return;
       *share += kl_share(log_q - log_p, q, p) * A(gate);
       *slope -= q * A(gate);
@@ -133,7 +133,7 @@ SK_INLINE void diverge(const Args& args, S gate, V log_q, V log_p, V q, V p, V* 
     case kSkewKl: {
       const auto [m, normal, log_m] = Mixture<V>(log_q, log_p, q, p, args.alpha);
       *share = kl_share(log_q - log_m, q, m);
-      *slope = (q == zero) | (p == zero) ? zero : p * (q / normal) * A(args.alpha - 1);
+      *slope = ((q == zero) | (p == zero)) ? zero : p * (q / normal) * A(args.alpha - 1);
       return;
     }
     case kSkewReverseKl: {
@@ -141,7 +141,7 @@ SK_INLINE void diverge(const Args& args, S gate, V log_q, V log_p, V q, V p, V* 
       const auto excluded = log_m == zero - infinity<A>();
       *share = excluded ? zero : kl_share(log_p - log_m, p, m);
       const V ratio = args.alpha == 0 ? zero : p / normal * A(args.alpha * (1 - args.alpha));
-      *slope = (p == zero) | excluded ? zero : p * (log_p - log_m) + (q - p) * ratio;
+      *slope = ((p == zero) | excluded) ? zero : p * (log_p - log_m) + (q - p) * ratio;
       return;
     }
     case kTvd: {
