@@ -54,8 +54,8 @@ demo: $(installed)  ## heal half of a real model three ways, by its own logits
 test: $(tested) $(VENV)/.slimkernels-encoder  ## run the default tests, on a CPU; only installing needs a network
 	$(py) -m pytest -n auto --maxprocesses 8 --dist loadfile $(if $(DATA),--data '$(DATA)')
 
-test-isa: $(tested)  ## run every test of every op on every instruction set of this machine
-	$(py) -m pytest tests/test_isa.py -m slow
+test-isa: $(tested)  ## run every test of every op on every instruction set of this machine, and NEON in an emulator
+	$(py) -m pytest tests/test_isa.py tests/test_aarch64.py -m slow
 
 test-triton: $(tested) $(foreach release,$(TRITONS),$(VENV)-triton-$(release)/.installed)  ## compile the Triton kernels with the oldest and the newest supported Triton
 	@for release in $(TRITONS); do echo "Triton $$release"; \

@@ -56,6 +56,7 @@ def speed_table(rows: list[dict], figures: tuple[str, ...] = ()) -> str:
         ("time over its lower bound", "---:"): [
             _per_threads([case.over_floor(count) for count in threads], "x") for case in cases
         ],
+        ("host time to launch it", "---:"): [_host(case, threads) for case in cases],
         ("peak extra memory, ours / peer", "---:"): [_memory(case) for case in cases],
     }
     columns = {head: cells for head, cells in columns.items() if any(cells)}
@@ -91,6 +92,13 @@ def _line(cells: Iterable[str]) -> str:
 def _figures(case: records.CaseRecord, threads: list[int]) -> str:
     timings = [case.timing(OURS, count) for count in threads]
     return _per_threads([timing and timing["p50"] for timing in timings], f" {case.row['unit']}")
+
+
+def _host(case: records.CaseRecord, threads: list[int]) -> str:
+    """Returns the host's time to launch our op, for devices that work while the host goes on; nothing for others."""
+    timings = [case.timing(OURS, count) for count in threads]
+    times = [timing.get("host_ms") if timing else None for timing in timings]
+    return _per_threads([None if ms is None else 1e3 * ms for ms in times], " \N{MICRO SIGN}s")
 
 
 def _per_threads(values: list[float | None], unit: str) -> str:

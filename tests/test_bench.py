@@ -255,6 +255,15 @@ def test_bench_table_by_hand():
     assert "commits abc (1 cases), old (1 cases)" in lines[5]
 
 
+def test_bench_table_shows_the_host_time_where_a_row_has_it():
+    on_gpu = row(isa="sm_90", host_ms=0.0715)
+    assert "host time" not in table.speed_table([row()])
+    lines = table.speed_table([on_gpu, row(op="decode", isa="sm_90")]).splitlines()
+    assert lines[0] == "| op | shape | dtype | time | peer | time over its lower bound | host time to launch it |"
+    assert lines[2] == "| `op` fwd | 4x8 | float32 | 2.0 ms | peer | 2.0x | 71.5 \N{MICRO SIGN}s |"
+    assert lines[3].endswith("| 2.0x |  |")
+
+
 def test_bench_table_check_finds_another_number(tmp_path):
     (tmp_path / "cpu.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row("peer", 6.0)) + "\n")
     (tmp_path / "demo.jsonl").write_bytes((ROOT / "bench/results/demo.jsonl").read_bytes())

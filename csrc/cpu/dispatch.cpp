@@ -43,13 +43,13 @@ struct Features {
   Features() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return;  // no XGETBV
-    const bool has_fma = bit(c, 12);
+    const bool has_fma = bit(c, 12), has_f16c = bit(c, 29);
     uint32_t xcr0, high;
     __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     const bool has_vbmi2 = bit(c, 6);
     const bool saves_ymm = (xcr0 & 0x6) == 0x6, saves_zmm = (xcr0 & 0xe6) == 0xe6;
-    avx2 = saves_ymm && has_fma && bit(b, 5) && bit(b, 8);  // AVX2, BMI2
+    avx2 = saves_ymm && has_fma && has_f16c && bit(b, 5) && bit(b, 8);  // AVX2, BMI2
     // AVX-512 F, DQ, CD, BW and VL.
     avx512 = saves_zmm && bit(b, 16) && bit(b, 17) && bit(b, 28) && bit(b, 30) && bit(b, 31);
     const bool has_subleaf_1 = a >= 1;

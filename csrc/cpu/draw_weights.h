@@ -11,8 +11,6 @@ namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-typedef uint64_t VecW __attribute__((vector_size(64)));
-
 constexpr int kFractionBits = 25;
 // The coefficients of 2^-x, alternately added and subtracted, times 2^31.
 constexpr uint32_t kPowerOfHalf[] = {2147483648u, 1488521986u, 515877902u, 119165493u, 20571132u, 2737501u, 234126u};
@@ -40,9 +38,9 @@ Weighing<A> weighing_of(A top, bool infinite, double temperature, int64_t vocab_
 template <class A, class V>
 SK_INLINE V scaled_falls(V z, const Weighing<A>& weighing) {
   constexpr A kMost = A(63ll << kFractionBits);
-  if (weighing.infinite) z = z == infinity<A>() ? V{} : V{} - infinity<A>();
+  if (weighing.infinite) z = select(z == infinity<A>(), V{}, V{} - infinity<A>());
   const V fall = (weighing.top - z) * weighing.rate;
-  return fall < kMost ? fall : V{} + kMost;
+  return min(fall, V{} + kMost);
 }
 
 SK_INLINE VecU multiply_high(VecU a, VecU b) {
@@ -52,12 +50,7 @@ SK_INLINE VecU multiply_high(VecU a, VecU b) {
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), _mm512_srli_epi64(y, 32));
   return bitcast<VecU>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
 #else
-  // Compilers vectorise this loop over arrays, but not one over the lanes of a vector.
-  uint32_t x[16], y[16];
-  memcpy(x, &a, sizeof(x));
-  memcpy(y, &b, sizeof(y));
-  for (int lane = 0; lane < 16; ++lane) x[lane] = uint32_t(uint64_t(x[lane]) * y[lane] >> 32);
-  return load_raw<VecU>(x);
+  return by_part<VecU>([&](int i) SK_INLINED { return products_of(a.part[i], b.part[i]).high; });
 #endif
 }
 
@@ -66,34 +59,30 @@ struct Weights {
 };
 
 SK_INLINE Weights weights_of_falls(VecI falls, int shift) {
-  const VecU fraction = VecU(falls) << (32 - kFractionBits);
+  const VecU fraction = bitcast<VecU>(falls) << (32 - kFractionBits);
   VecU power = VecU{} + kPowerOfHalf[6];
 #pragma GCC unroll 6
   for (int k = 5; k >= 0; --k) power = kPowerOfHalf[k] - multiply_high(fraction, power);
-  const VecU exponent = VecU(falls) >> kFractionBits;
-  typedef uint32_t HalfU __attribute__((vector_size(32)));
-  HalfU powers[2], exponents[2];
-  memcpy(powers, &power, sizeof(power));
-  memcpy(exponents, &exponent, sizeof(exponent));
-  return {(__builtin_convertvector(powers[0], VecW) << shift) >> __builtin_convertvector(exponents[0], VecW),
-          (__builtin_convertvector(powers[1], VecW) << shift) >> __builtin_convertvector(exponents[1], VecW)};
+  const Halves<HalfU> powers = halves_of<HalfU>(power);
+  const Halves<HalfU> exponents = halves_of<HalfU>(bitcast<VecU>(falls) >> kFractionBits);
+  return {(convert<VecW>(powers.low) << shift) >> convert<VecW>(exponents.low),
+          (convert<VecW>(powers.high) << shift) >> convert<VecW>(exponents.high)};
 }
 
 // Returns the weights of 16 ids; those at or after `count` have none.
 template <class X>
 SK_INLINE Weights weights_of(const X* z, int64_t count, const Weighing<float>& weighing) {
   const VecF logits = count >= 16 ? load(z) : load_part(z, count, -infinity<float>());
-  return weights_of_falls(__builtin_convertvector(scaled_falls(logits, weighing), VecI), weighing.shift);
+  return weights_of_falls(convert<VecI>(scaled_falls(logits, weighing)), weighing.shift);
 }
 
 SK_INLINE Weights weights_of(const double* z, int64_t count, const Weighing<double>& weighing) {
-  typedef int32_t HalfI __attribute__((vector_size(32)));
   HalfI falls[2];
   for (int half = 0; half < 2; ++half) {
     const int64_t left = count - 8 * half;
     const VecD logits =
         left >= 8 ? load(z + 8 * half) : load_part(z + 8 * half, left < 0 ? 0 : left, -infinity<double>());
-    falls[half] = __builtin_convertvector(scaled_falls(logits, weighing), HalfI);
+    falls[half] = convert<HalfI>(scaled_falls(logits, weighing));
   }
   return weights_of_falls(load_raw<VecI>(falls), weighing.shift);
 }

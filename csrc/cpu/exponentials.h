@@ -72,7 +72,7 @@ struct LargestOf {
 
   void add(Vec v) {
     best = max(v, best);
-    nan = v != v ? v : nan;
+    nan = select(v != v, v, nan);
   }
   template <class X>
   void add(const X* x, int64_t count) {

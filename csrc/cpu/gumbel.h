@@ -8,16 +8,18 @@
 
 #include "select.h"
 #include "vec.h"
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace slimkernels {
 namespace SK_ISA {
 namespace {
 
-// Noise is computed for kGroup ids together. A vector of counters serves 64 ids; two vectors hide each other's latency.
+// Noise is computed for kGroup ids together. A vector of counters serves 64 ids; of vectors that are one register, two
+// hide each other's latency.
+#if defined(__AVX512F__)
 constexpr int kStreams = 2;
+#else
+constexpr int kStreams = 1;
+#endif
 constexpr int kVectors = 4 * kStreams;
 constexpr int kGroup = 16 * kVectors;
 
@@ -60,6 +62,77 @@ SK_INLINE int64_t seed_of_row(const RowInts& seed, int64_t n) {
   return int64_t(uint64_t(words[1]) << 32 | words[0]);
 }
 
+#if !defined(__AVX512F__)
+// ---- Integers in one register, on machines with narrower vectors
+
+using PartU = VecU::Part;
+
+struct Products {
+  PartU high, low;  // 32 bits each
+};
+
+SK_INLINE Products products_of(PartU a, PartU b) {
+#if defined(__AVX2__)
+  const __m256i x = bitcast<__m256i>(a), y = bitcast<__m256i>(b);
+  const __m256i evens = _mm256_mul_epu32(x, y);
+  const __m256i odds = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(y, 32));
+  return {PartU(_mm256_blend_epi32(_mm256_srli_epi64(evens, 32), odds, 0xaa)),
+          PartU(_mm256_blend_epi32(evens, _mm256_slli_epi64(odds, 32), 0xaa))};
+#elif defined(__SSE4_1__)
+  const __m128i x = bitcast<__m128i>(a), y = bitcast<__m128i>(b);
+  const __m128i evens = _mm_mul_epu32(x, y);
+  const __m128i odds = _mm_mul_epu32(_mm_srli_epi64(x, 32), _mm_srli_epi64(y, 32));
+  return {PartU(_mm_blend_epi16(_mm_srli_epi64(evens, 32), odds, 0xcc)),
+          PartU(_mm_blend_epi16(evens, _mm_slli_epi64(odds, 32), 0xcc))};
+#elif defined(__aarch64__)
+  const uint32x4_t x = bitcast<uint32x4_t>(a), y = bitcast<uint32x4_t>(b);
+  const uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vget_low_u32(y)));
+  const uint32x4_t last = vreinterpretq_u32_u64(vmull_high_u32(x, y));
+  return {bitcast<PartU>(vuzp2q_u32(first, last)), bitcast<PartU>(vuzp1q_u32(first, last))};
+#else
+  Products products;
+  for (int lane = 0; lane < kPartLanes; ++lane) {
+    const uint64_t product = uint64_t(a[lane]) * b[lane];
+    products.high[lane] = uint32_t(product >> 32);
+    products.low[lane] = uint32_t(product);
+  }
+  return products;
+#endif
+}
+
+struct Transposed {
+  PartU part[4];
+};
+
+// Puts the words of the same lane side by side: part j has those of lane j and behind them, if there is one, lane j
+// + 4.
+SK_INLINE Transposed transpose(PartU w0, PartU w1, PartU w2, PartU w3) {
+#if defined(__AVX2__)
+  const __m256i a = bitcast<__m256i>(w0), b = bitcast<__m256i>(w1), c = bitcast<__m256i>(w2), d = bitcast<__m256i>(w3);
+  const __m256i low_ab = _mm256_unpacklo_epi32(a, b), high_ab = _mm256_unpackhi_epi32(a, b);
+  const __m256i low_cd = _mm256_unpacklo_epi32(c, d), high_cd = _mm256_unpackhi_epi32(c, d);
+  return {{PartU(_mm256_unpacklo_epi64(low_ab, low_cd)), PartU(_mm256_unpackhi_epi64(low_ab, low_cd)),
+           PartU(_mm256_unpacklo_epi64(high_ab, high_cd)), PartU(_mm256_unpackhi_epi64(high_ab, high_cd))}};
+#elif defined(__SSE2__)
+  const __m128i a = bitcast<__m128i>(w0), b = bitcast<__m128i>(w1), c = bitcast<__m128i>(w2), d = bitcast<__m128i>(w3);
+  const __m128i low_ab = _mm_unpacklo_epi32(a, b), high_ab = _mm_unpackhi_epi32(a, b);
+  const __m128i low_cd = _mm_unpacklo_epi32(c, d), high_cd = _mm_unpackhi_epi32(c, d);
+  return {{PartU(_mm_unpacklo_epi64(low_ab, low_cd)), PartU(_mm_unpackhi_epi64(low_ab, low_cd)),
+           PartU(_mm_unpacklo_epi64(high_ab, high_cd)), PartU(_mm_unpackhi_epi64(high_ab, high_cd))}};
+#elif defined(__aarch64__)
+  const uint32x4_t a = bitcast<uint32x4_t>(w0), b = bitcast<uint32x4_t>(w1);
+  const uint32x4_t c = bitcast<uint32x4_t>(w2), d = bitcast<uint32x4_t>(w3);
+  const uint64x2_t low_ab = vreinterpretq_u64_u32(vzip1q_u32(a, b)), high_ab = vreinterpretq_u64_u32(vzip2q_u32(a, b));
+  const uint64x2_t low_cd = vreinterpretq_u64_u32(vzip1q_u32(c, d)), high_cd = vreinterpretq_u64_u32(vzip2q_u32(c, d));
+  return {{bitcast<PartU>(vzip1q_u64(low_ab, low_cd)), bitcast<PartU>(vzip2q_u64(low_ab, low_cd)),
+           bitcast<PartU>(vzip1q_u64(high_ab, high_cd)), bitcast<PartU>(vzip2q_u64(high_ab, high_cd))}};
+#else
+  return {{PartU{w0[0], w1[0], w2[0], w3[0]}, PartU{w0[1], w1[1], w2[1], w3[1]}, PartU{w0[2], w1[2], w2[2], w3[2]},
+           PartU{w0[3], w1[3], w2[3], w3[3]}}};
+#endif
+}
+#endif
+
 #if defined(__AVX512F__)
 SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
   const __m512i m = _mm512_set1_epi32(int32_t(factor));
@@ -70,16 +143,13 @@ SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
 }
 #else
 SK_INLINE void multiply(VecU a, uint32_t factor, VecU* high, VecU* low) {
-  // Compilers vectorise this loop over arrays, but not one over the lanes of a vector.
-  uint32_t in[16], top[16], bottom[16];
-  memcpy(in, &a, sizeof(in));
-  for (int lane = 0; lane < 16; ++lane) {
-    const uint64_t product = uint64_t(in[lane]) * factor;
-    top[lane] = uint32_t(product >> 32);
-    bottom[lane] = uint32_t(product);
+  const PartU factors = PartU{} + factor;
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+    const Products products = products_of(a.part[i], factors);
+    high->part[i] = products.high;
+    low->part[i] = products.low;
   }
-  memcpy(high, top, sizeof(top));
-  memcpy(low, bottom, sizeof(bottom));
 }
 #endif
 
@@ -96,12 +166,12 @@ SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
   bits[3] = bitcast<VecU>(_mm512_unpackhi_epi64(high01, high23));
 #else
   const VecU words[4] = {c0, c1, c2, c3};
-  uint32_t by_word[4][16], by_id[64];
-  memcpy(by_word, words, sizeof(words));
-  for (int counter = 0; counter < 16; ++counter) {
-    for (int word = 0; word < 4; ++word) by_id[4 * counter + word] = by_word[word][counter];
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+    const Transposed by_id = transpose(words[0].part[i], words[1].part[i], words[2].part[i], words[3].part[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) bits[(4 * i + j) / kParts].part[(4 * i + j) % kParts] = by_id.part[j];
   }
-  memcpy(bits, by_id, sizeof(by_id));
 #endif
 }
 
@@ -110,8 +180,10 @@ SK_INLINE void interleave(VecU c0, VecU c1, VecU c2, VecU c3, VecU bits[4]) {
 SK_INLINE void random_bits(const NoiseKey& key, int64_t first_id, VecU bits[kVectors]) {
 #if defined(__AVX512F__)
   const VecU order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // interleave() undoes this order
+#elif defined(__AVX2__)
+  const VecU order = by_part<VecU>([](int i) SK_INLINED { return PartU{0, 2, 4, 6, 1, 3, 5, 7} + uint32_t(8 * i); });
 #else
-  const VecU order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const VecU order = lanes_from<VecU>(0u);
 #endif
   // In the first two rounds only the id differs between lanes, so half of the products are the same in all lanes.
   const uint64_t same1 = uint64_t(key.position[0]) * kFactor1;
@@ -152,8 +224,8 @@ constexpr float kLargestNoise = 22.9f;  // noise of bits = 0, rounded up
 // Returns an upper bound of gumbel(bits), because -log(1 - u) >= u, and log2 of a float is at least the number that its
 // bits, read as an integer, stand for.
 SK_INLINE VecF noise_bound(VecU bits) {
-  const VecF u = __builtin_convertvector(VecI(bits >> 1), VecF) + 0.25f;  // at most 2^31 u, within float32 rounding
-  const VecF log2_u = __builtin_convertvector(bitcast<VecI>(u), VecF) * 0x1p-23f;
+  const VecF u = convert<VecF>(bitcast<VecI>(bits >> 1)) + 0.25f;  // at most 2^31 u, within float32 rounding
+  const VecF log2_u = convert<VecF>(bitcast<VecI>(u)) * 0x1p-23f;
   return (158.0f - log2_u) * 0.69314718f;
 }
 
@@ -162,16 +234,7 @@ SK_INLINE uint32_t lanes_reaching(VecF v, float bound) {
 #if defined(__AVX512F__)
   return not_below(v, bound);
 #else
-  const VecI mask = not_below(v, bound);
-  uint32_t lanes = 0;
-#if defined(__SSE2__)
-  __m128 quarter[4];
-  memcpy(quarter, &mask, sizeof(mask));
-  for (int i = 0; i < 4; ++i) lanes |= uint32_t(_mm_movemask_ps(quarter[i])) << (4 * i);
-#else
-  for (int lane = 0; lane < 16; ++lane) lanes |= uint32_t(mask[lane] & 1) << lane;
-#endif
-  return lanes;
+  return bits_of(not_below(v, bound));
 #endif
 }
 
@@ -199,9 +262,8 @@ struct Scoring {
 template <class A, class V>
 SK_INLINE V scores_of(V z, const Scoring<A>& scoring, A inv_temperature) {
   V score = (z - scoring.max) * inv_temperature;
-  score = score < 0 ? score : V{};
-  score = score > -__FLT_MAX__ ? score : V{} - A(__FLT_MAX__);
-  return z >= scoring.threshold ? score : V{} - infinity<A>();
+  score = max(min(score, V{}), V{} - A(__FLT_MAX__));
+  return select(z >= scoring.threshold, score, V{} - infinity<A>());
 }
 
 // Returns whether any of kGroup logits is eligible.
@@ -218,12 +280,9 @@ SK_INLINE VecF scores_at(const X* z, const Scoring<float>& scoring, float inv_te
   return scores_of(load(z), scoring, inv_temperature);
 }
 SK_INLINE VecF scores_at(const double* z, const Scoring<double>& scoring, double inv_temperature) {
-  VecF scores;
-  for (int half = 0; half < 2; ++half) {
-    const VecD wide = scores_of(load(z + 8 * half), scoring, inv_temperature);
-    for (int lane = 0; lane < 8; ++lane) scores[8 * half + lane] = float(wide[lane]);
-  }
-  return scores;
+  HalfF halves[2];
+  for (int i = 0; i < 2; ++i) halves[i] = convert<HalfF>(scores_of(load(z + 8 * i), scoring, inv_temperature));
+  return load_raw<VecF>(halves);
 }
 
 struct Runner {

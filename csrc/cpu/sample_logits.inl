@@ -72,10 +72,8 @@ struct SampleScratch {
 
 SK_INLINE VecD widened_sum(VecD v) { return v; }
 SK_INLINE VecD widened_sum(VecF v) {
-  typedef float HalfF __attribute__((vector_size(32)));
-  HalfF half[2];
-  memcpy(half, &v, sizeof(v));
-  return __builtin_convertvector(half[0], VecD) + __builtin_convertvector(half[1], VecD);
+  const Halves<HalfF> halves = halves_of<HalfF>(v);
+  return convert<VecD>(halves.low) + convert<VecD>(halves.high);
 }
 
 // Returns whether any lane is above the bound; NaN is not.
@@ -84,9 +82,9 @@ SK_INLINE bool any_above(VecF v, float bound) {
   return _mm512_cmp_ps_mask(bitcast<__m512>(v), _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
 }
 #else
-SK_INLINE bool any_above(VecF v, float bound) { return count(VecI(v > bound)) != 0; }
+SK_INLINE bool any_above(VecF v, float bound) { return count(bitcast<VecI>(v > bound)) != 0; }
 #endif
-SK_INLINE bool any_above(VecD v, double bound) { return count(VecL(v > bound)) != 0; }
+SK_INLINE bool any_above(VecD v, double bound) { return count(bitcast<VecL>(v > bound)) != 0; }
 
 // Returns a lower bound of the logits that top-p and min-p keep, given a level that the largest logit reaches and a
 // partial sum of exp((z - level) / T) over the row.
@@ -152,7 +150,7 @@ int64_t read_row(const X* row, int64_t vocab_size, const RowOptions& options, Ro
         }
         best = max(best, z);
         const Vec difference = z - level;
-        const Vec d = kNoMass > difference ? Vec{} + kNoMass : difference;  // NaN is kept
+        const Vec d = max(Vec{} + kNoMass, difference);  // NaN is kept
         const Vec e = exp(d);
         block_exps += e;
         block_moments += d * e;
@@ -227,9 +225,9 @@ Key lowest_key_of_nucleus(Key* keys, A* masses, int64_t length, double target, d
   pad();
   for (int64_t i = 0; i < length; i += kWidth) {
     const KeyVector key = load_raw<KeyVector>(keys + i);
-    const KeyVector real = key == kLowest ? low_lanes : key;
-    low_lanes = real < low_lanes ? real : low_lanes;
-    high_lanes = key > high_lanes ? key : high_lanes;
+    const KeyVector real = select(key == kLowest, low_lanes, key);
+    low_lanes = select(real < low_lanes, real, low_lanes);
+    high_lanes = select(key > high_lanes, key, high_lanes);
   }
   Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
   Above over_high = {0, 0};  // entries in the arrays above `high`
@@ -309,8 +307,7 @@ A min_p_threshold(const Scoring<A>& scoring, double min_p) {
 template <class A>
 void keys_of(const A* values, int64_t length, typename Lanes<A>::Key* keys) {
   for (int64_t i = 0; i < length; i += Lanes<A>::kWidth) {
-    const auto vector = order_keys(load(values + i));
-    memcpy(keys + i, &vector, sizeof(vector));
+    store_raw(keys + i, order_keys(load(values + i)));
   }
 }
 

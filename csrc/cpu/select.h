@@ -21,13 +21,13 @@ SK_INLINE Key order_key(A value) {
 SK_INLINE VecI order_keys(VecF v) {
   const VecI bits = bitcast<VecI>(v + 0.0f);
   const VecI key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return v != v ? VecI{} + 0x7fffffff : key;
+  return select(v != v, VecI{} + 0x7fffffff, key);
 }
 
 SK_INLINE VecL order_keys(VecD v) {
   const VecL bits = bitcast<VecL>(v + 0.0);
   const VecL key = bits ^ ((bits >> 63) & INT64_MAX);
-  return v != v ? VecL{} + INT64_MAX : key;
+  return select(v != v, VecL{} + INT64_MAX, key);
 }
 
 template <class A, class Key = typename Lanes<A>::Key>
@@ -40,6 +40,67 @@ template <class Key>
 constexpr Key lowest_key() {
   return Key(1) << (sizeof(Key) * 8 - 1);
 }
+
+#if !defined(__AVX512F__)
+// ---- Masks of one register, on machines with narrower vectors
+
+using PartI = VecI::Part;
+constexpr int kPartLanes = VecI::kPartLanes;
+
+// The selected lanes of a register by the bits of its mask, in order, as indices of groups of bytes.
+template <int bytes>
+struct SelectedLanes {
+  uint8_t index[1 << kPartLanes][kPartLanes * bytes];
+
+  constexpr SelectedLanes() : index() {
+    for (int mask = 0; mask < 1 << kPartLanes; ++mask) {
+      int to = 0;
+      for (int lane = 0; lane < kPartLanes; ++lane) {
+        for (int byte = 0; (mask >> lane & 1) && byte < bytes; ++byte) index[mask][to++] = uint8_t(lane * bytes + byte);
+      }
+    }
+  }
+};
+
+// Returns a mask with a bit per lane.
+SK_INLINE uint32_t bits_of_part(PartI mask) {
+#if defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(bitcast<__m256>(mask)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(bitcast<__m128>(mask)));
+#else
+  mask &= PartI{1, 2, 4, 8};
+  return uint32_t((mask[0] | mask[1]) | (mask[2] | mask[3]));
+#endif
+}
+
+SK_INLINE uint32_t bits_of(VecI mask) {
+  uint32_t bits = 0;
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) bits |= bits_of_part(mask.part[i]) << (i * kPartLanes);
+  return bits;
+}
+
+// Writes the selected lanes, and anything behind them up to a whole register.
+SK_INLINE void compress(uint32_t bits, PartI v, int32_t* out) {
+#if defined(__AVX2__)
+  static constexpr SelectedLanes<1> selected;
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(selected.index[bits])));
+  store_raw(out, _mm256_permutevar8x32_epi32(bitcast<__m256i>(v), lanes));
+#elif defined(__SSSE3__)
+  static constexpr SelectedLanes<4> selected;
+  store_raw(out, _mm_shuffle_epi8(bitcast<__m128i>(v), load_raw<__m128i>(selected.index[bits])));
+#elif defined(__aarch64__)
+  static constexpr SelectedLanes<4> selected;
+  store_raw(out, vqtbl1q_u8(bitcast<uint8x16_t>(v), load_raw<uint8x16_t>(selected.index[bits])));
+#else
+  for (int lane = 0; lane < kPartLanes; ++lane) {
+    *out = v[lane];
+    out += bits >> lane & 1;
+  }
+#endif
+}
+#endif
 
 // ---- Masks of lanes, and appending the selected lanes to an array. Appending writes whole vectors, so arrays need
 // room for a vector behind their last entry. Arrays may be compacted in place.
@@ -66,18 +127,13 @@ using MaskF = VecI;
 SK_INLINE MaskF not_below(VecF v, float threshold) { return ~(v < threshold); }
 SK_INLINE MaskF above(VecI keys, int32_t pivot) { return keys > pivot; }
 SK_INLINE MaskF equal(VecI keys, int32_t pivot) { return keys == pivot; }
-SK_INLINE int64_t count(MaskF mask) { return int64_t(-sum_lanes(mask)); }
-SK_INLINE MaskF first_lanes(MaskF mask, int64_t lanes) {
-  for (int lane = 0; lane < 16; ++lane) {
-    if (lanes == 0) mask[lane] = 0;
-    lanes += mask[lane];
-  }
-  return mask;
-}
+SK_INLINE int64_t count(MaskF mask) { return __builtin_popcount(bits_of(mask)); }
 SK_INLINE void append(MaskF mask, VecI v, int32_t* out) {
-  for (int lane = 0; lane < 16; ++lane) {
-    *out = v[lane];
-    out -= mask[lane];
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+    const uint32_t bits = bits_of_part(mask.part[i]);
+    compress(bits, v.part[i], out);
+    out += __builtin_popcount(bits);
   }
 }
 #endif
@@ -99,12 +155,16 @@ SK_INLINE VecL not_below(VecD v, double threshold) { return ~(v < threshold); }
 SK_INLINE VecL above(VecL keys, int64_t pivot) { return keys > pivot; }
 SK_INLINE VecL equal(VecL keys, int64_t pivot) { return keys == pivot; }
 SK_INLINE int64_t count(VecL mask) { return int64_t(-sum_lanes(mask)); }
-SK_INLINE VecL first_lanes(VecL mask, int64_t lanes) {
-  for (int lane = 0; lane < 8; ++lane) {
-    if (lanes == 0) mask[lane] = 0;
-    lanes += mask[lane];
+// Drops the selected lanes but for the first `lanes` of them.
+template <class Mask>
+SK_INLINE Mask first_lanes(Mask mask, int64_t lanes) {
+  typename SignedOf<sizeof(mask[0])>::type each[sizeof(mask) / sizeof(mask[0])];
+  store_raw(each, mask);
+  for (auto& lane : each) {
+    if (lanes == 0) lane = 0;
+    lanes += lane;
   }
-  return mask;
+  return load_raw<Mask>(each);
 }
 template <class V, class T>
 SK_INLINE void append(VecL mask, V v, T* out) {
@@ -114,22 +174,13 @@ SK_INLINE void append(VecL mask, V v, T* out) {
   }
 }
 
-template <class Key>
-struct KeyVec {
-  using type = VecI;
-};
-template <>
-struct KeyVec<int64_t> {
-  using type = VecL;
-};
-
 // Returns the number of keys that are at least `pivot`; the array is padded to whole vectors.
 template <class Key>
 SK_INLINE int64_t count_reaching(const Key* keys, int64_t length, Key pivot) {
   using Vec = typename KeyVec<Key>::type;
   constexpr int kWidth = sizeof(Vec) / sizeof(Key);
   Vec reaching = {};
-  for (int64_t i = 0; i < length; i += kWidth) reaching -= Vec(load_raw<Vec>(keys + i) >= pivot);
+  for (int64_t i = 0; i < length; i += kWidth) reaching -= bitcast<Vec>(load_raw<Vec>(keys + i) >= pivot);
   return int64_t(sum_lanes(reaching));
 }
 
@@ -150,9 +201,9 @@ Key select_key(Key* keys, int64_t length, int64_t rank) {
   high_lanes += lowest_key<Key>();
   for (int64_t i = 0; i < length; i += kWidth) {
     const Vec key = load_raw<Vec>(keys + i);
-    const Vec real = key == lowest_key<Key>() ? low_lanes : key;
-    low_lanes = real < low_lanes ? real : low_lanes;
-    high_lanes = key > high_lanes ? key : high_lanes;
+    const Vec real = select(key == lowest_key<Key>(), low_lanes, key);
+    low_lanes = select(real < low_lanes, real, low_lanes);
+    high_lanes = select(key > high_lanes, key, high_lanes);
   }
   Key high = max_lanes(high_lanes), low = ~max_lanes(~low_lanes);
   int64_t inside = length;  // number of keys in the array that are in [low, high]
@@ -183,11 +234,6 @@ Key select_key(Key* keys, int64_t length, int64_t rank) {
     pad();
   }
   return low;
-}
-
-SK_INLINE VecI ids_from(int64_t first) {
-  const VecI lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane + int32_t(first);
 }
 
 }  // namespace

@@ -165,8 +165,7 @@ struct SlimRow {
     Vec x = left >= kWidth ? load(row + i) : load_part(row + i, left, -infinity<A>());
     if (!transform) return x;
     x = transformed(x, args);
-    for (int64_t lane = left; lane < kWidth; ++lane) x[lane] = -infinity<A>();
-    return x;
+    return left >= kWidth ? x : first_lanes_of(x, left, -infinity<A>());
   }
 
   A effective_at(int64_t id) const {

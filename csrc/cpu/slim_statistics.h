@@ -19,7 +19,9 @@ double entropy_of(const X* x, const A* e, int64_t count, ExpSum total) {
   if (total.sum == 0) return 0;
   // Terms of e * (log(sum) - (x - level)), of which none is negative.
   const A level = A(total.level), log_sum = A(__builtin_log(total.sum));
-  const auto term = [&](Vec logit, Vec power) { return power == Vec{} ? Vec{} : power * (log_sum - (logit - level)); };
+  const auto term = [&](Vec logit, Vec power) {
+    return select(power == Vec{}, Vec{}, power * (log_sum - (logit - level)));
+  };
   double sum = 0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = count - begin < kBlock ? count : begin + kBlock;
@@ -95,8 +97,7 @@ SK_NOINLINE double overlap(const X* row, int64_t vocab_size, const int32_t* ids,
   constexpr int kWidth = Lanes<A>::kWidth;
   if (kept == 0) return 0;
   for (int64_t i = 0; i < vocab_size; i += kWidth) {
-    const auto some = row_keys(row, i, vocab_size);
-    memcpy(keys + i, &some, sizeof(some));
+    store_raw(keys + i, row_keys(row, i, vocab_size));
   }
   const auto kth = select_key(keys, vocab_size, kept);
   int64_t ties = kept;

@@ -58,8 +58,7 @@ RowGuess<A> guess_row(const X* row, const TopkLogitsArgs& args, const TopkScratc
   for (int64_t i = 0; i < vectors; ++i) {
     const auto v = load(row + i * stride);
     best = max(best, v);
-    const auto keys = order_keys(v);
-    memcpy(scratch.keys + i * kWidth, &keys, sizeof(keys));
+    store_raw(scratch.keys + i * kWidth, order_keys(v));
   }
   RowGuess<A> guess = {-infinity<A>(), max_lanes(best)};
   if (guess.level == -infinity<A>()) guess.level = sampled_max(row, args.vocab_size);
@@ -135,7 +134,7 @@ int64_t collect(const X* row, const TopkLogitsArgs& args, RowGuess<A> guess, con
     const auto visit = [&](typename Lanes<A>::Vec v) {
       const auto mask = not_below(v, guess.threshold);
       append(mask, v, scratch.values + found);
-      append(mask, ids_from(begin + i), scratch.ids + found);
+      append(mask, lanes_from<VecI>(int32_t(begin + i)), scratch.ids + found);
       found += count(mask);
       const auto power = exp(v - guess.level);
       sum += power;
@@ -164,8 +163,7 @@ Selection<A> keep_largest(int64_t found, int64_t top_k, const TopkScratch<A>& sc
   constexpr int kWidth = Lanes<A>::kWidth;
   const auto keys_at = [&](int64_t i) { return order_keys(load(scratch.values + i)); };
   for (int64_t i = 0; i < found; i += kWidth) {
-    const auto keys = keys_at(i);
-    memcpy(scratch.keys + i, &keys, sizeof(keys));
+    store_raw(scratch.keys + i, keys_at(i));
   }
   const auto kth = select_key(scratch.keys, found, top_k);
   for (int64_t i = found; i < padded<A>(found); ++i) scratch.values[i] = -infinity<A>();

@@ -32,8 +32,7 @@ SK_INLINE VecF exp(VecF x) {
 #else
 SK_INLINE VecF exp(VecF x) {
   const VecI tiny = x < kLeastNormalExp;  // false for NaN
-  x = tiny ? VecF{} + kLeastNormalExp : x;
-  x = x > 89.0f ? VecF{} + 89.0f : x;
+  x = min(VecF{} + 89.0f, max(VecF{} + kLeastNormalExp, x));
   const VecF magic = VecF{} + 0x1.8p23f;
   const VecF n = (x * 1.44269504f + magic) - magic;
   const VecF r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // Cody-Waite, as fused multiply-add may be missing
@@ -43,18 +42,22 @@ SK_INLINE VecF exp(VecF x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  // 2^n is split into two factors, because n can be above the exponent of the largest number.
-  const VecI whole = __builtin_convertvector(n, VecI);
-  const VecI half = whole >> 1;
-  const VecF low = bitcast<VecF>((half + 127) << 23);
-  const VecF high = bitcast<VecF>((whole - half + 127) << 23);
-  return bitcast<VecF>(bitcast<VecI>((p * low) * high) & ~tiny);
+  // 2^n, which is a normal number up to 127; 128, above the promised range, gives infinity.
+  const VecF power = bitcast<VecF>((convert<VecI>(n) + 127) << 23);
+  return bitcast<VecF>(bitcast<VecI>(p * power) & ~tiny);
 }
 #endif
 
+template <class F>
+SK_INLINE VecD each_lane(VecD x, F f) {
+  double lanes[8];
+  store_raw(lanes, x);
+  for (int lane = 0; lane < 8; ++lane) lanes[lane] = f(lanes[lane]);
+  return load_raw<VecD>(lanes);
+}
+
 SK_INLINE VecD exp(VecD x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = x[lane] < kLeastNormalExpDouble ? 0 : __builtin_exp(x[lane]);
-  return x;
+  return each_lane(x, [](double lane) { return lane < kLeastNormalExpDouble ? 0 : __builtin_exp(lane); });
 }
 
 SK_INLINE double exp(double x) { return __builtin_exp(x); }
@@ -70,12 +73,11 @@ SK_INLINE VecF tanh(VecF x) {
   const VecU sign = bitcast<VecU>(x) & 0x80000000u;
   const VecF magnitude = bitcast<VecF>(bitcast<VecU>(x) ^ sign);
   const VecF large = 1.0f - 2.0f / (exp(magnitude * 2.0f) + 1.0f);
-  return magnitude < 0.625f ? small : bitcast<VecF>(bitcast<VecU>(large) | sign);
+  return select(magnitude < 0.625f, small, bitcast<VecF>(bitcast<VecU>(large) | sign));
 }
 
 SK_INLINE VecD tanh(VecD x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_tanh(x[lane]);
-  return x;
+  return each_lane(x, [](double lane) { return __builtin_tanh(lane); });
 }
 
 // log of a normal number x > 0; anything else gives an arbitrary number that is finite. The error is below two units in
@@ -84,7 +86,7 @@ SK_INLINE VecF log(VecF x) {
   const VecI bits = bitcast<VecI>(x);
   const VecI exponent = (bits - 0x3f3504f3) >> 23;  // of sqrt(1/2), so that the significand is within a factor of it
   const VecF f = bitcast<VecF>(bits - (exponent << 23)) - 1.0f;
-  const VecF k = __builtin_convertvector(exponent, VecF);
+  const VecF k = convert<VecF>(exponent);
   VecF p = f * 7.0376836292e-2f - 1.1514610310e-1f;  // Cephes logf
   p = p * f + 1.1676998740e-1f;
   p = p * f - 1.2420140846e-1f;
@@ -98,8 +100,7 @@ SK_INLINE VecF log(VecF x) {
 }
 
 SK_INLINE VecD log(VecD x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_log(x[lane]);
-  return x;
+  return each_lane(x, [](double lane) { return __builtin_log(lane); });
 }
 
 SK_INLINE double log(double x) { return __builtin_log(x); }
@@ -108,8 +109,8 @@ SK_INLINE double log(double x) { return __builtin_log(x); }
 SK_INLINE VecF log1p_unit(VecF x) {
   const VecF y = x + 1.0f;
   const VecF carry = x - (y - 1.0f);  // rounding error of the addition
-  const VecI upper = VecI(y > 1.41421356f);
-  const VecF m = upper ? y * 0.5f : y;
+  const VecI upper = bitcast<VecI>(y > 1.41421356f);
+  const VecF m = select(upper, y * 0.5f, y);
   const VecF f = m - 1.0f;
   const VecF s = f / (f + 2.0f);
   const VecF z = s * s;
@@ -117,12 +118,11 @@ SK_INLINE VecF log1p_unit(VecF x) {
   const VecF r = z * (w * 0.28498786688f + 0.66666662693f) + w * (w * 0.24279078841f + 0.40000972152f);
   const VecF half_square = f * f * 0.5f;
   const VecF log_m = s * (half_square + r) - half_square + f;
-  return log_m + (upper ? VecF{} + 0.69314718f : VecF{}) + carry / y;
+  return log_m + select(upper, VecF{} + 0.69314718f, VecF{}) + carry / y;
 }
 
 SK_INLINE VecD log1p_unit(VecD x) {
-  for (int lane = 0; lane < 8; ++lane) x[lane] = __builtin_log1p(x[lane]);
-  return x;
+  return each_lane(x, [](double lane) { return __builtin_log1p(lane); });
 }
 
 SK_INLINE double log1p_unit(double x) { return __builtin_log1p(x); }

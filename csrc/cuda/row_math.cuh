@@ -23,6 +23,11 @@ __host__ __device__ constexpr T infinity() {
 
 __device__ inline double not_a_number() { return double(__uint_as_float(0x7fc00000)); }
 
+template <class V>
+__device__ inline V select(bool mask, V a, V b) {
+  return mask ? a : b;
+}
+
 __device__ inline double exp(double x) { return ::exp(x); }
 __device__ inline double log(double x) { return ::log(x); }
 __device__ inline double expm1(double x) { return ::expm1(x); }

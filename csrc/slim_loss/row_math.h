@@ -5,7 +5,7 @@
 //   SK_ISA              the namespace
 //   SK_DEVICE           what marks a function for the device
 //   SK_INLINE           the same for functions that must be inlined
-//   exp, log, expm1, log1p, log1p_unit, tanh, infinity, not_a_number, ElementOf
+//   exp, log, expm1, log1p, log1p_unit, tanh, select, infinity, not_a_number, ElementOf
 //                       for the type of a scalar, double, and that of several or one element of a row
 //
 // in csrc/cpu/vec.h and vec_math.h, and in csrc/cuda/row_math.cuh.
@@ -20,10 +20,10 @@ namespace {
 // log(exp(a) + exp(b)); -inf stands for an absent term.
 template <class V>
 SK_INLINE V log_add_exp(V a, V b) {
-  const V high = a > b ? a : b;
-  const V low = a > b ? b : a;
+  const V high = select(a > b, a, b);
+  const V low = select(a > b, b, a);
   const V sum = high + log1p_unit(exp(low - high));
-  return low == V{} - infinity<double>() ? high : sum;
+  return select(low == V{} - infinity<double>(), high, sum);
 }
 
 // log(1 - exp(x)) for x <= 0; x >= 0, which rounding can produce, gives -inf.

@@ -51,8 +51,8 @@ template <class V>
 SK_INLINE V kl_share(V log_ratio, V a, V b) {
   const V near = a * exp_remainder(-log_ratio);
   const V far = a * log_ratio - a + b;
-  const V share = is_small(log_ratio) ? near : far;
-  return a == V{} ? b : share;
+  const V share = select(is_small(log_ratio), near, far);
+  return select(a == V{}, b, share);
 }
 
 // The mixture share * a + (1 - share) * b of two probabilities, and the normal number that stands for it where it is
@@ -66,12 +66,12 @@ struct Mixture {
   SK_DEVICE Mixture(V log_a, V log_b, V a, V b, S share) : m(a * A(share) + b * A(1 - share)) {
     const V least = V{} + (sizeof(A) == sizeof(float) ? A(FLT_MIN) : A(DBL_MIN));
     const auto is_tiny = m < least;
-    normal = is_tiny ? least : m;
+    normal = select(is_tiny, least, m);
     log_m = log(normal);
     // A part that counts may be no larger than this only where the other is negligible, and then m is that part.
     if (share > 1e-6 && share < 1 - 1e-6) return;
     const V log_of_a = log_a + A(log(share)), log_of_b = log_b + A(log1p(-share));
-    log_m = is_tiny ? (log_of_a > log_of_b ? log_of_a : log_of_b) : log_m;
+    log_m = select(is_tiny, select(log_of_a > log_of_b, log_of_a, log_of_b), log_m);
   }
 };
 
@@ -88,9 +88,9 @@ SK_INLINE void diverge_alpha_beta(S alpha, S beta, V log_q, V log_p, V* share, V
   const V remainder = exp_remainder(log_ratio * A(alpha));
   const V near_share = p_power * (exp_remainder(log_ratio * A(both)) * A(alpha / both) - remainder);
   const V far_share = q_power * A(alpha / both) + p_power * A(beta / both) - product;
-  *share = (near ? near_share : far_share) * A(1 / (alpha * beta));
+  *share = select(near, near_share, far_share) * A(1 / (alpha * beta));
   const V near_slope = -p_power * (remainder + log_ratio * A(alpha));
-  *slope = (near ? near_slope : p_power - product) * A(1 / alpha);
+  *slope = select(near, near_slope, p_power - product) * A(1 / alpha);
 }
 
 // Computes an outcome's share of D, and slope = p * dD/dp, for vectors and for the ghost bucket's doubles. `gate` is
@@ -106,19 +106,19 @@ SK_INLINE void diverge(const Args& args, S gate, V log_q, V log_p, V q, V p, V* 
       if (args.rest == kGhost || args.rest == kRenormBoth) {
         *share = kl_share(log_q - log_p, q, p);
       } else {
-        *share = q == zero ? zero : q * (log_q - log_p);
+        *share = select(q == zero, zero, q * (log_q - log_p));
       }
       return;
     case kSoftCe:
-      *share = q == zero ? zero : -q * log_p;
+      *share = select(q == zero, zero, -q * log_p);
       *slope = -q;
       return;
     case kReverseKl:
     case kGated: {
       // An outcome that the teacher excludes is skipped, because it would make D infinite.
       const auto excluded = log_q == zero - infinity<A>();
-      *share = excluded ? zero : kl_share(log_p - log_q, p, q);
-      *slope = (p == zero) | excluded ? zero : p * (log_p - log_q);
+      *share = select(excluded, zero, kl_share(log_p - log_q, p, q));
+      *slope = select((p == zero) | excluded, zero, p * (log_p - log_q));
       if (gate == 0) return;
       *share += kl_share(log_q - log_p, q, p) * A(gate);
       *slope -= q * A(gate);
@@ -127,27 +127,27 @@ SK_INLINE void diverge(const Args& args, S gate, V log_q, V log_p, V q, V p, V* 
     case kJsd: {
       const auto [m, normal, log_m] = Mixture<V>(log_q, log_p, q, p, args.beta);
       *share = kl_share(log_q - log_m, q, m) * A(args.beta) + kl_share(log_p - log_m, p, m) * A(1 - args.beta);
-      *slope = p == zero ? zero : p * (log_p - log_m) * A(1 - args.beta);
+      *slope = select(p == zero, zero, p * (log_p - log_m) * A(1 - args.beta));
       return;
     }
     case kSkewKl: {
       const auto [m, normal, log_m] = Mixture<V>(log_q, log_p, q, p, args.alpha);
       *share = kl_share(log_q - log_m, q, m);
-      *slope = (q == zero) | (p == zero) ? zero : p * (q / normal) * A(args.alpha - 1);
+      *slope = select((q == zero) | (p == zero), zero, p * (q / normal) * A(args.alpha - 1));
       return;
     }
     case kSkewReverseKl: {
       const auto [m, normal, log_m] = Mixture<V>(log_p, log_q, p, q, args.alpha);
       const auto excluded = log_m == zero - infinity<A>();
-      *share = excluded ? zero : kl_share(log_p - log_m, p, m);
+      *share = select(excluded, zero, kl_share(log_p - log_m, p, m));
       const V ratio = args.alpha == 0 ? zero : p / normal * A(args.alpha * (1 - args.alpha));
-      *slope = (p == zero) | excluded ? zero : p * (log_p - log_m) + (q - p) * ratio;
+      *slope = select((p == zero) | excluded, zero, p * (log_p - log_m) + (q - p) * ratio);
       return;
     }
     case kTvd: {
       const V difference = q - p;
-      *share = (difference < zero ? -difference : difference) * A(0.5);
-      *slope = difference == zero ? zero : difference < zero ? p * A(0.5) : p * A(-0.5);
+      *share = select(difference < zero, -difference, difference) * A(0.5);
+      *slope = select(difference == zero, zero, select(difference < zero, p * A(0.5), p * A(-0.5)));
       return;
     }
     default:
