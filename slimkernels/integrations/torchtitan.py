@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 from torchtitan.components.loss import BaseLoss
+from torchtitan.distributed.spmd_types import spmd_mesh_size
 from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.trainer import Trainer
 
@@ -66,8 +67,11 @@ class SlimLoss(BaseLoss):
         """
         if teacher_ids is None or teacher_logprobs is None:
             raise ValueError(f"the loss needs {_TEACHER}, (B, T, K) entries of the data loader's dictionaries")
-        if get_spmd_backend() == "spmd_types":
-            raise ValueError('parallelism.spmd_backend must not be "spmd_types", whose logits do not say their slice')
+        if get_spmd_backend() == "spmd_types" and spmd_mesh_size("tp") > 1:
+            raise ValueError(
+                'parallelism.spmd_backend must be another than "spmd_types" with tensor parallelism: its logits do not '
+                "say which slice of the vocabulary they are"
+            )
         result = loss_of_logprobs(labels, teacher_ids, teacher_logprobs, logits=pred, reduction="sum", **self.options)
         return (result.loss if global_valid_tokens is None else result.loss / global_valid_tokens), {}
 
