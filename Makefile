@@ -28,7 +28,7 @@ REHEARSE ?=
 MINILLM ?= trl==1.14.2
 # The trainers of `make test-integrations`, by the names of their tests, tests/integrations/test_NAME.py, and below the
 # release of each. INTEGRATIONS=NAME tests one.
-INTEGRATIONS ?= trl axolotl ms_swift torchtitan verl megatron
+INTEGRATIONS ?= trl axolotl ms_swift torchtune torchtitan verl megatron
 TRL ?= trl==1.16.0
 # The release, what it imports, and the releases that it works with; none of them depends on torch's CUDA build.
 AXOLOTL ?= axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 liger-kernel==0.8.1 \
@@ -41,6 +41,8 @@ MS_SWIFT ?= ms-swift==4.6.0 transformers==5.19.0 trl==0.29.1 peft==0.20.0 datase
   httpcore==1.0.9 modelscope==1.40.2 modelscope-hub==0.5.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
   dacite==1.9.2 json-repair==0.64.6 einops==0.8.2 addict==2.4.0 simplejson==4.3.0 attrdict==2.0.1 binpacking==2.0.1 \
   scipy==1.17.1 msgspec==0.23.0
+TORCHTUNE ?= torchtune==0.6.1 torchao==0.15.0 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 \
+  kagglehub==1.0.3 sentencepiece==0.2.3 tiktoken==0.14.0 blobfile==3.3.0 lxml==6.1.3 pycryptodomex==3.24.2
 TORCHTITAN ?= torchtitan==0.3.0 spmd-types==0.2.3 torch-checkpointing==0.1.1 tyro==1.0.17 docstring-parser==0.18.0 \
   shtab==1.13.0 typeguard==4.6.1 einops==0.8.2 tensorboard==2.21.0 protobuf==7.36.2
 MEGATRON ?= megatron-core==0.16.1
@@ -205,6 +207,7 @@ $(VENV)-minillm/.installed:
 $(VENV)-trl/.installed: packages = $(TRL)
 $(VENV)-axolotl/.installed: packages = $(AXOLOTL)
 $(VENV)-ms_swift/.installed: packages = $(MS_SWIFT)
+$(VENV)-torchtune/.installed: packages = $(TORCHTUNE)
 $(VENV)-torchtitan/.installed: packages = $(TORCHTITAN)
 $(VENV)-megatron/.installed: packages = $(MEGATRON)
 $(filter-out $(VENV)-verl/.installed,$(INTEGRATIONS:%=$(VENV)-%/.installed)):

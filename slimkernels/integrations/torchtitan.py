@@ -79,7 +79,11 @@ class SlimLoss(BaseLoss):
 class SlimTrainer(Trainer):
     """A trainer that gives the teacher's entries of the data loader's dictionaries to the loss, not to the model."""
 
-    def __init__(self, config: Trainer.Config) -> None:
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """The configuration of torchtitan's trainer, which builds this one."""
+
+    def __init__(self, config: Config) -> None:
         if config.parallelism.pipeline_parallel_degree > 1 or config.parallelism.context_parallel_degree > 1:
             raise ValueError("pipeline and context parallel degree must be 1, with which a process has whole rows")
         super().__init__(config)
