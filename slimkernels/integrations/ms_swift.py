@@ -83,7 +83,8 @@ def register(**options: Any) -> None:
 
 def _options_of(beta: float, temperature: float) -> dict[str, Any]:
     """Returns the options that ms-swift's arguments mean."""
-    options = {"rest": "ghost", "token_weight": "none", "ce_weight": 0.0, "temperature": temperature}
-    options["kd_weight"] = temperature**-2
-    names = {0: {"divergence": "forward_kl"}, 1: {"divergence": "reverse_kl"}}
-    return options | names.get(beta, {"divergence": "jsd", "beta": beta})
+    options: dict[str, Any] = {"rest": "ghost", "token_weight": "none", "ce_weight": 0.0}
+    options |= {"temperature": temperature, "kd_weight": temperature**-2}
+    if beta in (0, 1):
+        return options | {"divergence": "reverse_kl" if beta else "forward_kl"}
+    return options | {"divergence": "jsd", "beta": beta}

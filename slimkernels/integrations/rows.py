@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -109,9 +109,9 @@ def loss_of_logprobs(
     if (logits is None) == (hidden is None):
         raise ValueError("either logits or hidden must be given")
     rows = rows_of_logprobs(ids, logprobs, target, mask=mask, has_whole_mass=has_whole_mass)
-    if logits is not None:
-        return slim_loss(logits, target, rows, **options)
-    return linear_slim_loss(hidden, target=target, teacher=rows, **options)
+    if hidden is not None:
+        return linear_slim_loss(hidden, target=target, teacher=rows, **options)
+    return slim_loss(cast(Tensor, logits), target, rows, **options)
 
 
 def check_rest(rest: str) -> None:
