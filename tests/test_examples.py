@@ -195,14 +195,14 @@ def test_a_pruned_student_is_healed(own):
     assert len(layers) == 2
     assert torch.equal(layers[1].mlp.up_proj.weight, teacher.get_decoder().layers[3].mlp.up_proj.weight)
     kds = logged(trainer)
-    assert sum(kds[-3:]) < 0.9 * sum(kds[:3])
+    assert sum(kds[-3:]) < 0.6 * sum(kds[:3])
 
 
 def test_a_student_in_three_bits_learns_from_itself(own):
     example = load("quantisation_aware")
-    trainer = example.make_trainer(own / "model", 3, own / "store", str(own / "out"), **QUICK)
+    trainer = example.make_trainer(own / "model", 3, own / "store", str(own / "out"), **QUICK | {"learning_rate": 2e-3})
     kds = logged(trainer)
-    assert sum(kds[-3:]) < 0.5 * sum(kds[:3])
+    assert sum(kds[-3:]) < 0.6 * sum(kds[:3])
     tokens = torch.arange(2, 12)[None]
     with torch.no_grad():
         trained = trainer.model.eval()(tokens).logits
