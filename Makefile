@@ -28,8 +28,24 @@ REHEARSE ?=
 MINILLM ?= trl==1.14.2
 # The trainers of `make test-integrations`, by the names of their tests, tests/integrations/test_NAME.py, and below the
 # release of each. INTEGRATIONS=NAME tests one.
-INTEGRATIONS ?= trl
+INTEGRATIONS ?= trl axolotl ms_swift torchtune torchtitan verl megatron
 TRL ?= trl==1.16.0
+# The release, what it imports, and the releases that it works with; none of them depends on torch's CUDA build.
+AXOLOTL ?= axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 liger-kernel==0.8.1 \
+  transformers==5.16.1 trl==1.9.0 peft==0.20.0 accelerate==1.13.0 tokenizers==0.23.1 huggingface-hub==1.17.0 \
+  datasets==4.8.4 httpx==0.28.1 httpcore==1.0.9 addict==2.4.0 colorama==0.4.6 fire==0.7.1 termcolor==3.3.0 \
+  numba==0.68.1 llvmlite==0.50.0 posthog==6.7.11 backoff==2.2.1 distro==1.9.0 evaluate==0.4.1 wandb==0.21.0 \
+  protobuf==6.33.6 sentry-sdk==2.75.0 gitpython==3.2.1 gitdb==4.0.12 smmap==5.0.3 platformdirs==4.14.9 \
+  fastcore==2.2.41 fastprogress==1.1.6 bitsandbytes==0.50.2
+MS_SWIFT ?= ms-swift==4.6.0 transformers==5.19.0 trl==0.29.1 peft==0.20.0 datasets==4.8.4 httpx==0.28.1 \
+  httpcore==1.0.9 modelscope==1.40.2 modelscope-hub==0.5.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
+  dacite==1.9.2 json-repair==0.64.6 einops==0.8.2 addict==2.4.0 simplejson==4.3.0 attrdict==2.0.1 binpacking==2.0.1 \
+  scipy==1.17.1 msgspec==0.23.0
+TORCHTUNE ?= torchtune==0.6.1 torchao==0.15.0 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 \
+  kagglehub==1.0.3 sentencepiece==0.2.3 tiktoken==0.14.0 blobfile==3.3.0 lxml==6.1.3 pycryptodomex==3.24.2
+TORCHTITAN ?= torchtitan==0.3.0 spmd-types==0.2.3 torch-checkpointing==0.1.1 tyro==1.0.17 docstring-parser==0.18.0 \
+  shtab==1.13.0 typeguard==4.6.1 einops==0.8.2 tensorboard==2.21.0 protobuf==7.36.2
+MEGATRON ?= megatron-core==0.16.1
 # The packages whose losses `make parity` compares with ours, installed without dependencies, and what verl imports.
 PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy==25.1.1 tensordict==0.10.0 verl==0.9.1
 VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson==3.13.0 pyvers==0.2.3 cloudpickle==3.1.3
@@ -188,10 +204,20 @@ $(VENV)-minillm/.installed:
 	@touch $@
 
 # Folders again. What a trainer needs in another release than that of the environment is installed into its folder too.
-$(VENV)-trl/.installed:
-	@echo 'installing $(TRL)'
-	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(TRL)'
+$(VENV)-trl/.installed: packages = $(TRL)
+$(VENV)-axolotl/.installed: packages = $(AXOLOTL)
+$(VENV)-ms_swift/.installed: packages = $(MS_SWIFT)
+$(VENV)-torchtune/.installed: packages = $(TORCHTUNE)
+$(VENV)-torchtitan/.installed: packages = $(TORCHTITAN)
+$(VENV)-megatron/.installed: packages = $(MEGATRON)
+$(filter-out $(VENV)-verl/.installed,$(INTEGRATIONS:%=$(VENV)-%/.installed)):
+	@echo 'installing $(packages)'
+	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) $(packages)
 	@touch $@
+
+# The folder of the peers holds verl and what it imports.
+$(VENV)-verl/.installed: $(VENV)-parity/.installed
+	@ln -sfn $(abspath $(VENV))-parity $(@D)
 
 # A folder of their own again. None of what is installed with its dependencies depends on torch.
 $(VENV)-parity/.installed:

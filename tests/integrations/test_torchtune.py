@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.integrations import trainer_package
 from support.tiny import VOCAB_SIZE, make_model
-from test_trainer_mixin import write_store
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16}
 SIZES |= {"max_seq_len": 32}
 PAD = 0
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def recipe(monkeypatch):
-    pytest.importorskip("torchtune", reason="needs the packages torchtune and torchao")
+    trainer_package("torchtune")
     monkeypatch.syspath_prepend(EXAMPLES)
     root = Path(importlib.util.find_spec("torchtune").origin).parents[1]
     spec = importlib.util.spec_from_file_location("recipe", root / "recipes/full_finetune_single_device.py")
@@ -110,7 +110,7 @@ def make_config(**fields):
     return OmegaConf.create(fields)
 
 
-def test_cross_entropy_follows_torchtunes_own_curve(recipe):
+def test_cross_entropy_follows_torchtunes_own_curve(recipe, ran):
     from torchtune import config
 
     loss = config.instantiate(make_config(_component_="torchtune_loss.StoreLoss"))
@@ -118,9 +118,11 @@ def test_cross_entropy_follows_torchtunes_own_curve(recipe):
     expected = curve(recipe, build("torchtune.models.llama3.llama3"), torch.nn.CrossEntropyLoss(ignore_index=-100))
     assert curve(recipe, model, loss) == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < expected[0]
+    ran("torchtune", "FullFinetuneRecipeSingleDevice", "6 of its steps on the labels, the curve of its own loss")
 
 
-def test_slim_from_a_store_follows_the_eager_curve(recipe, tmp_path):
+def test_slim_from_a_store_follows_the_eager_curve(recipe, tmp_path, ran):
+    from test_trainer_mixin import write_store
     from torchtune import config
 
     store = write_store(tmp_path / "store", make_model(seed=9).eval(), documents())
@@ -128,5 +130,6 @@ def test_slim_from_a_store_follows_the_eager_curve(recipe, tmp_path):
     model = build("torchtune_loss.without_logits", builder="torchtune.models.llama3.llama3")
     expected = curve(recipe, build("torchtune.models.llama3.llama3"), eager_slim(store))
     assert curve(recipe, model, loss) == pytest.approx(expected, rel=1e-4)
+    ran("torchtune", "FullFinetuneRecipeSingleDevice", "6 of its steps from a store, the curve of an eager loss")
     with pytest.raises(ValueError, match="must not be packed"):
         model(batches()[0]["tokens"], mask=torch.ones(2, 12, 12, dtype=torch.bool))
