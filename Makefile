@@ -30,6 +30,8 @@ MINILLM ?= trl==1.14.2
 # release of each. INTEGRATIONS=NAME tests one.
 INTEGRATIONS ?= trl
 TRL ?= trl==1.16.0
+# The package that loads kernels of the Hugging Face Hub; its dependencies, which check signatures, are not needed.
+KERNELS ?= kernels==0.17.2
 # The packages whose losses `make parity` compares with ours, installed without dependencies, and what verl imports.
 PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy==25.1.1 tensordict==0.10.0 verl==0.9.1
 VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson==3.13.0 pyvers==0.2.3 cloudpickle==3.1.3
@@ -123,6 +125,14 @@ wheel: $(installed)  ## build a wheel for this Python, torch from 2.10 and glibc
 test-wheel: $(tested) wheel  ## install that wheel into a fresh environment and run the README's first example there
 	$(py) -m pytest tests/test_wheel.py -m slow
 
+.PHONY: kernels test-kernels
+kernels: $(tested)  ## write the ops alone as a kernel of the Hugging Face Hub, and build it, in build/kernels
+	rm -rf build/kernels
+	$(py) kernels/generate.py --out build/kernels
+
+test-kernels: $(tested) $(VENV)-kernels/.installed  ## build that kernel in a temporary folder and load it with Hugging Face's package
+	PYTHONPATH=$(abspath $(VENV)-kernels) $(py) -m pytest tests/test_hub_kernel.py -m 'slow or not slow'
+
 clean:  ## remove what the build made (not the virtual environment)
 	rm -rf build *.egg-info slimkernels/*.so
 
@@ -191,6 +201,11 @@ $(VENV)-minillm/.installed:
 $(VENV)-trl/.installed:
 	@echo 'installing $(TRL)'
 	@mkdir -p $(@D) && $(py) -m pip --disable-pip-version-check -q install --no-deps --target $(@D) '$(TRL)'
+	@touch $@
+
+$(VENV)-kernels/.installed: | $(tested)
+	@echo 'installing $(KERNELS)'
+	@mkdir -p $(@D) && $(pip) install --no-deps --target $(@D) '$(KERNELS)'
 	@touch $@
 
 # A folder of their own again. None of what is installed with its dependencies depends on torch.
