@@ -42,7 +42,7 @@ def doctor_in(folder: Path, **environment: str) -> tuple[subprocess.CompletedPro
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return done, json.loads(done.stdout)
@@ -236,6 +236,20 @@ def test_a_library_of_cuda_kernels_that_does_not_load(monkeypatch, tmp_path):
     assert doctor._cuda_library(torch, problems).startswith("fails: ")
     [problem] = problems
     assert problem.endswith("; install slimkernels again to rebuild it")
+
+
+def test_a_gpu_without_a_c_compiler(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(doctor, "_devices", lambda *_: ["a GPU"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "clang").touch(mode=0o755)
+    for path, compiler, count in [(tmp_path, str(tmp_path / "clang"), 0), (tmp_path / "nothing", "missing", 1)]:
+        monkeypatch.setenv("PATH", str(path))
+        problems: list[str] = []
+        assert doctor._gpu(problems)["c_compiler"] == compiler
+        assert len(problems) == count
+    assert "there is none: apt-get install gcc, or set CC" in problems[0]
 
 
 def test_variables_are_all_that_the_sources_read(capsys):
