@@ -4,11 +4,12 @@ python -m bench.gpu_model [--write] [--phases]: prints the table, and compares i
 replaces that file. The exit status is 1 if the issue floor of a kernel rose by more than 5 %, or if a row takes more
 barriers than its kernel's stated maximum. Targets that are missed are printed as missed.
 
-No GPU is used and nothing is timed. nvcc compiles a kernel for sm_90a, and the SASS is split into basic blocks. The
-same source, compiled for the emulated GPU of tests/support/cuda_emulator, processes one row in the launch planned for
-an H200, and counts how often every warp executes each source line in each call chain. A block of SASS is executed as
-often as the lines that its instructions come from, divided by the number of copies that unrolling made of them. A
-predicated instruction counts whether or not its predicate holds.
+No GPU is used and nothing is timed. nvcc compiles a kernel for sm_90a, and bench/sass.py splits the SASS into basic
+blocks. The same source, compiled for the emulated GPU of tests/support/cuda_emulator, processes one row in the launch
+planned for an H200, and counts how often every warp executes each source line in each call chain. A block of SASS is
+executed as often as the lines that its instructions come from, divided by the number of copies that unrolling made of
+them, and no more often than the blocks of its loop that lead to it. A predicated instruction counts whether or not its
+predicate holds.
 
 - Issue floor: executed instructions of all warps / (132 multiprocessors x 4 per clock x 1.98 GHz).
 - Byte floor: bytes that must move / the copy bandwidth measured on an H200, 4.3 TB/s.
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -33,6 +33,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from bench.sass import Block, Code, Stack, blocks_of, find_tool, kernel_frames
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "bench/results/gpu_model.json"
@@ -50,8 +52,6 @@ MARKERS = (
     re.compile(r"ST\.|STS|FLO|POPC"),
     re.compile(r""),
 )
-
-Stack = tuple[tuple[str, int], ...]  # file and line of the calls that lead to an instruction, innermost first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,33 +95,15 @@ KERNELS = (
         "slim_loss",
         "cuda/slim_loss.cuh",
         "cuda::slim_loss_kernel<BFloat16, true, 512>",
-        LARGE_SHAPES[:1],
+        LARGE_SHAPES,
         lambda n, v, k: n * (4 * v + 6 * k + 28),
         target_ratio=0.8,
-        max_barriers=7,
+        max_barriers=5,
     ),
 )
 KERNELS_BY_OP = {kernel.op: kernel for kernel in KERNELS}
 TOGETHER_RATIO = 0.8
 WITHOUT_KERNEL = ("sample_logits",)
-
-
-@dataclasses.dataclass
-class Block:
-    """A basic block of SASS."""
-
-    begin: int
-    instructions: list[tuple[str, Stack]] = dataclasses.field(default_factory=list)  # opcode and where it comes from
-    successors: list[int] = dataclasses.field(default_factory=list)
-    loop: frozenset[int] | None = None  # blocks of the innermost loop
-
-
-@dataclasses.dataclass(frozen=True)
-class Code:
-    """A compiled kernel."""
-
-    blocks: list[Block]
-    registers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +121,7 @@ def missing_tool() -> str | None:
     """Returns a sentence with the tool that is missing; None if the model can be made."""
     if shutil.which("nvcc") is None:
         return "nvcc is needed"
-    if find_disassembler() is None:
+    if find_tool("nvdisasm") is None:
         return "nvdisasm is needed, from the CUDA toolkit or Triton"
     for name in (compiler(), "objdump", "addr2line"):
         if shutil.which(name) is None:
@@ -151,30 +133,11 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++").split()[0]
 
 
-def find_disassembler() -> str | None:
-    found = shutil.which("nvdisasm")
-    triton = importlib.util.find_spec("triton")
-    if found or triton is None:
-        return found
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
-    return str(bundled) if bundled.exists() else None
-
-
 def run(*command: object, **options) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} failed: {done.stderr[-2000:]}")
     return done.stdout + done.stderr
-
-
-def kernel_frames(frames: Iterable[tuple[str, int]], csrc: Path) -> Stack:
-    """Returns the frames in the kernel's own files: the emulator replaces device.cuh and staging.cuh."""
-    prefix = f"{csrc}/"
-    return tuple(
-        (file.removeprefix(prefix), line)
-        for file, line in frames
-        if file.startswith(prefix) and not file.endswith(("/device.cuh", "/staging.cuh"))
-    )
 
 
 def compile_kernel(kernel: Kernel, csrc: Path, folder: Path) -> Code:
@@ -186,85 +149,7 @@ def compile_kernel(kernel: Kernel, csrc: Path, folder: Path) -> Code:
     options = ("-std=c++17", "-O3", "-arch=sm_90a", "-lineinfo", "-Xptxas=-v", f"-I{csrc}")
     log = run("nvcc", *options, "-cubin", source, "-o", cubin)
     registers = int(re.findall(r"Used (\d+) registers", log)[-1])
-    return Code(blocks_of(run(find_disassembler(), "-gi", "-c", cubin), csrc), registers)
-
-
-def blocks_of(listing: str, csrc: Path) -> list[Block]:
-    """Splits the listing of one kernel into basic blocks and finds their innermost loops."""
-    blocks: list[Block] = []
-    labels: dict[str, int] = {}
-    targets: dict[int, str] = {}
-    pending: list[str] = []
-    frames: list[tuple[str, int]] = []
-    in_code = in_frames = ends_block = falls_through = False
-    stack: Stack = ()
-    for line in listing.splitlines():
-        if section := re.match(r"\s*\.section\s+(\S+?),", line):
-            in_code = section[1].startswith(".text")
-        elif not in_code:
-            continue
-        elif label := re.match(r"(\.L_x_\d+):", line):
-            pending.append(label[1])
-        elif frame := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
-            frames = [*(frames if in_frames else ()), (os.path.normpath(frame[1]), int(frame[2]))]
-            in_frames = True
-        elif found := re.match(r"\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            if in_frames:
-                stack = kernel_frames(frames, csrc)
-            in_frames = False
-            if pending or ends_block or not blocks:
-                if blocks and falls_through:
-                    blocks[-1].successors.append(len(blocks))
-                labels |= dict.fromkeys(pending, len(blocks))
-                blocks.append(Block(int(found[1], 16)))
-            pending = []
-            is_conditional, opcode = bool(found[2]), found[3]
-            if found[2] == "@!PT ":
-                opcode = "NOP"  # never takes effect, so it tells nothing about its line
-            blocks[-1].instructions.append((opcode, stack))
-            # BRA.DIV leads to a copy of what follows for warps whose lanes are at different places; here they are not.
-            ends_block = opcode.startswith(("BRA", "EXIT", "RET")) and opcode != "BRA.DIV"
-            falls_through = not ends_block or is_conditional or ", `(" in found[4]
-            if opcode.startswith("BRA") and ends_block:
-                targets[len(blocks) - 1] = re.search(r"`\((\.L_x_\d+)\)", found[4])[1]
-    for place, target in targets.items():
-        blocks[place].successors.append(labels[target])
-    return find_loops(blocks)
-
-
-def find_loops(blocks: list[Block]) -> list[Block]:
-    """Returns the blocks that can be reached, with their innermost loops: those of the fewest blocks."""
-    before: dict[int, set[int]] = {0: set()}
-    waiting = [0]
-    while waiting:
-        here = waiting.pop()
-        for after in blocks[here].successors:
-            if after not in before:
-                before[after] = set()
-                waiting.append(after)
-            before[after].add(here)
-    # A block dominates those that cannot be reached without it.
-    dominators = {place: set(before) for place in before} | {0: {0}}
-    changed = True
-    while changed:
-        changed = False
-        for place in sorted(before)[1:]:
-            found = set.intersection(*(dominators[each] for each in before[place])) | {place}
-            changed = changed or found != dominators[place]
-            dominators[place] = found
-    for place in before:
-        for head in set(blocks[place].successors) & dominators[place]:
-            body, waiting = {head}, [place]
-            while waiting:
-                here = waiting.pop()
-                if here not in body:
-                    body.add(here)
-                    waiting.extend(before[here])
-            for member in body:
-                loop = blocks[member].loop
-                if loop is None or len(body) < len(loop):
-                    blocks[member].loop = frozenset(body)
-    return [blocks[place] for place in sorted(before)]
+    return Code(blocks_of(run(find_tool("nvdisasm"), "-gi", "-c", cubin), csrc), registers)
 
 
 def run_emulated(kernel: Kernel, shape: tuple[int, int, int], csrc: Path, folder: Path) -> Run:
@@ -321,37 +206,65 @@ def lines_of_blocks(program: Path, csrc: Path) -> dict[int, set[tuple[str, int]]
     return {address: found for address, found in lines.items() if found}
 
 
+def counted_stacks(stacks: Iterable[Stack], executed: dict[Stack, int]) -> dict[Stack, list[Stack]]:
+    """Returns the counted stacks that each stack of the compiled code stands for.
+
+    The compiler leaves calls out of some stacks. Such a stack stands for all counted ones that it is a part of, with
+    the same innermost line.
+    """
+    by_line: dict[tuple[str, int], list[Stack]] = collections.defaultdict(list)
+    for stack in executed:
+        by_line[stack[0]].append(stack)
+
+    def is_part(stack: Stack, of: Stack) -> bool:
+        rest = iter(of)
+        return all(frame in rest for frame in stack)
+
+    return {
+        stack: [stack] if stack in executed else [each for each in by_line[stack[0]] if is_part(stack, each)]
+        for stack in set(stacks)
+        if stack
+    }
+
+
 def executed_by_block(code: Code, row: Run, warps: int) -> list[float]:
     """Returns how often all warps together execute each block for one row."""
-    copies = collections.Counter(instruction for block in code.blocks for instruction in block.instructions)
+    instructions = [instruction for block in code.blocks for instruction in block.instructions]
+    counted = counted_stacks((stack for _, stack in instructions), row.executed)
+    copies = collections.Counter((opcode, each) for opcode, stack in instructions for each in counted.get(stack, ()))
 
     def by_markers(block: Block, markers: re.Pattern) -> float | None:
         counts = [
-            row.executed.get(stack, 0) / copies[opcode, stack]
+            sum(row.executed[each] / copies[opcode, each] for each in counted[stack])
             for opcode, stack in block.instructions
             if stack and markers.match(opcode)
         ]
-        return max(counts, default=None)
+        # A few may be attributed to another line than they come from.
+        return statistics.median_high(counts) if counts else None
 
     known: dict[int, float] = {}
     for markers in MARKERS[:-1]:
         for block in code.blocks:
             count = by_markers(block, markers)
-            if block.begin not in known and count is not None:
+            if block.place not in known and count is not None:
                 # Outside of loops a warp executes a block once at most.
-                known[block.begin] = count if block.loop else min(count, warps)
+                known[block.place] = count if block.loop else min(count, warps)
     of_loop: dict[frozenset[int] | None, float] = {None: warps}
     for block in code.blocks:
-        if block.loop and block.begin in known:
-            of_loop[block.loop] = max(of_loop.get(block.loop, 0), known[block.begin])
+        if block.loop and block.place in known:
+            of_loop[block.loop] = max(of_loop.get(block.loop, 0), known[block.place])
+    by_place = {block.place: block for block in code.blocks}
 
     def executed(block: Block) -> float:
-        if block.begin in known:
-            return known[block.begin]
-        # Some instructions were moved here from lines that execute more or less often.
-        counts = [row.executed.get(stack, 0) for _, stack in block.instructions if stack]
-        most = statistics.median(counts) if counts else warps
-        return min(of_loop[block.loop], most) if block.loop in of_loop else by_markers(block, MARKERS[-1]) or 0
+        count = known.get(block.place)
+        if count is None:
+            # Some instructions were moved here from lines that execute more or less often.
+            counts = [sum(row.executed[each] for each in counted[stack]) for _, stack in block.instructions if stack]
+            most = statistics.median(counts) if counts else warps
+            count = min(of_loop[block.loop], most) if block.loop in of_loop else by_markers(block, MARKERS[-1]) or 0
+        # In a pass through its innermost loop, a warp is here at most as often as in the blocks that lead here.
+        leading = (place for place in block.dominators if place in known and by_place[place].loop == block.loop)
+        return min([count, *(known[place] for place in leading)])
 
     return [executed(block) for block in code.blocks]
 
@@ -401,17 +314,19 @@ def count(kernel: Kernel, csrc: Path = ROOT / "csrc", shapes: Iterable[tuple[int
 def result_of(kernel: Kernel, shape: tuple[int, int, int], code: Code, row: Run, csrc: Path) -> Result:
     warps = row.blocks_per_row * kernel.threads // 32
     phases: collections.Counter[str] = collections.Counter()
-    source = (csrc / kernel.header).read_text().splitlines()
+    # The outermost frame is the kernel's entry; the next is a step of its body.
+    steps = {stack[-2] for block in code.blocks for _, stack in block.instructions if len(stack) > 1}
+    lines = {file: (csrc / file).read_text().splitlines() for file, _ in steps}
     for block, times in zip(code.blocks, executed_by_block(code, row, warps), strict=True):
         for _, stack in block.instructions:
-            # The outermost frame is the kernel's entry; the next is a step of its body.
-            phases[source[stack[-2][1] - 1].strip() if len(stack) > 1 else ""] += times
+            file, line = stack[-2] if len(stack) > 1 else ("", 0)
+            phases[lines[file][line - 1].strip() if line else ""] += times
     registers_per_block = -(-code.registers // 8) * 8 * kernel.threads
     return Result(
         kernel.op,
         shape,
         round(sum(phases.values())),
-        {phase: round(times) for phase, times in phases.most_common()},
+        {phase: round(times) for phase, times in phases.most_common() if times >= 1},
         kernel.bytes_of(*shape),
         row.barriers,
         row.cluster_barriers,

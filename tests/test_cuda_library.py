@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from bench.sass import find_tool
+
 ROOT = Path(__file__).parent.parent
 KERNELS = ("topk_logits", "slim_loss")
 # setup.py as it is, but that torch is of CUDA_OF_TORCH, the CPU extension is left out, and HIDE_NVCC does so.
@@ -56,7 +58,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=3000,
     )
 
 
@@ -108,6 +110,25 @@ def test_cuda_kernels_compile_without_warning_or_spill(built):
         assert (each.stack_bytes, each.spilled_bytes) == (0, 0), each
         # So that two blocks, of 256 and 512 threads, fit a multiprocessor.
         assert each.registers <= (128 if "topk_logits" in each.name else 64), each
+
+
+def test_cuda_kernels_move_16_bytes_at_a_time(built):
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump, from the CUDA toolkit or Triton")
+    listing = subprocess.run(
+        [cuobjdump, "-sass", str(built.library)], capture_output=True, text=True, check=True
+    ).stdout
+    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t*Function : |\Z)", listing, re.DOTALL))
+    for op in KERNELS:
+        found = {name: body for name, body in bodies.items() if f"{op}_kernel" in name}
+        assert len(found) == 6
+        for name, body in found.items():
+            # Rows at any address: vectors of 16 bytes are loaded, shifted if they are not aligned, and stored.
+            assert re.search(r"\bLDG\.E\S*\.128\b", body), name
+            if op == "slim_loss":
+                assert re.search(r"\bSTG\.E\S*\.128\b", body), name
+                assert bool(re.search(r"\bLDGSTS\.E\S*\.128\b", body)) == ("Lb1E" in name), name
 
 
 def test_spills_are_read_from_the_assembler():

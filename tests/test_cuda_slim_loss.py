@@ -268,6 +268,30 @@ def test_cuda_slim_loss_writes_over_the_logits(kernel, launch):
         assert_same_bits(run(kernel, launch, rows, target, teacher, row_scale=scale, over_logits=True), first)
 
 
+@pytest.mark.parametrize("launch", LAUNCHES[1:3], ids=lambda launch: f"{launch.blocks}-{bool(launch.staged)}")
+def test_cuda_slim_loss_of_a_row_behind_2_to_the_31_elements(kernel, launch, tmp_path):
+    # The last row of many begins behind 2 ** 32 logits and 2 ** 31 ids. The files of the others have no pages.
+    num_rows = (1 << 21) + 1
+    problem = random_problem(1, 2048, 1024, dtype=torch.bfloat16, ignored=())
+    fields, gradient = run(kernel, launch, *problem)
+    options = resolve_options(problem.logits, "logits", problem.teacher, **DEFAULTS)
+
+    def last_of_many(row: Tensor) -> Tensor:
+        shape = (num_rows, *row.shape[1:])
+        file = tmp_path / str(len(list(tmp_path.iterdir())))
+        rows = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=row.dtype).view(shape)
+        rows[-1] = row[0]
+        return rows
+
+    stats = torch.empty(NUM_STATS["none"], num_rows)
+    logits, target = last_of_many(problem.logits), last_of_many(problem.target)
+    options = [last_of_many(each) if isinstance(each, Tensor) else each for each in options]
+    kernel.launches = iter([Launch(launch.blocks, bool(launch.staged), first_row=num_rows - 1)])
+    kernel.slim_loss_rows(logits, logits, stats, target, None, *options)
+    assert_same_bits(SlimLoss(*stats[:, -1:]), fields)
+    assert_same_bits(logits[-1:], gradient)
+
+
 @pytest.mark.parametrize("launch", LAUNCHES[:3], ids=lambda launch: f"{launch.blocks}-{bool(launch.staged)}")
 def test_cuda_slim_loss_of_bad_and_ignored_rows(kernel, launch):
     logits, target, teacher = random_problem(8, 2111, 106, ignored=())
@@ -276,6 +300,7 @@ def test_cuda_slim_loss_of_bad_and_ignored_rows(kernel, launch):
     teacher.ids[4, 7] = teacher.ids[4, 6]
     teacher.ids[5, 105] = 2111
     teacher.ids[6, 50] = -1  # padding before an id
+    teacher.ids[6, 0] = 2**30  # far outside of the row's memory
     fields, gradient = run(kernel, launch, logits, target, teacher, statistics=True)
     rows = torch.stack(fields, 1)
     assert rows[[1, 2, 4, 5, 6]].isnan().all()
@@ -297,16 +322,14 @@ def test_cuda_slim_loss_without_its_wait_is_wrong(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize(
-    ("which", "needless"),
+    "which",
     [
-        pytest.param(0, set(), id="one block"),
-        pytest.param(1, set(), id="cluster of 2, every stage", marks=pytest.mark.slow),
-        # The last is needed where a thread marks the label off S between another's reading of the mark and its writing
-        # of the gradient, and an emulated thread is not interrupted between the two.
-        pytest.param(2, {6}, id="cluster of 4, through L2", marks=pytest.mark.slow),
+        pytest.param(0, id="one block"),
+        pytest.param(1, id="cluster of 2, every stage", marks=pytest.mark.slow),
+        pytest.param(2, id="cluster of 4, through L2", marks=pytest.mark.slow),
     ],
 )
-def test_cuda_slim_loss_needs_its_barriers(library, which, needless):
+def test_cuda_slim_loss_needs_its_barriers(library, which):
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/scripts/cuda_removed_barriers_slim_loss.py"), str(library), str(which)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
@@ -316,8 +339,8 @@ def test_cuda_slim_loss_needs_its_barriers(library, which, needless):
         timeout=400,
     )
     barriers, unnoticed = json.loads(done.stdout)
-    assert barriers >= 6
-    assert set(unnoticed) <= needless
+    assert barriers >= 5
+    assert not unnoticed
 
 
 @pytest.mark.parametrize(
@@ -325,6 +348,8 @@ def test_cuda_slim_loss_needs_its_barriers(library, which, needless):
     [
         (H100, torch.bfloat16, (8192, 32000), 1, True),
         (H100, torch.bfloat16, (4096, 50257), 1, True),
+        (H100, torch.bfloat16, (16384, 151937), 4, True),  # more than 2 ** 31 logits
+        (H100, torch.bfloat16, (1, 151937), 8, True),
         (H100, torch.bfloat16, (4096, 128256), 4, True),
         (H100, torch.bfloat16, (2048, 262144), 8, True),
         (H100, torch.float32, (4096, 128256), 8, True),
@@ -340,7 +365,7 @@ def test_cuda_slim_loss_needs_its_barriers(library, which, needless):
     ],
 )
 def test_cuda_slim_loss_plan_by_hand(kernel, gpu, dtype, shape, blocks, staged):
-    plan = kernel.plan(dtype, *shape, gpu)
+    plan = kernel.plan(dtype, *shape, shape[1] // 20, gpu)
     assert (plan.blocks, plan.staged) == (blocks, staged)
 
 
@@ -350,7 +375,7 @@ def test_cuda_slim_loss_plan_fits_the_device(kernel, gpu):
     for dtype in DTYPES:
         for vocab_size in (1, 1024, 1025, 32000, 50257, 128256, 151936, 262144, longest):
             for num_rows, selects in ((1, True), (16, False), (4096, True)):
-                plan = kernel.plan(dtype, num_rows, vocab_size, gpu, selects=selects)
+                plan = kernel.plan(dtype, num_rows, vocab_size, vocab_size // 20, gpu, selects=selects)
                 with explain(f"{dtype}, N={num_rows}, V={vocab_size}: {plan}"):
                     assert_plan_fits(plan, dtype, vocab_size, gpu)
 
@@ -361,11 +386,13 @@ def assert_plan_fits(plan: Plan, dtype: torch.dtype, vocab_size: int, gpu: Gpu) 
     assert plan.slice % 1024 == 0
     assert vocab_size <= plan.slice * plan.blocks < vocab_size + 1024 * plan.blocks
     assert plan.bytes <= gpu.block_bytes
+    # The slice, and as many logits as S may have in it.
+    needed = (plan.slice + min(vocab_size // 20, plan.slice)) * dtype.itemsize
     if plan.staged:
-        assert plan.bytes >= plan.slice * dtype.itemsize
+        assert plan.bytes >= needed
     else:
         assert plan.blocks == largest
-        assert vocab_size * dtype.itemsize > largest * gpu.block_bytes * 0.7
+        assert needed > gpu.block_bytes * 0.7
 
 
 @pytest.mark.slow  # as many threads and elements as on a GPU
@@ -374,7 +401,7 @@ def test_cuda_slim_loss_as_planned(kernel, gpu):
     for dtype, vocab_size in ((torch.bfloat16, 32000), (torch.bfloat16, 50257), (torch.float32, 60000)):
         logits, target, teacher = random_problem(2, vocab_size, vocab_size // 20, dtype=dtype)
         # As for many rows: the fewest blocks.
-        plan = kernel.plan(dtype, 4096, vocab_size, gpu)
+        plan = kernel.plan(dtype, 4096, vocab_size, vocab_size // 20, gpu)
         launch = Launch(plan.blocks, plan.staged, threads=512, seed=9)
         for options in (VARIANTS["default"], VARIANTS["all statistics"]):
             actual = run(kernel, launch, logits, target, teacher, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_model
+from bench import gpu_model, sass
 from bench.gpu_model import COMMITTED, KERNELS_BY_OP, ROOT, broken_limits, count, missing_tool, rises
 
 needs_tools = pytest.mark.skipif(missing_tool() is not None, reason=str(missing_tool()))
@@ -39,7 +39,7 @@ ENTRY, STEP, LOOP = (("cuda/kernel.cuh", line) for line in (9, 3, 4))
 
 
 def test_gpu_model_executes_blocks_as_often_as_their_lines():
-    blocks = gpu_model.blocks_of(LISTING, Path("/csrc"))
+    blocks = sass.blocks_of(LISTING, Path("/csrc"))
     assert [[opcode for opcode, _ in block.instructions] for block in blocks] == [
         ["S2R", "BRA"],
         ["MUFU.EX2", "BRA.DIV", "BRA"],
@@ -49,7 +49,31 @@ def test_gpu_model_executes_blocks_as_often_as_their_lines():
     assert blocks[0].instructions[0][1] == (STEP, ENTRY)
     assert blocks[1].instructions[0][1] == (LOOP, ENTRY)
     row = gpu_model.Run(1, 0, 0, 0, {(STEP, ENTRY): 16, (LOOP, ENTRY): 1000})
-    assert gpu_model.executed_by_block(gpu_model.Code(blocks, 32), row, warps=16) == [16, 1000, 16]
+    assert gpu_model.executed_by_block(sass.Code(blocks, 32), row, warps=16) == [16, 1000, 16]
+
+
+def test_gpu_model_counts_a_stack_with_calls_left_out_as_the_whole_one():
+    other = ("cuda/kernel.cuh", 7)
+    executed = {(STEP, LOOP, ENTRY): 5, (STEP, other, ENTRY): 3, (LOOP, ENTRY): 8}
+    found = gpu_model.counted_stacks([(STEP, ENTRY), (STEP, other, ENTRY), (other, ENTRY), ()], executed)
+    assert found == {
+        (STEP, ENTRY): [(STEP, LOOP, ENTRY), (STEP, other, ENTRY)],
+        (STEP, other, ENTRY): [(STEP, other, ENTRY)],
+        (other, ENTRY): [],
+    }
+
+
+def test_gpu_model_bounds_blocks_by_those_that_lead_to_them():
+    # The last block has no line of its own, and the block before it is one that a single warp of 16 enters.
+    exit_, step = ("EXIT", ()), ("SHFL.UP", (STEP, ENTRY))
+    blocks = [
+        sass.Block(0, [("BRA", (ENTRY,))], [1, 2], None, frozenset({0})),
+        sass.Block(1, [step], [3], None, frozenset({0, 1})),
+        sass.Block(2, [exit_], [], None, frozenset({0, 2})),
+        sass.Block(3, [exit_], [], None, frozenset({0, 1, 3})),
+    ]
+    row = gpu_model.Run(1, 0, 0, 0, {(ENTRY,): 16, (STEP, ENTRY): 1})
+    assert gpu_model.executed_by_block(sass.Code(blocks, 32), row, warps=16) == [16, 1, 16, 1]
 
 
 @needs_tools

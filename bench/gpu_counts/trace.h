@@ -16,7 +16,7 @@
 
 namespace trace {
 
-constexpr int kDepth = 8;  // innermost frames that are told apart
+constexpr int kDepth = 16;  // innermost frames that are told apart
 using Chain = std::array<uintptr_t, kDepth>;
 
 struct ChainHash {

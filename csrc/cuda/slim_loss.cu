@@ -16,13 +16,13 @@ constexpr char kOp[] = "slim_loss_rows";
 
 template <class X, bool kStaged>
 void launch_variant(const SlimLossPlan& plan, const SlimLossArgs& args, cudaStream_t stream) {
-  launch_rows(slim_loss_kernel<X, kStaged, kLaunchedThreads>, launch_of(args, plan.slice), args.num_rows,
-              plan.num_blocks, kLaunchedThreads, plan.bytes, stream, kOp);
+  launch_rows(slim_loss_kernel<X, kStaged, kLaunchedThreads>, launch_of<X, kStaged, kLaunchedThreads>(args, plan.slice),
+              args.num_rows, plan.num_blocks, kLaunchedThreads, plan.bytes, stream, kOp);
 }
 
 template <class X>
 void launch(const Machine& machine, const SlimLossArgs& args, cudaStream_t stream) {
-  const SlimLossPlan plan = make_plan<X>(machine, args.num_rows, args.vocab_size, args.statistics == kAll);
+  const SlimLossPlan plan = make_plan<X>(machine, args);
   if (plan.staged) {
     launch_variant<X, true>(plan, args, stream);
   } else {

@@ -9,7 +9,6 @@ namespace cuda {
 namespace {
 
 constexpr int kTile = 1024;  // elements whose sums a warp takes in float32
-constexpr int kGroup = 8;    // elements whose marks are one byte
 // Marks and sums of a row of this length fit into the shared memory of a block of any supported device.
 constexpr int64_t kMaxVocabulary = 3 << 17;
 constexpr int kDigits = 256;  // values of a digit of an order key
@@ -23,12 +22,8 @@ struct ElementOptions {
   float inverse;                 // 1 / T
   float exponent, exponent_one;  // exp(z / T) = exp2(z * exponent)
   float teacher_blend;
-};
-
-struct SlimLossLaunch {
-  SlimLossArgs args;
-  ElementOptions options;
-  int32_t slice;  // elements of a row per block, a multiple of kTile
+  bool two_temperatures;  // T is not 1
+  bool marks, plain;      // what needs_marks and is_plain say
 };
 
 // Sums over a tile, those over exponentials relative to the largest of the tile.
@@ -51,7 +46,9 @@ struct RowNumbers {
   float gate;
   float off_level;
   float at_label;
-  float on_scale;  // of exp(z - on_level) in the gradient on S
+  float on_scale;            // of exp(z - on_level) in the gradient on S
+  float q_scale;             // q = exp((x - teacher_level) / T) * q_scale
+  float p_factor, q_factor;  // of the same exponentials in the divergence's gradient, where that is plain
   DenseGradient<float> dense;
   KeptGradient<float> kept;
   int32_t num_kept;
@@ -68,45 +65,65 @@ struct SlimLossState {
   DivergenceSums divergence;
   Measures measures;
   Stats stats;
-  double off_entropy;  // of the student off S
-  float label_logit;   // the teacher's logit of the label, -inf if it is not in S
-  uint32_t bad;        // number of ids that are out of order or range
+  double off_entropy;   // of the student off S
+  float label_logit;    // the teacher's logit of the label, -inf if it is not in S
+  int32_t first, last;  // the slice's entries of S: the first, and the first that follows them
+  int32_t label_in_s;   // nonzero if S has the label
+  uint32_t bad;         // number of ids that are out of order or range
   uint32_t best_key[kThreads / 32], best_index[kThreads / 32];
   uint32_t kth, ties_kept, argmax;
   int32_t last_tie;
   uint32_t shared;  // entries of S among the K largest
 };
 
-template <class X, bool kStaged, int kThreads>
-struct SlimLossMemory {
-  using Bits = typename X::Bits;
-
-  SlimLossState<kThreads>* state;
-  TileSums* tiles;      // (slice / kTile)
-  uint32_t* marks;      // (slice / 32) one bit per element, set for those in S
-  uint32_t* histogram;  // (kMaxRounds, kDigits), only with all statistics
-  Bits* staged;         // (slice)
-
-  // Returns the number of bytes that a block needs.
-  __host__ __device__ static int64_t bytes(int64_t slice, bool selects) {
-    return SlimLossMemory().assign(nullptr, slice, selects);
-  }
-  // Sets the pointers to parts of `memory` and returns the number of bytes used.
-  __host__ __device__ int64_t assign(char* memory, int64_t slice, bool selects) {
-    int64_t used = 0;
-    const auto take = [&](int64_t size) {
-      char* place = memory + used;
-      used += (size + 15) / 16 * 16;
-      return place;
-    };
-    state = reinterpret_cast<SlimLossState<kThreads>*>(take(sizeof(SlimLossState<kThreads>)));
-    tiles = reinterpret_cast<TileSums*>(take(slice / kTile * sizeof(TileSums)));
-    marks = reinterpret_cast<uint32_t*>(take(slice / 8));
-    histogram = reinterpret_cast<uint32_t*>(take(selects ? kMaxRounds * kDigits * 4 : 0));
-    staged = reinterpret_cast<Bits*>(take(kStaged ? slice * sizeof(Bits) : 0));
-    return used;
-  }
+// A block's shared memory: the state, and where each array begins, in bytes.
+struct SlimLossLayout {
+  int32_t tiles, firsts, marks, histogram, staged, kept;
+  int64_t bytes;
 };
+
+struct SlimLossLaunch {
+  SlimLossArgs args;
+  ElementOptions options;
+  int32_t slice;     // elements of a row per block, a multiple of kTile
+  int32_t capacity;  // the most entries of S in a slice
+  SlimLossLayout layout;
+};
+
+// Whether the sums off S are of more than one exponential per logit, so that marks tell S from the others.
+inline bool needs_marks(const SlimLossArgs& args) {
+  return args.temperature != 1 || args.logit_scale != 1 || args.softcap > 0 || args.label_smoothing > 0 ||
+         args.rest == kZeroLogit || args.statistics != kNone;
+}
+
+// Whether the slopes of the divergence are -q and its shares q (log q - log p) or -q log p, so that it follows from
+// sums of the first walk over S, and its gradient is a sum of two exponentials and a constant.
+inline bool is_plain(const SlimLossArgs& args) {
+  const bool forward = args.divergence == kForwardKl && args.rest != kGhost && args.rest != kRenormBoth;
+  return (forward || args.divergence == kSoftCe) && !needs_marks(args) && args.teacher_blend == 1;
+}
+
+// Returns the most entries of S that a slice can have.
+inline int64_t capacity_of(const SlimLossArgs& args, int64_t slice) { return args.top_k < slice ? args.top_k : slice; }
+
+// Places the arrays for a slice. Those that are not needed take no room.
+template <class X, bool kStaged, int kThreads>
+SlimLossLayout layout_of(const SlimLossArgs& args, int64_t slice) {
+  SlimLossLayout layout = {};
+  const auto take = [&](int64_t size) {
+    const int64_t place = layout.bytes;
+    layout.bytes += (size + 15) / 16 * 16;
+    return int32_t(place);
+  };
+  take(sizeof(SlimLossState<kThreads>));
+  layout.tiles = take(slice / kTile * sizeof(TileSums));
+  layout.firsts = take((slice / kTile + 1) * 4);
+  layout.marks = take(!kStaged || needs_marks(args) ? slice / 8 + 4 : 0);
+  layout.histogram = take(args.statistics == kAll ? kMaxRounds * kDigits * 4 : 0);
+  layout.staged = take(kStaged ? slice * sizeof(typename X::Bits) : 0);
+  layout.kept = take(kStaged ? capacity_of(args, slice) * sizeof(typename X::Bits) : 0);
+  return layout;
+}
 
 }  // namespace
 }  // namespace cuda

@@ -26,29 +26,30 @@ inline int64_t slice_of(int64_t vocab_size, int num_blocks) {
 }
 
 template <class X, bool kStaged>
-SlimLossPlan plan_of(int64_t vocab_size, bool selects, int num_blocks) {
-  const int64_t slice = slice_of(vocab_size, num_blocks);
-  return {num_blocks, kStaged, slice, SlimLossMemory<X, kStaged, kLaunchedThreads>::bytes(slice, selects)};
+SlimLossPlan plan_of(const SlimLossArgs& args, int num_blocks) {
+  const int64_t slice = slice_of(args.vocab_size, num_blocks);
+  return {num_blocks, kStaged, slice, layout_of<X, kStaged, kLaunchedThreads>(args, slice).bytes};
 }
 
 // Chooses the number of blocks. It starts with the fewest whose slices leave room for a second block on a
 // multiprocessor, which loads while the first one computes, and uses more while multiprocessors would be idle. A row
 // that does not fit into shared memory is read through L2.
 template <class X>
-SlimLossPlan make_plan(const Machine& machine, int64_t num_rows, int64_t vocab_size, bool selects) {
+SlimLossPlan make_plan(const Machine& machine, const SlimLossArgs& args) {
   const int max_blocks = machine.has_clusters ? kMaxBlocks : 1;
   int num_blocks = 1;
-  const auto bytes = [&] { return plan_of<X, true>(vocab_size, selects, num_blocks).bytes; };
+  const auto bytes = [&] { return plan_of<X, true>(args, num_blocks).bytes; };
   while (num_blocks < max_blocks && bytes() > machine.processor_bytes / 2 - kReservedBytes) num_blocks *= 2;
-  while (num_blocks < max_blocks && 2 * num_blocks * num_rows <= machine.processors &&
-         vocab_size >= 2 * num_blocks * kTile) {
+  while (num_blocks < max_blocks && 2 * num_blocks * args.num_rows <= machine.processors &&
+         args.vocab_size >= 2 * num_blocks * kTile) {
     num_blocks *= 2;
   }
-  if (bytes() <= machine.block_bytes) return plan_of<X, true>(vocab_size, selects, num_blocks);
-  return plan_of<X, false>(vocab_size, selects, num_blocks);
+  if (bytes() <= machine.block_bytes) return plan_of<X, true>(args, num_blocks);
+  return plan_of<X, false>(args, num_blocks);
 }
 
-inline SlimLossLaunch launch_of(const SlimLossArgs& args, int64_t slice) {
+template <class X, bool kStaged, int kThreads>
+SlimLossLaunch launch_of(const SlimLossArgs& args, int64_t slice) {
   // The scale is bounded, so that neither 0 nor -inf times the scale is NaN.
   const auto bounded = [](double scale) { return float(fmin(fmax(scale, FLT_MIN), FLT_MAX)); };
   ElementOptions options = {};
@@ -62,7 +63,11 @@ inline SlimLossLaunch launch_of(const SlimLossArgs& args, int64_t slice) {
   options.exponent = bounded(M_LOG2E / args.temperature);
   options.exponent_one = float(M_LOG2E);
   options.teacher_blend = float(args.teacher_blend);
-  return {args, options, int32_t(slice)};
+  options.two_temperatures = args.temperature != 1;
+  options.marks = needs_marks(args);
+  options.plain = is_plain(args);
+  return {args, options, int32_t(slice), int32_t(capacity_of(args, slice)),
+          layout_of<X, kStaged, kThreads>(args, slice)};
 }
 
 }  // namespace

@@ -49,14 +49,14 @@ __device__ void SlimRow<X, kStaged, kThreads>::find_argmax() {
 template <class X, bool kStaged, int kThreads>
 __device__ void SlimRow<X, kStaged, kThreads>::count_shared() {
   constexpr int kRounds = sizeof(Bits);  // of a radix selection, each of a digit of 8 bits
-  for (int i = thread; i < kRounds * kDigits; i += kThreads) memory.histogram[i] = 0;
+  for (int i = thread; i < kRounds * kDigits; i += kThreads) histogram()[i] = 0;
   if (thread == 0) state.shared = 0;
   __syncthreads();
   uint32_t kth = 0, wanted = uint32_t(state.numbers.num_kept);
   if (wanted == 0) return;
   for (int round = 0; round < kRounds; ++round) {
     const int shift = 8 * (kRounds - 1 - round);
-    uint32_t* const histogram = memory.histogram + round * kDigits;
+    uint32_t* const digits = histogram() + round * kDigits;
     for (int32_t base = warp * 32; base < length; base += kThreads) {
       uint32_t digit = kDigits;
       if (base + lane < length) {
@@ -64,14 +64,14 @@ __device__ void SlimRow<X, kStaged, kThreads>::count_shared() {
         if (round == 0 || key >> (shift + 8) == kth) digit = key >> shift & (kDigits - 1);
       }
       const uint32_t peers = __match_any_sync(kAllLanes, digit);
-      if (digit < kDigits && lane == __ffs(peers) - 1) atomicAdd(&histogram[digit], uint32_t(__popc(peers)));
+      if (digit < kDigits && lane == __ffs(peers) - 1) atomicAdd(&digits[digit], uint32_t(__popc(peers)));
     }
     sync_cluster();
     if (warp == 0) {
       constexpr int kPerLane = kDigits / 32;  // lane 0 has the highest digits
       uint32_t counts[kPerLane] = {}, own = 0;
       for (uint32_t block = 0; block < num_blocks; ++block) {
-        const uint32_t* const from = in_block(histogram, block);
+        const uint32_t* const from = in_block(digits, block);
 #pragma unroll
         for (int j = 0; j < kPerLane; ++j) counts[j] += from[kDigits - 1 - (lane * kPerLane + j)];
       }
@@ -98,7 +98,7 @@ __device__ void SlimRow<X, kStaged, kThreads>::count_shared() {
       tied += order_key<X>(element(i)) == kth;
     }
     tied = __reduce_add_sync(kAllLanes, tied);
-    if (lane == 0) memory.tiles[t].tied = int32_t(tied);
+    if (lane == 0) tiles()[t].tied = int32_t(tied);
   }
   sync_cluster();
   if (warp == 0) {
@@ -134,7 +134,7 @@ __device__ void SlimRow<X, kStaged, kThreads>::count_shared() {
   const int32_t last = state.last_tie;
   uint32_t shared = 0;
   for (int32_t t = warp; t * kTile < length; t += kWarps) {
-    const TileSums& tile = memory.tiles[t];
+    const TileSums& tile = tiles()[t];
     for (int32_t k = tile.first + lane; k < tile.first + tile.count; k += 32) {
       const uint32_t key = order_key<X>(element(ids[k] - begin));
       shared += key > kth || (key == kth && ids[k] <= last);

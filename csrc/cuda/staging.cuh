@@ -26,6 +26,16 @@ __device__ inline void copy_async(uint4* to, const uint4* from) {
   copy_async(SharedVector{uint32_t(__cvta_generic_to_shared(to))}, from);
 }
 
+// Loads 16 bytes of device memory at once. The compiler would otherwise load some of the words where only they are
+// used.
+__device__ inline uint4 load_vector(const uint4* from) {
+  uint4 vector;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(vector.x), "=r"(vector.y), "=r"(vector.z), "=r"(vector.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return vector;
+}
+
 // Waits for the copies that this thread started. Other threads see them after a barrier.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -40,6 +50,18 @@ __device__ inline uint16_t narrow(Float16, float x) {
   uint32_t word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(0.0f), "f"(x));
   return uint16_t(word);
+}
+
+// The same for two numbers; the word has `low` in its lower half.
+__device__ inline uint32_t narrow_pair(BFloat16, float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ inline uint32_t narrow_pair(Float16, float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
 }
 
 }  // namespace slimkernels

@@ -69,10 +69,12 @@ class Arguments(ctypes.Structure):
 class Launch(ctypes.Structure):
     """Launch parameters of the emulated kernel, none of which may change its results."""
 
-    _fields_ = tuple((name, ctypes.c_int) for name in ("blocks", "threads", "staged", "seed", "skipped_barrier"))
+    _fields_ = tuple(
+        (name, ctypes.c_int) for name in ("blocks", "threads", "staged", "seed", "skipped_barrier", "first_row")
+    )
 
-    def __init__(self, blocks=1, staged=True, threads=64, seed=0, skipped_barrier=-1) -> None:
-        super().__init__(blocks, threads, staged, seed, skipped_barrier)
+    def __init__(self, blocks=1, staged=True, threads=64, seed=0, skipped_barrier=-1, first_row=0) -> None:
+        super().__init__(blocks, threads, staged, seed, skipped_barrier, first_row)
 
 
 # Small blocks, so that a short row has several tiles per warp, and of both kinds of schedules.
@@ -142,12 +144,15 @@ class EmulatedSlimLoss:
     def barriers_of_last_row(self) -> int:
         return self._native.barriers_of_last_row()
 
-    def plan(self, dtype: torch.dtype, num_rows: int, vocab_size: int, gpu: Gpu, *, selects: bool = False) -> Plan:
+    def plan(
+        self, dtype: torch.dtype, num_rows: int, vocab_size: int, top_k: int, gpu: Gpu, *, selects: bool = False
+    ) -> Plan:
         found = (ctypes.c_int64 * 4)()
         self._native.plan_slim_loss(
             DTYPES.index(dtype),
             ctypes.c_int64(num_rows),
             ctypes.c_int64(vocab_size),
+            ctypes.c_int64(top_k),
             int(selects),
             ctypes.byref(_Machine(*gpu)),
             found,

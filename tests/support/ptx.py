@@ -12,6 +12,7 @@ from typing import NamedTuple
 from support.triton_aot import Compiled
 
 _ACCESS = re.compile(r"\b(ld|st)\.global\S*")
+_NARROW_PRODUCT = re.compile(r"\b(mul|mad)\.lo\.[su]32|\bshl\.b32")
 
 
 class Access(NamedTuple):
@@ -86,6 +87,39 @@ class Kernel:
             pairs += [(access, later[position]) for position in sorted(reached & later.keys())]
         return pairs
 
+    def narrow_products(self) -> list[str]:
+        """Returns the 32-bit products of the program's index that addresses are computed from.
+
+        The index is that of a row, and its product with the row's length is larger than 32 bits hold.
+        """
+        found = set()
+        for access in self.accesses:
+            for position in self._computed_from(self._address(self._instructions[access.position])):
+                product = self._instructions[position]
+                if _NARROW_PRODUCT.search(product):
+                    operands = self._computed_from(re.findall(r"%\w+", product)[1:])
+                    if any("%ctaid" in self._instructions[each] for each in operands):
+                        found.add(product)
+        return sorted(found)
+
+    def _computed_from(self, registers: list[str]) -> set[int]:
+        """Returns the instructions that registers are computed by, back to what was read from memory."""
+        todo, seen, found = list(registers), set(), set()
+        while todo:
+            register = todo.pop()
+            if register in seen:
+                continue
+            seen.add(register)
+            for position in self._writers.get(register, []):
+                found.add(position)
+                if not re.search(r"\bld\.", self._instructions[position]):
+                    todo += [each for each in re.findall(r"%\w+", self._instructions[position]) if each != register]
+        return found
+
+    @staticmethod
+    def _address(access: str) -> list[str]:
+        return re.findall(r"%\w+", re.search(r"\[([^\]]*)\]", access)[1])
+
     def _reached_without_barrier(self, position: int) -> set[int]:
         seen: set[int] = set()
         todo = self._successors(position)
@@ -110,7 +144,7 @@ class Kernel:
     def _origins(self, access: str) -> frozenset[int]:
         """Follows the address of an access back to the parameters that it is computed from."""
         found = set()
-        todo = re.findall(r"%\w+", re.search(r"\[([^\]]*)\]", access)[1])
+        todo = self._address(access)
         seen: set[str] = set()
         while todo:
             register = todo.pop()

@@ -53,15 +53,23 @@ def on_architectures(*axes: Iterable[Any]) -> list[Any]:
 
 
 def assert_compiles(launch: Callable[[], object], architecture: str, *, may_spill: bool = False) -> None:
-    """Compiles every kernel that ``launch()`` launches for a GPU; none may spill registers unless ``may_spill``."""
+    """Compiles every kernel that ``launch()`` launches for a GPU.
+
+    None may spill registers unless ``may_spill``, or multiply the index of a row in 32 bits, which more than 2 ** 31
+    elements overflow.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
-    from support import triton_aot
+    from support import ptx, triton_aot
 
     with triton_aot.compiling_for(architecture) as compiled:
         launch()
     assert compiled, "nothing was launched"
     spilling = [kernel for kernel in compiled if kernel.spilled_bytes]
     assert may_spill or not spilling, f"registers are spilled: {spilling}"
+    if not architecture.startswith("gfx"):
+        for kernel in compiled:
+            narrow = ptx.Kernel(kernel).narrow_products()
+            assert not narrow, f"{kernel.kernel} multiplies the index of a row in 32 bits: {narrow}"
 
 
 def assert_scratch_is_ordered(launch: Callable[[], object], kernel: str) -> None:

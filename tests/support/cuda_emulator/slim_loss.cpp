@@ -11,23 +11,23 @@ using namespace slimkernels;
 using namespace slimkernels::cuda;
 
 struct Launch {
-  int num_blocks, num_threads, staged, seed, skipped_barrier;
+  int num_blocks, num_threads, staged, seed, skipped_barrier, first_row;
 };
 
 template <class X, bool kStaged, int kThreads>
 const char* run(const SlimLossArgs& args, const Launch& launch) {
   const int64_t slice = slice_of(args.vocab_size, launch.num_blocks);
-  const SlimLossLaunch arguments = launch_of(args, slice);
+  const SlimLossLaunch arguments = launch_of<X, kStaged, kThreads>(args, slice);
   emulator::Machine& machine = emulator::machine;
   machine.num_threads = kThreads;
   machine.num_blocks = launch.num_blocks;
   machine.skipped_barrier = launch.skipped_barrier;
-  machine.memory_size = SlimLossMemory<X, kStaged, kThreads>::bytes(slice, args.statistics == kAll);
+  machine.memory_size = arguments.layout.bytes;
   machine.random.seed(launch.seed);
   machine.by_rank = launch.seed % 2 != 0;
   machine.kernel = [&] { slim_loss_kernel<X, kStaged, kThreads>(arguments); };
   machine.fault = nullptr;
-  for (int64_t n = 0; n < args.num_rows; ++n) {
+  for (int64_t n = launch.first_row; n < args.num_rows; ++n) {
     machine.grid_block.x = unsigned(n * launch.num_blocks);
     emulator::copies.clear();
     if (!emulator::run_cluster()) break;
@@ -56,12 +56,18 @@ extern "C" const char* slim_loss(const SlimLossArgs* args, const Launch* launch)
 extern "C" int barriers_of_last_row() { return emulator::machine.fibers[0].barriers; }
 
 // Writes the plan that the launcher chooses: blocks per row, staged, slice and bytes.
-extern "C" void plan_slim_loss(int dtype, int64_t num_rows, int64_t vocab_size, int selects, const Machine* machine,
-                               int64_t* plan) {
+extern "C" void plan_slim_loss(int dtype, int64_t num_rows, int64_t vocab_size, int64_t top_k, int selects,
+                               const Machine* machine, int64_t* plan) {
+  SlimLossArgs args = {};
+  args.num_rows = num_rows;
+  args.vocab_size = vocab_size;
+  args.top_k = top_k;
+  args.temperature = args.logit_scale = args.teacher_blend = 1;
+  args.statistics = selects != 0 ? kAll : kNone;
   const auto make = dtype == kFloat32    ? make_plan<Float32>
                     : dtype == kBFloat16 ? make_plan<BFloat16>
                                          : make_plan<Float16>;
-  const SlimLossPlan made = make(*machine, num_rows, vocab_size, selects != 0);
+  const SlimLossPlan made = make(*machine, args);
   plan[0] = made.num_blocks;
   plan[1] = made.staged;
   plan[2] = made.slice;

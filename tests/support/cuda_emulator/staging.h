@@ -46,6 +46,8 @@ inline SharedVector shared_vector(uint4* vector) { return vector; }
 
 inline void copy_async(uint4* to, const uint4* from) { copies_of_thread().push_back({to, from}); }
 
+inline uint4 load_vector(const uint4* from) { return *from; }
+
 inline void wait_for_copies() {
   for (const emulator::Copy& copy : copies_of_thread()) *copy.to = *copy.from;
   copies_of_thread().clear();
@@ -66,6 +68,11 @@ inline uint16_t narrow(Float16, float x) {
   if (magnitude < 0x1p-14f) return sign | uint16_t(std::lrint(magnitude * 0x1p24f));  // denormal, or the least normal
   const uint32_t bits = __float_as_uint(magnitude) - (112u << 23);
   return sign | uint16_t((bits + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+template <class X>
+uint32_t narrow_pair(X, float low, float high) {
+  return narrow(X(), low) | uint32_t(narrow(X(), high)) << 16;
 }
 
 }  // namespace slimkernels
