@@ -46,6 +46,8 @@ TORCHTUNE ?= torchtune==0.6.1 torchao==0.15.0 omegaconf==2.3.0 antlr4-python3-ru
 TORCHTITAN ?= torchtitan==0.3.0 spmd-types==0.2.3 torch-checkpointing==0.1.1 tyro==1.0.17 docstring-parser==0.18.0 \
   shtab==1.13.0 typeguard==4.6.1 einops==0.8.2 tensorboard==2.21.0 protobuf==7.36.2
 MEGATRON ?= megatron-core==0.16.1
+# The package that loads kernels of the Hugging Face Hub; its dependencies, which check signatures, are not needed.
+KERNELS ?= kernels==0.17.2
 # The packages whose losses `make parity` compares with ours, installed without dependencies, and what verl imports.
 PEERS ?= liger-kernel==0.8.5 axolotl==0.19.0 torchtune==0.6.1 cut-cross-entropy==25.1.1 tensordict==0.10.0 verl==0.9.1
 VERL_NEEDS ?= ray==2.60.0 omegaconf==2.3.0 hydra-core==1.3.8 codetiming==1.4.0 orjson==3.13.0 pyvers==0.2.3 cloudpickle==3.1.3
@@ -139,6 +141,14 @@ wheel: $(installed)  ## build a wheel for this Python, torch from 2.10 and glibc
 test-wheel: $(tested) wheel  ## install that wheel into a fresh environment and run the README's first example there
 	$(py) -m pytest tests/test_wheel.py -m slow
 
+.PHONY: kernels test-kernels
+kernels: $(tested)  ## write the ops alone as a kernel of the Hugging Face Hub, and build it, in build/kernels
+	rm -rf build/kernels
+	$(py) kernels/generate.py --out build/kernels
+
+test-kernels: $(tested) $(VENV)-kernels/.installed  ## build that kernel in a temporary folder and load it with Hugging Face's package
+	PYTHONPATH=$(abspath $(VENV)-kernels) $(py) -m pytest tests/test_hub_kernel.py -m 'slow or not slow'
+
 clean:  ## remove what the build made (not the virtual environment)
 	rm -rf build *.egg-info slimkernels/*.so
 
@@ -218,6 +228,11 @@ $(filter-out $(VENV)-verl/.installed,$(INTEGRATIONS:%=$(VENV)-%/.installed)):
 # The folder of the peers holds verl and what it imports.
 $(VENV)-verl/.installed: $(VENV)-parity/.installed
 	@ln -sfn $(abspath $(VENV))-parity $(@D)
+
+$(VENV)-kernels/.installed: | $(tested)
+	@echo 'installing $(KERNELS)'
+	@mkdir -p $(@D) && $(pip) install --no-deps --target $(@D) '$(KERNELS)'
+	@touch $@
 
 # A folder of their own again. None of what is installed with its dependencies depends on torch.
 $(VENV)-parity/.installed:

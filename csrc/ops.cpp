@@ -15,6 +15,11 @@
 #include "slim_loss/operator.h"
 #include "store/packed_rows.h"
 
+// Namespace of the operators: slimkernels/ops/_extension.py.
+#ifndef SK_OPERATORS
+#define SK_OPERATORS slimkernels
+#endif
+
 namespace slimkernels {
 namespace {
 
@@ -290,7 +295,7 @@ int64_t decode_logits_rows_cpu(Tensor id_words, Tensor values, OptionalTensor af
 }  // namespace
 }  // namespace slimkernels
 
-STABLE_TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SK_OPERATORS, CPU, m) {
   m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::topk_logits_rows_cpu));
   m.impl("gather_logits_rows", TORCH_BOX(&slimkernels::gather_logits_rows_cpu));
   m.impl("decode_logits_rows", TORCH_BOX(&slimkernels::decode_logits_rows_cpu));

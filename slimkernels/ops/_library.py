@@ -14,16 +14,10 @@ import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch.autograd import forward_ad
 
-from slimkernels._checks import RowError, missing_extension
+from slimkernels._checks import RowError
+from slimkernels.ops._extension import NAMESPACE, check_built
 
-_library = torch.library.Library("slimkernels", "DEF")
-
-try:
-    from slimkernels import _C  # noqa: F401 -- importing it registers the CPU kernels
-except ImportError as error:
-    _missing: ImportError | None = error
-else:
-    _missing = None
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 # Loading the library registers the CUDA C++ kernels of CUDA tensors, and initialises no device. Triton serves the other
 # operators, and all where the library is not built, on AMD GPUs and on machines without nvcc, or is not wanted.
@@ -54,7 +48,7 @@ cuda_kernels: dict[str, str] = {}
 def define(
     schema: str, *, fake: Callable, implementation: Callable | None = None, triton_module: str | None = None
 ) -> None:
-    """Defines ``slimkernels::<schema>`` with its fake (shape-only) implementation.
+    """Defines ``<namespace>::<schema>`` with its fake (shape-only) implementation.
 
     Args:
         schema: Schema of the operator. Schemas are written nowhere else.
@@ -73,7 +67,7 @@ def define(
         triton_launchers[name] = triton_module
         served = name
         cuda_kernels[name] = "Triton"
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"slimkernels::{name}", "CUDA"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
             served = f"{name}_triton"
             cuda_kernels[name] = "CUDA C++"
             _define(served + schema[len(name) :], fake)
@@ -82,22 +76,17 @@ def define(
 
 def _define(schema: str, fake: Callable) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"slimkernels::{schema[: schema.index('(')]}", fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{schema[: schema.index('(')]}", fake, lib=_library)
 
 
 def _launch(module: str, name: str, *arguments):
-    return getattr(importlib.import_module(module), name)(*arguments)
-
-
-def is_built() -> bool:
-    """Returns whether the CPU extension is there."""
-    return _missing is None
+    return getattr(importlib.import_module(module, __package__), name)(*arguments)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Registers the autograd formula of ``slimkernels::<name>`` for the life of the process."""
+    """Registers the autograd formula of the operator ``name`` for the life of the process."""
     backward = _without_autocast(backward)
-    torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -169,8 +158,7 @@ def check_kernels(tensor: torch.Tensor, argument: str) -> None:
         NotImplementedError: There are no kernels for the device.
     """
     if tensor.device.type == "cpu":
-        if _missing is not None:
-            raise RuntimeError(missing_extension(_missing)) from _missing
+        check_built()
     elif tensor.device.type == "cuda":
         if not _has_triton():
             raise RuntimeError(

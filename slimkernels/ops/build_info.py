@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import slimkernels.ops  # noqa: F401 -- registers the operators
-from slimkernels.ops import _library
+from slimkernels.ops import _extension, _library
 
 
 def build_info() -> dict[str, Any]:
@@ -29,7 +29,7 @@ def build_info() -> dict[str, Any]:
     True
     """
     found: dict[str, Any] = dict.fromkeys(("compiler", "torch", "stable_abi", "cpu_isa"))
-    if _library.is_built():
+    if _extension.is_built():
         extension = importlib.import_module("slimkernels._C")
         found |= {**extension.build_info(), "cpu_isa": extension.cpu_isa()}
     return found | {"cuda_kernels": dict(sorted(_library.cuda_kernels.items()))}

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -98,8 +98,8 @@ def accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
 
 @functools.cache
 def _table() -> list[dict]:
-    text = resources.files("slimkernels").joinpath("data/launch_settings.json").read_text()
-    return json.loads(text)["settings"]
+    path = Path(__file__).parents[2] / "data" / "launch_settings.json"
+    return json.loads(path.read_text())["settings"]
 
 
 @functools.lru_cache(maxsize=4096)
