@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 MIN_TORCH = (2, 10)
+MIN_SETUPTOOLS = 77
 CSRC = Path("csrc")
 CUDA_LIBRARY = Path("slimkernels/_C_cuda.so")  # loaded as torch's operators are, not as a Python module
 CUDA_CAPABILITIES = "8.0;9.0a;10.0+PTX"  # later devices use the PTX
@@ -55,19 +56,28 @@ def check_compiler() -> None:
     os.environ["CXX"] = compiler
 
 
+AGAIN = "then install again with --no-build-isolation"
 try:
     import torch
 except ImportError:
-    stop("torch is needed to build; run `pip install torch==2.13.0`, then install again with --no-build-isolation")
+    stop(f"torch is needed to build; run `pip install torch==2.13.0 pybind11 'setuptools>=77'`, {AGAIN}")
 version = torch.__version__.split("+")[0]
 if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
-    stop(f"torch {version} is too old, 2.10 or later is needed; run `pip install 'torch>=2.10'`, then install again")
+    stop(f"torch {version} is too old, 2.10 or later is needed; run `pip install 'torch>=2.10'`, {AGAIN}")
+try:
+    import pybind11
+except ImportError:
+    stop(f"pybind11 is needed to build; run `pip install pybind11 'setuptools>=77'`, {AGAIN}")
+import setuptools  # noqa: E402 -- torch is checked first, for the one-sentence message
+
+# An earlier one would reject the licence in pyproject.toml, in many words.
+if int(setuptools.__version__.partition(".")[0]) < MIN_SETUPTOOLS:
+    stop(f"setuptools {setuptools.__version__} is too old; run `pip install 'setuptools>=77'`, {AGAIN}")
 
 if "sdist" not in sys.argv:
     check_compiler()
 
-import pybind11  # noqa: E402
-from setuptools import Extension, setup  # noqa: E402 -- torch is checked first, for the one-sentence message
+from setuptools import Extension, setup  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 from setuptools.errors import CompileError  # noqa: E402
 

@@ -49,18 +49,35 @@ def test_install_with_a_compiler_that_is_too_old_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("module", "text", "said"),
     [
-        ("__version__ = '2.9.1+cpu'", "torch 2.9.1 is too old, 2.10 or later is needed; run `pip install 'torch>="),
-        ("raise ImportError('no torch')", "torch is needed to build; run `pip install torch==2.13.0`, then install"),
+        (
+            "torch",
+            "__version__ = '2.9.1+cpu'",
+            "torch 2.9.1 is too old, 2.10 or later is needed; run `pip install 'torch>",
+        ),
+        (
+            "torch",
+            "raise ImportError('no torch')",
+            "torch is needed to build; run `pip install torch==2.13.0 pybind11 's",
+        ),
+        (
+            "pybind11",
+            "raise ImportError('none')",
+            "pybind11 is needed to build; run `pip install pybind11 'setuptools>",
+        ),
+        ("setuptools", "__version__ = '65.5.0'", "setuptools 65.5.0 is too old; run `pip install 'setuptools>=77'`"),
     ],
 )
-def test_install_with_another_torch_is_one_sentence(tmp_path, module, said):
-    (tmp_path / "torch.py").write_text(module)
+def test_install_without_what_it_needs_is_one_sentence(tmp_path, module, text, said):
+    if module != "torch":  # which takes long to import
+        (tmp_path / "torch.py").write_text("__version__ = '2.13.0'")
+    (tmp_path / f"{module}.py").write_text(text)
     done = setup_name(PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"slimkernels: {said}")
+    assert done.stderr.endswith(", then install again with --no-build-isolation\n")
 
 
 FAKE_PYTHON = """#!/bin/sh

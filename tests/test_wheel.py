@@ -60,6 +60,16 @@ def test_wheel_has_one_library_and_leaves_torch_to_the_environment(wheel):
     assert libraries[0].startswith("slimkernels/_C.")
 
 
+def test_source_distribution_says_what_its_isolated_build_lacks(wheel, tmp_path):
+    [source] = (ROOT / "build/wheel").glob("slimkernels-*.tar.gz")  # from which the wheel was built
+    venv.create(tmp_path, with_pip=True)
+    command = [tmp_path / "bin/python", "-m", "pip", "install", "--no-deps", source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "[1 lines of output]" in done.stderr, done.stderr
+    assert "slimkernels: torch is needed to build; run `pip install torch==2.13.0 pybind11" in done.stderr
+
+
 def test_wheel_runs_the_first_example(python):
     [example, *_] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.S | re.M)
     done = run(python, "-c", f"{example}\nprint(sk.__file__, loss.item(), hidden.grad.norm().item())")
