@@ -9,9 +9,11 @@ TORCH_CUDA_ARCH_LIST: compute capabilities to build for, by default 8.0;9.0a;10.
 CUDA_HOME: the place where nvcc is searched first.
 """
 
+import importlib.util
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -57,11 +59,13 @@ def check_compiler() -> None:
 
 
 AGAIN = "then install again with --no-build-isolation"
-try:
-    import torch
-except ImportError:
+# Found and not imported, which takes seconds and may need libraries of CUDA that a building machine does not have.
+found = importlib.util.find_spec("torch")
+if found is None or not found.submodule_search_locations:
     stop(f"torch is needed to build; run `pip install torch==2.13.0 pybind11 'setuptools>=77'`, {AGAIN}")
-version = torch.__version__.split("+")[0]
+torch_root = Path(found.submodule_search_locations[0])
+torch_version = runpy.run_path(str(torch_root / "version.py"))
+version = torch_version["__version__"].split("+")[0]
 if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
     stop(f"torch {version} is too old, 2.10 or later is needed; run `pip install 'torch>=2.10'`, {AGAIN}")
 try:
@@ -81,7 +85,6 @@ from setuptools import Extension, setup  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 from setuptools.errors import CompileError  # noqa: E402
 
-torch_root = Path(torch.__file__).parent
 stable_abi = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
 
@@ -104,7 +107,7 @@ def cuda_extensions() -> list[Extension]:
     wanted = os.environ.get("SLIMKERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
         stop(f"SLIMKERNELS_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0" or (wanted == "" and torch.version.cuda is None):
+    if wanted == "0" or (wanted == "" and torch_version["cuda"] is None):
         return []
     if wanted == "1" and find_nvcc() is None:
         remedy = "install the CUDA toolkit, set CUDA_HOME, or set SLIMKERNELS_CUDA=0"
@@ -119,9 +122,9 @@ def check_nvcc_release(nvcc: str) -> None:
     """Raises if nvcc has another major version than torch's CUDA: its runtime might need a later driver."""
     said = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=False).stdout
     release = re.search(r"release ((\d+)\.\d+)", said)
-    if release is None or release[2] != torch.version.cuda.split(".")[0]:
+    if release is None or release[2] != torch_version["cuda"].split(".")[0]:
         found = f"of CUDA {release[1]}" if release else "of no known version"
-        wanted = f"torch needs CUDA {torch.version.cuda}"
+        wanted = f"torch needs CUDA {torch_version['cuda']}"
         raise CompileError(f"{nvcc} is {found}, but {wanted}; set CUDA_HOME. {WITHOUT_CUDA}")
 
 

@@ -49,30 +49,20 @@ def test_install_with_a_compiler_that_is_too_old_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "text", "said"),
+    ("file", "text", "said"),
     [
-        (
-            "torch",
-            "__version__ = '2.9.1+cpu'",
-            "torch 2.9.1 is too old, 2.10 or later is needed; run `pip install 'torch>",
-        ),
-        (
-            "torch",
-            "raise ImportError('no torch')",
-            "torch is needed to build; run `pip install torch==2.13.0 pybind11 's",
-        ),
-        (
-            "pybind11",
-            "raise ImportError('none')",
-            "pybind11 is needed to build; run `pip install pybind11 'setuptools>",
-        ),
-        ("setuptools", "__version__ = '65.5.0'", "setuptools 65.5.0 is too old; run `pip install 'setuptools>=77'`"),
+        ("torch.py", "", "torch is needed to build; run `pip install torch==2.13.0 pybind11 'setuptools>=77'`"),
+        ("torch/version.py", "__version__ = '2.9.1+cpu'", "torch 2.9.1 is too old, 2.10 or later is needed; run `pip "),
+        ("pybind11.py", "raise ImportError('none')", "pybind11 is needed to build; run `pip install pybind11 'setupt"),
+        ("setuptools.py", "__version__ = '65.5.0'", "setuptools 65.5.0 is too old; run `pip install 'setuptools>=77'`"),
     ],
 )
-def test_install_without_what_it_needs_is_one_sentence(tmp_path, module, text, said):
-    if module != "torch":  # which takes long to import
-        (tmp_path / "torch.py").write_text("__version__ = '2.13.0'")
-    (tmp_path / f"{module}.py").write_text(text)
+def test_install_without_what_it_needs_is_one_sentence(tmp_path, file, text, said):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    if path.parent != tmp_path:
+        (path.parent / "__init__.py").write_text("raise OSError('the build need not import torch')")
     done = setup_name(PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
