@@ -238,6 +238,20 @@ def test_a_library_of_cuda_kernels_that_does_not_load(monkeypatch, tmp_path):
     assert problem.endswith("; install slimkernels again to rebuild it")
 
 
+def test_a_gpu_without_a_c_compiler(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(doctor, "_devices", lambda *_: ["a GPU"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "clang").touch(mode=0o755)
+    for path, compiler, count in [(tmp_path, str(tmp_path / "clang"), 0), (tmp_path / "nothing", "missing", 1)]:
+        monkeypatch.setenv("PATH", str(path))
+        problems: list[str] = []
+        assert doctor._gpu(problems)["c_compiler"] == compiler
+        assert len(problems) == count
+    assert "there is none: apt-get install gcc, or set CC" in problems[0]
+
+
 def test_variables_are_all_that_the_sources_read(capsys):
     sources = [ROOT / "setup.py", *ROOT.glob("slimkernels/**/*.py"), *ROOT.glob("csrc/**/*.*")]
     text = "".join(path.read_text() for path in sources if path.name != "doctor.py")

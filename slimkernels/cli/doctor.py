@@ -147,7 +147,7 @@ def _check_kernels() -> str:
 
 
 def _gpu(problems: list[str]) -> dict[str, Any]:
-    """Returns Triton's version, the state of the library of CUDA C++ kernels, the devices, and what serves them."""
+    """Returns the state of Triton, of its compiler and of the library of CUDA C++ kernels, and what serves devices."""
     torch = _loaded("torch")
     if not isinstance(torch, ModuleType):
         return {"cuda_tensors": "not examined"}
@@ -155,6 +155,7 @@ def _gpu(problems: list[str]) -> dict[str, Any]:
     has_triton = isinstance(triton, ModuleType)
     found: dict[str, Any] = {
         "triton": triton.__version__ if has_triton else triton,
+        "c_compiler": _c_compiler() or "missing",
         "cuda_library": _cuda_library(torch, problems),
         "devices": _devices(torch, problems),
     }
@@ -162,7 +163,16 @@ def _gpu(problems: list[str]) -> dict[str, Any]:
         return found | {"cuda_tensors": "none, as this torch is built for CPUs"}
     if found["devices"] and not has_triton:
         problems.append(f"CUDA tensors need triton, which is {triton}: pip install --force-reinstall triton")
+    if found["devices"] and has_triton and _c_compiler() is None:
+        remedy = "apt-get install gcc, or set CC to the path of one"
+        problems.append(f"Triton compiles the launchers of its kernels with a C compiler, and there is none: {remedy}")
     return found | {"cuda_tensors": _cuda_kernels(has_triton, str(triton))}
+
+
+def _c_compiler() -> str | None:
+    """Returns the path of the C compiler that Triton calls, None if it finds none."""
+    wanted = os.environ.get("CC")
+    return shutil.which(wanted) if wanted else shutil.which("gcc") or shutil.which("clang")
 
 
 def _cuda_kernels(has_triton: bool, triton: str) -> str:
