@@ -59,9 +59,11 @@ def main() -> None:
     identifier = args.id or digest(args.out)
     for backend in build_config(args.out)["general"]["backends"]:
         if backend != "cpu":
-            build_triton(args.out, backend, identifier)
+            print(build_triton(args.out, backend, identifier))
         elif platform.machine() == "x86_64":
-            build_cpu(args.out, identifier)
+            print(build_cpu(args.out, identifier))
+        else:
+            print(f"no variant for CPUs: its kernels are compiled for x86-64 only, this is {platform.machine()}")
 
 
 def generate(out: Path) -> None:
@@ -115,10 +117,10 @@ def relative(text: str, path: Path) -> str:
             lines[number] = lines[number].replace(old, new)
             first = number if first is None or (node.col_offset == 0 and number < first) else first
     if OPERATORS.search(text):
-        lines = [OPERATORS.sub("operators", line) for line in lines]
+        lines = [OPERATORS.sub("_operators", line) for line in lines]
         if first is None:
             raise ValueError(f"{path} uses the operators and imports nothing of the package")
-        lines.insert(first, f"from {dots}_ops import ops as operators\n")
+        lines.insert(first, f"from {dots}_ops import ops as _operators\n")
     # Modules of launchers, which ops._library imports by name.
     return "".join(lines).replace(f'"{PACKAGE}.ops.triton.', '".triton.')
 

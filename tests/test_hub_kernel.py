@@ -195,12 +195,12 @@ from slimkernels.ops.x import (
 z = torch.ops.slimkernels.g(y)
 """
     expected = """\
-from .._ops import ops as operators
+from .._ops import ops as _operators
 from .. import _checks
 from ..ops.x import (
     y,
 )
-z = operators.g(y)
+z = _operators.g(y)
 """
     assert generate.relative(text, Path("ops/z.py")) == expected
     with pytest.raises(ValueError, match=r"z\.py:1: write `from slimkernels import \.\.\.`"):
