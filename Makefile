@@ -138,8 +138,8 @@ wheel: $(installed)  ## build a wheel for this Python, torch from 2.10 and glibc
 	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 
 .PHONY: test-wheel
-test-wheel: $(tested) wheel  ## install that wheel into a fresh environment and run the README's first example there
-	$(py) -m pytest tests/test_wheel.py -m slow
+test-wheel: $(tested) wheel  ## install that wheel and TORCH into a fresh environment, run the README's first example there
+	WHEEL_TORCH='$(TORCH)' $(py) -m pytest tests/test_wheel.py -m slow
 
 .PHONY: kernels test-kernels
 kernels: $(tested)  ## write the ops alone as a kernel of the Hugging Face Hub, and build it, in build/kernels

@@ -42,7 +42,7 @@ def doctor_in(folder: Path, **environment: str) -> tuple[subprocess.CompletedPro
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return done, json.loads(done.stdout)

@@ -16,7 +16,8 @@ import slimkernels.ops
 pytestmark = [pytest.mark.slow]  # an environment with torch takes a minute to make
 
 ROOT = Path(__file__).parents[1]
-TORCH = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)[1]
+# The torch of the environment: `make test-wheel TORCH=torch==2.10.0`.
+TORCH = os.environ.get("WHEEL_TORCH") or re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)[1]
 
 
 @pytest.fixture(scope="module")
