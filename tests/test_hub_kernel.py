@@ -276,6 +276,26 @@ def test_hub_kernel_computes_what_the_package_computes(built):
 
 
 @pytest.mark.slow
+@needs_x86
+def test_hub_kernel_computes_without_other_packages(built):
+    code = f"""{WITHOUT_OTHERS}
+import warnings
+warnings.simplefilter("ignore")  # torch warns that it has no numpy
+import torch
+{LOAD}
+kernel = load(sys.argv[1])
+logits = torch.arange(12.0).reshape(3, 4).requires_grad_()
+teacher = kernel.topk_logits(logits.detach(), top_k=2)
+kernel.slim_loss(logits, torch.tensor([3, 2, 1]), teacher).loss.backward()
+print(json.dumps([teacher.ids.tolist(), logits.grad.abs().sum().item()]))
+"""
+    [variant] = built.glob("build/torch-stable*")
+    ids, gradient = json.loads(run(code, variant))
+    assert ids == [[2, 3]] * 3
+    assert gradient > 0
+
+
+@pytest.mark.slow
 @needs_kernels
 @needs_x86
 def test_hub_kernel_compiles_without_graph_breaks(built):

@@ -35,7 +35,7 @@ def python(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fresh") / "environment"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", TORCH, str(wheel))
+    run(python, "-m", "pip", "install", "-q", "--no-compile", TORCH, str(wheel))
     return python
 
 
