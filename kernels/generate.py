@@ -33,7 +33,7 @@ else:
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PACKAGE = "slimkernels"
-# What the ops import, and what they read. Their build information is that of another extension.
+# Modules that the ops import and a file that they read. The build information is that of another extension.
 PARTS = ("_checks.py", "data/launch_settings.json", "mixture", "ops", "packed_logits.py", "sparse_logits.py")
 LEFT_OUT = ("ops/build_info.py", "ops/README.md")
 HEADERS = "  # generate.py lists the headers here.\n"

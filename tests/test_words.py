@@ -14,9 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("slimkernels/**/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("examples/*.py")]
+    for path in [
+        *ROOT.glob("slimkernels/**/*.py"),
+        *ROOT.glob("bench/**/*.py"),
+        *ROOT.glob("examples/*.py"),
+        *ROOT.glob("kernels/**/*.py"),
+    ]
 )
-NATIVE = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*") if path.is_file())
+NATIVE = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("csrc/**/*"), *ROOT.glob("kernels/**/*.cpp")]
+    if path.is_file()
+)
 
 # A sentence that begins with one of these is a fragment, which only its neighbours explain.
 FRAGMENTS = ("What", "Which", "Of", "That", "Whose", "Who", "How", "Where", "Is", "Are", "It", "As", "But", "Beside")
