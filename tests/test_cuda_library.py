@@ -15,7 +15,8 @@ import pytest
 from bench.sass import find_tool
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ("topk_logits", "slim_loss")
+# The most registers of a thread with which two blocks fit a multiprocessor: of 512 threads, or of 256.
+KERNELS = {"topk_logits": 128, "slim_loss": 64, "sample_logits": 128}
 # setup.py as it is, but that torch is of CUDA_OF_TORCH, the CPU extension is left out, and HIDE_NVCC does so.
 BUILD = """
 import os, runpy, setuptools, shutil, sys, torch
@@ -101,15 +102,14 @@ def test_cuda_kernels_compile_without_warning_or_spill(built):
     kernels = kernels_of(built.log)
     assert {each.architecture for each in kernels} == set(built.architectures)
     # Of three dtypes, staged and not.
-    for op in KERNELS:
-        found = {(each.name, each.architecture) for each in kernels if f"{op}_kernel" in each.name}
+    for op, most in KERNELS.items():
+        found = {(each.name, each.architecture): each.registers for each in kernels if f"{op}_kernel" in each.name}
         assert len(found) == 6 * len(built.architectures), op
+        assert max(found.values()) <= most, found
     assert len(kernels) == 6 * len(built.architectures) * len(KERNELS)
     for each in kernels:
         print(f"{each.architecture}: {each.registers} registers, {each.name}")  # noqa: T201 -- shown by pytest -s
         assert (each.stack_bytes, each.spilled_bytes) == (0, 0), each
-        # So that two blocks, of 256 and 512 threads, fit a multiprocessor.
-        assert each.registers <= (128 if "topk_logits" in each.name else 64), each
 
 
 def test_cuda_kernels_move_16_bytes_at_a_time(built):
@@ -183,9 +183,10 @@ def test_cuda_library_is_loaded_where_torch_has_cuda(built, package):
 ops = torch.ops.slimkernels
 tensor = torch.zeros(1, 4)
 
-# The library serves two operators, and hands float64 to Triton with all arguments as they are.
+# The library serves three operators, and hands float64 to Triton with all arguments as they are.
 assert slimkernels.build_info()["cuda_kernels"]["topk_logits_rows"] == "CUDA C++"
 assert slimkernels.build_info()["cuda_kernels"]["slim_loss_rows"] == "CUDA C++"
+assert slimkernels.build_info()["cuda_kernels"]["sample_logits_rows"] == "CUDA C++"
 assert slimkernels.build_info()["cuda_kernels"]["softmax_gradient_rows"] == "Triton"
 given, seen = [], []
 for argument in ops.slim_loss_rows.default._schema.arguments:
@@ -207,6 +208,17 @@ assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b
 given = [tensor, 2, None, [1.0] * 33, *given[4:]]
 assert ops.topk_logits_rows.default.redispatch(keys, *given) == 6
 assert len(seen) == 2
+
+# Besides, many draws of a row, and several from a row that is not truncated.
+seen.clear()
+torch.library.impl("slimkernels::sample_logits_rows_triton", "CPU", lambda *arguments: seen.append(arguments) or 7)
+seeds, temperatures = torch.tensor([3]), torch.tensor([0.5], dtype=torch.float64)
+outputs = [tensor.long(), tensor, tensor, tensor[:, 0]]
+for logits, m, top_k, top_p in ((tensor.double(), 1, 0, 1.0), (tensor, 33, 5, 0.9), (tensor, 2, 0, 1.0)):
+    given = [logits, m, 0, seeds, 4, None, 0.0, temperatures, top_k, None, top_p, None, 0.0, None, *outputs]
+    assert ops.sample_logits_rows.default.redispatch(keys, *given) == 7
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(seen[-1], given))
+assert len(seen) == 3
 """
     done = load(package, code, cuda="13.0", stub=stub)
     assert (done.returncode, done.stderr) == (0, "")

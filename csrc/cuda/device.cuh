@@ -53,6 +53,13 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// log2(x) to four units in the last place, or to 2 ** -22 near 1; -inf at 0.
+__device__ inline float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- Element formats. Bits is an element in memory; a word is four bytes of elements.
 
 struct Float32 {

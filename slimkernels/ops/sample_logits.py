@@ -58,8 +58,11 @@ def sample_logits(
 
     Each truncation keeps either all or none of the ids that share a logit. The noise is Philox-4x32-10 of (seed,
     position, id), so a row's draw depends on its own logits, options, seed and position only, not on the number of
-    threads, and with one seed per row not on the rest of the batch either. A row is read twice and never sorted.
-    Scratch memory is O(V) per thread; on CUDA it is O(V) for each of a few programs per multiprocessor.
+    threads, and with one seed per row not on the rest of the batch either. A row is never sorted; it is read
+    twice, or once by the CUDA C++ kernel, which keeps it in shared memory. That kernel serves GPUs where it is built,
+    and has run on an emulated one only; Triton serves AMD GPUs, float64, machines without nvcc, more than 32 draws, and
+    several without a truncation. Scratch memory is O(V) per thread; in Triton it is O(V) for each of a few programs per
+    multiprocessor, in CUDA C++ there is none.
 
     A logit of ``-inf`` is never drawn. Logits of ``+inf`` share all of the mass equally, which is the limit of ever
     larger ones. A row with a NaN, or of ``-inf`` only, has no distribution: its token is -1, its other fields are NaN.

@@ -3,8 +3,9 @@
 The CPU implementation of every row operator is replaced, so the public functions, their autograd and the tests use the
 other kernels unchanged. ``triton`` calls the Triton launchers under the interpreter (TRITON_INTERPRET=1). ``cuda``
 moves the operands to the GPU, calls the CUDA implementation, and moves the results back. ``emulated`` runs the CUDA
-C++ kernel of slim_loss on an emulated GPU, launched in another way at each call; the other ops stay on the CPU. It is
-compiled first, unless the environment variable EMULATED_SLIM_LOSS names the library.
+C++ kernels of slim_loss and sample_logits on an emulated GPU, launched in another way at each call; the other ops stay
+on the CPU. They are compiled first, unless the environment variables EMULATED_SLIM_LOSS or EMULATED_SAMPLE_LOGITS name
+libraries; then the ops that they do not name stay on the CPU.
 """
 
 from __future__ import annotations
@@ -38,12 +39,7 @@ def override(name: str, function: Callable) -> None:
 def install(kernels: str) -> None:
     """Replaces the CPU kernels for the life of the process."""
     if kernels == "emulated":
-        from support.emulated_slim_loss import LAUNCHES, EmulatedSlimLoss, compile_slim_loss
-
-        with tempfile.TemporaryDirectory() as folder:
-            library = os.environ.get("EMULATED_SLIM_LOSS") or compile_slim_loss(Path(folder))
-            kernel = EmulatedSlimLoss(Path(library), LAUNCHES)
-        override("slim_loss_rows", kernel.slim_loss_rows)
+        install_emulated()
         return
     if kernels == "triton":
         from slimkernels.ops.triton import launch
@@ -57,6 +53,24 @@ def install(kernels: str) -> None:
         else:
             function = functools.partial(on_cuda, getattr(torch.ops.slimkernels, name).default)
         override(name, function)
+
+
+def install_emulated() -> None:
+    """Replaces the CPU kernels of the ops whose emulated libraries are named, or of all such ops if none is."""
+    from support import emulated_cuda, emulated_sample_logits, emulated_slim_loss
+
+    named = {op: os.environ.get(f"EMULATED_{op.upper()}") for op in ("slim_loss", "sample_logits")}
+    with tempfile.TemporaryDirectory() as folder:
+        for op, library in named.items():
+            if library is None and any(named.values()):
+                continue
+            found = Path(library) if library else emulated_cuda.compile_emulated(op, Path(folder))
+            if op == "slim_loss":
+                kernel = emulated_slim_loss.EmulatedSlimLoss(found, emulated_slim_loss.LAUNCHES)
+                override("slim_loss_rows", kernel.slim_loss_rows)
+            else:
+                kernel = emulated_sample_logits.EmulatedSampleLogits(found, emulated_sample_logits.LAUNCHES)
+                override("sample_logits_rows", kernel.sample_logits_rows)
 
 
 def convert_bfloat16_like_a_gpu() -> None:

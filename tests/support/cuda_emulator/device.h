@@ -327,6 +327,8 @@ inline float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline float log2_approx(float x) { return std::log2(x); }
+
 template <class X>
 typename X::Bits canonical_of(typename X::Bits x) {
   using Bits = typename X::Bits;
