@@ -187,7 +187,8 @@ struct SampleRow {
 #pragma unroll
       for (int part = 0; part < kWords / 4; ++part) {
         // Both vectors have elements of the row, so reading them is allowed.
-        unpack(offset == 0 ? from[part] : shifted(from[part], from[part + 1], offset), words + 4 * part);
+        const uint4 vector = load_vector(from + part);
+        unpack(offset == 0 ? vector : shifted(vector, load_vector(from + part + 1), offset), words + 4 * part);
       }
     } else {
 #pragma unroll
@@ -312,7 +313,9 @@ struct SampleRow {
     } else if (vectors > 2) {
       // Vectors of the slice are in two aligned ones, which are within the row for all but the first and the last.
 #pragma unroll 2
-      for (int32_t i = 1 + thread; i < vectors - 1; i += kThreads) visit(shifted(from[i], from[i + 1], offset), i);
+      for (int32_t i = 1 + thread; i < vectors - 1; i += kThreads) {
+        visit(shifted(load_vector(from + i), load_vector(from + i + 1), offset), i);
+      }
       visit_elements(0, kPerVector);
       visit_elements((vectors - 1) * kPerVector, length);
     } else {

@@ -153,7 +153,7 @@ struct RowSlice {
       const uint4* const from = reinterpret_cast<const uint4*>(address / 16 * 16);
 #pragma unroll 2
       for (int32_t i = 1 + me; i < copied; i += kSharers) {
-        to[place_of(i)] = shifted(from[i], from[i + 1], uint32_t(address % 16));
+        to[place_of(i)] = shifted(load_vector(from + i), load_vector(from + i + 1), uint32_t(address % 16));
       }
       copy(0, kPerVector);
     }
@@ -254,9 +254,9 @@ struct RowSlice {
       for (int part = 0; part < kGroup / kPerVector; ++part) {
         const uintptr_t address = reinterpret_cast<uintptr_t>(row + i + part * kPerVector);
         const uint4* const from = reinterpret_cast<const uint4*>(address / 16 * 16);
-        uint4 vector = from[0];
+        uint4 vector = load_vector(from);
         // Both vectors have elements of the row.
-        if (address % 16 != 0) vector = shifted(vector, from[1], uint32_t(address % 16));
+        if (address % 16 != 0) vector = shifted(vector, load_vector(from + 1), uint32_t(address % 16));
         words[4 * part] = vector.x;
         words[4 * part + 1] = vector.y;
         words[4 * part + 2] = vector.z;
