@@ -96,7 +96,8 @@ class Kernel:
         for access in self.accesses:
             for position in self._computed_from(self._address(self._instructions[access.position])):
                 product = self._instructions[position]
-                if _NARROW_PRODUCT.search(product):
+                # Random bits are products by constants of nine digits and more, of which 32 bits are kept on purpose.
+                if _NARROW_PRODUCT.search(product) and not re.search(r", -?\d{9,};?$", product):
                     operands = self._computed_from(re.findall(r"%\w+", product)[1:])
                     if any("%ctaid" in self._instructions[each] for each in operands):
                         found.add(product)

@@ -95,8 +95,9 @@ def draw_targets_kernel(
     BLOCK_SUMS: tl.constexpr,
 ):
     """Draws one id per program: finds the block that holds the draw's point, and the id in the block."""
-    row = (tl.program_id(0) // rounds).to(tl.int64)
-    draw = tl.program_id(0) % rounds
+    index = tl.program_id(0).to(tl.int64)
+    row = index // rounds
+    draw = (index - row * rounds).to(tl.int32)
     logits_ptr += row * row_stride
     sums_ptr += row * (num_blocks + 1)
     top = tl.load(softmax_ptr + row * FIELDS_OF_ROW + TOP)
