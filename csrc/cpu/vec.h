@@ -13,8 +13,6 @@
 #include <arm_neon.h>
 #endif
 
-#include <utility>
-
 #include "dispatch.h"
 #include "wide.h"
 
@@ -192,11 +190,6 @@ SK_INLINE Halves<Half> halves_of(const V& v) {
   }
 }
 
-template <class V, size_t... lane>
-SK_INLINE V numbered(std::index_sequence<lane...>) {
-  return V{lane...};
-}
-
 // Returns first, first + 1, ...
 template <class V, class T>
 SK_INLINE V lanes_from(T first) {
@@ -206,7 +199,9 @@ SK_INLINE V lanes_from(T first) {
       return lanes_from<typename V::Part>(T(first + i * kLanes));
     });
   } else {
-    return numbered<V>(std::make_index_sequence<sizeof(V) / sizeof(T)>()) + first;
+    constexpr T kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static_assert(sizeof(V) <= sizeof(kLanes), "a vector has at most 16 lanes");
+    return load_raw<V>(kLanes) + first;
   }
 }
 
