@@ -19,8 +19,12 @@ ROOT = Path(__file__).parent.parent
 KERNELS = {"topk_logits": 128, "slim_loss": 64, "sample_logits": 128}
 # setup.py as it is, but that torch is of CUDA_OF_TORCH, the CPU extension is left out, and HIDE_NVCC does so.
 BUILD = """
-import os, runpy, setuptools, shutil, sys, torch
-torch.version.cuda = os.environ.get("CUDA_OF_TORCH")
+import os, runpy, setuptools, shutil, sys
+run = runpy.run_path
+def run_path(path, **options):
+    found = run(path, **options)
+    return found | {"cuda": os.environ.get("CUDA_OF_TORCH")} if path.endswith("version.py") else found
+runpy.run_path = run_path
 if "HIDE_NVCC" in os.environ:
     which = shutil.which
     shutil.which = lambda name, **options: None if name == "nvcc" else which(name, **options)
@@ -29,7 +33,7 @@ def setup_cuda(ext_modules, **options):
     setup(ext_modules=[ext for ext in ext_modules if ext.name != "slimkernels._C"], **options)
 setuptools.setup = setup_cuda
 sys.argv[0] = "setup.py"
-runpy.run_path("setup.py", run_name="__main__")
+run("setup.py", run_name="__main__")
 """
 
 
