@@ -41,7 +41,7 @@ class Extraction(NamedTuple):
 
 
 # Characters of a line in which an announced answer is looked for: a model in a loop may write one of any length.
-_MAX_LINE = 1000
+_MAX_LINE = 2000
 _BEFORE_LINE = re.compile(r"[ \t:*=\n]*")
 
 
