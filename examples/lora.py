@@ -14,7 +14,7 @@ def make_trainer(student: str, store: str, out: str, **options) -> sk.SlimTraine
     model = AutoModelForCausalLM.from_pretrained(student)
     adapted: PeftModel = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     options = {"learning_rate": 1e-3, "report_to": "none"} | options
-    args = sk.SlimConfig(output_dir=out, method="slim", rest="ghost", **options)
+    args = sk.SlimConfig(output_dir=out, rest="ghost", **options)
     return sk.SlimTrainer(model=adapted, args=args, train_dataset=StoreDataset(store))
 
 

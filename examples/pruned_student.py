@@ -13,7 +13,7 @@ def make_trainer(teacher: str, num_layers: int, store: str, out: str, **options)
     """Makes the trainer of a student that keeps ``num_layers`` layers, evenly spaced, from the first to the last."""
     student = drop_layers(AutoModelForCausalLM.from_pretrained(teacher), num_layers)
     options = {"learning_rate": 5e-4, "report_to": "none"} | options
-    args = sk.SlimConfig(output_dir=out, method="slim", rest="ghost", **options)
+    args = sk.SlimConfig(output_dir=out, rest="ghost", **options)
     return sk.SlimTrainer(model=student, args=args, train_dataset=StoreDataset(store))
 
 

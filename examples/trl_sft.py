@@ -25,7 +25,7 @@ def make_trainer(student: str, store: str, text: str, out: str, **options) -> Di
     rows = load_dataset("json", data_files=text, split="train")
     rows = rows.map(lambda row: {"input_ids": tokenizer(row["text"])["input_ids"]}, remove_columns=rows.column_names)
     args = SFTConfig(out, **{"report_to": "none"} | options)
-    objective = sk.SlimObjective("slim", rest="ghost")
+    objective = sk.SlimObjective("kd", rest="ghost")
     return Distiller(
         student, args, train_dataset=rows, processing_class=tokenizer, teacher_store=store, objective=objective
     )

@@ -175,7 +175,7 @@ def test_train_documents_the_defaults_of_the_configuration() -> None:
         "rest": "renorm with forward_kl and soft_ce, else ghost",
         "divergence": "set by --method",
         "support": SlimConfig.support,
-        "kd_weight": "1;",
+        "kd_weight": "3;",
         "schedules": "none",
         "document_order": SlimConfig.document_order,
         "learning_rate": "5e-5;",

@@ -16,7 +16,7 @@ from support import teachers
 from support.served import MODEL
 from support.served_scores import ScoringServer
 from support.tiny import make_model, make_store
-from test_trainer import batch_terms, dense_loss
+from test_trainer import batch_terms
 from test_trainer_mixin import make_rows, write_store
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,8 @@ def eager_losses(model, store, batches: list[list[int]]) -> list[float]:
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3)
     losses = []
     for batch in batches:
-        loss = dense_loss(batch_terms(model, [store[index] for index in batch]), "slim").mean()
+        terms = batch_terms(model, [store[index] for index in batch])
+        loss = (terms["ce"] + terms["weight"] * terms["kd"]).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

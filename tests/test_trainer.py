@@ -116,8 +116,8 @@ def dense_terms(model, document: Document, rest: str) -> dict[str, torch.Tensor]
 def dense_loss(terms: dict[str, torch.Tensor], method: str) -> torch.Tensor:
     return {
         "sft": terms["ce"],
-        "kd": terms["ce"] + terms["kd"],
-        "slim": terms["ce"] + terms["weight"] * terms["kd"],
+        "kd": terms["ce"] + 3 * terms["kd"],
+        "slim": terms["ce"] + 3 * terms["weight"] * terms["kd"],
     }[method]
 
 
@@ -213,7 +213,7 @@ def test_gradient_is_that_of_the_dense_mean(tmp_path, store):
     make_trainer(tmp_path, store, callbacks=[recorder], max_steps=1, max_grad_norm=0.0).train()
     model = make_model()
     model.train()
-    dense_loss(batch_terms(model, [store[index] for index in range(4)]), "slim").mean().backward()
+    dense_loss(batch_terms(model, [store[index] for index in range(4)]), "kd").mean().backward()
     for gradient, parameter in zip(recorder.gradients[0], model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-6)
 
@@ -330,13 +330,14 @@ def test_config_fills_only_what_is_left_open(tmp_path):
     def options(**fields):
         return SlimConfig(output_dir=str(tmp_path), use_cpu=True, **fields).loss_options
 
-    assert (options(method="sft")["kd_weight"], options(method="kd")["kd_weight"]) == (0.0, 1.0)
+    assert (options(method="sft")["kd_weight"], options(method="kd")["kd_weight"]) == (0.0, 3.0)
     assert options(method="kd")["token_weight"] == "none"
-    assert options()["token_weight"] == "teacher_over_student"
+    assert options(method="slim")["token_weight"] == "teacher_over_student"
+    assert (options()["token_weight"], options()["kd_weight"]) == ("none", 3.0)
     assert options(method="kd", kd_weight=0.3, token_weight="student_over_teacher")["kd_weight"] == 0.3
     assert options(method="kd", token_weight="student_over_teacher")["token_weight"] == "student_over_teacher"
     changed = dataclasses.replace(SlimConfig(output_dir=str(tmp_path), method="sft", use_cpu=True), method="kd")
-    assert changed.loss_options["kd_weight"] == 1.0
+    assert changed.loss_options["kd_weight"] == 3.0
 
 
 @pytest.mark.parametrize(
@@ -444,9 +445,9 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
         assert torch.equal(parameter, expected)
 
     with pytest.raises(
-        ValueError, match=r"checkpoint of the same run.*token_weight='teacher_over_student' there, 'none' here"
+        ValueError, match=r"checkpoint of the same run.*token_weight='none' there, 'teacher_over_student' here"
     ):
-        resumable_trainer(str(killed), store_path, method="kd").train(resume_from_checkpoint=True)
+        resumable_trainer(str(killed), store_path, method="slim").train(resume_from_checkpoint=True)
     fresh = resumable_trainer(str(tmp_path / "fresh"), store_path, max_steps=1)
     fresh.train(resume_from_checkpoint=True)
     assert fresh.state.global_step == 1
@@ -543,7 +544,7 @@ def test_train_saves_a_student_that_loads(tmp_path):
     assert student.config.vocab_size == VOCAB_SIZE
     assert (tmp_path / "out" / "tokenizer.json").exists()
     settings = json.loads((tmp_path / "out" / "checkpoint-4" / "slim_run.json").read_text())
-    assert (settings["kd_weight"], settings["token_weight"], settings["documents"]) == (1.0, "none", 8)
+    assert (settings["kd_weight"], settings["token_weight"], settings["documents"]) == (3.0, "none", 8)
 
 
 def test_new_student_does_not_touch_the_global_generator():

@@ -67,6 +67,10 @@ def dense_divergence(method: str, logits, teacher_logits, beta: float = 0.5) -> 
     return beta * (q * (log_q - m)).sum(-1) + (1 - beta) * (p * (log_p - m)).sum(-1)
 
 
+# The defaults, where they are not 1.
+KD_WEIGHTS = {"kd": 3, "slim": 3, "jsd": 3}
+
+
 def eager_losses(method: str, store, steps: int, temperature: float = 1.0, beta: float = 0.5) -> list[float]:
     """Returns the losses of an eager loop with a dense teacher over documents in order, four a step."""
     model, teacher = make_model().train(), make_teacher().eval()
@@ -85,7 +89,7 @@ def eager_losses(method: str, store, steps: int, temperature: float = 1.0, beta:
             if method == "slim":
                 log_t_y = teacher_logits.log_softmax(-1).gather(-1, ids[positions, None])[:, 0]
                 weight = 1 - torch.exp(-torch.exp(log_t_y + ce.detach()))
-            terms.append((0.0 if method == "gkd" else ce) + weight * kd)
+            terms.append(kd if method == "gkd" else ce + KD_WEIGHTS.get(method, 1) * weight * kd)
         loss = torch.cat(terms).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -154,7 +158,7 @@ def make_drawn_store(path, rounds: int, kind: str = "sample") -> Store:
 
 
 def drawn_losses(model, document) -> torch.Tensor:
-    """Computes CE + KL (N,) to the shares of draws from the full logits."""
+    """Computes CE + 3 KL (N,) to the shares of draws from the full logits."""
     ids, positions = document.input_ids, document.positions
     logprobs = model(ids[None]).logits[0, positions - 1].log_softmax(-1)
     losses = []
@@ -163,7 +167,7 @@ def drawn_losses(model, document) -> torch.Tensor:
     ):
         log_share, drawn = log_share[kept >= 0], kept[kept >= 0].long()
         assert float(log_share.exp().sum()) == pytest.approx(1, rel=1e-5)
-        losses.append((log_share.exp() * (log_share - row[drawn])).sum() - row[label])
+        losses.append(3 * (log_share.exp() * (log_share - row[drawn])).sum() - row[label])
     return torch.stack(losses)
 
 

@@ -73,7 +73,9 @@ def test_the_loss_is_that_of_the_mixed_rows(paths, tmp_path):
         rows.append(sk.SparseLogits.mix(parts, [0.7, 0.3]))
     head = model.get_output_embeddings().weight
     teacher = sk.SparseLogits.cat(rows)
-    loss = sk.linear_slim_loss(torch.cat(hidden), head, torch.cat(targets), teacher, rest="ghost").loss
+    loss = sk.linear_slim_loss(
+        torch.cat(hidden), head, torch.cat(targets), teacher, rest="ghost", token_weight="none", kd_weight=3
+    ).loss
     assert training_logs(trainer)[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
@@ -148,7 +150,7 @@ def test_the_mixin_finds_its_documents_in_several_stores(paths, tmp_path):
     trainer.train()
     logits = make_model()(document.input_ids[None]).logits[0, document.positions - 1]
     target = document.input_ids[document.positions]
-    loss = sk.slim_loss(logits, target, expected, rest="ghost", token_weight="none").loss
+    loss = sk.slim_loss(logits, target, expected, rest="ghost", token_weight="none", kd_weight=3).loss
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     with pytest.raises(ValueError, match="teacher_store must have no shares"):
         Distiller(**options, teacher_store=MixedStores([one, other], shares=[1, 1]))

@@ -134,7 +134,8 @@ def train(run: Run, corpus: Corpus) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            **run.options,
+            # The paper's factor of the divergence, for every method.
+            **{"kd_weight": 0.0 if run.method == "sft" else 1.0} | run.options,
         )
         trainer = sk.SlimTrainer(
             model=student,

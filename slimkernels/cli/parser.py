@@ -9,7 +9,7 @@ _EXAMPLES = """\
 examples:
   slimkernels demo --out demo-output
   slimkernels capture --teacher smollm2-135m-instruct --prompts --tokens 100000 --out runs/store
-  slimkernels train --store runs/store --method slim --out runs/student
+  slimkernels train --store runs/store --method kd --out runs/student
   slimkernels eval --store runs/held-out --model runs/student runs/other-student
   slimkernels decode --model runs/student "Why is the sky blue?"
   slimkernels store info runs/store

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples:
   a new small student, which starts from random weights:
-    slimkernels train --store runs/store --method slim --out runs/student --batch-size 4 \\
+    slimkernels train --store runs/store --method kd --out runs/student --batch-size 4 \\
         --option lr_scheduler_type=cosine --option warmup_steps=0.1
   your own student, with the teacher's remaining probability as one more outcome of the divergence:
     slimkernels train --store runs/store --student ./my-student --method kd --rest ghost --out runs/student
@@ -43,8 +43,8 @@ examples:
     slimkernels train --store runs/store --method kd --schedule kd_weight=linear:0:1 --order easy-first \\
         --out runs/curriculum
   some of the teacher's layers, which learn to do without the others:
-    slimkernels train --store runs/store --student ./teacher --layers 0,1,2,4,6,8 --method slim \\
-        --out runs/healed --learning-rate 5e-4
+    slimkernels train --store runs/store --student ./teacher --layers 0,1,2,4,6,8 --method kd \\
+        --out runs/healed --learning-rate 1e-3
   two teachers, each of whose documents are a store, with three documents of one for each of the other:
     slimkernels train --store runs/math --store runs/code --store-shares 3 1 --method slim --out runs/both
 A stopped training is continued from its newest checkpoint by the same command; a finished one is not trained on.
@@ -142,7 +142,11 @@ _FIELDS: FieldOptions = {
         {"type": float, "metavar": "T"},
         "temperature of both distributions in the divergence (default: 1)",
     ),
-    "kd_weight": ("--kd-weight", {"type": float, "metavar": "F"}, "factor of the divergence (default: 1; 0 with sft)"),
+    "kd_weight": (
+        "--kd-weight",
+        {"type": float, "metavar": "F"},
+        "factor of the divergence (default: 3; 1 with reverse_kl and gkd, 0 with sft)",
+    ),
     **PROGRESS_FIELDS,
 }
 # Options by the names that the trainers have for them.

@@ -297,7 +297,7 @@ class _Demo:
         return result | {"shown": self._continued(student)}
 
     def _kd_weight(self, method: str) -> float | None:
-        """Returns the factor of a method's divergence; None is the method's default, 0 with sft and 1 with slim."""
+        """Returns the factor of a method's divergence; None is the method's default, 0 with sft and 3 with slim."""
         return round(self._mean_weight, 4) if method == "kd" else None
 
     def _recipe(self) -> dict[str, Any]:

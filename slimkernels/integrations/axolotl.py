@@ -36,7 +36,7 @@ class SlimArgs(BaseModel):
     """The keys of axolotl's configuration that the plugin reads.
 
     Attributes:
-        slim_objective: Fields of ``SlimObjective``; None for method "slim".
+        slim_objective: Fields of ``SlimObjective``; None for method "kd".
         slim_store: Path of a store of the data set's documents.
         slim_teacher: Folder or name of a teacher model.
         slim_alignment: Meaning of row j of axolotl's prepared columns: "next" for the distribution over token j + 1, as

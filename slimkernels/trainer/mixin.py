@@ -56,7 +56,7 @@ class SlimLossMixin(DistillationMixin):
 
     Args:
         *args: Arguments of the trainer.
-        objective: Training objective, or the name of its method; None for "slim" where there is a teacher, else "sft",
+        objective: Training objective, or the name of its method; None for "kd" where there is a teacher, else "sft",
             which is then logged as a warning.
         teacher_model: A causal language model with the same vocabulary, or its folder or name; set to evaluation mode.
         teacher_store: A ``Store`` of the data set's documents, tokenised as they are in the batches, its path, or a
@@ -95,9 +95,7 @@ class SlimLossMixin(DistillationMixin):
                 "SlimLossMixin trains on the labels alone (method 'sft'), as it has no teacher: pass teacher_model or "
                 "teacher_store, or objective='sft' if that is meant"
             )
-        self._set_objective(
-            objective or SlimObjective("slim" if num_teachers else "sft"), teacher_model, teacher_server
-        )
+        self._set_objective(objective or SlimObjective("kd" if num_teachers else "sft"), teacher_model, teacher_server)
         self.stored_teacher = (
             self.served_teacher if teacher_store is None else StoredTeacher(opened_rows(teacher_store))
         )
