@@ -24,6 +24,8 @@ OUT ?= gpu-results
 OP ?=
 GPU_TEST ?=
 REHEARSE ?=
+# Seconds after which gpu-build and gpu-bench are stopped, for sixteen cores; fewer cores need more.
+LIMIT ?= 460
 # The last release of TRL with MiniLLMTrainer; SlimLossMixin is tested with newer ones.
 MINILLM ?= trl==1.14.2
 # The trainers of `make test-integrations`, by the names of their tests, tests/integrations/test_NAME.py, and below the
@@ -108,7 +110,7 @@ gpu-build:  ## build in place with the machine's own torch and nvcc; the assembl
 	@$(PYTHON) -c 'import torch, pybind11, setuptools' || \
 	  { echo 'slimkernels: name a Python with torch, pybind11 and setuptools: make PYTHON=... gpu-build' >&2; exit 1; }
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$$($(PYTHON) -c '$(architecture)')}" SLIMKERNELS_CUDA=1 \
-	  NVCC_APPEND_FLAGS=-Xptxas=-v timeout 460 $(PYTHON) setup.py build_ext --inplace >'$(OUT)/build.log' 2>&1 || \
+	  NVCC_APPEND_FLAGS=-Xptxas=-v timeout $(LIMIT) $(PYTHON) setup.py build_ext --inplace >'$(OUT)/build.log' 2>&1 || \
 	  { tail -n 40 '$(OUT)/build.log'; exit 1; }
 
 gpu-test:  ## after gpu-build: test on the GPU in sixteen processes, for eight minutes at most; the results are in OUT
@@ -118,7 +120,7 @@ gpu-bench:  ## after gpu-build: time the cases whose names contain OP, for eight
 	@test -n '$(OP)' || { echo 'slimkernels: name what to time: make gpu-bench OP=topk_logits' >&2; exit 1; }
 	@mkdir -p '$(OUT)'
 	@$(if $(REHEARSE),echo 'rehearsal without a device: the CPU is timed')
-	timeout 460 $(PYTHON) -m bench.run --only '$(OP)' --out '$(OUT)/$(if $(REHEARSE),rehearsal,cuda).jsonl' \
+	timeout $(LIMIT) $(PYTHON) -m bench.run --only '$(OP)' --out '$(OUT)/$(if $(REHEARSE),rehearsal,cuda).jsonl' \
 	  $(if $(REHEARSE),--quick --rounds 5 --threads 1,--device cuda) $(BENCH)
 
 plots: $(installed)  ## redraw the figures and rewrite the tables of README and docs from bench/results

@@ -352,6 +352,58 @@ def result_of(kernel: Kernel, shape: tuple[int, int, int], code: Code, row: Run,
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Floors:
+    """The two floors of a row of the table, and whether they are within its target."""
+
+    name: str
+    shape: tuple[int, int, int]
+    issue_ms: float
+    byte_ms: float
+    target_ratio: float | None  # of the issue floor to the byte floor
+    target_ms: float | None = None  # for the larger of the two, where there is no ratio
+
+    @property
+    def ratio(self) -> float:
+        return self.issue_ms / self.byte_ms
+
+    @property
+    def is_met(self) -> bool:
+        if self.target_ratio is None:
+            return max(self.issue_ms, self.byte_ms) <= self.target_ms
+        return self.ratio <= self.target_ratio
+
+    @property
+    def sentence(self) -> str:
+        verdict = "met" if self.is_met else "MISSED"
+        if self.target_ratio is None:
+            larger = max(self.issue_ms, self.byte_ms)
+            return f"target {verdict}: both floors <= {self.target_ms} ms, the larger is {larger:.3f} ms"
+        return f"target {verdict}: issue floor <= {self.target_ratio} of the byte floor, is {self.ratio:.2f}"
+
+
+def floors_of(each: Result) -> Floors:
+    kernel = KERNELS_BY_OP[each.op]
+    ratio = kernel.target_ratio if kernel.target_ms is None else None
+    return Floors(each.op, each.shape, each.issue_floor_ms, each.byte_floor_ms, ratio, kernel.target_ms)
+
+
+def floors_together(results: Iterable[Result]) -> list[Floors]:
+    """Returns the floors of topk_logits and slim_loss of rows of one shape: both are read, a gradient is written."""
+    issue_ms = {(each.op, each.shape): each.issue_floor_ms for each in results}
+    return [
+        Floors(
+            "topk_logits + slim_loss",
+            shape,
+            issue_ms["topk_logits", shape] + issue_ms["slim_loss", shape],
+            shape[0] * 6 * shape[1] / COPY_BYTES_PER_SECOND * 1e3,
+            TOGETHER_RATIO,
+        )
+        for shape in LARGE_SHAPES
+        if {("topk_logits", shape), ("slim_loss", shape)} <= issue_ms.keys()
+    ]
+
+
 def table(results: list[Result], phases: bool) -> list[str]:
     lines = [
         "Counted for an H200, not timed: no GPU was used.",
@@ -359,36 +411,54 @@ def table(results: list[Result], phases: bool) -> list[str]:
         "shared bytes | blocks a row, a processor",
     ]
     for each in results:
-        kernel = KERNELS_BY_OP[each.op]
+        kernel, floors = KERNELS_BY_OP[each.op], floors_of(each)
         n, v, k = each.shape
         lines.append(
-            f"{each.op} {n} x {v}, {k} | {each.instructions_per_row} | {each.issue_floor_ms:.3f} ms, "
-            f"{each.byte_floor_ms:.3f} ms, {each.ratio:.2f} | {each.barriers}, {each.cluster_barriers} | "
+            f"{each.op} {n} x {v}, {k} | {each.instructions_per_row} | {floors.issue_ms:.3f} ms, "
+            f"{floors.byte_ms:.3f} ms, {floors.ratio:.2f} | {each.barriers}, {each.cluster_barriers} | "
             f"{each.registers}, {each.shared_bytes} | {each.blocks_per_row}, {each.blocks_per_processor}"
         )
         if phases:
             lines += [f"    {times:8} {phase}" for phase, times in each.by_phase.items() if times]
-        if kernel.target_ms is None:
-            verdict = "met" if each.ratio <= kernel.target_ratio else "MISSED"
-            target = f"issue floor <= {kernel.target_ratio} of the byte floor, is {each.ratio:.2f}"
-        else:
-            floor = max(each.issue_floor_ms, each.byte_floor_ms)
-            verdict = "met" if floor <= kernel.target_ms else "MISSED"
-            target = f"both floors <= {kernel.target_ms} ms, the larger is {floor:.3f} ms"
-        lines.append(f"  target {verdict}: {target}")
         verdict = "met" if each.barriers <= kernel.max_barriers else "MISSED"
-        lines.append(f"  limit {verdict}: at most {kernel.max_barriers} barriers a row, has {each.barriers}")
-    floors = {(each.op, each.shape): each.issue_floor_ms for each in results}
-    for n, v, k in LARGE_SHAPES:
-        if {("topk_logits", (n, v, k)), ("slim_loss", (n, v, k))} <= floors.keys():
-            issue = floors["topk_logits", (n, v, k)] + floors["slim_loss", (n, v, k)]
-            moved = n * 6 * v / COPY_BYTES_PER_SECOND * 1e3  # both rows are read, and the gradient is written
-            verdict = "met" if issue <= TOGETHER_RATIO * moved else "MISSED"
-            lines += [
-                f"topk_logits + slim_loss {n} x {v}, {k} | | {issue:.3f} ms, {moved:.3f} ms, {issue / moved:.2f}",
-                f"  target {verdict}: issue floor <= {TOGETHER_RATIO} of the byte floor, is {issue / moved:.2f}",
-            ]
+        limit = f"limit {verdict}: at most {kernel.max_barriers} barriers a row, has {each.barriers}"
+        lines += [f"  {floors.sentence}", f"  {limit}"]
+    for floors in floors_together(results):
+        n, v, k = floors.shape
+        lines += [
+            f"{floors.name} {n} x {v}, {k} | | {floors.issue_ms:.3f} ms, {floors.byte_ms:.3f} ms, {floors.ratio:.2f}",
+            f"  {floors.sentence}",
+        ]
     return lines
+
+
+def committed_results(path: Path = COMMITTED) -> list[Result]:
+    """Reads the committed figures."""
+    return [Result(**row | {"shape": tuple(row["shape"])}) for row in json.loads(path.read_text())]
+
+
+def markdown_table(results: list[Result]) -> str:
+    """Returns the figures as the table of docs/speed.md."""
+    lines = [
+        "| op | N x V | K | instructions a row | to issue them | to move the bytes | ratio | target | barriers a row |",
+        "|---|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+
+    def line(floors: Floors, instructions: str, barriers: str) -> str:
+        n, v, k = floors.shape
+        target = f"{floors.target_ms} ms" if floors.target_ratio is None else f"ratio {floors.target_ratio}"
+        names = " + ".join(f"`{name}`" for name in floors.name.split(" + "))
+        return (
+            f"| {names} | {n} x {v} | {k or 'all'} | {instructions} | "
+            f"{floors.issue_ms:.3f} ms | {floors.byte_ms:.3f} ms | {floors.ratio:.2f} | "
+            f"{target}, {'met' if floors.is_met else 'missed'} | {barriers} |"
+        )
+
+    for each in results:
+        at_most = KERNELS_BY_OP[each.op].max_barriers
+        lines.append(line(floors_of(each), str(each.instructions_per_row), f"{each.barriers} of {at_most}"))
+    lines += [line(floors, "", "") for floors in floors_together(results)]
+    return "\n".join(lines)
 
 
 def rises(results: Iterable[Result], committed: Iterable[dict]) -> list[str]:

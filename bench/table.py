@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench import overview, records
+from bench import gpu_model, overview, records
 from bench.blocks import BLOCKS
 from bench.claims import advice, claims_table
 from bench.machine import ROOT
@@ -126,6 +126,8 @@ def all_blocks(results: Path) -> dict[str, str]:
             blocks[name.replace("_", "-")] = show(rows)
     if rows := records.read(results / "methods.jsonl"):
         blocks["advice"] = advice(rows)
+    if (counts := results / gpu_model.COMMITTED.name).exists():
+        blocks["gpu-model"] = gpu_model.markdown_table(gpu_model.committed_results(counts))
     blocks["claims"] = claims_table(results)
     if found := overview.Results.read(results):
         blocks["headline"] = overview.headline(found)

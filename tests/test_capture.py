@@ -259,7 +259,7 @@ def test_capture_that_was_killed_continues_to_the_same_store(model, tokenizer, t
     tests = str(Path(__file__).parent)
     script = textwrap.dedent(CAPTURE).format(tests=tests, path=str(killed), signal=int(stop))
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, timeout=120)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, timeout=900)
     assert process.returncode == -stop, process.stderr.decode()
     stored = len(Store(killed))
     assert 0 < stored < 12

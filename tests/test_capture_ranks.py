@@ -189,7 +189,7 @@ def torchrun(*command: object, processes: int = 2) -> subprocess.CompletedProces
         [*launcher, *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env=os.environ | {"PYTHONPATH": "."},
     )
 

@@ -42,7 +42,7 @@ def doctor_in(folder: Path, **environment: str) -> tuple[subprocess.CompletedPro
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     return done, json.loads(done.stdout)

@@ -173,7 +173,7 @@ def load(package: Path, code: str, cuda: str = "", stub: Path | str = "") -> sub
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=900,
     )
 
 

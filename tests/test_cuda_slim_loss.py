@@ -134,7 +134,7 @@ def kernel(library) -> EmulatedSlimLoss:
 
 
 def assert_tests_pass_emulated(
-    library: Path, *tests: str, deselected: tuple[str, ...] = (), timeout: float = 600
+    library: Path, *tests: str, deselected: tuple[str, ...] = (), timeout: float = 900
 ) -> None:
     """Runs tests of tests/ with the emulated kernel in the place of the CPU's."""
     done = subprocess.run(
@@ -336,7 +336,7 @@ def test_cuda_slim_loss_needs_its_barriers(library, which):
         capture_output=True,
         text=True,
         check=True,
-        timeout=400,
+        timeout=900,
     )
     barriers, unnoticed = json.loads(done.stdout)
     assert barriers >= 5

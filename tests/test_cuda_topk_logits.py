@@ -203,7 +203,7 @@ def test_cuda_topk_logits_needs_its_barriers(library):
         capture_output=True,
         text=True,
         check=True,
-        timeout=600,
+        timeout=900,
     )
     launches = json.loads(done.stdout)
     assert len(launches) == 4

@@ -348,7 +348,7 @@ def test_page_is_drawn_by_a_browser_and_its_filter_works(records, tmp_path):
     # Frames, because a window cannot be as narrow as a phone.
     flags += ["--virtual-time-budget=5000", f"--screenshot={shot}", "--dump-dom"]
     drawn = subprocess.run(
-        [CHROMIUM, *flags, frames.resolve().as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [CHROMIUM, *flags, frames.resolve().as_uri()], capture_output=True, text=True, timeout=900, check=True
     )
     found = {int(width): said.split(",") for width, said in re.findall(r"\[(\d+),(.*?)\]", drawn.stdout)}
     assert set(found) == {360, 1280}, drawn.stderr[-500:]

@@ -63,7 +63,7 @@ def test_plain_loop_runs_as_a_script(tmp_path):
     make_model().save_pretrained(tmp_path / "model")
     command = [sys.executable, EXAMPLES / "plain_loop.py", tmp_path / "store", tmp_path / "model", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 ")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -158,7 +158,7 @@ def test_a_notebook_runs_from_top_to_bottom(path):
     """The notebook's own assertions hold its claims."""
     runner = Path(__file__).parent / "scripts/run_notebook.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, runner, path], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, runner, path], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "the truth" in done.stdout
 
@@ -280,7 +280,7 @@ def test_fsdp2_on_two_processes_follows_the_eager_curve(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLES / "fsdp2.py"]
     command += [tmp_path / "store", tmp_path / "model", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
     model = make_model()

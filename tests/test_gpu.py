@@ -64,7 +64,7 @@ def test_the_tests_of_an_op_pass_on_cuda(tests):
         cwd=HERE.parent,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -179,7 +179,7 @@ def check_cuda_cpp_topk_logits(*runner: str, options: tuple[str, ...] = (), **en
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])} | environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -76,7 +76,7 @@ def run(code: str, *arguments: object, **environment: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

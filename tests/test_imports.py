@@ -58,7 +58,7 @@ def test_a_forbidden_line_in_a_kernel_is_found(line):
 def in_fresh_process(code: str) -> dict:
     """Runs ``code``, which leaves a JSON-able ``result``, in a new interpreter."""
     script = f"import json, sys\n{code}\nprint(json.dumps(result))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

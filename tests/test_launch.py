@@ -83,7 +83,7 @@ def test_two_processes_train_by_the_command_of_the_readme(tmp_path):
     arguments = ["--standalone", *arguments, "--max-steps", "2", "--batch-size", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     settings = json.loads((tmp_path / "OUT/checkpoint-2/slim_run.json").read_text())
     assert settings["documents_per_step"] == 2 * 2

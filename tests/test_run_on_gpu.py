@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_processes_that_miss_the_deadline_are_interrupted():
-    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleeping = [sys.executable, "-c", "import time; time.sleep(3600)"]
     processes = {
         "done": subprocess.Popen(["true"], start_new_session=True),
         "slow": subprocess.Popen(sleeping, start_new_session=True, stderr=subprocess.DEVNULL),
     }
     begin = time.monotonic()
     assert run_on_gpu.wait(processes, begin + 0.5) == {"slow"}
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 900
     assert processes["done"].returncode == 0
     assert processes["slow"].returncode not in (0, None)
 
@@ -44,7 +44,7 @@ def test_every_file_of_the_runner_exists():
 def test_a_rehearsal_splits_the_tests_and_says_that_there_is_no_device(tmp_path):
     runner = [sys.executable, str(ROOT / "tests/scripts/run_on_gpu.py"), "--out", str(tmp_path), "--rehearse"]
     options = ["--processes", "2", "--subset", "topk_logits_hand_worked"]
-    done = subprocess.run([*runner, *options], env=os.environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*runner, *options], env=os.environ, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["device"].startswith("rehearsal, no device")

@@ -90,9 +90,9 @@ def test_selection_consensus_of_a_full_buffer_is_fast():
     # 512 chains of 100 words with many shared trigrams. The bound is ten times the usual time, for a busy machine.
     generator = np.random.default_rng(0)
     words = [" ".join(f"w{word}" for word in generator.integers(0, 6, 100)) for _ in range(512)]
-    start = time.perf_counter()
+    start = time.process_time()
     scores = consensus()(candidates(*words))
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert len(scores) == 512
 
 

@@ -295,7 +295,7 @@ def test_trace_survives_sigkill(tmp_path):
     script = Path(__file__).parent / "scripts/search_killed.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parents[2])])}
     done = subprocess.run(
-        [sys.executable, script, path], capture_output=True, text=True, timeout=120, env=environment, check=True
+        [sys.executable, script, path], capture_output=True, text=True, timeout=900, env=environment, check=True
     )
     report = [json.loads(line) for line in done.stdout.splitlines()]
     deaths = [line for line in report if line["signal"] == signal.SIGKILL]

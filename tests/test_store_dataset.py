@@ -348,7 +348,7 @@ def test_ranks_come_from_torch_distributed(path, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     arguments = [str(path), str(tmp_path)]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     parts = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert sorted(map(len, parts)) == [11, 12]

@@ -607,7 +607,7 @@ def test_store_full_file_system(tmp_path):
         pytest.skip("this process may not mount a file system in a namespace of its own")
     command = [*unshare, f"{mount} && exec {sys.executable} {script}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 

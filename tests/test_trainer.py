@@ -428,7 +428,7 @@ def test_killed_training_continues_to_the_same_weights(tmp_path):
     killed = tmp_path / "killed"
     script = KILLED_RUN.format(tests=str(Path(__file__).parent), output=str(killed), store=store_path)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == -signal.SIGKILL, done.stderr
     # A kill while a checkpoint is written leaves it without its last file.
     half_written = killed / "checkpoint-9"
@@ -481,7 +481,7 @@ def test_training_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
     for _ in range(8):
         options = {"tests": str(Path(__file__).parent), "output": str(tmp_path / "killed"), "store": store_path}
         script = RANDOMLY_KILLED_RUN.format(**options, delay=generator.uniform(0.1, 0.6) * seconds)
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=900)
         kills += done.returncode == -signal.SIGKILL
     assert kills >= 2
     resumed = resumable_trainer(str(tmp_path / "killed"), store_path, max_steps=60)
@@ -520,7 +520,7 @@ def test_two_processes_equal_one(tmp_path):
     script.write_text(f"{source}\ntorch.distributed.destroy_process_group()\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     weights, logs, eval_loss = torch.load(tmp_path / "result.pt")
     for (loss, kd), expected in zip(logs, training_logs(alone), strict=True):

@@ -192,7 +192,7 @@ trainer = here.make_trainer(here.Path({str(tmp_path)!r}), here.Store({str(store.
                             callbacks=[Kill()], server={{"flush_s": 1e6, "ahead": 1}})
 trainer.train()
 """
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(server.documents) == server.answered == 2 * (stops_at + 1)
     assert len(Store(tmp_path / "rows" / "rank-00000")) == 0
@@ -330,7 +330,7 @@ here.make_trainer(here.Path({str(tmp_path)!r}), here.Store({str(store.path)!r}),
     script.write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     assert sorted(server.documents) == sorted(tuple(document.input_ids.tolist()) for document in store)
     assert [len(Store(tmp_path / "rows" / f"rank-0000{rank}")) for rank in (0, 1)] == [DOCUMENTS // 2] * 2
@@ -381,7 +381,7 @@ def test_an_exhausted_budget_reaches_the_training_and_leaves_no_thread(store, se
     with pytest.raises(ServerRequestError, match="the budget is exhausted"):
         trainer.train()
     for thread in [thread for thread in threading.enumerate() if thread.name.startswith("teacher-server")]:
-        thread.join(10)
+        thread.join(900)
         assert not thread.is_alive()
 
 

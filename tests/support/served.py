@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault == "hang":
-            self.server.released.wait(30)
+            self.server.released.wait(900)
             self.close_connection = True
             return
         status, headers, data = self.server.reply(self.path, body) if fault in (None, "cut") else fault
@@ -171,7 +171,7 @@ class RecordingServer(_Server):
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=300) as response:  # noqa: S310 -- localhost
+            with urllib.request.urlopen(request, timeout=900) as response:  # noqa: S310 -- localhost
                 status, answer = response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             status, answer = error.code, error.read().decode()

@@ -56,7 +56,7 @@ class ScoringServer(served._Server):
         if ids != self._sample:
             self.documents.append(tuple(ids))
         if tuple(ids) in self.held:
-            self.gate.wait(30)
+            self.gate.wait(900)
         if self.faults:
             return self.faults[0]
         logprobs = self.logprobs(ids)
