@@ -211,7 +211,7 @@ def _sufficient(found: Sequence[Results]) -> tuple[str, str]:
     changes = [
         (_at(result, SUPPORT_LABELS), difference(theirs, ours, "perplexity"))
         for result in found
-        if (ours := result.tested("top_renorm", SUPPORT_LABELS)) and (theirs := result.tested("all", SUPPORT_LABELS))
+        if (ours := result.tested(REFERENCE, SUPPORT_LABELS)) and (theirs := result.tested("all", SUPPORT_LABELS))
     ]
     if not changes:
         return "", NOT_MEASURED

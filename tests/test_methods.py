@@ -174,12 +174,15 @@ def test_methods_train_from_every_kind_of_teacher(comparison, name):
         METHODS[method.follows or name].options
         | method.options
         | {"learning_rate": 1e-2}
-        | ({"max_new_tokens": 4} if name == "gkd" else {})
+        | ({"max_new_tokens": 4} if name == "gkd" else {"kd_weight": 2.0})
     )
     unit = Unit("trial", "random", name, 60, 0, options)
     row = methods_training.run_unit(unit, comparison.corpus)
     assert row["perplexity"] < 400
-    assert row["loss_options"].items() >= {"ce_weight": 0.0 if name == "gkd" else 1.0, "kd_weight": 1.0}.items()
+    assert (
+        row["loss_options"].items()
+        >= {"ce_weight": 0.0 if name == "gkd" else 1.0, "kd_weight": 1.0 if name == "gkd" else 2.0}.items()
+    )
     assert row["steps"] == 2 * math.ceil(row["documents"] / TINY.batch_size)
 
 
@@ -345,6 +348,17 @@ def test_methods_supports_follow_the_choice_of_kd():
     assert any(line.startswith(ghost) for line in lines)
 
 
+def test_methods_that_are_the_same_share_their_trainings():
+    options = {"method": "kd", "rest": "renorm", "learning_rate": 0.5}
+    rows = [row_of("test", "kd", 2.0, seed, options=options) for seed in (1, 2, 3)]
+    rows.append(row_of("choice", "kd", 2.0, options=options, trials=2))
+    found = Rows(rows, rows[0]["settings"])
+    names = ["kd", "top_renorm", "top_ghost", "all"]
+    units = list(methods_plan.test_units(found, "random", names, [25_000], [1]))
+    assert [unit.method for unit in units] == ["kd", "kd", "top_ghost", "all"]
+    assert "| 5 %, renormalised | 7.39 |" in methods_block(rows)
+
+
 def test_methods_holm_by_hand():
     rows = rows_tested({"kd": 2.0, "slim": 1.8, "jsd": 2.1, "sft": 2.5}, counts=(1, 3, 1, 1, 1))
     for row in rows:
@@ -410,10 +424,7 @@ def test_claims_are_judged_by_their_intervals():
     assert verdicts(found + other)[0] == "not shown"
 
     kd = found[0]["options"] | {"method": "kd"}
+    counts = [document[0] for document in found[-1]["per_document"]]
+    supports = [row_of("test", "all", 2.0 + 0.1 * (seed - 2), seed, counts=counts, options=kd) for seed in (1, 2, 3)]
     for loss, verdict in ((2.01, "shown"), (2.03, "contradicted")):
-        supports = [
-            row_of("test", name, at, seed, options=kd | SUPPORTS[name].options)
-            for name, at in (("all", 2.0), ("top_renorm", loss))
-            for seed in (1, 2, 3)
-        ]
-        assert verdicts(rows(kd=2.0) + supports)[3] == verdict
+        assert verdicts(rows(kd=loss) + supports)[3] == verdict

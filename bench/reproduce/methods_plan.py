@@ -325,8 +325,19 @@ def _loss(rows: Rows, unit: Unit) -> float:
 def test_units(
     rows: Rows, student: str, names: Iterable[str], budgets: Iterable[int], seeds: Iterable[int]
 ) -> Iterator[Unit]:
-    """Yields the units of the test, seed by seed, of the methods that have a budget and whose options are chosen."""
+    """Yields the units of the test, seed by seed, of the methods that have a budget and whose options are chosen.
+
+    A support that has the logits and the options of the method which it follows shares that method's unit.
+    """
     for labels, seed, name in itertools.product(budgets, seeds, names):
         options = options_for_test(rows, student, name)
         if options is not None and (labels == SUPPORT_LABELS if name in SUPPORTS else name in BUDGETS[labels]):
-            yield Unit("test", student, name, labels, seed, options)
+            yield Unit("test", student, _trained_as(rows, student, name), labels, seed, options)
+
+
+def _trained_as(rows: Rows, student: str, name: str) -> str:
+    """Returns the method that a support follows where both have the same logits and options, else its own name."""
+    if name not in SUPPORTS or (followed := SUPPORTS[name].follows) is None:
+        return name
+    own = SUPPORTS[name].teacher, options_for_test(rows, student, name)
+    return followed if own == (METHODS[followed].teacher, options_for_test(rows, student, followed)) else name
