@@ -210,7 +210,7 @@ class JsonLines:
         self.path = Path(path)
         self._journal = Journal(path, wait_s)
         try:
-            self.found = read_json_lines(path, first_key)
+            self.found = _read_json_lines(path, first_key, "must be new, or begin with")
         except BaseException:
             self._journal.close()
             raise
@@ -249,11 +249,15 @@ def read_json_lines(path: str | os.PathLike[str], first_key: str) -> list[dict[s
         ForeignFileError: The file does not begin with ``first_key``.
         DamagedLineError: A line other than an unfinished last one is not a JSON object.
     """
+    return _read_json_lines(path, first_key, "must begin with")
+
+
+def _read_json_lines(path: str | os.PathLike[str], first_key: str, expected: str) -> list[dict[str, Any]]:
     prefix = f'{{"{first_key}": '.encode()
     records = []
     with open(path, "rb") as file:
         if not prefix.startswith(file.read(len(prefix))):
-            raise ForeignFileError(f"{path} must be new, or begin with {prefix.decode()!r}: give another path")
+            raise ForeignFileError(f"{path} {expected} {prefix.decode()!r}: give another path")
         file.seek(0)
         for number, line in enumerate(whole_lines(file), 1):
             try:

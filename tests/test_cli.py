@@ -508,3 +508,7 @@ def test_train_layers_are_numbers(store, teacher, capsys) -> None:
         with pytest.raises(SystemExit):
             main([*command, layers])
         assert f"argument --layers: expected indices such as 0,1,2,4, got '{layers}'" in capsys.readouterr().err
+    for layers in ("1,0", "1,1"):
+        with pytest.raises(SystemExit):
+            main([*command, layers])
+        assert f"argument --layers: the indices must increase, got '{layers}'" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 import slimkernels
 from slimkernels.cli import doctor, main
@@ -161,12 +162,14 @@ def test_parts_that_lack_something(tmp_path):
         "one": {
             "packages": {"no-such-package": "missing", "numpy": f"{numpy} is too old (needs >=99)"},
             "install": "pip install 'slimkernels[one]'",
+            "excluded_by": None,
         },
         "two": {
             "packages": {"numpy": f"{numpy} is too new (needs <1)", "slimkernels[one]": "incomplete"},
-            "install": "pip install 'slimkernels[two]'",
+            "install": None,
+            "excluded_by": "whole",
         },
-        "whole": {"packages": {"numpy": numpy}, "install": None},
+        "whole": {"packages": {"numpy": numpy}, "install": None, "excluded_by": None},
     }
     assert report["needed_packages"] == {"pytest": f"{metadata.version('pytest')} is too old (needs >=999)"}
     assert (
@@ -180,6 +183,53 @@ def test_a_missing_optional_part_is_no_fault(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["doctor"]) == 0
     assert "one no-such-package missing install with: pip install 'slimkernels[one]'" in words(capsys)
+
+
+def test_a_part_that_a_complete_one_excludes_is_not_advised(tmp_path, monkeypatch, capsys):
+    """Two parts that ask for different releases of one package, as trl and minillm do."""
+    write_metadata(
+        tmp_path,
+        *(f"Provides-Extra: {extra}" for extra in ("new", "old", "older", "either")),
+        'Requires-Dist: numpy>=1.5; extra == "new"',
+        'Requires-Dist: numpy<1.5,>=1.4; extra == "old"',
+        'Requires-Dist: slimkernels[old]; extra == "older"',
+        'Requires-Dist: numpy!=1.5,>1.4; extra == "either"',
+        'Requires-Dist: no-such-package; extra == "either"',
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _, report = examine(capsys)
+    excluded_by = {name: part["excluded_by"] for name, part in report["optional_parts"].items()}
+    assert excluded_by == {"new": None, "old": "new", "older": "new", "either": None}
+    installs = {name: part["install"] for name, part in report["optional_parts"].items()}
+    assert installs == {"new": None, "old": None, "older": None, "either": "pip install 'slimkernels[either]'"}
+    main(["doctor"])
+    assert "needs an environment without slimkernels[new], which excludes it" in words(capsys)
+
+
+def test_the_releases_of_trl_that_two_parts_need_exclude_each_other():
+    assert doctor._exclude_each_other("trl", "minillm")
+    assert doctor._exclude_each_other("minillm", "test")
+    assert not doctor._exclude_each_other("train", "test")
+
+
+@pytest.mark.parametrize(
+    ("specifier", "has_release"),
+    [
+        ("", True),
+        ("<1", True),
+        (">1", True),
+        (">1,<=1.0.post1", False),
+        ("==2.*,>=2.3", True),
+        ("~=1.4,<1.5", True),
+        (">=2.0rc1,<2.0rc3", True),
+        ("<1.15,>=1.15", False),
+        ("<1.15,>=1.14,>=1.15", False),
+        ("==1.4,!=1.4", False),
+        ("~=1.4,>=2", False),
+    ],
+)
+def test_requirements_that_no_release_meets(specifier, has_release):
+    assert doctor._has_release(SpecifierSet(specifier)) is has_release
 
 
 def test_without_metadata_or_its_reader(tmp_path):

@@ -177,6 +177,86 @@ def test_an_error_names_the_flags_of_its_command(command, message, here, capsys)
     assert not names & set(re.findall(r"(?<!--option )(?<![\w-])\w+_\w+", found))
 
 
+ABSENT_CAPTURE = "capture --teacher ./absent --out out --text corpus.jsonl"
+ABSENT_PROMPTS = "capture --teacher ./absent --out out --prompts --documents 1"
+ABSENT_SERVED = "capture --server http://localhost:1/v1 --model m --tokenizer ./absent --out out --prompts"
+ABSENT_LOGITS = "capture --logits absent.npy --model m --tokenizer ./absent --out out --text corpus.jsonl"
+ABSENT_HIDDEN = "capture --hidden absent --head ./absent --out out"
+ABSENT_TRAIN = "train --store store --student ./absent --out out --method"
+ABSENT_DECODE = "decode --model ./absent Anna?"
+ABSENT_COMPARE = "compare --models ./absent --out out --tasks own=own.jsonl"
+ABSENT_GSM8K = "compare --models ./absent --out out --tasks gsm8k --data data"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (f"{ABSENT_CAPTURE} --top-fraction 1.5", "--top-fraction must be in (0, 1], got 1.5"),
+        (f"{ABSENT_CAPTURE} --top-p 0", "--top-p must lie in (0, 1], got 0.0"),
+        (f"{ABSENT_CAPTURE} --temperatures 1 -2", "--temperatures must be positive and finite, got -2.0"),
+        (f"{ABSENT_CAPTURE} --parts 65537", "--parts must be an int in [1, 65536], or None, got 65537"),
+        (f"{ABSENT_CAPTURE} --select mixed --rounds 3000000000", "--rounds must be an integer of at least 1 and below"),
+        (f"{ABSENT_CAPTURE} --codec hidden8 --top-p 0.5", "--top-p must be omitted with --codec hidden8"),
+        (f"{ABSENT_CAPTURE} --codec hidden8 --select sample", "--select must be 'top_k' with --codec hidden8"),
+        (f"{ABSENT_PROMPTS} --temperature -1", "--temperature must be finite and at least 0, got -1.0"),
+        (f"{ABSENT_PROMPTS} --seed -1", "--seed must be at least 0, got -1"),
+        (f"{ABSENT_SERVED} --temperature nan", "--temperature must be finite and at least 0, got nan"),
+        (f"{ABSENT_SERVED} --max-unmapped 2", "--max-unmapped must be in [0, 1], got 2.0"),
+        (f"{ABSENT_SERVED} --seed -1", "--seed must be in [0, 2.14748e+09], got -1"),
+        (f"{ABSENT_SERVED} --max-retries -1", "--max-retries must be an int of at least 0, got -1"),
+        (f"{ABSENT_SERVED} --requests-per-minute 0", "--requests-per-minute must be positive and finite, got 0.0"),
+        (f"{ABSENT_LOGITS} --top-fraction 0", "--top-fraction must be in (0, 1], got 0.0"),
+        (f"{ABSENT_HIDDEN} --temperatures 0", "--temperatures must be positive and finite, got 0.0"),
+        (f"{ABSENT_TRAIN} kd --learning-rate -1", "--learning-rate must be finite and at least 0, got -1.0"),
+        (f"{ABSENT_TRAIN} kd --epochs nan", "--epochs must be finite and at least 0, got nan"),
+        (f"{ABSENT_TRAIN} kd --seed -1", "--seed must be in [0, 2^32), got -1"),
+        (f"{ABSENT_TRAIN} kd --kd-weight -1", "--kd-weight must be finite and at least 0, got -1.0"),
+        (f"{ABSENT_TRAIN} kd --temperature 0", "--temperature must be positive and finite, got 0.0"),
+        (f"{ABSENT_TRAIN} kd --temperature 3 --rest ghost", "is not among the teacher's"),
+        (f"{ABSENT_TRAIN} kd --divergence tvd --rest renorm", "--rest must be "),
+        (f"{ABSENT_TRAIN} kd --schedule kd_weight=linear:0:-1", "the schedule of --kd-weight leaves its range"),
+        (f"{ABSENT_TRAIN} kd --option label_smoothing=1", "--option label_smoothing must be in [0, 1), got 1"),
+        (f"{ABSENT_TRAIN} kd --option tail_weight=text", "--option tail_weight must be a number, got str 'text'"),
+        (f"{ABSENT_TRAIN} kd --option weight_decay=-1", "weight_decay must be finite and at least 0, got -1"),
+        (f"{ABSENT_TRAIN} kd --option adam_beta1=1", "adam_beta1 must be in [0, 1), got 1"),
+        (f"{ABSENT_TRAIN} gkd", "needs a --teacher or --teacher-server to score"),
+        (f"{ABSENT_TRAIN} sampled", "needs a store of draws"),
+        (f"{ABSENT_TRAIN} kd --teacher ./absent --option teacher_top_fraction=0", "must be in (0, 1], got 0"),
+        (f"{ABSENT_TRAIN} sampled --teacher ./absent --option teacher_rounds=0", "must be an int of at least 1, got 0"),
+        (f"{ABSENT_DECODE} --nli ./absent --contradiction-threshold 2", "--contradiction-threshold must be in [0, 1]"),
+        (f"{ABSENT_DECODE} --repetition-threshold -1", "--repetition-threshold must be in [0, 1], got -1.0"),
+        (f"{ABSENT_DECODE} --score-steps http://localhost:1/v1", "--score-steps must name a model of the server"),
+        (f"{ABSENT_DECODE} --template {{query}}", "--template must contain {question}"),
+        (f"{ABSENT_DECODE} --device gpu", "--device must be a device of torch such as cpu or cuda:0, got 'gpu'"),
+        (f"{ABSENT_COMPARE} --decoders beams", "--decoders must be one of greedy, self-consistency, pathfinder"),
+        (f"{ABSENT_COMPARE} --max-depth 0", "--max-depth must be an integer of at least 1"),
+        (f"{ABSENT_COMPARE} --batch-questions 0", "--batch-questions must be an integer of at least 1"),
+        (f"{ABSENT_COMPARE} --decoders pathfinder --beam 0", "--beam must be an integer of at least 1"),
+        (f"{ABSENT_GSM8K} --shots -1", "--shots must be "),
+        (
+            "decode --model http://localhost:1/v1#m --nli ./absent --selector verifier Anna?",
+            "--selector verifier needs --verifier MODEL with a server",
+        ),
+    ],
+)
+def test_an_argument_is_refused_before_a_model_is_looked_for(command, message, here, capsys):
+    assert message in refused(command, capsys)
+
+
+@pytest.mark.parametrize(
+    "command", [ABSENT_CAPTURE, ABSENT_PROMPTS, ABSENT_HIDDEN, f"{ABSENT_TRAIN} kd", ABSENT_DECODE, ABSENT_COMPARE]
+)
+def test_a_model_that_is_absent_is_what_good_arguments_fail_for(command, here, capsys):
+    assert "absent" in refused(command, capsys)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", str(2**63), "9" * 5000])
+def test_a_count_is_a_whole_number_of_64_bits(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["capture", "--teacher", "t", "--out", "o", "--documents", number])
+    assert "argument --documents: must be a whole number of at least 1, and below 2^63" in capsys.readouterr().err
+
+
 def test_the_checkpoint_of_another_run_is_described_by_flags(here, capsys):
     command = ["train", "--store", "store", "--out", "out", "--max-steps", "1", *QUICK]
     assert main([*command, "--method", "kd"]) == 0

@@ -16,7 +16,7 @@ import slimkernels as sk
 from slimkernels import reference
 from slimkernels.search import PathFinderConfig
 from slimkernels.store.format import StoreSettings
-from slimkernels.teacher.generation import _Options
+from slimkernels.teacher.generation import SamplingOptions
 
 DIVERGENCE_OPTIONS = ("beta", "alpha", "forward_weight", "entropy_threshold", "teacher_blend", "tail_weight")
 NUMBERS = ("temperature", "logit_scale", "softcap", "ce_weight", "kd_weight", "z_loss_weight", "label_smoothing")
@@ -177,7 +177,7 @@ TEMPERATURES = {
     "temperature of sample_targets": lambda t: sk.sample_targets(X, 5, 0, position=0, temperature=t),
     "temperature of mixed_targets": lambda t: sk.mixed_targets(X, 5, 3, 0, position=0, temperature=t),
     "temperature of SlimObjective": lambda t: sk.SlimObjective("kd", temperature=t),
-    "temperature of generated documents": lambda t: _Options(1, t, None, 0, 1).check(),
+    "temperature of generated documents": lambda t: SamplingOptions(1, t, None, 0, 1),
     "sampling_temperature of SlimObjective": lambda t: sk.SlimObjective("gkd", sampling_temperature=t),
     "temperature of PathFinderConfig": lambda t: PathFinderConfig(temperature=t),
 }

@@ -9,7 +9,7 @@ import torch
 
 from bench.losses import judge, peers
 from bench.losses.cases import VOCAB, Case, all_cases
-from bench.losses.table import parity_block
+from bench.losses.table import _nearly_equal, parity_block
 
 CASES = {case.name: case for case in all_cases()}
 
@@ -104,6 +104,28 @@ def test_parity_real_peers_agree_on_plain_rows(module):
 def test_parity_peer_that_is_not_installed_has_no_losses(monkeypatch):
     monkeypatch.setitem(peers.DISTRIBUTIONS, "torchtune", "no-such-distribution")
     assert peers.load_peer("torchtune") == judge.Peer("no-such-distribution", None)
+
+
+def test_parity_sentence_about_rows_that_nearly_agree_counts_what_is_no_number():
+    def sentence(*sides, **changes):
+        rows = [
+            {"case": "nearly equal", "dtype": "float32", "equals": {"divergence": "forward_kl"}, **changes}
+            | {side: {"nats": nats} for side, nats in pair.items()}
+            for pair in sides
+        ]
+        return _nearly_equal(rows)
+
+    small, large = {"ours": 1e-8, "theirs": 3e-8}, {"ours": 2e-8, "theirs": 1e-7}
+    at_most = "a divergence in float32 is wrong by at most"
+    assert f"{at_most} 2e-08 nats (ours) and 1e-07 nats (theirs), which" in sentence(small, large)
+    # Neither a value that is not finite nor a loss that raises is an error of 0 nats.
+    not_finite, raised = {"ours": 1e-8, "theirs": None}, {"ours": 1e-8}
+    found = sentence(small, not_finite, raised)
+    assert f"{at_most} 1e-08 nats (ours) and 3e-08 nats (theirs; 2 of 3 give no number), which" in found
+    assert "inf nats (theirs; 1 of 1 give no number)" in sentence(raised)
+    assert sentence(small, dtype="bfloat16") == sentence(small, case="plain") == ""
+    # A cross entropy is no divergence, and of several nats, of which float32 rounds off more.
+    assert sentence(small, equals={"ce_weight": 1.0, "kd_weight": 0.0}) == ""
 
 
 def test_parity_table_by_hand():

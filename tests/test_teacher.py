@@ -303,7 +303,7 @@ class TestGeneration:
         # Evenly spaced noise inverts to each token for its probability's share of it.
         count = 20000
         noise = torch.arange(count, dtype=torch.float64) / count
-        options = teacher_generation._Options(1, temperature, top_k, 0, 1)
+        options = teacher_generation.SamplingOptions(1, temperature, top_k, 0, 1)
         drawn = teacher_generation._draw(logits.expand(count, -1), noise, options)
         shares = torch.bincount(drawn, minlength=517) / count
         torch.testing.assert_close(shares.double(), probabilities, atol=1.1 / count, rtol=0)

@@ -166,13 +166,13 @@ def test_compute_metrics_still_gets_logits(tmp_path):
     assert seen[0][-1] == VOCAB_SIZE
 
 
-def write_store(path, teacher, rows) -> Store:
+def write_store(path, teacher, rows, top_k: int = TOP_K) -> Store:
     writer = StoreWriter(
         path,
         vocab_size=VOCAB_SIZE,
         tokenizer_fingerprint="",
         teacher={},
-        selection={"kind": "top_k", "value": TOP_K, "top_k": TOP_K},
+        selection={"kind": "top_k", "value": top_k, "top_k": top_k},
         codec="float32",
     )
     with writer, torch.no_grad():
@@ -180,7 +180,7 @@ def write_store(path, teacher, rows) -> Store:
             tokens = torch.tensor(row["input_ids"])
             positions = torch.arange(1, len(tokens))
             logits = teacher(tokens[None]).logits[0, :-1]
-            writer.add(tokens, positions, sk.topk_logits(logits, top_k=TOP_K, target=tokens[1:]))
+            writer.add(tokens, positions, sk.topk_logits(logits, top_k=top_k, target=tokens[1:]))
     return Store(path)
 
 

@@ -114,18 +114,29 @@ def _closing(rows: list[dict]) -> str:
     row = rows[-1]
     shape = row["shape"]
     versions = ", ".join(dict.fromkeys(f"{row['peer']} {row['version']}" for row in rows))
-    close = [row for row in rows if row["case"] == "nearly equal" and row["dtype"] == "float32" and "theirs" in row]
-    sentence = ""
-    if close:
-        ours, theirs = (max(row[side]["nats"] or 0.0 for row in close) for side in ("ours", "theirs"))
-        sentence = (
-            "Where student and teacher nearly agree, a divergence in float32 is wrong by at most "
-            f"{ours:.0e} nats (ours) and {theirs:.0e} (theirs), which may be most of it. "
-        )
     return (
-        f"{sentence}{shape['rows']} rows of {shape['vocab']} logits, {_kept(rows)} of them kept where a loss takes the "
-        f"largest. {versions}; {row['device']}, commits {', '.join(dict.fromkeys(row['commit'] for row in rows))}, "
-        f"{row['date'][:10]}; `python -m bench.parity --out bench/results/parity.jsonl`."
+        f"{_nearly_equal(rows)}{shape['rows']} rows of {shape['vocab']} logits, {_kept(rows)} of them kept where a "
+        f"loss takes the largest. {versions}; {row['device']}, commits "
+        f"{', '.join(dict.fromkeys(row['commit'] for row in rows))}, {row['date'][:10]}; "
+        "`python -m bench.parity --out bench/results/parity.jsonl`."
+    )
+
+
+def _nearly_equal(rows: list[dict]) -> str:
+    """Returns a sentence about the absolute errors of the divergences in float32 on the rows that nearly agree."""
+    close = [row for row in rows if row["case"] == "nearly equal" and row["dtype"] == "float32"]
+    close = [row for row in close if row["equals"].get("kd_weight") != 0]
+    if not close:
+        return ""
+    sides = []
+    for side in ("ours", "theirs"):
+        # A loss that raised has no value, and a value that is not finite no error.
+        nats = [row[side]["nats"] for row in close if side in row and row[side]["nats"] is not None]
+        silent = f"; {len(close) - len(nats)} of {len(close)} give no number" if len(nats) < len(close) else ""
+        sides.append(f"{max(nats, default=math.inf):.0e} nats ({side}{silent})")
+    return (
+        f"Where student and teacher nearly agree, a divergence in float32 is wrong by at most {' and '.join(sides)}, "
+        "which may be most of it. "
     )
 
 

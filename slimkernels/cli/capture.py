@@ -281,6 +281,7 @@ def _capture_model(args: argparse.Namespace) -> None:
     from slimkernels import teacher
 
     ranks = teacher.Ranks.from_environment(args.tensor_parallel)
+    _check_numbers(args)
     prompts = _check_source(args)
     if ranks.num_processes > 1:
         # Launchers end the other processes with SIGTERM when one has died: they keep what they have, as after Ctrl-C.
@@ -304,14 +305,9 @@ def _capture_model(args: argparse.Namespace) -> None:
             tokenizer,
             _documents(args, model, tokenizer, prompts, ranks, generated, total.append),
             args.out,
-            top_k=args.top_k,
-            top_fraction=args.top_fraction,
             select=args.select.replace("-", "_"),
-            rounds=args.rounds,
-            seed=args.seed,
-            top_p=args.top_p,
-            temperatures=args.temperatures,
             codec=args.codec,
+            **_selected(args),
             batch_tokens=args.batch_tokens,
             shard_rows=args.shard_rows,
             rank=ranks.rank,
@@ -328,6 +324,25 @@ def _capture_model(args: argparse.Namespace) -> None:
 def _check_generation(args: argparse.Namespace) -> None:
     if args.prompts is not None and (args.tokens is None) == (args.documents is None):
         raise ValueError("--prompts needs the amount of text to generate: give --tokens N or --documents N")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Checks what selects the logits and draws the text, before the teacher is loaded."""
+    from slimkernels.store.rank_writer import check_num_parts
+    from slimkernels.teacher.generation import SamplingOptions
+    from slimkernels.teacher.selection import check_selection
+
+    check_num_parts(args.parts)
+    check_selection(args.select.replace("-", "_"), args.codec, **_selected(args))
+    if args.prompts is not None:
+        with named(_SAMPLING_NAMES):
+            SamplingOptions(args.max_new_tokens, args.temperature, args.sample_top_k, args.seed, args.batch_size)
+
+
+def _selected(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the numbers of the selection by their names in ``capture``."""
+    names = ("top_k", "top_fraction", "top_p", "rounds", "seed", "temperatures")
+    return {name: getattr(args, name) for name in names}
 
 
 def _check_source(args: argparse.Namespace) -> list[str] | None:

@@ -47,7 +47,11 @@ def capture(args: argparse.Namespace, say: Callable[[str], None], progress: Call
 
     from slimkernels import teacher
     from slimkernels.models.final_layers import has_safetensors, load_final_layers
+    from slimkernels.teacher.selection import check_selection
 
+    check_selection(
+        "top_k", args.codec, top_k=args.top_k, top_fraction=args.top_fraction, temperatures=args.temperatures
+    )
     dtype = getattr(torch, args.dtype)
     tokenizer = teacher.load_tokenizer(args.tokenizer or args.head)
     if args.check_server is not None and has_safetensors(args.head):

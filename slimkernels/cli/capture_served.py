@@ -64,7 +64,25 @@ def capture_server(
 ) -> str:
     """Captures from a server and returns the report; ``say`` receives the cost before the first request."""
     from slimkernels import teacher
+    from slimkernels.serving.client import ServerClient, TokenBudget
+    from slimkernels.teacher.server import check_arguments
 
+    asked = {
+        "top_logprobs": args.top_k or 20,
+        "api": args.api,
+        "num_documents": args.documents if args.text is None else None,
+        "max_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "max_unmapped_fraction": args.max_unmapped,
+    }
+    limits = given_fields(args, SERVER_FIELDS)
+    check_arguments(**asked)
+    # A client that asks nothing checks the address and the limits.
+    budget = TokenBudget(args.token_budget)
+    ServerClient(
+        args.server, budget=budget, **{name: limits[name] for name in limits if name != "token_budget"}
+    ).close()
     tokenizer = teacher.load_tokenizer(args.tokenizer)
     documents = prompts = None
     if args.text is not None:
@@ -78,21 +96,15 @@ def capture_server(
         args.out,
         documents=documents,
         prompts=prompts,
-        top_logprobs=args.top_k or 20,
-        api=args.api,
-        num_documents=args.documents if args.text is None else None,
-        max_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
         vocab_size=args.vocab_size,
         codec=args.codec or "affine8",
-        max_unmapped_fraction=args.max_unmapped,
         announce=lambda cost: say(
             f"{cost.requests} requests: {cost.prompt_tokens} prompt tokens, at most {cost.max_generated_tokens} "
             "generated tokens"
         ),
         progress=progress,
-        **given_fields(args, SERVER_FIELDS),
+        **asked,
+        **limits,
     )
     return (
         f"added {report.documents} documents, {report.tokens} tokens ({report.generated_tokens} generated); skipped "
@@ -106,7 +118,11 @@ def capture_logits(
 ) -> str:
     """Captures from a file of logits and returns the report; ``say`` receives the size of the text first."""
     from slimkernels import teacher
+    from slimkernels.teacher.selection import check_selection
 
+    check_selection(
+        "top_k", args.codec, top_k=args.top_k, top_fraction=args.top_fraction, temperatures=args.temperatures
+    )
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
     documents = list(teacher.read_documents(args.text, tokenizer, text_field=args.text_field, max_length=None))
     say(f"{len(documents)} documents, {sum(map(len, documents))} tokens")

@@ -90,6 +90,7 @@ API_NAMES = {
     "num_samples": "--samples",
     "output_dir": "--out",
     "kind": "--answer-kind",
+    "decoder": "--decoders",
     "tokenizers": "--tokenizer",
 }
 
@@ -338,10 +339,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     from slimkernels.evaluate.choices import load_choices
     from slimkernels.evaluate.heldout import load_heldout
     from slimkernels.evaluate.models import find_models
-    from slimkernels.evaluate.runner import Plan
+    from slimkernels.evaluate.runner import Plan, check_decoding
     from slimkernels.evaluate.tasks import TASKS, load_task
 
-    # Data is read before models, so that a missing file fails first.
+    # Data is read and numbers are checked before models are looked for, so that what is cheap fails first.
     tasks = [load_task(name, args.data, args.samples) for name in args.tasks if name in TASKS]
     tasks += [_own_questions(name, args) for name in args.tasks if "=" in name]
     other = [name for name in args.tasks if name not in (_HELDOUT, *TASKS) and "=" not in name]
@@ -350,6 +351,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     heldout = None
     if _HELDOUT in args.tasks:
         heldout = load_heldout(args.store, args.samples, batch_size=args.batch_size)
+    settings = _decoder_settings(args)
+    batch_questions = Plan.batch_questions if args.batch_questions is None else args.batch_questions
+    check_decoding(tasks, args.decoders, settings, args.shots, batch_questions)
     models = find_models(
         args.models,
         dtype=args.dtype,
@@ -357,17 +361,16 @@ def _plan(args: argparse.Namespace) -> Plan:
         tokenizers=args.tokenizer or (),
         key_env=args.key_env,
     )
-    at_once = {} if args.batch_questions is None else {"batch_questions": args.batch_questions}
     return Plan(
         models,
         args.decoders,
         tasks,
-        _decoder_settings(args),
+        settings,
         args.seeds,
         args.shots,
+        batch_questions,
         heldout=heldout,
         choices=choices,
-        **at_once,
     )
 
 

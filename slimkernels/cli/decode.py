@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     template = args.template if args.template_file is None else Path(args.template_file).read_text(encoding="utf-8")
     asked = read_questions(args)
+    texts = [_filled(item, template) for item in asked]
     with watch_of(args) as watch:
         watch.stage(f"loading {args.model}")
         be_quiet()
@@ -187,7 +188,9 @@ def run(args: argparse.Namespace) -> None:
 
         finder, tokenizer = _path_finder(args)
         # Counted here, so that a run that answers only the questions that are left draws the same.
-        questions = count_repeats([_question(item, template, tokenizer, args.prompt_style) for item in asked])
+        questions = count_repeats(
+            [_question(item, text, tokenizer, args.prompt_style) for item, text in zip(asked, texts, strict=True)]
+        )
         if not args.plan:
             _solve(args, watch, finder, asked, questions, template)
     if args.plan:
@@ -217,8 +220,10 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     # Made before the model is loaded, so that a bad value fails at once.
     score_steps = None if args.score_steps is None else not_loaded
     config = search.PathFinderConfig(**given_fields(args, SEARCH_FIELDS), score_steps=score_steps)
+    has_server = is_server(args.model)
+    _check_place(args, has_server)
     checks = make_checks(args)
-    engine, model, tokenizer = _served(args) if is_server(args.model) else _embedded(args)
+    engine, model, tokenizer = _served(args) if has_server else _embedded(args)
     config = dataclasses.replace(config, score_steps=make_step_scorer(args, model, tokenizer))
     selector = make_selector(args, model, tokenizer)
     selection = {} if selector is None else {"selector": selector}
@@ -231,15 +236,26 @@ def _path_finder(args: argparse.Namespace) -> tuple[PathFinder, PreTrainedTokeni
     return preset(engine, chains, config, **selection), tokenizer
 
 
+def _check_place(args: argparse.Namespace, has_server: bool) -> None:
+    """Refuses options that have no meaning where the model runs, before anything is loaded."""
+    from slimkernels.evaluate.served import is_server
+
+    if has_server:
+        refuse(args, ["gguf_file", "revision", "device", "dtype"], "with a server, which has loaded its model")
+        if args.selector == "verifier" and args.verifier is None:
+            raise ValueError("--selector verifier needs --verifier MODEL with a server: the verifier runs here")
+        return
+    refuse(args, ["tokenizer"], "with a model that runs here and has its own")
+    if args.score_steps is None or not is_server(args.score_steps):
+        refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
+    device_of(args)
+
+
 def _embedded(args: argparse.Namespace) -> tuple[Engine, PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
     from slimkernels import search, teacher
-    from slimkernels.evaluate.served import is_server
 
-    refuse(args, ["tokenizer"], "with a model that runs here and has its own")
-    if args.score_steps is None or not is_server(args.score_steps):
-        refuse(args, ["key_env"], "without a server, --model http://HOST:PORT/v1#NAME")
     model, tokenizer = teacher.load_teacher(
         args.model,
         gguf_file=args.gguf_file,
@@ -254,17 +270,12 @@ def _served(args: argparse.Namespace) -> tuple[Engine, None, PreTrainedTokenizer
     from slimkernels import teacher
     from slimkernels.evaluate.served import find_server
 
-    refuse(args, ["gguf_file", "revision", "device", "dtype"], "with a server, which has loaded its model")
-    if args.selector == "verifier" and args.verifier is None:
-        raise ValueError("--selector verifier needs --verifier MODEL with a server: the verifier runs here")
     tokenizer = None if args.tokenizer is None else teacher.load_tokenizer(args.tokenizer)
     return find_server(args.model, key_env=args.key_env).engine, None, tokenizer
 
 
-def _question(item: Asked, template: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
-    from slimkernels.evaluate.models import to_continue
-    from slimkernels.search import Question
-
+def _filled(item: Asked, template: str) -> str:
+    """Returns the template with the fields of a question's record filled in."""
     values = {**item.record, "question": item.text}
 
     def value(match: re.Match[str]) -> str:
@@ -274,6 +285,13 @@ def _question(item: Asked, template: str, tokenizer: PreTrainedTokenizerBase | N
     text = re.sub(r"\{(\w+)\}", value, template)
     if text == template:
         raise ValueError(f"--template must contain {{question}}, where the question goes, got {template!r}")
+    return text
+
+
+def _question(item: Asked, text: str, tokenizer: PreTrainedTokenizerBase | None, style: str) -> Question:
+    from slimkernels.evaluate.models import to_continue
+    from slimkernels.search import Question
+
     has_template = tokenizer is not None and bool(tokenizer.chat_template)
     if style == "chat" and not has_template:
         raise ValueError("--prompt-style chat needs a tokenizer with a chat template, and there is none: use plain")

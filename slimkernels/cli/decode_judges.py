@@ -72,6 +72,20 @@ def check_judge_options(args: argparse.Namespace) -> None:
             raise ValueError("--selector step-score needs --score-steps MODEL, which scores the steps")
     if args.contradiction_threshold is not None and args.nli is None:
         raise ValueError("--contradiction-threshold needs --nli MODEL, which turns the check on")
+    for name in ("repetition_threshold", "contradiction_threshold"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1], got {value}")
+    _check_score_steps(args.score_steps)
+
+
+def _check_score_steps(name: str | None) -> None:
+    from slimkernels.evaluate.served import is_server
+
+    if name is not None and is_server(name) and not name.partition("#")[2]:
+        raise ValueError(
+            f"--score-steps must name a model of the server, as {name.partition('#')[0]}#MODEL, got {name!r}"
+        )
 
 
 def make_checks(args: argparse.Namespace) -> list[Any]:
@@ -105,8 +119,6 @@ def make_step_scorer(
         return None
     if is_server(name):
         url, _, served = name.partition("#")
-        if not served:
-            raise ValueError(f"--score-steps must name a model of the server, as {url}#MODEL, got {name!r}")
         return search.ServedStepVerifier(url, served, key_env=args.key_env)
     if name == args.model and model is not None and tokenizer is not None:
         return search.StepVerifier(model, tokenizer)
@@ -165,7 +177,14 @@ def make_selector(
 
 
 def device_of(args: argparse.Namespace) -> torch.device | None:
-    """Returns the device of --device."""
+    """Returns the device of --device.
+
+    Raises:
+        ValueError: It is none of torch's.
+    """
     import torch
 
-    return None if args.device is None else torch.device(args.device)
+    try:
+        return None if args.device is None else torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be a device of torch such as cpu or cuda:0, got {args.device!r}") from error

@@ -23,6 +23,7 @@ from slimkernels.cli.terminal import print_json
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
 # Every environment variable of this package that changes what it does, and its meaning.
 VARIABLES = {
@@ -215,13 +216,19 @@ def _devices(torch: ModuleType, problems: list[str]) -> list[str]:
 
 
 def _optional(problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Returns for every extra the packages that it asks for, and the command that installs what lacks, or None."""
+    """Returns for every extra the packages that it asks for, and the command that installs what lacks, or None.
+
+    An extra that excludes a complete one has no such command, since that would break the other.
+    """
     found = {}
     with _own_metadata([]):  # reported once, by _needed
-        for extra in metadata.metadata(_PACKAGE).get_all("Provides-Extra") or []:
+        extras = metadata.metadata(_PACKAGE).get_all("Provides-Extra") or []
+        complete = [extra for extra in extras if _is_complete(extra)]
+        for extra in extras:
             states = {_label(requirement): _state(requirement)[0] for requirement in _requirements(extra)}
-            command = None if _is_complete(extra) else f"pip install '{_PACKAGE}[{extra}]'"
-            found[extra] = {"packages": states, "install": command}
+            excluding = next((other for other in complete if _exclude_each_other(extra, other)), None)
+            command = f"pip install '{_PACKAGE}[{extra}]'" if extra not in complete and excluding is None else None
+            found[extra] = {"packages": states, "install": command, "excluded_by": excluding}
     return found
 
 
@@ -295,6 +302,35 @@ def _is_complete(extra: str) -> bool:
     return all(_state(requirement)[1] for requirement in _requirements(extra))
 
 
+def _exclude_each_other(extra: str, other: str) -> bool:
+    """Returns whether two extras ask for releases of one package that cannot be the same."""
+    return any(
+        not _has_release(ours.specifier & theirs.specifier)
+        for ours in _all_requirements(extra)
+        for theirs in _all_requirements(other)
+        if ours.name == theirs.name
+    )
+
+
+def _all_requirements(extra: str) -> Iterator[Requirement]:
+    """Yields what an extra asks for, and in place of other extras of this package what these ask for."""
+    for requirement in _requirements(extra):
+        if requirement.name == _PACKAGE:
+            for part in requirement.extras:
+                yield from _all_requirements(part)
+        else:
+            yield requirement
+
+
+def _has_release(specifier: SpecifierSet) -> bool:
+    """Returns whether some version fits: the lowest, each bound, and the next release after each are tried."""
+    from packaging.version import Version
+
+    bounds = [Version(one.version.removesuffix(".*")) for one in specifier]
+    next_releases = [f"{bound.base_version}.0.1" for bound in bounds]
+    return any(specifier.contains(version, prereleases=True) for version in ["0", *map(str, bounds), *next_releases])
+
+
 def _state(requirement: Requirement) -> tuple[str, bool]:
     """Returns the installed version of a package and whether it fits, with what is wrong otherwise."""
     if requirement.name == _PACKAGE:
@@ -333,6 +369,8 @@ def _print_rows(rows: dict[str, Any]) -> None:
         if isinstance(value, dict):
             lines = [_text([f"{package} {state}" for package, state in value["packages"].items()])]
             lines += [] if value["install"] is None else [f"install with: {value['install']}"]
+            other = value["excluded_by"]
+            lines += [] if other is None else [f"needs an environment without {_PACKAGE}[{other}], which excludes it"]
         for number, line in enumerate(lines):
             first = f"  {label if number == 0 else '':<{width}} "
             indent = " " * (width + 3)

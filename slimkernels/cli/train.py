@@ -229,6 +229,7 @@ def run(args: argparse.Namespace) -> None:
     teacher_server = _teacher_server(args)
     stores = check_stores(args)
     _refuse_useless(args, options)
+    _check_options(args, options)
     tokenizer, note = train_tokenizer.find_tokenizer(args)
     if is_first and note:
         print(f"slimkernels: {note}", file=sys.stderr)
@@ -371,6 +372,18 @@ def _refuse_useless(args: argparse.Namespace, options: Mapping[str, Any]) -> Non
                 # The errors of a command show a name with an underscore as its flag, or behind --option.
                 flag = _FIELDS[name][0] if name in _FIELDS else name if "_" in name else f"--option {name}"
                 raise ValueError(f"{flag} has no meaning {reason}: omit it")
+
+
+def _check_options(args: argparse.Namespace, options: Mapping[str, Any]) -> None:
+    """Checks the values of the options, before the student is loaded."""
+    from slimkernels.trainer.run import check_options
+
+    is_scored = args.teacher is not None or args.teacher_server is not None
+    try:
+        check_options(args.method, args.out, args.store or (), is_scored, **options)
+    except TypeError as error:
+        # A value of --option is whatever JSON it is.
+        raise ValueError(str(error)) from error
 
 
 def _meant(name: str, known: Collection[str]) -> str:

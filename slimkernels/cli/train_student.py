@@ -68,7 +68,10 @@ def _with_layers(model: PreTrainedModel, args: argparse.Namespace) -> PreTrained
 
 def _layers(text: str) -> list[int]:
     """Reads the indices of layers."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected indices such as 0,1,2,4, got {text!r}") from None
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"expected indices such as 0,1,2,4, got {text!r}")
+    layers = [int(word) for word in words]
+    if layers != sorted(set(layers)):
+        raise argparse.ArgumentTypeError(f"the indices must increase, got {text!r}")
+    return layers

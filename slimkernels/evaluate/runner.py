@@ -75,12 +75,24 @@ class Plan:
                 f"tasks must have written answers for servers' models ({', '.join(served)}), got {', '.join(texts)}, "
                 "which need probabilities of given texts: evaluate these with models that run here"
             )
-        for task in self.tasks:
-            check_scorer(task)
-            task.prompt(task.samples[0], self.shots)
-            for decoder in self.decoders:
-                self.settings.config(task)
-                self.settings.of(decoder, task)
+        check_decoding(self.tasks, self.decoders, self.settings, self.shots, self.batch_questions)
+
+
+def check_decoding(
+    tasks: Sequence[Task], decoders: Sequence[str], settings: DecoderSettings, shots: int, batch_questions: int
+) -> None:
+    """Checks that every decoder can be asked every task; a comparison does so before its models are looked for.
+
+    Raises:
+        ValueError: A decoder is unknown, a number is out of range, or a task has fewer worked examples.
+        ImportError: A task is scored by a package that is not installed.
+    """
+    for task in tasks:
+        check_scorer(task)
+        task.prompt(task.samples[0], shots)
+        dataclasses.replace(settings.config(task), batch_questions=batch_questions)
+        for decoder in decoders:
+            settings.of(decoder, task)
 
 
 def run(

@@ -26,6 +26,16 @@ from slimkernels.store.writer import StoreWriter, hidden_settings
 _LOCK_WAIT_S = 30.0
 
 
+def check_num_parts(num_parts: int | None) -> None:
+    """Checks a number of parts, which None leaves open.
+
+    Raises:
+        ValueError: It is out of range.
+    """
+    if num_parts is not None and (type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS):
+        raise ValueError(f"num_parts must be an int in [1, {MAX_PARTS}], or None, got {num_parts!r}")
+
+
 class RankWriter:
     """The writer of one of several ranks that fill a store together.
 
@@ -62,8 +72,7 @@ class RankWriter:
     ) -> None:
         if type(rank) is not int or type(num_ranks) is not int or not 0 <= rank < num_ranks:
             raise ValueError(f"rank must be an int in [0, num_ranks), got rank={rank!r} and num_ranks={num_ranks!r}")
-        if num_parts is not None and (type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS):
-            raise ValueError(f"num_parts must be an int in [1, {MAX_PARTS}], or None, got {num_parts!r}")
+        check_num_parts(num_parts)
         self.path = Path(path)
         self.vocab_size: int = options["vocab_size"]
         head = options.pop("head", None)

@@ -106,8 +106,7 @@ def generate_documents(
             longer than the model can read, or the file was made with other settings.
         FileInUseError: Another process is writing the file, and ``wait`` is False.
     """
-    options = _Options(max_new_tokens, temperature, top_k, seed, batch_size)
-    options.check()
+    options = SamplingOptions(max_new_tokens, temperature, top_k, seed, batch_size)
     asked = {"num_tokens": num_tokens, "num_documents": num_documents}
     given = [(name, value) for name, value in asked.items() if value is not None]
     if len(given) != 1:
@@ -137,14 +136,20 @@ def generate_documents(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class SamplingOptions:
+    """The arguments of ``generate_documents`` for the sampling, which mean there what they do here.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+
     max_new_tokens: int
     temperature: float
     top_k: int | None
     seed: int
     batch_size: int
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -166,7 +171,7 @@ class _State(NamedTuple):
 class _Sampler:
     """Draws whole batches of documents; a batch is a function of the settings and of the documents before it."""
 
-    def __init__(self, model, tokenizer, prompts: Sequence[str], options: _Options) -> None:
+    def __init__(self, model, tokenizer, prompts: Sequence[str], options: SamplingOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prompts = list(prompts)
         if not self.prompts:
@@ -265,7 +270,7 @@ def _noise(seed: int, document: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, document])).random(count)
 
 
-def _draw(logits: Tensor, noise: Tensor, options: _Options) -> Tensor:
+def _draw(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
     """Inverts the cumulative distribution of softmax(logits / temperature) (B, V) at noise (B,) in [0, 1).
 
     Finds a block by the sums of blocks and then the token in it: (128, 49152) take 19 ms on two cores, and 125 ms in

@@ -19,6 +19,7 @@ from slimkernels.ops.sample_targets import DRAW_VERSION
 from slimkernels.sparse_logits import SparseLogits
 from slimkernels.store import Store
 from slimkernels.store.errors import NotAStoreError, SettingsMismatchError
+from slimkernels.store.hidden import HIDDEN_BITS
 
 SELECTS = ("top_k", "sample", "mixed")
 # Quantising the logarithm of a share of draws would bias it, and there are few of them to store.
@@ -164,6 +165,23 @@ def resolve_selection(
         raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")
     description = {"kind": select, "top_k": top_k, "rounds": rounds, "seed": seed, "draw_version": DRAW_VERSION}
     return Selection(select, top_k, None, rounds, seed, temperatures, description)
+
+
+def check_selection(select: str, codec: str | None = None, **options: Any) -> None:
+    """Checks the arguments of ``capture`` for the selection without a vocabulary, so before a teacher is loaded.
+
+    Args:
+        select: Kind of selection.
+        codec: Codec of the store, None for the default.
+        **options: Further arguments of ``resolve_selection``.
+
+    Raises:
+        ValueError: One is out of range in every vocabulary, or does not apply to ``select`` or ``codec``.
+    """
+    # Ids are int32.
+    selection = resolve_selection(select, 2**31 - 1, **options)
+    if codec in HIDDEN_BITS:
+        check_keeps_hidden(selection, codec)
 
 
 def check_draw_version(selection: Selection, store_path: str | os.PathLike[str]) -> None:

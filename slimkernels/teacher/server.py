@@ -169,7 +169,17 @@ def capture_server(
     """
     if (documents is None) == (prompts is None):
         raise ValueError("give either documents to score or prompts to continue")
-    _check_arguments(api, top_logprobs, num_documents, max_tokens, temperature, seed, max_unmapped_fraction, flush_s)
+    check_arguments(
+        api=api,
+        top_logprobs=top_logprobs,
+        num_documents=num_documents,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        max_unmapped_fraction=max_unmapped_fraction,
+    )
+    if not 0 <= flush_s < math.inf:
+        raise ValueError(f"flush_s must be in [0, inf), got {flush_s!r}")
     # The rows of the server's model are not known; one more than the tokenizer's may be padding that it lacks.
     vocabulary = captured_vocabulary(tokenizer, num_token_ids(tokenizer) + 1, store_path)
     vocab_size = vocabulary.size if vocab_size is None else vocab_size
@@ -299,7 +309,8 @@ def _own_api(kind: Kind, stored: StoreSettings | None) -> str:
     return str(known or _OWN_APIS.get(kind, "completions"))
 
 
-def _check_arguments(
+def check_arguments(
+    *,
     api: str,
     top_logprobs: int,
     num_documents: int | None,
@@ -307,8 +318,12 @@ def _check_arguments(
     temperature: float,
     seed: int,
     max_unmapped_fraction: float,
-    flush_s: float,
 ) -> None:
+    """Checks those arguments of ``capture_server`` that say what is asked of a server.
+
+    Raises:
+        ValueError: One is out of range.
+    """
     if api not in APIS:
         raise ValueError(f"api must be one of {', '.join(APIS)}, got {api!r}")
     counts = {"top_logprobs": top_logprobs, "num_documents": num_documents, "max_tokens": max_tokens}
@@ -316,7 +331,6 @@ def _check_arguments(
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     _checks.as_temperature(temperature, or_zero=True)
-    limits = {"flush_s": (flush_s, math.inf), "seed": (seed, 2**31)}
-    for name, (number, most) in (limits | {"max_unmapped_fraction": (max_unmapped_fraction, 1.0)}).items():
-        if not (0 <= number <= most and number < math.inf):
+    for name, number, most in (("seed", seed, 2**31), ("max_unmapped_fraction", max_unmapped_fraction, 1.0)):
+        if not 0 <= number <= most:
             raise ValueError(f"{name} must be in [0, {most:g}], got {number!r}")

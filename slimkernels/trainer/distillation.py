@@ -90,7 +90,6 @@ class DistillationMixin(StopsAtLength):
             )
         _check_sequences_are_whole(getattr(self.accelerator, "parallelism_config", None))
         check_can_be_saved(self.model)
-        objective.check_schedule_ends()
         self.objective = objective
         self._options = objective.loss_options
         self.schedules = Schedules(objective.parsed_schedules)

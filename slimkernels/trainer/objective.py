@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class SlimObjective:
             faster the value grows. None for none.
 
     Raises:
-        ValueError: The method is unknown, or an option has no effect with the method.
+        ValueError: The method is unknown, an option is out of its range, or has no effect with the method.
     """
 
     method: str = "kd"
@@ -154,14 +155,26 @@ class SlimObjective:
                 "teacher_top_k and teacher_top_fraction select an online teacher's largest logits: set one or the "
                 f"other, and not with method 'sft' or 'sampled', got {kept} with method {self.method!r}"
             )
+        self._check_sizes()
         self._check_support()
-        if not 0 <= self.on_policy_fraction <= 1:
+        if not 0 <= _checks.as_float(self.on_policy_fraction, "on_policy_fraction") <= 1:
             raise ValueError(f"on_policy_fraction must be in [0, 1], got {self.on_policy_fraction}")
-        if self.max_new_tokens < 1:
+        if _checks.as_integer(self.max_new_tokens, "max_new_tokens") < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         for name in ("temperature", "sampling_temperature"):
             _checks.as_temperature(getattr(self, name), name)
         self._check_schedules()
+        self._check_loss_options()
+
+    def _check_sizes(self) -> None:
+        """Checks the numbers of logits as far as that needs no vocabulary."""
+        for name in ("teacher_top_k", "student_top_k", "teacher_rounds"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        share = self.teacher_top_fraction
+        if share is not None and not 0 < _checks.as_float(share, "teacher_top_fraction") <= 1:
+            raise ValueError(f"teacher_top_fraction must be in (0, 1], got {share}")
 
     def _check_schedules(self) -> None:
         given = self.schedules or {}
@@ -181,13 +194,11 @@ class SlimObjective:
                     f"which has no teacher, got {name!r}: {given[name]!r}"
                 )
 
-    def check_schedule_ends(self) -> None:
-        """Computes a loss at both ends of every schedule.
-
-        Raises:
-            ValueError: A schedule leaves the range of its option.
-        """
-        logits, target, common = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), self.loss_options
+    def _check_loss_options(self) -> None:
+        """Computes a loss, and one at both ends of every schedule, which checks the ranges of all its options."""
+        logits, target = torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu")
+        common = self._fixed_options({}) | {"rest": self.loss_options["rest"]}
+        slim_loss(logits, target, **common)
         for name, schedule in self.parsed_schedules.items():
             for value in (schedule.start, schedule.end):
                 options: dict[str, Any] = common | {name: value}
@@ -210,8 +221,6 @@ class SlimObjective:
             )
         if self.teacher_in_chunks:
             raise ValueError(f"teacher_in_chunks must be False with support {self.support!r}, whose rows are held")
-        if self.student_top_k is not None and (type(self.student_top_k) is not int or self.student_top_k < 1):
-            raise ValueError(f"student_top_k must be an int of at least 1, got {self.student_top_k!r}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -238,25 +247,19 @@ class SlimObjective:
     def _options_at_ends(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the loss options with the first and with the last values of the schedules."""
         schedules = self.parsed_schedules
-        if not schedules:
-            options = self._fixed_options()
-            return options, options
-        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(SlimObjective)}
-        ends = ({name: getattr(one, end) for name, one in schedules.items()} for end in ("start", "end"))
-        given["schedules"] = None
-        first, last = (SlimObjective(**given | values)._fixed_options() for values in ends)
-        return first, last
+        first = {name: schedule.start for name, schedule in schedules.items()}
+        last = {name: schedule.end for name, schedule in schedules.items()}
+        return self._fixed_options(first), self._fixed_options(last)
 
-    def _fixed_options(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in _LOSS_OPTIONS}
+    def _fixed_options(self, scheduled: Mapping[str, float]) -> dict[str, Any]:
+        options = {name: scheduled.get(name, getattr(self, name)) for name in _LOSS_OPTIONS}
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
         parameters = default_parameters(options["divergence"])
         options |= {name: value for name, value in parameters.items() if options[name] is None}
         if options["rest"] is None:
-            needs_ghost = (
-                options["divergence"] in PROPER_DIVERGENCES or self.teacher_blend != 1 or self.tail_weight != 1
-            )
+            is_proper = options["divergence"] in PROPER_DIVERGENCES
+            needs_ghost = is_proper or options["teacher_blend"] != 1 or options["tail_weight"] != 1
             options["rest"] = "ghost" if needs_ghost else "renorm"
         return options
 
@@ -319,7 +322,19 @@ class SlimConfig(SlimObjective, TrainingArguments):
                 f"document_order and train_sampling_strategy must not both be given, got {self.document_order!r} and "
                 f"{self.train_sampling_strategy!r}: leave one of them out"
             )
+        self._check_numbers()
         TrainingArguments.__post_init__(self)
+
+    def _check_numbers(self) -> None:
+        """Checks numbers that transformers gives to the optimizer and to the generators once the model is there."""
+        for name in ("learning_rate", "num_train_epochs", "weight_decay", "adam_epsilon"):
+            _checks.as_at_least_zero(getattr(self, name), name)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= _checks.as_float(getattr(self, name), name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        # numpy's generator takes 32 bits.
+        if not 0 <= _checks.as_integer(self.seed, "seed") < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
 
 
 def check_training_arguments(args: TrainingArguments) -> None:

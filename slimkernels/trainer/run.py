@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from slimkernels.models.make_student import make_student
 from slimkernels.store import MixedStores, Store, StoreDataset
-from slimkernels.trainer.objective import SlimConfig
+from slimkernels.trainer.objective import SlimConfig, SlimObjective
 from slimkernels.trainer.slim_trainer import SlimTrainer
+from slimkernels.trainer.stored_rows import check_is_scored, check_selection
 from slimkernels.trainer.teacher_server import TeacherServer
 from slimkernels.trainer.unscored_documents import UnscoredDocuments
 
@@ -45,12 +47,54 @@ def trainer_of(method: str) -> tuple[Any, Any]:
     return MiniLLMTrainer, MiniLLMConfig
 
 
+def check_options(
+    method: str, output_dir: str | os.PathLike, stores: Sequence[str | os.PathLike], is_scored: bool, **options: Any
+) -> None:
+    """Checks options of ``train`` before a student is loaded: their ranges, and whether they fit each other.
+
+    Args:
+        method: Method of the training.
+        output_dir: Folder of the checkpoints.
+        stores: Folders of the stores to learn from.
+        is_scored: Whether a model or a server scores the documents, in place of the rows of the stores.
+        **options: Fields of the method's configuration.
+
+    Raises:
+        ValueError: An option is out of its range, or does not fit the method or the rows of a store.
+        TypeError: An option is unknown, or of another type.
+        ImportError: The method is "minillm", and the extra of that name is not installed.
+    """
+    # The object is dropped: while one exists that enables DeepSpeed ZeRO-3, models are partitioned as they are loaded.
+    _config_of(method, output_dir, options)
+    if method == "minillm":
+        return
+    of_objective = {field.name for field in dataclasses.fields(SlimObjective)} & options.keys()
+    objective = SlimObjective(method, **{name: options[name] for name in of_objective})
+    check_is_scored(objective, is_scored)
+    if objective.needs_teacher and not is_scored:
+        for path in stores:
+            check_selection(_opened(path, objective.temperature), objective)
+
+
+def _config_of(method: str, output_dir: str | os.PathLike, options: dict[str, Any]) -> Any:
+    return trainer_of(method)[1](output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options)
+
+
 def _opened(path: str | os.PathLike, temperature: float) -> Store:
     """Opens a store; the rows of hidden states are made with the log-sum-exp at the training's temperature too."""
     store = Store(path)
     if store.settings.hidden is None or temperature in store.temperatures:
         return store
     return Store(path, temperatures=(*store.temperatures, temperature))
+
+
+def _paths_of(
+    given: str | os.PathLike | Sequence[str | os.PathLike] | UnscoredDocuments,
+) -> Sequence[str | os.PathLike]:
+    """Returns the paths of the stores that ``train`` was given."""
+    if isinstance(given, UnscoredDocuments):
+        return ()
+    return [given] if isinstance(given, str | os.PathLike) else given
 
 
 def _dataset_of(
@@ -68,8 +112,7 @@ def _dataset_of(
                 f"None, got {method!r}, {weights} and {shares}: pass a store"
             )
         return given
-    paths = [given] if isinstance(given, str | os.PathLike) else given
-    stores = [_opened(path, temperature) for path in paths]
+    stores = [_opened(path, temperature) for path in _paths_of(given)]
     if (weights, shares) != (None, None) and (method == "minillm" or len(stores) == 1):
         raise ValueError(
             "store_weights and store_shares must be None with one store, and with method 'minillm', which reads "
@@ -127,6 +170,8 @@ def train(
         ValueError: As ``SlimTrainer`` and ``SlimTrainer.train``.
         ImportError: The method is "minillm", and the extra of that name is not installed.
     """
+    is_scored = teacher_model is not None or teacher_server is not None
+    check_options(method, output_dir, _paths_of(store_path), is_scored, **options)
     dataset = _dataset_of(store_path, method, options.get("temperature", 1.0), store_weights, store_shares)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -134,12 +179,11 @@ def train(
     if not isinstance(student, nn.Module):
         vocab_size = None if isinstance(dataset, UnscoredDocuments) else dataset.vocab_size
         student = make_student(student, tokenizer=tokenizer, vocab_size=vocab_size)
-    trainer_class, config_class = trainer_of(method)
     taken = _StepCount()
     served = {} if teacher_server is None else {"teacher_server": teacher_server}
-    trainer = trainer_class(
+    trainer = trainer_of(method)[0](
         model=student,
-        args=config_class(output_dir=str(output_dir), method=method, **{"save_total_limit": 2} | options),
+        args=_config_of(method, output_dir, options),
         train_dataset=dataset,
         eval_dataset=None if eval_store_path is None else StoreDataset(eval_store_path),
         processing_class=tokenizer,

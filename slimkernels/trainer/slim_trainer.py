@@ -28,7 +28,7 @@ from slimkernels.trainer.distillation import DistillationMixin, Step
 from slimkernels.trainer.document_order import easy_first
 from slimkernels.trainer.objective import SlimConfig, learning_rate_of
 from slimkernels.trainer.on_policy import continue_prompts, warn_of_other_ends
-from slimkernels.trainer.stored_rows import check_stored_rows, mixture_of, opened_store, stores_of
+from slimkernels.trainer.stored_rows import check_is_scored, check_stored_rows, mixture_of, opened_store, stores_of
 from slimkernels.trainer.teacher_server import TeacherServer
 
 
@@ -323,11 +323,7 @@ class SlimTrainer(DistillationMixin, Trainer):
             raise ValueError("there must be one teacher, got teacher_model and teacher_server: pass one of them")
         if online is not None and not args.needs_teacher:
             raise ValueError(f"method {args.method!r} has no teacher: do not pass teacher_model")
-        if not self._scores_batches and (args.method == "gkd" and args.on_policy_fraction > 0):
-            raise ValueError(
-                "method 'gkd' needs a teacher_model or teacher_server to score what the student writes: pass one, or "
-                "set on_policy_fraction=0 to learn from the store alone"
-            )
+        check_is_scored(args, self._scores_batches)
         if online is not None and args.method == "gkd" and args.on_policy_fraction > 0:
             warn_of_other_ends(self.model, online.model)
 

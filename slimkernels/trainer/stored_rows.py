@@ -124,7 +124,7 @@ def check_stored_rows(
                 f"in {store.path}; capture shorter documents or give the student more positions"
             )
         if objective is not None and objective.needs_teacher:
-            _check_selection(store, objective)
+            check_selection(store, objective)
     _check_one_batch(sources)
 
 
@@ -167,7 +167,25 @@ def _check_unscored(dataset: UnscoredDocuments, objective: SlimObjective | None,
         )
 
 
-def _check_selection(store: Store, objective: SlimObjective) -> None:
+def check_is_scored(objective: SlimObjective, is_scored: bool) -> None:
+    """Checks that there is a teacher to score what the student writes.
+
+    Raises:
+        ValueError: The student writes, and no model or server scores its batches.
+    """
+    if objective.method == "gkd" and objective.on_policy_fraction > 0 and not is_scored:
+        raise ValueError(
+            "method 'gkd' needs a teacher_model or teacher_server to score what the student writes: pass one, or "
+            "set on_policy_fraction=0 to learn from the store alone"
+        )
+
+
+def check_selection(store: Store, objective: SlimObjective) -> None:
+    """Checks that an objective can learn from the kind of rows that a store holds.
+
+    Raises:
+        ValueError: It cannot.
+    """
     selection = store.settings.selection
     kind = selection.get("kind")
     options = objective.loss_options

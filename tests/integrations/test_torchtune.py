@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from support.integrations import trainer_package
 from support.tiny import VOCAB_SIZE, make_model
+from test_trainer_mixin import write_store
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = {"vocab_size": VOCAB_SIZE, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16}
@@ -22,14 +23,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def recipe(monkeypatch):
-    trainer_package("torchtune")
     monkeypatch.syspath_prepend(EXAMPLES)
+    yield load_recipe("full_finetune_single_device").FullFinetuneRecipeSingleDevice
+    sys.modules.pop("torchtune_loss", None)
+
+
+def load_recipe(name: str) -> ModuleType:
+    trainer_package("torchtune")
     root = Path(importlib.util.find_spec("torchtune").origin).parents[1]
-    spec = importlib.util.spec_from_file_location("recipe", root / "recipes/full_finetune_single_device.py")
+    spec = importlib.util.spec_from_file_location(name, root / f"recipes/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module.FullFinetuneRecipeSingleDevice
-    sys.modules.pop("torchtune_loss", None)
+    return module
 
 
 def documents() -> list[dict]:
@@ -53,13 +58,14 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def curve(recipe, model, loss) -> list[float]:
-    """Returns the losses of six steps of the recipe's own step."""
-    fields = {"_model": model, "_loss_fn": loss, "ignore_labels_cache": torch.full((2, 1), -100)}
+def curve(recipe, model, loss, **fields) -> list[float]:
+    """Returns the losses of six steps of the recipe's own step; a list of two losses counts half of each."""
+    fields |= {"_model": model, "_loss_fn": loss, "ignore_labels_cache": torch.full((2, 1), -100)}
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     this = SimpleNamespace(**fields, activations_handling_ctx=torch.autograd.graph.save_on_cpu())
     for batch in batches() * 3:
         value = recipe._loss_step(this, dict(batch))
+        value = sum(value) / 2 if isinstance(value, tuple) else value
         losses.append(value.item())
         value.backward()
         optimizer.step()
@@ -121,8 +127,31 @@ def test_cross_entropy_follows_torchtunes_own_curve(recipe, ran):
     ran("torchtune", "FullFinetuneRecipeSingleDevice", "6 of its steps on the labels, the curve of its own loss")
 
 
+def test_all_logits_from_a_store_follow_the_curve_of_torchtunes_distillation(recipe, tmp_path, ran):
+    from torchtune import config
+    from torchtune.modules.loss import ForwardKLLoss
+
+    teacher = make_model(seed=9).eval()
+    write_store(tmp_path / "store", teacher, documents(), top_k=VOCAB_SIZE)
+    # torchtune's forward KL leaves out the teacher's entropy.
+    options = {"divergence": "soft_ce", "token_weight": "none", "ce_weight": 0.5, "kd_weight": 0.5}
+    loss = config.instantiate(
+        make_config(_component_="torchtune_loss.StoreLoss", store=str(tmp_path / "store"), **options)
+    )
+    model = build("torchtune_loss.without_logits", builder="torchtune.models.llama3.llama3")
+    expected = curve(
+        load_recipe("knowledge_distillation_single_device").KDRecipeSingleDevice,
+        build("torchtune.models.llama3.llama3"),
+        torch.nn.CrossEntropyLoss(ignore_index=-100),
+        _kd_loss_fn=ForwardKLLoss(),
+        _teacher_model=lambda tokens, mask, input_pos: teacher(tokens).logits,
+    )
+    assert curve(recipe, model, loss) == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < expected[0]
+    ran("torchtune", "KDRecipeSingleDevice", "6 of its steps, whose own curve is that of a store with K = V")
+
+
 def test_slim_from_a_store_follows_the_eager_curve(recipe, tmp_path, ran):
-    from test_trainer_mixin import write_store
     from torchtune import config
 
     store = write_store(tmp_path / "store", make_model(seed=9).eval(), documents())
