@@ -78,7 +78,7 @@ class Kernel:
     target_ratio: float = 0.8
     target_ms: float | None = None
     max_barriers: int = 20
-    threads: int = 512
+    threads: int = 256
 
 
 LARGE_SHAPES = ((8192, 32000, 1600), (4096, 128256, 6413), (2048, 262144, 13108))
@@ -91,12 +91,11 @@ KERNELS = (
         lambda n, v, k: n * (2 * v + 6 * k + 8),
         target_ratio=0.8,
         max_barriers=9,
-        threads=256,
     ),
     Kernel(
         "slim_loss",
         "cuda/slim_loss.cuh",
-        "cuda::slim_loss_kernel<BFloat16, true, 512>",
+        "cuda::slim_loss_kernel<BFloat16, true, 256>",
         LARGE_SHAPES,
         lambda n, v, k: n * (4 * v + 6 * k + 28),
         target_ratio=0.8,
@@ -110,7 +109,6 @@ KERNELS = (
         lambda n, v, k: n * (2 * v + 20),
         target_ms=0.025,
         max_barriers=6,
-        threads=256,
     ),
 )
 KERNELS_BY_OP = {kernel.op: kernel for kernel in KERNELS}

@@ -402,7 +402,7 @@ def test_cuda_slim_loss_as_planned(kernel, gpu):
         logits, target, teacher = random_problem(2, vocab_size, vocab_size // 20, dtype=dtype)
         # As for many rows: the fewest blocks.
         plan = kernel.plan(dtype, 4096, vocab_size, vocab_size // 20, gpu)
-        launch = Launch(plan.blocks, plan.staged, threads=512, seed=9)
+        launch = Launch(plan.blocks, plan.staged, threads=256, seed=9)
         for options in (VARIANTS["default"], VARIANTS["all statistics"]):
             actual = run(kernel, launch, logits, target, teacher, **options)
             assert_kernel_matches(actual, logits, target, teacher, **options)

@@ -19,7 +19,7 @@ struct Chosen<Kernel, int64_t(torch::stable::Tensor, Rest...)> {
     if (Kernel::serves(logits, rest...)) return Kernel::run(logits, rest...);
     using torch::stable::detail::from;
     std::array<StableIValue, 1 + sizeof...(Rest)> stack = {from(logits), from(rest)...};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(Kernel::kTriton, "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(Kernel::kTriton, "", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<int64_t>(stack[0]);
   }
 };

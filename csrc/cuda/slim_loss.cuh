@@ -196,7 +196,7 @@ struct SlimRow {
   __device__ void with_teacher(Use use) const {
     // A walk for each type would spill registers where a row is read through L2.
     if (kStaged && args.teacher_dtype == kBFloat16) {
-      use([logits = teacher_row<uint16_t>()](int32_t k) { return BFloat16::widen(logits[k]); });
+      use([logits = kept_pointer(teacher_row<uint16_t>())](int32_t k) { return BFloat16::widen(logits[k]); });
     } else {
       use([this](int32_t k) { return teacher_logit(k); });
     }
@@ -319,8 +319,9 @@ namespace slimkernels {
 namespace cuda {
 namespace {
 
+// Shared memory has room for three blocks of 256 threads at most.
 template <class X, bool kStaged, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+__global__ void __launch_bounds__(kThreads, 768 / kThreads)
     slim_loss_kernel(const __grid_constant__ SlimLossLaunch launch) {
   SlimRow<X, kStaged, kThreads>(launch).run();
 }

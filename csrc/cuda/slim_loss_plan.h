@@ -11,7 +11,8 @@ namespace slimkernels {
 namespace cuda {
 namespace {
 
-constexpr int kLaunchedThreads = 512;
+// Every warp does some work once per row, which fewer threads do less often, and a thread of fewer has more registers.
+constexpr int kLaunchedThreads = 256;
 constexpr int kMaxBlocks = 8;  // cluster size that every device with clusters supports
 
 struct SlimLossPlan {

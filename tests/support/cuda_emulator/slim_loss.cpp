@@ -37,8 +37,8 @@ const char* run(const SlimLossArgs& args, const Launch& launch) {
 
 template <class X>
 const char* run_variant(const SlimLossArgs& args, const Launch& launch) {
-  if (launch.num_threads == 512)
-    return launch.staged ? run<X, true, 512>(args, launch) : run<X, false, 512>(args, launch);
+  if (launch.num_threads == kLaunchedThreads)
+    return launch.staged ? run<X, true, kLaunchedThreads>(args, launch) : run<X, false, kLaunchedThreads>(args, launch);
   return launch.staged ? run<X, true, 64>(args, launch) : run<X, false, 64>(args, launch);
 }
 
