@@ -64,11 +64,55 @@ def test_values_that_are_normalised_on_the_kept_ids_have_no_other_mass():
         loss_of_logprobs(*given, logits=torch.zeros(4, VOCAB_SIZE), has_whole_mass=False, rest="ghost")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rest", ["ghost", "zero"])
+def test_rows_of_all_ids_have_no_other_mass(dtype, rest):
+    """The student has no mass outside of all ids, so that a rounded rest of the teacher would cost infinitely much."""
+    teacher, target = teacher_of((4,)), torch.arange(4)
+    kept = teacher.log_softmax(-1).to(dtype).topk(VOCAB_SIZE)
+    logits = teacher_of((4,), seed=1)
+    options = {"rest": rest, "token_weight": "none"}
+    found = loss_of_logprobs(target, kept.indices, kept.values, logits=logits, **options).loss
+    dense = torch.nn.functional.kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    dense += torch.nn.functional.cross_entropy(logits, target)
+    assert found.item() == pytest.approx(dense.item(), rel=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_row_that_is_not_finite_is_not_left_out():
+    kept = teacher_of((4,)).log_softmax(-1).topk(TOP_K)
+    kept.values[2, 1] = torch.nan
+    given = (torch.zeros(4, dtype=torch.int64), kept.indices, kept.values)
+    found = loss_of_logprobs(*given, logits=torch.zeros(4, VOCAB_SIZE), reduction="none").loss
+    assert found.isnan().tolist() == [False, False, True, False]
+
+
+def test_logits_in_place_of_logprobs_are_refused():
+    kept, target = teacher_of((4,)).topk(TOP_K), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"sum to 1 at most, got a sum of .*: subtract the logsumexp of all logits"):
+        loss_of_logprobs(target, kept.indices, kept.values, logits=torch.zeros(4, VOCAB_SIZE))
+    # What a trainer fills up a batch with.
+    rows_of_logprobs(torch.zeros_like(kept.indices), torch.zeros_like(kept.values), target - 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
+def test_ids_may_be_of_any_integers(dtype):
+    kept = teacher_of((4,)).log_softmax(-1).topk(TOP_K)
+    expected, found = (rows_of_logprobs(ids, kept.values) for ids in (kept.indices, kept.indices.to(dtype)))
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.logits, expected.logits)
+
+
 def test_wrong_arguments_are_named():
     ids, logprobs = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="logprobs must have the shape of ids"):
         rows_of_logprobs(ids, logprobs[:, :2])
     with pytest.raises(ValueError, match="target must have shape"):
         rows_of_logprobs(ids, logprobs, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="either logits or hidden"):
-        loss_of_logprobs(torch.zeros(2, dtype=torch.int64), ids, logprobs)
+    with pytest.raises(TypeError, match=r"ids must be integers, got torch\.float32"):
+        rows_of_logprobs(logprobs, logprobs)
+    with pytest.raises(TypeError, match=r"logprobs must be floating-point numbers, got torch\.int64"):
+        rows_of_logprobs(ids, ids)
+    target = torch.zeros(2, dtype=torch.int64)
+    for operands in ({}, {"hidden": logprobs}, {"logits": logprobs, "weight": logprobs}):
+        with pytest.raises(ValueError, match="either logits, or hidden and weight, must be given"):
+            loss_of_logprobs(target, ids, logprobs, **operands)

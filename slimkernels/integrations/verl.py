@@ -44,8 +44,22 @@ def register(name: str = "slim_topk", **options: Any) -> None:
             f'ce_weight must be 0 and token_weight "none", as verl passes no labels to a top-k loss, got '
             f"{options['ce_weight']} and {options['token_weight']!r}"
         )
-    register_distillation_loss(DistillationLossSettings(names=[name], use_topk=True))(compute_forward_kl_topk)
+    register_distillation_loss(DistillationLossSettings(names=[name], use_topk=True))(_checked(name))
     fsdp_losses.compute_forward_kl_topk = _by_mode(name, fsdp_losses.compute_forward_kl_topk, options)
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    """Returns verl's function that sums a mode's losses, which refuses engines that compute verl's own losses."""
+
+    def checked(config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any) -> Any:
+        if config.strategy == "megatron" or config.use_fused_kernels:
+            raise ValueError(
+                f"strategy must be another than 'megatron', and use_fused_kernels False, with {name}, as these compute "
+                f"verl's own loss, got {config.strategy!r} and {config.use_fused_kernels}"
+            )
+        return compute_forward_kl_topk(config, distillation_config, model_output, data)
+
+    return checked
 
 
 def _by_mode(name: str, others: Callable[..., Any], options: dict[str, Any]) -> Callable[..., dict[str, Tensor]]:
@@ -66,7 +80,9 @@ def _by_mode(name: str, others: Callable[..., Any], options: dict[str, Any]) -> 
         # Both are nested, and packed as the logits are: (1, sum of lengths, K).
         ids, logprobs = teacher_topk_ids.values()[None], teacher_topk_log_probs.values()[None]
         labels = torch.zeros(student_logits.shape[:2], dtype=torch.int64, device=student_logits.device)
-        result = loss_of_logprobs(labels, ids, logprobs, logits=student_logits, reduction="none", **options)
+        # verl has no answer for a sequence's last token, nor for sequences that fill up a batch: it repeats one id.
+        mask = None if ids.shape[-1] == 1 else (ids != ids[..., :1]).any(-1, keepdim=True).expand_as(ids)
+        result = loss_of_logprobs(labels, ids, logprobs, logits=student_logits, mask=mask, reduction="none", **options)
         return {
             "distillation_losses": result.loss,
             "student_mass": result.student_mass,

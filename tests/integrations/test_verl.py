@@ -10,6 +10,8 @@ from support.tiny import VOCAB_SIZE
 trainer_package("verl")
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS = (5, 8)
+# The places of the packed sequences at which verl has an answer of the teacher.
+ANSWERED = [place for place in range(sum(LENGTHS)) if place + 1 not in (LENGTHS[0], sum(LENGTHS))]
 
 
 @pytest.fixture
@@ -27,7 +29,10 @@ def register(monkeypatch):
 
 
 def losses_of(mode: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Calls verl's logits processor with a mode, and returns its losses and the two masses (1, sum of lengths)."""
+    """Calls verl's logits processor with a mode, and returns its losses and the two masses, where there is an answer.
+
+    As ``extract_prompt_logprobs`` of verl's servers does, the row of a sequence's last token repeats id 0 with 0.0.
+    """
     from verl.trainer.distillation.losses import compute_topk_loss
     from verl.workers.config import DistillationConfig, DistillationLossConfig
 
@@ -36,6 +41,8 @@ def losses_of(mode: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor
     )
     generator = torch.Generator().manual_seed(5)
     teacher = [(3 * torch.randn(n, VOCAB_SIZE, generator=generator)).log_softmax(-1).topk(top_k) for n in LENGTHS]
+    for kept in teacher:
+        kept.values[-1], kept.indices[-1] = 0.0, 0
     data = {
         "teacher_logprobs": torch.nested.as_nested_tensor([kept.values for kept in teacher], layout=torch.jagged),
         "teacher_ids": torch.nested.as_nested_tensor([kept.indices for kept in teacher], layout=torch.jagged),
@@ -45,7 +52,8 @@ def losses_of(mode: str, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor
         strategy = "fsdp2"
 
     found = compute_topk_loss(Actor, DistillationConfig(distillation_loss=settings), data, logits, "thd")
-    return found["distillation_losses"], found["student_mass"], found["teacher_mass"]
+    assert all(torch.isfinite(value).all() for value in found.values())
+    return tuple(found[name][0, ANSWERED] for name in ("distillation_losses", "student_mass", "teacher_mass"))
 
 
 def test_steps_on_all_logits_give_its_own_curve(register, ran):
@@ -83,3 +91,14 @@ def test_what_it_cannot_honour_it_refuses(register):
     register()
     with pytest.raises(ValueError, match="already registered"):
         register()
+
+
+@pytest.mark.parametrize("given", [{"strategy": "megatron"}, {"strategy": "veomni", "use_fused_kernels": True}])
+def test_engines_with_a_loss_of_their_own_are_refused(register, given):
+    from verl.trainer.distillation.losses import get_distillation_loss_fn
+    from verl.workers.config import ActorConfig
+
+    register()
+    config = ActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, **given)
+    with pytest.raises(ValueError, match="strategy must be another than 'megatron', and use_fused_kernels False"):
+        get_distillation_loss_fn("slim_topk")(config=config, distillation_config=None, model_output={}, data={})
