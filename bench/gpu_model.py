@@ -86,7 +86,7 @@ KERNELS = (
     Kernel(
         "topk_logits",
         "cuda/topk_logits.cuh",
-        "topk_logits_kernel<BFloat16, true, 256>",
+        "cuda::topk_logits_kernel<BFloat16, true, 256>",
         LARGE_SHAPES,
         lambda n, v, k: n * (2 * v + 6 * k + 8),
         target_ratio=0.8,

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.emulated_cuda import COMPILER, DTYPES, ROOT, Gpu
-from support.emulated_sample_logits import LAUNCHES, EmulatedSampleLogits, Launch, compile_sample_logits
+from support.emulated_cuda import (
+    A100,
+    DTYPES,
+    GPUS,
+    H100,
+    RTX_5090,
+    Launch,
+    assert_tests_pass_emulated,
+    compile_emulated,
+    needs_emulator,
+    removed_barriers,
+)
+from support.emulated_sample_logits import LAUNCHES, EmulatedSampleLogits
 from support.helpers import LAYOUTS, assert_same_bits, explain, hostile_rows
 from torch import Tensor
 
 import slimkernels as sk
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or shutil.which(COMPILER[0]) is None,
-    reason="the emulated GPU needs Linux and a C++ compiler",
-)
+pytestmark = needs_emulator
 
 NAN = math.nan
-A100 = Gpu(has_clusters=False, block_bytes=163 << 10, processor_bytes=164 << 10, processors=108)
-H100 = Gpu(has_clusters=True, block_bytes=227 << 10, processor_bytes=228 << 10, processors=132)
-RTX_4090 = Gpu(has_clusters=False, block_bytes=99 << 10, processor_bytes=100 << 10, processors=128)
-RTX_5090 = Gpu(has_clusters=True, block_bytes=99 << 10, processor_bytes=100 << 10, processors=170)
 
 # Each takes another way through the kernel: bounds from the threads' largest logits, from the histogram, from min-p,
 # and none; candidates of one warp, of one block and of all.
@@ -88,7 +86,7 @@ def assert_kernel_matches(actual: sk.Sampled, logits: Tensor, m: int = 1, **opti
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    return compile_sample_logits(tmp_path_factory.mktemp("emulated"))
+    return compile_emulated("sample_logits", tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")
@@ -109,27 +107,8 @@ def kernel(library) -> EmulatedSampleLogits:
     ],
 )
 def test_cuda_sample_logits_passes_tests_of_the_op(library, file):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--kernels=emulated",
-            str(ROOT / "tests" / file),
-            "-k",  # rows of a real vocabulary take minutes each
-            "not float64 and not real_vocabulary and not memory",
-        ],
-        env=os.environ | {"EMULATED_SAMPLE_LOGITS": str(library)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=3000,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    # Rows of a real vocabulary take minutes each.
+    assert_tests_pass_emulated("sample_logits", library, file, deselected=("real_vocabulary", "memory"), timeout=3000)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in DTYPES[::2])])
@@ -153,8 +132,8 @@ def test_cuda_sample_logits_is_the_same_however_it_is_launched(kernel, name):
     first = run(kernel, LAUNCHES[0], logits, 2, **VARIANTS[name])
     assert_kernel_matches(first, logits, 2, **VARIANTS[name])
     for launch in LAUNCHES[1:]:
-        with explain(f"{launch.blocks} blocks, staged={launch.staged}, list of {launch.list_capacity}"):
-            again = Launch(launch.blocks, bool(launch.staged), launch.list_capacity, 64, launch.seed + 10)
+        with explain(str(launch)):
+            again = launch._replace(seed=launch.seed + 10)
             assert_same_bits(run(kernel, again, logits, 2, **VARIANTS[name]), first)
 
 
@@ -203,15 +182,7 @@ def test_cuda_sample_logits_of_options_per_row(kernel):
     ],
 )
 def test_cuda_sample_logits_needs_its_barriers(library, which, needless):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/scripts/cuda_removed_barriers_sample_logits.py"), str(library), str(which)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=900,
-    )
-    barriers, unnoticed = json.loads(done.stdout)
+    ((barriers, unnoticed),) = removed_barriers("sample_logits", library, which)
     assert barriers >= 6
     assert set(unnoticed) <= needless
 
@@ -240,7 +211,7 @@ def test_cuda_sample_logits_plan_by_hand(kernel, gpu, dtype, shape, blocks, stag
     assert (plan.blocks, plan.staged) == (blocks, staged)
 
 
-@pytest.mark.parametrize("gpu", [A100, H100, RTX_4090, RTX_5090], ids=["A100", "H100", "RTX 4090", "RTX 5090"])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_cuda_sample_logits_plan_fits_the_device(kernel, gpu):
     for dtype in DTYPES:
         for vocab_size in (1, 2048, 2049, 32000, 50257, 128256, 151937, 262144, 2**31 - 2**15):
@@ -260,7 +231,7 @@ def test_cuda_sample_logits_plan_fits_the_device(kernel, gpu):
 def test_cuda_sample_logits_as_planned(kernel, vocab_size):
     logits = (10 + 3 * torch.randn(2, vocab_size)).bfloat16()
     plan = kernel.plan(torch.bfloat16, 512, vocab_size, H100)
-    launch = Launch(plan.blocks, plan.staged, list_capacity=2048, threads=256, seed=9)
+    launch = Launch(plan.blocks, plan.staged, plan.list_capacity, threads=256, seed=9)
     for options in VARIANTS.values():
         with explain(str(options)):
             assert_kernel_matches(run(kernel, launch, logits, **options), logits, **options)

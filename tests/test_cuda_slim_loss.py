@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.emulated_cuda import COMPILER, DTYPES, ROOT, Gpu
-from support.emulated_slim_loss import LAUNCHES, EmulatedSlimLoss, Launch, Plan, compile_slim_loss
+from support.emulated_cuda import (
+    A100,
+    DTYPES,
+    GPUS,
+    H100,
+    RTX_5090,
+    Gpu,
+    Launch,
+    Plan,
+    assert_tests_pass_emulated,
+    compile_emulated,
+    needs_emulator,
+    removed_barriers,
+)
+from support.emulated_slim_loss import LAUNCHES, EmulatedSlimLoss
 from support.helpers import (
     LAYOUTS,
     RESTS_AND_DIVERGENCES,
@@ -31,16 +39,9 @@ from slimkernels import SlimLoss, SparseLogits, reference
 from slimkernels.ops._slim_options import resolve_options
 from slimkernels.ops.slim_result import NUM_STATS
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or shutil.which(COMPILER[0]) is None,
-    reason="the emulated GPU needs Linux and a C++ compiler",
-)
+pytestmark = needs_emulator
 
 INF, NAN = math.inf, math.nan
-A100 = Gpu(has_clusters=False, block_bytes=163 << 10, processor_bytes=164 << 10, processors=108)
-H100 = Gpu(has_clusters=True, block_bytes=227 << 10, processor_bytes=228 << 10, processors=132)
-RTX_4090 = Gpu(has_clusters=False, block_bytes=99 << 10, processor_bytes=100 << 10, processors=128)
-RTX_5090 = Gpu(has_clusters=True, block_bytes=99 << 10, processor_bytes=100 << 10, processors=170)
 
 DEFAULTS = {
     "temperature": 1.0,
@@ -125,7 +126,7 @@ def assert_kernel_matches(actual: tuple[SlimLoss, Tensor], logits: Tensor, targe
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    return compile_slim_loss(tmp_path_factory.mktemp("emulated"))
+    return compile_emulated("slim_loss", tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")
@@ -133,26 +134,9 @@ def kernel(library) -> EmulatedSlimLoss:
     return EmulatedSlimLoss(library)
 
 
-def assert_tests_pass_emulated(
-    library: Path, *tests: str, deselected: tuple[str, ...] = (), timeout: float = 900
-) -> None:
-    """Runs tests of tests/ with the emulated kernel in the place of the CPU's."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--kernels=emulated"]
-        + [str(ROOT / "tests" / test) for test in tests]
-        + ["-k", " and ".join(["not float64", *(f"not {name}" for name in deselected)])],
-        env=os.environ | {"EMULATED_SLIM_LOSS": str(library)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 def test_cuda_slim_loss_passes_tests_of_the_op(library):
     assert_tests_pass_emulated(
+        "slim_loss",
         library,
         "test_slim_loss.py::test_slim_loss_divergence_hand_worked",
         "test_slim_loss.py::test_slim_loss_of_rows_whose_target_logit_is_not_known",
@@ -177,7 +161,8 @@ def test_cuda_slim_loss_passes_tests_of_the_op(library):
 )
 def test_cuda_slim_loss_passes_all_tests_of_the_op(library, file):
     # Denormal numbers cost a GPU nothing, so it makes them.
-    assert_tests_pass_emulated(library, file, deselected=("denormal", "smallest_normal_number_is_zero"), timeout=1800)
+    deselected = ("denormal", "smallest_normal_number_is_zero")
+    assert_tests_pass_emulated("slim_loss", library, file, deselected=deselected, timeout=1800)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,7 +219,7 @@ def test_cuda_slim_loss_is_the_same_however_it_is_launched(kernel, name, dtype):
     first = run(kernel, LAUNCHES[0], logits, target, teacher, **options)
     for launch in LAUNCHES:
         for layout in (None, *(("row strided", "misaligned") if launch.blocks == 2 else ())):
-            again = Launch(launch.blocks, bool(launch.staged), 64, launch.seed + 10)
+            again = launch._replace(seed=launch.seed + 10)
             given = logits if layout is None else LAYOUTS[layout](logits)
             with explain(f"{launch.blocks} blocks, staged={launch.staged}, {layout}"):
                 assert_same_bits(run(kernel, again, given, target, teacher, **options), first)
@@ -258,7 +243,7 @@ def test_cuda_slim_loss_of_a_row_does_not_depend_on_the_others(kernel):
         assert_same_bits(gradient[n : n + 1], alone[1])
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.blocks}-{bool(launch.staged)}")
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.blocks}-{launch.staged}")
 def test_cuda_slim_loss_writes_over_the_logits(kernel, launch):
     for layout in (lambda rows: rows.clone(), LAYOUTS["misaligned"]):
         logits, target, teacher = random_problem(3, 2111, 106, dtype=torch.bfloat16)
@@ -268,7 +253,7 @@ def test_cuda_slim_loss_writes_over_the_logits(kernel, launch):
         assert_same_bits(run(kernel, launch, rows, target, teacher, row_scale=scale, over_logits=True), first)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES[1:3], ids=lambda launch: f"{launch.blocks}-{bool(launch.staged)}")
+@pytest.mark.parametrize("launch", LAUNCHES[1:3], ids=lambda launch: f"{launch.blocks}-{launch.staged}")
 def test_cuda_slim_loss_of_a_row_behind_2_to_the_31_elements(kernel, launch, tmp_path):
     # The last row of many begins behind 2 ** 32 logits and 2 ** 31 ids. The files of the others have no pages.
     num_rows = (1 << 21) + 1
@@ -286,13 +271,13 @@ def test_cuda_slim_loss_of_a_row_behind_2_to_the_31_elements(kernel, launch, tmp
     stats = torch.empty(NUM_STATS["none"], num_rows)
     logits, target = last_of_many(problem.logits), last_of_many(problem.target)
     options = [last_of_many(each) if isinstance(each, Tensor) else each for each in options]
-    kernel.launches = iter([Launch(launch.blocks, bool(launch.staged), first_row=num_rows - 1)])
+    kernel.launches = iter([launch._replace(first_row=num_rows - 1)])
     kernel.slim_loss_rows(logits, logits, stats, target, None, *options)
     assert_same_bits(SlimLoss(*stats[:, -1:]), fields)
     assert_same_bits(logits[-1:], gradient)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES[:3], ids=lambda launch: f"{launch.blocks}-{bool(launch.staged)}")
+@pytest.mark.parametrize("launch", LAUNCHES[:3], ids=lambda launch: f"{launch.blocks}-{launch.staged}")
 def test_cuda_slim_loss_of_bad_and_ignored_rows(kernel, launch):
     logits, target, teacher = random_problem(8, 2111, 106, ignored=())
     good = run(kernel, launch, logits, target, teacher, statistics=True)
@@ -313,7 +298,7 @@ def test_cuda_slim_loss_of_bad_and_ignored_rows(kernel, launch):
 
 @pytest.mark.slow  # a compilation
 def test_cuda_slim_loss_without_its_wait_is_wrong(tmp_path):
-    broken = EmulatedSlimLoss(compile_slim_loss(tmp_path, old="if (kStaged) wait_for_copies();", new=""))
+    broken = EmulatedSlimLoss(compile_emulated("slim_loss", tmp_path, old="if (kStaged) wait_for_copies();", new=""))
     logits, target, teacher = random_problem(1, 2112, 106, ignored=())
     actual = run(broken, LAUNCHES[0], logits, target, teacher)
     with pytest.raises(AssertionError):
@@ -330,15 +315,7 @@ def test_cuda_slim_loss_without_its_wait_is_wrong(tmp_path):
     ],
 )
 def test_cuda_slim_loss_needs_its_barriers(library, which):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/scripts/cuda_removed_barriers_slim_loss.py"), str(library), str(which)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=900,
-    )
-    barriers, unnoticed = json.loads(done.stdout)
+    ((barriers, unnoticed),) = removed_barriers("slim_loss", library, which)
     assert barriers >= 5
     assert not unnoticed
 
@@ -365,17 +342,17 @@ def test_cuda_slim_loss_needs_its_barriers(library, which):
     ],
 )
 def test_cuda_slim_loss_plan_by_hand(kernel, gpu, dtype, shape, blocks, staged):
-    plan = kernel.plan(dtype, *shape, shape[1] // 20, gpu)
+    plan = kernel.plan(dtype, *shape, gpu, shape[1] // 20, 0)
     assert (plan.blocks, plan.staged) == (blocks, staged)
 
 
-@pytest.mark.parametrize("gpu", [A100, H100, RTX_4090, RTX_5090], ids=["A100", "H100", "RTX 4090", "RTX 5090"])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_cuda_slim_loss_plan_fits_the_device(kernel, gpu):
-    longest = 3 << 17  # kMaxVocabulary
+    longest = 3 << 17  # kMaxVocabSize
     for dtype in DTYPES:
         for vocab_size in (1, 1024, 1025, 32000, 50257, 128256, 151936, 262144, longest):
             for num_rows, selects in ((1, True), (16, False), (4096, True)):
-                plan = kernel.plan(dtype, num_rows, vocab_size, vocab_size // 20, gpu, selects=selects)
+                plan = kernel.plan(dtype, num_rows, vocab_size, gpu, vocab_size // 20, int(selects))
                 with explain(f"{dtype}, N={num_rows}, V={vocab_size}: {plan}"):
                     assert_plan_fits(plan, dtype, vocab_size, gpu)
 
@@ -401,7 +378,7 @@ def test_cuda_slim_loss_as_planned(kernel, gpu):
     for dtype, vocab_size in ((torch.bfloat16, 32000), (torch.bfloat16, 50257), (torch.float32, 60000)):
         logits, target, teacher = random_problem(2, vocab_size, vocab_size // 20, dtype=dtype)
         # As for many rows: the fewest blocks.
-        plan = kernel.plan(dtype, 4096, vocab_size, vocab_size // 20, gpu)
+        plan = kernel.plan(dtype, 4096, vocab_size, gpu, vocab_size // 20, 0)
         launch = Launch(plan.blocks, plan.staged, threads=256, seed=9)
         for options in (VARIANTS["default"], VARIANTS["all statistics"]):
             actual = run(kernel, launch, logits, target, teacher, **options)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import math
 import os
-import platform
 import resource
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.emulated_cuda import COMPILER, DTYPES, ROOT, EmulatedKernel, Gpu, Launch, Plan, compile_library
+from support.emulated_cuda import (
+    A100,
+    DTYPES,
+    GPUS,
+    H100,
+    Gpu,
+    Launch,
+    Plan,
+    compile_emulated,
+    needs_emulator,
+    removed_barriers,
+)
+from support.emulated_topk_logits import EmulatedTopkLogits
 from support.helpers import LAYOUTS, assert_same_bits, explain, hostile_rows, sparse_fields
 from test_topk_logits import assert_topk_matches
 
@@ -23,10 +30,7 @@ from slimkernels import SparseLogits, reference
 
 INF, NAN = math.inf, math.nan
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or shutil.which(COMPILER[0]) is None,
-    reason="the emulated GPU needs Linux and a C++ compiler",
-)
+pytestmark = needs_emulator
 
 LAUNCHES = {
     "one block": Launch(),
@@ -37,10 +41,6 @@ LAUNCHES = {
     "one block of 256 threads": Launch(threads=256, seed=6),
     "cluster of 2 with 256 threads": Launch(blocks=2, threads=256, seed=8),
 }
-A100 = Gpu(has_clusters=False, block_bytes=163 << 10, processor_bytes=164 << 10, processors=108)
-H100 = Gpu(has_clusters=True, block_bytes=227 << 10, processor_bytes=228 << 10, processors=132)
-RTX_4090 = Gpu(has_clusters=False, block_bytes=99 << 10, processor_bytes=100 << 10, processors=128)
-RTX_5090 = Gpu(has_clusters=True, block_bytes=99 << 10, processor_bytes=100 << 10, processors=170)
 
 
 def assert_kernel_matches(actual: SparseLogits, logits: torch.Tensor, top_k: int, **options) -> None:
@@ -52,12 +52,12 @@ def assert_kernel_matches(actual: SparseLogits, logits: torch.Tensor, top_k: int
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    return compile_library(tmp_path_factory.mktemp("emulated"))
+    return compile_emulated("topk_logits", tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")
-def emulated(library) -> EmulatedKernel:
-    return EmulatedKernel(library)
+def emulated(library) -> EmulatedTopkLogits:
+    return EmulatedTopkLogits(library)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,6 +146,16 @@ def test_cuda_topk_logits_of_any_layout(emulated, layout, dtype):
         assert_same_bits(sparse_fields(actual), expected)
 
 
+def test_cuda_topk_logits_of_a_row_behind_2_to_the_31_elements(emulated, tmp_path):
+    # A file without pages between the two rows. A product in 32 bits would be negative.
+    stride = (1 << 31) + 8
+    memory = torch.from_file(str(tmp_path / "rows"), shared=True, size=stride + 2048, dtype=torch.bfloat16)
+    rows = memory.as_strided((2, 2048), (stride, 1))
+    rows.copy_(torch.randn(2, 2048))
+    expected = emulated.topk_logits(rows.clone(memory_format=torch.contiguous_format), 100)
+    assert_same_bits(sparse_fields(emulated.topk_logits(rows, 100)), sparse_fields(expected))
+
+
 def misleading_rows(launch: Launch) -> torch.Tensor:
     """Rows (2, V) whose sample is all large, so that too few pass, and all small, so that too many do."""
     vocab_size = 8192
@@ -176,7 +186,7 @@ def test_cuda_topk_logits_where_the_sample_misleads(emulated, launch):
 )
 def test_cuda_topk_logits_without_its_fallback_is_wrong(tmp_path, old, new, row):
     # The rows above do mislead: what counts them in full is needed.
-    broken = EmulatedKernel(compile_library(tmp_path, old=old, new=new))
+    broken = EmulatedTopkLogits(compile_emulated("topk_logits", tmp_path, old=old, new=new))
     launch = MISLED[0]
     rows = misleading_rows(launch)[row : row + 1]
     child = os.fork()  # because a thread may write anywhere
@@ -197,15 +207,7 @@ def test_cuda_topk_logits_needs_its_barriers(library):
     # Shows that the emulator finds a missing one. What nobody needs in these launches: a threshold guessed from half of
     # the sample, or from a histogram that was not empty, is as right as another. In one block no other block reads a
     # histogram that is cleared, or anything at the end; without lists nobody uses the first histogram.
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/scripts/cuda_removed_barriers.py"), str(library)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=900,
-    )
-    launches = json.loads(done.stdout)
+    launches = removed_barriers("topk_logits", library, 0, 1, 2, 3)
     assert len(launches) == 4
     for (barriers, unnoticed), needless in zip(launches, ({0, 1, 7, 11, -1}, {0}, {0}, {0, 7}), strict=True):
         assert barriers >= 16
@@ -233,17 +235,17 @@ def test_cuda_topk_logits_needs_its_barriers(library):
     ],
 )
 def test_cuda_topk_logits_plan_by_hand(emulated, gpu, dtype, shape, top_k, blocks, staged, listed):
-    plan = emulated.plan(dtype, *shape, top_k, gpu)
+    plan = emulated.plan(dtype, *shape, gpu, top_k)
     assert (plan.blocks, plan.staged, plan.list_capacity > 0) == (blocks, staged, listed)
 
 
-@pytest.mark.parametrize("gpu", [A100, H100, RTX_4090, RTX_5090], ids=["A100", "H100", "RTX 4090", "RTX 5090"])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_cuda_topk_logits_plan_fits_the_device(emulated, gpu):
     for dtype in DTYPES:
         for vocab_size in (1, 1024, 1025, 32000, 50257, 128256, 262144, 2**20, 2**21):
             for top_k in {1, min(40, vocab_size), math.ceil(vocab_size / 20), vocab_size // 2 + 1, vocab_size}:
                 for num_rows in (1, 16, 4096):
-                    plan = emulated.plan(dtype, num_rows, vocab_size, top_k, gpu)
+                    plan = emulated.plan(dtype, num_rows, vocab_size, gpu, top_k)
                     with explain(f"{dtype}, N={num_rows}, V={vocab_size}, K={top_k}: {plan}"):
                         assert_plan_fits(plan, dtype, vocab_size, gpu)
 
@@ -269,7 +271,7 @@ def test_cuda_topk_logits_as_planned(emulated, gpu):
         rows = (4.0 * torch.randn(num_rows, vocab_size)).to(dtype)
         top_k = math.ceil(vocab_size / 20)
         # As for many rows: the fewest blocks.
-        plan = emulated.plan(dtype, 4096, vocab_size, top_k, gpu)
+        plan = emulated.plan(dtype, 4096, vocab_size, gpu, top_k)
         launch = Launch(plan.blocks, plan.staged, plan.list_capacity, threads=256, seed=9)
         target = torch.randint(vocab_size, (num_rows,))
         actual = emulated.topk_logits(rows, top_k, launch, target=target, temperatures=(1.0, 2.0))

@@ -216,7 +216,7 @@ def test_sample_logits_at_extreme_temperatures(dtype, temperature):
     logits = torch.stack([torch.randn(300), torch.full((300,), 2.0), torch.linspace(-9, 9, 300)])
     logits[0, ::3] = -INF
     logits[2, 7:11] = 9.0
-    for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}):
+    for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}, {"min_p": 1.0}):
         with explain(str(options)):
             assert_drawn_matches(logits.to(dtype), seed=8, position=torch.arange(3), temperature=temperature, **options)
 
@@ -243,6 +243,8 @@ def test_sample_logits_of_few_distinct_values(data, vocab_size, dtype):
         ([1.0, 0.0, 1.0, 1.0, -1.0], {"top_k": 1}, [0, 2, 3]),
         ([1.0, 0.0, 1.0, 1.0, -1.0], {"top_p": 0.1}, [0, 2, 3]),
         ([1.0, 0.0, 1.0, 1.0, -1.0], {"min_p": 0.9}, [0, 2, 3]),
+        # The ratio of their probabilities rounds to 1.
+        ([-1.0, 0.0, -1e-30], {"min_p": 1.0}, [1, 2]),
         ([1.0, 0.0, 1.0, 1.0, -1.0], {"temperature": 0.0}, [0]),
         ([-1.0, -0.0, 0.0, -0.0], {"temperature": 0.0}, [1]),
         ([-1.0, -0.0, 0.0, -0.0], {"top_k": 1}, [1, 2, 3]),

@@ -17,7 +17,7 @@ UNTRACED int main(int, char** arguments) {
   trace::begin();
   const int64_t num_rows = atoll(arguments[1]), vocab_size = atoll(arguments[2]), top_k = atoll(arguments[3]);
   const Machine h200 = {true, 227 << 10, 228 << 10, 132};
-  const SamplePlan plan = make_plan<BFloat16>(h200, num_rows, vocab_size);
+  const RowPlan plan = make_plan<BFloat16>(h200, num_rows, vocab_size);
 
   Row logits(vocab_size);
   int64_t token;

@@ -47,7 +47,7 @@ UNTRACED int main(int, char** arguments) {
   args.beta = args.alpha = 0.5;
   args.teacher_blend = args.tail_weight = args.ce_weight = args.kd_weight = args.logit_scale = 1;
   args.ignore_index = -100;
-  const SlimLossPlan plan = make_plan<BFloat16>(h200, args);
+  const RowPlan plan = make_plan<BFloat16>(h200, args);
   const SlimLossLaunch launch = launch_of<BFloat16, true, kLaunchedThreads>(args, plan.slice);
   return trace::run_row(kLaunchedThreads, plan.num_blocks, plan.bytes, plan.staged,
                         [&] { slim_loss_kernel<BFloat16, true, kLaunchedThreads>(launch); });

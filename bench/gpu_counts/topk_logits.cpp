@@ -9,13 +9,14 @@
 #include "row.h"
 
 using namespace slimkernels;
+using namespace slimkernels::cuda;
 
 // Arguments: N, V and K. The standard input lists the blocks that are counted.
 UNTRACED int main(int, char** arguments) {
   trace::begin();
   const int64_t num_rows = atoll(arguments[1]), vocab_size = atoll(arguments[2]), top_k = atoll(arguments[3]);
   const Machine h200 = {true, 227 << 10, 228 << 10, 132};
-  const Plan plan = make_plan<BFloat16>(h200, num_rows, vocab_size, top_k);
+  const TopkLogitsPlan plan = make_plan<BFloat16>(h200, num_rows, vocab_size, top_k);
   Row logits(vocab_size);
   std::vector<uint16_t> values(top_k);
   std::vector<int32_t> ids(top_k);

@@ -97,7 +97,9 @@ A least_candidate(const RowOptions& options, int64_t vocab_size, double level, d
     const double weight = 0.999 * (1 - options.top_p) * partial_sum / double(vocab_size);
     share = weight > share ? weight : share;
   }
-  const double offset = options.temperature * __builtin_log(share);
+  // Exponentials of scores that differ by less than this may round to the same number.
+  constexpr double kSameScore = 4 * __DBL_EPSILON__;
+  const double offset = options.temperature * (__builtin_log(share) - kSameScore);
   const double magnitude = (level < 0 ? -level : level) - offset;
   const double least = level + offset - 4 * (sizeof(A) == 4 ? __FLT_EPSILON__ : __DBL_EPSILON__) * magnitude;
   return least > -double(largest_finite<A>()) ? A(least) : -largest_finite<A>();

@@ -9,6 +9,11 @@ namespace slimkernels {
 namespace cuda {
 namespace {
 
+// What the noise of a row's ids depends on.
+struct Noise {
+  uint64_t seed, position;
+};
+
 // Sets `words` to Philox-4x32-10 of the counter (c0, c1, position) with the seed as its key.
 __device__ inline void philox(uint32_t c0, uint32_t c1, uint64_t position, uint64_t seed, uint32_t (&words)[4]) {
   uint32_t c2 = uint32_t(position), c3 = uint32_t(position >> 32);

@@ -1,4 +1,4 @@
-// Order-preserving keys of logits, and functions of a warp, for kernels that select.
+// Order-preserving keys of logits, for kernels that select.
 #pragma once
 
 #include <type_traits>
@@ -7,7 +7,8 @@
 
 namespace slimkernels {
 
-constexpr unsigned kAllLanes = ~0u;
+template <class X>
+constexpr typename X::Bits kMinusInfinity = X::kInfinity | ((typename X::Bits(~0u) >> 1) + 1);
 
 // Returns a key that sorts like its logit: -0.0 equals 0.0, and NaN is the largest.
 template <class X>
@@ -29,16 +30,6 @@ __device__ typename X::Bits bits_of_key(uint32_t key) {
 template <class X>
 __device__ float value_of_key(uint32_t key) {
   return X::widen(bits_of_key<X>(key));
-}
-
-// Returns the sum of the values of this lane and those before it.
-__device__ inline uint32_t inclusive_sum_of_warp(uint32_t value, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t lower = __shfl_up_sync(kAllLanes, value, distance);
-    if (lane >= distance) value += lower;
-  }
-  return value;
 }
 
 }  // namespace slimkernels

@@ -6,7 +6,6 @@
 // The host never waits for the device, so bad options of a row raise nothing: its token is -1.
 #include <torch/csrc/stable/library.h>
 
-#include "../operands.h"
 #include "chosen.h"
 #include "launch.h"
 #include "sample_logits.cuh"
@@ -18,22 +17,14 @@ namespace {
 
 constexpr char kOp[] = "sample_logits_rows";
 
-template <class X, bool kStaged>
-void launch_variant(const SamplePlan& plan, const SampleArgs& args, int64_t num_rows, cudaStream_t stream) {
-  launch_rows(sample_logits_kernel<X, kStaged, kLaunchedThreads>, args, num_rows, plan.num_blocks, kLaunchedThreads,
-              plan.bytes, stream, kOp);
-}
-
 template <class X>
-void launch(const Machine& machine, SampleArgs& args, int64_t num_rows, cudaStream_t stream) {
-  const SamplePlan plan = make_plan<X>(machine, num_rows, args.vocab_size);
+void launch(const Launcher& launcher, SampleArgs& args, int64_t num_rows) {
+  const RowPlan plan = make_plan<X>(launcher.machine(), num_rows, args.vocab_size);
   args.slice = int32_t(plan.slice);
   args.list_capacity = kListCapacity;
-  if (plan.staged) {
-    launch_variant<X, true>(plan, args, num_rows, stream);
-  } else {
-    launch_variant<X, false>(plan, args, num_rows, stream);
-  }
+  const auto kernel =
+      plan.staged ? sample_logits_kernel<X, true, kLaunchedThreads> : sample_logits_kernel<X, false, kLaunchedThreads>;
+  launcher.launch(kernel, args, num_rows, plan, kLaunchedThreads);
 }
 
 struct CudaSampleLogits {
@@ -90,19 +81,8 @@ struct CudaSampleLogits {
     args.truncated_logprob = floats_out_of(truncated_logprob, drawn, "truncated_logprob");
     args.entropy = floats_out_of(entropy, num_rows, "entropy");
 
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const Machine machine = machine_of(device, kOp);
-    const cudaStream_t stream = current_stream(device, kOp);
-    switch (dtype_of(logits, "logits")) {
-      case kFloat32:
-        launch<Float32>(machine, args, num_rows, stream);
-        break;
-      case kBFloat16:
-        launch<BFloat16>(machine, args, num_rows, stream);
-        break;
-      default:
-        launch<Float16>(machine, args, num_rows, stream);
-    }
+    const Launcher launcher(device, kOp);
+    with_format(dtype_of(logits, "logits"), [&](auto format) { launch<decltype(format)>(launcher, args, num_rows); });
     return 0;
   }
 };

@@ -5,14 +5,15 @@
 //
 // 1. load         finds the largest logit while the slice is copied to shared memory.
 // 2. sum_slice    sums the exponentials, all relative to the largest logit.
-// 3. find_bound   finds a key below which the truncation keeps nothing: from the largest logits of the threads if top-k
+// 3. bound_of_..  finds a key below which the truncation keeps nothing: from the largest logits of the threads if top-k
 //                 truncates, else from a histogram of (top - z) / T. The few logits that reach it, the candidates, are
 //                 listed in the first block, and the other blocks end. If the list is too short, or nothing is
 //                 truncated, all blocks go on and every logit is a candidate.
-// 4. truncate     finds the lowest key that is kept, by histograms of the digits of keys.
-// 5. race         finds the largest score plus Gumbel noise. An upper bound of it takes a few instructions. Only ids
+// 4. truncate     finds the lowest key that is kept, by histograms of the digits of keys. Like stage 3, this is in
+//                 sample_logits_truncation.cuh.
+// 5. draw         finds the largest score plus Gumbel noise. An upper bound of it takes a few instructions. Only ids
 //                 whose bound reaches a number that the winner nearly always exceeds are evaluated in float64. If the
-//                 winner did not exceed it, the race runs again with a lower one.
+//                 winner did not exceed it, the race runs again with a lower one (sample_logits_race.cuh).
 //
 // Ids with equal logits are kept or cut together, so a truncation keeps exactly the logits at or above some threshold.
 // Sums are integers, the exponentials in fixed point, so results do not depend on the order of atomics, the number of
@@ -21,13 +22,12 @@
 // The kernel has run on an emulated GPU only (tests/support/cuda_emulator).
 #pragma once
 
-#include <string.h>
-
 #include "gumbel.cuh"
 #include "keys.cuh"
 #include "sample_logits_memory.cuh"
 #include "staging.cuh"
 #include "vectors.cuh"
+#include "warp.cuh"
 
 namespace slimkernels {
 namespace cuda {
@@ -38,37 +38,6 @@ constexpr double kLowestTemperature = 0x1p-126, kHighestTemperature = 0x1p126;
 constexpr float kLargest = 3.4028234663852886e38f;
 constexpr int32_t kMostOfWarp = 256;    // candidates of which one warp takes care
 constexpr uint32_t kNoId = 0x7FFFFFFF;  // larger than every id, so it loses every tie
-
-// Keys of float32 numbers that sort like them, for maxima over a warp.
-__device__ inline float max_of_warp(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  const uint32_t key = __reduce_max_sync(kAllLanes, bits >> 31 ? ~bits : bits | 0x80000000u);
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
-
-// Returns the sum over the warp, which is below 2 ** 64.
-__device__ inline unsigned long long sum_of_warp(unsigned long long value) {
-  constexpr int kBits = 26;  // so that 32 of the parts fit into 32 bits
-  constexpr uint32_t kMask = (1u << kBits) - 1;
-  const unsigned long long low = __reduce_add_sync(kAllLanes, uint32_t(value) & kMask);
-  const unsigned long long middle = __reduce_add_sync(kAllLanes, uint32_t(value >> kBits) & kMask);
-  const unsigned long long high = __reduce_add_sync(kAllLanes, uint32_t(value >> 2 * kBits));
-  return low + (middle << kBits) + (high << 2 * kBits);
-}
-
-__device__ inline uint64_t shuffle_up(uint64_t value, int distance) {
-  const uint32_t low = __shfl_up_sync(kAllLanes, uint32_t(value), distance);
-  return uint64_t(__shfl_up_sync(kAllLanes, uint32_t(value >> 32), distance)) << 32 | low;
-}
-
-__device__ inline double shuffle_xor(double value, int distance) {
-  uint32_t halves[2];
-  memcpy(halves, &value, 8);
-  halves[0] = __shfl_xor_sync(kAllLanes, halves[0], distance);
-  halves[1] = __shfl_xor_sync(kAllLanes, halves[1], distance);
-  memcpy(&value, halves, 8);
-  return value;
-}
 
 // The threads among which the candidates of a row are shared: all, which have the slices, or those of the first block
 // or of its first warp, which have the list.
@@ -83,7 +52,6 @@ struct SampleRow {
   static constexpr int kPerVector = 16 / sizeof(Bits);
   static constexpr int kWords = kGroup * sizeof(Bits) / 4;
   using Words = uint32_t[kWords];
-  static constexpr Bits kMinusInfinity = Bits(X::kInfinity | ((Bits(~0u) >> 1) + 1));
 
   const SampleArgs& args;
   const int32_t n;
@@ -107,7 +75,7 @@ struct SampleRow {
 
   __device__ explicit SampleRow(const SampleArgs& args)
       : args(args),
-        n(int32_t(blockIdx.x / cluster_size())),
+        n(int32_t(cluster_index())),
         num_blocks(cluster_size()),
         rank(cluster_rank()),
         thread(threadIdx.x),
@@ -151,7 +119,7 @@ struct SampleRow {
 
   // ---- Elements
 
-  __device__ static uint32_t lowest_key() { return order_key<X>(kMinusInfinity) + 1; }
+  __device__ static uint32_t lowest_key() { return order_key<X>(kMinusInfinity<X>) + 1; }
   __device__ static uint32_t infinite_key() { return order_key<X>(Bits(X::kInfinity)); }
 
   // Returns the key of a number that is rounded to the format; at least that of the lowest finite number.
@@ -195,7 +163,7 @@ struct SampleRow {
       for (int j = 0; j < kWords; ++j) words[j] = 0;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        const uint32_t bits = i + j < length ? row[i + j] : kMinusInfinity;
+        const uint32_t bits = i + j < length ? row[i + j] : kMinusInfinity<X>;
         words[j * kWords / kGroup] |= bits << (j * sizeof(Bits) % 4 * 8);
       }
     }
@@ -281,7 +249,7 @@ struct SampleRow {
       state.found = state.infinite = state.position = 0;
     }
 
-    uint32_t best = sizeof(Bits) == 4 ? kMinusInfinity : kMinusInfinity * 0x10001u;
+    uint32_t best = sizeof(Bits) == 4 ? kMinusInfinity<X> : kMinusInfinity<X> * 0x10001u;
     uint4* const to = reinterpret_cast<uint4*>(memory.staged);
     const auto visit = [&](const uint4& vector, int32_t i) {
       if (kStaged) to[i] = vector;
@@ -324,7 +292,7 @@ struct SampleRow {
     if (kStaged) {
       const int32_t end = (length + kTile - 1) / kTile * kTile;
 #pragma unroll 1
-      for (int32_t i = length + thread; i < end; i += kThreads) memory.staged[i] = kMinusInfinity;
+      for (int32_t i = length + thread; i < end; i += kThreads) memory.staged[i] = kMinusInfinity<X>;
     }
     const uint32_t key = order_key<X>(Bits(best));
     const uint32_t other = order_key<X>(Bits(best >> (sizeof(Bits) == 4 ? 0 : 16)));
@@ -440,324 +408,34 @@ struct SampleRow {
     if (top_key == infinite_key()) atomicAdd(&state.infinite, infinite);
   }
 
-  // ---- 3. Candidates
-
-  // Returns the first bin at which the sum of the amounts reaches the target, and sets `before` to the sum without it;
-  // kBins if the target is not reached. One warp searches for all.
-  template <class Amount>
-  __device__ uint32_t find_bin(unsigned long long target, unsigned long long& before, Amount amount) {
-    if (rank == 0 && warp == 0) {
-      constexpr int kPerLane = kBins / 32;
-      unsigned long long own[kPerLane], sum = 0;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) sum += own[j] = amount(lane * kPerLane + j);
-      unsigned long long lower = sum;
-#pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const unsigned long long other = shuffle_up(lower, distance);
-        if (lane >= distance) lower += other;
-      }
-      const bool is_reached = __ballot_sync(kAllLanes, target <= lower) != 0;
-      if (!is_reached && lane == 0) state.position = kBins;
-      lower -= sum;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (lower < target && target <= lower + own[j]) {
-          state.position = lane * kPerLane + j;
-          state.before = lower;
-        }
-        lower += own[j];
-      }
-    }
-    sync_sharing();
-    before = state_of(0).before;
-    return state_of(0).position;
-  }
-
-  // Returns the number of entries in a bin of the current histogram, of all blocks.
-  __device__ uint32_t count_of(int bin) {
-    uint32_t count = 0;
-#pragma unroll 1
-    for (uint32_t block = 0; block < num_sharing; ++block) count += state_of(block).counts[histogram][bin];
-    return count;
-  }
-
-  // Bins of distances between keys, eight per power of two.
-  __device__ static int bin_of_distance(uint32_t distance) {
-    if (distance == 0) return 0;
-    const int bin = int(__float_as_uint(float(distance)) >> 20) - (127 << 3) + 1;
-    return bin < kBins ? bin : kBins - 1;
-  }
-
-  // Returns a key below which the truncation keeps nothing, from the largest logits of the threads: each is a logit,
-  // and if K of them reach a key, so does the K-th largest logit.
-  __device__ uint32_t bound_of_top_k(int64_t top_k) {
-    unsigned long long before;
-    const uint32_t bin = find_bin(top_k, before, [&](int bin) { return state.counts[0][bin]; });
-    const uint32_t range = top_key - lowest_key();
-    if (bin >= kBins - 1) return lowest_key();
-    const float distance = bin == 0 ? 0.0f : __uint_as_float((bin + (127 << 3)) << 20);  // at most this
-    return distance >= float(range) ? lowest_key() : top_key - uint32_t(distance);
-  }
-
-  // Returns a key below which top-p keeps nothing, from the counts of sum_slice: with upper bounds of the masses of the
-  // bins, what lies below has less than the mass that is cut.
-  __device__ uint32_t bound_of_top_p(unsigned long long total) {
-    const double cut = double(total) * (1 - args.top_p.of(n)) * (1 - 1e-5);
-    const float scale = unit * 1.0001f;
-    unsigned long long target = cut < 0 ? 1 : static_cast<unsigned long long>(cut) + 1, before;
-    const uint32_t position = find_bin(target, before, [&](int place) {
-      const int bin = kBins - 1 - place;
-      return count_of(bin) * __float2ull_rn(exp2_approx(bin * (-kLog2E / kBinsPerNat)) * scale);
-    });
-    const int bin = kBins - 1 - int(position);  // this one is the first that is not cut as a whole
-    if (bin == kBins - 1) return lowest_key();
-    const double least = double(top) - temperature() * ((bin + 1.01) / kBinsPerNat);
-    const uint32_t key = key_of(least > -double(kLargest) ? least : -double(kLargest));
-    return key > lowest_key() + 2 ? key - 2 : lowest_key();
-  }
-
-  // Adds the elements of the slice that reach the key to the list of the first block.
-  __device__ void list_candidates(uint32_t least_key) {
-    uint32_t& found = state_of(0).found;
-    Candidate* const list = in_block(memory.list, 0);
-    visit_groups(least_key, [&](int32_t i, const Words& words) {
-      uint32_t marks = marks_of(words, least_key);
-      uint32_t place = atomicAdd(&found, uint32_t(__popc(marks)));
-#pragma unroll 1
-      for (; marks != 0 && place < uint32_t(args.list_capacity); marks &= marks - 1) {
-        const int32_t j = i + __ffs(marks) - 1;
-        list[place++] = {uint32_t(begin + j), order_key<X>(element(j))};
-      }
-    });
-  }
-
-  // ---- 4. Truncation
-
-  // Returns the mass of the element with this key.
-  __device__ unsigned long long mass_of(uint32_t key) const {
-    return __float2ull_rn(exp2_approx((value_of_key<X>(key) - top) * exponent) * unit);
-  }
-
-  // Returns the lowest key in [low, top_key] above which the candidates' number, or their mass, is less than the
-  // target.
-  __device__ uint32_t lowest_key_under(uint32_t low, bool by_mass, unsigned long long target) {
-    uint32_t high = top_key;
-    while (low < high) {
-      const int bits = 32 - __clz(high - low);
-      const int shift = bits > 8 ? bits - 8 : 0;
-      static_assert(kBins == 1 << 8, "a digit has 8 bits");
-      // If every bin has one key, its count tells its mass.
-      const bool sums = by_mass && shift > 0;
-      visit_candidates(low, [&](uint32_t key) {
-        if (key > high) return;
-        const uint32_t bin = (high - key) >> shift;
-        if (sums) {
-          atomicAdd(&state.masses[histogram][bin], mass_of(key));
-        } else {
-          atomicAdd(&state.counts[histogram][bin], 1u);
-        }
-      });
-      sync_sharing();
-      // No block reads the other histogram any more.
-      for (int i = thread; i < kBins; i += threads_of_block()) {
-        state.masses[histogram ^ 1][i] = 0;
-        state.counts[histogram ^ 1][i] = 0;
-      }
-      unsigned long long before;
-      const uint32_t position = find_bin(target, before, [&](int bin) -> unsigned long long {
-        if (!sums) return count_of(bin) * (by_mass ? mass_of(high - bin) : 1ull);
-        unsigned long long mass = 0;
-#pragma unroll 1
-        for (uint32_t block = 0; block < num_sharing; ++block) mass += state_of(block).masses[histogram][bin];
-        return mass;
-      });
-      histogram ^= 1;
-      if (position == kBins) return low;
-      target -= before;
-      high -= position << shift;
-      const uint32_t lowest = high - ((1u << shift) - 1);
-      low = lowest > low ? lowest : low;
-    }
-    return low;
-  }
-
-  // Returns the mass of the candidates whose key is at least this one. Calls take turns between the sums.
-  __device__ unsigned long long mass_from(uint32_t key, int which) {
-    unsigned long long mass = 0;
-    visit_candidates(key, [&](uint32_t other) { mass += mass_of(other); });
-    mass = sum_of_warp(mass);
-    if (sharing == kByWarp) return mass;
-    if (lane == 0) state.kept[which][warp] = mass;
-    sync_sharing();
-    mass = 0;
-#pragma unroll 1
-    for (uint32_t i = lane; i < num_sharing * kWarps; i += 32) mass += state_of(i / kWarps).kept[which][i % kWarps];
-    return sum_of_warp(mass);
-  }
-
-  // Sets state.min_p_key to the lowest key whose exp((z - top) / T), computed in float64, is at least min_p.
-  __device__ void find_min_p_key() {
-    const double min_p = args.min_p.of(n);
-    uint32_t low = lowest_key() - 1, high = top_key;
-    while (high - low > 1) {
-      const uint32_t step = (high - low + 31) / 32;
-      const uint32_t probe = high - low > (lane + 1) * step ? low + (lane + 1) * step : high;
-      const bool reaches = ::exp(score_of(value_of_key<X>(probe))) >= min_p;
-      const uint32_t reaching = __ballot_sync(kAllLanes, reaches || probe == high);
-      const uint32_t first = __ffs(reaching) - 1;
-      high = high - low > (first + 1) * step ? low + (first + 1) * step : high;
-      low += first * step;
-    }
-    if (lane == 0) state.min_p_key = high;
-  }
-
-  // ---- 5. The race
-
+  // Returns the score of a logit, which is that of the largest one for +inf.
   __device__ double score_of(double z) const { return (z < double(top) ? z - double(top) : 0.0) / temperature(); }
 
-  struct Noise {
-    uint64_t seed, position;
-  };
+  // ---- Steps, in the files named above
 
-  __device__ Noise noise_of_row() const {
-    const int64_t seed = args.seeds == nullptr ? args.seed : args.seeds[args.seed_per_row ? n : 0];
-    return {args.seed_per_row ? uint64_t(seed) : spread_seed(seed, n), uint64_t(args.position.of(n))};
-  }
+  // 3. Candidates.
+  template <class Amount>
+  __device__ uint32_t find_bin(unsigned long long target, unsigned long long& before, Amount amount);
+  __device__ uint32_t count_of(int bin);
+  __device__ static int bin_of_distance(uint32_t distance);
+  __device__ uint32_t bound_of_top_k(int64_t top_k);
+  __device__ uint32_t bound_of_top_p(unsigned long long total);
+  __device__ void list_candidates(uint32_t least_key);
+  __device__ bool take_candidates(uint32_t least_key);
 
-  __device__ static bool is_ahead(double score, uint32_t id, double other_score, uint32_t other_id) {
-    return score > other_score || (score == other_score && id < other_id);
-  }
+  // 4. Truncation.
+  __device__ unsigned long long mass_of(uint32_t key) const;
+  __device__ uint32_t lowest_key_under(uint32_t low, bool by_mass, unsigned long long target);
+  __device__ unsigned long long mass_from(uint32_t key, int which);
+  __device__ void find_min_p_key();
+  __device__ uint32_t truncate(bool counted, unsigned long long& kept);
 
-  // Returns more than the rounding of bounds near this number.
-  __device__ static float margin_of(float bound) { return 2e-4f + 2e-6f * fabsf(bound); }
-
-  // Evaluates the candidates from `least_key` on whose bound reaches `reach`, and returns the best of them that is
-  // behind `previous`. Bounds are in units of ln 2. Without `masks`, every id above -inf must be a candidate.
-  __device__ Leader race(uint32_t least_key, const Noise& noise, float reach, bool masks,
-                         const Leader& previous) const {
-    Leader best = {-HUGE_VAL, kNoId, -HUGE_VALF};
-    const auto evaluate = [&](uint32_t id, float z, uint32_t bits) {
-      const double score = score_of(z) + gumbel(bits);
-      if (is_ahead(previous.score, previous.id, score, id) && is_ahead(score, id, best.score, best.id)) {
-        best.score = score;
-        best.id = id;
-      }
-    };
-    if (sharing != kByCluster) {
-#pragma unroll 1
-      for (int32_t i = thread; i < num_listed; i += threads_of_block()) {
-        const Candidate candidate = memory.list[i];
-        if (candidate.key < least_key) continue;
-        const uint32_t bits = random_bits_of(candidate.id, noise.position, noise.seed);
-        const float z = value_of_key<X>(candidate.key);
-        const float bound = (z - top) * exponent + noise_bound(bits);
-        if (bound >= reach) {
-          evaluate(candidate.id, z, bits);
-        } else {
-          best.missed = fmaxf(best.missed, bound);
-        }
-      }
-      return best;
-    }
-    visit_groups(least_key, [&](int32_t i, const Words& words) {
-      float bounds[kGroup], highest = -HUGE_VALF;
-#pragma unroll
-      for (int j = 0; j < kGroup; j += 4) {
-        uint32_t bits[4];
-        random_bits(begin + i + j, noise.position, noise.seed, bits);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          bounds[j + k] = (X::widen(element_of(words, j + k)) - top) * exponent + noise_bound(bits[k]);
-        }
-      }
-      if (masks) {
-        const uint32_t marks = marks_of(words, least_key);
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) bounds[j] = marks >> j & 1 ? bounds[j] : -HUGE_VALF;
-      }
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) highest = fmaxf(highest, bounds[j]);
-      if (highest < reach) {
-        best.missed = fmaxf(best.missed, highest);
-        return;
-      }
-      uint32_t reaching = 0;
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        reaching |= bounds[j] >= reach ? 1u << j : 0u;
-        if (bounds[j] < reach) best.missed = fmaxf(best.missed, bounds[j]);
-      }
-      reaching &= marks_of(words, least_key);
-#pragma unroll 1
-      for (; reaching != 0; reaching &= reaching - 1) {
-        const int32_t k = i + __ffs(reaching) - 1;
-        evaluate(begin + k, X::widen(element(k)), random_bits_of(begin + k, noise.position, noise.seed));
-      }
-    });
-    return best;
-  }
-
-  __device__ static Leader best_of_warp(Leader best) {
-    best.missed = max_of_warp(best.missed);
-    if (__ballot_sync(kAllLanes, best.id != kNoId) == 0) return best;
-#pragma unroll 1
-    for (int distance = 16; distance > 0; distance /= 2) {
-      const double score = shuffle_xor(best.score, distance);
-      const uint32_t id = __shfl_xor_sync(kAllLanes, best.id, distance);
-      if (is_ahead(score, id, best.score, best.id)) {
-        best.score = score;
-        best.id = id;
-      }
-    }
-    return best;
-  }
-
-  // Returns the best of all threads that have candidates. Calls take turns between the places.
-  __device__ Leader best_of_row(Leader best, int which) {
-    best = best_of_warp(best);
-    if (sharing == kByWarp) return best;
-    if (lane == 0) state.leaders[which][warp] = best;
-    sync_sharing();
-#pragma unroll 1
-    for (uint32_t i = lane; i < num_sharing * kWarps; i += 32) {
-      const Leader other = state_of(i / kWarps).leaders[which][i % kWarps];
-      best.missed = fmaxf(best.missed, other.missed);
-      if (is_ahead(other.score, other.id, best.score, best.id)) {
-        best.score = other.score;
-        best.id = other.id;
-      }
-    }
-    return best_of_warp(best);
-  }
-
-  // Draws m ids from the candidates from `least_key` on, largest perturbed score first, and writes them.
-  __device__ void draw(uint32_t least_key, bool masks, float log2_kept) {
-    const Noise noise = noise_of_row();
-    Leader previous = {HUGE_VAL, kNoId, 0};
-    int which = 0;
-    for (int32_t i = 0; i < args.num_distinct; ++i) {
-      // The winner exceeds the logarithm of the mass less 2.5 but for 5 rows in a million.
-      float reach = log2_kept - 2.5f * kLog2E;
-      if (i > 0) reach = fminf(reach, float(previous.score) * kLog2E) - 2;
-      Leader leader;
-      for (bool again = true; again; which ^= 1) {
-        leader = best_of_row(race(least_key, noise, reach, masks, previous), which);
-        const float bound = float(leader.score) * kLog2E;
-        // Ids that were missed are below the leader if it is clearly above the reach.
-        again = reach > -HUGE_VALF && !(leader.id != kNoId && bound >= reach + margin_of(reach));
-        // The winner reaches this.
-        reach = leader.id != kNoId ? bound - 2 * margin_of(bound)
-                                   : leader.missed - kLoosestBound - 2 * margin_of(leader.missed);
-      }
-      if (leader.id == kNoId) {
-        write_absent(i, -HUGE_VALF);
-        return;
-      }
-      write_draw(i, leader.id);
-      previous = leader;
-    }
-  }
+  // 5. The race.
+  __device__ Noise noise_of_row() const;
+  __device__ Leader race(uint32_t least_key, const Noise& noise, float reach, bool masks, const Leader& previous) const;
+  __device__ Leader best_of_row(Leader best, int which);
+  __device__ uint32_t least_to_win(uint32_t least_key) const;
+  __device__ void draw(uint32_t least_key, bool masks, float log2_kept);
 
   // ---- Results
 
@@ -820,52 +498,6 @@ struct SampleRow {
            min_p >= 0 && min_p <= 1 && args.top_k.of(n) >= 0;
   }
 
-  // Lists the candidates if they fit. Returns whether this block has some.
-  __device__ bool take_candidates(uint32_t least_key) {
-    list_candidates(least_key);
-    sync_cluster();
-    num_listed = int32_t(state_of(0).found);
-    sync_cluster();  // from here on no block needs the memory of one that has ended
-    if (uint32_t(num_listed) > uint32_t(args.list_capacity)) return true;
-    sharing = num_listed <= kMostOfWarp ? kByWarp : kByBlock;
-    num_sharing = 1;
-    return rank == 0 && (sharing == kByBlock || warp == 0);
-  }
-
-  // Finds the candidates and the lowest key that is kept, and sets `kept` to their mass, which is given for the whole
-  // row. Returns 0 if the row goes on without this block. Follows the barrier after the sums.
-  __device__ uint32_t truncate(bool counted, unsigned long long& kept) {
-    const int64_t top_k = top_k_of_row();
-    uint32_t least = lowest_key();
-    if (counted) {
-      least = top_k > 0 ? bound_of_top_k(top_k) : bound_of_top_p(kept);
-      histogram = 1;
-    }
-    const uint32_t least_min_p = args.min_p.of(n) > 0 ? state.min_p_key : lowest_key();
-    // The mass of top-k includes what min-p cuts.
-    if (top_k == 0 && least_min_p > least) least = least_min_p;
-    if (least > lowest_key() && args.list_capacity > 0 && !take_candidates(least)) return 0;
-    if (top_k > 0) {
-      least = lowest_key_under(least, false, top_k);
-      kept = mass_from(least, 0);
-    }
-    least = least_min_p > least ? least_min_p : least;
-    if (args.top_p.of(n) < 1) {
-      const double target = ceil(double(kept) * args.top_p.of(n));
-      least = lowest_key_under(least, true, target > 1 ? static_cast<unsigned long long>(target) : 1ull);
-    }
-    kept = mass_from(least, 1);
-    return least;
-  }
-
-  // Raises the least key to that of the logits that may win. Noise is between -3.14 and 22.9, so none that is this far
-  // below the largest can.
-  __device__ uint32_t least_to_win(uint32_t least_key) const {
-    if (args.num_distinct > 1) return least_key;
-    const uint32_t possible = key_of(fmax(double(top) - 26.2 * temperature(), -double(kLargest)));
-    return possible > least_key + 2 ? possible - 2 : least_key;
-  }
-
   __device__ void run() {
     const uint32_t own_key = load();
     top_key = largest_in_row(own_key);
@@ -918,6 +550,17 @@ struct SampleRow {
     if (sharing == kByCluster) sync_cluster();  // other blocks read this block's results
   }
 };
+
+}  // namespace
+}  // namespace cuda
+}  // namespace slimkernels
+
+#include "sample_logits_race.cuh"
+#include "sample_logits_truncation.cuh"
+
+namespace slimkernels {
+namespace cuda {
+namespace {
 
 template <class X, bool kStaged, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2) sample_logits_kernel(const __grid_constant__ SampleArgs args) {

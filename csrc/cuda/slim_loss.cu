@@ -1,5 +1,5 @@
 // The operator slimkernels::slim_loss_rows of CUDA tensors. What this kernel does not compute, float64 and rows longer
-// than kMaxVocabulary, goes to the Triton kernel, which is slimkernels::slim_loss_rows_triton.
+// than kMaxVocabSize, goes to the Triton kernel, which is slimkernels::slim_loss_rows_triton.
 //
 // The kernel has run on an emulated GPU (tests/support/cuda_emulator); neither it nor this file has run on a real one.
 #include "../slim_loss/operator.h"
@@ -14,20 +14,14 @@ namespace {
 
 constexpr char kOp[] = "slim_loss_rows";
 
-template <class X, bool kStaged>
-void launch_variant(const SlimLossPlan& plan, const SlimLossArgs& args, cudaStream_t stream) {
-  launch_rows(slim_loss_kernel<X, kStaged, kLaunchedThreads>, launch_of<X, kStaged, kLaunchedThreads>(args, plan.slice),
-              args.num_rows, plan.num_blocks, kLaunchedThreads, plan.bytes, stream, kOp);
-}
-
 template <class X>
-void launch(const Machine& machine, const SlimLossArgs& args, cudaStream_t stream) {
-  const SlimLossPlan plan = make_plan<X>(machine, args);
-  if (plan.staged) {
-    launch_variant<X, true>(plan, args, stream);
-  } else {
-    launch_variant<X, false>(plan, args, stream);
-  }
+void launch(const Launcher& launcher, const SlimLossArgs& args) {
+  const RowPlan plan = make_plan<X>(launcher.machine(), args);
+  const auto kernel =
+      plan.staged ? slim_loss_kernel<X, true, kLaunchedThreads> : slim_loss_kernel<X, false, kLaunchedThreads>;
+  const SlimLossLaunch launched = plan.staged ? launch_of<X, true, kLaunchedThreads>(args, plan.slice)
+                                              : launch_of<X, false, kLaunchedThreads>(args, plan.slice);
+  launcher.launch(kernel, launched, args.num_rows, plan, kLaunchedThreads);
 }
 
 struct CudaSlimLoss {
@@ -36,20 +30,8 @@ struct CudaSlimLoss {
   // Returns 0, because the host does not wait for the device: bad rows become NaN.
   static int64_t run(SlimLossArgs& args, const Tensor& logits) {
     STD_TORCH_CHECK(args.top_k <= args.vocab_size, "ids must have at most V columns, got ", args.top_k);
-    const int device = logits.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const Machine machine = machine_of(device, kOp);
-    const cudaStream_t stream = current_stream(device, kOp);
-    switch (args.dtype) {
-      case kFloat32:
-        launch<Float32>(machine, args, stream);
-        break;
-      case kBFloat16:
-        launch<BFloat16>(machine, args, stream);
-        break;
-      default:
-        launch<Float16>(machine, args, stream);
-    }
+    const Launcher launcher(logits.get_device_index(), kOp);
+    with_format(args.dtype, [&](auto format) { launch<decltype(format)>(launcher, args); });
     return 0;
   }
 };
@@ -60,7 +42,7 @@ struct ChosenSlimLoss {
 
   template <class... Rest>
   static bool serves(const Tensor& logits, const Rest&...) {
-    return logits.scalar_type() != ScalarType::Double && logits.size(1) <= kMaxVocabulary;
+    return logits.scalar_type() != ScalarType::Double && logits.size(1) <= kMaxVocabSize;
   }
 };
 

@@ -1,12 +1,10 @@
-// Elements of a row of slim_loss in vectors of 16 bytes: how they are copied, taken apart and put together, and sums
-// and maxima over a warp.
+// Elements of a row of slim_loss in vectors of 16 bytes: how they are copied, taken apart and put together.
 #pragma once
-
-#include <string.h>
 
 #include "keys.cuh"
 #include "slim_loss_memory.cuh"
 #include "vectors.cuh"
+#include "warp.cuh"
 
 namespace slimkernels {
 namespace cuda {
@@ -14,43 +12,6 @@ namespace {
 
 template <class X>
 constexpr int kPerVector = 16 / sizeof(typename X::Bits);
-
-template <class X>
-constexpr typename X::Bits kMinusInfinity = X::kInfinity | ((typename X::Bits(~0u) >> 1) + 1);
-
-// Keys of float32 numbers that sort like them, for maxima over a warp.
-__device__ inline uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-__device__ inline float max_of_warp(float x) {
-  const uint32_t key = __reduce_max_sync(kAllLanes, key_of(x));
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
-
-__device__ inline float sum_of_warp(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-
-__device__ inline double sum_of_warp(double x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    uint32_t halves[2];
-    double other;
-    memcpy(halves, &x, 8);
-    halves[0] = __shfl_xor_sync(kAllLanes, halves[0], distance);
-    halves[1] = __shfl_xor_sync(kAllLanes, halves[1], distance);
-    memcpy(&other, halves, 8);
-    x += other;
-  }
-  return x;
-}
-
-// Cluster sizes are powers of two.
-__device__ inline int32_t cluster_index() { return int32_t(blockIdx.x >> (__ffs(int(cluster_size())) - 1)); }
 
 __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kTile = 1024;  // elements whose sums a warp takes in float32
 // Marks and sums of a row of this length fit into the shared memory of a block of any supported device.
-constexpr int64_t kMaxVocabulary = 3 << 17;
+constexpr int64_t kMaxVocabSize = 3 << 17;
 constexpr int kDigits = 256;  // values of a digit of an order key
 constexpr int kMaxRounds = 4;
 

@@ -9,33 +9,25 @@
 
 #include <vector>
 
-#include "../operands.h"
 #include "chosen.h"
 #include "launch.h"
 #include "topk_logits.cuh"
 #include "topk_logits_plan.h"
 
 namespace slimkernels {
+namespace cuda {
 namespace {
 
 constexpr char kOp[] = "topk_logits_rows";
 
-template <class X, bool kStaged>
-void launch_variant(const Plan& plan, const TopkLogitsArgs& args, int64_t num_rows, cudaStream_t stream) {
-  launch_rows(topk_logits_kernel<X, kStaged, kLaunchedThreads>, args, num_rows, plan.num_blocks, kLaunchedThreads,
-              plan.bytes, stream, kOp);
-}
-
 template <class X>
-void launch(const Machine& machine, TopkLogitsArgs& args, int64_t num_rows, cudaStream_t stream) {
-  const Plan plan = make_plan<X>(machine, num_rows, args.vocab_size, args.top_k);
+void launch(const Launcher& launcher, TopkLogitsArgs& args, int64_t num_rows) {
+  const TopkLogitsPlan plan = make_plan<X>(launcher.machine(), num_rows, args.vocab_size, args.top_k);
   args.slice = int32_t(plan.slice);
   args.list_capacity = int32_t(plan.list_capacity);
-  if (plan.staged) {
-    launch_variant<X, true>(plan, args, num_rows, stream);
-  } else {
-    launch_variant<X, false>(plan, args, num_rows, stream);
-  }
+  const auto kernel =
+      plan.staged ? topk_logits_kernel<X, true, kLaunchedThreads> : topk_logits_kernel<X, false, kLaunchedThreads>;
+  launcher.launch(kernel, args, num_rows, plan, kLaunchedThreads);
 }
 
 struct CudaTopkLogits {
@@ -76,19 +68,8 @@ struct CudaTopkLogits {
     set_sample(args);
     set_temperatures(args, temperatures.data(), int(num_temperatures));
 
-    const torch::stable::accelerator::DeviceGuard guard(device);
-    const Machine machine = machine_of(device, kOp);
-    const cudaStream_t stream = current_stream(device, kOp);
-    switch (dtype_of(logits, "logits")) {
-      case kFloat32:
-        launch<Float32>(machine, args, num_rows, stream);
-        break;
-      case kBFloat16:
-        launch<BFloat16>(machine, args, num_rows, stream);
-        break;
-      default:
-        launch<Float16>(machine, args, num_rows, stream);
-    }
+    const Launcher launcher(device, kOp);
+    with_format(dtype_of(logits, "logits"), [&](auto format) { launch<decltype(format)>(launcher, args, num_rows); });
     return 0;
   }
 };
@@ -96,6 +77,9 @@ struct CudaTopkLogits {
 using Served = Chosen<CudaTopkLogits, decltype(CudaTopkLogits::run)>;
 
 }  // namespace
+}  // namespace cuda
 }  // namespace slimkernels
 
-STABLE_TORCH_LIBRARY_IMPL(slimkernels, CUDA, m) { m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::Served::run)); }
+STABLE_TORCH_LIBRARY_IMPL(slimkernels, CUDA, m) {
+  m.impl("topk_logits_rows", TORCH_BOX(&slimkernels::cuda::Served::run));
+}

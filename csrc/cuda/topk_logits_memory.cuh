@@ -6,6 +6,8 @@
 #include "device.cuh"
 
 namespace slimkernels {
+namespace cuda {
+namespace {
 
 constexpr int kMaxTemperatures = 32;
 constexpr int kDigitBits = 9;
@@ -60,7 +62,7 @@ struct FixedSum {
 };
 
 // The fixed part of a block's shared memory. It is followed by the tiles, the list and the slice.
-struct alignas(128) BlockState {
+struct alignas(128) TopkState {
   uint32_t histogram[kBins];         // of the candidates' keys
   uint32_t samples[2][kSampleBins];  // histograms of the sample's keys, by their high and their low byte
   FixedSum above[kMaxTemperatures];  // sums of the slice's exponentials: of candidates above the K-th largest,
@@ -77,17 +79,17 @@ struct alignas(128) BlockState {
 };
 
 template <class X, bool kStaged, int kThreads>
-struct BlockMemory {
+struct TopkMemory {
   using Bits = typename X::Bits;
 
-  BlockState* state;
+  TopkState* state;
   uint4* staged;       // the slice, or a tile per warp, with permuted vectors
   Tile* tiles;         // (slice / kTile)
   Candidate<X>* list;  // (list_capacity + 32) ascending in positions within a tile; the last 32 can be read
 
   // Returns the number of bytes that a block needs.
   __host__ __device__ static int64_t bytes(int64_t slice, int64_t list_capacity) {
-    return BlockMemory().assign(nullptr, slice, list_capacity);
+    return TopkMemory().assign(nullptr, slice, list_capacity);
   }
   // Sets the pointers to parts of `memory` and returns the number of bytes used.
   __host__ __device__ int64_t assign(char* memory, int64_t slice, int64_t list_capacity) {
@@ -98,7 +100,7 @@ struct BlockMemory {
       return place;
     };
     const int64_t num_tiles = slice / kTile<X>;
-    state = reinterpret_cast<BlockState*>(take(sizeof(BlockState)));
+    state = reinterpret_cast<TopkState*>(take(sizeof(TopkState)));
     staged = reinterpret_cast<uint4*>(take((kStaged ? num_tiles : kThreads / 32) * kTileBytes));
     tiles = reinterpret_cast<Tile*>(take(num_tiles * sizeof(Tile)));
     list = reinterpret_cast<Candidate<X>*>(take((list_capacity + 32) * sizeof(Candidate<X>)));
@@ -106,4 +108,6 @@ struct BlockMemory {
   }
 };
 
+}  // namespace
+}  // namespace cuda
 }  // namespace slimkernels

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from support.emulated_cuda import DTYPES, FaultError, Gpu, compile_emulated
-from torch import Tensor
+from support.emulated_cuda import DTYPES, EmulatedKernel, Launch, arguments_of, pointer
 
 _OUTPUTS = ("token", "logprob", "truncated_logprob", "entropy")
 
@@ -50,17 +45,6 @@ class Arguments(ctypes.Structure):
     )
 
 
-class Launch(ctypes.Structure):
-    """Launch parameters of the emulated kernel, none of which may change its results."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int) for name in ("blocks", "threads", "staged", "list_capacity", "seed", "skipped_barrier")
-    )
-
-    def __init__(self, blocks=1, staged=True, list_capacity=512, threads=64, seed=0, skipped_barrier=-1) -> None:
-        super().__init__(blocks, threads, staged, list_capacity, seed, skipped_barrier)
-
-
 # Small blocks, so that a short row has several tiles per warp, of both kinds of schedules. Lists that have room for the
 # candidates, for few of them, and none.
 LAUNCHES = (
@@ -73,35 +57,13 @@ LAUNCHES = (
 )
 
 
-class Plan(NamedTuple):
-    """The parameters that the launcher chooses."""
+class EmulatedSampleLogits(EmulatedKernel):
+    """The kernel, called like the operator that it implements."""
 
-    blocks: int
-    staged: bool
-    slice: int
-    bytes: int
-
-
-class _Machine(ctypes.Structure):
-    _fields_ = (
-        ("has_clusters", ctypes.c_bool),
-        ("block_bytes", ctypes.c_int64),
-        ("processor_bytes", ctypes.c_int64),
-        ("processors", ctypes.c_int),
-    )
-
-
-class EmulatedSampleLogits:
-    """The kernel and its launch plan, called in the compiled library; each call takes the next of ``launches``."""
-
-    def __init__(self, library: Path, launches: Sequence[Launch] = ()) -> None:
-        self._native = ctypes.CDLL(str(library))
-        self._native.sample_logits.restype = ctypes.c_char_p
-        self.launches = itertools.cycle(launches or (Launch(),))
+    op = "sample_logits"
 
     def sample_logits_rows(self, *arguments) -> int:
-        schema = torch.ops.slimkernels.sample_logits_rows.default._schema
-        given = dict(zip((each.name for each in schema.arguments), arguments, strict=True))
+        given = arguments_of("sample_logits_rows", arguments)
         logits, seeds = given["logits"], given["seeds"]
         if logits.dtype == torch.float64:
             pytest.skip("float64 is computed by the Triton kernel")
@@ -110,47 +72,14 @@ class EmulatedSampleLogits:
             row_stride=logits.stride(0),
             vocab_size=logits.shape[1],
             num_distinct=given["m"],
-            seeds=_pointer(seeds),
+            seeds=pointer(seeds),
             seed=given["seed"],
             seed_per_row=seeds is not None and seeds.ndim > 0,
         )
         for name, (per_row, option) in _OPTIONS.items():
-            setattr(call, name, option(_pointer(given[per_row]), given[name]))
+            setattr(call, name, option(pointer(given[per_row]), given[name]))
         for name in _OUTPUTS:
             given[name].fill_(-7)
-            setattr(call, name, _pointer(given[name]))
-        fault = self._native.sample_logits(
-            DTYPES.index(logits.dtype),
-            ctypes.c_int64(len(logits)),
-            ctypes.byref(call),
-            ctypes.byref(next(self.launches)),
-        )
-        if fault is not None:
-            raise FaultError(fault.decode())
+            setattr(call, name, pointer(given[name]))
+        self.launch(logits.shape[1], DTYPES.index(logits.dtype), ctypes.c_int64(len(logits)), ctypes.byref(call))
         return 0
-
-    def barriers_of_last_row(self) -> int:
-        return self._native.barriers_of_last_row()
-
-    def plan(self, dtype: torch.dtype, num_rows: int, vocab_size: int, gpu: Gpu) -> Plan:
-        found = (ctypes.c_int64 * 4)()
-        self._native.plan_sample_logits(
-            DTYPES.index(dtype),
-            ctypes.c_int64(num_rows),
-            ctypes.c_int64(vocab_size),
-            ctypes.byref(_Machine(*gpu)),
-            found,
-        )
-        return Plan(found[0], bool(found[1]), *found[2:])
-
-
-def compile_sample_logits(folder: Path, **replaced: str) -> Path:
-    """Compiles the kernel into ``folder``, after replacing ``old`` by ``new`` in its source if they are given."""
-    return compile_emulated("sample_logits", folder, **replaced)
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    if tensor is None:
-        return None
-    assert tensor.is_contiguous()
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from support.emulated_cuda import DTYPES, FaultError, Gpu, compile_emulated
+from support.emulated_cuda import DTYPES, EmulatedKernel, Launch, arguments_of
 from torch import Tensor
 
 from slimkernels import _checks
@@ -66,17 +62,6 @@ class Arguments(ctypes.Structure):
     )
 
 
-class Launch(ctypes.Structure):
-    """Launch parameters of the emulated kernel, none of which may change its results."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int) for name in ("blocks", "threads", "staged", "seed", "skipped_barrier", "first_row")
-    )
-
-    def __init__(self, blocks=1, staged=True, threads=64, seed=0, skipped_barrier=-1, first_row=0) -> None:
-        super().__init__(blocks, threads, staged, seed, skipped_barrier, first_row)
-
-
 # Small blocks, so that a short row has several tiles per warp, and of both kinds of schedules.
 LAUNCHES = (
     Launch(),
@@ -87,35 +72,13 @@ LAUNCHES = (
 )
 
 
-class Plan(NamedTuple):
-    """The parameters that the launcher chooses."""
+class EmulatedSlimLoss(EmulatedKernel):
+    """The kernel, called like the operator that it implements."""
 
-    blocks: int
-    staged: bool
-    slice: int
-    bytes: int
-
-
-class _Machine(ctypes.Structure):
-    _fields_ = (
-        ("has_clusters", ctypes.c_bool),
-        ("block_bytes", ctypes.c_int64),
-        ("processor_bytes", ctypes.c_int64),
-        ("processors", ctypes.c_int),
-    )
-
-
-class EmulatedSlimLoss:
-    """The kernel and its launch plan, called in the compiled library; each call takes the next of ``launches``."""
-
-    def __init__(self, library: Path, launches: Sequence[Launch] = ()) -> None:
-        self._native = ctypes.CDLL(str(library))
-        self._native.slim_loss.restype = ctypes.c_char_p
-        self.launches = itertools.cycle(launches or (Launch(),))
+    op = "slim_loss"
 
     def slim_loss_rows(self, *arguments) -> int:
-        schema = torch.ops.slimkernels.slim_loss_rows.default._schema
-        given = dict(zip((each.name for each in schema.arguments), arguments, strict=True))
+        given = arguments_of("slim_loss_rows", arguments)
         logits = given["logits"]
         if logits.dtype == torch.float64:
             pytest.skip("float64 is computed by the Triton kernel")
@@ -136,30 +99,5 @@ class EmulatedSlimLoss:
         if given["ids"] is not None:
             call.top_k = given["ids"].shape[1]
             call.teacher_dtype = (*DTYPES, torch.float64).index(given["teacher_logits"].dtype)
-        fault = self._native.slim_loss(ctypes.byref(call), ctypes.byref(next(self.launches)))
-        if fault is not None:
-            raise FaultError(fault.decode())
+        self.launch(logits.shape[1], ctypes.byref(call))
         return 0
-
-    def barriers_of_last_row(self) -> int:
-        return self._native.barriers_of_last_row()
-
-    def plan(
-        self, dtype: torch.dtype, num_rows: int, vocab_size: int, top_k: int, gpu: Gpu, *, selects: bool = False
-    ) -> Plan:
-        found = (ctypes.c_int64 * 4)()
-        self._native.plan_slim_loss(
-            DTYPES.index(dtype),
-            ctypes.c_int64(num_rows),
-            ctypes.c_int64(vocab_size),
-            ctypes.c_int64(top_k),
-            int(selects),
-            ctypes.byref(_Machine(*gpu)),
-            found,
-        )
-        return Plan(found[0], bool(found[1]), *found[2:])
-
-
-def compile_slim_loss(folder: Path, **replaced: str) -> Path:
-    """Compiles the kernel into ``folder``, after replacing ``old`` by ``new`` in its source if they are given."""
-    return compile_emulated("slim_loss", folder, **replaced)

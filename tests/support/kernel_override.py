@@ -57,14 +57,15 @@ def install(kernels: str) -> None:
 
 def install_emulated() -> None:
     """Replaces the CPU kernels of the ops whose emulated libraries are named, or of all such ops if none is."""
-    from support import emulated_cuda, emulated_sample_logits, emulated_slim_loss
+    from support import emulated_sample_logits, emulated_slim_loss
+    from support.emulated_cuda import compile_emulated
 
     named = {op: os.environ.get(f"EMULATED_{op.upper()}") for op in ("slim_loss", "sample_logits")}
     with tempfile.TemporaryDirectory() as folder:
         for op, library in named.items():
             if library is None and any(named.values()):
                 continue
-            found = Path(library) if library else emulated_cuda.compile_emulated(op, Path(folder))
+            found = Path(library) if library else compile_emulated(op, Path(folder))
             if op == "slim_loss":
                 kernel = emulated_slim_loss.EmulatedSlimLoss(found, emulated_slim_loss.LAUNCHES)
                 override("slim_loss_rows", kernel.slim_loss_rows)

@@ -22,9 +22,9 @@ LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def random_words(counter, draw, seed, position):
-    """Computes the four words of Philox-4x32-10 for each counter (id // 4), as defined in reference_sampling.py."""
-    c0 = counter.to(tl.uint32)
+def random_words(c0, c1, seed, position):
+    """Computes the four words of Philox-4x32-10 for each counter (c0, c1, position), as in reference_sampling.py."""
+    c0 = c0.to(tl.uint32)
     zero = c0 * 0
     seed = seed.to(tl.uint64)
     position = position.to(tl.uint64)
@@ -32,7 +32,7 @@ def random_words(counter, draw, seed, position):
     k1 = (seed >> 32).to(tl.uint32) + zero
     c2 = (position & 0xFFFFFFFF).to(tl.uint32) + zero
     c3 = (position >> 32).to(tl.uint32) + zero
-    return tl.philox_impl(c0, draw.to(tl.uint32) + zero, c2, c3, k0, k1)
+    return tl.philox_impl(c0, c1.to(tl.uint32) + zero, c2, c3, k0, k1)
 
 
 @triton.jit
@@ -53,9 +53,15 @@ def seed_of_row(row, seed, seeds_ptr, PER_ROW: tl.constexpr):
 
 
 @triton.jit
-def random_bits(ids, draw, seed, position):
+def noise_words(groups, seed, position):
+    """Computes the random bits of four neighbouring ids for each group (id // 4)."""
+    return random_words(groups, tl.full((), 0, tl.uint32), seed, position)
+
+
+@triton.jit
+def random_bits(ids, seed, position):
     """Computes the random bits of arbitrary ids, with one Philox call per id."""
-    w0, w1, w2, w3 = random_words(ids // 4, draw, seed, position)
+    w0, w1, w2, w3 = noise_words(ids // 4, seed, position)
     return tl.where(ids % 4 < 2, tl.where(ids % 4 == 0, w0, w1), tl.where(ids % 4 == 2, w2, w3))
 
 
@@ -119,7 +125,6 @@ def enter_contenders(
     bounds,  # float32 tile, -inf for ids that are not eligible
     ids,  # the same shape
     row_ptr,
-    draw,
     seed,
     position,
     top,
@@ -140,7 +145,7 @@ def enter_contenders(
     while best >= reach_of(last_score):
         token = tl.min(tl.where(bounds == best, ids, NO_ID))
         z = tl.load(row_ptr + token).to(tl.float64)
-        score = score_of(z, top, temperature) + gumbel(random_bits(token, draw, seed, position))
+        score = score_of(z, top, temperature) + gumbel(random_bits(token, seed, position))
         if is_ahead(score, token, last_score, last_id):
             if scores_ptr is None:
                 last_score = score
@@ -197,7 +202,6 @@ def race_of_row(
     temperature,
     seed,
     position,
-    draw,
     scores_ptr,
     ids_ptr,
     room,
@@ -205,7 +209,7 @@ def race_of_row(
     BLOCK: tl.constexpr,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """Runs the race among the eligible ids of a row; returns the last leader's score and id."""
+    """Runs the race among the eligible ids of a row; returns the last leader's id."""
     inv_temperature = clamped_inverse(temperature)
     last_score = tl.full((), float("-inf"), tl.float64)
     last_id = tl.full((), NO_ID, tl.int32)
@@ -219,14 +223,13 @@ def race_of_row(
         # Noise is the most expensive part, so skip tiles that cannot reach the leaders with any noise.
         if tl.max(scores) + LARGEST_NOISE >= reach_of(last_score):
             # One Philox call serves four neighbouring ids, whose words stay in the thread that computed them.
-            w0, w1, w2, w3 = random_words(begin // 4 + groups, draw, seed, position)
+            w0, w1, w2, w3 = noise_words(begin // 4 + groups, seed, position)
             bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK // 4, 4))
             bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(bits))
             last_score, last_id, last_slot = enter_contenders(
                 bounds,
                 ids,
                 row_ptr,
-                draw,
                 seed,
                 position,
                 top,
@@ -239,7 +242,7 @@ def race_of_row(
                 room,
                 BLOCK_ROOM,
             )
-    return last_score, last_id
+    return last_id
 
 
 @triton.jit
@@ -260,8 +263,7 @@ def race_of_candidates(
     BLOCK: tl.constexpr,
     BLOCK_ROOM: tl.constexpr,
 ):
-    """Runs the race among candidates that include every eligible id; returns the last leader's score and id."""
-    draw = tl.full((), 0, tl.int32)
+    """Runs the race among candidates that include every eligible id; returns the last leader's id."""
     inv_temperature = clamped_inverse(temperature)
     last_score = tl.full((), float("-inf"), tl.float64)
     last_id = tl.full((), NO_ID, tl.int32)
@@ -272,12 +274,11 @@ def race_of_candidates(
         z = tl.load(values_ptr + begin + offs, mask=mask, other=float("-inf"))
         ids = tl.load(candidates_ptr + begin + offs, mask=mask, other=0)
         scores = eligible_scores(z, least_key, top, inv_temperature, ACC)
-        bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(random_bits(ids, draw, seed, position)))
+        bounds = tl.where(scores == float("-inf"), scores, scores + noise_bound(random_bits(ids, seed, position)))
         last_score, last_id, last_slot = enter_contenders(
             bounds,
             tl.where(mask, ids, NO_ID),
             row_ptr,
-            draw,
             seed,
             position,
             top,
@@ -290,4 +291,4 @@ def race_of_candidates(
             room,
             BLOCK_ROOM,
         )
-    return last_score, last_id
+    return last_id

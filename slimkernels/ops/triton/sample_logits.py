@@ -163,7 +163,7 @@ def sample_row(
     log_kept = tl.load(softmax_ptr + LOG_TEMPERED)
     greedy = temperature == 0  # the argmax; the other options have no effect
     divides = (temperature >= LOWEST_TEMPERATURE) & (temperature <= HIGHEST_TEMPERATURE)
-    sound = (greedy | divides) & in_range(top_p, 1.0) & in_range(min_p, 1.0) & (top_k >= 0)
+    sound = (greedy | divides) & is_share(top_p) & is_share(min_p) & (top_k >= 0)
     exists = sound & (given_top == given_top)
     one_valued = greedy | (given_top == float("inf")) | ~exists
     temperature = tl.where(one_valued, 1.0, temperature)
@@ -271,7 +271,7 @@ def draw_ids(
             if values_ptr is not None:
                 among_candidates = found >= 0
                 if among_candidates:
-                    _, leader = race_of_candidates(
+                    leader = race_of_candidates(
                         row_ptr,
                         values_ptr,
                         candidates_ptr,
@@ -289,7 +289,7 @@ def draw_ids(
                         BLOCK_ROOM,
                     )
             if not among_candidates:
-                _, leader = race_of_row(
+                leader = race_of_row(
                     row_ptr,
                     vocab_size,
                     least_key,
@@ -297,7 +297,6 @@ def draw_ids(
                     temperature,
                     seed,
                     position,
-                    tl.full((), 0, tl.int32),
                     scores_ptr,
                     ids_ptr,
                     room,
@@ -363,9 +362,9 @@ def write_draws(
 
 
 @triton.jit
-def in_range(value, limit):
-    """Returns whether a value is in [0, limit]; False for NaN."""
-    return (value >= 0) & (value <= limit)
+def is_share(value):
+    """Returns whether a value is in [0, 1]; False for NaN."""
+    return (value >= 0) & (value <= 1)
 
 
 @triton.jit
