@@ -193,7 +193,7 @@ def test_methods_seconds_count_where_the_machine_was_free(monkeypatch):
     # Processor seconds of all processes and of this one.
     for readings, alone in (([(100, 10), (120, 30)], True), ([(100, 10), (120, 20)], False), ([None, None], None)):
         monkeypatch.setattr(methods_training, "_processor_seconds", iter(readings).__next__)
-        clock = methods_training._Clock()
+        clock = methods_training.Clock()
         clock.stop()
         assert clock.alone is alone
 
