@@ -201,6 +201,8 @@ def test_instructions_table_and_claims_by_hand():
     assert lines[7].startswith("| what all methods start from | 2.0 ")
     assert "Not finished: 9 of 48 of the test's students are there." not in lines
     assert any(line.startswith("Not finished: ") for line in lines)
+    found = "by Rouge-L SLIM is better than SFT on the responses and MiniLLM, and not shown to differ from KD."
+    assert f"- 15 layers, as many labels: {found}" in lines
     assert "MiniLLM 40 s for 5 steps and 100 labels" in lines[-1]
     verdicts = {claim.claim.split(" than ")[1]: claim for claim in claims([], rows) if "instructions" in claim.claim}
     assert {name: claim.verdict for name, claim in verdicts.items()} == {

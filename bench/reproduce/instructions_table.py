@@ -102,7 +102,7 @@ def instructions_table(rows: Sequence[dict[str, Any]]) -> str:
     results = Results(rows)
     changes = results.changes()
     parts = [_student_table(results, student, changes) for student in STUDENTS]
-    parts += [_judge_table(results), _progress(results), _conditions(results)]
+    parts += [_findings(changes), _judge_table(results), _progress(results), _conditions(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -140,6 +140,22 @@ def _student_table(results: Results, student: str, changes: dict[Compared, Chang
         cells.append(_interval(bootstrap_interval(_values(in_time))) if in_time else "")
         cells += _change_cells(changes.get(Compared(student, name, SECONDS)))
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _findings(changes: dict[Compared, Change]) -> str:
+    """Says which differences are shown, one line per kind of student and budget."""
+    lines = []
+    for student, budget in itertools.product(STUDENTS, _BUDGETS):
+        said: dict[str, list[str]] = {}
+        for compared, change in changes.items():
+            if (compared.student, compared.budget) == (student, budget):
+                better = "better than" if change.seeds.mean > 0 else "worse than"
+                kind = better if change.is_shown else "not shown to differ from"
+                said.setdefault(kind, []).append(METHODS[compared.method].title)
+        if said:
+            found = ", and ".join(f"{kind} {' and '.join(names)}" for kind, names in said.items())
+            lines.append(f"- {_layers(student)}, {_BUDGETS[budget]}: by Rouge-L SLIM is {found}.")
     return "\n".join(lines)
 
 
