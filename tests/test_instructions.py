@@ -122,7 +122,7 @@ def test_instructions_judge_sees_both_orders():
         verdicts = [judge.compare("Say it.", *pair) for pair in (("long", "so"), ("so", "long"), ("so", "it"))]
     assert verdicts == [pytest.approx((0.75, 0.75)), pytest.approx((0.25, 0.25)), pytest.approx((0.75, 0.25))]
     assert [(preference(verdict), agrees(verdict)) for verdict in verdicts] == [(1, True), (0, True), (0.5, False)]
-    assert (preference((0.75, None)), agrees((0.75, None))) == (0.75, False)
+    assert (preference((0.75, 0.5)), agrees((0.75, 0.5))) == (0.75, False)
 
 
 IDENTITY = {"settings": dataclasses.asdict(Settings(labels=100)), "data": "a"}

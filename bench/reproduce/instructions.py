@@ -43,7 +43,7 @@ from transformers.utils import logging
 from bench import records
 from bench.machine import installed_version, machine, one_at_a_time
 from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, spread, without
-from bench.reproduce.instructions_judge import PairJudge, hash_of, serve
+from bench.reproduce.instructions_judge import PairJudge, Verdict, hash_of, serve
 from bench.reproduce.instructions_plan import (
     BEFORE,
     METHODS,
@@ -176,7 +176,7 @@ class Experiment:
             if self.rows().find(**fields):
                 continue
             said = [self._responses(row) for row in (ours, theirs)]
-            verdicts: dict[str, list[tuple[float | None, float | None]]] = {}
+            verdicts: dict[str, list[Verdict]] = {}
             for dataset, held_out in self._held_out.items():
                 own = [[one["response"] for one in rows if one["dataset"] == dataset] for rows in said]
                 chosen = spread(list(zip(held_out, *own, strict=True)), examples)

@@ -20,7 +20,8 @@ from typing import Any
 from slimkernels.serving.client import ServerClient
 from slimkernels.serving.errors import ServerUnavailableError
 
-Verdict = tuple[float | None, float | None]
+# Probabilities of our response where it is shown first, and where it is shown second.
+Verdict = tuple[float, float]
 
 _PROMPT = """\
 Two assistants responded to an instruction. Responses may be cut off at the end. Which response is better: more \
@@ -57,7 +58,7 @@ class PairJudge:
         digest: Digest of its weights.
 
     Attributes:
-        identity: What identifies the judge and how it is asked, in rows.
+        identity: Names of the judge, its weights and its prompt, for rows.
     """
 
     def __init__(self, url: str, model: str, digest: str) -> None:
@@ -68,13 +69,13 @@ class PairJudge:
     def compare(self, instruction: str, ours: str, theirs: str) -> Verdict:
         """Returns the probability with which the judge names our response as response A, and as response B.
 
-        A probability is that of one letter, compared with the other; None where the judge names neither.
+        A probability is that of one letter, of the two; 1/2 where the judge names neither.
         """
         first = self._names_a(instruction, ours, theirs)
         second = self._names_a(instruction, theirs, ours)
-        return first, None if second is None else 1 - second
+        return first, 1 - second
 
-    def _names_a(self, instruction: str, a: str, b: str) -> float | None:
+    def _names_a(self, instruction: str, a: str, b: str) -> float:
         content = _PROMPT.format(instruction=instruction, a=a, b=b)
         payload = {"model": self.identity["model"], "messages": [{"role": "user", "content": content}]}
         payload |= {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
@@ -87,7 +88,7 @@ class PairJudge:
         self._client.close()
 
 
-def _read(reply: dict[str, Any]) -> float | None:
+def _read(reply: dict[str, Any]) -> float:
     """Returns the probability of the letter A in the first token of an answer, of the letters A and B."""
     mass = {"A": 0.0, "B": 0.0}
     for found in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
@@ -95,18 +96,18 @@ def _read(reply: dict[str, Any]) -> float | None:
         if letter in mass:
             mass[letter] += math.exp(found["logprob"])
     total = sum(mass.values())
-    return mass["A"] / total if total else None
+    return mass["A"] / total if total else 0.5
 
 
 def preference(verdict: Verdict) -> float:
     """Returns 1 where both orders prefer our response, 0 where both prefer the other, and 1/2 where they disagree."""
-    return sum(0.5 if one is None else float(one > 0.5) + 0.5 * (one == 0.5) for one in verdict) / 2
+    return sum((one > 0.5) + 0.5 * (one == 0.5) for one in verdict) / 2
 
 
 def agrees(verdict: Verdict) -> bool:
     """Returns whether the judge prefers the same response in both orders."""
     first, second = verdict
-    return first is not None and second is not None and (first > 0.5) == (second > 0.5)
+    return (first - 0.5) * (second - 0.5) > 0
 
 
 @contextlib.contextmanager

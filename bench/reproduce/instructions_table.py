@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.reproduce.instructions_judge import agrees, preference
+from bench.reproduce.instructions_judge import Verdict, agrees, preference
 from bench.reproduce.instructions_plan import (
     BEFORE,
     LABELS,
@@ -32,7 +32,7 @@ _BUDGETS = {LABELS: "as many labels", SECONDS: "as much time"}
 
 
 class Compared(NamedTuple):
-    """What is compared with the reference.
+    """A method, which the reference is compared with.
 
     Attributes:
         student: Name of a kind of student.
@@ -111,10 +111,10 @@ def _comparisons() -> list[Compared]:
     return [Compared(*each) for each in itertools.product(STUDENTS, methods, (LABELS, SECONDS))]
 
 
-def _values(rows: Sequence[dict[str, Any]], dataset: str | None = None) -> np.ndarray:
+def _values(rows: Sequence[dict[str, Any]], dataset: str | None = None) -> list[float]:
     """Returns each prompt's mean Rouge-L over seeds, of one data set or of all."""
     chosen = [[row["scores"][name] for name in row["scores"] if dataset in (None, name)] for row in rows]
-    return np.mean([np.concatenate(parts) for parts in chosen], axis=0)
+    return np.mean([np.concatenate(parts) for parts in chosen], axis=0).tolist()
 
 
 def _student_table(results: Results, student: str, changes: dict[Compared, Change]) -> str:
@@ -179,7 +179,7 @@ def _judge_table(results: Results) -> str:
     measured = []
     for rows in found.values():
         by_seed = [[preference(verdict) for verdict in _verdicts(row)] for row in rows]
-        documents = paired_difference(np.full(len(by_seed[0]), 0.5), np.mean(by_seed, axis=0))
+        documents = paired_difference([0.5] * len(by_seed[0]), np.mean(by_seed, axis=0).tolist())
         measured.append(Change(documents, Estimate.of([statistics.fmean(one) - 0.5 for one in by_seed])))
     lines = ["| | judge prefers SLIM, % | over seeds | p | same in both orders, % |", "|---|---:|---:|---:|---:|"]
     for (compared, rows), change in zip(found.items(), adjusted(measured), strict=True):
@@ -188,16 +188,14 @@ def _judge_table(results: Results) -> str:
         same = statistics.fmean(agrees(verdict) for row in rows for verdict in _verdicts(row))
         title, p_value = f"SLIM or {METHODS[compared.method].title}; {compared}", change.documents.p_value
         lines.append(f"| {title} | {_interval(preferred, digits=0)} | {seeds} | {p_value:.3f} | {100 * same:.0f} |")
-    return "\n".join([*lines, "", _judge_sentence(results)])
+    judge = next(iter(found.values()))[0]["judge"]
+    return "\n".join([*lines, "", _judge_sentence(results, judge)])
 
 
-def _judge_sentence(results: Results) -> str:
-    last = results.found.find(op="judged")
-    own = [row for row in results.found.rows if row["op"] == "judged" and row["judge"] == last["judge"]]
+def _judge_sentence(results: Results, judge: dict[str, str]) -> str:
+    own = [row for row in results.found.rows if row["op"] == "judged" and row["judge"] == judge]
     verdicts = [verdict for row in own if row["ours"] == REFERENCE for verdict in _verdicts(row)]
-    first = statistics.fmean(
-        one > 0.5 for ours, theirs in verdicts if None not in (ours, theirs) for one in (ours, 1 - theirs)
-    )
+    first = statistics.fmean(one > 0.5 for ours, theirs in verdicts for one in (ours, 1 - theirs))
     known = [verdict for row in own if row["ours"] == TEACHER for verdict in _verdicts(row)]
     check = ""
     if known:
@@ -208,14 +206,14 @@ def _judge_sentence(results: Results) -> str:
         )
     agreed = statistics.fmean(map(agrees, verdicts))
     return (
-        f"The judge, {last['judge']['model']} behind llama.cpp, sees each pair in both orders, and a pair whose orders "
+        f"The judge, {judge['model']} behind llama.cpp, sees each pair in both orders, and a pair whose orders "
         f"disagree counts half. It agrees with itself in {100 * agreed:.0f} % of the pairs (a coin in 50 %), and names "
         f"the response that it sees first in {100 * first:.0f} %.{check}"
     )
 
 
-def _verdicts(row: dict[str, Any]) -> list[tuple[float | None, float | None]]:
-    return [tuple(verdict) for verdicts in row["verdicts"].values() for verdict in verdicts]
+def _verdicts(row: dict[str, Any]) -> list[Verdict]:
+    return [(verdict[0], verdict[1]) for verdicts in row["verdicts"].values() for verdict in verdicts]
 
 
 def _progress(results: Results) -> str:

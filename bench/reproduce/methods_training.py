@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus
 from bench.reproduce.methods_plan import METHODS, STUDENTS, SUPPORTS, Student, Unit
@@ -127,7 +127,7 @@ def train_student(
     *,
     teacher: PreTrainedModel | None = None,
     **options: Any,
-) -> tuple[list[dict[str, float]], TrainingArguments]:
+) -> tuple[list[dict[str, float]], Any]:
     """Trains a student as all experiments do: in bfloat16 autocast, a linear warm-up over a tenth of the steps, cosine.
 
     Args:
