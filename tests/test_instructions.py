@@ -274,6 +274,7 @@ def test_instructions_experiment_resumes(tmp_path, data, capsys, monkeypatch):
     for row in rows:
         if row["op"] == "test" and row["method"] != "minillm":
             assert row["labels"] <= row["labels_learned"] < row["labels"] + 40
+            assert row["steps"] == math.ceil(row["documents_learned"] / 2)
     assert [row["method"] for row in rows if row["op"] == "bound"] == ["teacher", "before", "start"]
     assert all(row["non_ascii"]["reference"] == 0 and row["versions"]["rouge-score"] for row in rows if "scores" in row)
     assert run(*test, *methods) == rows

@@ -387,7 +387,7 @@ def test_claims_are_judged_by_their_intervals():
     def verdicts(found: list[dict]) -> list[str]:
         return [claim.verdict for claim in claims(found, [])]
 
-    assert verdicts([]) == ["not measured"] * 9
+    assert set(verdicts([])) == {"not measured"}
     # Eight documents that all agree are enough for p = 2 / 256 times the three comparisons.
     found = rows(slim=2.0, sft=2.5, kd=1.9, kd_mean=2.0)
     assert verdicts(found)[:3] == ["shown", "contradicted", "not shown"]

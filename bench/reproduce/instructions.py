@@ -207,14 +207,13 @@ class Experiment:
 
     def _start(self, student: str) -> PreTrainedModel:
         """Returns the student that all methods start from, in float32."""
-        folder = self._shared / "start" / student
+        folder = self._shared / "students" / student
         if not folder.is_dir():
             model = self._before(student)
             store = self._store
             print(f"{student}: SFT on {len(store)} documents", flush=True)
-            options = {"method": "sft", "learning_rate": self.settings.start_learning_rate, "seed": TUNING_SEED}
-            batch_size = STUDENTS[student].batch_size
-            train_student(model, StoreDataset(store), self.tokenizer, per_device_train_batch_size=batch_size, **options)
+            options = {"method": "sft", "learning_rate": self.settings.start_learning_rate}
+            train_student(model, StoreDataset(store), self.tokenizer, **_once(student, TUNING_SEED), **options)
             # A folder of this name is complete.
             unfinished = folder.with_name(f"{student}.tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -238,9 +237,9 @@ class Experiment:
             return self._add(row)
 
     def _train(self, student: PreTrainedModel, unit: Unit, choice: dict[str, Any] | None) -> dict[str, Any]:
-        settings, batch_size = self.settings, STUDENTS[unit.student].batch_size
-        options: dict[str, Any] = {"per_device_train_batch_size": batch_size, "seed": unit.seed, **unit.options}
-        draws = unit.method == "minillm"
+        settings, draws = self.settings, unit.method == "minillm"
+        options = _once(unit.student, unit.seed) | unit.options
+        batch_size = options["per_device_train_batch_size"]
         if draws:
             # In the trials, as if no response ended early.
             per_step = batch_size * settings.max_new_tokens if choice is None else choice["labels_per_step"]
@@ -256,6 +255,7 @@ class Experiment:
             labels = sum(len(document.positions) for document in learned)
         return {
             "steps": len(logs),
+            "documents_learned": len(logs) * batch_size if draws else len(learned),
             "labels_learned": labels,
             "labels_per_step": labels / len(logs),
             "train_loss": statistics.fmean(entry["loss"] for entry in logs[-max(1, len(logs) // 10) :]),
@@ -320,6 +320,11 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+def _once(student: str, seed: int) -> dict[str, Any]:
+    """Returns the options of one pass over the documents."""
+    return {"per_device_train_batch_size": STUDENTS[student].batch_size, "num_train_epochs": 1, "seed": seed}
 
 
 def _digest(*parts: Any) -> str:
