@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import records
+from bench.reproduce import instructions_plan, instructions_table
+from bench.reproduce.instructions_table import in_points
 from bench.reproduce.methods_plan import BUDGETS, METHODS, STUDENTS, SUPPORT_LABELS
 from bench.reproduce.methods_results import (
     ADAPTIVE,
@@ -54,10 +56,11 @@ def claims_table(results: Path) -> str:
     lines += [f"| {' | '.join(claim)} |" for claim in claims(*sources)]
     lines += [
         "",
-        f"Differences are of held-out perplexity, paired, with 95 % intervals over documents and over three seeds. A "
-        f"claim is shown, or contradicted, where both intervals of every kind of student that was measured lie on that "
-        f"side of zero and the sign-flip test over documents, adjusted over all these comparisons by Holm's method, "
-        f"rejects equality; that 5 % of the logits suffice, where the intervals end below {100 * MARGIN:+.0f} %.",
+        f"Differences are of held-out perplexity, or of Rouge-L where that is said, paired, with 95 % intervals over "
+        f"documents or prompts and over three seeds. A claim is shown, or contradicted, where both intervals of every "
+        f"kind of student that was measured lie on that side of zero and the sign-flip test over documents or prompts, "
+        f"adjusted over all comparisons of the same measure by Holm's method, rejects equality; that 5 % of the logits "
+        f"suffice, where the intervals end below {100 * MARGIN:+.0f} %.",
     ]
     return "\n".join(lines)
 
@@ -76,7 +79,7 @@ def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]
         Claim("SLIM", "SLIM is better than KD", *kd, METHODS_COMMAND),
         Claim("SLIM", "a weight per token helps, compared with the same weight for all", *weight, METHODS_COMMAND),
         Claim("SLIM", "the largest 5 % of the logits suffice", *_sufficient(found), METHODS_COMMAND),
-        Claim("SLIM", "SLIM is better than MiniLLM", *_minillm(instructions), INSTRUCTIONS_COMMAND),
+        *_instructions(instructions),
         Claim("SLIM", "SLIM is better on downstream tasks", "", NOT_MEASURED, ""),
         Claim("SLIM", "teachers of 70B parameters can be distilled", "", NOT_MEASURED, ""),
         Claim("PathFinder", "6 % better than other ways to decode, on three tasks", "", NOT_MEASURED, ""),
@@ -177,11 +180,21 @@ def _results(rows: Sequence[dict[str, Any]]) -> list[Results]:
     return [Results(rows, student) for student in STUDENTS if any(row["student"] == student for row in rows)]
 
 
-def _minillm(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    if not rows:
-        return "", NOT_MEASURED
-    settings = rows[-1]["settings"]
-    return f"SLIM had {settings['steps']} steps, MiniLLM {settings['minillm_steps']}: not a fair comparison", NOT_SHOWN
+def _instructions(rows: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Returns the claims on following instructions, one per method that SLIM is compared with."""
+    found = instructions_table.Results(rows).changes() if rows else {}
+    said = []
+    for name, method in instructions_plan.METHODS.items():
+        if name == instructions_plan.REFERENCE:
+            continue
+        changes = {compared: change for compared, change in found.items() if compared.method == name}
+        cells = [f"{compared}: {in_points(change)}" for compared, change in changes.items()]
+        measured = f"Rouge-L, SLIM minus {method.title}; {'; '.join(cells)}" if cells else ""
+        # More Rouge-L is better, unlike perplexity.
+        verdict = _verdict(list(changes.values()), better=1)
+        claim = f"SLIM follows instructions better than {method.title}"
+        said.append(Claim("SLIM", claim, measured, verdict, INSTRUCTIONS_COMMAND))
+    return said
 
 
 def _adaptive(found: Sequence[Results]) -> list[tuple[str, str]]:
@@ -222,12 +235,13 @@ def _sufficient(found: Sequence[Results]) -> tuple[str, str]:
     return _measured("KD from 5 % of the logits to all of them", changes), verdict
 
 
-def _verdict(changes: Sequence[Change]) -> str:
+def _verdict(changes: Sequence[Change], better: int = -1) -> str:
+    """Returns the verdict on changes of which those of the sign ``better`` are improvements."""
     if not changes:
         return NOT_MEASURED
-    if all(change.is_shown and change.seeds.mean < 0 for change in changes):
+    if all(change.is_shown and better * change.seeds.mean > 0 for change in changes):
         return SHOWN
-    return CONTRADICTED if all(change.is_shown and change.seeds.mean > 0 for change in changes) else NOT_SHOWN
+    return CONTRADICTED if all(change.is_shown and better * change.seeds.mean < 0 for change in changes) else NOT_SHOWN
 
 
 def _measured(what: str, changes: Sequence[tuple[str, Change]]) -> str:

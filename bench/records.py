@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.ops.case import OURS
+from slimkernels.durable import Journal
 
 CASE_FIELDS = ("op", "mode", "shape", "dtype", "sweep")
 MACHINE_FIELDS = ("commit", "device", "isa", "torch")
@@ -66,6 +67,12 @@ def append(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def add(path: Path, row: dict) -> None:
+    """Appends a row to a JSONL file that several runs share: it is only held for as long as that takes."""
+    with Journal(path, wait_s=60) as journal:
+        journal.append(json.dumps(row).encode() + b"\n")
 
 
 def case_of(row: dict) -> tuple:

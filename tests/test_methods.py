@@ -196,7 +196,7 @@ def test_methods_seconds_count_where_the_machine_was_free(monkeypatch):
     # Processor seconds of all processes and of this one.
     for readings, alone in (([(100, 10), (120, 30)], True), ([(100, 10), (120, 20)], False), ([None, None], None)):
         monkeypatch.setattr(methods_training, "_processor_seconds", iter(readings).__next__)
-        clock = methods_training._Clock()
+        clock = methods_training.Clock()
         clock.stop()
         assert clock.alone is alone
 
@@ -401,7 +401,7 @@ def test_claims_are_judged_by_their_intervals():
     def verdicts(found: list[dict]) -> list[str]:
         return [claim.verdict for claim in claims(found, [])]
 
-    assert verdicts([]) == ["not measured"] * 9
+    assert set(verdicts([])) == {"not measured"}
     # Eight documents that all agree are enough for p = 2 / 256 times the three comparisons.
     found = rows(slim=2.0, sft=2.5, kd=1.9, kd_mean=2.0)
     assert verdicts(found)[:3] == ["shown", "contradicted", "not shown"]

@@ -13,6 +13,7 @@ from support import served, teachers
 from support.evaluation import make_data
 from support.served_captures import assert_close_to_local
 
+from bench.reproduce.instructions_judge import PairJudge, serve
 from slimkernels.cli import main
 from slimkernels.evaluate.runner import load_run
 from slimkernels.models.gguf import converted_folder, default_cache_dir
@@ -146,6 +147,18 @@ def test_command_line(server, smollm2, tmp_path, capsys) -> None:
     assert main(command) == 0
     assert "added 3 documents" in capsys.readouterr().out
     assert main(["store", "verify", str(Path(tmp_path) / "store")]) == 0
+
+
+def test_pairs_are_judged_behind_llama_cpp() -> None:
+    python = os.environ.get("LLAMACPP_PYTHON")
+    if not python:
+        pytest.skip("LLAMACPP_PYTHON does not name a Python with this server: run make test-servers")
+    with serve(teachers.smollm2_gguf(), python) as url, PairJudge(url, "smollm2", "digest") as judge:
+        first, second = judge.compare("Name three fruits.", "Apples, pears and plums.", "The the of the.")
+        swapped = judge.compare("Name three fruits.", "The the of the.", "Apples, pears and plums.")
+    # An answer that names neither letter would count one half exactly.
+    assert all(0 < one < 1 and one != 0.5 for one in (first, second))
+    assert swapped == pytest.approx((1 - second, 1 - first), abs=0.02)
 
 
 def test_vllm_scores_without_the_text_of_the_candidates(smollm2, tmp_path) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.tiny import VOCAB_SIZE, make_model, make_store, make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkernels.cli import main
 from slimkernels.store import Store
@@ -71,6 +72,39 @@ def test_minillm_brings_the_student_to_the_teacher_on_its_own_words(tmp_path, st
     assert torch.isfinite(torch.tensor([metrics["train_loss"], metrics["eval_perplexity"]])).all()
     saved = type(student).from_pretrained(tmp_path)
     torch.testing.assert_close(saved.state_dict(), student.state_dict())
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of tensors of one shape to bfloat16."""
+
+    def __init__(self, shape) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_cast = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16
+        self.count += is_cast and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@needs_trl
+def test_minillm_casts_the_weights_once_for_all_tokens_of_a_batch(tmp_path, store_path):
+    counts = []
+    for length in (2, 6):
+        student = make_model()
+        options = RECIPE | {"max_completion_length": length, "bf16": True, "max_steps": 1}
+        with Casts(student.model.layers[0].mlp.up_proj.weight.shape) as casts:
+            train(
+                store_path,
+                student,
+                "minillm",
+                tmp_path / str(length),
+                tokenizer=make_tokenizer(),
+                teacher_model=make_model(seed=1234),
+                **options,
+            )
+        counts.append(casts.count)
+    assert counts[0] == counts[1] > 0
 
 
 @needs_trl

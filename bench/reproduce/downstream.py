@@ -11,7 +11,6 @@ when it has ended, and is not asked again. Needs the extra ``harness``.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from bench import records
 from bench.machine import machine
 from bench.reproduce.methods_plan import METHODS, STUDENTS, SUPPORTS
 from slimkernels.cli.options import positive_int
-from slimkernels.durable import Journal
 from slimkernels.evaluate.lm_eval.tasks import evaluate_multiple_choice
 from slimkernels.models.make_student import drop_layers
 from slimkernels.teacher import load_model, load_teacher
@@ -113,8 +111,7 @@ def main() -> None:
             row = {"op": "downstream", "task": task} | identity | machine()
             row |= ask(model, tokenizer, task, args.data, limit)
             print(f"{fields['student']}, {fields['method']}, seed {fields['seed']}, {task}: {row['accuracy']:.3f}")
-            with Journal(args.out, wait_s=60) as journal:
-                journal.append(json.dumps(row).encode() + b"\n")
+            records.add(args.out, row)
 
 
 if __name__ == "__main__":

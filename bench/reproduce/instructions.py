@@ -1,211 +1,315 @@
-"""Reproduces an instruction-following experiment: SFT, KD, MiniLLM and SLIM train the same student, scored by Rouge-L.
+"""Reproduces an experiment on following instructions: SFT, KD, SLIM and MiniLLM train the same students.
 
-python -m bench.reproduce.instructions --train dolly/train.jsonl --eval dolly/test.jsonl self_instruct/test.jsonl \
+python -m bench.reproduce.instructions tune --train TRAIN.jsonl --eval dolly/test.jsonl self_instruct/test.jsonl \
     --work runs/instructions --out bench/results/instructions.jsonl
+python -m bench.reproduce.instructions test (the same arguments) [--students half] [--methods slim minillm]
+python -m bench.reproduce.instructions judge (the same arguments) --judge FILE.gguf [--llamacpp PYTHON]
 
-The data are not shipped; ``instructions_data.read_examples`` lists the supported layouts. The student consists of some
-layers of the teacher and is first trained on the responses for --warm-up-steps. All methods start from this student:
-SFT trains on the responses, KD and SLIM on the responses with the teacher's kept logits, and MiniLLM (extra
-``minillm``) on the student's own responses to the prompts. The teacher and the student before and after the warm-up are
-measured as well. --work keeps all responses and intermediate results, which are not computed again. A method and seed
-that --out has with the same settings is not run again.
+The data are not shipped; ``instructions_data.read_examples`` lists the supported layouts. A student keeps some layers
+of the teacher and learns from all responses of the training data once, by SFT. All methods start from there, and learn
+from as many labels again: SFT from the responses, KD and SLIM from the responses with the teacher's largest logits, and
+MiniLLM (extra ``minillm``) from as many tokens that the student draws itself. ``tune`` tries three learning rates of
+MiniLLM on examples that are held out of the training data, and writes the best down; the other methods have the options
+that ``bench.reproduce.methods`` chose. ``test`` trains three students by each choice and measures Rouge-L of their
+responses to the evaluation files, which nothing else reads. Then each method has as much processor time as SLIM had, in
+place of as many labels. ``judge`` shows pairs of responses, SLIM's and another's, to a model behind llama.cpp, in both
+orders.
+
+Each training is one line of the results file, written when it has ended, and is never run again; so is each pair that
+was judged. ``--work`` keeps the teacher's logits, the students that all methods start from, and all responses.
+Processor time counts, since it changes less than wall time beside other work (``--beside``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import time
+import shutil
+import statistics
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from rich.console import Console
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-import slimkernels as sk
 from bench import records
-from bench.machine import installed_version, machine
-from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, without
-from slimkernels.demo.phases import Phase, quiet_libraries
-from slimkernels.durable import Journal
-from slimkernels.evaluate.judge import Judge, RatedResponse
+from bench.machine import installed_version, machine, one_at_a_time
+from bench.reproduce.instructions_data import Example, documents, prompt_ids, read_examples, short, spread, without
+from bench.reproduce.instructions_judge import PairJudge, Verdict, hash_of, serve
+from bench.reproduce.instructions_plan import (
+    BEFORE,
+    METHODS,
+    START,
+    STUDENTS,
+    TEACHER,
+    TEST_SEEDS,
+    TUNING_SEED,
+    Rows,
+    Unit,
+    chosen,
+    pairs,
+    trials,
+)
+from bench.reproduce.methods_training import Clock, train_student
+from slimkernels.cli.options import positive_int
 from slimkernels.evaluate.scoring import rouge_l
-from slimkernels.evaluate.statistics import bootstrap_interval
-from slimkernels.models.head import LanguageModelHead
 from slimkernels.models.make_student import drop_layers, make_student
-from slimkernels.store import Store, StoreWriter
-from slimkernels.teacher import load_teacher, tokenizer_fingerprint
-from slimkernels.trainer import train
+from slimkernels.store import Store, StoreDataset
+from slimkernels.teacher import capture, load_model, load_teacher
 
-# Models that are measured without further training.
-BOUNDS = ("teacher", "dropped", "warmed_up")
-METHODS = ("sft", "kd", "minillm", "slim")
 # Packages other than torch whose versions decide a result.
 PACKAGES = ("transformers", "trl", "rouge-score")
-_WARM_UP_SEED = 1234
+_START_FIELDS = ("teacher", "top_fraction", "start_learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings that decide the result, in addition to the data.
 
-    The experiment takes 40 minutes on one CPU core with bfloat16 and the defaults.
-
     Attributes:
         teacher: Name or folder of the teacher, as for ``load_teacher``.
-        layers: Number of layers of the student.
-        train_examples: Maximum number of training examples; the first ones that fit are used.
+        labels: Number of labels from which each method learns; of tokens that the student draws, for MiniLLM.
         eval_examples: Maximum number of examples per evaluation file, evenly spread over those that fit.
-        max_length: Maximum number of tokens of a training example (prompt and response), and of an evaluation prompt.
+        development_examples: Number of training examples that are held out, to choose learning rates by.
+        max_length: Maximum number of tokens of a training example (prompt and response), and of a prompt.
         max_new_tokens: Maximum number of tokens of a response.
-        temperature: Sampling temperature of the measured responses; 0 decodes greedily.
         top_fraction: Share of the vocabulary kept of each row of the teacher's logits.
-        warm_up_steps: Number of SFT steps before the methods start.
-        steps: Number of steps of every method except MiniLLM.
-        minillm_steps: Number of steps of MiniLLM.
-        batch_size: Number of examples or prompts per step.
-        learning_rate: Peak learning rate, after a warm-up over a tenth of the steps and before a linear decay.
-        minillm_learning_rate: Peak learning rate of MiniLLM.
-        bf16: 1 computes in bfloat16 with float32 weights, 0 computes in float32.
+        start_learning_rate: Peak learning rate of the SFT that all methods share.
     """
 
     teacher: str = "smollm2-135m-instruct"
-    layers: int = 10
-    train_examples: int = 1000
-    eval_examples: int = 50
+    labels: int = 8000
+    eval_examples: int = 100
+    development_examples: int = 64
     max_length: int = 192
     max_new_tokens: int = 64
-    temperature: float = 0.0
     top_fraction: float = 0.05
-    warm_up_steps: int = 200
-    steps: int = 200
-    minillm_steps: int = 40
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    minillm_learning_rate: float = 1e-4
-    bf16: int = 1
+    start_learning_rate: float = 7.07e-4
 
 
 class Experiment:
-    """The phases of the experiment in the order in which they run; each keeps its result in ``work``.
+    """The rows of a results file, and what is added to them.
+
+    Args:
+        settings: Settings.
+        training: Training examples, of which some are held out to choose learning rates by.
+        held_out: Evaluation examples by data set.
+        work: Folder for the teacher's logits, students and responses.
+        out: JSONL file of rows.
+        alone: Whether each training waits for the other benchmarks of the machine, and holds up later ones.
 
     Attributes:
-        held_out: Evaluation examples by data set.
-        data: Hash of the training and evaluation examples.
+        identity: Fields of every row that name settings and data.
     """
 
     def __init__(
-        self, settings: Settings, training: list[Example], held_out: dict[str, list[Example]], work: Path
+        self,
+        settings: Settings,
+        training: list[Example],
+        held_out: dict[str, list[Example]],
+        work: Path,
+        out: Path,
+        *,
+        alone: bool = True,
     ) -> None:
-        self.settings, self.training, self.work = settings, training, work
-        self.console, self.seconds = Console(), {}
-        self.teacher, self.tokenizer = _load(settings.teacher)
-        self.held_out = {
-            dataset: _spread(short(self.tokenizer, examples, settings.max_length), settings.eval_examples)
+        self.settings, self.out, self.alone = settings, out, alone
+        self._teacher, self.tokenizer = _load(settings.teacher)
+        fitting = [example for example in training if _fits(self.tokenizer, example, settings.max_length)]
+        development = spread(fitting, settings.development_examples)
+        self._training = [example for example in fitting if example not in development]
+        self._development = {"development": development}
+        self._held_out = {
+            dataset: spread(short(self.tokenizer, examples, settings.max_length), settings.eval_examples)
             for dataset, examples in held_out.items()
         }
-        self.data = hashlib.sha256(json.dumps([training, self.held_out]).encode()).hexdigest()[:16]
-        self._key = {"data": self.data, "version": sk.__version__}
+        fields = dataclasses.asdict(settings)
+        self.identity = {"settings": fields, "data": _digest(self._training, development, self._held_out)}
+        # Other numbers of labels and evaluation examples have the same teacher and start.
+        work = work / _digest(self._training, {name: fields[name] for name in _START_FIELDS})
+        self._shared, self._said = work, work / "responses" / _digest(self.identity)
 
-    def capture(self) -> dict[str, Any]:
-        """Captures the teacher's top logits for every response token in a store; prompts have no labels."""
-        key = self._key | self._pick("teacher", "top_fraction", "train_examples", "max_length")
-        with self._phase("store", "store", key) as phase:
-            if not phase.is_done:
-                phase.finish(_capture(self.teacher, self.tokenizer, self._documents(), phase.folder, key))
-        return phase.result
+    def rows(self) -> Rows:
+        """Reads the rows of these settings and data."""
+        return Rows(records.read(self.out), self.identity)
 
-    def start(self) -> None:
-        """Makes the student that every method starts from."""
-        key = self._key | self._pick(*_STUDENT)
-        with self._phase("dropped", "students/dropped", key) as phase:
-            if not phase.is_done:
-                drop_layers(self.teacher.float(), self.settings.layers).save_pretrained(phase.folder)
-                self.teacher.to(torch.bfloat16)
-                phase.finish({})
-        with self._phase("warmed_up", "students/warmed_up", key) as phase:
-            if not phase.is_done:
-                options = {"max_steps": self.settings.warm_up_steps, "learning_rate": self.settings.learning_rate}
-                phase.finish(self._train("sft", self._student("dropped"), phase.folder, _WARM_UP_SEED, options))
+    def tune(self, names: Iterable[str]) -> None:
+        """Runs the missing trials of methods that have some, and writes down their choices."""
+        for name in names:
+            if self.rows().choice(name) is None:
+                found = [self._run(unit) for unit in trials(name, self.settings.labels)]
+                self._add(chosen(found))
 
-    def train(self, method: str, seed: int) -> dict[str, Any]:
-        """Trains one method's student and returns its training loss and times."""
-        is_minillm = method == "minillm"
-        names = ("minillm_steps", "minillm_learning_rate") if is_minillm else ("steps", "learning_rate")
-        options = dict(zip(("max_steps", "learning_rate"), self._pick(*names).values(), strict=True))
-        if is_minillm:
-            options |= {"max_completion_length": self.settings.max_new_tokens, "teacher_model": self.teacher}
-        key = self._key | self._pick(*_STUDENT, *names) | {"seed": seed}
-        with self._phase(f"{method} {seed}", f"students/{method}-{seed}", key) as phase:
-            if not phase.is_done:
-                phase.finish(self._train(method, self._student("warmed_up"), phase.folder, seed, options))
-        return phase.result
+    def test(self, students: Iterable[str], names: Sequence[str], seeds: Iterable[int]) -> None:
+        """Measures what methods start from, and runs the missing trainings of the test, seed by seed."""
+        students = list(students)
+        self._measure_untrained(None, TEACHER, lambda: self._teacher)
+        for student in students:
+            self._measure_untrained(student, BEFORE, lambda student=student: self._before(student))
+            self._measure_untrained(student, START, lambda student=student: self._start(student))
+        for seed in seeds:
+            for student in students:
+                # The second time each method's budget of seconds is known.
+                for name in [*names, *names]:
+                    unit = self.rows().missing(student, name, seed, self.settings.labels)
+                    if unit is not None:
+                        self._run(unit)
 
-    def respond(self, method: str, seed: int) -> list[dict[str, str]]:
-        """Returns a model's responses to all held-out prompts, with references and Rouge-L in %."""
-        name = method if method in BOUNDS else f"{method}-{seed}"
-        key = self._key | dataclasses.asdict(self.settings) | {"seed": seed}
-        with self._phase(f"responses of {name}", f"responses/{method}-{seed}", key) as phase:
-            path = phase.folder / "responses.jsonl"
-            if not phase.is_done:
-                torch.manual_seed(seed)
-                model = self.teacher if method == "teacher" else self._student(name, torch.bfloat16)
-                rows = []
-                for dataset, examples in self.held_out.items():
-                    said = respond(model, self.tokenizer, examples, self.settings)
-                    for example, response in zip(examples, said, strict=True):
-                        row = {"dataset": dataset, **example._asdict(), "response": response}
-                        rows.append(row | {"rouge_l": 100 * rouge_l(response, example.reference)})
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                phase.finish({})
+    def judge(self, judge: PairJudge, students: Iterable[str], seeds: Sequence[int], examples: int) -> None:
+        """Has pairs of responses judged: the teacher's with those of the students before, and SLIM's with others'."""
+        rows = self.rows()
+        found = []
+        for student in students:
+            bounds = rows.find(op="bound", method=TEACHER), rows.find(op="bound", method=START, student=student)
+            found += [bounds] if all(bounds) else []
+            found += [pair for seed in seeds for pair in pairs(rows, student, seed)]
+        for ours, theirs in found:
+            fields = {"op": "judged", "judge": judge.identity, "ours": ours["method"], "examples": examples}
+            fields |= {name: theirs[name] for name in ("student", "method", "budget", "seed")}
+            if self.rows().find(**fields):
+                continue
+            said = [self._responses(row) for row in (ours, theirs)]
+            verdicts: dict[str, list[Verdict]] = {}
+            for dataset, held_out in self._held_out.items():
+                own = [[one["response"] for one in rows if one["dataset"] == dataset] for rows in said]
+                chosen = spread(list(zip(held_out, *own, strict=True)), examples)
+                verdicts[dataset] = [judge.compare(example.instruction, *both) for example, *both in chosen]
+            self._add(fields | {"verdicts": verdicts})
+
+    @cached_property
+    def _store(self) -> Store:
+        """The teacher's largest logits for every label of the training examples; prompts have no labels."""
+        path = self._shared / "store"
+        found = list(documents(self.tokenizer, self._training))
+        capture(self._teacher, self.tokenizer, found, path, top_fraction=self.settings.top_fraction)
+        return Store(path)
+
+    def _documents(self, labels: int, seed: int) -> Subset:
+        """Returns documents in an order of a seed until they have this many labels, repeated if there are too few."""
+        store, order, left = self._store, [], labels
+        chance = np.random.default_rng(seed)
+        while left > 0:
+            for index in chance.permutation(len(store)).tolist():
+                if left > 0:
+                    order.append(index)
+                    left -= len(store[index].positions)
+        return Subset(StoreDataset(store), order)
+
+    def _before(self, student: str) -> PreTrainedModel:
+        return drop_layers(load_model(self.settings.teacher), STUDENTS[student].layers or ())
+
+    def _start(self, student: str) -> PreTrainedModel:
+        """Returns the student that all methods start from, in float32."""
+        folder = self._shared / "students" / student
+        if not folder.is_dir():
+            model = self._before(student)
+            store = self._store
+            print(f"{student}: SFT on {len(store)} documents", flush=True)
+            options = {"method": "sft", "learning_rate": self.settings.start_learning_rate}
+            train_student(model, StoreDataset(store), self.tokenizer, **_once(student, TUNING_SEED), **options)
+            # A folder of this name is complete.
+            unfinished = folder.with_name(f"{student}.tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            model.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        return make_student(str(folder), dtype=torch.float32)
+
+    def _run(self, unit: Unit) -> dict[str, Any]:
+        """Trains a student, measures it, and adds its row, unless it has one."""
+        with self._turn():
+            rows = self.rows()
+            if done := rows.of(unit):
+                return done
+            print(unit.name, flush=True)
+            # The commit is that of the code that runs, also if another is checked out before the end.
+            row = dataclasses.asdict(unit) | machine()
+            student = self._start(unit.student)
+            row |= self._train(student, unit, rows.choice(unit.method))
+            row |= self._measure(student, row, self._development if unit.op == "trial" else self._held_out)
+            print(f"  Rouge-L {row['rouge_l']:.2f}, {row['processor_seconds']:.0f} s of processor time", flush=True)
+            return self._add(row)
+
+    def _train(self, student: PreTrainedModel, unit: Unit, choice: dict[str, Any] | None) -> dict[str, Any]:
+        settings, draws = self.settings, unit.method == "minillm"
+        options = _once(unit.student, unit.seed) | unit.options
+        batch_size = options["per_device_train_batch_size"]
+        if draws:
+            # In the trials, as if no response ended early.
+            per_step = batch_size * settings.max_new_tokens if choice is None else choice["labels_per_step"]
+            options |= {"max_steps": max(1, round(unit.labels / per_step))}
+            options |= {"max_completion_length": settings.max_new_tokens}
+        learned = StoreDataset(self._store) if draws else self._documents(unit.labels, unit.seed)
+        clock = Clock()
+        logs, _ = train_student(student, learned, self.tokenizer, teacher=self._teacher if draws else None, **options)
+        clock.stop()
+        if draws:
+            labels = round(sum(batch_size * entry["completions/mean_length"] for entry in logs))
+        else:
+            labels = sum(len(document.positions) for document in learned)
+        return {
+            "steps": len(logs),
+            "documents_learned": len(logs) * batch_size if draws else len(learned),
+            "labels_learned": labels,
+            "labels_per_step": labels / len(logs),
+            "train_loss": statistics.fmean(entry["loss"] for entry in logs[-max(1, len(logs) // 10) :]),
+            "processor_seconds": round(clock.processor_seconds, 3),
+            "seconds": round(clock.seconds, 1),
+            "alone": clock.alone,
+        }
+
+    def _measure_untrained(self, student: str | None, method: str, model_of: Any) -> None:
+        row = {"op": "bound", "student": student, "method": method, "budget": None, "seed": None}
+        with self._turn():
+            if self.rows().find(**row) is None:
+                row |= machine()
+                model = model_of()
+                self._add(row | self._measure(model, row, self._held_out))
+
+    def _measure(self, model: PreTrainedModel, row: dict[str, Any], held_out: dict[str, list[Example]]) -> dict:
+        """Writes down a model's responses, and returns their Rouge-L in %; the model is in bfloat16 from then on."""
+        model.to(torch.bfloat16)
+        clock = Clock()
+        said = []
+        for dataset, examples in held_out.items():
+            responses = respond(model, self.tokenizer, examples, self.settings.max_new_tokens)
+            pairs = zip(examples, responses, strict=True)
+            said += [{"dataset": dataset, **example._asdict(), "response": response} for example, response in pairs]
+        clock.stop()
+        path = self._responses_path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(one) + "\n" for one in said))
+        return summary(said) | {"respond_seconds": round(clock.processor_seconds, 3)}
+
+    def _responses(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        path = self._responses_path(row)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} must hold the responses whose scores {self.out} has: run `test` here")
         return records.read(path)
 
-    def _train(self, method: str, student: PreTrainedModel, folder: Path, seed: int, options: dict) -> dict[str, Any]:
-        settings = self.settings
-        start = time.perf_counter(), time.process_time()
-        metrics = train(
-            self.work / "store" / "rows",
-            student,
-            method,
-            folder / "model",
-            tokenizer=self.tokenizer,
-            seed=seed,
-            per_device_train_batch_size=settings.batch_size,
-            lr_scheduler_type="linear",
-            warmup_steps=0.1,
-            bf16=bool(settings.bf16),
-            use_cpu=not torch.cuda.is_available(),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=10,
-            **options,
-        )
-        # Processor time is the better measure on a machine that does other work as well.
-        seconds = {"train_seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-        return seconds | {"train_loss": metrics["train_loss"]}
+    def _responses_path(self, row: dict[str, Any]) -> Path:
+        names = "student", "method", "budget", "seed", "op"
+        name = "-".join(str(row[name]) for name in names if row[name] is not None)
+        if row["op"] == "trial":
+            name += f"-{row['options']['learning_rate']:g}"
+        return self._said / f"{name}.jsonl"
 
-    def _student(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        folder = self.work / "students" / name
-        return make_student(str(folder / "model" if (folder / "model").exists() else folder), dtype=dtype)
+    def _turn(self) -> contextlib.AbstractContextManager:
+        return one_at_a_time() if self.alone else contextlib.nullcontext()
 
-    def _documents(self) -> list[tuple[list[int], int]]:
-        found = list(documents(self.tokenizer, self.training, self.settings.max_length))
-        return found[: self.settings.train_examples]
-
-    def _phase(self, name: str, folder: str, key: dict[str, Any]) -> Phase:
-        return Phase(name, self.work / folder, key, self.seconds, self.console)
-
-    def _pick(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self.settings, name) for name in names}
-
-
-_STUDENT = ("teacher", "layers", "train_examples", "max_length", "top_fraction", "warm_up_steps", "batch_size")
-_STUDENT += ("learning_rate", "bf16")
+    def _add(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = row | self.identity | {"documents": len(self._store), "labels_stored": self._store.num_rows}
+        row |= {"versions": {name: installed_version(name) for name in PACKAGES}}
+        row = machine() | row
+        records.add(self.out, row)
+        return row
 
 
 def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -219,33 +323,28 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-@torch.no_grad()
-def _capture(teacher, tokenizer, found: list[tuple[list[int], int]], folder: Path, key: dict) -> dict[str, Any]:
-    head = LanguageModelHead.of(teacher)
-    writer = StoreWriter(
-        folder / "rows",
-        vocab_size=head.vocab_size,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        teacher={"name": key["teacher"], "dtype": str(teacher.dtype).removeprefix("torch.")},
-        selection={"kind": "top_fraction", "value": key["top_fraction"]},
-    )
-    with writer:
-        for document, prompt_length in found:
-            ids = torch.tensor(document)
-            positions = torch.arange(prompt_length, len(ids))
-            if ids not in writer:
-                hidden = teacher.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0, positions - 1]
-                rows = sk.linear_topk_logits(
-                    top_fraction=key["top_fraction"], target=ids[positions], **head.arguments(hidden)
-                )
-                writer.add(ids, positions, rows)
-    store = Store(folder / "rows")
-    return {"documents": len(store), "labels": store.num_rows}
+def _once(student: str, seed: int) -> dict[str, Any]:
+    """Returns the options of one pass over the documents."""
+    return {"per_device_train_batch_size": STUDENTS[student].batch_size, "num_train_epochs": 1, "seed": seed}
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _fits(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> bool:
+    return any(len(document) <= max_length for document in documents(tokenizer, [example]))
 
 
 @torch.inference_mode()
-def respond(model, tokenizer, examples: list[Example], settings: Settings, batch_size: int = 32) -> list[str]:
-    """Generates a response to each example, in the order of the examples."""
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[str]:
+    """Generates a response to each example by greedy decoding, in the order of the examples."""
     prompts = [prompt_ids(tokenizer, example) for example in examples]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     said: dict[int, str] = {}
@@ -255,11 +354,10 @@ def respond(model, tokenizer, examples: list[Example], settings: Settings, batch
         padded = tokenizer.pad(
             {"input_ids": [prompts[index] for index in chosen]}, padding_side="left", return_tensors="pt"
         )
-        drawn = {"do_sample": True, "temperature": settings.temperature, "top_k": 0}
         whole = model.generate(
             **padded,
-            **(drawn if settings.temperature else {"do_sample": False}),
-            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -268,56 +366,55 @@ def respond(model, tokenizer, examples: list[Example], settings: Settings, batch
     return [said[index] for index in range(len(examples))]
 
 
-def summary(rows: list[dict]) -> dict[str, Any]:
-    """Returns Rouge-L by data set (mean, interval, values), and counts texts outside ASCII and empty responses."""
-    scores: dict[str, Any] = {}
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        values = [round(row["rouge_l"], 3) for row in rows if row["dataset"] == dataset]
-        interval = bootstrap_interval(values)[1:]
-        scores[dataset] = {"rouge_l": math.fsum(values) / len(values), "interval": interval, "values": values}
-    non_ascii = {name: sum(not row[name].isascii() for row in rows) for name in ("reference", "response")}
-    return {"scores": scores, "non_ascii": non_ascii, "empty": sum(not row["response"] for row in rows)}
-
-
-def judged(rows: list[dict], args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the judge's mean rating and its number of unrated responses by data set."""
-    responses = [RatedResponse(row["instruction"], row["reference"], row["response"]) for row in rows]
-    with Judge(args.judge, args.judge_model, key_env=args.judge_key_env) as judge:
-        ratings = [rating.value for rating in judge.rate_all(responses)]
-    by_dataset: dict[str, list[float | None]] = {}
-    for row, rating in zip(rows, ratings, strict=True):
-        by_dataset.setdefault(row["dataset"], []).append(rating)
-    means = {}
-    for dataset, found in by_dataset.items():
-        known = [rating for rating in found if rating is not None]
-        means[dataset] = {"rating": math.fsum(known) / len(known) if known else None, "unrated": found.count(None)}
-    return {"model": args.judge_model, "ratings": means}
+def summary(said: list[dict[str, str]]) -> dict[str, Any]:
+    """Returns the mean Rouge-L in % and its values by data set, and counts texts outside ASCII and empty responses."""
+    scores: dict[str, list[float]] = {}
+    for one in said:
+        score = 100 * rouge_l(one["response"], one["reference"])
+        scores.setdefault(one["dataset"], []).append(round(score, 3))
+    values = [value for found in scores.values() for value in found]
+    non_ascii = {name: sum(not one[name].isascii() for one in said) for name in ("reference", "response")}
+    empty = sum(not one["response"] for one in said)
+    return {"rouge_l": math.fsum(values) / len(values), "scores": scores, "non_ascii": non_ascii, "empty": empty}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files")
-    parser.add_argument(
-        "--eval", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files, each in a folder of its own"
-    )
-    parser.add_argument(
-        "--work", type=Path, required=True, metavar="DIR", help="folder for the store, students and responses"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to append to")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server that rates the responses")
-    parser.add_argument("--judge-model", metavar="NAME", help="name of the judge on the server")
-    parser.add_argument("--judge-key-env", metavar="NAME", help="variable with the key (default: OPENAI_API_KEY)")
-    for field in dataclasses.fields(Settings):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default, help="(default: %(default)s)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    tune = commands.add_parser("tune", help="choose every method's learning rate on held-out training examples")
+    test = commands.add_parser("test", help="train by the choices, and measure on the evaluation files")
+    judge = commands.add_parser("judge", help="have pairs of responses judged")
+    for command in (tune, test, judge):
+        command.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files")
+        command.add_argument(
+            "--eval",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="FILE",
+            help="JSONL files, each in a folder of its own",
+        )
+        command.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for logits and responses")
+        command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file of the rows")
+        command.add_argument("--beside", action="store_true", help="run beside other work")
+        for field in dataclasses.fields(Settings):
+            flag = f"--{field.name.replace('_', '-')}"
+            command.add_argument(flag, type=type(field.default), default=field.default, help="(default: %(default)s)")
+    for command in (test, judge):
+        command.add_argument("--students", choices=STUDENTS, nargs="+", default=list(STUDENTS), metavar="STUDENT")
+        command.add_argument("--seeds", type=int, nargs="+", default=list(TEST_SEEDS), metavar="N")
+    for command in (tune, test):
+        command.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
+    judge.add_argument("--judge", type=Path, required=True, metavar="FILE", help="GGUF file of the judge")
+    judge.add_argument("--llamacpp", metavar="PYTHON", help="interpreter that has xllamacpp (default: this one)")
+    judge.add_argument("--examples", type=positive_int, default=20, help="examples per evaluation file to judge")
     args = parser.parse_args(argv)
-    if (args.judge is None) != (args.judge_model is None):
-        parser.error("--judge and --judge-model must be given together")
     folders = [path.resolve().parent.name for path in args.eval]
     if len(set(folders)) < len(folders):
         parser.error(f"--eval files are named by their folders, which must differ, got {folders}")
+    if TUNING_SEED in getattr(args, "seeds", ()):
+        parser.error(f"--seeds must not have {TUNING_SEED}, which chose the options, got {args.seeds}")
+    records.arguments_rows(parser, args.out, "op", "settings", "data", "student", "method")
     return args
 
 
@@ -327,32 +424,19 @@ def main(argv: list[str] | None = None) -> None:
     held_out = {path.resolve().parent.name: read_examples(path) for path in args.eval}
     everything = [example for path in args.train for example in read_examples(path)]
     training = without(everything, (example for examples in held_out.values() for example in examples))
-    with quiet_libraries():
-        experiment = Experiment(settings, training, held_out, args.work)
-        counts = experiment.capture() | {"left_out": len(everything) - len(training)}
-        experiment.start()
-        said = {"op": "instructions", "settings": dataclasses.asdict(settings), "data": experiment.data} | counts
-        said["judge_model"] = args.judge_model
-        runs = [(name, 0) for name in BOUNDS] + [(method, seed) for seed in args.seeds for method in args.methods]
-        for method, seed in runs:
-            row = said | {"method": method, "seed": seed}
-            if any(all(old.get(name) == value for name, value in row.items()) for old in records.read(args.out)):
-                experiment.console.print(f"{method} {seed}: already in {args.out}")
-                continue
-            row |= {} if method in BOUNDS else experiment.train(method, seed)
-            responses = experiment.respond(method, seed)
-            row |= summary(responses) | ({} if args.judge is None else {"judge": judged(responses, args)})
-            row["versions"] = {name: installed_version(name) for name in PACKAGES}
-            with Journal(args.out) as out:
-                out.append(json.dumps(row | machine()).encode() + b"\n")
-            shown = {dataset: round(score["rouge_l"], 2) for dataset, score in row["scores"].items()}
-            experiment.console.print(f"{method} {seed}: Rouge-L {shown}", highlight=False)
-
-
-def _spread(examples: list[Example], count: int) -> list[Example]:
-    """Picks at most ``count`` examples evenly from a file, since neighbours are often similar."""
-    count = min(count, len(examples))
-    return [examples[index * len(examples) // count] for index in range(count)]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    experiment = Experiment(settings, training, held_out, args.work, args.out, alone=not args.beside)
+    if args.command == "tune":
+        experiment.tune(args.methods)
+    elif args.command == "test":
+        for name in args.methods:
+            if experiment.rows().choice(name) is None:
+                print(f"{name} is left out: its learning rate is not chosen yet, run `tune` first")
+        experiment.test(args.students, args.methods, args.seeds)
+    else:
+        with serve(args.judge, args.llamacpp) as url, PairJudge(url, args.judge.stem, hash_of(args.judge)) as judge:
+            experiment.judge(judge, args.students, args.seeds, args.examples)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from slimkernels.teacher.tokenized_document import TokenizedDocument
+
+Item = TypeVar("Item")
 _ALPACA = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:", re.DOTALL)
 
 
@@ -95,15 +98,16 @@ def short(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_l
     return [example for example in examples if len(prompt_ids(tokenizer, example)) <= max_length]
 
 
-def documents(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
-) -> Iterator[tuple[list[int], int]]:
-    """Yields each example's token ids of prompt, response and end of text, and the length of the prompt.
-
-    Examples of more than ``max_length`` tokens are skipped.
-    """
+def documents(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> Iterator[TokenizedDocument]:
+    """Yields each example's token ids of prompt, response and end of text; the prompt has no labels."""
     for example in examples:
         prompt = prompt_ids(tokenizer, example)
         response = tokenizer(example.reference, add_special_tokens=False)["input_ids"]
-        if len(prompt) + len(response) < max_length:
-            yield [*prompt, *response, tokenizer.eos_token_id], len(prompt)
+        ids = [*prompt, *response, tokenizer.eos_token_id]
+        yield TokenizedDocument(ids, positions=range(len(prompt), len(ids)), prompt_length=len(prompt))
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """Picks at most ``count`` items evenly, since neighbours in a file are often similar."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -54,7 +54,6 @@ from bench.reproduce.methods_plan import (
 from bench.reproduce.methods_results import methods_block
 from bench.reproduce.methods_training import run_unit
 from slimkernels.cli.options import positive_int
-from slimkernels.durable import Journal
 
 
 class Comparison:
@@ -150,9 +149,7 @@ class Comparison:
 
     def _append(self, row: dict[str, Any]) -> dict[str, Any]:
         row = row | {"transformers": installed_version("transformers")}
-        # The file is only held for as long as a row takes, so that several runs can share it.
-        with Journal(self.out, wait_s=60) as journal:
-            journal.append(json.dumps(row).encode() + b"\n")
+        records.add(self.out, row)
         return row
 
     def _settings(self, student: str) -> dict[str, Any]:

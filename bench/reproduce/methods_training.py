@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
-from transformers import PreTrainedModel, PrinterCallback
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from bench.reproduce.methods_corpus import DEVELOPMENT, TEST, Corpus
 from bench.reproduce.methods_plan import METHODS, STUDENTS, SUPPORTS, Student, Unit
@@ -21,7 +21,7 @@ from slimkernels.models.make_student import drop_layers, make_student
 from slimkernels.models.perplexity import perplexity
 from slimkernels.store import Store
 from slimkernels.teacher import load_model
-from slimkernels.trainer import SlimConfig, SlimTrainer
+from slimkernels.trainer import trainer_of
 
 # Another process took part of the machine if it used more than this share of it.
 _NOT_ALONE = 0.05
@@ -44,12 +44,21 @@ def run_unit(
     documents = corpus.training(unit.seed, unit.labels, "top" if teacher in ("online", "none") else teacher)
     heldout = corpus.heldout(TEST if unit.op == "test" else DEVELOPMENT)
     student = start(kind, corpus, unit.seed)
-    clock = _Clock()
-    logs, loss_options = _train(student, kind, unit, documents, corpus, online=teacher == "online")
+    clock = Clock()
+    logs, config = train_student(
+        student,
+        documents,
+        corpus.teacher[1],
+        teacher=corpus.teacher[0] if teacher == "online" else None,
+        num_train_epochs=kind.passes,
+        per_device_train_batch_size=kind.batch_size,
+        seed=unit.seed,
+        **unit.options,
+    )
     clock.stop()
     weights = [entry["weight"] for entry in logs if "weight" in entry]
     row = {
-        "loss_options": loss_options,
+        "loss_options": config.loss_options,
         "parameters": student.num_parameters(),
         "documents": len(documents),
         "tokens": sum(len(documents[index].input_ids) for index in range(len(documents))),
@@ -111,53 +120,66 @@ def measure(student: PreTrainedModel, heldout: Store, *, documents: bool = False
     return row
 
 
-def _train(
-    student: PreTrainedModel, kind: Student, unit: Unit, documents: Subset, corpus: Corpus, *, online: bool
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Trains a student and returns the trainer's log of each step, and all options of the loss."""
+def train_student(
+    student: PreTrainedModel,
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher: PreTrainedModel | None = None,
+    **options: Any,
+) -> tuple[list[dict[str, float]], Any]:
+    """Trains a student as all experiments do: in bfloat16 autocast, a linear warm-up over a tenth of the steps, cosine.
+
+    Args:
+        student: The student, which is changed.
+        documents: Documents of a store.
+        tokenizer: Tokenizer of student and documents.
+        teacher: The teacher, for methods that do not read the documents' rows.
+        **options: Fields of the configuration of the method's trainer, among them ``method``.
+
+    Returns:
+        The trainer's log of each step, and its configuration.
+    """
+    trainer_class, config_class = trainer_of(options["method"])
     with tempfile.TemporaryDirectory() as folder:
-        config = SlimConfig(
+        config = config_class(
             output_dir=folder,
-            num_train_epochs=kind.passes,
-            per_device_train_batch_size=kind.batch_size,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             bf16=True,
             use_cpu=True,
-            seed=unit.seed,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            **unit.options,
+            **options,
         )
-        trainer = SlimTrainer(
-            model=student,
-            args=config,
-            train_dataset=documents,
-            processing_class=corpus.teacher[1],
-            teacher_model=corpus.teacher[0] if online else None,
+        trainer = trainer_class(
+            model=student, args=config, train_dataset=documents, processing_class=tokenizer, teacher_model=teacher
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry], config.loss_options
+    return [entry for entry in trainer.state.log_history if "loss" in entry], config
 
 
-class _Clock:
+class Clock:
     """A clock that starts when it is made, and also sees whether other processes used the machine.
 
     Attributes:
         seconds: Wall time until it was stopped.
+        processor_seconds: Processor time of this process until then, over all threads, which other work on the machine
+            changes less.
         alone: Whether this process had the machine to itself; None where the system does not say.
     """
 
     def __init__(self) -> None:
         self._start, self._before = time.perf_counter(), _processor_seconds()
+        self._own = time.process_time()
 
     def stop(self) -> None:
         """Stops the clock."""
         self.seconds, after = time.perf_counter() - self._start, _processor_seconds()
-        self.alone = None
+        self.processor_seconds, self.alone = time.process_time() - self._own, None
         if self._before is not None and after is not None:
             everyone, own = (after[index] - self._before[index] for index in range(2))
             self.alone = everyone - own <= _NOT_ALONE * self.seconds * (os.cpu_count() or 1)

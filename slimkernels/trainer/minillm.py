@@ -187,6 +187,11 @@ class MiniLLMTrainer(StopsAtLength, _MiniLLMTrainer):
     def _tokenize_prompts(self, prompts: list[str]):
         return [self._ids_of[text] for text in prompts], None, {}
 
+    def _generate_single_turn(self, *args, **kwargs):
+        # Autocast casts the weights again for each token unless its context stays open between them.
+        with self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
+
     @torch.no_grad()
     def _compute_advantage(self, student_log_probs_on_labels, teacher_log_probs_on_labels, mask=None) -> Tensor:
         """Computes the advantages (B, T), a_t = sum_(i >= t) gamma^(i - t) r_i, of log-probabilities (B, T).
