@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ from slimkernels.store import StoreDataset
 
 def train(model: PreTrainedModel, dataset: StoreDataset, *, batch_size: int = 8) -> Iterator[float]:
     """Trains one epoch, yielding the loss of every step over all processes."""
-    for layer in model.get_decoder().layers:
+    layers: Any = model.get_decoder().layers
+    for layer in layers:
         fully_shard(layer)
     fully_shard(model)
     sampler = DistributedSampler(dataset, shuffle=False)
@@ -44,7 +46,8 @@ if __name__ == "__main__":
     store, name, out = sys.argv[1:]
     dist.init_process_group()
     device = torch.device("cuda", dist.get_node_local_rank()) if torch.cuda.is_available() else "cpu"
-    student = AutoModelForCausalLM.from_pretrained(name).to(device)
+    student: Any = AutoModelForCausalLM.from_pretrained(name)
+    student.to(device)
     for step, loss in enumerate(train(student, StoreDataset(store))):
         if dist.get_rank() == 0:
             print(step, loss, flush=True)

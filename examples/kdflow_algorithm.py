@@ -9,7 +9,7 @@ from kdflow.algorithms import register_algorithm
 import slimkernels as sk
 
 TOP_FRACTION = 0.05
-OPTIONS = {"rest": "ghost"}
+OPTIONS: dict[str, Any] = {"rest": "ghost"}
 _FOR_THE_TRAINER = ("input_ids", "attn_mask", "loss_mask")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from nemo_rl.algorithms.loss.interfaces import LossFunction, LossInputType, LossType
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from slimkernels.integrations.rows import check_rest, loss_of_logprobs
 
@@ -35,7 +35,7 @@ class SlimLossFn(LossFunction):
         """Computes the loss of ``logits`` (B, T, V), whose row t predicts token t + 1, divided by all labels."""
         logits = kwargs["logits"][:, :-1]
         ids, teacher = data["teacher_topk_indices"][:, :-1], data["teacher_topk_logits"][:, :-1]
-        if not isinstance(logits, torch.distributed.tensor.DTensor) and int(ids.max()) >= logits.shape[-1]:
+        if not isinstance(logits, DTensor) and int(ids.max()) >= logits.shape[-1]:
             raise ValueError("tensor_model_parallel_size must be 1 with Megatron, which passes a slice of the logits")
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
         target = data["input_ids"][:, 1:].masked_fill(mask == 0, -100)

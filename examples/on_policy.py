@@ -6,6 +6,7 @@ own words, which the teacher scores; in the others it learns from the answers of
 """
 
 import sys
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +21,8 @@ def make_trainer(student: str, teacher: str, chats: str, out: str, **options) ->
     documents = read_documents(chats, tokenizer, text_field="messages")
     # The divergence is computed on the student's 64 largest logits, which hold most of its probability.
     objective = {"divergence": "reverse_kl", "support": "student", "student_top_k": 64, "on_policy_fraction": 0.5}
-    args = sk.SlimConfig(output_dir=out, method="gkd", **{"report_to": "none"} | objective | options)
+    given: dict[str, Any] = {"report_to": "none"} | objective | options
+    args = sk.SlimConfig(output_dir=out, method="gkd", **given)
     return sk.SlimTrainer(
         model=AutoModelForCausalLM.from_pretrained(student),
         args=args,

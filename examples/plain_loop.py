@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -35,7 +36,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit("usage: python examples/plain_loop.py STORE MODEL OUT")
     store, name, out = sys.argv[1:]
-    student = AutoModelForCausalLM.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    student: Any = AutoModelForCausalLM.from_pretrained(name)
+    student.to("cuda" if torch.cuda.is_available() else "cpu")
     for step, loss in enumerate(train(student, StoreDataset(store))):
         print(step, loss)
     student.save_pretrained(out)

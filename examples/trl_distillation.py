@@ -37,6 +37,8 @@ def make_trainer(
     if store is not None:
         # The labels of a store are words of the teacher or of people: learn from them too.
         teacher = {"teacher_store": store, "objective": SlimObjective("kd", rest="ghost", ce_weight=0.2)}
+    elif prompts is None or server is None:
+        raise ValueError("store, or prompts and server, must be given: they hold the documents to learn from")
     else:
         rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
         # The server's 20 most probable tokens, and one outcome for all others; the student's words are no labels.

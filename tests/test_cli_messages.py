@@ -254,7 +254,8 @@ def test_a_model_that_is_absent_is_what_good_arguments_fail_for(command, here, c
 def test_a_count_is_a_whole_number_of_64_bits(number, capsys):
     with pytest.raises(SystemExit):
         main(["capture", "--teacher", "t", "--out", "o", "--documents", number])
-    assert "argument --documents: must be a whole number of at least 1, and below 2^63" in capsys.readouterr().err
+    expected = "must be below 2^63" if len(number) > 3 else "must be a whole number of at least 1"
+    assert f"argument --documents: {expected}, got " in capsys.readouterr().err
 
 
 def test_the_checkpoint_of_another_run_is_described_by_flags(here, capsys):

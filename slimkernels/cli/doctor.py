@@ -289,7 +289,7 @@ def _requirements(extra: str) -> list[Requirement]:
     always = [item for item in listed if item.marker is None or item.marker.evaluate({"extra": ""})]
     if not extra:
         return always
-    return [item for item in listed if item not in always and item.marker.evaluate({"extra": extra})]
+    return [item for item in listed if item.marker and item not in always and item.marker.evaluate({"extra": extra})]
 
 
 def _label(requirement: Requirement) -> str:
@@ -354,7 +354,7 @@ def _one_line(error: BaseException) -> str:
 
 
 # A version, a command or a path is found by searching only if it is not broken at its hyphens.
-_WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _width() -> int:

@@ -16,9 +16,11 @@ HIDDEN_CODECS = ("hidden8", "hidden16")
 
 def positive_int(text: str) -> int:
     """Parses a whole number of at least 1 that fits in 64 bits."""
-    # Python refuses to parse numbers of thousands of digits.
-    if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, and below 2^63, got {text!r}")
+    # Python refuses to parse thousands of digits.
+    if text.isdecimal() and (len(text) > 100 or int(text) >= 2**63):
+        raise argparse.ArgumentTypeError(f"must be below 2^63, got {text!r}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 

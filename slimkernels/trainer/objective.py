@@ -252,7 +252,7 @@ class SlimObjective:
         return self._fixed_options(first), self._fixed_options(last)
 
     def _fixed_options(self, scheduled: Mapping[str, float]) -> dict[str, Any]:
-        options = {name: scheduled.get(name, getattr(self, name)) for name in _LOSS_OPTIONS}
+        options: dict[str, Any] = {name: scheduled.get(name, getattr(self, name)) for name in _LOSS_OPTIONS}
         defaults = _DEFAULTS | METHODS[self.method]
         options |= {name: value for name, value in defaults.items() if options[name] is None}
         parameters = default_parameters(options["divergence"])

@@ -71,7 +71,7 @@ class SlimTrainer(DistillationMixin, Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | nn.Module | None = None,
         args: SlimConfig | None = None,
         data_collator: Callable[[Sequence], dict[str, Any]] | None = None,
         train_dataset=None,
