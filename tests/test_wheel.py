@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_wheel_has_one_library_and_leaves_torch_to_the_environment(wheel):
     libraries = [name for name in zipfile.ZipFile(wheel).namelist() if ".so" in name]
     assert len(libraries) == 1
     assert libraries[0].startswith("slimkernels/_C.")
+
+
+def test_source_distribution_has_what_is_built_and_no_tests(wheel):
+    [source] = (ROOT / "build/wheel").glob("slimkernels-*.tar.gz")
+    with tarfile.open(source) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {"LICENSE", "setup.py", "slimkernels/py.typed", "slimkernels/data/launch_settings.json"} <= files
+    assert {name.partition("/")[0] for name in files if "/" in name} == {"csrc", "slimkernels", "slimkernels.egg-info"}
 
 
 def test_source_distribution_says_what_its_isolated_build_lacks(wheel, tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor
 from slimkernels.integrations.rows import loss_of_logprobs
 from slimkernels.ops.slim_loss import slim_loss
 from slimkernels.ops.topk_logits import topk_logits
+from slimkernels.trainer.stored_rows import LARGEST_PADDING
 
 _IGNORED = -100
 
@@ -55,12 +56,17 @@ class SlimGKDTrainer(GKDTrainer):
         is_label, is_taught = target != _IGNORED, torch.roll(teacher_output.labels, shifts=-1, dims=1) != _IGNORED
         logits, target = student_logits[is_label], target[is_label]
         teacher = teacher_output.select(is_taught)
-        options = _options_of(self.beta, self.temperature) | self.options
+        options = _options_of(self.beta, self.temperature, self.options)
         if teacher.is_topk_mode:
             # The server has no answer for these places.
             target = target.masked_fill(torch.isneginf(teacher.topk_logprobs).all(-1), _IGNORED)
             return loss_of_logprobs(target, teacher.topk_indices, teacher.topk_logprobs, logits=logits, **options).loss
         full = teacher.full_logits[..., : logits.shape[-1]]
+        if abs(logits.shape[-1] - teacher.full_logits.shape[-1]) > LARGEST_PADDING:
+            raise ValueError(
+                "teacher_model must have the student's vocabulary, got logits of "
+                f"{teacher.full_logits.shape[-1]} and {logits.shape[-1]} ids: choose a teacher with its tokenizer"
+            )
         top_k = min(self.gkd_logits_topk or full.shape[-1], full.shape[-1])
         rows = topk_logits(full, top_k, target=target, temperatures=tuple(dict.fromkeys((1.0, options["temperature"]))))
         return slim_loss(logits, target, rows, **options).loss
@@ -81,10 +87,12 @@ def register(**options: Any) -> None:
     TrainerFactory.TRAINER_MAPPING["gkd"] = f"{__name__}.{SlimGKDTrainer.__name__}"
 
 
-def _options_of(beta: float, temperature: float) -> dict[str, Any]:
-    """Returns the options that ms-swift's arguments mean."""
+def _options_of(beta: float, temperature: float, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that ms-swift's arguments mean, with those that are given in place of them."""
     options: dict[str, Any] = {"rest": "ghost", "token_weight": "none", "ce_weight": 0.0}
     options |= {"temperature": temperature, "kd_weight": temperature**-2}
-    if beta in (0, 1):
-        return options | {"divergence": "reverse_kl" if beta else "forward_kl"}
-    return options | {"divergence": "jsd", "beta": beta}
+    if "divergence" not in given:
+        # beta of another divergence means something else.
+        options |= {"divergence": {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")}
+        options |= {"beta": beta} if options["divergence"] == "jsd" else {}
+    return options | given

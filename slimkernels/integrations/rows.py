@@ -124,7 +124,7 @@ def loss_of_logprobs(
     operand = weight if logits is None else logits
     if operand is None or (logits is None) == (hidden is None) or (weight is None) != (hidden is None):
         raise ValueError("either logits, or hidden and weight, must be given")
-    # Where all ids are kept the mass outside them is rounding, of which the student has none.
+    # A mass outside all ids is rounding, and the student has none there.
     keeps_all = "group" not in options and ids.shape[-1] >= operand.shape[0 if logits is None else -1]
     rows = rows_of_logprobs(ids, logprobs, target, mask=mask, has_whole_mass=has_whole_mass and not keeps_all)
     if hidden is not None and weight is not None:

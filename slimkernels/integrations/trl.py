@@ -11,11 +11,13 @@ import os
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from slimkernels._checks import as_temperature
 from slimkernels.models.head_loss import IGNORE_INDEX
 from slimkernels.store import MixedStores, Store, StoreDataset
 from slimkernels.trainer.mixin import SlimLossMixin, opened_rows
@@ -66,7 +68,7 @@ class _SlimDistillation(SlimLossMixin):
         **kwargs: Any,
     ) -> None:
         if objective is None:
-            objective = _objective_of(args.beta, temperature)
+            objective = _objective_of(args.beta, as_temperature(temperature))
         elif args.beta != (default := _default_of(args, "beta")):
             raise ValueError(
                 f"beta of {type(args).__name__} has no effect with an objective, which says the divergence, got "
@@ -207,14 +209,14 @@ class DistillationTrainer(_SlimDistillation, _DistillationTrainer):
     def _generate(self, prompts: list):
         if self.stored_teacher is None or self.served_teacher is not None:
             return super()._generate(prompts)
-        # Prompts are numbers of documents.
+        # Prompts are numbers of documents. TRL makes tensors of the arrays; of an empty list it would make floats.
         prompt_ids, completion_ids, label_masks = [], [], []
         for document in (self.stored_teacher.store[number] for number in prompts):
-            ids, positions = document.input_ids.tolist(), set(document.positions.tolist())
+            ids, positions = document.input_ids.numpy(), document.positions.numpy()
             end = max(1, document.prompt_length or min(positions, default=len(ids)))
             prompt_ids.append(ids[:end])
             completion_ids.append(ids[end:])
-            label_masks.append([int(place in positions) for place in range(end, len(ids))])
+            label_masks.append(np.isin(np.arange(end, len(ids)), positions).astype(np.int64))
         return prompt_ids, completion_ids, label_masks, None, []
 
     def _student_writes(self, step: int, number: int) -> bool:

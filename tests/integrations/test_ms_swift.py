@@ -90,3 +90,39 @@ def test_options_that_do_not_go_together_are_refused(curve):
 
     with pytest.raises(ValueError, match="rest"):
         slim.register(divergence="reverse_kl", rest="renorm")
+
+
+def bare_trainer(**options):
+    """Makes a trainer that computes losses and nothing else."""
+    from slimkernels.integrations.ms_swift import SlimGKDTrainer
+
+    trainer = object.__new__(SlimGKDTrainer)
+    trainer.__dict__ |= {"beta": 0.3, "temperature": 1.0, "gkd_logits_topk": None, "options": options}
+    return trainer
+
+
+def loss_of(trainer, logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from swift.rlhf_trainers.gkd_loss import TeacherOutput
+
+    return trainer._compute_jsd_loss(logits, TeacherOutput(full_logits=teacher, labels=labels), labels)
+
+
+def test_its_beta_is_that_of_its_own_divergence_alone():
+    import slimkernels as sk
+
+    torch.manual_seed(0)
+    logits, teacher, labels = torch.randn(1, 4, 9), torch.randn(1, 4, 9), torch.tensor([[-100, 3, 1, 4]])
+    target = labels[0, 1:]
+    rows = sk.topk_logits(teacher[0, :3], top_k=9, target=target)
+    options = {"rest": "ghost", "token_weight": "none", "ce_weight": 0.0}
+    for divergence, beta in {"ab": None, "jsd": 0.6}.items():
+        given = {"divergence": divergence} | ({} if beta is None else {"beta": beta})
+        expected = sk.slim_loss(logits[0, :3], target, rows, **options, **given).loss
+        found = loss_of(bare_trainer(**given), logits, teacher, labels)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused():
+    labels = torch.tensor([[-100, 3, 1, 4]])
+    with pytest.raises(ValueError, match="must have the student's vocabulary, got logits of 5000 and 97 ids"):
+        loss_of(bare_trainer(), torch.randn(1, 4, VOCAB_SIZE), torch.randn(1, 4, 5000), labels)

@@ -252,6 +252,19 @@ def test_distillation_trainer_learns_from_a_store(tmp_path, ran):
     ran("trl", "DistillationTrainer", f"{STEPS} steps from a store: K = V with the curve of its own loss, and K = 5")
 
 
+def test_documents_without_a_completion_cost_nothing(tmp_path):
+    document = make_documents()[3]
+    losses = []
+    for number, documents in enumerate([[document], [document[:2], document], [document[:2]]]):
+        store = write_store(tmp_path / str(number), documents, prompt_length=2)
+        config = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": len(documents), "max_steps": 1}
+        trainer = distill(tmp_path, DistillationTrainer, config=config, teacher_store=store)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses == pytest.approx([losses[0], losses[0], 0.0])
+    assert losses[0] > 1
+
+
 DIVERGENCES = ("soft_ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "ab", "gated")
 
 
@@ -431,6 +444,11 @@ REFUSED = {
     "store-and-prompts": ({}, {"teacher_store": True, "train_dataset": []}, "holds the prompts and completions"),
     "store-and-vllm": ({"use_vllm": True}, {"teacher_store": True}, "holds the prompts and completions"),
     "store-temperature": ({"temperature": 0.7}, {"teacher_store": True}, "temperature=0.7 is not among the teacher's"),
+    "temperature": (
+        {"temperature": 0.0},
+        {"teacher_model": make_teacher},
+        "temperature must be positive and finite, got 0.0",
+    ),
     "head-adapter": (
         {},
         {"teacher_model": make_teacher, "peft_config": lambda: lora(target_modules=["lm_head"])},
