@@ -8,7 +8,7 @@ python -m bench.reproduce.instructions judge (the same arguments) --judge FILE.g
 The data are not shipped; ``instructions_data.read_examples`` lists the supported layouts. A student keeps some layers
 of the teacher and learns from all responses of the training data once, by SFT. All methods start from there, and learn
 from as many labels again: SFT from the responses, KD and SLIM from the responses with the teacher's largest logits, and
-MiniLLM (extra ``minillm``) from as many tokens that the student draws itself. ``tune`` tries three learning rates of
+MiniLLM (extra ``minillm``) from as many tokens that the student draws itself. ``tune`` tries two learning rates of
 MiniLLM on examples that are held out of the training data, and writes the best down; the other methods have the options
 that ``bench.reproduce.methods`` chose. ``test`` trains three students by each choice and measures Rouge-L of their
 responses to the evaluation files, which nothing else reads. Then each method has as much processor time as SLIM had, in

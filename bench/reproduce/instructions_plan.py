@@ -48,7 +48,7 @@ METHODS = {
     "sft": Method("SFT on the responses", {"method": "sft"}, (7.07e-4,)),
     "kd": Method("KD", {"method": "kd", **_LOGITS}, (1e-3,)),
     "slim": Method("SLIM", {"method": "slim", **_LOGITS}, (1e-3,)),
-    "minillm": Method("MiniLLM", {"method": "minillm"}, (1e-4, 3e-5, 1e-5)),
+    "minillm": Method("MiniLLM", {"method": "minillm"}, (1e-4, 2e-5)),
 }
 
 
