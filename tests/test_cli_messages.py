@@ -250,6 +250,13 @@ def test_a_model_that_is_absent_is_what_good_arguments_fail_for(command, here, c
     assert "absent" in refused(command, capsys)
 
 
+def test_eval_looks_for_every_model_before_it_evaluates_one(here, capsys, monkeypatch):
+    from slimkernels.models import heldout
+
+    monkeypatch.setattr(heldout, "evaluate_store", lambda *_, **__: pytest.fail("a model was evaluated"))
+    assert "./absent" in refused("eval --store store --model teacher ./absent", capsys)
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "1.5", str(2**63), "9" * 5000])
 def test_a_count_is_a_whole_number_of_64_bits(number, capsys):
     with pytest.raises(SystemExit):

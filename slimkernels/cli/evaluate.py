@@ -87,9 +87,13 @@ def _evaluate_on_store(args: argparse.Namespace, progress: Progress) -> dict[str
     """Returns the metrics of each model on the store."""
     from slimkernels import teacher
     from slimkernels.models.heldout import evaluate_store
+    from slimkernels.models.load import model_origin
     from slimkernels.store import Store
 
     store = Store(args.store)
+    # A name that is wrong fails before the models ahead of it are evaluated.
+    for name in args.model:
+        model_origin(name)
     results = {}
     for name in args.model:
         model = teacher.load_model(name)
