@@ -15,6 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DistillationConfig
@@ -47,7 +48,8 @@ def make_trainer(
             "objective": SlimObjective("reverse_kl", rest="ghost", ce_weight=0.0),
             "train_dataset": Dataset.from_list(rows),
         }
-    args = DistillationConfig(output_dir, logging_steps=1, report_to="none", **options)
+    options = {"report_to": "none", "bf16": torch.cuda.is_available(), "logging_steps": 1} | options
+    args = DistillationConfig(output_dir, **options)
     return DistillationTrainer(student, args=args, processing_class=AutoTokenizer.from_pretrained(student), **teacher)
 
 
@@ -63,6 +65,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     args = parser.parse_args()
+    if not args.store and not (args.prompts and args.server):
+        parser.error("give --store, or --prompts and --server")
     given = {"store": args.store, "prompts": args.prompts, "server": args.server, "name": args.name}
     trainer = make_trainer(args.student, args.out, **given, max_steps=args.steps, learning_rate=args.learning_rate)
     trainer.train()

@@ -8,6 +8,7 @@ A line of TEXT is {"text": "..."}, and the store was captured from the same file
 import sys
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -25,7 +26,7 @@ def make_trainer(student: str, store: str, text: str, out: str, **options) -> Di
     # The store's documents are tokenised as they stand, so that TRL must add nothing to them.
     rows = load_dataset("json", data_files=text, split="train")
     rows = rows.map(lambda row: {"input_ids": tokenizer(row["text"])["input_ids"]}, remove_columns=rows.column_names)
-    given: dict[str, Any] = {"report_to": "none"} | options
+    given: dict[str, Any] = {"report_to": "none", "bf16": torch.cuda.is_available()} | options
     args = SFTConfig(out, **given)
     objective = sk.SlimObjective("kd", rest="ghost")
     return Distiller(

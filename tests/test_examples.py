@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,38 @@ def test_trl_distillation_learns_from_a_store(texts):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("trl_sft", "student store texts.jsonl out"),
+        ("trl_distillation", "student out --store store --steps 2 --learning-rate 1e-3"),
+    ],
+)
+def test_trl_examples_run_by_their_commands(texts, monkeypatch, name, command):
+    """Takes no option of a test: TRL's own defaults train in bfloat16, which fails without a GPU."""
+    pytest.importorskip("trl", reason="needs the extra slimkernels[trl]")
+    model, tokenizer = teachers.make_teacher(seed=3), teachers.make_tokenizer()
+    learned = [*teachers.PROMPTS, *map(str.upper, teachers.PROMPTS)]
+    capture(model, tokenizer, [tokenizer(text)["input_ids"] for text in learned], texts / "store")
+    (texts / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in learned))
+    monkeypatch.chdir(texts)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *command.split()])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(texts / folder).lm_head.weight for folder in ("student", "out")
+    )
+    assert not torch.equal(before, after)
+
+
+def test_trl_distillation_says_what_it_lacks(monkeypatch, capsys):
+    pytest.importorskip("trl", reason="needs the extra slimkernels[trl]")
+    monkeypatch.setattr(sys, "argv", ["trl_distillation.py", "student", "out", "--prompts", "prompts.jsonl"])
+    with pytest.raises(SystemExit):
+        load("trl_distillation").main()
+    assert "give --store, or --prompts and --server" in capsys.readouterr().err
 
 
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))

@@ -9,7 +9,8 @@ import re
 import pytest
 import torch
 from support.families import make_family
-from support.tiny import VOCAB_SIZE, make_model, make_tokenizer
+from support.tiny import VOCAB_SIZE, make_model, make_tokenizer, word_level
+from tokenizers import pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -441,6 +442,23 @@ def test_paths_and_names_are_opened(tmp_path):
     assert curve(make_plain(tmp_path, Distiller, make_model(), **given)) == expected
     given = {"teacher_model": tmp_path / "teacher", "objective": sk.SlimObjective("kd", teacher_top_k=TOP_K)}
     assert curve(make_plain(tmp_path, Distiller, make_model(), **given)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_teachers_folder_with_other_tokens_is_refused(tmp_path):
+    """Refuses a tokenizer that gives one token two ids, and no tokenizer that merely has more tokens."""
+    teacher, student = make_model(seed=9), make_tokenizer()
+    teacher.save_pretrained(tmp_path)
+    given = {"teacher_model": tmp_path, "objective": "kd", "processing_class": student}
+    more = make_tokenizer()
+    more.add_special_tokens({"pad_token": "<pad>"})
+    more.add_tokens(["<chat>"])
+    for tokenizer in (student, more, make_tokenizer(VOCAB_SIZE - 7)):
+        tokenizer.save_pretrained(tmp_path)
+        make_plain(tmp_path, Distiller, make_model(), **given)
+    words = [f"w{index}" for index in range(2, VOCAB_SIZE)]
+    word_level([*words[:-2], *words[:-3:-1]], pre_tokenizers.Whitespace()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"other ids for 2 of 96 tokens that both have, such as .w95., 96 of"):
+        make_plain(tmp_path, Distiller, make_model(), **given)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from slimkernels.cli.train_stores import add_store_options, check_stores, docume
 from slimkernels.cli.train_student import add_student_options, student_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from slimkernels.trainer import TeacherServer
 
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
             args.method,
             args.out,
             tokenizer=tokenizer,
-            teacher_model=_teacher(args),
+            teacher_model=_teacher(args, tokenizer),
             teacher_server=teacher_server,
             eval_store_path=args.eval_store,
             **stores,
@@ -259,10 +259,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"student saved in {args.out}")
 
 
-def _teacher(args: argparse.Namespace) -> PreTrainedModel | None:
+def _teacher(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | None:
     from slimkernels import teacher
 
-    return None if args.teacher is None else teacher.load_model(args.teacher)
+    return None if args.teacher is None else teacher.load_model(args.teacher, tokenizer=tokenizer)
 
 
 def _teacher_server(args: argparse.Namespace) -> TeacherServer | None:

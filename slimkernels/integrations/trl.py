@@ -11,7 +11,6 @@ import os
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from slimkernels._checks import as_temperature
 from slimkernels.models.head_loss import IGNORE_INDEX
 from slimkernels.store import MixedStores, Store, StoreDataset
+from slimkernels.trainer.checkpoint import documents_per_step
 from slimkernels.trainer.mixin import SlimLossMixin, opened_rows
 from slimkernels.trainer.objective import SlimObjective
 from slimkernels.trainer.teacher_server import TeacherServer
@@ -164,6 +164,12 @@ class DistillationTrainer(_SlimDistillation, _DistillationTrainer):
                     f"got {given} and use_vllm={args.use_vllm}: leave them out; or, for completions of other prompts, "
                     "pass a teacher_model or teacher_server in place of the store"
                 )
+            if len(teacher_store) < documents_per_step(args):
+                raise ValueError(
+                    f"teacher_store must hold the {documents_per_step(args)} documents of a step at least (batch size "
+                    f"x accumulation steps x processes), as TRL leaves out a step that is not full, got "
+                    f"{len(teacher_store)}: set a smaller per_device_train_batch_size"
+                )
             kwargs["train_dataset"] = Dataset.from_dict({"prompt": range(len(teacher_store))})
         super().__init__(
             model,
@@ -212,11 +218,11 @@ class DistillationTrainer(_SlimDistillation, _DistillationTrainer):
         # Prompts are numbers of documents. TRL makes tensors of the arrays; of an empty list it would make floats.
         prompt_ids, completion_ids, label_masks = [], [], []
         for document in (self.stored_teacher.store[number] for number in prompts):
-            ids, positions = document.input_ids.numpy(), document.positions.numpy()
-            end = max(1, document.prompt_length or min(positions, default=len(ids)))
-            prompt_ids.append(ids[:end])
-            completion_ids.append(ids[end:])
-            label_masks.append(np.isin(np.arange(end, len(ids)), positions).astype(np.int64))
+            ids, positions = document.input_ids, document.positions
+            end = max(1, document.prompt_length or min(positions.tolist(), default=len(ids)))
+            prompt_ids.append(ids[:end].numpy())
+            completion_ids.append(ids[end:].numpy())
+            label_masks.append(torch.isin(torch.arange(end, len(ids)), positions).long().numpy())
         return prompt_ids, completion_ids, label_masks, None, []
 
     def _student_writes(self, step: int, number: int) -> bool:

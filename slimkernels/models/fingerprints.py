@@ -67,6 +67,27 @@ def check_tokenizer(dataset: Any, tokenizer: PreTrainedTokenizerBase | None) -> 
         )
 
 
+def check_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Checks that the tokens which two vocabularies share have the same ids, padding aside.
+
+    Either may have tokens that the other lacks, as a tokenizer that was trained for chats has.
+
+    Raises:
+        ValueError: A token has two ids.
+    """
+    ids, of_student = teacher.get_vocab(), student.get_vocab()
+    common = ids.keys() & of_student.keys() - {teacher.pad_token, student.pad_token}
+    differ = sorted(token for token in common if ids[token] != of_student[token])
+    if differ:
+        token = differ[0]
+        raise ValueError(
+            f"the teacher must give the student's tokens the same ids, as logits are compared by id, got other ids "
+            f"for {len(differ)} of {len(common)} tokens that both have, such as {token!r}, {ids[token]} of the teacher "
+            f"and {of_student[token]} of the student: choose a teacher with the student's tokenizer, or capture its "
+            "logits and turn them into a store of this tokenizer, by `slimkernels store translate`"
+        )
+
+
 def weights_fingerprint(model: nn.Module, *, only_frozen: bool = False) -> str:
     """Computes SHA-256 over the names, shapes, dtypes and evenly spaced elements of all parameters.
 

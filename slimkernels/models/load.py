@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from slimkernels.models.fingerprints import check_same_ids
 from slimkernels.models.gguf import convert_gguf, default_cache_dir
 
 # Models that a Python package ships: the package, and its release that was tested.
@@ -85,15 +86,30 @@ def load_teacher(
     return model, tokenizer
 
 
-def load_model(name_or_path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
     """Loads a model as ``load_teacher`` does, without a tokenizer, which a student's folder need not have.
 
     An adapter of PEFT is loaded on the model that it was trained on, and can be trained further.
 
+    Args:
+        name_or_path: As ``load_teacher``.
+        dtype: As ``load_teacher``.
+        tokenizer: Tokenizer of a student whose logits are compared with those of this model, by id; None for no check.
+            A model's own tokenizer is compared with it where a folder on this machine has one.
+
     Raises:
-        ModelNotFoundError, ValueError, TeacherSanityError: As ``load_teacher``.
+        ModelNotFoundError, TeacherSanityError: As ``load_teacher``.
+        ValueError: As ``load_teacher``; or a token has another id in the model's tokenizer.
     """
-    return _load_model(_find(name_or_path, None, None, None, True), dtype)
+    source = _find(name_or_path, None, None, None, True)
+    if tokenizer is not None and (Path(source.location) / "tokenizer_config.json").is_file():
+        check_same_ids(_from_pretrained(AutoTokenizer, source), tokenizer)
+    return _load_model(source, dtype)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

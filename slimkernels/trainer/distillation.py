@@ -105,7 +105,9 @@ class DistillationMixin(StopsAtLength):
         self._teacher_weights = None
         if teacher_model is not None:
             if isinstance(teacher_model, str | os.PathLike):
-                teacher_model = load_model(teacher_model)
+                tokenizer = getattr(self, "processing_class", None)
+                tokenizer = tokenizer if hasattr(tokenizer, "get_vocab") else None
+                teacher_model = load_model(teacher_model, tokenizer=tokenizer)
             if getattr(teacher_model, "hf_device_map", None) is None:
                 teacher_model = teacher_model.to(self.args.device)
             self.online_teacher = OnlineTeacher(teacher_model, objective, self._vocab_size)
