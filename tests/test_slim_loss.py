@@ -279,6 +279,36 @@ def test_slim_loss_edges(rest, divergence, shape, dtype):
     assert_slim_loss_of_rows(logits, target, teacher, **options)
 
 
+@pytest.mark.parametrize("vocab_size", [45, 1000])
+@pytest.mark.parametrize(
+    "options", [{}, {"rest": "ghost", "temperature": 2.0, "statistics": True}], ids=["default", "ghost"]
+)
+def test_slim_loss_of_a_student_with_nan_off_the_support(options, vocab_size):
+    # A kernel may take the largest logit off S from a few maxima, all of which are NaN here.
+    temperature = options.get("temperature", 1.0)
+    logits, _, teacher = random_problem(3, vocab_size, 6, temperature=temperature, ignored=())
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter(1, teacher.ids.long(), False)
+    logits[0, outside[0].int().argmax()] = NAN
+    logits[1, outside[1]] = NAN
+    target = teacher.ids[:, 1].long()
+    out, (grad,) = loss_and_grads(sk.slim_loss, (logits,), torch.ones(3), target, teacher, reduction="none", **options)
+    assert torch.stack([out.loss, out.lse])[:, :2].isnan().all()
+    assert grad[:2].isnan().all()
+    assert grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("rest", ["renorm", "zero", "ghost"])
+def test_slim_loss_without_kd_is_that_without_a_teacher(rest, value):
+    logits, target, teacher = random_problem(3, 45, 6, ignored=())
+    teacher.logits[0, 2] = value
+    operands = sk.slim_loss, (logits,), 1.0, target
+    out, (grad,) = loss_and_grads(*operands, teacher, rest=rest, divergence="soft_ce", kd_weight=0.0)
+    alone, (expected,) = loss_and_grads(*operands, None, kd_weight=0.0)
+    torch.testing.assert_close(out.loss, alone.loss)
+    torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_slim_loss_scales_a_student_with_infinite_logits(temperature):
     logits, target, teacher = random_problem(3, 45, 6, temperature=temperature, ignored=())

@@ -366,3 +366,13 @@ def test_second_derivatives_still_raise():
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="slim_loss has no second derivative"):
         grad.sum().backward()
+
+
+def test_entropy_of_a_teacher_with_masked_logits():
+    # The distance of the masked ones, divided by T, does not fit into float32.
+    logits, target, teacher = random_problem(2, 2049, 2049, temperature=0.5, ignored=())
+    teacher.logits[:, 1000:] = torch.finfo(torch.float32).min
+    actual = sk.slim_loss(logits, target, teacher, rest="ghost", temperature=0.5, statistics=True)
+    wide = to_dtype(teacher, torch.float64)
+    truth = reference.slim_loss(logits.double(), target, wide, rest="ghost", temperature=0.5, statistics=True)
+    torch.testing.assert_close(actual.teacher_entropy.double(), truth.teacher_entropy, rtol=1e-5, atol=1e-5)

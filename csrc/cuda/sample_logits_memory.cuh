@@ -1,7 +1,7 @@
 // Arguments of sample_logits_kernel and the layout of its shared memory, for the kernel and its launcher.
 #pragma once
 
-#include "device.cuh"
+#include "parts.cuh"
 
 namespace slimkernels {
 namespace cuda {
@@ -86,16 +86,12 @@ struct SampleMemory {
   }
   // Sets the pointers to parts of `memory` and returns the number of bytes used.
   __host__ __device__ int64_t assign(char* memory, int64_t slice, int64_t list_capacity) {
-    int64_t used = 0;
-    const auto take = [&](int64_t size) {
-      char* place = memory + used;
-      used += (size + 15) / 16 * 16;
-      return place;
-    };
+    Parts parts;
+    const auto take = [&](int64_t size) { return memory + parts.add(size); };
     state = reinterpret_cast<SampleState<kThreads>*>(take(sizeof(SampleState<kThreads>)));
     list = reinterpret_cast<Candidate*>(take(list_capacity * sizeof(Candidate)));
     staged = reinterpret_cast<Bits*>(take(kStaged ? slice * sizeof(Bits) : 0));
-    return used;
+    return parts.bytes;
   }
 };
 

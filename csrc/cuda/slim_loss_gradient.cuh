@@ -64,11 +64,16 @@ __device__ void SlimRow<X, kStaged, kThreads>::write_on_plain(int32_t start, con
   const float factor = options.exponent_one, constant = numbers.kept.constant;
   const float level = numbers.on_level, scale = numbers.on_scale - numbers.p_factor;
   const float teacher_level = numbers.teacher_level, teacher_scale = numbers.q_factor;
+  const auto of_student = [&](int32_t k) { return exp2_approx((X::widen(bits_on(k)) - level) * factor) * scale; };
+  // A weight of 0 drops the divergence, even where the teacher has no probabilities.
+  if (args.kd_weight == 0) {
+    write_on(start, tile, [&](int32_t k) { return of_student(k) + constant; });
+    return;
+  }
   with_teacher([&](const auto& teacher) {
     write_on(start, tile, [&](int32_t k) {
-      const float e = exp2_approx((X::widen(bits_on(k)) - level) * factor);
       const float teacher_e = exp2_approx((teacher(k) - teacher_level) * factor);
-      return e * scale + (constant - teacher_e * teacher_scale);
+      return of_student(k) + (constant - teacher_e * teacher_scale);
     });
   });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../slim_loss/args.h"
+#include "parts.cuh"
 #include "row_math.cuh"
 
 namespace slimkernels {
@@ -109,12 +110,9 @@ inline int64_t capacity_of(const SlimLossArgs& args, int64_t slice) { return arg
 // Places the arrays for a slice. Those that are not needed take no room.
 template <class X, bool kStaged, int kThreads>
 SlimLossLayout layout_of(const SlimLossArgs& args, int64_t slice) {
-  SlimLossLayout layout = {};
-  const auto take = [&](int64_t size) {
-    const int64_t place = layout.bytes;
-    layout.bytes += (size + 15) / 16 * 16;
-    return int32_t(place);
-  };
+  SlimLossLayout layout;
+  Parts parts;
+  const auto take = [&](int64_t size) { return int32_t(parts.add(size)); };
   take(sizeof(SlimLossState<kThreads>));
   layout.tiles = take(slice / kTile * sizeof(TileSums));
   layout.firsts = take((slice / kTile + 1) * 4);
@@ -122,6 +120,7 @@ SlimLossLayout layout_of(const SlimLossArgs& args, int64_t slice) {
   layout.histogram = take(args.statistics == kAll ? kMaxRounds * kDigits * 4 : 0);
   layout.staged = take(kStaged ? slice * sizeof(typename X::Bits) : 0);
   layout.kept = take(kStaged ? capacity_of(args, slice) * sizeof(typename X::Bits) : 0);
+  layout.bytes = parts.bytes;
   return layout;
 }
 

@@ -32,7 +32,12 @@ __device__ RowSum SlimRow<X, kStaged, kThreads>::sum_of_tiles(float TileSums::* 
     const float factor = exp2_approx(-below * exponent), factor_one = exp2_approx(-below * options.exponent_one);
     row.e += double(e * factor);
     row.one += double(one * factor_one);
-    row.spread += double(scale == 1 ? (spread + one * below) * factor_one : (spread + e * below * scale) * factor);
+    // Where the factor is 0, the distance may be infinite.
+    if (scale == 1) {
+      if (factor_one > 0) row.spread += double((spread + one * below) * factor_one);
+    } else if (factor > 0) {
+      row.spread += double((spread + e * below * scale) * factor);
+    }
   }
   row.e = sum_of_warp(row.e);
   row.one = sum_of_warp(row.one);
@@ -49,7 +54,7 @@ __device__ void SlimRow<X, kStaged, kThreads>::sum_student_off() {
       sum_of_tiles(&TileSums::off_level, options.exponent, 1, [](auto& tile, float& e, float& one, float& spread) {
         e = tile.off_e, one = tile.off_one, spread = tile.off_spread;
       });
-  const bool empty = off.level == -infinity<float>();
+  const bool empty = off.e == 0;  // the level ignores NaN, the sum does not
   OffSums& sums = state.student.off;
   sums.e = empty ? 1 : off.e;
   sums.lse = empty ? -infinity<double>() : off.level / args.temperature + log(off.e);

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "device.cuh"
+#include "parts.cuh"
 
 namespace slimkernels {
 namespace cuda {
@@ -93,18 +93,14 @@ struct TopkMemory {
   }
   // Sets the pointers to parts of `memory` and returns the number of bytes used.
   __host__ __device__ int64_t assign(char* memory, int64_t slice, int64_t list_capacity) {
-    int64_t used = 0;
-    const auto take = [&](int64_t size) {
-      char* place = memory + used;
-      used += (size + 15) / 16 * 16;
-      return place;
-    };
+    Parts parts;
+    const auto take = [&](int64_t size) { return memory + parts.add(size); };
     const int64_t num_tiles = slice / kTile<X>;
     state = reinterpret_cast<TopkState*>(take(sizeof(TopkState)));
     staged = reinterpret_cast<uint4*>(take((kStaged ? num_tiles : kThreads / 32) * kTileBytes));
     tiles = reinterpret_cast<Tile*>(take(num_tiles * sizeof(Tile)));
     list = reinterpret_cast<Candidate<X>*>(take((list_capacity + 32) * sizeof(Candidate<X>)));
-    return used;
+    return parts.bytes;
   }
 };
 

@@ -183,7 +183,7 @@ def min_p_key(min_p, lowest, highest, top, temperature, ACC: tl.constexpr, X: tl
     above = tl.minimum(estimate + 4, high)
     if reaches(above, min_p, lowest, top, temperature, X):
         high = above
-    while high - low > 1:
+    while low + 1 < high:  # a difference of keys may not fit into 32 bits
         middle = between(low, high)
         if reaches(middle, min_p, lowest, top, temperature, X):
             high = middle
