@@ -149,10 +149,13 @@ def weight_sentence(rows: Sequence[dict[str, Any]]) -> str:
     changes = _changes(_results(rows))[REFERENCE]
     if not changes:
         return ""
-    answers = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "Three seeds do not show it"}
+    answers = {SHOWN: "Yes", CONTRADICTED: "No", NOT_SHOWN: "No gain is shown"}
+    # The largest budget of each kind of student; the page has all of them.
+    largest = {at.partition(",")[0]: (at, change) for at, change in changes}
+    cells = ("{:+.1f} % [{:+.1f}, {:+.1f}] ({})".format(*percent(change.seeds), at) for at, change in largest.values())
     return (
-        f"Does the adaptive weight help? {answers[_verdict([change for _, change in changes])]}: SLIM to KD, tuned "
-        f"alike, {' and '.join(f'{in_percent(change)} ({at})' for at, change in changes)}. "
+        f"Does the adaptive weight help? {answers[_verdict([change for _, change in changes])]}: SLIM to tuned "
+        f"KD, {' and '.join(cells)}. "
     )
 
 

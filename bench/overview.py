@@ -185,8 +185,8 @@ def _demo_sentence(results: Results) -> str:
     reached = {method: f"{row['curve'][-1]['perplexity']:.0f}" for method, row in latest.items()}
     row = latest["kd"]
     return (
-        f"`make demo` takes away half of SmolLM2-135M's layers (perplexity {row['teacher_perplexity']:.1f} to "
-        f"{row['curve'][0]['perplexity']:,.0f}) and heals it on {row['train_rows']:,} tokens: {reached['sft']} by "
+        f"`make demo` halves SmolLM2-135M (perplexity {row['teacher_perplexity']:.1f} to "
+        f"{row['curve'][0]['perplexity']:,.0f}), healed on {row['train_rows']:,} tokens: {reached['sft']} by "
         f"labels, {reached['kd']} by KD, {reached['slim']} by SLIM. {weight_sentence(results.rows[COMPARED])}"
         "[More](docs/reproduced.md)."
     )

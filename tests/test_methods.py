@@ -409,7 +409,7 @@ def test_claims_are_judged_by_their_intervals():
     assert claim == "the teacher's logits help beyond its text"
     assert measured.endswith(": -39.3 % [-39.3, -39.3], over seeds [-39.3, -39.3]")
     assert weight_sentence([]) == healed_sentence(found) == ""
-    assert weight_sentence(found).startswith("Does the adaptive weight help? No: SLIM to KD, tuned alike, +10.5 %")
+    assert weight_sentence(found).startswith("Does the adaptive weight help? No: SLIM to tuned KD, +10.5 %")
     logits, weight, options = advice(found).splitlines()
     assert logits.startswith("- Learn from the teacher's logits, not from its text alone. KD to SFT")
     assert weight.startswith('- Use `method="kd"`: the adaptive weight of `method="slim"` makes the student worse.')

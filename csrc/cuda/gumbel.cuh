@@ -9,7 +9,7 @@ namespace slimkernels {
 namespace cuda {
 namespace {
 
-// What the noise of a row's ids depends on.
+// The state that the noise of a row's ids depends on.
 struct Noise {
   uint64_t seed, position;
 };

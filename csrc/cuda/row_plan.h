@@ -1,5 +1,5 @@
-// What the launch plans of all kernels share: a row is processed by a cluster of blocks, each of which has a slice of
-// it. This is host code without CUDA, so that plans can be tested without a GPU.
+// The part that the launch plans of all kernels share: a row is processed by a cluster of blocks, each of which has a
+// slice of it. This is host code without CUDA, so that plans can be tested without a GPU.
 #pragma once
 
 #include <float.h>

@@ -32,7 +32,7 @@ __device__ RowSum SlimRow<X, kStaged, kThreads>::sum_of_tiles(float TileSums::* 
     const float factor = exp2_approx(-below * exponent), factor_one = exp2_approx(-below * options.exponent_one);
     row.e += double(e * factor);
     row.one += double(one * factor_one);
-    // Where the factor is 0, the distance may be infinite.
+    // The distance may be infinite where the factor is 0.
     if (scale == 1) {
       if (factor_one > 0) row.spread += double((spread + one * below) * factor_one);
     } else if (factor > 0) {

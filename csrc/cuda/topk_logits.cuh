@@ -13,7 +13,7 @@
 //    largest relative to the row's largest, of those below it relative to the largest that is not kept. With the sum of
 //    step 2 they give both log-sum-exps, so every exponential is computed once and no sum is a difference.
 //
-// What is kept is found in topk_logits_selection.cuh; what is summed is in topk_logits_sums.cuh.
+// The kept logits are found in topk_logits_selection.cuh, and the sums are made in topk_logits_sums.cuh.
 //
 // If the sample misleads, all elements are candidates, or those that pass are found again in each step, which is slower
 // but still exact.

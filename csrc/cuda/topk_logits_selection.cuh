@@ -1,5 +1,5 @@
-// Which logits topk_logits keeps: the sample of step 1, the list of step 2 and the selection of step 3. Included by
-// topk_logits.cuh.
+// The choice of the logits that topk_logits keeps: the sample of step 1, the list of step 2 and the selection of
+// step 3. Included by topk_logits.cuh.
 #pragma once
 
 namespace slimkernels {

@@ -97,8 +97,8 @@ def load_model(
     An adapter of PEFT is loaded on the model that it was trained on, and can be trained further.
 
     Args:
-        name_or_path: As ``load_teacher``.
-        dtype: As ``load_teacher``.
+        name_or_path: Name, folder or file, as for ``load_teacher``.
+        dtype: Data type of the weights, as for ``load_teacher``.
         tokenizer: Tokenizer of a student whose logits are compared with those of this model, by id; None for no check.
             A model's own tokenizer is compared with it where a folder on this machine has one.
 
