@@ -153,6 +153,11 @@ def test_cuda_slim_loss_passes_tests_of_the_op(library):
         "test_slim_loss_triton.py::test_rows_that_end_a_block_or_have_no_rest",
         "test_slim_loss_triton.py::test_a_bad_row_is_nan_and_the_others_are_not",
         "test_slim_statistics.py::test_statistics_hand_worked",
+        # Statistics change no bit of the loss.
+        *(
+            f"test_slim_statistics.py::test_statistics_match_the_reference[False-{rest}-dtype0]"
+            for rest in ("renorm", "zero", "ghost")
+        ),
         "test_slim_statistics.py::test_ties_go_to_the_lowest_id",
         "test_slim_statistics.py::test_entropy_of_a_teacher_with_masked_logits",
     )
@@ -165,7 +170,7 @@ def test_cuda_slim_loss_passes_tests_of_the_op(library):
 def test_cuda_slim_loss_passes_all_tests_of_the_op(library, file):
     # Denormal numbers cost a GPU nothing, so it makes them.
     deselected = ("denormal", "smallest_normal_number_is_zero")
-    assert_tests_pass_emulated("slim_loss", library, file, deselected=deselected, timeout=1800)
+    assert_tests_pass_emulated("slim_loss", library, file, deselected=deselected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -89,6 +89,7 @@ def test_gpu_model_bounds_blocks_by_those_that_lead_to_them():
 def test_gpu_model_of_a_kernel_is_the_committed_one(op):
     kernel = KERNELS_BY_OP[op]
     found = count(kernel, shapes=kernel.shapes[:1])
+    print("\n".join(gpu_model.table(found, phases=False)))  # noqa: T201 -- shown by pytest -s
     assert rises(found, json.loads(COMMITTED.read_text())) == broken_limits(found) == []
     # Every logit takes a conversion, two operations in the exponent, an exponential and an addition at least.
     assert found[0].instructions_per_row >= 5 * found[0].shape[1] / 32

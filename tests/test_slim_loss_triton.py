@@ -123,7 +123,7 @@ def test_slim_loss_passes_more_of_its_tests_interpreted():
         "test_slim_loss.py::test_slim_loss_edges",
         "test_slim_loss_operator.py::test_slim_loss_of_any_layout",
         *(f"test_slim_statistics.py::test_statistics_of_hostile_rows[7-301-16-dtype{index}]" for index in range(4)),
-        timeout=1800,
+        timeout=10800,
     )
 
 

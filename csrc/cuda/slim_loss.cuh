@@ -211,6 +211,7 @@ struct SlimRow {
   __device__ void find_entries();
   template <bool kMarks, class Teacher>
   __device__ void separate(int32_t start, TileSums& sums, const Teacher& teacher);
+  template <bool kMarked>
   __device__ void sum_off(int32_t start, TileSums& sums) const;
   __device__ void sum_unmarked(int32_t start, TileSums& sums) const;
   __device__ void sum_on(TileSums& sums) const;
@@ -294,10 +295,8 @@ struct SlimRow {
         if (warp == 0) blend();
         __syncthreads();
       }
-      if (!options.plain) {
-        diverge_tiles();
-        sync_cluster();
-      }
+      if (!options.plain) diverge_tiles();
+      if (!options.plain || args.statistics == kAll) sync_cluster();
     }
     if (warp == 0) measure();
     sync_cluster();  // the numbers are visible, and no block reads the sums of another any more

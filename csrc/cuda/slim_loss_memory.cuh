@@ -23,8 +23,8 @@ struct ElementOptions {
   float inverse;                 // 1 / T
   float exponent, exponent_one;  // exp(z / T) = exp2(z * exponent)
   float teacher_blend;
-  bool two_temperatures;  // T is not 1
-  bool marks, plain;      // what needs_marks and is_plain say
+  bool two_temperatures;       // T is not 1
+  bool general, marks, plain;  // what is_general, needs_marks and is_plain say
 };
 
 // Sums over a tile, those over exponentials relative to the largest of the tile.
@@ -91,17 +91,20 @@ struct SlimLossLaunch {
   SlimLossLayout layout;
 };
 
-// Whether the sums off S are of more than one exponential per logit, so that marks tell S from the others.
-inline bool needs_marks(const SlimLossArgs& args) {
+// Whether the loss needs more of a logit off S than its exponential, or another than exp(z).
+inline bool is_general(const SlimLossArgs& args) {
   return args.temperature != 1 || args.logit_scale != 1 || args.softcap > 0 || args.label_smoothing > 0 ||
-         args.rest == kZeroLogit || args.statistics != kNone;
+         args.rest == kZeroLogit;
 }
+
+// Whether marks tell the elements on S from the others in a row in shared memory, where they are not hidden.
+inline bool needs_marks(const SlimLossArgs& args) { return is_general(args) || args.statistics != kNone; }
 
 // Whether the slopes of the divergence are -q and its shares q (log q - log p) or -q log p, so that it follows from
 // sums of the first walk over S, and its gradient is a sum of two exponentials and a constant.
 inline bool is_plain(const SlimLossArgs& args) {
   const bool forward = args.divergence == kForwardKl && args.rest != kGhost && args.rest != kRenormBoth;
-  return (forward || args.divergence == kSoftCe) && !needs_marks(args) && args.teacher_blend == 1;
+  return (forward || args.divergence == kSoftCe) && !is_general(args) && args.teacher_blend == 1;
 }
 
 // Returns the most entries of S that a slice can have.

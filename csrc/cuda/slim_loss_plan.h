@@ -42,6 +42,7 @@ SlimLossLaunch launch_of(const SlimLossArgs& args, int64_t slice) {
   options.exponent_one = float(M_LOG2E);
   options.teacher_blend = float(args.teacher_blend);
   options.two_temperatures = args.temperature != 1;
+  options.general = is_general(args);
   options.marks = needs_marks(args);
   options.plain = is_plain(args);
   return {args, options, int32_t(slice), int32_t(capacity_of(args, slice)),

@@ -94,15 +94,16 @@ __device__ void SlimRow<X, kStaged, kThreads>::separate(int32_t start, TileSums&
   __syncwarp();
 }
 
-// Sums the exponentials of a tile off S, where T is 1 and z are the logits.
+// Sums the exponentials of a tile off S, where T is 1 and z are the logits. S is marked or hidden.
 template <class X, bool kStaged, int kThreads>
+template <bool kMarked>
 __device__ void SlimRow<X, kStaged, kThreads>::sum_off(int32_t start, TileSums& sums) const {
   // The vectors in which S is -inf.
   const auto for_each_off = [&](auto visit) {
-    for_each_vector<true>(start, [&](int32_t i, const uint4& vector) {
+    for_each_vector<!kMarked>(start, [&](int32_t i, const uint4& vector) {
       Bits elements[kCount];
       unpack<X>(vector, elements);
-      if (!kStaged) {
+      if (kMarked) {
         const uint32_t marks = marks_from(i);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) elements[j] = marks >> j & 1 ? kMinusInfinity<X> : elements[j];
@@ -228,7 +229,7 @@ __device__ void SlimRow<X, kStaged, kThreads>::sum_tiles() {
     const int32_t end = firsts()[tile + 1] < last ? firsts()[tile + 1] : last;
     sums.first = firsts()[tile] < last ? firsts()[tile] : last;
     sums.count = end - sums.first;
-    if (options.plain) {
+    if (options.plain && !options.marks) {
       with_teacher([&](const auto& teacher) {
         separate<!kStaged>(start, sums, teacher);
         sum_on_plain(sums, teacher);
@@ -241,11 +242,16 @@ __device__ void SlimRow<X, kStaged, kThreads>::sum_tiles() {
         separate<false>(start, sums, teacher);
       }
       if (sums.count > 0) sum_on(sums);
+      if (options.plain) sum_on_plain(sums, teacher);
     }
-    if (options.marks) {
-      sum_unmarked(start, sums);
-    } else {
-      sum_off(start, sums);
+    if (options.marks) sum_unmarked(start, sums);
+    // Statistics need what the general sums have, but the others must be the same bits as without statistics.
+    if (!options.general) {
+      if (kStaged && !options.marks) {
+        sum_off<false>(start, sums);
+      } else {
+        sum_off<true>(start, sums);
+      }
     }
     if (lane == 0) tiles()[tile] = sums;
   }

@@ -147,9 +147,7 @@ def compile_emulated(op: str, folder: Path, **replaced: str) -> Path:
     return library
 
 
-def assert_tests_pass_emulated(
-    op: str, library: Path, *tests: str, deselected: Sequence[str] = (), timeout: float = 900
-) -> None:
+def assert_tests_pass_emulated(op: str, library: Path, *tests: str, deselected: Sequence[str] = ()) -> None:
     """Runs tests of tests/ with an emulated kernel in the place of the CPU's; float64 is not for these kernels."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--kernels=emulated"]
@@ -160,12 +158,12 @@ def assert_tests_pass_emulated(
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout,
+        timeout=10800,  # for hangs: some take minutes of processor time
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def removed_barriers(op: str, library: Path, *cases: int, timeout: float = 900) -> list[tuple[int, list[int]]]:
+def removed_barriers(op: str, library: Path, *cases: int) -> list[tuple[int, list[int]]]:
     """Returns the barriers of each case of tests/scripts/cuda_removed_barriers.py, and those removed unnoticed."""
     script = ROOT / "tests/scripts/cuda_removed_barriers.py"
     done = subprocess.run(
@@ -174,7 +172,7 @@ def removed_barriers(op: str, library: Path, *cases: int, timeout: float = 900) 
         capture_output=True,
         text=True,
         check=True,
-        timeout=timeout,
+        timeout=10800,  # for hangs: some take minutes of processor time
     )
     return json.loads(done.stdout)
 

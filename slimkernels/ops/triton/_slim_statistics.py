@@ -56,7 +56,7 @@ def fill_statistics(stats_ptr, num_rows, value, MODE: tl.constexpr):
 @triton.jit
 def first_with_key(row, key, MODE: tl.constexpr):
     """Returns the first index of a row's logit with an order key."""
-    first = tl.zeros((MODE.block_v,), tl.int32) + row.vocab_size
+    first = tl.full((MODE.block_v,), row.vocab_size, tl.int32)
     for begin in tl.range(0, row.vocab_size, MODE.block_v):
         v = begin + tl.arange(0, MODE.block_v)
         found = order_keys(load_entries(row.ptr, v, row.vocab_size, row.vocab_size)) == key
@@ -80,7 +80,7 @@ def entropy_of_student(row, argmax, lse_one, MODE: tl.constexpr):
     level = unit_logits(row, argmax, argmax >= 0, MODE, "")
     # log s = (y - level) * unit - offset, where the first term is exact near the largest logit.
     offset = (lse_one - level * row.unit).to(MODE.acc)
-    terms = tl.zeros((MODE.block_v,), MODE.acc)
+    terms = tl.full((MODE.block_v,), 0.0, MODE.acc)
     for begin in tl.range(0, row.vocab_size, MODE.block_v, num_stages=4):
         v = begin + tl.arange(0, MODE.block_v)
         y = unit_logits(row, v, v < row.vocab_size, MODE, "evict_last")
