@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import records
 from bench.reproduce import instructions_plan, instructions_table
+from bench.reproduce.downstream_table import changes as downstream_changes
 from bench.reproduce.instructions_table import in_points
 from bench.reproduce.methods_plan import BUDGETS, METHODS, STUDENTS, SUPPORT_LABELS
 from bench.reproduce.methods_results import (
@@ -28,6 +30,7 @@ from bench.reproduce.methods_results import (
 MARGIN = 0.02
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_MEASURED = "shown", "not shown", "contradicted", "not measured"
 INSTRUCTIONS_COMMAND = "[`bench.reproduce.instructions`](#instruction-following)"
+DOWNSTREAM_COMMAND = "[`bench.reproduce.downstream`](#multiple-choice)"
 METHODS_COMMAND = "[`bench.reproduce.methods`](#methods-that-are-all-tuned-alike)"
 
 
@@ -52,7 +55,7 @@ class Claim(NamedTuple):
 def claims_table(results: Path) -> str:
     """Tabulates the claims; what no results file has is said to be not measured."""
     lines = ["| paper | claim | measured here | verdict | command |", "|---|---|---|---|---|"]
-    sources = (records.read(results / f"{name}.jsonl") for name in ("methods", "instructions"))
+    sources = (records.read(results / f"{name}.jsonl") for name in ("methods", "instructions", "downstream"))
     lines += [f"| {' | '.join(claim)} |" for claim in claims(*sources)]
     lines += [
         "",
@@ -65,12 +68,15 @@ def claims_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]]) -> list[Claim]:
+def claims(
+    rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]], downstream: Sequence[dict[str, Any]] = ()
+) -> list[Claim]:
     """Returns the claims of the papers that this package is for.
 
     Args:
         rows: Rows of the comparison of methods.
         instructions: Rows of the experiment on following instructions.
+        downstream: Rows of the students' answers to multiple-choice questions.
     """
     found = _results(rows)
     logits, kd, weight = _adaptive(found)
@@ -80,7 +86,7 @@ def claims(rows: Sequence[dict[str, Any]], instructions: Sequence[dict[str, Any]
         Claim("SLIM", "a weight per token helps, compared with the same weight for all", *weight, METHODS_COMMAND),
         Claim("SLIM", "the largest 5 % of the logits suffice", *_sufficient(found), METHODS_COMMAND),
         *_instructions(instructions),
-        Claim("SLIM", "SLIM is better on downstream tasks", "", NOT_MEASURED, ""),
+        Claim("SLIM", "SLIM is better on downstream tasks", *_downstream(downstream), DOWNSTREAM_COMMAND),
         Claim("SLIM", "teachers of 70B parameters can be distilled", "", NOT_MEASURED, ""),
         Claim("PathFinder", "6 % better than other ways to decode, on three tasks", "", NOT_MEASURED, ""),
         Claim(
@@ -236,6 +242,21 @@ def _sufficient(found: Sequence[Results]) -> tuple[str, str]:
     contradicted = all(low > 100 * MARGIN for low, _ in intervals)
     verdict = SHOWN if shown else CONTRADICTED if contradicted else NOT_SHOWN
     return _measured("KD from 5 % of the logits to all of them", changes), verdict
+
+
+def _downstream(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    found = downstream_changes(list(rows), ADAPTIVE, REFERENCE)
+    if not found:
+        return "", NOT_MEASURED
+    cells = (
+        f"{STUDENT_NAMES[student].split(',')[0].lower()}, {labels:,} labels: {{:+.1f}} [{{:+.1f}}, {{:+.1f}}]".format(
+            *(100 * value for value in change[:3])
+        )
+        for (student, labels), change in found.items()
+    )
+    signs = {math.copysign(1, change.value) if change.is_shown else 0 for change in found.values()}
+    verdict = {(1,): SHOWN, (-1,): CONTRADICTED}.get(tuple(signs), NOT_SHOWN)
+    return f"SLIM minus KD, points of accuracy over all questions; {'; '.join(cells)}", verdict
 
 
 def _verdict(changes: Sequence[Change], better: int = -1) -> str:

@@ -8,6 +8,7 @@ import json
 import pytest
 from support.teachers import make_teacher, make_tokenizer
 
+from bench.claims import claims
 from bench.reproduce.downstream import ask, models
 from bench.reproduce.downstream_table import downstream_table
 
@@ -57,6 +58,19 @@ def test_downstream_table_by_hand():
     assert kd.endswith("p 1.00 |")
     assert "| guessing | 25.0 | 25.0 | 25.0 |  |" in lines
     assert not any("SLIM" in line for line in lines)
+
+
+def test_downstream_claim_is_judged_by_its_interval():
+    def verdict(slim: str, kd: str) -> tuple[str, str]:
+        rows = [row_of(method, "a", right) for method, right in (("slim", slim), ("kd", kd))]
+        found = next(claim for claim in claims([], [], rows) if "downstream" in claim.claim)
+        return found.verdict, found.measured
+
+    shown, measured = verdict("1" * 20, "0" * 20)
+    assert (shown, measured.partition(": ")[2]) == ("shown", "+100.0 [+100.0, +100.0]")
+    assert verdict("0" * 20, "1" * 20)[0] == "contradicted"
+    assert verdict("01" * 10, "10" * 10)[0] == "not shown"
+    assert claims([], [])[-4].verdict == "not measured"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")

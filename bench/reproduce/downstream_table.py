@@ -7,7 +7,7 @@ import numpy as np
 from bench.reproduce.downstream import BEFORE, TEACHER
 from bench.reproduce.methods_plan import METHODS, SUPPORTS
 from bench.reproduce.methods_results import STUDENT_NAMES
-from slimkernels.evaluate.statistics import bootstrap_interval, holm, paired_difference
+from slimkernels.evaluate.statistics import Difference, bootstrap_interval, holm, paired_difference
 
 REFERENCE = "sft"
 _TITLES = {TEACHER: "the teacher", BEFORE: "before training"}
@@ -15,23 +15,17 @@ _TITLES = {TEACHER: "the teacher", BEFORE: "before training"}
 
 def downstream_table(rows: list[dict]) -> str:
     """Tabulates accuracy by task, with 95 % intervals over questions, and paired differences from SFT over all."""
+    rows, tasks = _newest(rows)
     last = rows[-1]
-    rows = [row for row in rows if row["limit"] == last["limit"]]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
     counts = {row["task"]: row["num_samples"] for row in rows}
     heads = [f"{task} ({counts[task]})" for task in tasks]
     lines = [f"| | {' | '.join(heads)} | all questions | minus SFT |", f"|---|{'---:|' * (len(heads) + 2)}"]
     guessing = {row["task"]: row["guessing"] for row in rows}
     whole = sum(guessing[task] * counts[task] for task in tasks) / sum(counts[task] for task in tasks)
-    for student, labels in dict.fromkeys((row["student"], row["labels"]) for row in rows):
-        own = [row for row in rows if (row["student"], row["labels"]) == (student, labels)]
-        found = {method: _values(own, method, tasks) for method in dict.fromkeys(row["method"] for row in own)}
-        found = {method: values for method, values in found.items() if values}
-        compared = [method for method in found if REFERENCE in found and method != REFERENCE]
-        changes = [paired_difference(_all(found[REFERENCE]), _all(found[method])) for method in compared]
-        adjusted = dict(zip(compared, holm(changes), strict=True))
+    for (student, labels), found in _by_student(rows, tasks).items():
+        changes = _changes(found, REFERENCE)
         for method, values in found.items():
-            change = adjusted.get(method)
+            change = changes.get(method)
             shown = "" if change is None else f"{_interval(change[:3], '+')}, p {change.p_value:.2f}"
             cells = [_interval(bootstrap_interval(values[task])) for task in tasks]
             lines.append(
@@ -48,6 +42,37 @@ def downstream_table(rows: list[dict]) -> str:
         f"method. {last['device']}, commit {last['commit']}, {last['date'][:10]}.",
     ]
     return "\n".join(lines)
+
+
+def changes(rows: list[dict], method: str, to: str) -> dict[tuple[str, int], Difference]:
+    """Returns by how much a method's accuracy over all questions is above another's, by kind of student and labels.
+
+    The p-values are adjusted over all methods that were asked, by Holm's method.
+    """
+    found = {student: _changes(values, to) for student, values in _by_student(*_newest(rows)).items()} if rows else {}
+    return {student: changes[method] for student, changes in found.items() if method in changes}
+
+
+def _newest(rows: list[dict]) -> tuple[list[dict], list[str]]:
+    """Returns the rows that ask as many questions as the newest, and their tasks."""
+    rows = [row for row in rows if row["limit"] == rows[-1]["limit"]]
+    return rows, list(dict.fromkeys(row["task"] for row in rows))
+
+
+def _by_student(rows: list[dict], tasks: list[str]) -> dict[tuple, dict[str, dict[str, np.ndarray]]]:
+    """Returns each question's mean over seeds, by student and labels, then by method, then by task."""
+    by_student = {}
+    for student, labels in dict.fromkeys((row["student"], row["labels"]) for row in rows):
+        own = [row for row in rows if (row["student"], row["labels"]) == (student, labels)]
+        found = {method: _values(own, method, tasks) for method in dict.fromkeys(row["method"] for row in own)}
+        by_student[student, labels] = {method: values for method, values in found.items() if values}
+    return by_student
+
+
+def _changes(found: dict[str, dict[str, np.ndarray]], to: str) -> dict[str, Difference]:
+    compared = [method for method in found if to in found and method != to]
+    differences = [paired_difference(_all(found[to]), _all(found[method])) for method in compared]
+    return dict(zip(compared, holm(differences), strict=True))
 
 
 def _values(rows: list[dict], method: str, tasks: list[str]) -> dict[str, np.ndarray]:
