@@ -30,6 +30,8 @@ _COLUMNS = ("target_token_ids", "target_logprobs", "target_mask")
 # Options of axolotl and of its plugins that compute another loss.
 _OTHER_LOSSES = ("kd_trainer", "orpo_alpha", "use_eaft", "cut_cross_entropy", "chunked_cross_entropy")
 _OTHER_LOSSES += ("liger_cross_entropy", "liger_fused_linear_cross_entropy")
+# Options that choose another trainer.
+_OTHER_TRAINERS = ("rl", "reward_model", "process_reward_model", "trainer_cls")
 
 
 class SlimArgs(BaseModel):
@@ -60,6 +62,14 @@ class SlimPlugin(BasePlugin):
     def get_input_args(self) -> str:
         """Returns the name of ``SlimArgs``."""
         return f"{__name__}.{SlimArgs.__name__}"
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Checks the configuration, also where axolotl asks no plugin for a trainer class, as with ``rl``.
+
+        Raises:
+            ValueError: As ``get_trainer_cls``.
+        """
+        _check(cfg)
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """Returns the trainer class of a configuration.
@@ -151,6 +161,9 @@ def _check(cfg: Any) -> None:
     for name in _OTHER_LOSSES:
         if cfg[name]:
             raise ValueError(f"{name} must not be set with SlimPlugin, which computes the loss, got {cfg[name]!r}")
+    for name in _OTHER_TRAINERS:
+        if cfg[name]:
+            raise ValueError(f"{name} must not be set with SlimPlugin, which brings its own trainer, got {cfg[name]!r}")
     if (cfg.kd_temperature or 1) != 1:
         raise ValueError(
             f"kd_temperature must be 1, so that the data set keeps the teacher's own log-probabilities, got "

@@ -140,3 +140,15 @@ def test_without_a_teacher_it_follows_axolotls_own_curve(tmp_path, ran):
 def test_what_it_cannot_honour_it_refuses(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, rows_with_teacher(2), plugins=[PLUGIN], **options)
+
+
+@pytest.mark.parametrize(
+    "option", [{"rl": "dpo"}, {"reward_model": True}, {"trainer_cls": "a.B"}, {"kd_trainer": True}]
+)
+def test_other_trainers_are_refused_before_the_model_is_loaded(option):
+    from axolotl.utils.dict import DictDefault
+
+    from slimkernels.integrations.axolotl import SlimPlugin
+
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must not be set with SlimPlugin"):
+        SlimPlugin().pre_model_load(DictDefault(option))
