@@ -185,7 +185,6 @@ def test_a_notebook_has_the_outputs_of_one_run_from_top_to_bottom(path):
     assert all((EXAMPLES / link).exists() for link in links)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs_from_top_to_bottom(path):
     """The notebook's own assertions hold its claims."""
