@@ -91,7 +91,12 @@ class SlimTrainer(Trainer):
     def _forward_backward_body(
         self, inputs: Tensor, labels: Tensor, global_valid_tokens: Tensor, extra_kwargs: dict[str, Any]
     ) -> Tensor:
-        teacher = {name: extra_kwargs[name] for name in _TEACHER}
+        teacher = {name: extra_kwargs.get(name) for name in _TEACHER}
+        if any(rows is None for rows in teacher.values()):
+            raise ValueError(
+                f"the data loader's dictionaries must have {_TEACHER}, (B, T, K) each, got further entries "
+                f"{sorted(extra_kwargs)}: put the teacher's rows of the labels into them"
+            )
         others = {name: value for name, value in extra_kwargs.items() if name not in _TEACHER}
         with self.train_context():
             pred = self.model_parts[0](inputs, **others)

@@ -99,3 +99,11 @@ def test_what_it_cannot_honour_it_refuses():
         loss(torch.zeros(1, 2, 8), torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="compile"):
         SlimLoss.Config().build(compile_config=CompileConfig(enable=True, components=["loss"]))
+
+
+def test_a_trainer_without_rows_of_a_teacher_says_so():
+    from slimkernels.integrations.torchtitan import SlimTrainer
+
+    trainer = object.__new__(SlimTrainer)  # a whole one needs a GPU
+    with pytest.raises(ValueError, match=r"must have .*teacher_ids.*, got further entries \['positions'\]"):
+        trainer._forward_backward_body(torch.zeros(1), torch.zeros(1), torch.ones(1), {"positions": torch.zeros(1)})
