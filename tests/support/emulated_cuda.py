@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ class EmulatedKernel:
         return Plan(found.blocks, bool(found.staged), found.slice, found.bytes, found.list_capacity)
 
 
-def arguments_of(op: str, arguments: Sequence[object]) -> dict[str, object]:
+def arguments_of(op: str, arguments: Sequence[object]) -> dict[str, Any]:
     """Names the arguments of a call of an operator of this package by its schema."""
     schema = getattr(torch.ops.slimkernels, op).default._schema
     return dict(zip((each.name for each in schema.arguments), arguments, strict=True))
