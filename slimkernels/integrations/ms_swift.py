@@ -93,6 +93,6 @@ def _options_of(beta: float, temperature: float, given: dict[str, Any]) -> dict[
     options |= {"temperature": temperature, "kd_weight": temperature**-2}
     if "divergence" not in given:
         # beta of another divergence means something else.
-        options |= {"divergence": {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")}
+        options |= {"divergence": {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")}
         options |= {"beta": beta} if options["divergence"] == "jsd" else {}
     return options | given

@@ -76,7 +76,8 @@ def check_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenize
         ValueError: A token has two ids.
     """
     ids, of_student = teacher.get_vocab(), student.get_vocab()
-    common = ids.keys() & of_student.keys() - {teacher.pad_token, student.pad_token}
+    padding = (teacher.pad_token, student.pad_token)
+    common = [token for token in ids if token in of_student and token not in padding]
     differ = sorted(token for token in common if ids[token] != of_student[token])
     if differ:
         token = differ[0]
