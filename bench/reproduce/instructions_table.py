@@ -224,14 +224,13 @@ def _progress(results: Results) -> str:
 
 def _conditions(results: Results) -> str:
     chosen, rows = results.last["settings"], results.found.rows
-    tests = [row for row in rows if row["op"] == "test"]
     choices = {METHODS[name].title: results.found.choice(name) for name in METHODS}
     rates = ", ".join(f"{title} {row['options']['learning_rate']:g}" for title, row in choices.items() if row)
     tried = " or ".join(dict.fromkeys(str(row["trials"]) for row in choices.values() if row))
     took = []
     for name in METHODS:
-        own = [row for row in tests if (row["method"], row["budget"]) == (name, LABELS)]
-        if own:
+        found = (results.found.tested(student, name, LABELS, seed) for student in STUDENTS for seed in TEST_SEEDS)
+        if own := [row for row in found if row]:
             seconds, steps = (statistics.fmean(row[field] for row in own) for field in ("processor_seconds", "steps"))
             labels = statistics.fmean(row["labels_learned"] for row in own)
             took.append(f"{METHODS[name].title} {seconds:.0f} s for {steps:.0f} steps and {labels:,.0f} labels")
