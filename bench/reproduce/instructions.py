@@ -8,12 +8,11 @@ python -m bench.reproduce.instructions judge (the same arguments) --judge FILE.g
 The data are not shipped; ``instructions_data.read_examples`` lists the supported layouts. A student keeps some layers
 of the teacher and learns from all responses of the training data once, by SFT. All methods start from there, and learn
 from as many labels again: SFT from the responses, KD and SLIM from the responses with the teacher's largest logits, and
-MiniLLM (extra ``minillm``) from as many tokens that the student draws itself. ``tune`` tries two learning rates of
-MiniLLM on examples that are held out of the training data, and writes the best down; the other methods have the options
-that ``bench.reproduce.methods`` chose. ``test`` trains three students by each choice and measures Rouge-L of their
-responses to the evaluation files, which nothing else reads. Then each method has as much processor time as SLIM had, in
-place of as many labels. ``judge`` shows pairs of responses, SLIM's and another's, to a model behind llama.cpp, in both
-orders.
+MiniLLM (extra ``minillm``) from as many tokens that the student draws itself. ``tune`` tries two learning rates of each
+method on examples that are held out of the training data, and writes the better one down. ``test`` trains three
+students by each choice and measures Rouge-L of their responses to the evaluation files, which nothing else reads. Then
+each method has as much processor time as SLIM had, in place of as many labels. ``judge`` shows pairs of responses,
+SLIM's and another's, to a model behind llama.cpp, in both orders.
 
 Each training is one line of the results file, written when it has ended, and is never run again; so is each pair that
 was judged. ``--work`` keeps the teacher's logits, the students that all methods start from, and all responses.
@@ -142,7 +141,7 @@ class Experiment:
         return Rows(records.read(self.out), self.identity)
 
     def tune(self, names: Iterable[str]) -> None:
-        """Runs the missing trials of methods that have some, and writes down their choices."""
+        """Runs the missing trials of methods and writes down their choices."""
         for name in names:
             if self.rows().choice(name) is None:
                 found = [self._run(unit) for unit in trials(name, self.settings.labels)]

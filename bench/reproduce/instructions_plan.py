@@ -34,7 +34,7 @@ class Method(NamedTuple):
     Attributes:
         title: Name in tables.
         options: Fields of the configuration of its trainer.
-        learning_rates: Learning rates that are tried on the development part; a single one is taken as it is.
+        learning_rates: Learning rates that are tried on the development part.
     """
 
     title: str
@@ -42,12 +42,13 @@ class Method(NamedTuple):
     learning_rates: tuple[float, ...]
 
 
-# `bench.reproduce.methods` chose these for SFT, KD and SLIM, in six trials each.
+# `bench.reproduce.methods` chose these, and the first learning rates, for SFT, KD and SLIM. A student that has learned
+# already may need a lower one.
 _LOGITS = {"rest": "renorm", "kd_weight": 3.0}
 METHODS = {
-    "sft": Method("SFT on the responses", {"method": "sft"}, (7.07e-4,)),
-    "kd": Method("KD", {"method": "kd", **_LOGITS}, (1e-3,)),
-    "slim": Method("SLIM", {"method": "slim", **_LOGITS}, (1e-3,)),
+    "sft": Method("SFT on the responses", {"method": "sft"}, (7.07e-4, 1.41e-4)),
+    "kd": Method("KD", {"method": "kd", **_LOGITS}, (1e-3, 2e-4)),
+    "slim": Method("SLIM", {"method": "slim", **_LOGITS}, (1e-3, 2e-4)),
     "minillm": Method("MiniLLM", {"method": "minillm"}, (1e-4, 2e-5)),
 }
 
@@ -105,15 +106,16 @@ class Rows:
         return self.find(**dataclasses.asdict(unit))
 
     def choice(self, method: str) -> dict[str, Any] | None:
-        """Returns the row in which a method's options were chosen; without trials, only its options."""
-        kind = METHODS[method]
-        if len(kind.learning_rates) == 1:
-            return {"options": {**kind.options, "learning_rate": kind.learning_rates[0]}}
+        """Returns the row in which a method's options were chosen."""
         return self.find(op="choice", method=method)
 
     def tested(self, student: str, method: str, budget: str, seed: int) -> dict[str, Any] | None:
-        """Returns the row of a method's student; None if it was not trained yet."""
-        labels = self.find(op="test", student=student, method=method, budget=LABELS, seed=seed)
+        """Returns the row of a method's student by its chosen options; None if it was not trained yet."""
+        choice = self.choice(method)
+        if choice is None:
+            return None
+        same = {"op": "test", "student": student, "method": method, "seed": seed, "options": choice["options"]}
+        labels = self.find(**same, budget=LABELS)
         if budget == LABELS or labels is None:
             return labels
         wanted = self._labels_in_time(student, labels, seed)
@@ -121,7 +123,7 @@ class Rows:
             return None
         if abs(wanted / labels["labels"] - 1) <= _SAME:
             return labels
-        return self.find(op="test", student=student, method=method, budget=SECONDS, seed=seed, labels=wanted)
+        return self.find(**same, budget=SECONDS, labels=wanted)
 
     def missing(self, student: str, method: str, seed: int, labels: int) -> Unit | None:
         """Returns the next training that a method lacks: that of the labels, then that of the seconds.
@@ -142,7 +144,7 @@ class Rows:
 
     def _labels_in_time(self, student: str, row: dict[str, Any], seed: int) -> int | None:
         """Returns from how many labels a method learns while the reference learns from those of the settings."""
-        reference = self.find(op="test", student=student, method=REFERENCE, budget=LABELS, seed=seed)
+        reference = self.tested(student, REFERENCE, LABELS, seed)
         if reference is None:
             return None
         return max(1, round(row["labels"] * reference["processor_seconds"] / row["processor_seconds"]))

@@ -224,14 +224,13 @@ def _progress(results: Results) -> str:
 
 def _conditions(results: Results) -> str:
     chosen, rows = results.last["settings"], results.found.rows
-    tests = [row for row in rows if row["op"] == "test"]
     choices = {METHODS[name].title: results.found.choice(name) for name in METHODS}
     rates = ", ".join(f"{title} {row['options']['learning_rate']:g}" for title, row in choices.items() if row)
-    tried = "; ".join(f"{title}'s of {row['trials']}" for title, row in choices.items() if row and "trials" in row)
+    tried = " or ".join(dict.fromkeys(str(row["trials"]) for row in choices.values() if row))
     took = []
     for name in METHODS:
-        own = [row for row in tests if (row["method"], row["budget"]) == (name, LABELS)]
-        if own:
+        found = (results.found.tested(student, name, LABELS, seed) for student in STUDENTS for seed in TEST_SEEDS)
+        if own := [row for row in found if row]:
             seconds, steps = (statistics.fmean(row[field] for row in own) for field in ("processor_seconds", "steps"))
             labels = statistics.fmean(row["labels_learned"] for row in own)
             took.append(f"{METHODS[name].title} {seconds:.0f} s for {steps:.0f} steps and {labels:,.0f} labels")
@@ -247,12 +246,12 @@ def _conditions(results: Results) -> str:
         f"both intervals exclude 0 and p is below 0.05. Teacher: {chosen['teacher']}. All methods start from a student "
         f"that learned from all {documents:,} training responses ({stored:,} labels) by SFT, and learn from "
         f"{chosen['labels']:,} labels more, or for as much processor time as SLIM; MiniLLM's labels are the tokens "
-        f"that the student draws. Mean processor time of training: {'; '.join(took)}. Learning rates: {rates}; {tried} "
-        f"that were tried on {chosen['development_examples']} held-out training examples with the student of "
-        f"{_layers('half')}, the others as the comparison of methods chose them. Training examples with held-out or "
-        f"repeated instructions were removed. Rouge's tokenizer drops characters outside ASCII, which occur in at most "
-        f"{non_ascii} of a model's responses or of the references. {devices}, {threads} thread, commits {commits}, "
-        f"{results.last['date'][:10]}."
+        f"that the student draws. Mean processor time of training: {'; '.join(took)}. Learning rates, each the better "
+        f"of {tried} on {chosen['development_examples']} held-out training examples with the student of "
+        f"{_layers('half')}: {rates}; other options as the comparison of methods chose them. Training examples with "
+        f"held-out or repeated instructions were removed. Rouge's tokenizer drops characters outside ASCII, which "
+        f"occur in at most {non_ascii} of a model's responses or of the references. {devices}, {threads} thread, "
+        f"commits {commits}, {results.last['date'][:10]}."
     )
 
 
