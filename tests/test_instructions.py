@@ -122,7 +122,7 @@ def test_instructions_judge_sees_both_orders():
         verdicts = [judge.compare("Say it.", *pair) for pair in (("long", "so"), ("so", "long"), ("so", "it"))]
     assert verdicts == [pytest.approx((0.75, 0.75)), pytest.approx((0.25, 0.25)), pytest.approx((0.75, 0.25))]
     assert [(preference(verdict), agrees(verdict)) for verdict in verdicts] == [(1, True), (0, True), (0.5, False)]
-    assert (preference((0.75, 0.5)), agrees((0.75, 0.5))) == (0.75, False)
+    assert (preference((0.75, 0.5)), agrees((0.75, 0.5))) == (1, False)
 
 
 IDENTITY = {"settings": dataclasses.asdict(Settings(labels=100)), "data": "a"}
@@ -224,14 +224,14 @@ def test_instructions_table_and_claims_by_hand():
 def test_instructions_judge_table_by_hand():
     rows = rows_tested(sft=3.0, slim=5.0)
     judge = {"model": "j", "sha256": "d", "prompt": "p"}
-    verdicts = {"a": [[0.9, 0.8]] * 3, "b": [[0.9, 0.2]]}
+    verdicts = {"a": [[0.9, 0.8]] * 3, "b": [[0.9, 0.1]]}
     judged = {"op": "judged", "judge": judge, "examples": 3, "verdicts": verdicts}
     rows += [row_of("judged", "sft", seed=seed) | judged | {"ours": "slim"} for seed in TEST_SEEDS]
     rows.append(row_of("judged", "start", seed=None, budget=None) | judged | {"ours": "teacher"})
     text = instructions_table(rows)
-    # Three pairs are SLIM's in both orders, and one in the first.
+    # Three pairs are SLIM's in both orders; in one both orders name the response that is shown first.
     assert "| SLIM or SFT on the responses; 15 layers, as many labels | 88 [62, 100] | [88, 88] | 0.250 | 75 |" in text
-    assert "agrees with itself in 75 % of the pairs (a coin in 50 %), and names the response that it sees first" in text
+    assert "In 75 % of the pairs it names the same response in both orders (a coin in 50 %)" in text
     assert "prefers the teacher in 88 %, and the same in both orders in 75 %." in text
 
 

@@ -100,8 +100,12 @@ def _read(reply: dict[str, Any]) -> float:
 
 
 def preference(verdict: Verdict) -> float:
-    """Returns 1 where both orders prefer our response, 0 where both prefer the other, and 1/2 where they disagree."""
-    return sum((one > 0.5) + 0.5 * (one == 0.5) for one in verdict) / 2
+    """Returns 1 where both orders together prefer our response, 0 where they prefer the other, and 1/2 for a tie.
+
+    A preference for one of the letters cancels in the sum of the log-odds of both orders, whose sign this is.
+    """
+    total = sum(verdict)
+    return (total > 1) + 0.5 * (total == 1)
 
 
 def agrees(verdict: Verdict) -> bool:

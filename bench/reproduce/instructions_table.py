@@ -206,9 +206,10 @@ def _judge_sentence(results: Results, judge: dict[str, str]) -> str:
         )
     agreed = statistics.fmean(map(agrees, verdicts))
     return (
-        f"The judge, {judge['model']} behind llama.cpp, sees each pair in both orders, and a pair whose orders "
-        f"disagree counts half. It agrees with itself in {100 * agreed:.0f} % of the pairs (a coin in 50 %), and names "
-        f"the response that it sees first in {100 * first:.0f} %.{check}"
+        f"The judge, {judge['model']} behind llama.cpp, sees each pair in both orders and prefers the response of the "
+        f"larger mean probability, in which a preference for the first or the second cancels. In {100 * agreed:.0f} % "
+        f"of the pairs it names the same response in both orders (a coin in 50 %), and it names the response that it "
+        f"sees first in {100 * first:.0f} %.{check}"
     )
 
 
