@@ -159,6 +159,8 @@ def test_training_continues_from_a_checkpoint(earlier):
     args = SlimConfig(
         output_dir="training",
         method="slim",
+        # The default when the checkpoint was written.
+        kd_weight=1.0,
         max_steps=3,
         per_device_train_batch_size=2,
         learning_rate=1e-2,

@@ -97,27 +97,37 @@ def _paths_of(
     return [given] if isinstance(given, str | os.PathLike) else given
 
 
-def _dataset_of(
+def _check_mixture(
     given: str | os.PathLike | Sequence[str | os.PathLike] | UnscoredDocuments,
     method: str,
+    weights: Sequence[float] | None,
+    shares: Sequence[float] | None,
+) -> None:
+    """Checks that weights and shares of stores fit what ``train`` was given."""
+    is_mixed = (weights, shares) != (None, None)
+    if isinstance(given, UnscoredDocuments) and (method == "minillm" or is_mixed):
+        raise ValueError(
+            "documents without rows need another method than 'minillm', and store_weights and store_shares of "
+            f"None, got {method!r}, {weights} and {shares}: pass a store"
+        )
+    number = len(_paths_of(given))
+    if is_mixed and (method == "minillm" or number == 1):
+        raise ValueError(
+            "store_weights and store_shares must be None with one store, and with method 'minillm', which reads "
+            f"prompts in its own order, got {weights} and {shares} with {number} stores and {method!r}"
+        )
+
+
+def _dataset_of(
+    given: str | os.PathLike | Sequence[str | os.PathLike] | UnscoredDocuments,
     temperature: float,
     weights: Sequence[float] | None,
     shares: Sequence[float] | None,
 ) -> StoreDataset | MixedStores | UnscoredDocuments:
     """Returns the data set that ``train`` learns from."""
     if isinstance(given, UnscoredDocuments):
-        if method == "minillm" or (weights, shares) != (None, None):
-            raise ValueError(
-                "documents without rows need another method than 'minillm', and store_weights and store_shares of "
-                f"None, got {method!r}, {weights} and {shares}: pass a store"
-            )
         return given
     stores = [_opened(path, temperature) for path in _paths_of(given)]
-    if (weights, shares) != (None, None) and (method == "minillm" or len(stores) == 1):
-        raise ValueError(
-            "store_weights and store_shares must be None with one store, and with method 'minillm', which reads "
-            f"prompts in its own order, got {weights} and {shares} with {len(stores)} stores and {method!r}"
-        )
     return StoreDataset(stores[0]) if len(stores) == 1 else MixedStores(stores, weights=weights, shares=shares)
 
 
@@ -171,8 +181,9 @@ def train(
         ImportError: The method is "minillm", and the extra of that name is not installed.
     """
     is_scored = teacher_model is not None or teacher_server is not None
+    _check_mixture(store_path, method, store_weights, store_shares)
     check_options(method, output_dir, _paths_of(store_path), is_scored, **options)
-    dataset = _dataset_of(store_path, method, options.get("temperature", 1.0), store_weights, store_shares)
+    dataset = _dataset_of(store_path, options.get("temperature", 1.0), store_weights, store_shares)
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     # A student with adapters is a model of PEFT, which is none of transformers.
