@@ -40,7 +40,7 @@ def results_table(results: dict[str, Any]) -> Table:
         f"Held-out: {heldout['documents']} documents, {heldout['rows']:,} labels, from prompts not trained on",
         "KL to the teacher: nats per token. SFT: cross-entropy of the labels. KD and SLIM: the same + weight * KL. "
         "SLIM weights every token by itself; KD's weight is the mean of SLIM's, so both give the KL the same share. "
-        "No setting was tuned, and one seed cannot tell close methods apart.",
+        "Nothing was tuned on this text, and one seed cannot tell close methods apart.",
     )
     table.add_column("model")
     for name in ("perplexity", "KL to\nthe teacher", "weight\nof the KL", "trained on\ntokens", "tokens\nper s"):
